@@ -1,0 +1,128 @@
+"""Do our verdicts equal the official evaluators'? Spider's and BIRD's, row by row, on real predictions.
+
+    RAY_SQL_SHARED=... python benchmarks/agreement.py            # every row, every column: about a minute on 2 cores
+    RAY_SQL_SHARED=... python benchmarks/agreement.py --quick    # every mutation, one in five predictions
+
+The reference (`$RAY_SQL_SHARED/data/agreement/README.md`) holds 7118 (gold, predicted) pairs with the verdicts of the
+official code, called unchanged, and Spider's hardness grade of every dev query. Left out, as it says: verdicts the
+official code did not reach, and those that hang on an order SQL leaves open. What the official code calls right though
+it is not one read-only query (`DROP TABLE` where gold is empty) is refused here on purpose, and listed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_sql.execution import Executor
+from ray_sql.metrics import Pair, Semantics, Verdict, hardness, judge_many
+
+Row = dict[str, Any]
+JUDGEMENTS: dict[str, tuple[Semantics, bool]] = {
+    "spider_exec": ("spider", False),
+    "spider_exec_keep_distinct": ("spider", True),
+    "bird_set": ("bird", True),
+    "strict_list": ("strict", True),
+}
+"""Column of the reference -> our semantics and `keep_distinct`."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one column of the reference compares with ours; ids of rows where it does not."""
+
+    column: str
+    compared: int
+    agree: int
+    refused: tuple[str, ...]
+    differing: tuple[str, ...]
+
+
+def read(path: Path) -> list[Row]:
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def settled(row: Row, column: str) -> bool:
+    """Whether the official code reached a verdict here that does not hang on chance."""
+    left_out = {*row.get("official_error", {}), *row.get("order_dependent", [])}
+    return row[column] is not None and column not in left_out
+
+
+def compare_execution(executor: Executor, rows: Sequence[Row], databases: Path, column: str) -> Agreement:
+    """Judge every settled row of one column under its semantics."""
+    semantics, keep_distinct = JUDGEMENTS[column]
+    compared = [row for row in rows if settled(row, column)]
+    pairs = [Pair(database_file(databases, row["db_id"]), row["gold"], row["predicted"]) for row in compared]
+    verdicts = judge_many(executor, pairs, semantics=semantics, keep_distinct=keep_distinct)
+    unequal = [
+        (row, verdict)
+        for row, verdict in zip(compared, verdicts, strict=True)
+        if (verdict.verdict == "correct") != row[column]
+    ]
+    refused = tuple(row["id"] for row, verdict in unequal if row[column] and is_refusal(verdict))
+    differing = tuple(row["id"] for row, _ in unequal if row["id"] not in refused)
+    return Agreement(column, len(compared), len(compared) - len(unequal), refused, differing)
+
+
+def compare_hardness(rows: Iterable[Row], queries: Sequence[Row]) -> Agreement:
+    """Grade every dev query from its SQL alone."""
+    grades = [(row["question_id"], row["hardness"]) for row in rows]
+    differing = tuple(str(place) for place, grade in grades if hardness(queries[place]["query"]) != grade)
+    return Agreement("hardness", len(grades), len(grades) - len(differing), (), differing)
+
+
+def is_refusal(verdict: Verdict) -> bool:
+    """Whether the prediction was not run because it is not one read-only query."""
+    return verdict.verdict == "error" and (verdict.error or "").startswith("refused")
+
+
+def database_file(databases: Path, name: str) -> Path:
+    """Spider's place for a database."""
+    return databases / name / f"{name}.sqlite"
+
+
+def table(agreements: Sequence[Agreement]) -> str:
+    """The comparison for reading, with every row that is not equal."""
+    lines = [f"{'column':28}{'compared':>10}{'agree':>10}{'refused':>10}{'differing':>10}"]
+    for found in agreements:
+        numbers = (found.compared, found.agree, len(found.refused), len(found.differing))
+        lines.append(f"{found.column:28}" + "".join(f"{number:>10}" for number in numbers))
+    for found in agreements:
+        lines += [f"{found.column}: refused on purpose: {row}" for row in found.refused]
+        lines += [f"{found.column}: DIFFERS: {row}" for row in found.differing]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare, print the table, and one JSON object as the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every mutation, but one prediction in five")
+    quick = parser.parse_args(argv).quick
+    if "RAY_SQL_SHARED" not in os.environ:
+        sys.exit("RAY_SQL_SHARED is not set: it names the folder that holds data/agreement and data/spider")
+    data = Path(os.environ["RAY_SQL_SHARED"]) / "data"
+    rows = read(data / "agreement" / "execution.jsonl")
+    if quick:
+        rows = [row for row in rows if "kind" in row or int(row["id"][1:]) % 5 == 0]
+    started = time.monotonic()
+    with Executor() as executor:
+        agreements = [compare_execution(executor, rows, data / "spider" / "database", name) for name in JUDGEMENTS]
+    queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
+    agreements.append(compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries))
+    print(table(agreements))
+    print(json.dumps({"quick": quick, "seconds": round(time.monotonic() - started, 1), **by_column(agreements)}))
+
+
+def by_column(agreements: Sequence[Agreement]) -> dict[str, dict[str, Any]]:
+    """The comparison for machines."""
+    return {found.column: asdict(found) for found in agreements}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,442 @@
+"""Every setting of every job, each defined once: name, default, allowed values, and the sentence that documents it.
+
+One road leads to a `Config`: defaults < YAML files (`--config a.yaml`, repeatable) < environment (`HF_TOKEN`,
+`MLFLOW_TRACKING_URI`) < flags (`--learning_rate 2e-4 --lora.r 32`). A change made in code (`Config.changed`) goes down the
+same road, so nothing reaches a stage unvalidated. Flat names are those of the original project's command line; sections use
+the words of the library that receives them. Importing this module loads no torch, ray or mlflow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from ray_sql.errors import ConfigError
+
+Task = Literal["sql", "schema"]
+
+ENVIRONMENT = {"HF_TOKEN": ("read_token", "write_token"), "MLFLOW_TRACKING_URI": ("tracking.uri",)}
+"""Environment variables that hold a setting by convention, and the settings they fill when nothing else does."""
+
+IDENTITY = {"model_name", "task_type", "dataset_id", "seed", "learning_rate", "num_epochs", "save_steps"}
+IDENTITY |= {"data", "prompt", "rows", "lora", "quantization", "train"}
+"""Settings that shape the adapter; a run may be continued under other values of all the rest."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataSection(Section):
+    databases: str | None = None
+    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL with `{db_id}` in it; by default the dataset's own."""
+    columns: dict[str, str] = {}
+    """Our field = the dataset's column, where its names differ, e.g. `{question: pergunta, query: sql}`."""
+    split_by: Literal["database", "question"] | None = None
+    """What is set aside as a whole: a database with all its questions, or a question; by default databases where there are several."""
+    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the training examples set aside to choose the best checkpoint."""
+    test_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the examples set aside to be scored where the dataset is one file without splits."""
+    limit: int | None = Field(None, ge=1)
+    """Train on at most this many examples, drawn with the seed."""
+
+
+class PromptSection(Section):
+    serializer: Literal["ddl", "compact", "m_schema"] = "ddl"
+    """How a schema is written: CREATE TABLE statements, one line a table, or M-Schema with example values."""
+    schema_form: Literal["full", "tables", "reduced"] = "full"
+    """Which part of the schema is shown: all of it, the tables the gold SQL needs, or those tables' needed columns and keys."""
+    example_values: int = Field(0, ge=0, le=20)
+    """Example values per column, read from the database; only `m_schema` writes them."""
+
+
+class RowsSection(Section):
+    max_length: int = Field(2048, ge=16)
+    """Longest row in tokens, prompt and answer together; nothing is ever cut silently."""
+    too_long: Literal["error", "trim_schema", "drop"] = "error"
+    """What to do with a longer training example: refuse, leave out tables its SQL does not use, or drop it and say so."""
+
+
+class LoraSection(Section):
+    r: int = Field(64, ge=1)
+    """Rank of the update matrices."""
+    lora_alpha: float = Field(128, gt=0)
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: names, a regular expression, or `all-linear`."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Decompose weights into magnitude and direction (DoRA); slower."""
+
+
+class QuantizationSection(Section):
+    load_in_4bit: bool = True
+    """Keep the frozen base model in 4 bits; off trains LoRA over the unquantised model."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    bnb_4bit_use_double_quant: bool = False
+    """Quantise the quantisation constants too: 0.4 bit less per weight."""
+
+
+class TrainSection(Section):
+    max_steps: int = Field(-1, ge=-1)
+    """Stop after this many optimizer steps; -1 follows num_epochs."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.001, ge=0)
+    """Decay of the adapter's weights."""
+    max_grad_norm: float = Field(0.3, gt=0)
+    """Gradients are scaled down to this norm."""
+    optim: str | None = None
+    """Optimizer by transformers' name; by default `paged_adamw_8bit` on a GPU and `adamw_torch_fused` on a CPU."""
+    bf16: bool | None = None
+    """Compute in bfloat16; by default where the hardware has units for it."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass to save memory; by default on a GPU only."""
+    logging_steps: int = Field(10, ge=1)
+    """Log loss, learning rate and speed every so many steps."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Examples per optimizer step, whatever the number of workers; decides grad_accum_steps, which must then be left unset."""
+
+
+class ScalingSection(Section):
+    num_workers: int = Field(1, ge=0)
+    """Training processes, one GPU each where there are GPUs; 0 trains inside this process without starting Ray."""
+    use_gpu: bool | None = None
+    """Whether each worker takes a GPU; by default if the cluster has any."""
+    resources_per_worker: dict[str, float] | None = None
+    """Ray resources of one worker, e.g. `{CPU: 4, GPU: 1}`."""
+    max_failures: int = Field(2, ge=-1)
+    """Restarts from the last checkpoint after a worker or node is lost; -1 is unlimited."""
+    storage_path: str | None = None
+    """Shared folder or URI (`s3://…`) where runs live on a cluster; by default output_dir on this machine."""
+
+
+class EvaluateSection(Section):
+    semantics: Literal["spider", "bird", "strict"] = "spider"
+    """When two results are equal: Spider's test-suite rule, BIRD's set of rows, or the same list of rows."""
+    keep_distinct: bool = False
+    """Under `spider`: compare with DISTINCT left in (the official evaluator strips it by default)."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest generated answer in tokens."""
+    timeout: float = Field(30.0, gt=0)
+    """Seconds one query may run before it is stopped and counted as `timeout`."""
+    limit: int | None = Field(None, ge=1)
+    """Score at most this many examples of each split, drawn with the seed."""
+    processes: int | None = Field(None, ge=1)
+    """Processes that execute SQL; by default one per core, at most 8."""
+    select_examples: int = Field(64, ge=0)
+    """Validation examples answered at every save to choose the best checkpoint; 0 keeps the last one."""
+    baseline: bool = True
+    """Measure the base model without the adapter too, on the same examples."""
+
+
+class TrackingSection(Section):
+    enabled: bool = True
+    """Record the run in MLflow."""
+    uri: str | None = None
+    """MLflow tracking server or database; by default `sqlite:///mlflow.db` in the folder the job started in."""
+    experiment: str = "ray_sql"
+    """MLflow experiment that runs are filed under."""
+
+
+class Config(BaseSettings):
+    """Settings of a fine-tuning run."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    config: tuple[str, ...] = ()
+    """YAML (or JSON) files with settings, later ones over earlier ones, flags over all."""
+    model_name: str
+    """Base model: a Hub id, a folder, or `demo` for the small model the demo uses."""
+    output_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder under output_dir."""
+    task_type: Task
+    """`sql` writes the query; `schema` names the tables and columns it needs."""
+    read_token: SecretStr | None = None
+    """Hub token for reading the model and the dataset; better given as HF_TOKEN in the environment."""
+    write_token: SecretStr | None = None
+    """Hub token for publishing; better given as HF_TOKEN in the environment."""
+    dataset_id: str = "NESPED-GEN/spider_selector_schemaReduzido"
+    """Questions: a folder in Spider's or BIRD's format, a JSONL file or a folder of them, a Hub dataset, or `demo`."""
+    prev_checkpoint: str | None = None
+    """Continue from this checkpoint: `checkpoint-1000` of this run, a path, or a URI."""
+    seed: int = 14
+    """Seed of everything random: split, order, adapter, dropout."""
+    train_batch_size: int = Field(1, ge=1)
+    """Examples per forward pass and worker."""
+    eval_batch_size: int = Field(1, ge=1)
+    """Questions answered together when generating."""
+    grad_accum_steps: int = Field(8, ge=1)
+    """Forward passes per optimizer step; a step sees train_batch_size x grad_accum_steps x workers examples."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    num_epochs: float = Field(1, gt=0)
+    """Passes over the training examples."""
+    save_steps: int = Field(250, ge=1)
+    """Save a checkpoint, and measure it, every so many optimizer steps."""
+    split: tuple[str, ...] = ("dev",)
+    """Splits whose examples are scored, e.g. `dev` or `seen,unseen`; never trained on."""
+    output_dir: str = "out"
+    """Folder of all runs."""
+    cache_dir: str = "~/.cache/ray_sql"
+    """Folder for what can be made again: tokenised rows, converted models, unpacked demo databases."""
+    overwrite: bool = False
+    """Start the run afresh, removing an earlier run of the same name."""
+    dry_run: bool = False
+    """Resolve the settings, show one rendered example, the length audit and the plan, and stop."""
+    data: DataSection = DataSection()
+    prompt: PromptSection = PromptSection()
+    rows: RowsSection = RowsSection()
+    lora: LoraSection = LoraSection()
+    quantization: QuantizationSection = QuantizationSection()
+    train: TrainSection = TrainSection()
+    scaling: ScalingSection = ScalingSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+        return (init_settings,)  # `load` merges the sources itself, to be able to say which one a bad value came from
+
+    @field_serializer("read_token", "write_token")
+    def _hide(self, _: SecretStr | None) -> None:
+        return None
+
+    @model_validator(mode="after")
+    def _check_example_values(self) -> Self:
+        if self.prompt.example_values and self.prompt.serializer != "m_schema":
+            raise ValueError(
+                f"prompt.example_values is {self.prompt.example_values}, but prompt.serializer {self.prompt.serializer} "
+                "writes none: use --prompt.serializer m_schema, or set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_schema_form(self) -> Self:
+        if self.task_type == "schema" and self.prompt.schema_form != "full":
+            raise ValueError(
+                f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type schema in its prompt: use full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_global_batch(self) -> Self:
+        wanted, micro = self.train.global_batch_size, self.train_batch_size * max(1, self.scaling.num_workers)
+        if wanted is None:
+            return self
+        if wanted % micro:
+            raise ValueError(
+                f"train.global_batch_size {wanted} does not divide by train_batch_size {self.train_batch_size} x "
+                f"{max(1, self.scaling.num_workers)} workers = {micro}: choose a multiple of {micro}"
+            )
+        if "grad_accum_steps" in self.model_fields_set and self.grad_accum_steps != wanted // micro:
+            raise ValueError(
+                f"train.global_batch_size {wanted} needs grad_accum_steps {wanted // micro}, but {self.grad_accum_steps} was "
+                "given: leave one of the two unset"
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        """Training processes, counting this one when Ray is not used."""
+        return max(1, self.scaling.num_workers)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step on each worker."""
+        if self.train.global_batch_size is None:
+            return self.grad_accum_steps
+        return self.train.global_batch_size // (self.train_batch_size * self.workers)
+
+    @property
+    def global_batch(self) -> int:
+        """Examples per optimizer step."""
+        return self.train_batch_size * self.accumulation * self.workers
+
+    @property
+    def run_dir(self) -> str:
+        """Absolute folder or URI of this run; absolute because Ray changes a worker's working directory."""
+        root = self.scaling.storage_path or self.output_dir
+        return f"{root.rstrip('/')}/{self.output_name}" if "://" in root else str(absolute(root) / self.output_name)
+
+    @property
+    def cache(self) -> Path:
+        """Absolute folder for what can be made again."""
+        return absolute(self.cache_dir)
+
+    def public(self) -> dict[str, Any]:
+        """All settings as plain JSON values, without the tokens: what config.json, MLflow and workers receive."""
+        settings = self.model_dump(mode="json", exclude={"config", "read_token", "write_token"})
+        return settings | {"grad_accum_steps": self.accumulation}
+
+    def identity(self) -> str:
+        """12 hex digits that change when a setting that shapes the adapter changes."""
+        settings = self.model_dump(mode="json", include=IDENTITY)
+        settings["train"]["global_batch_size"] = self.global_batch
+        settings["data"].pop("databases")  # the same databases may lie elsewhere on another machine
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with dotted settings changed, e.g. `{"lora.r": 16}`, validated like any other; tokens stay."""
+        given = _nested(self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token"}))
+        given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
+        return build(type(self), _merge(given, _nested(changes)), {"changes": _nested(changes)})
+
+
+C = TypeVar("C", bound=Config)
+
+
+def absolute(path: str | Path) -> Path:
+    """The absolute form of a path, with `~` expanded; symbolic links stay as the user wrote them."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> C:
+    """Settings from flags, `--config` files and the environment; `--help` prints and exits.
+
+    Raises `ConfigError` with one line per mistake, each naming the flag or file and key, what was given and what is allowed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = _read_flags(argv, kind)
+    flags = _merge(flags, _nested(overrides))
+    sources: dict[str, dict[str, Any]] = {}
+    for file in flags.get("config", ()):
+        sources[str(file)] = _read_file(str(file))
+    sources |= {variable: found for variable in ENVIRONMENT if (found := _read_environment(variable))}
+    sources["flags"] = flags
+    merged: dict[str, Any] = {}
+    for values in sources.values():
+        merged = _merge(merged, values)
+    return build(kind, merged, sources)
+
+
+def build(kind: type[C], values: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> C:
+    """Validate `values`; `sources` (name → nested values) only serve the error messages."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, one, sources) for one in error.errors())) from None
+
+
+def names(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, pydantic field), in order of definition."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
+    try:
+        source = CliSettingsSource[Any](
+            kind,
+            cli_parse_args=argv,
+            cli_implicit_flags=True,
+            cli_exit_on_error=False,
+            cli_hide_none_type=True,
+            cli_prog_name=_program(),
+        )
+        return dict(source())
+    except SettingsError as error:
+        message = str(error).removeprefix("error parsing CLI: ")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized arguments") and unknown.startswith("-"):
+            raise ConfigError(f"{unknown}: unknown flag{_nearest(kind, unknown.lstrip('-'), '--')}") from None
+        raise ConfigError(message) from None
+
+
+def _program() -> str:
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--config {file}: must hold `setting: value` lines, found {type(value).__name__}")
+    return _nested(value)
+
+
+def _read_environment(variable: str) -> dict[str, Any]:
+    value = os.environ.get(variable)
+    return _nested(dict.fromkeys(ENVIRONMENT[variable], value)) if value else {}
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"lora.r": 8}` as `{"lora": {"r": 8}}`; nested mappings stay."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        head, _, rest = str(name).partition(".")
+        result = _merge(result, {head: _nested({rest: value}) if rest else value})
+    return result
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` laid over `low`, section by section."""
+    result = dict(low)
+    for name, value in high.items():
+        old = result.get(name)
+        result[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _explain(kind: type[Config], error: Any, sources: Mapping[str, Mapping[str, Any]]) -> str:
+    path = [str(part) for part in error["loc"]]
+    known = [name for name, _ in names(kind)]
+    while path and error["type"] != "extra_forbidden" and ".".join(path) not in known and len(path) > 1:
+        path.pop()  # inside a union or a list pydantic adds parts that are no settings
+    name = ".".join(path)
+    where = _origin(path, sources)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown setting{_nearest(kind, name, '')}"
+    if error["type"] == "missing":
+        return f"--{name} is required: {kind.model_fields[name].description}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    given = "a secret" if "token" in name else repr(error["input"])
+    return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
+
+
+def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which source a setting came from, as the user would name it; the last source that has it wins."""
+    name = ".".join(path)
+    for source in reversed(list(sources)):
+        value: Any = sources[source]
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return f"--{name}" if source == "flags" else name if source == "changes" else f"{source}: {name}"
+    return name
+
+
+def _nearest(kind: type[Config], unknown: str, prefix: str) -> str:
+    known = [name for name, _ in names(kind)]
+    near = difflib.get_close_matches(unknown, known, 1, 0.6) or [n for n in known if n.split(".")[-1] == unknown][:1]
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; {prefix}help lists all" if prefix else "; --help lists all"

@@ -1,0 +1,32 @@
+"""What a user can fix: one family of errors, shown as one line without a traceback, exit code 2.
+
+Everything else keeps its traceback, because everything else is our bug.
+"""
+
+
+class RaySqlError(Exception):
+    """Something the user can fix; the message says what, where and the way out."""
+
+
+class ConfigError(RaySqlError):
+    """A setting that is unknown, malformed, or that contradicts another one."""
+
+
+class DataError(RaySqlError):
+    """A dataset, database or predictions file that is missing or malformed; names the file and the field."""
+
+
+class ModelError(RaySqlError):
+    """A model, adapter or checkpoint that cannot be loaded or does not fit the run."""
+
+
+class ContractError(RaySqlError):
+    """An adapter used with another prompt, schema text, tokenizer or base model than it was trained with."""
+
+
+class TrainingError(RaySqlError):
+    """A training run that cannot go on: a diverging loss, a worker lost for good."""
+
+
+class StoreError(RaySqlError):
+    """A folder, tracking server or Hub that cannot be reached or written."""

@@ -1,0 +1,230 @@
+"""Answers + gold → verdicts, scores and files: the numbers that a run is judged by.
+
+Every score comes with n, a 95 % interval, its semantics, hardness and databases. Gold queries that do not run are counted apart,
+never silently. The same functions choose checkpoints during training, measure base and tuned models after it, and score a
+predictions file with no model loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray_sql import linking, prompts
+from ray_sql.config import Config
+from ray_sql.execution import Executor, Limits
+from ray_sql.generate import Answer, Question
+from ray_sql.metrics import Pair, Verdict, classify_error, hardness, judge_many, score_links, summarise_links, wilson_interval
+from ray_sql.schema import Schema
+
+Row = dict[str, Any]
+Progress = Callable[[int, int], None]
+
+HARDNESS = ("easy", "medium", "hard", "extra", "unknown")
+
+
+def score(
+    asked: Sequence[Question],
+    answers: Sequence[Answer],
+    config: Config,
+    schemas: Mapping[str, Schema] | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """One row of `predictions.jsonl` per question, judged: by executing its SQL, or by comparing its links."""
+    rows = [_row(question, answer, config) for question, answer in zip(asked, answers, strict=True)]
+    return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress)
+
+
+def judge_rows(
+    rows: list[Row],
+    databases: Sequence[str | None],
+    config: Config,
+    schemas: Mapping[str, Schema],
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Add `verdict`, `error` and `error_kind` to rows that have `gold` and `predicted`."""
+    if config.task_type == "schema":
+        return [_judge_links(row, schemas.get(row["db_id"])) for row in rows]
+    with_database = [index for index, database in enumerate(databases) if database is not None]
+    verdicts: dict[int, Verdict] = {}
+    if with_database:
+        pairs = [Pair(Path(databases[i] or ""), rows[i]["gold"], rows[i]["predicted"] or "") for i in with_database]
+        with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
+            judged = judge_many(
+                executor,
+                pairs,
+                semantics=config.evaluate.semantics,
+                keep_distinct=config.evaluate.keep_distinct,
+                progress=progress,
+            )
+        verdicts = dict(zip(with_database, judged, strict=True))
+    missing = Verdict("gold_error", "there is no database to execute it on", 0.0)
+    return [_judged(row, verdicts.get(index, missing)) for index, row in enumerate(rows)]
+
+
+def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
+    """The scores of one split as plain JSON values; the first key is the metric that selects models."""
+    if config.task_type == "schema":
+        return _summarise_links(rows)
+    counted = [row for row in rows if row["verdict"] != "gold_error"]
+    valid = sum(row["verdict"] in ("correct", "wrong") for row in counted)
+    return {
+        **_accuracy(counted),
+        "semantics": config.evaluate.semantics,
+        "keep_distinct": config.evaluate.keep_distinct,
+        "valid_sql": _share(valid, len(counted)),
+        "valid_sql_interval": _interval(valid, len(counted)),
+        "gold_errors": len(rows) - len(counted),
+        "by_hardness": {level: _accuracy(group) for level, group in _grouped(counted, "hardness", HARDNESS).items()},
+        "by_database": {db_id: _accuracy(group) for db_id, group in _grouped(counted, "db_id").items()},
+        "errors": dict(Counter(row["error_kind"] for row in counted if row["verdict"] != "correct").most_common()),
+    }
+
+
+def objective(scores: Mapping[str, Any]) -> tuple[float, float]:
+    """(what to maximise, tie-break): execution accuracy then valid SQL, or strict recall then column F1."""
+    if "execution_accuracy" in scores:
+        return scores["execution_accuracy"], scores["valid_sql"]
+    return scores["strict_recall"], scores["column_f1"]
+
+
+def flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers of a summary as MLflow metrics, e.g. `tuned/seen/execution_accuracy`; databases stay in the files."""
+    metrics = {}
+    for key, value in scores.items():
+        if key == "by_hardness":
+            for level, group in value.items():
+                metrics[f"{prefix}/{level}/execution_accuracy"] = group["execution_accuracy"]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            metrics[f"{prefix}/{key}"] = float(value)
+    return metrics
+
+
+def dump(rows: Iterable[Row]) -> str:
+    """Rows as `predictions.jsonl`."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def failing_gold(golds: Sequence[tuple[str, str, str]], config: Config, progress: Progress | None = None) -> list[Row]:
+    """Which gold queries do not run; `golds` are (example id, database path, SQL). One row each: id, database, gold, error."""
+    with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
+        results = executor.run_many([(Path(database), sql) for _, database, sql in golds], progress=progress)
+    return [
+        {"id": name, "database": database, "gold": sql, "error": result.error}
+        for (name, database, sql), result in zip(golds, results, strict=True)
+        if result.status != "ok"
+    ]
+
+
+def _processes(config: Config) -> int:
+    return config.evaluate.processes or min(8, os.cpu_count() or 1)
+
+
+def _row(question: Question, answer: Answer, config: Config) -> Row:
+    parse = prompts.parse_sql if config.task_type == "sql" else _parse_links
+    return {
+        "id": question.id,
+        "split": question.split,
+        "db_id": question.db_id,
+        "hardness": question.hardness or (hardness(question.gold) if config.task_type == "sql" else None),
+        "question": question.question,
+        "gold": question.gold,
+        "predicted": parse(answer.raw),
+        "raw": answer.raw,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "generation_seconds": round(answer.seconds, 3),
+    }
+
+
+def _parse_links(text: str) -> str | None:
+    links = linking.parse_links(text)
+    return None if links is None else json.dumps(links)
+
+
+def _judged(row: Row, verdict: Verdict) -> Row:
+    return row | {
+        "verdict": verdict.verdict,
+        "error": verdict.error,
+        "error_kind": classify_error(verdict),
+        "seconds": round(verdict.seconds, 3),
+    }
+
+
+def _judge_links(row: Row, schema: Schema | None) -> Row:
+    """Adds the link counts of a row; `correct` means exactly the gold tables and columns."""
+    if not row["gold"]:
+        return row | {"verdict": "gold_error", "error": "the gold SQL cannot be linked to the schema", "error_kind": "gold error"}
+    predicted = None if row["predicted"] is None else json.loads(row["predicted"])
+    names = None if schema is None else {table.name: table.column_names for table in schema.tables}
+    scored = score_links(json.loads(row["gold"]), predicted, names)
+    if not scored.parsed:
+        verdict, error, kind = "error", "no JSON object of tables and columns", "unparsable"
+    elif scored.exact:
+        verdict, error, kind = "correct", None, "none"
+    else:
+        verdict, error, kind = "wrong", None, "extra names" if scored.strict_recall else "missing names"
+    return row | {"verdict": verdict, "error": error, "error_kind": kind, "linking": asdict(scored)}
+
+
+def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
+    counted = [row for row in rows if row["verdict"] != "gold_error"]
+    names = {row["db_id"]: None for row in counted}
+    scores = [
+        score_links(json.loads(row["gold"]), None if row["predicted"] is None else json.loads(row["predicted"]), names[row["db_id"]])
+        for row in counted
+    ]
+    total = summarise_links(scores)
+    recalled, exact = sum(s.strict_recall for s in scores), sum(s.exact for s in scores)
+    hallucinating = sum(row["linking"]["hallucinated"] > 0 for row in counted)
+    return {
+        "strict_recall": _share(recalled, len(scores)),
+        "strict_recall_interval": _interval(recalled, len(scores)),
+        "n": len(scores),
+        "exact_match": _share(exact, len(scores)),
+        "exact_match_interval": _interval(exact, len(scores)),
+        "table_precision": total.table_micro.precision,
+        "table_recall": total.table_micro.recall,
+        "table_f1": total.table_micro.f1,
+        "column_precision": total.column_micro.precision,
+        "column_recall": total.column_micro.recall,
+        "column_f1": total.column_micro.f1,
+        "table_f1_macro": total.table_macro.f1,
+        "column_f1_macro": total.column_macro.f1,
+        "hallucinated_names": sum(row["linking"]["hallucinated"] for row in counted),
+        "questions_with_hallucinated_names": _share(hallucinating, len(scores)),
+        "unparsable": _share(total.unparsable, len(scores)),
+        "gold_errors": len(rows) - len(counted),
+        "errors": dict(Counter(row["error_kind"] for row in counted if row["verdict"] != "correct").most_common()),
+    }
+
+
+def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
+    correct = sum(row["verdict"] == "correct" for row in rows)
+    return {
+        "execution_accuracy": _share(correct, len(rows)),
+        "interval": _interval(correct, len(rows)),
+        "n": len(rows),
+        "correct": correct,
+    }
+
+
+def _grouped(rows: Iterable[Row], key: str, order: Sequence[str] = ()) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[str(row[key])].append(row)
+    return {name: groups[name] for name in sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))}
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _interval(part: int, whole: int) -> list[float]:
+    interval = wilson_interval(part, whole)
+    return [interval.low, interval.high]

@@ -1,0 +1,249 @@
+"""A pool of killable processes that run queries, and the results they gave, each computed once."""
+
+import marshal
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import astuple
+from multiprocessing import Pipe
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar
+
+from ray_sql.errors import DataError
+from ray_sql.execution.values import Limits, QueryResult
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+Progress = Callable[[int, int], None]
+"""Called with the number done and the number of all, from the thread that asked."""
+
+GRACE_SECONDS = 1.0
+"""What a worker may take beyond the limit before it is killed: it stops by itself at the limit if it can."""
+START_SECONDS = 60.0
+CACHE_BYTES = 256 * 2**20
+DEFAULT_LIMITS = Limits()
+WORKER = Path(__file__).with_name("worker.py")
+SQLITE_HEADER = b"SQLite format 3\0"
+WAL_VERSION = 2
+
+
+class Executor:
+    """Runs untrusted queries, `workers` at a time; use it as a context manager, from any number of threads.
+
+    Results are kept by (database, sql, limits), so that a gold query runs once however many predictions it judges.
+    """
+
+    def __init__(self, workers: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.workers = workers or os.cpu_count() or 1
+        self.limits = limits
+        self._results = _Results()
+        self._closed = False
+        # A slot is None until it is needed, so that an executor that runs nothing starts nothing.
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(self.workers):
+            self._slots.put(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for running queries and end every worker."""
+        if self._closed:
+            return
+        self._closed = True
+        for _ in range(self.workers):
+            if (worker := self._slots.get()) is not None:
+                worker.kill()
+
+    def run(self, database: Path, sql: str, limits: Limits | None = None) -> QueryResult:
+        """Run one query, or return what it gave before.
+
+        Raises DataError where `database` is missing or no SQLite file; whatever the query does wrong is a result.
+        """
+        if self._closed:
+            raise RuntimeError("this Executor is closed")
+        source = _open_database(database)
+        limits = limits or self.limits
+        return self._results.get((source, sql, limits), lambda: self._run_in_worker(source.uri, sql, limits))
+
+    def run_many(
+        self,
+        queries: Sequence[tuple[Path, str]],
+        *,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+    ) -> list[QueryResult]:
+        """Run (database, sql) pairs in parallel; results in the order of the pairs."""
+        return self.map(lambda query: self.run(*query, limits), queries, progress)
+
+    def map(
+        self, function: Callable[[Item], Answer], items: Sequence[Item], progress: Progress | None = None
+    ) -> list[Answer]:
+        """Apply a function that calls `run` to every item, one thread per worker; answers in input order."""
+        with ThreadPoolExecutor(self.workers) as threads:
+            futures = [threads.submit(function, item) for item in items]
+            try:
+                for done, future in enumerate(as_completed(futures), start=1):
+                    future.result()
+                    if progress is not None:
+                        progress(done, len(futures))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [future.result() for future in futures]
+
+    def _run_in_worker(self, uri: str, sql: str, limits: Limits) -> "_Sized":
+        worker = self._slots.get()
+        try:
+            if worker is None or not worker.alive():
+                worker = _Worker()
+            return worker.ask(uri, sql, limits)
+        finally:
+            self._slots.put(worker if worker is not None and worker.alive() else None)
+
+
+class _Sized(NamedTuple):
+    """A result and roughly how many bytes it holds."""
+
+    result: QueryResult
+    size: int
+
+
+class _Worker:
+    """One child process and the socket to it."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                # By path and isolated: no fork of this process (which may hold torch and threads), no import of
+                # anything but the standard library, and no token from the environment within reach of the query.
+                [sys.executable, "-I", "-S", str(WORKER), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+            )
+        try:
+            if not self._socket.poll(START_SECONDS):
+                raise TimeoutError(f"no sign of life within {START_SECONDS:g} s")
+            self._socket.recv_bytes()
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise RuntimeError(f"an SQL worker did not start: {sys.executable} {WORKER}") from error
+
+    def alive(self) -> bool:
+        """Whether the process can take a query."""
+        return self._process.poll() is None
+
+    def ask(self, uri: str, sql: str, limits: Limits) -> _Sized:
+        """Run one query there; a process that hangs or dies is ended and what it did is the result."""
+        try:
+            self._socket.send_bytes(marshal.dumps((uri, sql, *astuple(limits))))
+            if not self._socket.poll(limits.seconds + GRACE_SECONDS):
+                self.kill()
+                error = f"timeout: killed after {limits.seconds:g} s"
+                return _Sized(QueryResult("timeout", (), (), error, limits.seconds + GRACE_SECONDS), 0)
+            reply = self._socket.recv_bytes()
+        except (EOFError, ConnectionError):
+            self.kill()
+            error = f"crash: the process that ran the query ended with code {self._process.returncode}"
+            return _Sized(QueryResult("crash", (), (), error, 0.0), 0)
+        return _Sized(QueryResult(*marshal.loads(reply)), len(reply))
+
+    def kill(self) -> None:
+        """End the process and free its socket."""
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
+
+
+class _Results:
+    """Results by key, each computed once even if many threads ask at the same time; the oldest go first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: OrderedDict[Hashable, Future[_Sized]] = OrderedDict()
+        self._size = 0
+
+    def get(self, key: Hashable, compute: Callable[[], _Sized]) -> QueryResult:
+        """The result kept under `key`, or that of `compute()`."""
+        with self._lock:
+            future = self._futures.get(key)
+            mine = future is None
+            if future is None:
+                future = self._futures[key] = Future()
+            else:
+                self._futures.move_to_end(key)
+        if mine:
+            self._fill(key, future, compute)
+        return future.result().result
+
+    def _fill(self, key: Hashable, future: "Future[_Sized]", compute: Callable[[], _Sized]) -> None:
+        try:
+            sized = compute()
+        except BaseException as error:
+            with self._lock:
+                del self._futures[key]
+            future.set_exception(error)
+            raise
+        future.set_result(sized)
+        with self._lock:
+            if sized.result.status in ("timeout", "crash"):
+                del self._futures[key]  # may be the machine's fault and not the query's: the next asker tries again
+                return
+            self._size += sized.size
+            if self._size > CACHE_BYTES:
+                self._shrink()
+
+    def _shrink(self) -> None:
+        for key, future in list(self._futures.items()):
+            if self._size <= CACHE_BYTES:
+                return
+            if future.done():
+                self._size -= self._futures.pop(key).result().size
+
+
+class _Source(NamedTuple):
+    """Where a database is and which state of it: equal values read equal rows.
+
+    The state is size and time of change, not a hash of the content: hashing reads a file of gigabytes to run a query
+    that touches a page, and on a file system with nanosecond times a change that leaves both alone takes intent.
+    """
+
+    uri: str
+    state: tuple[int, ...]
+
+
+def _open_database(database: Path) -> _Source:
+    """Find an SQLite file and how to open it without ever creating or changing one; DataError if it is none."""
+    path = database.resolve()
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(SQLITE_HEADER) + 4)
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise DataError(f"{database}: cannot open this database ({error.strerror}); check the path") from error
+    if not header.startswith(SQLITE_HEADER):
+        raise DataError(f"{database}: not an SQLite database ({found.st_size} bytes); check the path")
+    uri, state = f"{path.as_uri()}?mode=ro", (found.st_ino, found.st_size, found.st_mtime_ns)
+    if WAL_VERSION not in header[18:20]:
+        return _Source(uri, state)
+    log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
+    if not log.exists() or not (written := log.stat()).st_size:
+        # Nobody writes: say so, or a reader would create the two side files, which a worker may not.
+        return _Source(f"{uri}&immutable=1", state)
+    if not index.exists():
+        raise DataError(f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 to merge")
+    return _Source(uri, (*state, written.st_size, written.st_mtime_ns))

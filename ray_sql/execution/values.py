@@ -1,0 +1,40 @@
+"""The plain values of execution: what a query may use, and what came of it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Row = tuple[Any, ...]
+"""One result row; a cell is None, int, float, str or bytes."""
+Rows = tuple[Row, ...]
+Status = Literal["ok", "error", "timeout", "crash"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one query may use before it is stopped."""
+
+    seconds: float = 30.0
+    """Wall time from the first step to the last row."""
+    rows: int = 100_000
+    """Rows of the result."""
+    bytes: int = 256 * 2**20
+    """Bytes of the whole result (a number counts 8), and of any single string or blob on the way to it."""
+    memory: int = 2 * 2**30
+    """Bytes of address space of the process that runs the query (Linux only)."""
+    sql_length: int = 100_000
+    """Bytes of the query's own text."""
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """What came of one query; `rows` and `columns` are empty unless `status` is "ok".
+
+    `error` is one line. It opens with `refused:` (not one read-only query), `too large:` (a limit other than time),
+    `timeout:` or `crash:`, or else it is the database's own message.
+    """
+
+    status: Status
+    columns: tuple[str, ...]
+    rows: Rows
+    error: str | None
+    seconds: float

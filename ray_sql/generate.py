@@ -1,0 +1,181 @@
+"""Questions → answers: batched greedy generation with a base model and, where given, its adapter.
+
+A `Question` carries everything that asking and scoring need, prompt tokens included, and travels as a line of JSON, so that
+generation runs on machines that see neither the dataset nor the databases.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import prompts
+from ray_sql.config import Config
+from ray_sql.data import Corpus, Example
+from ray_sql.linking import LinkError
+from ray_sql.rows import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, ready to be asked (`input_ids`) and scored (`gold`: SQL, or links as JSON text; `database`: path or None)."""
+
+    id: str
+    split: str
+    db_id: str
+    question: str
+    gold: str
+    hardness: str | None
+    database: str | None
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: the raw text, how many tokens it read and wrote, and its share of the batch's seconds."""
+
+    raw: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+def questions(
+    examples: Iterable[Example], split: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> list[Question]:
+    """The examples of a split as questions; under task `schema`, gold that cannot be linked becomes an empty `gold`."""
+    made = []
+    for example in examples:
+        schema = prompts.schema_text(example, corpus.schemas, config)
+        turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
+        made.append(
+            Question(
+                id=example.id,
+                split=split,
+                db_id=example.db_id,
+                question=example.question,
+                gold=_gold(example, corpus, config),
+                hardness=example.hardness,
+                database=corpus.databases.get(example.db_id),
+                input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
+            )
+        )
+    return made
+
+
+def _gold(example: Example, corpus: Corpus, config: Config) -> str:
+    if config.task_type == "sql":
+        return example.gold
+    try:
+        return json.dumps(prompts.gold_links(example, corpus.schemas))
+    except LinkError:
+        return ""
+
+
+def dump(asked: Iterable[Question]) -> str:
+    """Questions as JSON lines."""
+    return "".join(json.dumps(asdict(question)) + "\n" for question in asked)
+
+
+def parse(text: str) -> list[Question]:
+    """Questions from JSON lines."""
+    return [Question(**json.loads(line)) for line in text.splitlines()]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Greedy answers in the order asked; batches hold prompts of similar length, padded on the left."""
+    order = sorted(range(len(asked)), key=lambda index: -len(asked[index].input_ids))
+    answers: dict[int, Answer] = {}
+    training, cached = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            said = _answer_batch(model, tokenizer, [asked[index].input_ids for index in batch], max_new_tokens)
+            answers |= dict(zip(batch, said, strict=True))
+            if progress:
+                progress(len(answers), len(order))
+    finally:
+        model.train(training)
+        model.config.use_cache = cached
+    return [answers[index] for index in range(len(asked))]
+
+
+def _answer_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts_ids: list[list[int]], max_new_tokens: int
+) -> list[Answer]:
+    import torch
+    from transformers import GenerationConfig
+
+    started = time.monotonic()
+    width = max(map(len, prompts_ids))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts_ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts_ids], device=model.device)
+    stops = _end_tokens(model, tokenizer)
+    # a config of our own: a model's own may sample, which would make two evaluations differ
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[_FencesClosed(tokenizer, width)]
+        )
+    seconds = (time.monotonic() - started) / len(prompts_ids)
+    said = []
+    for prompt, row in zip(prompts_ids, out[:, width:].tolist(), strict=True):
+        end = next((position for position, token in enumerate(row) if token in stops), len(row))
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        said.append(Answer(text, len(prompt), end, seconds))
+    return said
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and whatever else the model's own generation config names."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    named = own if isinstance(own, list) else [own]
+    return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
+
+
+class _FencesClosed:
+    """Ends an answer once its code block is closed: all that follows would be ignored. Called by transformers after each token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_width: int) -> None:
+        self._tokenizer, self._start = tokenizer, prompt_width
+        self._closed: list[bool] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        self._closed = self._closed or [False] * len(input_ids)
+        last = self._tokenizer.batch_decode(input_ids[:, -1:])
+        for index, piece in enumerate(last):
+            if not self._closed[index] and "`" in piece:
+                said = self._tokenizer.decode(input_ids[index, self._start :])
+                self._closed[index] = said.count(FENCE) >= 2
+        return torch.tensor(self._closed, device=input_ids.device)
+
+
+def by_split(asked: Iterable[Question]) -> Mapping[str, list[int]]:
+    """Positions of the questions of each split, in order."""
+    found: dict[str, list[int]] = {}
+    for position, question in enumerate(asked):
+        found.setdefault(question.split, []).append(position)
+    return found

@@ -1,0 +1,50 @@
+"""Scores: pure functions of plain values, each named by the judgement it makes.
+
+`match` compares two results under the semantics of Spider, BIRD or plain equality; `judge` runs gold and prediction in
+an `Executor` and says what came of it; `hardness` grades a query as Spider does; `linking` scores schema links;
+`statistics` has the interval and the paired test that belong beside every accuracy.
+"""
+
+from ray_sql.metrics.hardness import Hardness, hardness
+from ray_sql.metrics.judge import ERROR_KINDS, ErrorKind, Pair, Verdict, VerdictName, classify_error, judge, judge_many
+from ray_sql.metrics.linking import PRF, Counts, LinkingScore, LinkingSummary, Links, score_links, summarise_links
+from ray_sql.metrics.match import (
+    Semantics,
+    bird_match,
+    execution_match,
+    is_ordered,
+    prepare_spider,
+    spider_match,
+    strict_match,
+)
+from ray_sql.metrics.statistics import Interval, mcnemar, wilson_interval
+
+__all__ = [
+    "ERROR_KINDS",
+    "PRF",
+    "Counts",
+    "ErrorKind",
+    "Hardness",
+    "Interval",
+    "LinkingScore",
+    "LinkingSummary",
+    "Links",
+    "Pair",
+    "Semantics",
+    "Verdict",
+    "VerdictName",
+    "bird_match",
+    "classify_error",
+    "execution_match",
+    "hardness",
+    "is_ordered",
+    "judge",
+    "judge_many",
+    "mcnemar",
+    "prepare_spider",
+    "score_links",
+    "spider_match",
+    "strict_match",
+    "summarise_links",
+    "wilson_interval",
+]

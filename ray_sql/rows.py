@@ -1,0 +1,238 @@
+"""Tokenised training rows, made once and read by every worker and trial, and the audit that says how long they are.
+
+A row is `prompt tokens + completion tokens`, with labels on the completion only. The two parts are tokenised apart, because that
+is what generation sees: a prompt that ends before the answer's first token. Rows lie in a Parquet file whose name is a
+hash of everything they depend on, never of a function's name, so an edited template can never meet stale rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import prompts
+from ray_sql.config import Config
+from ray_sql.data import Example
+from ray_sql.errors import DataError
+from ray_sql.linking import LinkError
+from ray_sql.schema import SERIALIZER_VERSION, Schema, render
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_VERSION = 1
+"""Raise when the code below makes other rows from the same input."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: `input_ids` are prompt then completion, the first `prompt_length` carry no loss."""
+
+    id: str
+    db_id: str
+    input_ids: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How long the rows are, in tokens, and what became of those that do not fit or have no answer to learn."""
+
+    examples: int
+    rows: int
+    tokens: int
+    completion_tokens: int
+    p50: int
+    p90: int
+    longest: int
+    max_length: int
+    too_long: int
+    policy: str
+    trimmed: int = 0
+    dropped: int = 0
+    unlinkable: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The audit as one sentence for people."""
+        share = 100 * self.completion_tokens / max(1, self.tokens)
+        text = (
+            f"{self.rows} rows, {self.tokens:,} tokens ({share:.0f} % carry the loss); length: half up to {self.p50}, "
+            f"90 % up to {self.p90}, longest {self.longest}, limit {self.max_length}"
+        )
+        if self.too_long:
+            text += f"; {self.too_long} were longer ({self.trimmed} had unused tables left out, {self.dropped} dropped)"
+        if self.unlinkable:
+            text += f"; {len(self.unlinkable)} left out because their SQL cannot be linked to the schema"
+        return text
+
+
+def prepare(
+    examples: Sequence[Example],
+    schemas: Mapping[str, Schema],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    progress: Progress | None = None,
+) -> tuple[Path, Audit]:
+    """The Parquet file of the rows of `examples`, and their audit; made only if the cache has none of the same content."""
+    key = cache_key(examples, schemas, tokenizer, config)
+    file, audit_file = config.cache / "rows" / f"{key}.parquet", config.cache / "rows" / f"{key}.json"
+    if file.is_file() and audit_file.is_file():
+        return file, Audit(**json.loads(audit_file.read_text()))
+    rows, audit = build(examples, schemas, tokenizer, config, progress)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(rows, file)
+    audit_file.write_text(json.dumps(asdict(audit)))
+    return file, audit
+
+
+def build(
+    examples: Sequence[Example],
+    schemas: Mapping[str, Schema],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    progress: Progress | None = None,
+) -> tuple[list[Row], Audit]:
+    """Rows in the examples' order. Raises `DataError` for an example over `rows.max_length` under the policy `error`."""
+    rows: list[Row] = []
+    lengths: list[int] = []
+    counts = {"too_long": 0, "trimmed": 0, "dropped": 0}
+    unlinkable = []
+    for number, example in enumerate(examples):
+        if progress and number % 100 == 0:
+            progress(number, len(examples))
+        try:
+            row = encode(example, schemas, tokenizer, config)
+        except LinkError:
+            unlinkable.append(example.id)
+            continue
+        lengths.append(len(row.input_ids))
+        if len(row.input_ids) > config.rows.max_length:
+            counts["too_long"] += 1
+            shorter = _shorten(row, example, schemas, tokenizer, config)
+            counts["trimmed" if shorter else "dropped"] += 1
+            if shorter is None:
+                continue
+            row = shorter
+        rows.append(row)
+    if not rows:
+        raise DataError(f"no training rows: none of {len(examples)} examples could be used ({len(unlinkable)} cannot be linked)")
+    return rows, _audit(rows, lengths, config, counts, unlinkable)
+
+
+def encode(
+    example: Example,
+    schemas: Mapping[str, Schema],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    schema: str | None = None,
+) -> Row:
+    """One example as a row, with `schema` in place of its own schema text where given."""
+    schema = prompts.schema_text(example, schemas, config) if schema is None else schema
+    turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
+    completion = prompts.render_completion(tokenizer, turns, prompts.answer(config.task_type, example, schemas))
+    prompt_ids = encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
+    completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return Row(example.id, example.db_id, prompt_ids + completion_ids, len(prompt_ids))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Prompt tokens as training and generation both see them; a chat template writes its own special tokens."""
+    return list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
+
+
+def write(rows: Sequence[Row], file: Path) -> None:
+    """Rows as Parquet, complete or absent."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist([asdict(row) for row in rows])
+    half = file.with_suffix(".part")
+    pq.write_table(table, half)
+    half.replace(file)
+
+
+def read(file: str | Path) -> Dataset:
+    """Rows as the dataset TRL trains on: `input_ids` and `labels`, -100 where no loss is."""
+    from datasets import Dataset
+
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(file).to_pydict()
+    pairs = zip(columns["input_ids"], columns["prompt_length"], strict=True)
+    labels = [[-100] * prompt_length + ids[prompt_length:] for ids, prompt_length in pairs]
+    return Dataset.from_dict({"input_ids": columns["input_ids"], "labels": labels})
+
+
+def cache_key(
+    examples: Sequence[Example], schemas: Mapping[str, Schema], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> str:
+    """24 hex digits over all that rows depend on: data, schemas, template texts, serialiser, tokenizer, lengths."""
+    used = sorted({example.db_id for example in examples} & set(schemas))
+    parts: list[Any] = [
+        [ROWS_VERSION, SERIALIZER_VERSION, config.task_type],
+        [prompts.SYSTEM[config.task_type], prompts.USER, prompts.EVIDENCE, tokenizer.chat_template or prompts.PLAIN_TEMPLATE],
+        [prompts.tokenizer_hash(tokenizer), config.prompt.model_dump(), config.rows.model_dump()],
+        [asdict(example) for example in examples],
+        [schemas[db_id].to_dict() for db_id in used],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _shorten(
+    row: Row, example: Example, schemas: Mapping[str, Schema], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Row | None:
+    """What `rows.too_long` makes of a row that does not fit; None drops it."""
+    limit, policy = config.rows.max_length, config.rows.too_long
+    if policy == "drop":
+        return None
+    if policy == "error":
+        raise DataError(
+            f"example {example.id} ({example.db_id}) has {len(row.input_ids)} tokens, {len(row.input_ids) - limit} over "
+            f"--rows.max_length {limit}; raise it, or choose --rows.too_long trim_schema or drop"
+        )
+    if example.schema_text or example.db_id not in schemas:
+        raise DataError(
+            f"example {example.id}: its schema is a text of the dataset, so --rows.too_long trim_schema cannot leave tables out; "
+            "use drop, or raise --rows.max_length"
+        )
+    schema = schemas[example.db_id]
+    needed = {name.lower() for name in prompts.gold_links(example, schemas)}
+    unused = sorted((t for t in schema.tables if t.name.lower() not in needed), key=lambda t: len(t.columns))
+    tables = list(schema.tables)
+    while unused:
+        tables.remove(unused.pop())  # the widest first, so that as many tables as possible stay
+        text = render(Schema(schema.db_id, tuple(tables)), config.prompt.serializer)
+        shorter = encode(example, schemas, tokenizer, config, text)
+        if len(shorter.input_ids) <= limit:
+            return shorter
+    raise DataError(
+        f"example {example.id} ({example.db_id}): even with only the tables its SQL uses it is over --rows.max_length {limit}; "
+        "raise it, or use --rows.too_long drop"
+    )
+
+
+def _audit(
+    rows: Sequence[Row], lengths: Sequence[int], config: Config, counts: Mapping[str, int], unlinkable: list[str]
+) -> Audit:
+    tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else [float(lengths[0])] * 9
+    return Audit(
+        examples=len(lengths) + len(unlinkable),
+        rows=len(rows),
+        tokens=sum(len(row.input_ids) for row in rows),
+        completion_tokens=sum(len(row.input_ids) - row.prompt_length for row in rows),
+        p50=round(tenths[4]),
+        p90=round(tenths[8]),
+        longest=max(lengths),
+        max_length=config.rows.max_length,
+        policy=config.rows.too_long,
+        unlinkable=unlinkable,
+        **counts,
+    )

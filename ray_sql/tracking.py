@@ -1,0 +1,245 @@
+"""MLflow as the record of a run: one MLflow run per training run, whatever restarts, always ended.
+
+Only the driver talks to MLflow. A configured store must answer at the start; afterwards nothing here raises: what cannot be
+sent is kept in a spool file, one warning is printed, and the spool is replayed when the run ends. Points carry their step, and a step
+that was logged before a restart is not logged again. This module is a sink: it knows none of the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from ray_sql.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+BATCH = 1000
+"""Metrics that MLflow takes in one call; params are 100."""
+
+
+class Run:
+    """One MLflow run, or nothing at all where tracking is off (`client` None); every method after `start` is safe to call."""
+
+    def __init__(self, client: Any, run_id: str, uri: str, spool: Path) -> None:
+        self._client, self.run_id, self.uri, self._spool = client, run_id, uri, spool
+        self._logged: dict[str, int] = {}
+        self._warned = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of one step; a key whose step was logged already is skipped, as after a restart."""
+        new = {key: float(value) for key, value in values.items() if step > self._logged.get(key, -1)}
+        self._logged |= dict.fromkeys(new, step)
+        points = [(key, value, int(time.time() * 1000), step) for key, value in new.items()]
+        for start in range(0, len(points), BATCH):
+            self._send("metrics", points[start : start + BATCH])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
+        for key, value in tags.items():
+            self._send("tag", [key, value])
+
+    def table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
+        """A table that the UI shows, one row a mapping, all with the same keys."""
+        if rows:
+            columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+            self._send("table", [columns, file])
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A local file or folder."""
+        self._send("artifact", [str(path), folder])
+
+    def figure(self, figure: Any, file: str) -> None:
+        """A matplotlib figure as an image."""
+        self._try(lambda: self._client.log_figure(self.run_id, figure, file))
+
+    def dataset(self, name: str, digest: str, source: str, split: str) -> None:
+        """Name the data of a split as an input of the run."""
+        self._send("dataset", [name, digest, source, split])
+
+    def end(self, status: Status) -> None:
+        """Replay what was spooled, then set the final status."""
+        self.replay()
+        self._send("end", [status])
+
+    def replay(self) -> int:
+        """Send what the spool holds, oldest first; returns how many entries are still there."""
+        if self._client is None or not self._spool.exists():
+            return 0
+        entries = [json.loads(line) for line in self._spool.read_text().splitlines()]
+        self._spool.unlink()
+        for kind, values in entries:
+            self._send(kind, values)
+        return len(self._spool.read_text().splitlines()) if self._spool.exists() else 0
+
+    def _send(self, kind: str, values: list[Any]) -> None:
+        if not self._try(lambda: _SENDERS[kind](self._client, self.run_id, *_arguments(kind, values))) and self._client:
+            self._spool.parent.mkdir(parents=True, exist_ok=True)
+            with self._spool.open("a") as stream:
+                stream.write(json.dumps([kind, values]) + "\n")
+
+    def _try(self, action: Callable[[], object]) -> bool:
+        if self._client is None:
+            return True
+        try:
+            action()
+        except Exception as error:  # MLflow raises what its backend raises; an outage of the record must not end the run
+            if not self._warned:
+                log.warning("MLflow at %s stopped answering (%s); points are kept in %s", self.uri, error, self._spool)
+            self._warned = True
+            return False
+        return True
+
+
+def start(
+    settings: Mapping[str, Any],
+    *,
+    name: str,
+    uri: str | None,
+    experiment: str,
+    tags: Mapping[str, str],
+    spool: Path,
+    run_id: str | None = None,
+) -> Run:
+    """Begin (or, given `run_id`, go on with) a run; params are the flattened `settings`.
+
+    Raises `StoreError` if the tracking store does not answer.
+    """
+    uri = check(uri)
+    import mlflow
+    from mlflow.entities import Param, RunTag
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient(uri)
+    try:
+        if run_id is not None and _exists(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+            run = Run(client, run_id, uri, spool)
+            run._logged = _logged(client, run_id)
+            return run
+        created = client.create_run(
+            _experiment(client, experiment, uri), run_name=name, tags={"mlflow.runName": name, **tags}
+        )
+        params = [Param(key, str(value)[:6000]) for key, value in flatten(settings).items()]
+        for first in range(0, len(params), 100):
+            client.log_batch(created.info.run_id, params=params[first : first + 100])
+        client.log_batch(created.info.run_id, tags=[RunTag("mlflow.source.name", "ray_sql")])
+    except MlflowException as error:
+        raise StoreError(f"--tracking.uri {uri}: MLflow refused the run: {' '.join(str(error).split())[:300]}") from None
+    return Run(client, created.info.run_id, uri, spool)
+
+
+def disabled(spool: Path) -> Run:
+    """A run that records nothing."""
+    return Run(None, "", "", spool)
+
+
+def check(uri: str | None) -> str:
+    """The absolute form of a tracking URI, after making sure that its server answers; raises `StoreError`."""
+    uri = absolute_uri(uri)
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except OSError as error:
+            raise StoreError(
+                f"--tracking.uri {uri}: no MLflow server answers there ({error}); start it, correct the address "
+                "(MLFLOW_TRACKING_URI), or use --no-tracking.enabled"
+            ) from None
+        # a server that dies later must cost seconds, not MLflow's default of many minutes per call
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    elif parts.scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        if not os.access(folder, os.W_OK):
+            raise StoreError(f"--tracking.uri {uri}: the folder {folder} is missing or cannot be written")
+    return uri
+
+
+def absolute_uri(uri: str | None) -> str:
+    """MLflow reads a relative SQLite path from the working directory, which Ray changes; make it absolute here."""
+    if uri is None:
+        return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
+    return uri
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _experiment(client: Any, name: str, uri: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    if not uri.startswith("sqlite:"):
+        return str(client.create_experiment(name))
+    # without this, artifacts would go to `mlruns` in whatever folder the process happens to be in
+    root = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name
+    return str(client.create_experiment(name, artifact_location=root.as_uri()))
+
+
+def _exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException:
+        return False  # another store than last time, or a deleted run: begin a new one
+    return True
+
+
+def _logged(client: Any, run_id: str) -> dict[str, int]:
+    """The last step of every metric that the run already has."""
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
+
+
+def _arguments(kind: str, values: list[Any]) -> list[Any]:
+    return [values] if kind == "metrics" else values
+
+
+def _send_metrics(client: Any, run_id: str, points: list[Any]) -> None:
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(*point) for point in points])
+
+
+def _send_dataset(client: Any, run_id: str, name: str, digest: str, source: str, split: str) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    described = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
+    client.log_inputs(run_id, [DatasetInput(described, [InputTag("mlflow.data.context", split)])])
+
+
+def _send_artifact(client: Any, run_id: str, path: str, folder: str) -> None:
+    send = client.log_artifacts if Path(path).is_dir() else client.log_artifact
+    send(run_id, path, folder or None)
+
+
+_SENDERS: dict[str, Callable[..., object]] = {
+    "metrics": _send_metrics,
+    "tag": lambda client, run_id, key, value: client.set_tag(run_id, key, value),
+    "table": lambda client, run_id, columns, file: client.log_table(run_id, columns, file),
+    "artifact": _send_artifact,
+    "dataset": _send_dataset,
+    "end": lambda client, run_id, status: client.set_terminated(run_id, status),
+}
