@@ -8,6 +8,7 @@ used because it keeps nothing in local mode, and because a run must be readable 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,15 @@ def fetch(uri: str, target: Path) -> Path:
     return target
 
 
+def fetch_file(uri: str, target: Path) -> Path:
+    """Copy one file of storage to a local path."""
+    import pyarrow.fs as pafs
+
+    filesystem, path = open_store(uri)
+    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+    return target
+
+
 def put(local: Path, uri: str) -> None:
     """Copy a local file or folder to storage, replacing what is there."""
     import pyarrow.fs as pafs
@@ -112,6 +122,16 @@ def put(local: Path, uri: str) -> None:
     remove(uri)
     filesystem.create_dir(path if local.is_dir() else str(Path(path).parent), recursive=True)
     pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, or a folder with anything in it."""
+    import pyarrow.fs as pafs
+
+    filesystem, path = open_store(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        return bool(filesystem.get_file_info(pafs.FileSelector(path)))
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
 
 
 def remove(uri: str) -> None:
@@ -145,6 +165,11 @@ def write_text(uri: str, text: str) -> None:
             stream.write(text.encode("utf-8"))
     except OSError as error:
         raise StoreError(f"{uri}: cannot be written ({' '.join(str(error).split())}); free space, or choose another place") from None
+
+
+def absolute_uri(place: str) -> str:
+    """A path made absolute; a URI as it is."""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def open_store(uri: str) -> tuple[Any, str]:

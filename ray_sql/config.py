@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,6 +273,13 @@ class Config(BaseSettings):
         """Examples per optimizer step."""
         return self.train_batch_size * self.accumulation * self.workers
 
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of a run over so many rows; a last, smaller batch of an epoch counts as one."""
+        if self.train.max_steps > 0:
+            return self.train.max_steps
+        micro_batches = math.ceil(rows / (self.train_batch_size * self.workers))
+        return max(1, math.ceil(max(1, math.ceil(micro_batches / self.accumulation)) * self.num_epochs))
+
     @property
     def run_dir(self) -> str:
         """Absolute folder or URI of this run; absolute because Ray changes a worker's working directory."""
@@ -300,6 +308,23 @@ class Config(BaseSettings):
         given = _nested(self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token"}))
         given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
         return build(type(self), _merge(given, _nested(changes)), {"changes": _nested(changes)})
+
+
+class EvaluateConfig(Config):
+    """Settings of an evaluation; a model is needed only where there is no predictions file."""
+
+    model_name: str = Field("", description=Config.model_fields["model_name"].description)
+    task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
+    predictions_file: str | None = None
+    """Score this file instead of asking a model: `predictions.jsonl` (id, predicted), or one SQL query a line in the split's order."""
+    adapter: str | None = None
+    """Folder or URI of the adapter to measure beside its base model, e.g. `out/demo/adapter`."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if not self.predictions_file and not self.model_name:
+            raise ValueError("nothing to evaluate: give --predictions_file, or --model_name (and --adapter)")
+        return self
 
 
 C = TypeVar("C", bound=Config)

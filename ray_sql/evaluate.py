@@ -19,7 +19,18 @@ from ray_sql import linking, prompts
 from ray_sql.config import Config
 from ray_sql.execution import Executor, Limits
 from ray_sql.generate import Answer, Question
-from ray_sql.metrics import Pair, Verdict, classify_error, hardness, judge_many, score_links, summarise_links, wilson_interval
+from ray_sql.metrics import (
+    Counts,
+    LinkingScore,
+    Pair,
+    Verdict,
+    classify_error,
+    hardness,
+    judge_many,
+    score_links,
+    summarise_links,
+    wilson_interval,
+)
 from ray_sql.schema import Schema
 
 Row = dict[str, Any]
@@ -82,7 +93,7 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "gold_errors": len(rows) - len(counted),
         "by_hardness": {level: _accuracy(group) for level, group in _grouped(counted, "hardness", HARDNESS).items()},
         "by_database": {db_id: _accuracy(group) for db_id, group in _grouped(counted, "db_id").items()},
-        "errors": dict(Counter(row["error_kind"] for row in counted if row["verdict"] != "correct").most_common()),
+        "errors": _error_counts(counted),
     }
 
 
@@ -174,34 +185,37 @@ def _judge_links(row: Row, schema: Schema | None) -> Row:
 
 def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
     counted = [row for row in rows if row["verdict"] != "gold_error"]
-    names = {row["db_id"]: None for row in counted}
-    scores = [
-        score_links(json.loads(row["gold"]), None if row["predicted"] is None else json.loads(row["predicted"]), names[row["db_id"]])
-        for row in counted
-    ]
+    scores = [_linking(row) for row in counted]
+    if not scores:
+        return {"strict_recall": 0.0, "column_f1": 0.0, "n": 0, "gold_errors": len(rows)}
     total = summarise_links(scores)
-    recalled, exact = sum(s.strict_recall for s in scores), sum(s.exact for s in scores)
-    hallucinating = sum(row["linking"]["hallucinated"] > 0 for row in counted)
+    n, recalled, exact = len(scores), sum(score.strict_recall for score in scores), sum(score.exact for score in scores)
     return {
-        "strict_recall": _share(recalled, len(scores)),
-        "strict_recall_interval": _interval(recalled, len(scores)),
-        "n": len(scores),
-        "exact_match": _share(exact, len(scores)),
-        "exact_match_interval": _interval(exact, len(scores)),
-        "table_precision": total.table_micro.precision,
-        "table_recall": total.table_micro.recall,
-        "table_f1": total.table_micro.f1,
-        "column_precision": total.column_micro.precision,
-        "column_recall": total.column_micro.recall,
-        "column_f1": total.column_micro.f1,
-        "table_f1_macro": total.table_macro.f1,
-        "column_f1_macro": total.column_macro.f1,
-        "hallucinated_names": sum(row["linking"]["hallucinated"] for row in counted),
-        "questions_with_hallucinated_names": _share(hallucinating, len(scores)),
-        "unparsable": _share(total.unparsable, len(scores)),
-        "gold_errors": len(rows) - len(counted),
-        "errors": dict(Counter(row["error_kind"] for row in counted if row["verdict"] != "correct").most_common()),
+        "strict_recall": _share(recalled, n),
+        "interval": _interval(recalled, n),
+        "n": n,
+        "exact_match": _share(exact, n),
+        "exact_match_interval": _interval(exact, n),
+        "table_strict_recall": total.table_strict_recall,
+        **{f"table_{key}": value for key, value in asdict(total.table_micro).items()},
+        **{f"column_{key}": value for key, value in asdict(total.column_micro).items()},
+        **{f"table_{key}_macro": value for key, value in asdict(total.table_macro).items()},
+        **{f"column_{key}_macro": value for key, value in asdict(total.column_macro).items()},
+        "hallucinated_names": total.hallucinated,
+        "questions_hallucinating": _share(total.questions_hallucinating, n),
+        "unparsable": _share(total.unparsable, n),
+        "gold_errors": len(rows) - n,
+        "errors": _error_counts(counted),
     }
+
+
+def _linking(row: Row) -> LinkingScore:
+    stored = row["linking"]
+    return LinkingScore(Counts(**stored["tables"]), Counts(**stored["columns"]), stored["hallucinated"], stored["parsed"])
+
+
+def _error_counts(rows: Sequence[Row]) -> dict[str, int]:
+    return dict(Counter(row["error_kind"] for row in rows if row["verdict"] != "correct").most_common())
 
 
 def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:

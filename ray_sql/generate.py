@@ -7,12 +7,14 @@ generation runs on machines that see neither the dataset nor the databases.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import prompts
+from ray_sql import checkpoints, cluster, models, prompts
 from ray_sql.config import Config
 from ray_sql.data import Corpus, Example
 from ray_sql.linking import LinkError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 FENCE = "```"
+VALIDATION_FILE = "inputs/validation.jsonl"
+"""Where a run's validation questions lie in its folder."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,58 @@ def answer(
     return [answers[index] for index in range(len(asked))]
 
 
+def answer_together(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    config: Config,
+    progress: Progress | None = None,
+) -> list[Answer] | None:
+    """`answer`, every rank of the process group a share of the questions; all answers on rank 0, None on the others.
+
+    `progress` counts this rank's share.
+    """
+    import torch.distributed as dist
+
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = answer(
+        model,
+        tokenizer,
+        asked[rank::world],
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        progress=progress,
+    )
+    if world == 1:
+        return mine
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, mine)
+    return [parts[index % world][index // world] for index in range(len(asked))] if rank == 0 else None
+
+
+def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
+    """One worker's part of answering `plan["questions"]` with each of `plan["models"]`; rank 0 returns all answers by model.
+
+    A model is `base`, or `tuned`: the base with the adapter at the URI `plan["adapter"]`.
+    """
+    config = Config(**plan["config"])
+    asked = parse(plan["questions"])
+    model = models.load_base(plan["model_folder"], config, cluster.claim_device())
+    tokenizer = models.load_tokenizer(plan["model_folder"])
+    said = {}
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        for name in plan["models"]:  # the base comes first: its layers are changed in place by the adapter's
+            if name == "tuned":
+                model = models.load_adapter(model, checkpoints.fetch(plan["adapter"], Path(scratch) / "adapter"))
+
+            def progress(done: int, total: int, name: str = name) -> None:
+                plan["emit"]({"kind": "answers", "model": name, "done": done, "total": total})
+
+            answers = answer_together(model, tokenizer, asked, config, progress)
+            said[name] = [asdict(one) for one in answers or []]
+    return {"answers": said}
+
+
 def _answer_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts_ids: list[list[int]], max_new_tokens: int
 ) -> list[Answer]:
@@ -171,11 +227,3 @@ class _FencesClosed:
                 said = self._tokenizer.decode(input_ids[index, self._start :])
                 self._closed[index] = said.count(FENCE) >= 2
         return torch.tensor(self._closed, device=input_ids.device)
-
-
-def by_split(asked: Iterable[Question]) -> Mapping[str, list[int]]:
-    """Positions of the questions of each split, in order."""
-    found: dict[str, list[int]] = {}
-    for position, question in enumerate(asked):
-        found.setdefault(question.split, []).append(position)
-    return found

@@ -8,7 +8,7 @@ nothing that a model wrote is ever evaluated as code.
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 
 from sqlglot import exp, parse
@@ -21,7 +21,7 @@ from sqlglot.schema import MappingSchema
 from ray_sql.errors import DataError
 from ray_sql.schema import Links, Schema
 
-# After parsing, names are compared as SQLite compares them, in any case and quoted or not, whatever the query's dialect.
+# After parsing, names match as in SQLite, in any case and quoted or not, whatever the query's dialect.
 _MATCHING = "sqlite"
 
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -42,7 +42,7 @@ def gold_links(sql: str, schema: Schema, dialect: str = "sqlite") -> Links:
         dialect: how to parse the query, in sqlglot's words.
 
     Raises:
-        LinkError: see there; one line that names the query or the table.
+        LinkError: with one line that names the query or the table.
     """
     try:
         tree = normalize_identifiers(_parse(sql, dialect), dialect=_MATCHING)
@@ -82,6 +82,7 @@ def _one_line(text: str) -> str:
 
 
 _Known = dict[str, frozenset[str]]  # table -> columns, all in lower case
+_Source = exp.Expression | Scope  # what a query reads from
 
 
 @lru_cache(maxsize=256)
@@ -92,58 +93,49 @@ def _lookup(schema: Schema) -> tuple[_Known, MappingSchema]:
     return known, MappingSchema(types, dialect=_MATCHING, normalize=False)
 
 
-def _table_name(source: exp.Expression | Scope) -> str | None:
-    """The name of a stored table; None for a subquery, a CTE or a table function."""
-    return source.name if isinstance(source, exp.Table) and isinstance(source.this, exp.Identifier) else None
+def _table_name(source: _Source) -> str:
+    """The name of a stored table; empty for a subquery, a CTE or a table function."""
+    return source.name if isinstance(source, exp.Table) else ""
 
 
 def _check_tables(scopes: list[Scope], known: _Known, db_id: str) -> None:
-    names = {_table_name(source) for scope in scopes for source in scope.sources.values()} - {None}
-    missing = ", ".join(sorted(name for name in names if name and name not in known))
+    names = {_table_name(source) for scope in scopes for source in scope.sources.values()}
+    missing = ", ".join(sorted(names - known.keys() - {""}))
     if missing:
         raise LinkError(f"query on tables that the schema of {db_id} lacks: {missing}")
 
 
 def _used_columns(scopes: list[Scope], known: _Known) -> dict[str, set[str]]:
     """Every table that the scopes read, with the columns that they name."""
-    used: dict[str, set[str]] = {}
-    for scope in scopes:
-        for source in scope.sources.values():
-            if name := _table_name(source):
-                used.setdefault(name, set())
+    names = {_table_name(source) for scope in scopes for source in scope.sources.values()}
+    used: dict[str, set[str]] = {name: set() for name in names - {""}}
     for scope in scopes:
         for column in scope.columns:
-            # A name from an enclosing query is met again in that query's scope. One that sqlglot left without a table is an
-            # alias, a string, or comes through the star of a subquery; only there does one of the sources own it.
-            sources = scope.sources
-            candidates = [sources.get(column.table)] if column.table else list(sources.values())
-            for table in _origins([source for source in candidates if source], column.name):
+            # A qualifier from an enclosing query is met again in that query's scope. What sqlglot left unqualified is
+            # an alias, a string, or comes through the star of a subquery; only then does one of the sources own it.
+            sources = [source for name, source in scope.sources.items() if column.table in ("", name)]
+            for table in {table for source in sources for table in _origins(source, column.name)}:
                 if column.name in known[table]:
                     used[table].add(column.name)
     return used
 
 
-def _origins(sources: list[exp.Expression | Scope], column: str) -> Iterator[str]:
-    """The stored tables that a column of these sources may come from, through `SELECT *` however deep."""
-    pending, seen = list(sources), set[int]()
-    while pending:
-        source = pending.pop()
-        if name := _table_name(source):
-            yield name
-        elif isinstance(source, Scope) and id(source) not in seen:  # a recursive CTE is its own source
-            seen.add(id(source))
-            pending += _starred(source, column)
+def _origins(source: _Source, column: str) -> set[str]:
+    """The stored tables that a column of this source may come from, through `SELECT *` however deep."""
+    if not isinstance(source, Scope):
+        return {_table_name(source)} - {""}
+    return {name for inner in _starred(source, column) for name in _origins(inner, column)}
 
 
-def _starred(scope: Scope, column: str) -> list[exp.Expression | Scope]:
+def _starred(scope: Scope, column: str) -> Iterable[_Source]:
     """The sources of which a subquery passes all columns on, unless it defines the column itself."""
     if scope.set_operation_scopes:
-        return list(scope.set_operation_scopes)
+        return scope.set_operation_scopes
     if not isinstance(scope.expression, exp.Query) or column in scope.expression.named_selects:
         return []
     stars = [projection for projection in scope.expression.selects if projection.is_star]
     if any(isinstance(star, exp.Star) for star in stars):
-        return list(scope.sources.values())
+        return scope.sources.values()
     return [scope.sources[star.table] for star in stars if isinstance(star, exp.Column) and star.table in scope.sources]
 
 
@@ -168,7 +160,7 @@ def parse_links(answer: str) -> Links | None:
 
 
 def parse_python_literal(text: str) -> Links | None:
-    """The links in a Python dict literal, fenced or bare: the label column of older datasets. Never for model answers."""
+    """The links in a Python dict literal, fenced or bare, as older datasets label them. Never for model answers."""
     fenced = _FENCED.search(text)
     literal = fenced[1] if fenced else text.strip()
     if len(literal) > _LONGEST_LITERAL:

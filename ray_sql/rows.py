@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 ROWS_VERSION = 1
 """Raise when the code below makes other rows from the same input."""
 
+FILE = "inputs/rows.parquet"
+"""Where a run's rows lie in its folder."""
+
 Progress = Callable[[int, int], None]
 
 

@@ -42,7 +42,7 @@ ZOO = Schema(
         # What is no column
         ('select id from animals where name = "Leo"', {"Animals": ["Id", "Name"]}),
         ("select id from animals where name = 'boss'", {"Animals": ["Id", "Name"]}),
-        ('select a.id from animals a join keepers k where a.name = "boss"', {"Animals": ["Id", "Name"], "Keepers": ["Boss"]}),
+        ('select 1 from animals a join keepers k where a.name = "boss"', {"Animals": ["Name"], "Keepers": ["Boss"]}),
         ("select count(*) as born from animals order by born", {"Animals": []}),
         ("select name as n, count(*) as c from animals group by n having c > 1 order by c", {"Animals": ["Name"]}),
         ("select a.rowid, a.nothing, nothing from animals a", {"Animals": []}),
@@ -54,7 +54,8 @@ ZOO = Schema(
          {"Animals": ["Name"], "Keepers": ["Boss"]}),
         ("select 1 from animals a where exists (select 1 from keepers where id = a.keeper_id and born > 3)",
          {"Animals": ["Keeper_Id", "Born"], "Keepers": ["Id"]}),
-        ("select t.born from animals t intersect select t.boss from keepers t", {"Animals": ["Born"], "Keepers": ["Boss"]}),
+        ("select t.born from animals t intersect select t.boss from keepers t",
+         {"Animals": ["Born"], "Keepers": ["Boss"]}),
         ("select id from animals union select id from keepers order by id", {"Animals": ["Id"], "Keepers": ["Id"]}),
         ("select n from (select name as n, born from animals) where n > 1", {"Animals": ["Name", "Born"]}),
         ("with k as (select boss as name from keepers) select name from k", {"Keepers": ["Boss"]}),
@@ -62,13 +63,15 @@ ZOO = Schema(
         ("select (select max(boss) from keepers) from animals limit 3", {"Animals": [], "Keepers": ["Boss"]}),
         # Columns that a star passes on
         ("select name from (select * from animals) where born > 3", {"Animals": ["Name", "Born"]}),
-        ("select x.boss from (select k.* from animals a join keepers k on 1) x", {"Animals": [], "Keepers": ["Boss"]}),
+        ("select x.name from (select k.* from animals a join keepers k on 1) x", {"Animals": [], "Keepers": ["Name"]}),
         ("select name from (select *, 1 as name from animals)", {"Animals": []}),
-        ("select name from (select * from animals union select * from keepers)", {"Animals": ["Name"], "Keepers": ["Name"]}),
+        ("select name from (select * from animals union select * from keepers)",
+         {"Animals": ["Name"], "Keepers": ["Name"]}),
         ("with recursive r as (select * from keepers union select * from r) select boss from r", {"Keepers": ["Boss"]}),
         # Joins that name their columns by halves, or not at all
         ("select boss from animals join keepers using (name)", {"Animals": ["Name"], "Keepers": ["Name", "Boss"]}),
-        ("select boss from animals natural join keepers", {"Animals": ["Id", "Name"], "Keepers": ["Id", "Name", "Boss"]}),
+        ("select boss from animals natural join keepers",
+         {"Animals": ["Id", "Name"], "Keepers": ["Id", "Name", "Boss"]}),
         ("select 1", {}),
     ],
 )  # fmt: skip

@@ -90,6 +90,7 @@ def test_many_alike_columns_take_no_time(width: int) -> None:
     assert spider_match(unit, unit[::-1], ordered=False)
     assert spider_match(ring, tuple(row[::-1] for row in ring[::-1]), ordered=False)
     assert not spider_match(ring, rings, ordered=False)  # every column, row and pair of values is as frequent in both
+    assert not spider_match(tuple(row * 4 for row in ring), tuple(row * 4 for row in rings), ordered=False)
     assert time.perf_counter() - started < 5
 
 
@@ -211,7 +212,7 @@ JUDGED = [
     ("SELECT name FROM item", "SELECT price FROM item", "wrong", "wrong rows"),
     ("SELECT name FROM item ORDER BY price", "SELECT name FROM item", "wrong", "wrong rows"),
     ("SELECT name FROM item", "SELECT name FROM item WHERE price > 9", "wrong", "empty"),
-    ("SELECT name FROM item", "SELECT nothing FROM item", "error", "no such column"),
+    ("SELECT name FROM item", "SELECT colour FROM item", "error", "no such column"),
     ("SELECT name FROM item", "SELECT name FROM goods", "error", "no such table"),
     ("SELECT name FROM item", "SELECT name FORM item", "error", "syntax"),
     ("SELECT name FROM item", "The pen.", "error", "syntax"),
@@ -237,7 +238,7 @@ def test_verdicts_and_their_kinds(executor: Executor, shop: Path) -> None:
     found = [(verdict.verdict, classify_error(verdict)) for verdict in verdicts]
     assert found == [(verdict, kind) for *_, verdict, kind in JUDGED]
     assert all((verdict.error is None) == (verdict.verdict == "correct") for verdict in verdicts)
-    assert verdicts == [judge(executor, pair, semantics="spider") for pair in pairs[:0]] + verdicts
+    assert verdicts[2] == judge(executor, pairs[2], semantics="spider")  # the same results, so the same seconds
     crashed = Verdict("error", "crash: the process that ran the query ended with code -9", 0.0)
     assert classify_error(crashed) == "crash"
 

@@ -245,5 +245,7 @@ def _open_database(database: Path) -> _Source:
         # Nobody writes: say so, or a reader would create the two side files, which a worker may not.
         return _Source(f"{uri}&immutable=1", state)
     if not index.exists():
-        raise DataError(f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 to merge")
+        raise DataError(
+            f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 to merge"
+        )
     return _Source(uri, (*state, written.st_size, written.st_mtime_ns))

@@ -1,7 +1,7 @@
 """Database schemas: values, two ways to read them, the part that a query needs, and the text that a prompt shows.
 
-`values` holds the dataclasses and `restrict`, `reflection` reads a live database, `tables_json` reads Spider's and BIRD's
-file, `text` renders. Import from here.
+`values` holds the dataclasses and `restrict`, `reflection` reads a live database, `tables_json` reads Spider's and
+BIRD's file, `text` renders. Import from here.
 """
 
 from ray_sql.schema.reflection import reflect

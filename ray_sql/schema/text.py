@@ -41,8 +41,8 @@ _SHORT_TYPES = {
 def render(schema: Schema, serializer: Serializer) -> str:
     """The schema as text, without a final newline; a schema without tables is empty text in `ddl` and `compact`.
 
-    `ddl`: one CREATE TABLE per table, a line per column and key. `compact`: one line per table. `m_schema`: the M-Schema
-    of XiYan-SQL (arXiv 2411.08599), the only form that shows example values.
+    `ddl`: one CREATE TABLE per table, a line per column and key. `compact`: one line per table, types shortened.
+    `m_schema`: the M-Schema of XiYan-SQL (arXiv 2411.08599), the only form that shows example values.
     """
     if serializer == "ddl":
         return "\n\n".join(_ddl_table(table) for table in schema.tables)

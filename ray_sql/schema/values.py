@@ -18,7 +18,7 @@ Form = Literal["full", "tables", "reduced"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column; `type` is the source's own word and may be empty, `examples` are values it holds, most frequent first."""
+    """A column; `type` is the source's own word, maybe empty; `examples` are values it holds, most frequent first."""
 
     name: str
     type: str
@@ -96,9 +96,10 @@ def _table_from_dict(value: Mapping[str, Any]) -> Table:
 def restrict(schema: Schema, links: Links, form: Form) -> Schema:
     """The part of a schema that `links` name, in the schema's own order; unknown names are ignored.
 
-    `full` is the schema unchanged, `tables` the linked tables whole, `reduced` only their linked columns, with primary keys and
-    the foreign-key columns that join two kept tables. A key to a dropped table is dropped; links without a known
-    table leave no table at all. A table that would have no column keeps its first one, because SQL has no empty tables.
+    `full` is the schema unchanged, `tables` the linked tables whole, `reduced` only their linked columns, with primary
+    keys and both ends of the foreign keys that join two kept tables. A foreign key to a dropped table is dropped; links
+    without a known table leave no table at all. A table that would have no column keeps its first one, because SQL
+    has no tables without columns.
     """
     if form == "full":
         return schema

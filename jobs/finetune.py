@@ -1,0 +1,21 @@
+"""Fine-tune a small model for text-to-SQL or schema linking, and measure it by executing its SQL.
+
+    python -m jobs.finetune --model_name Qwen/Qwen2.5-0.5B-Instruct --output_name qwen-sql --task_type sql --dataset_id path/to/spider
+    ray job submit --working-dir . -- python -m jobs.finetune --config jobs/configs/spider-sql.yaml
+
+Every setting: `--help`, or docs/settings.md. `--dry_run` shows one example and the plan, and stops.
+"""
+
+from ray_sql import cli
+from ray_sql.config import Config
+
+
+def finetune(config: Config) -> None:
+    """Train and measure, or only show the plan."""
+    from ray_sql import finetune
+
+    (finetune.dry_run if config.dry_run else finetune.run)(config)
+
+
+if __name__ == "__main__":
+    cli.main(finetune, Config)

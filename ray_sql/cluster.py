@@ -1,0 +1,198 @@
+"""Run a function on N worker processes: Ray Train's TorchTrainer around it, what they say brought back to the driver.
+
+With `scaling.num_workers` 0 the function runs in this process and Ray is not started. Otherwise this process joins the cluster it
+was submitted to, or starts Ray on this machine. Workers speak through a queue, not through `ray.train.report`: a report
+is a barrier over all ranks and is throttled by the controller's poll, a point on the loss curve needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import errors
+from ray_sql.config import Config
+from ray_sql.errors import RaySqlError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+    from ray.train import ScalingConfig
+    from ray.util.queue import Queue
+
+log = logging.getLogger(__name__)
+
+Point = dict[str, Any]
+OnPoint = Callable[[Point], None]
+Loop = Callable[[dict[str, Any]], dict[str, Any]]
+
+ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch pickles every Dataset.map with the whole module
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is also how long every report waits
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; unset, every worker prints a warning about it
+}
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str) -> dict[str, Any]:
+    """Call `loop(plan)` on every worker and return what rank 0 returned; `plan["emit"](point)` reaches `on_point` here.
+
+    A worker that dies is restarted with all others, `scaling.max_failures` times. Raises the `RaySqlError` that rank 0 raised,
+    and `TrainingError` when the restarts are used up.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if config.scaling.num_workers == 0:
+        from ray.train import ScalingConfig
+
+        trainer = TorchTrainer(loop, train_loop_config={**plan, "emit": on_point}, scaling_config=ScalingConfig(num_workers=0))
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
+        return dict(trainer.fit().return_value)
+    start_ray()
+    with _Channel(on_point) as channel:
+        return _fit(loop, {**plan, "emit": Sender(channel.queue)}, config, run_dir)
+
+
+def start_ray() -> None:
+    """Join the cluster this process belongs to, or start Ray on this machine; does nothing if that has happened."""
+    import ray
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
+
+
+def scaling_config(config: Config) -> ScalingConfig:
+    """Ray's ScalingConfig: a GPU each where the cluster has any, else an equal share of its CPUs."""
+    import ray
+    from ray.train import ScalingConfig
+
+    total = ray.cluster_resources()
+    use_gpu = total.get("GPU", 0) > 0 if config.scaling.use_gpu is None else config.scaling.use_gpu
+    resources = config.scaling.resources_per_worker
+    if resources is None and not use_gpu:
+        resources = {"CPU": max(1, int(total.get("CPU", 1) // config.workers))}
+    return ScalingConfig(num_workers=config.scaling.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+def claim_device() -> torch.device:
+    """The device of the worker that calls this: the GPU Ray gave it, or the CPU with its equal share of the machine's cores.
+
+    Ray lets a CPU worker use one thread unless told otherwise.
+    """
+    import ray.train.torch
+    import torch
+
+    if torch.cuda.is_available():
+        return ray.train.torch.get_device()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
+    return torch.device("cpu")
+
+
+class Sender:
+    """The worker's end of the channel; a lost driver or queue costs points, never the run."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._lost = False
+
+    def __call__(self, point: Point) -> None:
+        from ray.exceptions import RayError
+
+        if self._lost:
+            return
+        try:
+            self._queue.put_nowait(point)
+        except RayError as error:
+            self._lost = True
+            log.warning("progress can no longer be sent to the driver: %s", error)
+
+
+class _Channel:
+    """The driver's end: a queue in the cluster and a thread that hands its points to `on_point`, in order."""
+
+    def __init__(self, on_point: OnPoint) -> None:
+        from ray.util.queue import Queue
+
+        self.queue = Queue(actor_options={"num_cpus": 0})
+        self._on_point = on_point
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._drain, name="ray_sql-points", daemon=True)
+
+    def __enter__(self) -> _Channel:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.queue.shutdown(force=True)
+
+    def _drain(self) -> None:
+        from ray.exceptions import RayError
+        from ray.util.queue import Empty
+
+        while True:
+            ended = self._done.is_set()  # read before the queue: what was sent before the end is then sure to be seen
+            try:
+                point = self.queue.get(timeout=0.5)
+            except Empty:
+                if ended:
+                    return
+                continue
+            except RayError as error:
+                log.warning("the workers' points can no longer be read: %s", error)
+                return
+            self._on_point(point)
+
+
+def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    trainer = TorchTrainer(
+        _Guarded(loop),
+        train_loop_config=plan,
+        scaling_config=scaling_config(config),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_dir,
+            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    try:
+        returned = dict(trainer.fit().return_value)
+    except TrainingFailedError as error:
+        raise TrainingError(
+            f"the workers failed {config.scaling.max_failures + 1} times, the last time with: {_last_line(error)}. Run the same "
+            "command again to go on from the last checkpoint; more restarts: --scaling.max_failures"
+        ) from error
+    if "user_error" in returned:
+        kind, message = returned["user_error"]
+        raise getattr(importlib.import_module(errors.__name__), kind)(message)
+    return returned
+
+
+class _Guarded:
+    """A loop whose user errors are returned, not raised: Ray would restart the workers only to meet them again."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def __call__(self, plan: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._loop(plan)
+        except RaySqlError as error:
+            return {"user_error": (type(error).__name__, str(error))}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,276 @@
+"""One training run from end to end: prepare, record, train, measure, report.
+
+The stages are functions that meet in the run's folder, so a run that was cut off anywhere goes on when the same command is given
+again, and a finished one is shown, not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ray_sql import checkpoints, cluster, measure, plots, prepare, tracking, train
+from ray_sql.config import Config, EvaluateConfig
+from ray_sql.display import Display, percent
+from ray_sql.measure import Measured
+from ray_sql.prepare import Prepared
+from ray_sql.train import FitResult
+
+RUN_FILE = "run.json"
+"""Which MLflow run belongs to a run's folder, so that a restarted driver goes on with it."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and measure as `config` says; returns what `metrics.json` holds. Raises `RaySqlError` for what the user can fix."""
+    with Display() as display:
+        earlier = prepare.earlier_run(config)
+        if earlier is not None:
+            display.line(f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again.")
+            show(earlier, config, display)
+            return earlier
+        prepared = prepare.prepare(config, display.counter("reading data"))
+        for line in prepare.plan(prepared, config):
+            display.line(line)
+        prepare.write_inputs(prepared, config)
+        record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
+        status: tracking.Status = "FAILED"
+        try:
+            metrics = _train_and_measure(config, prepared, record, display)
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            record.end(status)
+        show(metrics, config, display)
+    return metrics
+
+
+def dry_run(config: Config) -> None:
+    """Resolve everything, show one rendered example, the audit and the plan; starts and writes nothing but caches."""
+    from ray_sql import rows
+
+    with Display() as display:
+        prepare.earlier_run(config.changed({"overwrite": False})) if not config.overwrite else None
+        prepared = prepare.prepare(config, display.counter("reading data"))
+        example = prepared.corpus.splits["train"][0]
+        row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
+        display.line("--- prompt ---")
+        display.line(str(prepared.tokenizer.decode(row.input_ids[: row.prompt_length])))
+        display.line("--- answer (carries the loss) ---")
+        display.line(str(prepared.tokenizer.decode(row.input_ids[row.prompt_length :])))
+        display.line("--- plan ---")
+        for line in prepare.plan(prepared, config):
+            display.line(line)
+
+
+def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
+    """The MLflow run of this training run: the one an earlier attempt began, or a new one; nothing where `start` is None."""
+    spool = Path(config.cache) / "spool" / f"{config.output_name}-{config.identity()}.jsonl"
+    if start is None:
+        return tracking.disabled(spool)
+    text = checkpoints.read_text(f"{config.run_dir}/{RUN_FILE}")
+    record: tracking.Run = start(
+        config.public(),
+        name=config.output_name,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        tags=_tags(config, prepared),
+        spool=spool,
+        run_id=json.loads(text)["mlflow_run_id"] if text else None,
+    )
+    checkpoints.write_text(
+        f"{config.run_dir}/{RUN_FILE}", json.dumps({"mlflow_run_id": record.run_id, "tracking_uri": record.uri}) + "\n"
+    )
+    for split in ("train", *config.split):
+        record.dataset(config.dataset_id[:500], prepared.corpus.fingerprint(), config.dataset_id, split)
+    return record
+
+
+def _tags(config: Config, prepared: Prepared) -> dict[str, str]:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    tags = {
+        "task_type": config.task_type,
+        "data_fingerprint": prepared.corpus.fingerprint(),
+        "template_hash": str(prepared.contract["template_hash"]),
+        "git_commit": done.stdout.strip() if done.returncode == 0 else "",
+        "ray_job_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def _train_and_measure(config: Config, prepared: Prepared, record: tracking.Run, display: Display) -> dict[str, Any]:
+    started = time.monotonic()
+    points = _Points(config, record, display)
+    fitted = train.fit(config, prepared.model_folder, points)
+    display.line(f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}")
+    measured = measure.of_models(
+        config,
+        prepared.questions(config),
+        prepared.corpus.schemas,
+        prepared.model_folder,
+        f"{config.run_dir}/adapter",
+        display,
+        points,
+    )
+    metrics = {
+        "task_type": config.task_type,
+        "model_name": config.model_name,
+        "dataset_id": config.dataset_id,
+        "data_fingerprint": prepared.corpus.fingerprint(),
+        "identity": config.identity(),
+        "mlflow_run_id": record.run_id,
+        "tracking_uri": record.uri,
+        "best_step": fitted.best.step,
+        "steps": fitted.steps,
+        "training_seconds": round(fitted.seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        **measure.summarise(measured, config),
+    }
+    points.close()
+    measure.write(config.run_dir, measured, metrics)
+    log_results(record, config, measured, metrics)
+    return metrics
+
+
+def _validation_line(fitted: FitResult) -> str:
+    measured = {name.split("/")[-1]: value for name, value in fitted.best.metrics.items()}
+    if fitted.best.objective is None:
+        return "the last one: no validation questions to choose by"
+    name = "execution_accuracy" if "execution_accuracy" in measured else "strict_recall"
+    return f"chosen by {name} {percent(measured[name])} on {measured['n']:.0f} validation questions"
+
+
+def log_results(record: tracking.Run, config: Config, measured: Measured, metrics: Mapping[str, Any]) -> None:
+    """The scores, per-question table, figures and files of a run, in MLflow."""
+    from ray_sql.evaluate import flat
+
+    for name in measured:
+        for split, scores in metrics[name].items():
+            record.log(metrics.get("steps", 0), flat(scores, f"{name}/{split}"))
+    shown = ("model", "split", "db_id", "hardness", "verdict", "error", "question", "gold", "predicted")
+    rows = [{"model": name, **row} for name, judged in measured.items() for row in judged]
+    record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
+    for file, figure in plots.figures(metrics, measured).items():
+        record.figure(figure, f"figures/{file}")
+    if "://" not in config.run_dir:
+        for name in ("config.json", "contract.json", "metrics.json", "predictions.jsonl", "gold_errors.jsonl"):
+            if (path := Path(config.run_dir) / name).is_file():
+                record.artifact(path)
+        if (adapter := Path(config.run_dir) / "adapter").is_dir():
+            record.artifact(adapter, "adapter")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
+    with Display() as display:
+        if config.predictions_file:
+            measured = measure.of_file(config, display)
+        else:
+            measured = _evaluate_models(config, display)
+        metrics = {"task_type": config.task_type, "dataset_id": config.dataset_id, **measure.summarise(measured, config)}
+        measure.write(config.run_dir, measured, metrics)
+        show(metrics, config, display)
+    return metrics
+
+
+def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
+    from ray_sql import data, generate, models
+
+    corpus = data.load_split(config, config.split)
+    folder, revision = models.resolve(config)
+    if config.adapter:
+        config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
+        measure.check_adapter(config, folder, revision)
+    tokenizer = models.load_tokenizer(folder)
+    asked = []
+    for split in config.split:
+        examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+        asked += generate.questions(examples, split, corpus, tokenizer, config)
+    points = _Points(config, tracking.disabled(Path()), display)
+    return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
+
+
+def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
+    """The result as a table for people, and where everything is."""
+    models = [name for name in ("base", "tuned", "file") if name in metrics]
+    name, title = ("execution_accuracy", "execution accuracy") if metrics["task_type"] == "sql" else ("strict_recall", "strict recall")
+    table = Table(title=f"{config.output_name}: {title} [95 % interval]", title_justify="left")
+    for column in ("split", "", "n", *models):
+        table.add_column(column, justify="right" if column in models or column == "n" else "left")
+    for split, scores in metrics[models[-1]].items():
+        by_model = [metrics[model][split] for model in models]
+        table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"]) for s in by_model))
+        if metrics["task_type"] == "sql":
+            table.add_row("", "valid SQL", "", *(percent(s["valid_sql"]) for s in by_model))
+            for level, group in scores["by_hardness"].items():
+                cells = [percent(s["by_hardness"][level]["execution_accuracy"]) for s in by_model]
+                table.add_row("", f"  {level}", str(group["n"]), *cells)
+        else:
+            for key in ("exact_match", "table_f1", "column_f1", "unparsable"):
+                table.add_row("", key.replace("_", " "), "", *(percent(s.get(key, 0.0)) for s in by_model))
+        if scores["gold_errors"]:
+            table.add_row("", "gold fails (not counted)", str(scores["gold_errors"]))
+        table.add_section()
+    display.console.print(table)
+    for split, test in metrics.get("compared", {}).items():
+        display.line(
+            f"{split}: tuned alone is right on {test['only_tuned']}, base alone on {test['only_base']} (McNemar p = {test['mcnemar_p']:.2g})"
+        )
+    if "training_seconds" in metrics:
+        display.line(f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s")
+        display.line(f"adapter      {config.run_dir}/adapter")
+    display.line(f"predictions  {config.run_dir}/predictions.jsonl")
+    if metrics.get("mlflow_run_id"):
+        display.line(f"MLflow run   {metrics['mlflow_run_id']}")
+        display.line(f"MLflow UI    make ui    (mlflow ui --backend-store-uri {metrics['tracking_uri']})")
+
+
+class _Points:
+    """What workers say, passed on to the display, MLflow and TensorBoard, each step once."""
+
+    def __init__(self, config: Config, record: tracking.Run, display: Display) -> None:
+        self._config, self._record, self._display = config, record, display
+        self._writer: Any = None
+        self._newest = -1
+
+    def __call__(self, point: cluster.Point) -> None:
+        if point["kind"] == "answers":
+            self._display.update(f"answering with {point['model']}", point["done"], point["total"])
+            return
+        values = {name if "/" in name else f"train/{name}": value for name, value in point["values"].items()}
+        if point["kind"] == "train":
+            self._display.train(point["step"], point["steps"], point["values"])
+        else:
+            self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
+        self._record.log(point["step"], values)
+        self._tensorboard(point["step"], values)
+
+    def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
+        if "://" in self._config.run_dir:
+            return  # TensorBoard writes local files only; MLflow has the same points
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(f"{self._config.run_dir}/logs")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _scores(values: Mapping[str, float]) -> str:
+    for name in ("execution_accuracy", "strict_recall"):
+        if f"validation/{name}" in values:
+            return f", validation {name} {percent(values[f'validation/{name}'])} of {values['validation/n']:.0f}"
+    return ""

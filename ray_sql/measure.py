@@ -1,0 +1,168 @@
+"""Measure models on the splits that are to be scored: answers, verdicts, and the files and MLflow records that hold them.
+
+`of_models` asks a base model and its adapter on the workers; `of_file` scores predictions that somebody else made, with no model
+loaded. Both end in the same rows and the same `metrics.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_sql import checkpoints, cluster, data, evaluate, generate, models, prompts
+from ray_sql.config import Config, EvaluateConfig, absolute
+from ray_sql.display import Display
+from ray_sql.errors import ContractError, DataError
+from ray_sql.evaluate import Row
+from ray_sql.generate import Answer, Question
+from ray_sql.metrics import hardness, mcnemar
+from ray_sql.schema import Schema
+
+Measured = dict[str, list[Row]]
+"""Judged rows of all splits, by model: `base`, `tuned`, or `file`."""
+
+
+def of_models(
+    config: Config,
+    asked: Sequence[Question],
+    schemas: Mapping[str, Schema],
+    model_folder: str,
+    adapter: str | None,
+    display: Display,
+    on_point: cluster.OnPoint,
+) -> Measured:
+    """Ask the base model (if `evaluate.baseline`, or without an adapter) and the base with `adapter`, and judge the answers."""
+    wanted = (["base"] if config.evaluate.baseline or adapter is None else []) + (["tuned"] if adapter else [])
+    known = config.cache / "answers" / f"{_base_key(config, asked, model_folder)}.json"
+    said: dict[str, list[Any]] = {"base": json.loads(known.read_text())} if "base" in wanted and known.is_file() else {}
+    missing = [name for name in wanted if name not in said]
+    if missing:
+        plan = {
+            "config": config.public(),
+            "model_folder": model_folder,
+            "adapter": adapter,
+            "models": missing,
+            "questions": generate.dump(asked),
+        }
+        said |= cluster.run_workers(generate.answer_loop_per_worker, plan, config, on_point, config.run_dir)["answers"]
+    if "base" in missing:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(said["base"]))
+    return {
+        name: evaluate.score(
+            asked, [Answer(**one) for one in said[name]], config, schemas, display.counter(f"executing {name}'s SQL")
+        )
+        for name in wanted
+    }
+
+
+def of_file(config: EvaluateConfig, display: Display) -> Measured:
+    """Judge the predictions of `config.predictions_file` against the gold of the dataset's splits, or their own."""
+    path = absolute(config.predictions_file or "")
+    corpus = data.load_split(config, config.split)
+    examples = [(split, example) for split in config.split for example in corpus.splits[split]]
+    by_id = {example.id: (split, example) for split, example in examples}
+    predictions = read_predictions(path)
+    if not any("id" in p for p in predictions) and not all("gold" in p for p in predictions) and len(predictions) != len(examples):
+        raise DataError(
+            f"{path}: {len(predictions)} lines, but --split {','.join(config.split)} has {len(examples)} examples; without ids the "
+            "two must be in the same order and equal in number"
+        )
+    rows, databases = [], []
+    for number, prediction in enumerate(predictions):
+        split, example = by_id.get(str(prediction["id"]), ("", None)) if "id" in prediction else examples[number]
+        own = "db_id" in prediction and "gold" in prediction
+        if example is None and not own:
+            raise DataError(
+                f"{path}, line {number + 1}: id {prediction['id']!r} is not in --split {','.join(config.split)}, and the line has no "
+                "db_id and gold of its own"
+            )
+        db_id = str(prediction["db_id"]) if own else example.db_id  # type: ignore[union-attr]
+        gold = str(prediction["gold"]) if own else example.gold  # type: ignore[union-attr]
+        if own and db_id not in corpus.databases:
+            raise DataError(f"{path}, line {number + 1}: unknown db_id {db_id!r}; the dataset has no database of that name")
+        rows.append(_file_row(prediction, example, split or "file", db_id, gold, number))
+        databases.append(corpus.databases.get(db_id))
+    schemas = corpus.schemas
+    judged = evaluate.judge_rows(rows, databases, config, schemas, display.counter("executing predictions"))
+    return {"file": judged}
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Predictions from JSON lines with `predicted`, or from a text file with one SQL query a line (what follows a tab is cut)."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--predictions_file {path}: cannot be read as UTF-8 text ({error})") from None
+    if lines and not lines[-1]:
+        lines.pop()
+    if not lines or not lines[0].lstrip().startswith("{"):
+        return [{"predicted": line.split("\t")[0]} for line in lines]
+    records = data.read_records(path) if path.suffix == ".jsonl" else [json.loads(line) for line in lines]
+    for number, record in enumerate(records, 1):
+        if "predicted" not in record:
+            raise DataError(f"{path}, line {number}: no field 'predicted'; found {', '.join(sorted(record))}")
+    return records
+
+
+def summarise(measured: Measured, config: Config) -> dict[str, dict[str, Any]]:
+    """Scores by model and split, and `compared`: the paired test of tuned against base on the questions both answered."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name, rows in measured.items():
+        splits = dict.fromkeys(row["split"] for row in rows)
+        summary[name] = {s: evaluate.summarise([row for row in rows if row["split"] == s], config) for s in splits}
+    if "base" in measured and "tuned" in measured:
+        summary["compared"] = {split: _compare(measured, split) for split in summary["tuned"]}
+    return summary
+
+
+def write(run_dir: str, measured: Measured, metrics: Mapping[str, Any]) -> None:
+    """`predictions.jsonl` (of the tuned model where there is one), `base_predictions.jsonl` beside it, then `metrics.json`."""
+    for name, rows in measured.items():
+        main = name != "base" or len(measured) == 1
+        checkpoints.write_text(f"{run_dir}/{'' if main else 'base_'}predictions.jsonl", evaluate.dump(rows))
+    checkpoints.write_text(f"{run_dir}/metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | None) -> None:
+    """Raise `ContractError` if the adapter was trained under another prompt, schema text, tokenizer or base model."""
+    saved = checkpoints.read_text(f"{config.adapter}/contract.json")
+    if saved is None:
+        raise ContractError(f"--adapter {config.adapter}: holds no contract.json; give the adapter folder of a ray_sql run")
+    current = prompts.contract(config, models.load_tokenizer(model_folder), revision)
+    prompts.check_contract(json.loads(saved), current, f"{config.adapter}")
+
+
+def _base_key(config: Config, asked: Sequence[Question], model_folder: str) -> str:
+    """Changes with whatever a base model's answers depend on: its weights' identity, precision, limits and the prompts."""
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(model_folder).iterdir())
+    settings = [config.quantization.model_dump(), str(models.compute_dtype(config)), config.evaluate.max_new_tokens]
+    parts = [model_folder, files, settings, config.eval_batch_size, [question.input_ids for question in asked]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _file_row(prediction: Mapping[str, Any], example: Any, split: str, db_id: str, gold: str, number: int) -> Row:
+    return {
+        "id": str(prediction.get("id", example.id if example else number)),
+        "split": split,
+        "db_id": db_id,
+        "hardness": (example.hardness if example else None) or hardness(gold),
+        "question": prediction.get("question") or (example.question if example else ""),
+        "gold": gold,
+        "predicted": prediction["predicted"],
+    }
+
+
+def _compare(measured: Measured, split: str) -> dict[str, Any]:
+    """McNemar's exact test on the questions of a split; rows of both models are in the same order."""
+    pairs = [
+        (base["verdict"] == "correct", tuned["verdict"] == "correct")
+        for base, tuned in zip(measured["base"], measured["tuned"], strict=True)
+        if tuned["split"] == split and tuned["verdict"] != "gold_error"
+    ]
+    only_base, only_tuned = sum(b and not t for b, t in pairs), sum(t and not b for b, t in pairs)
+    return {"only_base": only_base, "only_tuned": only_tuned, "mcnemar_p": mcnemar(only_base, only_tuned)}
+

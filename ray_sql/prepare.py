@@ -1,0 +1,148 @@
+"""Everything before the first worker starts: data, base model, rows, audit, contract, and the inputs that workers read.
+
+`prepare` is what a training run, a dry run and the pre-flight check have in common; it needs no cluster and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import checkpoints, data, evaluate, generate, models, prompts, rows
+from ray_sql.config import Config
+from ray_sql.data import Corpus
+from ray_sql.errors import ConfigError, StoreError
+from ray_sql.generate import Question
+from ray_sql.rows import Audit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from. `gold_errors` are gold queries that do not run, over all splits, as rows with id and error."""
+
+    corpus: Corpus
+    model_folder: str
+    tokenizer: PreTrainedTokenizerBase
+    rows_file: Path
+    audit: Audit
+    contract: dict[str, Any]
+    gold_errors: list[dict[str, Any]]
+
+    def questions(self, config: Config) -> list[Question]:
+        """The questions that will be scored, at most `evaluate.limit` of each split."""
+        return [question for split in config.split for question in self._asked(split, config, config.evaluate.limit)]
+
+    def validation(self, config: Config) -> list[Question]:
+        """The validation questions that choose the best checkpoint; only those whose gold runs."""
+        if not config.evaluate.select_examples:
+            return []
+        failing = {(row["split"], row["id"]) for row in self.gold_errors}
+        asked = self._asked("validation", config, None)
+        usable = [q for q in asked if q.gold and (config.task_type == "schema" or q.database)]
+        return list(data.sample([q for q in usable if (q.split, q.id) not in failing], config.evaluate.select_examples, config.seed))
+
+    def _asked(self, split: str, config: Config, limit: int | None) -> list[Question]:
+        examples = data.sample(self.corpus.splits[split], limit, config.seed)
+        return generate.questions(examples, split, self.corpus, self.tokenizer, config)
+
+
+def prepare(config: Config, progress: Progress | None = None) -> Prepared:
+    """Load and check all that `config` names. Raises a `RaySqlError` for whatever the user can fix, before anything is written
+    outside the cache."""
+    corpus = data.load(config)
+    folder, revision = models.resolve(config)
+    tokenizer = models.load_tokenizer(folder)
+    file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
+    contract = prompts.contract(config, tokenizer, revision)
+    return Prepared(corpus, folder, tokenizer, file, audit, contract, gold_errors(corpus, config, progress))
+
+
+def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Gold queries that do not run, found once per content of the data; examples without a database are not among them."""
+    file = config.cache / "gold" / f"{corpus.fingerprint()}-{config.evaluate.timeout:g}.json"
+    if file.is_file():
+        return list(json.loads(file.read_text()))
+    examples = [(split, e) for split in corpus.splits for e in corpus.splits[split] if _is_sqlite(corpus.databases.get(e.db_id))]
+    golds = [(f"{split}\0{e.id}", corpus.databases[e.db_id], e.gold) for split, e in examples]
+    failing = []
+    for row in evaluate.failing_gold(golds, config, progress):
+        split, _, name = row["id"].partition("\0")
+        failing.append(row | {"split": split, "id": name})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(failing))
+    return failing
+
+
+def write_inputs(prepared: Prepared, config: Config) -> None:
+    """Lay out the run's folder: settings, contract, rows, validation questions, and the gold queries that do not run."""
+    run_dir = config.run_dir
+    checkpoints.write_text(f"{run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
+    checkpoints.write_text(f"{run_dir}/contract.json", json.dumps(prepared.contract, indent=2) + "\n")
+    checkpoints.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
+    checkpoints.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(prepared.validation(config)))
+    if prepared.gold_errors:
+        checkpoints.write_text(f"{run_dir}/gold_errors.jsonl", evaluate.dump(prepared.gold_errors))
+
+
+def earlier_run(config: Config) -> dict[str, Any] | None:
+    """The metrics of an earlier run of the same settings under this name; None if there is none or it did not end.
+
+    Removes it first where `overwrite` is set. Raises `ConfigError` if the name holds a run of other settings, `StoreError`
+    if it holds something else.
+    """
+    run_dir = config.run_dir
+    saved = checkpoints.read_text(f"{run_dir}/config.json")
+    if config.overwrite and saved is not None:
+        checkpoints.remove(run_dir)
+        saved = None
+    if saved is None:
+        if checkpoints.exists(run_dir):
+            raise StoreError(f"{run_dir}: exists, but is no run of ray_sql (no config.json); choose another --output_name")
+        return None
+    earlier = type(config)(**json.loads(saved))
+    if earlier.identity() != config.identity():
+        raise ConfigError(
+            f"{run_dir} holds a run of other settings ({_difference(earlier, config)}); choose another --output_name, or replace "
+            "it with --overwrite"
+        )
+    metrics = checkpoints.read_text(f"{run_dir}/metrics.json")
+    return json.loads(metrics) if metrics else None
+
+
+def plan(prepared: Prepared, config: Config) -> Iterator[str]:
+    """What a run would do, in lines for people."""
+    corpus, audit = prepared.corpus, prepared.audit
+    steps = config.steps(audit.rows)
+    yield f"data      {config.dataset_id}, fingerprint {corpus.fingerprint()}, {len(corpus.schemas)} databases"
+    for line in data.leakage(corpus):
+        yield f"          {line}"
+    by_split = {split: sum(row["split"] == split for row in prepared.gold_errors) for split in corpus.splits}
+    failing = ", ".join(f"{count} in {split}" for split, count in by_split.items() if count)
+    yield f"gold      {f'queries that do not run: {failing}; kept out of the scores' if failing else 'every query runs'}"
+    yield f"rows      {audit.line()}"
+    yield (
+        f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "
+        f"{config.workers} workers), a checkpoint every {config.save_steps}"
+    )
+    yield f"scoring   {', '.join(f'{len(corpus.splits[s])} on {s}' for s in config.split)}, semantics {config.evaluate.semantics}"
+    yield f"run       {config.run_dir}"
+
+
+def _is_sqlite(database: str | None) -> bool:
+    return database is not None and "://" not in database
+
+
+def _difference(old: Config, new: Config) -> str:
+    from ray_sql.tracking import flatten
+
+    before, after = flatten(old.public()), flatten(new.public())
+    changed = [f"{key} {before.get(key)!r} there, {value!r} here" for key, value in after.items() if before.get(key) != value]
+    return "; ".join(changed[:3]) or "other data"

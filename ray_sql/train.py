@@ -1,0 +1,159 @@
+"""Train an adapter on N workers: Ray Train around `trainer`, checkpoints, restarts, and the choice of the best checkpoint.
+
+`fit` runs on the driver, `train_loop_per_worker` on every worker. They meet in the run's folder: rows and validation questions
+lie there before workers start, checkpoints appear there while they run, and a restarted worker group goes on from the
+newest complete one. At every save the validation questions are answered by all ranks and judged on rank 0.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import checkpoints, cluster, evaluate, generate, models, rows, trainer
+from ray_sql.checkpoints import Checkpoint
+from ray_sql.config import Config
+from ray_sql.errors import ModelError, TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished training run: its last step and its best checkpoint, whose adapter lies in `<run_dir>/adapter`."""
+
+    steps: int
+    best: Checkpoint
+    seconds: float
+
+
+def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResult:
+    """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
+
+    Raises `TrainingError` where the loss diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
+    """
+    started = time.monotonic()
+    run_dir = config.run_dir
+    start_from = starting_point(config, model_folder)
+    plan = {"config": config.public(), "model_folder": model_folder, "start_from": start_from}
+    outcome = cluster.run_workers(train_loop_per_worker, plan, config, on_point, run_dir)
+    if outcome["failure"]:
+        raise TrainingError(outcome["failure"])
+    best = checkpoints.best(checkpoints.complete(run_dir))
+    if best is None:
+        raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoints.fetch(best.uri, Path(scratch) / "best")
+        for file in folder.iterdir():
+            if file.name not in ADAPTER_FILES:
+                file.unlink()
+        for name in ("config.json", "contract.json"):  # an adapter carries its recipe wherever it is copied to
+            checkpoints.fetch_file(f"{run_dir}/{name}", folder / name)
+        checkpoints.put(folder, f"{run_dir}/adapter")
+    return FitResult(outcome["step"], best, time.monotonic() - started)
+
+
+def starting_point(config: Config, model_folder: str) -> str | None:
+    """The checkpoint that `prev_checkpoint` names, checked against this run; later ones of this run are removed.
+
+    Raises `ModelError` if it is missing, incomplete, or of another base model or LoRA rank.
+    """
+    if config.prev_checkpoint is None:
+        return None
+    name = config.prev_checkpoint
+    own = "/" not in name and not Path(name).is_dir()
+    uri = f"{config.run_dir}/{name}" if own else name if "://" in name else str(Path(name).expanduser().absolute())
+    found = checkpoints.read(uri)
+    if found is None:
+        have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
+        raise ModelError(f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer.check_resumable(checkpoints.fetch(uri, Path(scratch)), model_folder, config)
+    for checkpoint in checkpoints.complete(config.run_dir):
+        if checkpoint.step > found.step:
+            checkpoints.remove(checkpoint.uri)
+    return uri
+
+
+def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
+    """One worker's training run; returns its `trainer.Outcome` as a dict."""
+    import ray.train
+
+    config = Config(**plan["config"])
+    context = ray.train.get_context()
+    base = models.load_base(plan["model_folder"], config, cluster.claim_device())
+    tokenizer = models.load_tokenizer(plan["model_folder"])
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        local = Path(scratch)
+        data = rows.read(checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", local / "rows.parquet"))
+        resume_from = _resume(config, plan["start_from"], local)
+        judge = _Validation(config, tokenizer)
+        reporter = _Reporter(config, judge, plan["emit"], data["input_ids"], context.get_world_rank())
+        outcome = trainer.train(
+            base, tokenizer, data, config, scratch=local, resume_from=resume_from, on_log=reporter.on_log, on_save=reporter.on_save
+        )
+    return asdict(outcome)
+
+
+def _resume(config: Config, start_from: str | None, scratch: Path) -> Path | None:
+    """The newest complete checkpoint of this run, else the one the user named, as a local folder."""
+    own = checkpoints.complete(config.run_dir)
+    uri = own[-1].uri if own else start_from
+    return None if uri is None else checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
+
+
+class _Reporter:
+    """What happens at a log and at a save: points to the driver, validation, the checkpoint to storage."""
+
+    def __init__(self, config: Config, judge: _Validation, emit: cluster.OnPoint, input_ids: Sequence[Sequence[int]], rank: int) -> None:
+        self._config, self._judge, self._emit, self._rank = config, judge, emit, rank
+        self._tokens_per_step = sum(map(len, input_ids)) / max(1, len(input_ids)) * config.global_batch
+        self._last: tuple[int, float] | None = None
+
+    def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        kept = {name: values[name] for name in ("loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy") if name in values}
+        if self._last is not None and now > self._last[1]:
+            per_second = (step - self._last[0]) / (now - self._last[1])
+            kept |= {"steps_per_second": per_second, "tokens_per_second": per_second * self._tokens_per_step}
+        self._last = (step, now)
+        self._emit({"kind": "train", "step": step, "steps": steps, "values": kept})
+
+    def on_save(self, step: int, folder: Path, model: PreTrainedModel) -> None:
+        import ray.train
+
+        started = time.monotonic()
+        scores = self._judge(model)
+        if self._rank == 0:
+            objective, tie_break = evaluate.objective(scores) if scores else (None, None)
+            metrics = evaluate.flat(scores, "validation") if scores else {}
+            checkpoints.save(folder, self._config.run_dir, step, {"objective": objective, "tie_break": tie_break, "metrics": metrics})
+            checkpoints.prune(self._config.run_dir)
+            self._emit({"kind": "validation", "step": step, "values": metrics})
+        ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
+        if self._last is not None:  # time spent here is not training time
+            self._last = (self._last[0], self._last[1] + time.monotonic() - started)
+
+
+class _Validation:
+    """Answers a fixed set of validation questions, each rank its share, and judges them on rank 0."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
+        self._config, self._tokenizer = config, tokenizer
+
+    def __call__(self, model: PreTrainedModel) -> Mapping[str, Any] | None:
+        """Scores on rank 0; None on other ranks, and where there is nothing to validate on."""
+        if not self._questions:
+            return None
+        answers = generate.answer_together(model, self._tokenizer, self._questions, self._config)
+        if answers is None:
+            return None
+        return evaluate.summarise(evaluate.score(self._questions, answers, self._config), self._config)

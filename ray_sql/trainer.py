@@ -1,0 +1,186 @@
+"""TRL's SFTTrainer over tokenised rows: a frozen 4-bit base, a LoRA adapter, loss where the labels are.
+
+Knows nothing of Ray: what should happen at a log or a save is handed in as functions, and the processes it trains with are found by
+accelerate from the environment. A checkpoint holds adapter, optimizer, schedule, every rank's random state and the step, so that
+a resumed run repeats the unbroken one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import PrinterCallback
+
+from ray_sql import models
+from ray_sql.config import Config
+from ray_sql.errors import ModelError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+OnLog = Callable[[int, int, dict[str, float]], None]
+"""(step, steps in all, values)"""
+OnSave = Callable[[int, Path, "PreTrainedModel"], None]
+"""(step, local checkpoint folder, live model); called on every rank"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended. `failure` is what to tell the user where the loss diverged."""
+
+    step: int
+    steps: int
+    failure: str | None
+
+
+def train(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    config: Config,
+    *,
+    scratch: Path,
+    resume_from: Path | None,
+    on_log: OnLog,
+    on_save: OnSave,
+) -> Outcome:
+    """Train an adapter; `scratch` is a local folder for checkpoints on their way to `on_save`, which must be done with them
+    when it returns."""
+    watch = _Watch(on_log, on_save, scratch, limit=divergence_limit(len(tokenizer)))
+    trainer = build(base, tokenizer, rows, config, scratch)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    return Outcome(trainer.state.global_step, trainer.state.max_steps, watch.failure)
+
+
+def build(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Config, scratch: Path
+) -> SFTTrainer:
+    """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %."""
+    import torch
+    from peft import LoraConfig
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(
+        model=base,
+        args=arguments(config, scratch, len(rows)),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return trainer
+
+
+def arguments(config: Config, scratch: Path, rows: int) -> SFTConfig:
+    """TRL's settings. Rows are tokenised and measured already: nothing here may cut or prepare them again."""
+    import torch
+    from trl import SFTConfig
+
+    gpu = torch.cuda.is_available()
+    steps = config.steps(rows)
+    return SFTConfig(
+        output_dir=str(scratch),
+        seed=config.seed,
+        per_device_train_batch_size=config.train_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.train.max_steps,
+        lr_scheduler_type=config.train.lr_scheduler_type,
+        warmup_steps=config.train.warmup_ratio,  # below 1 it is read as a share of all steps
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+        optim=config.train.optim or ("paged_adamw_8bit" if gpu else "adamw_torch_fused"),
+        bf16=models.compute_dtype(config) == torch.bfloat16,
+        gradient_checkpointing=gpu if config.train.gradient_checkpointing is None else config.train.gradient_checkpointing,
+        logging_steps=min(config.train.logging_steps, steps),
+        logging_nan_inf_filter=False,  # it would show the last good loss in place of a NaN
+        save_strategy="steps",
+        save_steps=min(config.save_steps, steps),
+        save_total_limit=1,
+        use_cpu=not gpu,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,  # every LoRA weight is used; the search for others costs a pass over the graph
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def divergence_limit(vocabulary: int) -> float:
+    """A loss half again as bad as guessing every token at random (ln V) can only come from a run that has diverged."""
+    return 1.5 * math.log(vocabulary)
+
+
+def check_resumable(checkpoint: Path, base_name: str, config: Config) -> None:
+    """Raise `ModelError` if a checkpoint folder holds an adapter of another rank, other modules, or another base model."""
+    file = checkpoint / "adapter_config.json"
+    if not file.is_file():
+        raise ModelError(f"--prev_checkpoint {checkpoint}: holds no adapter_config.json; give a checkpoint folder of a run")
+    saved = json.loads(file.read_text())
+    if saved["r"] != config.lora.r:
+        raise ModelError(
+            f"--prev_checkpoint {checkpoint}: its LoRA rank is {saved['r']}, but --lora.r is {config.lora.r}; set --lora.r {saved['r']}"
+        )
+    if Path(str(saved["base_model_name_or_path"])).name != Path(base_name).name:
+        raise ModelError(
+            f"--prev_checkpoint {checkpoint}: it was trained on {saved['base_model_name_or_path']}, but --model_name is "
+            f"{config.model_name}; use the same base model"
+        )
+
+
+class _Watch(TrainerCallback):
+    """Passes logs and saves on, and stops a run whose loss is no number or exploding."""
+
+    def __init__(self, on_log: OnLog, on_save: OnSave, scratch: Path, limit: float) -> None:
+        self._on_log, self._on_save, self._scratch, self._limit = on_log, on_save, scratch, limit
+        self.failure: str | None = None
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        values = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        loss, norm = values.get("loss"), values.get("grad_norm", 0.0)
+        if loss is None:
+            return  # the summary that ends a run, not a point of it
+        if not math.isfinite(loss) or not math.isfinite(norm) or loss > self._limit:
+            self.failure = (
+                f"the loss diverged by step {state.global_step}: loss {loss:.3g}, gradient norm {norm:.3g}. Lower "
+                f"--learning_rate (now {args.learning_rate:g}), raise --train.warmup_ratio, lower --train.max_grad_norm (now "
+                f"{args.max_grad_norm:g}), or look at the examples of that step"
+            )
+            control.should_training_stop = True
+            control.should_save = False
+        if state.is_world_process_zero:
+            self._on_log(state.global_step, state.max_steps, values)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        folder = self._scratch / f"checkpoint-{state.global_step}"
+        _gather_random_states(folder)
+        self._on_save(state.global_step, folder, model)
+
+
+def _gather_random_states(folder: Path) -> None:
+    """Bring every rank's random state into rank 0's folder: each node has only its own ranks' files, and rank 0's is what is kept."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    own = folder / f"rng_state_{dist.get_rank()}.pth"
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, own.read_bytes() if own.exists() else None)
+    if dist.get_rank() == 0:
+        for rank, state in enumerate(states):
+            if state is not None:
+                (folder / f"rng_state_{rank}.pth").write_bytes(state)
