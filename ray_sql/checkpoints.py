@@ -50,7 +50,9 @@ def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Che
     files = {str(file.relative_to(local)): file.stat().st_size for file in sorted(local.rglob("*")) if file.is_file()}
     filesystem.create_dir(path, recursive=True)
     pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
-    marker = {"step": step, "files": files, "objective": None, "tie_break": None, "metrics": {}} | dict(scores)
+    marker: dict[str, Any] = {"step": step, "files": files, "objective": None, "tie_break": None, "metrics": {}} | dict(
+        scores
+    )
     write_text(f"{uri}/{MARKER}", json.dumps(marker, indent=1))
     return Checkpoint(uri, step, marker["objective"], marker["tie_break"], marker["metrics"])
 
@@ -164,7 +166,9 @@ def write_text(uri: str, text: str) -> None:
         with filesystem.open_output_stream(path) as stream:
             stream.write(text.encode("utf-8"))
     except OSError as error:
-        raise StoreError(f"{uri}: cannot be written ({' '.join(str(error).split())}); free space, or choose another place") from None
+        raise StoreError(
+            f"{uri}: cannot be written ({' '.join(str(error).split())}); free space, or choose another place"
+        ) from None
 
 
 def absolute_uri(place: str) -> str:

@@ -7,6 +7,7 @@ is a barrier over all ranks and is throttled by the controller's poll, a point o
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -34,7 +35,11 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is also how long every report waits
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; unset, every worker prints a warning about it
 }
-WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str) -> dict[str, Any]:
@@ -48,8 +53,10 @@ def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: O
     if config.scaling.num_workers == 0:
         from ray.train import ScalingConfig
 
-        trainer = TorchTrainer(loop, train_loop_config={**plan, "emit": on_point}, scaling_config=ScalingConfig(num_workers=0))
-        logging.getLogger("ray.train").setLevel(logging.WARNING)
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces every report
+        trainer = TorchTrainer(
+            loop, train_loop_config={**plan, "emit": on_point}, scaling_config=ScalingConfig(num_workers=0)
+        )
         return dict(trainer.fit().return_value)
     start_ray()
     with _Channel(on_point) as channel:
@@ -89,9 +96,22 @@ def claim_device() -> torch.device:
 
     if torch.cuda.is_available():
         return ray.train.torch.get_device()
+    _keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
     return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed tensors: by default it gives every large one back to the kernel and faults its pages in again.
+
+    Measured on 2 cores with a 135M model: a fifth of all time was spent in the kernel, a step took 1.3 times as long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 class Sender:
@@ -152,7 +172,7 @@ class _Channel:
 
 
 def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict[str, Any]:
-    from ray.train import FailureConfig, RunConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -164,6 +184,7 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict
             name="ray",
             storage_path=run_dir,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )

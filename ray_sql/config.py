@@ -20,7 +20,13 @@ from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from ray_sql.errors import ConfigError
 
@@ -162,7 +168,9 @@ class TrackingSection(Section):
 class Config(BaseSettings):
     """Settings of a fine-tuning run."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     config: tuple[str, ...] = ()
     """YAML (or JSON) files with settings, later ones over earlier ones, flags over all."""
@@ -215,7 +223,9 @@ class Config(BaseSettings):
     tracking: TrackingSection = TrackingSection()
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+    def settings_customise_sources(
+        cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # `load` merges the sources itself, to be able to say which one a bad value came from
 
     @field_serializer("read_token", "write_token")
@@ -442,7 +452,7 @@ def _explain(kind: type[Config], error: Any, sources: Mapping[str, Mapping[str, 
         return f"{where}: unknown setting{_nearest(kind, name, '')}"
     if error["type"] == "missing":
         return f"--{name} is required: {kind.model_fields[name].description}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if not name:
         return message
     given = "a secret" if "token" in name else repr(error["input"])
@@ -464,4 +474,10 @@ def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:
 def _nearest(kind: type[Config], unknown: str, prefix: str) -> str:
     known = [name for name, _ in names(kind)]
     near = difflib.get_close_matches(unknown, known, 1, 0.6) or [n for n in known if n.split(".")[-1] == unknown][:1]
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; {prefix}help lists all" if prefix else "; --help lists all"
+    return (
+        f"; did you mean {prefix}{near[0]}?"
+        if near
+        else f"; {prefix}help lists all"
+        if prefix
+        else "; --help lists all"
+    )

@@ -17,15 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_sql.config import Config, absolute
 from ray_sql.errors import DataError
 from ray_sql.schema import Schema, read_tables_json, reflect
 
+Item = TypeVar("Item")
+
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",), "test": ("test.json",)}
-HUB_SPLITS = {"dev": "validation", "validation": "dev"}
-"""The Hub calls the same split by either name."""
 
 COLUMNS = {
     "id": ("id", "question_id"),
@@ -98,7 +98,7 @@ def load_split(config: Config, splits: Sequence[str]) -> Corpus:
     return replace(corpus, splits={split: corpus.splits[split] for split in splits})
 
 
-def sample(examples: Sequence[Example], n: int | None, seed: int) -> tuple[Example, ...]:
+def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ...]:
     """At most `n` of the examples, drawn with `seed`, in their original order; all of them where `n` is None."""
     if n is None or n >= len(examples):
         return tuple(examples)
@@ -152,9 +152,8 @@ def _read(config: Config) -> Corpus:
     if config.dataset_id == "demo":
         return _read_demo(config)
     place = absolute(config.dataset_id)
-    if place.is_dir() and any((place / file).is_file() for files in SPIDER_FILES.values() for file in files):
-        if (place / "tables.json").is_file():
-            return _read_folder(config, place, SPIDER_FILES)
+    if (place / "tables.json").is_file():
+        return _read_folder(config, place, SPIDER_FILES)
     if place.is_dir() and _bird_files(place):
         return _read_bird(config, place)
     if place.suffix in (".jsonl", ".json") or (place.is_dir() and list(place.glob("*.jsonl"))):
@@ -166,14 +165,18 @@ def _read(config: Config) -> Corpus:
             "dev.json, database/), BIRD's (dev.json, dev_tables.json, dev_databases/), or *.jsonl"
         )
     if looks_local and not place.exists():
-        raise DataError(f"--dataset_id {config.dataset_id}: no such file or folder; give a path, a Hub id (owner/name), or demo")
+        raise DataError(
+            f"--dataset_id {config.dataset_id}: no such file or folder; give a path, a Hub id (owner/name), or demo"
+        )
     return _read_hub(config)
 
 
 def _read_demo(config: Config) -> Corpus:
     """The data that ships with the package; its databases are built from SQL text once, in the cache."""
     source = Path(str(resources.files("ray_sql") / "demo_data"))
-    databases = {folder.name: _build_database(folder / "schema.sql", config.cache) for folder in _folders(source / "database")}
+    databases = {
+        folder.name: _build_database(folder / "schema.sql", config.cache) for folder in _folders(source / "database")
+    }
     files = {split: (f"{split}.json",) for split in ("train", "seen", "unseen")}
     splits = {split: _examples(config, [source / file for file in names]) for split, names in files.items()}
     return _with_schemas(config, Corpus(splits, {}, databases))
@@ -208,7 +211,7 @@ def _read_folder(config: Config, place: Path, files: Mapping[str, Sequence[str]]
 
 
 def _bird_files(place: Path) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for split in ("train", "dev"):
         for path in [place / f"{split}.json", *sorted(place.glob(f"{split}*/{split}.json"))]:
             if path.is_file() and list(path.parent.glob("*_tables.json")):
@@ -239,7 +242,9 @@ def _read_jsonl(config: Config, place: Path) -> Corpus:
     folder = place if place.is_dir() else place.parent
     files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {"train": place}
     splits = {split: _examples(config, [path]) for split, path in files.items()}
-    where = config.data.databases or next((str(folder / n) for n in ("database", "databases") if (folder / n).is_dir()), None)
+    where = config.data.databases or next(
+        (str(folder / n) for n in ("database", "databases") if (folder / n).is_dir()), None
+    )
     if where is None and not all(example.schema_text for examples in splits.values() for example in examples):
         raise DataError(
             f"--dataset_id {config.dataset_id}: no databases found beside it; name their folder with --data.databases, or give "
@@ -256,18 +261,21 @@ def _read_hub(config: Config) -> Corpus:
     token = config.read_token.get_secret_value() if config.read_token else None
     try:
         loaded = datasets.load_dataset(config.dataset_id, token=token)
-    except Exception as error:  # the library raises many kinds, from requests' to pyarrow's; all mean the same to the user
+    except (
+        Exception
+    ) as error:  # the library raises many kinds, from requests' to pyarrow's; all mean the same to the user
         raise DataError(
             f"--dataset_id {config.dataset_id}: neither a local folder nor a Hub dataset that can be read "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, the network and --read_token"
         ) from None
     splits = {
-        str(split): tuple(_example(config, row, f"{config.dataset_id}[{split}]", number) for number, row in enumerate(rows))
+        str(split): tuple(
+            _example(config, row, f"{config.dataset_id}[{split}]", number) for number, row in enumerate(rows)
+        )
         for split, rows in loaded.items()
     }
-    for name, other in HUB_SPLITS.items():
-        if name in splits and other not in splits and other == "dev":
-            splits[other] = splits.pop(name)
+    if "validation" in splits and "dev" not in splits:
+        splits["dev"] = splits.pop("validation")  # the Hub's usual name for it; ours is what is set aside from train
     databases = _databases(config.data.databases, splits, config) if config.data.databases else {}
     return _with_schemas(config, Corpus(splits, {}, databases))
 

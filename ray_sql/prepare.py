@@ -47,7 +47,11 @@ class Prepared:
         failing = {(row["split"], row["id"]) for row in self.gold_errors}
         asked = self._asked("validation", config, None)
         usable = [q for q in asked if q.gold and (config.task_type == "schema" or q.database)]
-        return list(data.sample([q for q in usable if (q.split, q.id) not in failing], config.evaluate.select_examples, config.seed))
+        return list(
+            data.sample(
+                [q for q in usable if (q.split, q.id) not in failing], config.evaluate.select_examples, config.seed
+            )
+        )
 
     def _asked(self, split: str, config: Config, limit: int | None) -> list[Question]:
         examples = data.sample(self.corpus.splits[split], limit, config.seed)
@@ -70,7 +74,9 @@ def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None
     file = config.cache / "gold" / f"{corpus.fingerprint()}-{config.evaluate.timeout:g}.json"
     if file.is_file():
         return list(json.loads(file.read_text()))
-    examples = [(split, e) for split in corpus.splits for e in corpus.splits[split] if _is_sqlite(corpus.databases.get(e.db_id))]
+    examples = [
+        (split, e) for split in corpus.splits for e in corpus.splits[split] if _is_sqlite(corpus.databases.get(e.db_id))
+    ]
     golds = [(f"{split}\0{e.id}", corpus.databases[e.db_id], e.gold) for split, e in examples]
     failing = []
     for row in evaluate.failing_gold(golds, config, progress):
@@ -105,7 +111,9 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
         saved = None
     if saved is None:
         if checkpoints.exists(run_dir):
-            raise StoreError(f"{run_dir}: exists, but is no run of ray_sql (no config.json); choose another --output_name")
+            raise StoreError(
+                f"{run_dir}: exists, but is no run of ray_sql (no config.json); choose another --output_name"
+            )
         return None
     earlier = type(config)(**json.loads(saved))
     if earlier.identity() != config.identity():
@@ -132,7 +140,12 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
         f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "
         f"{config.workers} workers), a checkpoint every {config.save_steps}"
     )
-    yield f"scoring   {', '.join(f'{len(corpus.splits[s])} on {s}' for s in config.split)}, semantics {config.evaluate.semantics}"
+    scored = {
+        split: min(len(corpus.splits[split]), config.evaluate.limit or len(corpus.splits[split]))
+        for split in config.split
+    }
+    models = "base and tuned model" if config.evaluate.baseline else "tuned model"
+    yield f"scoring   {models} on {', '.join(f'{n} of {split}' for split, n in scored.items())}, semantics {config.evaluate.semantics}"
     yield f"run       {config.run_dir}"
 
 
@@ -144,5 +157,7 @@ def _difference(old: Config, new: Config) -> str:
     from ray_sql.tracking import flatten
 
     before, after = flatten(old.public()), flatten(new.public())
-    changed = [f"{key} {before.get(key)!r} there, {value!r} here" for key, value in after.items() if before.get(key) != value]
+    changed = [
+        f"{key} {before.get(key)!r} there, {value!r} here" for key, value in after.items() if before.get(key) != value
+    ]
     return "; ".join(changed[:3]) or "other data"

@@ -76,7 +76,9 @@ def gold_links(example: Example, schemas: Mapping[str, Schema]) -> Links:
         return linking.gold_links(example.gold, schemas[example.db_id])
     links = linking.parse_links(example.links_text) or linking.parse_python_literal(example.links_text)
     if links is None:
-        raise DataError(f"example {example.id}: links are neither JSON nor a Python literal: {example.links_text[:80]!r}")
+        raise DataError(
+            f"example {example.id}: links are neither JSON nor a Python literal: {example.links_text[:80]!r}"
+        )
     return links
 
 

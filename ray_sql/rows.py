@@ -126,7 +126,9 @@ def build(
             row = shorter
         rows.append(row)
     if not rows:
-        raise DataError(f"no training rows: none of {len(examples)} examples could be used ({len(unlinkable)} cannot be linked)")
+        raise DataError(
+            f"no training rows: none of {len(examples)} examples could be used ({len(unlinkable)} cannot be linked)"
+        )
     return rows, _audit(rows, lengths, config, counts, unlinkable)
 
 
@@ -164,9 +166,8 @@ def write(rows: Sequence[Row], file: Path) -> None:
 
 def read(file: str | Path) -> Dataset:
     """Rows as the dataset TRL trains on: `input_ids` and `labels`, -100 where no loss is."""
-    from datasets import Dataset
-
     import pyarrow.parquet as pq
+    from datasets import Dataset
 
     columns = pq.read_table(file).to_pydict()
     pairs = zip(columns["input_ids"], columns["prompt_length"], strict=True)
@@ -181,7 +182,12 @@ def cache_key(
     used = sorted({example.db_id for example in examples} & set(schemas))
     parts: list[Any] = [
         [ROWS_VERSION, SERIALIZER_VERSION, config.task_type],
-        [prompts.SYSTEM[config.task_type], prompts.USER, prompts.EVIDENCE, tokenizer.chat_template or prompts.PLAIN_TEMPLATE],
+        [
+            prompts.SYSTEM[config.task_type],
+            prompts.USER,
+            prompts.EVIDENCE,
+            tokenizer.chat_template or prompts.PLAIN_TEMPLATE,
+        ],
         [prompts.tokenizer_hash(tokenizer), config.prompt.model_dump(), config.rows.model_dump()],
         [asdict(example) for example in examples],
         [schemas[db_id].to_dict() for db_id in used],

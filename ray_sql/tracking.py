@@ -91,7 +91,9 @@ class Run:
             return True
         try:
             action()
-        except Exception as error:  # MLflow raises what its backend raises; an outage of the record must not end the run
+        except (
+            Exception
+        ) as error:  # MLflow raises what its backend raises; an outage of the record must not end the run
             if not self._warned:
                 log.warning("MLflow at %s stopped answering (%s); points are kept in %s", self.uri, error, self._spool)
             self._warned = True
@@ -137,7 +139,9 @@ def start(
             client.log_batch(created.info.run_id, params=params[first : first + 100])
         client.log_batch(created.info.run_id, tags=[RunTag("mlflow.source.name", "ray_sql")])
     except MlflowException as error:
-        raise StoreError(f"--tracking.uri {uri}: MLflow refused the run: {' '.join(str(error).split())[:300]}") from None
+        raise StoreError(
+            f"--tracking.uri {uri}: MLflow refused the run: {' '.join(str(error).split())[:300]}"
+        ) from None
     return Run(client, created.info.run_id, uri, spool)
 
 

@@ -73,7 +73,9 @@ def starting_point(config: Config, model_folder: str) -> str | None:
     found = checkpoints.read(uri)
     if found is None:
         have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
-        raise ModelError(f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}")
+        raise ModelError(
+            f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         trainer.check_resumable(checkpoints.fetch(uri, Path(scratch)), model_folder, config)
     for checkpoint in checkpoints.complete(config.run_dir):
@@ -97,7 +99,14 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         judge = _Validation(config, tokenizer)
         reporter = _Reporter(config, judge, plan["emit"], data["input_ids"], context.get_world_rank())
         outcome = trainer.train(
-            base, tokenizer, data, config, scratch=local, resume_from=resume_from, on_log=reporter.on_log, on_save=reporter.on_save
+            base,
+            tokenizer,
+            data,
+            config,
+            scratch=local,
+            resume_from=resume_from,
+            on_log=reporter.on_log,
+            on_save=reporter.on_save,
         )
     return asdict(outcome)
 
@@ -112,14 +121,20 @@ def _resume(config: Config, start_from: str | None, scratch: Path) -> Path | Non
 class _Reporter:
     """What happens at a log and at a save: points to the driver, validation, the checkpoint to storage."""
 
-    def __init__(self, config: Config, judge: _Validation, emit: cluster.OnPoint, input_ids: Sequence[Sequence[int]], rank: int) -> None:
+    def __init__(
+        self, config: Config, judge: _Validation, emit: cluster.OnPoint, input_ids: Sequence[Sequence[int]], rank: int
+    ) -> None:
         self._config, self._judge, self._emit, self._rank = config, judge, emit, rank
         self._tokens_per_step = sum(map(len, input_ids)) / max(1, len(input_ids)) * config.global_batch
         self._last: tuple[int, float] | None = None
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
-        kept = {name: values[name] for name in ("loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy") if name in values}
+        kept: dict[str, float] = {
+            name: values[name]
+            for name in ("loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy")
+            if name in values
+        }
         if self._last is not None and now > self._last[1]:
             per_second = (step - self._last[0]) / (now - self._last[1])
             kept |= {"steps_per_second": per_second, "tokens_per_second": per_second * self._tokens_per_step}
@@ -134,7 +149,9 @@ class _Reporter:
         if self._rank == 0:
             objective, tie_break = evaluate.objective(scores) if scores else (None, None)
             metrics = evaluate.flat(scores, "validation") if scores else {}
-            checkpoints.save(folder, self._config.run_dir, step, {"objective": objective, "tie_break": tie_break, "metrics": metrics})
+            checkpoints.save(
+                folder, self._config.run_dir, step, {"objective": objective, "tie_break": tie_break, "metrics": metrics}
+            )
             checkpoints.prune(self._config.run_dir)
             self._emit({"kind": "validation", "step": step, "values": metrics})
         ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe

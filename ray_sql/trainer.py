@@ -104,7 +104,9 @@ def arguments(config: Config, scratch: Path, rows: int) -> SFTConfig:
         max_grad_norm=config.train.max_grad_norm,
         optim=config.train.optim or ("paged_adamw_8bit" if gpu else "adamw_torch_fused"),
         bf16=models.compute_dtype(config) == torch.bfloat16,
-        gradient_checkpointing=gpu if config.train.gradient_checkpointing is None else config.train.gradient_checkpointing,
+        activation_checkpointing=gpu
+        if config.train.gradient_checkpointing is None
+        else config.train.gradient_checkpointing,
         logging_steps=min(config.train.logging_steps, steps),
         logging_nan_inf_filter=False,  # it would show the last good loss in place of a NaN
         save_strategy="steps",
@@ -129,7 +131,9 @@ def check_resumable(checkpoint: Path, base_name: str, config: Config) -> None:
     """Raise `ModelError` if a checkpoint folder holds an adapter of another rank, other modules, or another base model."""
     file = checkpoint / "adapter_config.json"
     if not file.is_file():
-        raise ModelError(f"--prev_checkpoint {checkpoint}: holds no adapter_config.json; give a checkpoint folder of a run")
+        raise ModelError(
+            f"--prev_checkpoint {checkpoint}: holds no adapter_config.json; give a checkpoint folder of a run"
+        )
     saved = json.loads(file.read_text())
     if saved["r"] != config.lora.r:
         raise ModelError(
@@ -142,14 +146,16 @@ def check_resumable(checkpoint: Path, base_name: str, config: Config) -> None:
         )
 
 
-class _Watch(TrainerCallback):
+class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that mypy can follow
     """Passes logs and saves on, and stops a run whose loss is no number or exploding."""
 
     def __init__(self, on_log: OnLog, on_save: OnSave, scratch: Path, limit: float) -> None:
         self._on_log, self._on_save, self._scratch, self._limit = on_log, on_save, scratch, limit
         self.failure: str | None = None
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         values = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
         loss, norm = values.get("loss"), values.get("grad_norm", 0.0)
         if loss is None:

@@ -354,7 +354,7 @@ def test_a_write_ahead_log_is_read_and_left_alone(executor: Executor, tmp_path: 
     writer.close()
     assert executor.run(path, count).rows == ((1,),)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["crashed", "log.sqlite"]
-    with pytest.raises(DataError, match="log.sqlite-wal"):
+    with pytest.raises(DataError, match=r"log\.sqlite-wal"):
         executor.run(tmp_path / "crashed" / "log.sqlite", count)
 
 

@@ -43,9 +43,9 @@ def hardness(sql: str) -> Hardness:
 def _grade(clauses: int, nested: int, plurals: int) -> Hardness:
     if nested == 0 and clauses <= 1 and plurals == 0:
         return "easy"
-    if nested == 0 and (clauses <= 1 and plurals <= 2 or clauses <= 2 and plurals <= 1):
+    if nested == 0 and ((clauses <= 1 and plurals <= 2) or (clauses <= 2 and plurals <= 1)):
         return "medium"
-    if nested == 0 and (clauses <= 2 and plurals > 2 or clauses == 3 and plurals <= 2):
+    if nested == 0 and ((clauses <= 2 and plurals > 2) or (clauses == 3 and plurals <= 2)):
         return "hard"
     if nested == 1 and clauses <= 1 and plurals == 0:
         return "hard"
@@ -100,7 +100,7 @@ def _affirmed(node: exp.Expr) -> exp.Expr:
 
 
 def _negated(node: exp.Expr) -> bool:
-    return isinstance(node, exp.Not) and isinstance(node.this, NEGATABLE) or bool(node.args.get("negate"))
+    return (isinstance(node, exp.Not) and isinstance(node.this, NEGATABLE)) or bool(node.args.get("negate"))
 
 
 def _compares_with_query(node: exp.Expr) -> bool:

@@ -1,0 +1,186 @@
+"""The pre-flight check: whatever would stop a run later, found in seconds and without a GPU.
+
+Every check is a function that returns what it found, or raises a `RaySqlError` that says what to do; each becomes one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from ray_sql import checkpoints, prepare, tracking
+from ray_sql.config import Config
+from ray_sql.display import Display
+from ray_sql.errors import ConfigError, RaySqlError, StoreError
+from ray_sql.prepare import Prepared
+
+GIB = 2**30
+
+
+def run(config: Config) -> None:
+    """Print one line per check; raises `RaySqlError` at the end if any failed, so that the job exits with 2."""
+    with Display() as display:
+        failed = sum(not _line(display, name, check, config) for name, check in CHECKS.items())
+        prepared = _prepare(display, config)
+        failed += prepared is None
+        for name, check in PREPARED_CHECKS.items():
+            if prepared is not None:
+                failed += not _line(display, name, partial(check, prepared=prepared), config)
+    if failed:
+        raise ConfigError(f"{failed} of {len(CHECKS) + 1 + len(PREPARED_CHECKS)} checks failed")
+
+
+def output(config: Config) -> str:
+    """The run's place can be written, and its name is free or continues the same run."""
+    if "://" not in config.run_dir:
+        existing = next(p for p in (Path(config.run_dir), *Path(config.run_dir).parents) if p.exists())
+        if not os.access(existing, os.W_OK):
+            raise StoreError(f"{existing}: cannot be written; choose another --output_dir or --scaling.storage_path")
+    probe = f"{config.run_dir}-probe-{uuid.uuid4().hex[:8]}"
+    checkpoints.write_text(f"{probe}/probe", "x" * 4096)
+    checkpoints.remove(probe)
+    if config.overwrite:
+        return f"{config.run_dir} can be written and will be started afresh"
+    finished = prepare.earlier_run(config) is not None
+    return f"{config.run_dir} can be written{' and holds a finished run of these settings' if finished else ''}"
+
+
+def mlflow(config: Config) -> str:
+    """The tracking store answers."""
+    if not config.tracking.enabled:
+        return "tracking is off"
+    return f"{tracking.check(config.tracking.uri)} answers"
+
+
+def tokens(config: Config) -> str:
+    """The Hub knows the tokens that were given."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    given = {name: token for name in ("read_token", "write_token") if (token := getattr(config, name))}
+    if not given:
+        return "none given; public models and datasets only, and no publishing"
+    try:
+        users = {name: HfApi().whoami(token=token.get_secret_value())["name"] for name, token in given.items()}
+    except HfHubHTTPError as error:
+        raise ConfigError(
+            f"the Hub refuses the token ({str(error).splitlines()[0]}); make a new one and set HF_TOKEN"
+        ) from None
+    except (
+        Exception
+    ) as error:  # no route, a proxy, a timeout: huggingface_hub passes on whatever its HTTP client raises
+        raise StoreError(
+            f"the Hub does not answer ({type(error).__name__}); check the network, or leave the tokens out"
+        ) from None
+    return ", ".join(f"{name} belongs to {user}" for name, user in users.items())
+
+
+def resources(config: Config) -> str:
+    """There are as many workers' resources as will be asked for, on this machine; on a cluster Ray waits for them."""
+    import torch
+
+    if config.scaling.num_workers == 0:
+        return "trains in this process, without Ray"
+    if os.environ.get("RAY_ADDRESS"):
+        return f"{config.workers} workers on the cluster at {os.environ['RAY_ADDRESS']}"
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    available, kind = (
+        (gpus, "GPUs") if (gpus if config.scaling.use_gpu is None else config.scaling.use_gpu) else (cores, "cores")
+    )
+    if config.workers > available:
+        raise ConfigError(
+            f"--scaling.num_workers {config.workers}, but this machine has {available} {kind}; use at most {available}"
+        )
+    return f"{config.workers} workers, {available} {kind} here"
+
+
+def data(config: Config, prepared: Prepared) -> str:
+    """Rows, their lengths, and the splits; a database-less scored split is found here."""
+    splits = ", ".join(f"{len(examples)} {split}" for split, examples in prepared.corpus.splits.items())
+    without = [
+        s for s in config.split if any(e.db_id not in prepared.corpus.databases for e in prepared.corpus.splits[s])
+    ]
+    if without and config.task_type == "sql":
+        raise ConfigError(
+            f"--split {without[0]}: has examples without a database to execute on; name their folder with --data.databases"
+        )
+    return f"{splits}; {len(prepared.gold_errors)} gold queries do not run"
+
+
+def lengths(config: Config, prepared: Prepared) -> str:
+    """The length audit."""
+    return prepared.audit.line()
+
+
+def memory(config: Config, prepared: Prepared) -> str:
+    """Estimated memory of one worker against what its device has."""
+    import psutil
+    import torch
+
+    need = memory_estimate(config, prepared.model_folder, min(prepared.audit.longest, config.rows.max_length))
+    if torch.cuda.is_available():
+        have, where = torch.cuda.get_device_properties(0).total_memory, "GPU"
+    else:
+        have, where = psutil.virtual_memory().available // config.workers, "worker's share of memory"
+    text = f"about {need / GIB:.1f} GiB needed, {have / GIB:.1f} GiB on the {where}"
+    if need > have:
+        raise ConfigError(
+            f"{text}; lower --train_batch_size or --rows.max_length, or use --train.gradient_checkpointing"
+        )
+    return text
+
+
+def memory_estimate(config: Config, model_folder: str, longest: int) -> float:
+    """Bytes one worker needs: weights, adapter with gradient and two Adam moments, activations and logits of its longest batch.
+
+    Activations follow Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16 bits, without the
+    attention matrix, which SDPA does not keep. With checkpointing one layer's worth and every layer's input stay.
+    """
+    shape = json.loads((Path(model_folder) / "config.json").read_text())
+    hidden, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
+    inner = shape.get("intermediate_size", 4 * hidden)
+    linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    weights = linear * (0.56 if config.quantization.load_in_4bit else 2) + 2 * 2 * vocabulary * hidden
+    adapter = layers * config.lora.r * (8 * hidden + 3 * (hidden + inner))
+    checkpointed = (
+        config.train.gradient_checkpointing if config.train.gradient_checkpointing is not None else _has_gpu()
+    )
+    per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
+    tokens = config.train_batch_size * longest
+    return float(weights + 16 * adapter + tokens * per_token + 0.2 * tokens * vocabulary * 6)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _prepare(display: Display, config: Config) -> Prepared | None:
+    try:
+        return prepare.prepare(config, display.counter("reading data"))
+    except RaySqlError as error:
+        display.line(f"FAIL  data and model: {error}")
+        return None
+
+
+def _line(display: Display, name: str, check: Callable[[Config], str], config: Config) -> bool:
+    try:
+        display.line(f"ok    {name}: {check(config)}")
+    except RaySqlError as error:
+        display.line(f"FAIL  {name}: {error}")
+        return False
+    return True
+
+
+CHECKS: dict[str, Callable[[Config], str]] = {
+    "output": output,
+    "mlflow": mlflow,
+    "tokens": tokens,
+    "resources": resources,
+}
+PREPARED_CHECKS: dict[str, Callable[..., str]] = {"data": data, "lengths": lengths, "memory": memory}
