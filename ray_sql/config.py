@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, model_validator
@@ -379,6 +379,25 @@ def names(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from names(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """Every setting as (name, values it takes, default, sentence), for the generated page."""
+    return [(name, _values(field), _default(field), str(field.description)) for name, field in names(kind)]
+
+
+def _values(field: Any) -> str:
+    choices = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is Literal]
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in get_args(choices[0]))
+    kind = str(getattr(field.annotation, "__name__", field.annotation)) if not get_args(field.annotation) else str(field.annotation)
+    return kind.replace("pydantic.types.", "").replace(" | None", "").replace("|", "or")
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default in (None, "", (), {}) else f"`{json.dumps(field.default)}`"
 
 
 def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:

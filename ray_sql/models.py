@@ -115,9 +115,26 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
         quantization = {"quantization_config": settings}
     try:
         # never "auto": it would spread one model over all devices of a worker group
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)
     except (OSError, ValueError) as error:
         raise ModelError(f"--model_name {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if config.quantization.load_in_4bit:
+        _keep_weights_differentiable(model)
+    return model
+
+
+def _keep_weights_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    It repacks them at the first forward in eval mode and never back, with scales rounded to bfloat16, and the kernel for the new
+    layout has no backward: after a validation in the middle of training, no gradient passes a base layer any more (seen in
+    0.50.2 as other losses after a validation, and as a warning of autograd's).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:

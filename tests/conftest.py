@@ -1,0 +1,139 @@
+"""What the tests share: a tiny random Llama with its own tokenizer, a small shop database, and a folder in Spider's format.
+
+All of it is made here, in seconds, with no network; the whole suite runs with the Hub switched off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+for variable in ("HF_TOKEN", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    os.environ.pop(variable, None)
+
+from ray_sql.config import Config, load
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+SHOP = """
+CREATE TABLE customer (id INTEGER PRIMARY KEY, name TEXT, city TEXT);
+CREATE TABLE product (id INTEGER PRIMARY KEY, title TEXT, price REAL);
+CREATE TABLE sale (
+  customer_id INTEGER REFERENCES customer (id), product_id INTEGER REFERENCES product (id), day TEXT, amount INTEGER,
+  PRIMARY KEY (customer_id, product_id, day));
+INSERT INTO customer VALUES (1, 'Ada', 'Lisbon'), (2, 'Ben', 'Porto'), (3, 'Cleo', 'Lisbon'), (4, 'Dan', NULL);
+INSERT INTO product VALUES (1, 'Lamp', 20.5), (2, 'Desk', 120), (3, 'Chair', 60);
+INSERT INTO sale VALUES (1, 1, '2024-01-02', 2), (1, 2, '2024-02-01', 1), (2, 3, '2024-02-03', 4), (3, 1, '2024-03-05', 1);
+"""
+
+QUESTIONS = [
+    ("How many customers are there?", "SELECT COUNT(*) FROM customer"),
+    ("Which customers live in Lisbon?", "SELECT name FROM customer WHERE city = 'Lisbon'"),
+    ("List the titles of all products.", "SELECT title FROM product"),
+    ("What is the highest price?", "SELECT MAX(price) FROM product"),
+    ("What is the lowest price?", "SELECT MIN(price) FROM product"),
+    ("Show the cities of the customers.", "SELECT city FROM customer"),
+    ("How many products cost more than 50?", "SELECT COUNT(*) FROM product WHERE price > 50"),
+    ("Who bought a desk?", "SELECT T1.name FROM customer AS T1 JOIN sale AS T2 ON T1.id = T2.customer_id WHERE T2.product_id = 2"),
+]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The reference data, for developers and CI only; tests that need it are skipped elsewhere."""
+    place = os.environ.get("RAY_SQL_SHARED")
+    if not place:
+        pytest.skip("RAY_SQL_SHARED is not set")
+    return Path(place)
+
+
+def make_spider_folder(folder: Path, databases: tuple[str, ...] = ("shop", "store", "kiosk")) -> Path:
+    """A folder in Spider's format: three databases of one make, their questions in train, and one more database in dev."""
+    for db_id in (*databases, "mall"):
+        place = folder / "database" / db_id
+        place.mkdir(parents=True)
+        connection = sqlite3.connect(place / f"{db_id}.sqlite")
+        connection.executescript(SHOP)
+        connection.close()
+    (folder / "tables.json").write_text("[]")
+    rows = [{"db_id": db_id, "question": q, "query": sql} for db_id in databases for q, sql in QUESTIONS]
+    (folder / "train_spider.json").write_text(json.dumps(rows[:-2]))
+    (folder / "train_others.json").write_text(json.dumps(rows[-2:]))
+    (folder / "dev.json").write_text(json.dumps([{"db_id": "mall", "question": q, "query": sql} for q, sql in QUESTIONS]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spider_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_spider_folder`; shared by all tests, so none may change it."""
+    return make_spider_folder(tmp_path_factory.mktemp("spider"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama (about 150k parameters) and a byte-level BPE tokenizer with a chat template, as a model folder."""
+    return make_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
+    """Save a random Llama of the given shape, with a tokenizer trained on the questions above."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|start|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([SHOP, *(f"{q}\n```sql\n{sql}\n```" for q, sql in QUESTIONS)] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4} | shape
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=2048, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """`make_config(**dotted settings)`: settings of a run of seconds, in process, in a folder of the test's own."""
+    defaults = {
+        "model_name": str(tiny_model),
+        "output_name": "run",
+        "task_type": "sql",
+        "dataset_id": str(spider_folder),
+        "output_dir": str(tmp_path / "out"),
+        "cache_dir": str(tmp_path / "cache"),
+        "prompt.serializer": "compact",
+        "lora.r": 4,
+        "lora.lora_alpha": 8,
+        "grad_accum_steps": 2,
+        "train.logging_steps": 1,
+        "train.bf16": False,
+        "data.split_by": "question",
+        "data.validation_fraction": 0.1,
+        "scaling.num_workers": 0,
+        "evaluate.max_new_tokens": 8,
+        "evaluate.limit": 4,
+        "evaluate.processes": 1,
+        "eval_batch_size": 4,
+        "tracking.enabled": False,
+    }
+
+    def make(kind: type[Config] = Config, **changes: Any) -> Config:
+        return load(kind, [], **(defaults | changes))
+
+    yield make

@@ -1,0 +1,257 @@
+"""Training: the loss is the completion's, an interrupted or killed run repeats the unbroken one, two workers equal one.
+
+Everything is real: TRL, PEFT, 4-bit NF4 on the CPU, Ray Train; only the model is tiny.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from ray_sql import checkpoints, finetune, models, prepare, rows, train
+from ray_sql.config import Config
+from ray_sql.errors import ConfigError, ModelError, StoreError, TrainingError
+from tests.conftest import make_model
+
+
+class Curve:
+    """Collects the loss of every step; `at` is called when a step is first seen."""
+
+    def __init__(self, at: Any = None) -> None:
+        self.losses: dict[int, float] = {}
+        self.order: list[int] = []
+        self.validated: list[int] = []
+        self._at = at
+
+    def __call__(self, point: dict[str, Any]) -> None:
+        if point["kind"] == "validation":
+            self.validated.append(point["step"])
+        if point["kind"] == "train":
+            new = point["step"] not in self.losses
+            self.losses[point["step"]] = point["values"]["loss"]
+            self.order.append(point["step"])
+            if new and self._at:
+                self._at(point["step"])
+
+
+def fit(config: Config, on_point: Any) -> train.FitResult:
+    prepared = prepare.prepare(config)
+    prepare.write_inputs(prepared, config)
+    return train.fit(config, prepared.model_folder, on_point)
+
+
+def adapter_weights(config: Config) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(f"{config.run_dir}/adapter/adapter_model.safetensors")
+
+
+@pytest.fixture
+def ray_local() -> Iterator[None]:
+    """A Ray of the test's own; never the one that something else on this machine runs."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model: Path) -> None:
+    config = make_config(**{"train.max_steps": 1, "lora.lora_dropout": 0, "quantization.load_in_4bit": False, "data.limit": 2})
+    curve = Curve()
+    fit(config, curve)
+    data = rows.read(f"{config.run_dir}/{rows.FILE}")
+    model = models.load_base(str(tiny_model), config)
+    total, tokens = 0.0, 0
+    for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].float()
+        wanted = torch.tensor(labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").item()
+        tokens += int((wanted != -100).sum())
+    assert curve.losses[1] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_step_sees_the_global_batch_and_every_epoch_all_examples(make_config: Any) -> None:
+    config = make_config(**{"train_batch_size": 2, "grad_accum_steps": 3, "num_epochs": 2})
+    curve = Curve()
+    result = fit(config, curve)
+    examples = prepare.prepare(config).audit.rows
+    per_epoch = -(-examples // 6)
+    assert result.steps == config.steps(examples) == 2 * per_epoch == max(curve.losses)
+
+
+def test_an_interrupted_run_resumes_with_the_unbroken_curve(make_config: Any) -> None:
+    settings = {"train.max_steps": 6, "save_steps": 2, "lora.lora_dropout": 0.1, "learning_rate": 1e-2}
+    whole = Curve()
+    fit(make_config(output_name="whole", **settings), whole)
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    broken = make_config(output_name="broken", **settings)
+    first, second = Curve(stop), Curve()
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, first)
+    fit(broken, second)
+    assert second.order == [5, 6], "resumes after checkpoint-4"
+    curve = first.losses | second.losses
+    assert curve == pytest.approx(whole.losses, abs=1e-4)
+    a, b = adapter_weights(broken), adapter_weights(make_config(output_name="whole", **settings))
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(make_config: Any, ray_local: None) -> None:
+    settings = {"train.max_steps": 6, "save_steps": 2, "lora.lora_dropout": 0.1, "learning_rate": 1e-2}
+    whole = Curve()
+    fit(make_config(output_name="whole", **settings), whole)
+
+    def kill(step: int) -> None:
+        if step == 5:
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+
+    killed = Curve(kill)
+    config = make_config(output_name="killed", **settings | {"scaling.num_workers": 1})
+    result = fit(config, killed)
+    assert result.steps == 6
+    assert killed.order.count(5) == 2 or killed.order[-1] == 6
+    assert len(killed.order) > 6, "the worker died and its steps were repeated"
+    assert killed.losses == pytest.approx(whole.losses, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: None) -> None:
+    settings = {
+        "train.max_steps": 5,
+        "train.global_batch_size": 4,
+        "lora.lora_dropout": 0,
+        "learning_rate": 1e-2,
+        "evaluate.select_examples": 4,
+    }
+    one, two = Curve(), Curve()
+    alone = make_config(output_name="one", **settings)
+    together = make_config(output_name="two", **settings | {"scaling.num_workers": 2})
+    fit(alone, one)
+    fit(together, two)
+    assert two.losses == pytest.approx(one.losses, abs=1e-3)
+    a, b = adapter_weights(alone), adapter_weights(together)
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    assert checkpoints.complete(together.run_dir)[-1].metrics["validation/n"] == 3, "both ranks' answers were judged"
+
+
+def test_a_diverging_loss_stops_with_the_step_and_the_remedies(make_config: Any) -> None:
+    config = make_config(**{"learning_rate": 1e5, "train.max_steps": 20, "train.max_grad_norm": 1e9, "train.lr_scheduler_type": "constant"})
+    curve = Curve()
+    with pytest.raises(TrainingError, match=r"diverged by step \d+.*--learning_rate \(now 100000\)"):
+        fit(config, curve)
+    assert max(curve.losses) < 20
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 5, "save_steps": 1, "evaluate.select_examples": 2})
+    curve = Curve()
+    result = fit(config, curve)
+    kept = {checkpoint.step for checkpoint in checkpoints.complete(config.run_dir)}
+    assert curve.validated == [1, 2, 3, 4, 5]
+    assert kept == {5, result.best.step}
+
+
+def test_prev_checkpoint_goes_on_from_the_one_named(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 4, "save_steps": 2})
+    fit(config, Curve())
+    again = Curve()
+    name = Path(checkpoints.complete(config.run_dir)[-1].uri).name
+    longer = config.changed({"train.max_steps": 6, "prev_checkpoint": name})
+    fit(longer, again)
+    assert again.order == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"lora.r": 8}, r"LoRA rank is 4, but --lora.r is 8; set --lora.r 4"),
+        ({"prev_checkpoint": "checkpoint-77"}, r"no complete checkpoint at .*checkpoint-77; this run has checkpoint-1"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(make_config: Any, changes: dict[str, Any], message: str) -> None:
+    config = make_config(**{"train.max_steps": 1})
+    fit(config, Curve())
+    with pytest.raises(ModelError, match=message):
+        train.fit(config.changed({"prev_checkpoint": "checkpoint-1"} | changes), config.model_name, Curve())
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**{"train.max_steps": 1})
+    fit(config, Curve())
+    other = make_model(tmp_path / "other", hidden_size=32)
+    moved = config.changed({"model_name": str(other), "prev_checkpoint": f"{config.run_dir}/checkpoint-1", "output_name": "new"})
+    with pytest.raises(ModelError, match="it was trained on"):
+        train.fit(moved, str(other), Curve())
+
+
+def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = make_config(**{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2})
+    metrics = finetune.run(config)
+    assert finetune.run(config) == metrics
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("ray_sql")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lora.r"] == "4"
+    assert run.data.metrics["tuned/dev/n"] == 2
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"adapter", "predictions.json", "metrics.json", "figures"} <= names
+    assert json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "")["mlflow_run_id"] == run.info.run_id
+
+
+def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = make_config(**{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2})
+    monkeypatch.setattr(finetune.measure, "of_models", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune.run(config)
+    monkeypatch.undo()
+    client = MlflowClient(uri)
+    (failed,) = client.search_runs(["1"])
+    assert failed.info.status == "FAILED"
+    finetune.run(config)
+    (run,) = client.search_runs(["1"])
+    assert (run.info.run_id, run.info.status) == (failed.info.run_id, "FINISHED")
+
+
+def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> None:
+    config = make_config()
+    prepare.write_inputs(prepare.prepare(config), config)
+    with pytest.raises(ConfigError, match=r"learning_rate 0.0001 there, 0.5 here.*--output_name.*--overwrite"):
+        prepare.earlier_run(config.changed({"learning_rate": 0.5}))
+    assert prepare.earlier_run(config.changed({"evaluate.timeout": 5})) is None, "an unfinished run of the same settings goes on"
+    assert prepare.earlier_run(config.changed({"learning_rate": 0.5, "overwrite": True})) is None
+    assert not os.path.exists(config.run_dir)
+
+
+def test_a_folder_that_is_no_run_is_never_removed(make_config: Any) -> None:
+    config = make_config(overwrite=True)
+    Path(config.run_dir).mkdir(parents=True)
+    (Path(config.run_dir) / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreError, match="no run of ray_sql"):
+        finetune.run(config)
+    assert (Path(config.run_dir) / "thesis.tex").exists()
