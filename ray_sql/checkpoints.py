@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Che
     filesystem, path = open_store(uri)
     remove(uri)
     files = {str(file.relative_to(local)): file.stat().st_size for file in sorted(local.rglob("*")) if file.is_file()}
-    filesystem.create_dir(path, recursive=True)
-    pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    with _writing(uri):
+        filesystem.create_dir(path, recursive=True)
+        pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
     marker: dict[str, Any] = {"step": step, "files": files, "objective": None, "tie_break": None, "metrics": {}} | dict(
         scores
     )
@@ -68,13 +70,13 @@ def complete(run_dir: str) -> list[Checkpoint]:
 
 
 def read(uri: str) -> Checkpoint | None:
-    """The checkpoint at `uri`, or None if it is incomplete: no marker, or a file missing or of another size than it says."""
+    """The checkpoint at `uri`, or None if it is incomplete: no whole marker, or a file missing or of another size than it says."""
     import pyarrow.fs as pafs
 
-    text = read_text(f"{uri}/{MARKER}")
-    if text is None:
+    try:
+        marker = json.loads(read_text(f"{uri}/{MARKER}") or "")
+    except json.JSONDecodeError:  # none, or one that was cut off while it was written
         return None
-    marker = json.loads(text)
     filesystem, path = open_store(uri)
     infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in infos if info.is_file}
@@ -121,9 +123,10 @@ def put(local: Path, uri: str) -> None:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
-    remove(uri)
-    filesystem.create_dir(path if local.is_dir() else str(Path(path).parent), recursive=True)
-    pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    with _writing(uri):
+        remove(uri)
+        filesystem.create_dir(path if local.is_dir() else str(Path(path).parent), recursive=True)
+        pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
 
 def exists(uri: str) -> bool:
@@ -161,10 +164,16 @@ def read_text(uri: str) -> str | None:
 def write_text(uri: str, text: str) -> None:
     """Write a text file to storage; `StoreError` names the place if it is full or read-only."""
     filesystem, path = open_store(uri)
-    try:
+    with _writing(uri):
         filesystem.create_dir(str(Path(path).parent), recursive=True)
         with filesystem.open_output_stream(path) as stream:
             stream.write(text.encode("utf-8"))
+
+
+@contextmanager
+def _writing(uri: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"{uri}: cannot be written ({' '.join(str(error).split())}); free space, or choose another place"

@@ -33,6 +33,7 @@ Loop = Callable[[dict[str, Any]], dict[str, Any]]
 ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch pickles every Dataset.map with the whole module
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is also how long every report waits
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ side warns of an actor of Ray Train's own at every start
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; unset, every worker prints a warning about it
 }
 WORKER_ENVIRONMENT = {
@@ -70,6 +71,8 @@ def start_ray() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
+        # it announces at every start that tokens are on, as they should be
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(logging_level=logging.WARNING)
 
 

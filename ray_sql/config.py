@@ -302,9 +302,14 @@ class Config(BaseSettings):
         return absolute(self.cache_dir)
 
     def public(self) -> dict[str, Any]:
-        """All settings as plain JSON values, without the tokens: what config.json, MLflow and workers receive."""
+        """All settings as plain JSON values, without the tokens: what config.json, MLflow and workers receive.
+
+        What `train.global_batch_size` decides is left out, so that they can be given back with another number of workers.
+        """
         settings = self.model_dump(mode="json", exclude={"config", "read_token", "write_token"})
-        return settings | {"grad_accum_steps": self.accumulation}
+        if self.train.global_batch_size is not None:
+            del settings["grad_accum_steps"]
+        return settings
 
     def identity(self) -> str:
         """12 hex digits that change when a setting that shapes the adapter changes."""
@@ -338,6 +343,7 @@ class EvaluateConfig(Config):
 
 
 C = TypeVar("C", bound=Config)
+_ABSENT = object()
 
 
 def absolute(path: str | Path) -> Path:
@@ -474,7 +480,7 @@ def _explain(kind: type[Config], error: Any, sources: Mapping[str, Mapping[str, 
     message = str(error["msg"]).removeprefix("Value error, ")
     if not name:
         return message
-    given = "a secret" if "token" in name else repr(error["input"])
+    given = "a secret" if name in ENVIRONMENT["HF_TOKEN"] else repr(error["input"])
     return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
 
 
@@ -484,8 +490,8 @@ def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:
     for source in reversed(list(sources)):
         value: Any = sources[source]
         for part in path:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
+            value = value[part] if isinstance(value, Mapping) and part in value else _ABSENT
+        if value is not _ABSENT:
             return f"--{name}" if source == "flags" else name if source == "changes" else f"{source}: {name}"
     return name
 

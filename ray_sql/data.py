@@ -82,8 +82,9 @@ def load(config: Config) -> Corpus:
 
     Raises `DataError` naming the file, the row and the field of whatever is missing or malformed.
     """
-    corpus = _read(config)
-    corpus = _with_scored_splits(corpus, config)
+    for split in {"train", "validation"} & set(config.split):
+        raise DataError(f"--split {split}: trained or chosen on, so it cannot score a run; name a split that is set apart")
+    corpus = _with_scored_splits(_read(config), config)
     train, validation = _set_aside(corpus.splits["train"], config.data.validation_fraction, config, "validation")
     if config.data.limit:
         train = sample(train, config.data.limit, config.seed)
@@ -94,7 +95,9 @@ def load_split(config: Config, splits: Sequence[str]) -> Corpus:
     """Only the named splits, whole, with the schemas and databases they need."""
     corpus = _read(config)
     if "validation" in splits or not all(split in corpus.splits for split in splits):
-        corpus = load(config.changed({"split": tuple(s for s in splits if s not in ("train", "validation"))}))
+        scored = tuple(split for split in splits if split not in ("train", "validation"))
+        # one unsplit file: training set its test part aside first, so the same is done here
+        corpus = load(config.changed({"split": scored or (("dev",) if set(corpus.splits) == {"train"} else ())}))
     return replace(corpus, splits={split: corpus.splits[split] for split in splits})
 
 
@@ -130,14 +133,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if path.suffix == ".jsonl":
-        pieces = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        records = [_parse(path, line, number) for number, line in pieces]
-    else:
-        records = _parse(path, text, 1)
+    records = parse_lines(path, text) if path.suffix == ".jsonl" else _parse(path, text, 1)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: must hold JSON objects, one example each")
     return records
+
+
+def parse_lines(path: Path, text: str) -> list[Any]:
+    """The JSON values of `text`, one a line, blank lines left out; `path` serves the error message."""
+    # not splitlines: it also splits at U+2028 and others, which JSON allows inside a string
+    return [_parse(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _parse(path: Path, text: str, first_line: int) -> Any:
@@ -241,7 +246,7 @@ def _read_jsonl(config: Config, place: Path) -> Corpus:
         raise DataError(f"--dataset_id {config.dataset_id}: no such file")
     folder = place if place.is_dir() else place.parent
     files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {"train": place}
-    splits = {split: _examples(config, [path]) for split, path in files.items()}
+    splits = _with_dev({split: _examples(config, [path]) for split, path in files.items()})
     where = config.data.databases or next(
         (str(folder / n) for n in ("database", "databases") if (folder / n).is_dir()), None
     )
@@ -260,7 +265,8 @@ def _read_hub(config: Config) -> Corpus:
 
     token = config.read_token.get_secret_value() if config.read_token else None
     try:
-        loaded = datasets.load_dataset(config.dataset_id, token=token)
+        place = absolute(config.dataset_id)
+        loaded = datasets.load_dataset(str(place) if place.is_dir() else config.dataset_id, token=token)
     except (
         Exception
     ) as error:  # the library raises many kinds, from requests' to pyarrow's; all mean the same to the user
@@ -274,10 +280,14 @@ def _read_hub(config: Config) -> Corpus:
         )
         for split, rows in loaded.items()
     }
-    if "validation" in splits and "dev" not in splits:
-        splits["dev"] = splits.pop("validation")  # the Hub's usual name for it; ours is what is set aside from train
+    splits = _with_dev(splits)
     databases = _databases(config.data.databases, splits, config) if config.data.databases else {}
     return _with_schemas(config, Corpus(splits, {}, databases))
+
+
+def _with_dev(splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
+    """`validation`, the Hub's usual name, as `dev`: our `validation` is what is set aside from train."""
+    return {"dev" if name == "validation" and "dev" not in splits else name: rows for name, rows in splits.items()}
 
 
 def _folders(place: Path) -> list[Path]:
@@ -367,7 +377,8 @@ def _with_scored_splits(corpus: Corpus, config: Config) -> Corpus:
         raise DataError(f"--dataset_id {config.dataset_id}: no training examples; found splits {_some(corpus.splits)}")
     missing = [split for split in config.split if split not in corpus.splits]
     if missing and set(corpus.splits) == {"train"} and len(config.split) == 1:
-        train, held_out = _set_aside(corpus.splits["train"], config.data.test_fraction, config, missing[0])
+        # drawn under one name whatever the user calls it, or `--split test` would score what `--split dev` trained on
+        train, held_out = _set_aside(corpus.splits["train"], config.data.test_fraction, config, "held-out")
         return replace(corpus, splits={"train": train, missing[0]: held_out})
     if missing:
         raise DataError(

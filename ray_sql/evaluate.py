@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -105,7 +106,10 @@ def objective(scores: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers of a summary as MLflow metrics, e.g. `tuned/seen/execution_accuracy`; databases stay in the files."""
+    """The numbers of a summary as MLflow metrics, e.g. `tuned/seen/execution_accuracy`; databases stay in the files.
+
+    Splits and hardness levels are a dataset's own words, so what MLflow allows in no name becomes `_`.
+    """
     metrics = {}
     for key, value in scores.items():
         if key == "by_hardness":
@@ -113,7 +117,7 @@ def flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
                 metrics[f"{prefix}/{level}/execution_accuracy"] = group["execution_accuracy"]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             metrics[f"{prefix}/{key}"] = float(value)
-    return metrics
+    return {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
 
 
 def dump(rows: Iterable[Row]) -> str:
@@ -191,7 +195,8 @@ def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
     counted = [row for row in rows if row["verdict"] != "gold_error"]
     scores = [_linking(row) for row in counted]
     if not scores:
-        return {"strict_recall": 0.0, "column_f1": 0.0, "n": 0, "gold_errors": len(rows)}
+        nothing = {"strict_recall": 0.0, "interval": _interval(0, 0), "n": 0, "exact_match": 0.0}
+        return nothing | {"table_f1": 0.0, "column_f1": 0.0, "unparsable": 0.0, "gold_errors": len(rows), "errors": {}}
     total = summarise_links(scores)
     n, recalled, exact = len(scores), sum(score.strict_recall for score in scores), sum(score.exact for score in scores)
     return {

@@ -203,6 +203,8 @@ def _answer_batch(
     said = []
     for prompt, row in zip(prompts_ids, out[:, width:].tolist(), strict=True):
         end = next((position for position, token in enumerate(row) if token in stops), len(row))
+        while end and row[end - 1] == pad:  # an answer that ended before the longest of its batch
+            end -= 1
         text = tokenizer.decode(row[:end], skip_special_tokens=True)
         said.append(Answer(text, len(prompt), end, seconds))
     return said

@@ -47,10 +47,15 @@ def schema_text(example: Example, schemas: Mapping[str, Schema], config: Config)
     """The schema as the prompt shows it: the dataset's own text where it brings one, else rendered as `config.prompt` says."""
     if example.schema_text:
         return example.schema_text
+    return render(shown_schema(example, schemas, config), config.prompt.serializer)
+
+
+def shown_schema(example: Example, schemas: Mapping[str, Schema], config: Config) -> Schema:
+    """The part of the example's schema that `prompt.schema_form` shows. Raises `LinkError` if its SQL cannot be linked."""
     schema = schemas[example.db_id]
-    if config.prompt.schema_form != "full":
-        schema = restrict(schema, linking.gold_links(example.gold, schema), config.prompt.schema_form)
-    return render(schema, config.prompt.serializer)
+    if config.prompt.schema_form == "full":
+        return schema
+    return restrict(schema, linking.gold_links(example.gold, schema), config.prompt.schema_form)
 
 
 def messages(task: Task, schema: str, question: str, evidence: str = "") -> list[dict[str, str]]:
@@ -62,7 +67,7 @@ def messages(task: Task, schema: str, question: str, evidence: str = "") -> list
 
 def answer(task: Task, example: Example, schemas: Mapping[str, Schema]) -> str:
     """What the model should say: the gold SQL, or its links, in a fenced block. Raises `LinkError` if SQL cannot be linked."""
-    body = " ".join(example.gold.split()) if task == "sql" else linking.format_links(gold_links(example, schemas))
+    body = one_line(example.gold) if task == "sql" else linking.format_links(gold_links(example, schemas))
     return f"```{LANGUAGE[task]}\n{body}\n```"
 
 
@@ -112,25 +117,26 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add
 
 def parse_sql(text: str) -> str | None:
     """The SQL in a model's answer: its fenced block if it has one, else its first statement; None if there is none."""
-    block = re.search(r"```[a-zA-Z]*[ \t]*\n?(.*?)(?:```|$)", text, re.DOTALL)
+    block = re.search(r"```(?:[a-z]*[ \t]*\n|sql(?:ite)?\b)?(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
     body = block.group(1) if block else text
     if not block and (start := re.search(r"\b(?:SELECT|WITH|VALUES)\b", body, re.IGNORECASE)):
         body = body[start.start() :].split("\n\n")[0]
-    body = " ".join(_first_statement(body).split())
-    return body or None
+    return _first_statement(one_line(body)) or None
+
+
+_PIECE = re.compile(r"""('[^']*'?|"[^"]*"?|`[^`]*`?)|(?:--[^\n]*|/\*.*?(?:\*/|\Z)|\s)+|(;)""", re.DOTALL)
+"""Of SQL: what is in quotes (1), a run of comments and white space, or a semicolon (2)."""
+
+
+def one_line(sql: str) -> str:
+    """SQL without line breaks and comments, which would hide the rest of the line; what is in quotes stays as it is."""
+    return _PIECE.sub(lambda piece: piece[1] or piece[2] or " ", sql).strip()
 
 
 def _first_statement(sql: str) -> str:
     """Up to the first semicolon that is outside quotes."""
-    quote = ""
-    for position, character in enumerate(sql):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"`":
-            quote = character
-        elif character == ";":
-            return sql[:position]
-    return sql
+    end = next((piece.start() for piece in _PIECE.finditer(sql) if piece[2]), len(sql))
+    return sql[:end].strip()
 
 
 def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 """Raise when the code below makes other rows from the same input."""
 
 FILE = "inputs/rows.parquet"
@@ -92,7 +93,9 @@ def prepare(
     rows, audit = build(examples, schemas, tokenizer, config, progress)
     file.parent.mkdir(parents=True, exist_ok=True)
     write(rows, file)
-    audit_file.write_text(json.dumps(asdict(audit)))
+    half = audit_file.with_suffix(f".{os.getpid()}")
+    half.write_text(json.dumps(asdict(audit)))
+    half.replace(audit_file)
     return file, audit
 
 
@@ -106,25 +109,23 @@ def build(
     """Rows in the examples' order. Raises `DataError` for an example over `rows.max_length` under the policy `error`."""
     rows: list[Row] = []
     lengths: list[int] = []
-    counts = {"too_long": 0, "trimmed": 0, "dropped": 0}
+    counts = {"trimmed": 0, "dropped": 0}
     unlinkable = []
     for number, example in enumerate(examples):
         if progress and number % 100 == 0:
             progress(number, len(examples))
         try:
             row = encode(example, schemas, tokenizer, config)
+            fits = len(row.input_ids) <= config.rows.max_length
+            kept = row if fits else _shorten(row, example, schemas, tokenizer, config)
         except LinkError:
             unlinkable.append(example.id)
             continue
         lengths.append(len(row.input_ids))
-        if len(row.input_ids) > config.rows.max_length:
-            counts["too_long"] += 1
-            shorter = _shorten(row, example, schemas, tokenizer, config)
-            counts["trimmed" if shorter else "dropped"] += 1
-            if shorter is None:
-                continue
-            row = shorter
-        rows.append(row)
+        if not fits:
+            counts["trimmed" if kept else "dropped"] += 1
+        if kept:
+            rows.append(kept)
     if not rows:
         raise DataError(
             f"no training rows: none of {len(examples)} examples could be used ({len(unlinkable)} cannot be linked)"
@@ -159,7 +160,7 @@ def write(rows: Sequence[Row], file: Path) -> None:
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([asdict(row) for row in rows])
-    half = file.with_suffix(".part")
+    half = file.with_suffix(f".{os.getpid()}")  # trials of a sweep may write the same file at once
     pq.write_table(table, half)
     half.replace(file)
 
@@ -212,7 +213,7 @@ def _shorten(
             f"example {example.id}: its schema is a text of the dataset, so --rows.too_long trim_schema cannot leave tables out; "
             "use drop, or raise --rows.max_length"
         )
-    schema = schemas[example.db_id]
+    schema = prompts.shown_schema(example, schemas, config)
     needed = {name.lower() for name in prompts.gold_links(example, schemas)}
     unused = sorted((t for t in schema.tables if t.name.lower() not in needed), key=lambda t: len(t.columns))
     tables = list(schema.tables)
@@ -241,6 +242,7 @@ def _audit(
         p90=round(tenths[8]),
         longest=max(lengths),
         max_length=config.rows.max_length,
+        too_long=sum(counts.values()),
         policy=config.rows.too_long,
         unlinkable=unlinkable,
         **counts,

@@ -1,0 +1,87 @@
+"""Whatever a reader may copy is true: settings page, YAML files, commands and tree of the README, Makefile targets."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_sql.config import Config, EvaluateConfig, load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+YAMLS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `python -m jobs.…` command in the pages and in the jobs' own docstrings, as (job, arguments)."""
+    texts = [page.read_text() for page in PAGES] + [(ROOT / "jobs" / f"{job}.py").read_text() for job in JOBS]
+    found = []
+    for text in texts:
+        text = text.replace("\\\n", " ")
+        for match in re.finditer(r"python -m jobs\.(\w+)([^\n`)#]*)", text):
+            found.append((match.group(1), shlex.split(match.group(2))))
+    return found
+
+
+def test_the_settings_page_is_what_the_settings_say() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text() == page, "run: python docs/settings.py"
+
+
+def test_every_yaml_is_a_valid_configuration() -> None:
+    assert len(YAMLS) >= 4
+    for path in YAMLS:
+        config = load(Config, ["--config", str(path)])
+        assert config.output_name, path
+
+
+def test_every_setting_of_a_yaml_differs_from_the_default_or_says_why() -> None:
+    for path in YAMLS:
+        assert path.read_text().startswith("#"), f"{path.name} does not say what it is for"
+        assert yaml.safe_load(path.read_text()), path
+
+
+def test_commands_in_the_pages_parse() -> None:
+    found = commands()
+    assert {job for job, _ in found} == set(JOBS), "every job is shown somewhere"
+    for job, arguments in found:
+        if "--help" in arguments or "…" in " ".join(arguments):
+            continue
+        words = [str(ROOT / word) if word.startswith("jobs/configs/") else word for word in arguments]
+        words = [word for word in words if word not in ("…", "...")]
+        existing = "--config" not in words or Path(words[words.index("--config") + 1]).is_file()
+        base = [] if existing else ["--model_name", "m", "--output_name", "o", "--task_type", "sql"]
+        if not existing:
+            del words[words.index("--config") : words.index("--config") + 2]
+        if job == "demo":
+            base = ["--config", str(ROOT / "jobs" / "configs" / "demo.yaml")]
+        kind = EvaluateConfig if job == "evaluate" else Config
+        load(kind, base + words)
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    block = re.search(r"```text\n(ray_sql/.*?)```", README, re.DOTALL)
+    assert block, "the README shows the tree"
+    shown = set(re.findall(r"^  (\w+)(?:\.py|/)", block.group(1), re.MULTILINE))
+    package = {path.stem for path in (ROOT / "ray_sql").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert package - {"__init__"} <= shown
+    assert shown <= package | {"configs", "demo_data"} | set(JOBS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_in_the_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
