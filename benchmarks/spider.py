@@ -36,7 +36,13 @@ CUT: dict[str, Any] = {
     "overwrite": True,
 }
 FULL = {"data.limit": 1200, "evaluate.limit": 300, "rows.max_length": 512, "rows.too_long": "drop"}
-QUICK = {"data.limit": 24, "evaluate.limit": 16, "evaluate.select_examples": 8, "rows.max_length": 512, "rows.too_long": "drop"}
+QUICK = {
+    "data.limit": 24,
+    "evaluate.limit": 16,
+    "evaluate.select_examples": 8,
+    "rows.max_length": 512,
+    "rows.too_long": "drop",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +72,11 @@ def main(argv: list[str] | None = None) -> None:
         model: {split: {k: scores[k] for k in keep if k in scores} for split, scores in metrics[model].items()}
         for model in ("base", "tuned")
     }
-    print(json.dumps({**result, "compared": metrics["compared"], "steps": metrics["steps"], "seconds": metrics["seconds"]}))
+    print(
+        json.dumps(
+            {**result, "compared": metrics["compared"], "steps": metrics["steps"], "seconds": metrics["seconds"]}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,6 @@ def output(config: Config) -> str:
     probe = f"{config.run_dir}-probe-{uuid.uuid4().hex[:8]}"
     checkpoints.write_text(f"{probe}/probe", "x" * 4096)
     checkpoints.remove(probe)
-    if config.overwrite:
-        return f"{config.run_dir} can be written and will be started afresh"
     finished = prepare.earlier_run(config) is not None
     return f"{config.run_dir} can be written{' and holds a finished run of these settings' if finished else ''}"
 

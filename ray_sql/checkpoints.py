@@ -43,15 +43,10 @@ class Checkpoint:
 
 def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Checkpoint:
     """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics."""
-    import pyarrow.fs as pafs
-
     uri = f"{run_dir}/checkpoint-{step}"
-    filesystem, path = open_store(uri)
     remove(uri)
     files = {str(file.relative_to(local)): file.stat().st_size for file in sorted(local.rglob("*")) if file.is_file()}
-    with _writing(uri):
-        filesystem.create_dir(path, recursive=True)
-        pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    _upload(local, uri)
     marker: dict[str, Any] = {"step": step, "files": files, "objective": None, "tie_break": None, "metrics": {}} | dict(
         scores
     )
@@ -120,11 +115,15 @@ def fetch_file(uri: str, target: Path) -> Path:
 
 def put(local: Path, uri: str) -> None:
     """Copy a local file or folder to storage, replacing what is there."""
+    remove(uri)
+    _upload(local, uri)
+
+
+def _upload(local: Path, uri: str) -> None:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
     with _writing(uri):
-        remove(uri)
         filesystem.create_dir(path if local.is_dir() else str(Path(path).parent), recursive=True)
         pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
@@ -175,8 +174,9 @@ def _writing(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = " ".join(str(error).split())
         raise StoreError(
-            f"{uri}: cannot be written ({' '.join(str(error).split())}); free space, or choose another place"
+            f"{uri}: cannot be written ({reason}); free space, correct its rights, or choose another --output_dir"
         ) from None
 
 

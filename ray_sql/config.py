@@ -250,6 +250,14 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_overwrite(self) -> Self:
+        if self.overwrite and self.prev_checkpoint and "/" not in self.prev_checkpoint:
+            raise ValueError(
+                f"overwrite removes the run that prev_checkpoint {self.prev_checkpoint} belongs to: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_global_batch(self) -> Self:
         wanted, micro = self.train.global_batch_size, self.train_batch_size * max(1, self.scaling.num_workers)
         if wanted is None:
@@ -396,7 +404,11 @@ def _values(field: Any) -> str:
     choices = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is Literal]
     if choices:
         return ", ".join(f"`{choice}`" for choice in get_args(choices[0]))
-    kind = str(getattr(field.annotation, "__name__", field.annotation)) if not get_args(field.annotation) else str(field.annotation)
+    kind = (
+        str(getattr(field.annotation, "__name__", field.annotation))
+        if not get_args(field.annotation)
+        else str(field.annotation)
+    )
     return kind.replace("pydantic.types.", "").replace(" | None", "").replace("|", "or")
 
 

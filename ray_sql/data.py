@@ -83,7 +83,7 @@ def load(config: Config) -> Corpus:
     Raises `DataError` naming the file, the row and the field of whatever is missing or malformed.
     """
     for split in {"train", "validation"} & set(config.split):
-        raise DataError(f"--split {split}: trained or chosen on, so it cannot score a run; name a split that is set apart")
+        raise DataError(f"--split {split}: is trained or chosen on, so it cannot score a run; name a split that is not")
     corpus = _with_scored_splits(_read(config), config)
     train, validation = _set_aside(corpus.splits["train"], config.data.validation_fraction, config, "validation")
     if config.data.limit:
@@ -133,16 +133,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    records = parse_lines(path, text) if path.suffix == ".jsonl" else _parse(path, text, 1)
+    records = list(parse_lines(path, text).values()) if path.suffix == ".jsonl" else _parse(path, text, 1)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: must hold JSON objects, one example each")
     return records
 
 
-def parse_lines(path: Path, text: str) -> list[Any]:
-    """The JSON values of `text`, one a line, blank lines left out; `path` serves the error message."""
+def parse_lines(path: Path, text: str) -> dict[int, Any]:
+    """Line number → the JSON value on it, blank lines left out; `path` serves the error message."""
     # not splitlines: it also splits at U+2028 and others, which JSON allows inside a string
-    return [_parse(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return {number: _parse(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()}
 
 
 def _parse(path: Path, text: str, first_line: int) -> Any:

@@ -28,7 +28,7 @@ class Display:
             console=self.console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -60,7 +60,7 @@ class Display:
     def update(self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS) -> None:
         """How far a stage is; `every` is the least time between two plain lines."""
         now = time.monotonic()
-        first = self._started.setdefault(stage, now)
+        first, already = self._started.setdefault(stage, (now, done))
         if self.console.is_terminal:
             task = self._tasks.get(stage)
             if task is None:
@@ -70,7 +70,7 @@ class Display:
         if done < total and now - self._said.get(stage, first) < every:
             return
         self._said[stage] = now
-        left = f"  {_clock((now - first) / done * (total - done))} left" if 0 < done < total and now > first else ""
+        left = f"  {_clock((now - first) / (done - already) * (total - done))} left" if already < done < total else ""
         self.console.print(f"{stage}: {done}/{total}{left}{'  ' + note if note else ''}", markup=False)
 
 

@@ -163,10 +163,11 @@ def _parse_links(text: str) -> str | None:
 
 
 def _judged(row: Row, verdict: Verdict) -> Row:
+    unparsable = verdict.verdict == "error" and not row["predicted"]
     return row | {
         "verdict": verdict.verdict,
-        "error": verdict.error,
-        "error_kind": classify_error(verdict),
+        "error": "the answer holds no SQL" if unparsable else verdict.error,
+        "error_kind": "unparsable" if unparsable else classify_error(verdict),
         "seconds": round(verdict.seconds, 3),
     }
 

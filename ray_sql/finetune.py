@@ -35,7 +35,10 @@ def run(config: Config) -> dict[str, Any]:
             display.line(f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again.")
             show(earlier, config, display)
             return earlier
+        if config.tracking.enabled:
+            tracking.check(config.tracking.uri)
         prepared = prepare.prepare(config, display.counter("reading data"))
+        train.starting_point(config, prepared.model_folder)
         for line in prepare.plan(prepared, config):
             display.line(line)
         prepare.write_inputs(prepared, config)
@@ -58,7 +61,7 @@ def dry_run(config: Config) -> None:
     from ray_sql import rows
 
     with Display() as display:
-        prepare.earlier_run(config.changed({"overwrite": False})) if not config.overwrite else None
+        prepare.earlier_run(config)
         prepared = prepare.prepare(config, display.counter("reading data"))
         example = prepared.corpus.splits["train"][0]
         row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
@@ -253,6 +256,9 @@ class _Points:
             return
         values = {name if "/" in name else f"train/{name}": value for name, value in point["values"].items()}
         if point["kind"] == "train":
+            if point["step"] <= self._newest:
+                self._display.line(f"the workers were restarted and go on from step {point['step'] - 1}")
+            self._newest = point["step"]
             self._display.train(point["step"], point["steps"], point["values"])
         else:
             self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")

@@ -68,7 +68,7 @@ def questions(
                 split=split,
                 db_id=example.db_id,
                 question=example.question,
-                gold=_gold(example, corpus, config),
+                gold=gold(example, corpus, config),
                 hardness=example.hardness,
                 database=corpus.databases.get(example.db_id),
                 input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
@@ -77,7 +77,8 @@ def questions(
     return made
 
 
-def _gold(example: Example, corpus: Corpus, config: Config) -> str:
+def gold(example: Example, corpus: Corpus, config: Config) -> str:
+    """What an answer is compared with: SQL, or links as JSON; empty where the SQL cannot be linked."""
     if config.task_type == "sql":
         return example.gold
     try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, cluster, data, evaluate, generate, models, prompts
+from ray_sql import checkpoints, cluster, data, evaluate, generate, linking, models, prompts
 from ray_sql.config import Config, EvaluateConfig, absolute
+from ray_sql.data import Corpus, Example
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import Row
@@ -63,54 +65,33 @@ def of_file(config: EvaluateConfig, display: Display) -> Measured:
     """Judge the predictions of `config.predictions_file` against the gold of the dataset's splits, or their own."""
     path = absolute(config.predictions_file or "")
     corpus = data.load_split(config, config.split)
-    examples = [(split, example) for split in config.split for example in corpus.splits[split]]
-    by_id = {example.id: (split, example) for split, example in examples}
     predictions = read_predictions(path)
-    if (
-        not any("id" in p for p in predictions)
-        and not all("gold" in p for p in predictions)
-        and len(predictions) != len(examples)
-    ):
-        raise DataError(
-            f"{path}: {len(predictions)} lines, but --split {','.join(config.split)} has {len(examples)} examples; without ids the "
-            "two must be in the same order and equal in number"
-        )
-    rows, databases = [], []
-    for number, prediction in enumerate(predictions):
-        split, example = by_id.get(str(prediction["id"]), ("", None)) if "id" in prediction else examples[number]
-        own = "db_id" in prediction and "gold" in prediction
-        if example is None and not own:
-            raise DataError(
-                f"{path}, line {number + 1}: id {prediction['id']!r} is not in --split {','.join(config.split)}, and the line has no "
-                "db_id and gold of its own"
-            )
-        db_id = str(prediction["db_id"]) if own else example.db_id  # type: ignore[union-attr]
-        gold = str(prediction["gold"]) if own else example.gold  # type: ignore[union-attr]
-        if own and db_id not in corpus.databases:
-            raise DataError(
-                f"{path}, line {number + 1}: unknown db_id {db_id!r}; the dataset has no database of that name"
-            )
-        rows.append(_file_row(prediction, example, split or "file", db_id, gold, number))
-        databases.append(corpus.databases.get(db_id))
-    schemas = corpus.schemas
-    judged = evaluate.judge_rows(rows, databases, config, schemas, display.counter("executing predictions"))
+    found = _match(path, predictions, [(split, e) for split in config.split for e in corpus.splits[split]], config)
+    rows = [
+        _file_row(prediction, match, f"{path}, line {line}", corpus, config)
+        for (line, prediction), match in zip(predictions.items(), found, strict=True)
+    ]
+    databases = [corpus.databases.get(row["db_id"]) for row in rows]
+    judged = evaluate.judge_rows(rows, databases, config, corpus.schemas, display.counter("executing predictions"))
     return {"file": judged}
 
 
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Predictions from JSON lines with `predicted`, or from a text file with one SQL query a line (what follows a tab is cut)."""
+def read_predictions(path: Path) -> dict[int, dict[str, Any]]:
+    """Line number → prediction, from JSON lines with `predicted`, or one SQL query a line (what follows a tab is cut)."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--predictions_file {path}: cannot be read as UTF-8 text ({error})") from None
-    if lines and not lines[-1]:
-        lines.pop()
-    if not lines or not lines[0].lstrip().startswith("{"):
-        return [{"predicted": line.split("\t")[0]} for line in lines]
-    records = data.read_records(path) if path.suffix == ".jsonl" else [json.loads(line) for line in lines]
-    for number, record in enumerate(records, 1):
-        if "predicted" not in record:
-            raise DataError(f"{path}, line {number}: no field 'predicted'; found {', '.join(sorted(record))}")
+    if not text.strip():
+        raise DataError(f"--predictions_file {path}: is empty; give one prediction a line")
+    if not text.lstrip().startswith("{"):
+        lines = text.removesuffix("\n").split("\n")
+        return {number: {"predicted": line.split("\t")[0]} for number, line in enumerate(lines, 1)}
+    records = data.parse_lines(path, text)
+    for number, record in records.items():
+        if not isinstance(record, dict) or "predicted" not in record:
+            have = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            raise DataError(f"{path}, line {number}: no field 'predicted'; found {have}")
     return records
 
 
@@ -152,16 +133,68 @@ def _base_key(config: Config, asked: Sequence[Question], model_folder: str) -> s
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _file_row(prediction: Mapping[str, Any], example: Any, split: str, db_id: str, gold: str, number: int) -> Row:
+def _match(
+    path: Path, predictions: Mapping[int, Row], examples: Sequence[tuple[str, Example]], config: Config
+) -> list[tuple[str, Example] | None]:
+    """The example of each prediction: by id and, where given, split; by order where no line has an id; None for its own gold."""
+    splits = ",".join(config.split)
+    if not any("id" in prediction or _has_gold(prediction) for prediction in predictions.values()):
+        if len(predictions) != len(examples):
+            raise DataError(
+                f"{path}: {len(predictions)} lines, but --split {splits} has {len(examples)} examples; without ids the two must "
+                "be in the same order and equal in number"
+            )
+        return list(examples)
+    by_id: dict[str, dict[str, Example]] = defaultdict(dict)
+    for split, example in examples:
+        by_id[example.id][split] = example
+    matches: list[tuple[str, Example] | None] = []
+    for line, prediction in predictions.items():
+        known = by_id.get(str(prediction.get("id")), {})
+        found = [(split, e) for split, e in known.items() if split == prediction.get("split", split)]
+        if len(found) != 1 and not _has_gold(prediction):
+            raise DataError(
+                f"{path}, line {line}: id {prediction.get('id')!r} is in {len(found) or 'none'} of --split {splits}; give the line "
+                f"{'its `split` too' if found else 'an id of the split, or its own db_id and gold'}"
+            )
+        matches.append(found[0] if len(found) == 1 else None)
+    return matches
+
+
+def _has_gold(prediction: Mapping[str, Any]) -> bool:
+    return "db_id" in prediction and "gold" in prediction
+
+
+def _file_row(
+    prediction: Row, match: tuple[str, Example] | None, where: str, corpus: Corpus, config: EvaluateConfig
+) -> Row:
+    split, example = match or (str(prediction.get("split", "file")), None)
+    if example is None or _has_gold(prediction):
+        db_id, gold = str(prediction["db_id"]), _text(prediction["gold"], config, f"{where}: gold") or ""
+    else:
+        db_id, gold = example.db_id, generate.gold(example, corpus, config)
+    if db_id not in corpus.databases and db_id not in corpus.schemas:
+        raise DataError(f"{where}: unknown db_id {db_id!r}; the dataset has no database of that name")
+    level = prediction.get("hardness") or (example.hardness if example else None)
     return {
-        "id": str(prediction.get("id", example.id if example else number)),
+        "id": str(prediction.get("id", example.id if example else where.rsplit(" ", 1)[-1])),
         "split": split,
         "db_id": db_id,
-        "hardness": (example.hardness if example else None) or hardness(gold),
+        "hardness": level or (hardness(gold) if config.task_type == "sql" else None),
         "question": prediction.get("question") or (example.question if example else ""),
         "gold": gold,
-        "predicted": prediction["predicted"],
+        "predicted": _text(prediction["predicted"], config, f"{where}: predicted"),
     }
+
+
+def _text(value: Any, config: Config, where: str) -> str | None:
+    """SQL as it is; links (JSON, as text or not) as JSON text, None where they cannot be read."""
+    if config.task_type == "schema":
+        links = linking.parse_links(value if isinstance(value, str) else json.dumps(value))
+        return None if links is None else json.dumps(links)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where} must be SQL as text, found {type(value).__name__}")
+    return value
 
 
 def _compare(measured: Measured, split: str) -> dict[str, Any]:

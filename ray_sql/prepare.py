@@ -88,8 +88,13 @@ def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None
 
 
 def write_inputs(prepared: Prepared, config: Config) -> None:
-    """Lay out the run's folder: settings, contract, rows, validation questions, and the gold queries that do not run."""
+    """Lay out the run's folder: settings, contract, rows, validation questions, and the gold queries that do not run.
+
+    Under `overwrite` an earlier run is removed here, and not before everything that can be checked has been.
+    """
     run_dir = config.run_dir
+    if config.overwrite:
+        checkpoints.remove(run_dir)
     checkpoints.write_text(f"{run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
     checkpoints.write_text(f"{run_dir}/contract.json", json.dumps(prepared.contract, indent=2) + "\n")
     checkpoints.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
@@ -99,16 +104,15 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
 
 
 def earlier_run(config: Config) -> dict[str, Any] | None:
-    """The metrics of an earlier run of the same settings under this name; None if there is none or it did not end.
+    """The metrics of an earlier run of the same settings under this name; None if there is none, it did not end, or it is to be
+    overwritten.
 
-    Removes it first where `overwrite` is set. Raises `ConfigError` if the name holds a run of other settings, `StoreError`
-    if it holds something else.
+    Raises `ConfigError` if the name holds a run of other settings, `StoreError` if it holds something else.
     """
     run_dir = config.run_dir
     saved = checkpoints.read_text(f"{run_dir}/config.json")
     if config.overwrite and saved is not None:
-        checkpoints.remove(run_dir)
-        saved = None
+        return None
     if saved is None:
         if checkpoints.exists(run_dir):
             raise StoreError(

@@ -1,8 +1,9 @@
 """MLflow as the record of a run: one MLflow run per training run, whatever restarts, always ended.
 
 Only the driver talks to MLflow. A configured store must answer at the start; afterwards nothing here raises: what cannot be
-sent is kept in a spool file, one warning is printed, and the spool is replayed when the run ends. Points carry their step, and a step
-that was logged before a restart is not logged again. This module is a sink: it knows none of the stages.
+sent is kept in a spool file, one warning is printed, and the spool is replayed when the run ends, or when it goes on after a
+restart. Points carry their step, and a step that was logged before is not logged again. This module is a sink: it knows none
+of the stages.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 BATCH = 1000
 """Metrics that MLflow takes in one call; params are 100."""
+RETRY_SECONDS = 60.0
+"""How long everything goes straight to the spool after a failure; each try costs a training run seconds."""
 
 
 class Run:
@@ -33,6 +37,7 @@ class Run:
         self._client, self.run_id, self.uri, self._spool = client, run_id, uri, spool
         self._logged: dict[str, int] = {}
         self._warned = False
+        self._retry_at = 0.0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of one step; a key whose step was logged already is skipped, as after a restart."""
@@ -59,7 +64,11 @@ class Run:
 
     def figure(self, figure: Any, file: str) -> None:
         """A matplotlib figure as an image."""
-        self._try(lambda: self._client.log_figure(self.run_id, figure, file))
+        if not self._try(lambda: self._client.log_figure(self.run_id, figure, file)):
+            kept = self._spool.with_suffix("") / file
+            with self._spooling("figure", kept):
+                figure.savefig(kept)
+            self._keep("artifact", [str(kept), str(Path(file).parent)])
 
     def dataset(self, name: str, digest: str, source: str, split: str) -> None:
         """Name the data of a split as an input of the run."""
@@ -74,31 +83,67 @@ class Run:
         """Send what the spool holds, oldest first; returns how many entries are still there."""
         if self._client is None or not self._spool.exists():
             return 0
-        entries = [json.loads(line) for line in self._spool.read_text().splitlines()]
-        self._spool.unlink()
-        for kind, values in entries:
-            self._send(kind, values)
-        return len(self._spool.read_text().splitlines()) if self._spool.exists() else 0
+        self._retry_at = 0.0
+        left = self._spool.read_text(encoding="utf-8").splitlines()
+        while left and self._replay_one(left[0]):
+            left.pop(0)
+        with self._spooling("replayed", self._spool):
+            self._spool.write_text("".join(f"{line}\n" for line in left), encoding="utf-8")
+        if not left:
+            self._spool.unlink()
+        return len(left)
+
+    def _replay_one(self, line: str) -> bool:
+        try:
+            run_id, kind, values = json.loads(line)
+        except ValueError:  # the process was killed while it wrote this line
+            return True
+        return self._try(lambda: _SENDERS[kind](self._client, run_id, *values))
 
     def _send(self, kind: str, values: list[Any]) -> None:
-        if not self._try(lambda: _SENDERS[kind](self._client, self.run_id, *_arguments(kind, values))) and self._client:
-            self._spool.parent.mkdir(parents=True, exist_ok=True)
-            with self._spool.open("a") as stream:
-                stream.write(json.dumps([kind, values]) + "\n")
+        if not self._try(lambda: _SENDERS[kind](self._client, self.run_id, *values)):
+            self._keep(kind, values)
+
+    def _keep(self, kind: str, values: list[Any]) -> None:
+        with self._spooling(kind, self._spool), self._spool.open("a", encoding="utf-8") as stream:
+            # with the run's id: a later run of the same name shares the file
+            stream.write(json.dumps([self.run_id, kind, values]) + "\n")
+
+    @contextmanager
+    def _spooling(self, kind: str, file: Path) -> Iterator[None]:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            log.warning("a %s record is lost: %s cannot be written (%s)", kind, file, error)
 
     def _try(self, action: Callable[[], object]) -> bool:
+        """Whether a record is settled: sent, or refused for good; False where it must be kept for later."""
         if self._client is None:
             return True
+        if time.monotonic() < self._retry_at:
+            return False
         try:
             action()
-        except (
-            Exception
-        ) as error:  # MLflow raises what its backend raises; an outage of the record must not end the run
+        except Exception as error:  # whatever MLflow's backend raises: an outage of the record must not end the run
+            if _is_final(error):
+                log.warning("MLflow at %s refused a record: %s", self.uri, " ".join(str(error).split())[:300])
+                return True
             if not self._warned:
                 log.warning("MLflow at %s stopped answering (%s); points are kept in %s", self.uri, error, self._spool)
             self._warned = True
+            self._retry_at = time.monotonic() + RETRY_SECONDS
             return False
         return True
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try would fail in the same way: a malformed record, a deleted run, a file that is gone."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() in (400, 404)
+    return isinstance(error, FileNotFoundError)
 
 
 def start(
@@ -120,15 +165,17 @@ def start(
     from mlflow.entities import Param, RunTag
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
-    client = MlflowClient(uri)
     try:
+        client = MlflowClient(uri)
         if run_id is not None and _exists(client, run_id):
-            client.update_run(run_id, status="RUNNING")
             run = Run(client, run_id, uri, spool)
+            run.replay()
+            client.update_run(run_id, status="RUNNING")
             run._logged = _logged(client, run_id)
             return run
         created = client.create_run(
@@ -138,7 +185,7 @@ def start(
         for first in range(0, len(params), 100):
             client.log_batch(created.info.run_id, params=params[first : first + 100])
         client.log_batch(created.info.run_id, tags=[RunTag("mlflow.source.name", "ray_sql")])
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise StoreError(
             f"--tracking.uri {uri}: MLflow refused the run: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -217,11 +264,7 @@ def _logged(client: Any, run_id: str) -> dict[str, int]:
     return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
-def _arguments(kind: str, values: list[Any]) -> list[Any]:
-    return [values] if kind == "metrics" else values
-
-
-def _send_metrics(client: Any, run_id: str, points: list[Any]) -> None:
+def _send_metrics(client: Any, run_id: str, *points: Sequence[Any]) -> None:
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(*point) for point in points])

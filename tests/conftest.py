@@ -18,7 +18,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 for variable in ("HF_TOKEN", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(variable, None)
 
-from ray_sql.config import Config, load
+from ray_sql.config import Config, load  # noqa: E402  (the environment above is read while libraries are imported)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -44,7 +44,10 @@ QUESTIONS = [
     ("What is the lowest price?", "SELECT MIN(price) FROM product"),
     ("Show the cities of the customers.", "SELECT city FROM customer"),
     ("How many products cost more than 50?", "SELECT COUNT(*) FROM product WHERE price > 50"),
-    ("Who bought a desk?", "SELECT T1.name FROM customer AS T1 JOIN sale AS T2 ON T1.id = T2.customer_id WHERE T2.product_id = 2"),
+    (
+        "Who bought a desk?",
+        "SELECT T1.name FROM customer AS T1 JOIN sale AS T2 ON T1.id = T2.customer_id WHERE T2.product_id = 2",
+    ),
 ]
 
 
@@ -69,7 +72,9 @@ def make_spider_folder(folder: Path, databases: tuple[str, ...] = ("shop", "stor
     rows = [{"db_id": db_id, "question": q, "query": sql} for db_id in databases for q, sql in QUESTIONS]
     (folder / "train_spider.json").write_text(json.dumps(rows[:-2]))
     (folder / "train_others.json").write_text(json.dumps(rows[-2:]))
-    (folder / "dev.json").write_text(json.dumps([{"db_id": "mall", "question": q, "query": sql} for q, sql in QUESTIONS]))
+    (folder / "dev.json").write_text(
+        json.dumps([{"db_id": "mall", "question": q, "query": sql} for q, sql in QUESTIONS])
+    )
     return folder
 
 
@@ -96,7 +101,9 @@ def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|start|>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([SHOP, *(f"{q}\n```sql\n{sql}\n```" for q, sql in QUESTIONS)] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE

@@ -25,8 +25,7 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for text in texts:
         text = text.replace("\\\n", " ")
-        for match in re.finditer(r"python -m jobs\.(\w+)([^\n`)#]*)", text):
-            found.append((match.group(1), shlex.split(match.group(2))))
+        found += [(job, shlex.split(rest)) for job, rest in re.findall(r"python -m jobs\.(\w+)([^\n`)#]*)", text)]
     return found
 
 
@@ -76,7 +75,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     block = re.search(r"```text\n(ray_sql/.*?)```", README, re.DOTALL)
     assert block, "the README shows the tree"
     shown = set(re.findall(r"^  (\w+)(?:\.py|/)", block.group(1), re.MULTILINE))
-    package = {path.stem for path in (ROOT / "ray_sql").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    package = {
+        path.stem for path in (ROOT / "ray_sql").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
     assert package - {"__init__"} <= shown
     assert shown <= package | {"configs", "demo_data"} | set(JOBS)
 

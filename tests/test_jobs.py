@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,7 +74,18 @@ def test_finetune_writes_exactly_the_documented_files(run: Run, flags: list[str]
     ]  # fmt: skip
     rows = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert {"id", "db_id", "question", "gold", "predicted", "raw", "verdict", "error", "seconds", "prompt_tokens"} <= set(rows[0])
+    assert {
+        "id",
+        "db_id",
+        "question",
+        "gold",
+        "predicted",
+        "raw",
+        "verdict",
+        "error",
+        "seconds",
+        "prompt_tokens",
+    } <= set(rows[0])
     assert "training: 2/2" in out
     assert "execution accuracy" in out
     assert str(place / "adapter") in out
@@ -127,10 +137,17 @@ def test_evaluate_scores_the_adapter_it_is_given(run: Run, flags: list[str], tmp
     code, _, err = run("evaluate", "--config", f"{adapter}/config.json", "--adapter", adapter, "--output_name", "again")
     assert (code, err) == (0, "")
     again = (tmp_path / "out" / "again" / "predictions.jsonl").read_text()
-    strip = lambda text: [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in text.splitlines()]  # noqa: E731
-    assert strip(first) == strip(again)
+    assert _untimed(first) == _untimed(again)
     code, _, err = run(
-        "evaluate", "--config", f"{adapter}/config.json", "--adapter", adapter, "--output_name", "drift", "--prompt.serializer", "compact"
+        "evaluate",
+        "--config",
+        f"{adapter}/config.json",
+        "--adapter",
+        adapter,
+        "--output_name",
+        "drift",
+        "--prompt.serializer",
+        "compact",
     )
     assert code == 2
     assert "trained with serializer" in err
@@ -140,10 +157,22 @@ def test_evaluate_scores_the_adapter_it_is_given(run: Run, flags: list[str], tmp
 def test_evaluate_scores_gold_as_predictions_at_100_percent(run: Run, spider_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "gold.sql"
     file.write_text("".join(f"{sql}\n" for _, sql in QUESTIONS))
-    arguments = ["--dataset_id", str(spider_folder), "--split", "dev", "--evaluate.semantics", "spider", "--output_name", "scores"]
+    arguments = [
+        "--dataset_id",
+        str(spider_folder),
+        "--split",
+        "dev",
+        "--evaluate.semantics",
+        "spider",
+        "--output_name",
+        "scores",
+    ]
     code, out, _ = run("evaluate", "--predictions_file", str(file), *arguments)
     assert code == 0
-    assert json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"]["execution_accuracy"] == 1.0
+    assert (
+        json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"]["execution_accuracy"]
+        == 1.0
+    )
     assert "100.0 %" in out
     file.write_text(json.dumps({"id": "3", "predicted": "SELECT 1"}) + "\n")
     code, _, _ = run("evaluate", "--predictions_file", str(file), *arguments)
@@ -187,7 +216,10 @@ def _not_a_database(folder: Path) -> None:
         (_no_database, r"unknown db_id 'mall'"),
         (_malformed, "dev.json, line 3: not valid JSON"),
         (_unknown_db_id, "dev row 0: unknown db_id 'nowhere'"),
-        (_missing_column, "dev.json, row 0: no column 'question' or 'question_en' for question; found db_id, pergunta, query"),
+        (
+            _missing_column,
+            "dev.json, row 0: no column 'question' or 'question_en' for question; found db_id, pergunta, query",
+        ),
         (_not_a_database, "mall.sqlite"),
     ],
 )
@@ -204,11 +236,17 @@ def test_bad_data_is_one_line_that_names_the_place(
     [
         ({"dataset_id": "./nowhere"}, "--dataset_id ./nowhere: no such file or folder"),
         ({"task_type": "poetry"}, "--task_type: 'poetry' given; input should be 'sql' or 'schema'"),
-        ({"model_name": "nobody/no-such-model"}, "--model_name nobody/no-such-model: neither a local folder nor a model"),
+        (
+            {"model_name": "nobody/no-such-model"},
+            "--model_name nobody/no-such-model: neither a local folder nor a model",
+        ),
         ({"learning_rate": "-1"}, "--learning_rate: '-1' given; input should be greater than 0"),
         ({"learning_rat": "1"}, "--learning_rat: unknown flag; did you mean --learning_rate?"),
         ({"config": "wrong.yaml"}, "wrong.yaml: lora.rank: unknown setting"),
-        ({"train_DOT_global_batch_size": "7", "train_batch_size": "2"}, "7 does not divide by train_batch_size 2 x 1 workers = 2"),
+        (
+            {"train_DOT_global_batch_size": "7", "train_batch_size": "2"},
+            "7 does not divide by train_batch_size 2 x 1 workers = 2",
+        ),
         ({"split": "holdout"}, "--split holdout:"),
         ({"prev_checkpoint": "checkpoint-9"}, "--prev_checkpoint checkpoint-9: no complete checkpoint"),
         ({"rows_DOT_max_length": "16"}, "over --rows.max_length 16; raise it, or choose --rows.too_long"),
@@ -225,7 +263,9 @@ def test_bad_settings_are_one_line_that_names_the_flag(
 def test_an_unreachable_mlflow_server_is_refused_before_training(run: Run, flags: list[str], tmp_path: Path) -> None:
     tracked = [flag for flag in flags if flag != "--no-tracking.enabled"]
     started = time.monotonic()
-    _refused(run("finetune", *tracked, "--tracking.uri", "http://127.0.0.1:9"), "no MLflow server answers there", tmp_path)
+    _refused(
+        run("finetune", *tracked, "--tracking.uri", "http://127.0.0.1:9"), "no MLflow server answers there", tmp_path
+    )
     assert time.monotonic() - started < 60
 
 
@@ -254,6 +294,12 @@ def test_gold_queries_that_fail_are_counted_listed_and_kept_out(run: Run, flags:
     assert "colour" in row["error"]
 
 
+def _untimed(text: str) -> list[dict[str, object]]:
+    """The rows of a predictions file without what differs from run to run."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
 def _refused(result: tuple[int, str, str], message: str, tmp_path: Path) -> None:
     code, out, err = result
     assert code == 2, out + err
@@ -270,7 +316,9 @@ def test_help_answers_at_once(job: str) -> None:
     times = []
     for _ in range(3):
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+        )
         times.append(time.monotonic() - started)
     assert "--lora.r" in done.stdout
     assert "Rank of the update matrices." in done.stdout
@@ -279,7 +327,9 @@ def test_help_answers_at_once(job: str) -> None:
 
 def test_the_exit_code_of_a_process_is_2_for_a_user_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.finetune", "--task_type", "sql"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"COLUMNS": "80"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"COLUMNS": "80"}
+    )
     assert done.returncode == 2
     assert "--model_name is required" in done.stderr
 

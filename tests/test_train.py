@@ -65,7 +65,9 @@ def ray_local() -> Iterator[None]:
 
 
 def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model: Path) -> None:
-    config = make_config(**{"train.max_steps": 1, "lora.lora_dropout": 0, "quantization.load_in_4bit": False, "data.limit": 2})
+    config = make_config(
+        **{"train.max_steps": 1, "lora.lora_dropout": 0, "quantization.load_in_4bit": False, "data.limit": 2}
+    )
     curve = Curve()
     fit(config, curve)
     data = rows.read(f"{config.run_dir}/{rows.FILE}")
@@ -152,7 +154,14 @@ def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: 
 
 
 def test_a_diverging_loss_stops_with_the_step_and_the_remedies(make_config: Any) -> None:
-    config = make_config(**{"learning_rate": 1e5, "train.max_steps": 20, "train.max_grad_norm": 1e9, "train.lr_scheduler_type": "constant"})
+    config = make_config(
+        **{
+            "learning_rate": 1e5,
+            "train.max_steps": 20,
+            "train.max_grad_norm": 1e9,
+            "train.lr_scheduler_type": "constant",
+        }
+    )
     curve = Curve()
     with pytest.raises(TrainingError, match=r"diverged by step \d+.*--learning_rate \(now 100000\)"):
         fit(config, curve)
@@ -196,7 +205,9 @@ def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_pat
     config = make_config(**{"train.max_steps": 1})
     fit(config, Curve())
     other = make_model(tmp_path / "other", hidden_size=32)
-    moved = config.changed({"model_name": str(other), "prev_checkpoint": f"{config.run_dir}/checkpoint-1", "output_name": "new"})
+    moved = config.changed(
+        {"model_name": str(other), "prev_checkpoint": f"{config.run_dir}/checkpoint-1", "output_name": "new"}
+    )
     with pytest.raises(ModelError, match="it was trained on"):
         train.fit(moved, str(other), Curve())
 
@@ -221,7 +232,9 @@ def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any,
     assert json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "")["mlflow_run_id"] == run.info.run_id
 
 
-def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -243,7 +256,9 @@ def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> N
     prepare.write_inputs(prepare.prepare(config), config)
     with pytest.raises(ConfigError, match=r"learning_rate 0.0001 there, 0.5 here.*--output_name.*--overwrite"):
         prepare.earlier_run(config.changed({"learning_rate": 0.5}))
-    assert prepare.earlier_run(config.changed({"evaluate.timeout": 5})) is None, "an unfinished run of the same settings goes on"
+    assert prepare.earlier_run(config.changed({"evaluate.timeout": 5})) is None, (
+        "an unfinished run of the same settings goes on"
+    )
     assert prepare.earlier_run(config.changed({"learning_rate": 0.5, "overwrite": True})) is None
     assert not os.path.exists(config.run_dir)
 

@@ -1,0 +1,168 @@
+"""A checkpoint is complete or absent; the best and the last survive; what cannot be written is one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_sql import checkpoints
+from ray_sql.checkpoints import Checkpoint
+from ray_sql.errors import StoreError
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> str:
+    return str(tmp_path / "out" / "a run")  # with a space, as people name things
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    folder = tmp_path / "local"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "adapter.bin").write_bytes(bytes(range(256)))
+    (folder / "deep" / "state.json").write_text("{}")
+    return folder
+
+
+def save(
+    local: Path, run_dir: str, step: int, objective: float | None = None, tie_break: float | None = None
+) -> Checkpoint:
+    scores = {} if objective is None else {"objective": objective, "tie_break": tie_break, "metrics": {"n": 4.0}}
+    return checkpoints.save(local, run_dir, step, scores)
+
+
+def steps(run_dir: str) -> list[int]:
+    return [checkpoint.step for checkpoint in checkpoints.complete(run_dir)]
+
+
+def test_what_was_saved_comes_back_whole(local: Path, run_dir: str, tmp_path: Path) -> None:
+    saved = save(local, run_dir, 10, 0.5, 0.75)
+    assert checkpoints.complete(run_dir) == [saved] == [checkpoints.read(saved.uri)]
+    assert (saved.step, saved.objective, saved.tie_break, saved.metrics) == (10, 0.5, 0.75, {"n": 4.0})
+    fetched = checkpoints.fetch(saved.uri, tmp_path / "fetched" / "here")
+    for file in ("adapter.bin", "deep/state.json"):
+        assert (fetched / file).read_bytes() == (local / file).read_bytes()
+
+
+def test_checkpoints_come_by_step_and_a_run_without_any_has_none(local: Path, run_dir: str) -> None:
+    assert checkpoints.complete(run_dir) == []
+    for step in (100, 20, 3):
+        save(local, run_dir, step)
+    assert steps(run_dir) == [3, 20, 100]
+
+
+def test_saving_a_step_again_replaces_it(local: Path, run_dir: str) -> None:
+    save(local, run_dir, 1)
+    (local / "adapter.bin").write_bytes(b"new")
+    (local / "deep" / "state.json").unlink()
+    saved = save(local, run_dir, 1, 0.5)
+    assert checkpoints.complete(run_dir) == [saved]
+    assert Path(saved.uri, "adapter.bin").read_bytes() == b"new"
+    assert not Path(saved.uri, "deep", "state.json").exists()
+
+
+def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(local: Path, run_dir: str) -> None:
+    for step in (1, 2):
+        save(local, run_dir, step)
+    newest = Path(run_dir, "checkpoint-2")
+    whole = {file: file.read_bytes() for file in newest.rglob("*") if file.is_file()}
+    marker = newest / checkpoints.MARKER
+    for file, content in whole.items():
+        for damage in (content[: len(content) // 2], b"", None):
+            file.unlink() if damage is None else file.write_bytes(damage)
+            assert steps(run_dir) == [1], f"{file.name} {'missing' if damage is None else len(damage)}"
+        file.write_bytes(content)
+    assert steps(run_dir) == [1, 2] and marker in whole
+
+
+def test_what_is_no_checkpoint_is_no_obstacle(local: Path, run_dir: str) -> None:
+    save(local, run_dir, 1)
+    Path(run_dir, "checkpoint-new").mkdir()
+    Path(run_dir, "config.json").write_text("{}")
+    assert steps(run_dir) == [1]
+
+
+def made(step: int, objective: float | None, tie_break: float | None = None) -> Checkpoint:
+    return Checkpoint(f"checkpoint-{step}", step, objective, tie_break, {})
+
+
+@pytest.mark.parametrize(
+    ("found", "step"),
+    [
+        ([made(1, 0.2), made(2, 0.9), made(3, 0.5)], 2),
+        ([made(1, 0.5, 0.9), made(2, 0.5, 0.1)], 1),
+        ([made(1, 0.5, 0.9), made(2, 0.5, 0.9), made(3, 0.4, 1.0)], 2),
+        ([made(1, None), made(2, None)], 2),
+        ([made(1, 0.0), made(2, None)], 1),
+    ],
+)
+def test_the_best_has_the_highest_objective_then_tie_break_then_step(found: list[Checkpoint], step: int) -> None:
+    best = checkpoints.best(reversed(found))
+    assert best and best.step == step
+
+
+def test_no_checkpoint_is_the_best_of_none() -> None:
+    assert checkpoints.best([]) is None
+
+
+def test_pruning_keeps_the_best_and_the_last(local: Path, run_dir: str) -> None:
+    for step, objective in ((1, 0.1), (2, 0.7), (3, 0.7), (4, 0.2), (5, 0.6)):
+        save(local, run_dir, step, objective)
+    checkpoints.prune(run_dir)
+    assert steps(run_dir) == [3, 5]
+    assert not Path(run_dir, "checkpoint-1").exists()
+
+
+def test_pruning_keeps_the_last_where_nothing_was_measured(local: Path, run_dir: str) -> None:
+    checkpoints.prune(run_dir)
+    for step in (1, 2):
+        save(local, run_dir, step)
+    checkpoints.prune(run_dir)
+    assert steps(run_dir) == [2]
+
+
+def test_texts_files_and_folders_are_put_read_and_removed(local: Path, run_dir: str, tmp_path: Path) -> None:
+    assert checkpoints.read_text(f"{run_dir}/a.json") is None and not checkpoints.exists(run_dir)
+    checkpoints.write_text(f"{run_dir}/a.json", "é\n")
+    assert checkpoints.read_text(f"{run_dir}/a.json") == "é\n" and checkpoints.exists(run_dir)
+    checkpoints.put(local, f"{run_dir}/adapter")
+    checkpoints.put(local / "adapter.bin", f"{run_dir}/inputs/one.bin")
+    target = checkpoints.fetch_file(f"{run_dir}/inputs/one.bin", tmp_path / "one.bin")
+    assert target.read_bytes() == (local / "adapter.bin").read_bytes()
+    checkpoints.put(local / "deep", f"{run_dir}/adapter")
+    assert [file.name for file in Path(run_dir, "adapter").iterdir()] == ["state.json"]
+    checkpoints.remove(f"{run_dir}/adapter")
+    checkpoints.remove(f"{run_dir}/adapter")
+    assert not checkpoints.exists(f"{run_dir}/adapter")
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_way_out(local: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    place = str(tmp_path / "file" / "run")
+    for write in (
+        lambda: checkpoints.write_text(f"{place}/config.json", "{}"),
+        lambda: checkpoints.put(local, f"{place}/adapter"),
+        lambda: save(local, place, 1),
+    ):
+        with pytest.raises(StoreError) as caught:
+            write()
+        assert str(caught.value).startswith(f"{place}/") and "\n" not in str(caught.value)
+        assert "free space" in str(caught.value) and "or choose another" in str(caught.value)
+
+
+def test_a_scheme_that_no_storage_has_is_refused() -> None:
+    with pytest.raises(StoreError, match=r"^carrier-pigeon://x: not a storage"):
+        checkpoints.open_store("carrier-pigeon://x")
+
+
+def test_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.absolute_uri("out/x") == str(tmp_path / "out" / "x")
+    assert checkpoints.absolute_uri("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_a_marker_says_what_a_reader_needs(local: Path, run_dir: str) -> None:
+    saved = save(local, run_dir, 7, 0.5, 0.25)
+    marker = json.loads(Path(saved.uri, checkpoints.MARKER).read_text())
+    assert marker["files"] == {"adapter.bin": 256, "deep/state.json": 2}
+    assert (marker["step"], marker["objective"], marker["tie_break"]) == (7, 0.5, 0.25)

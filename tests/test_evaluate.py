@@ -1,0 +1,198 @@
+"""Gold scores 100 %, failing gold is counted apart, and every number of a summary agrees with the others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUESTIONS
+
+from ray_sql import data, evaluate, generate
+from ray_sql.data import Corpus
+from ray_sql.generate import Answer, Question
+from ray_sql.models import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def corpus(make_config: Any) -> Corpus:
+    return data.load(make_config())
+
+
+def said(text: str | None, language: str = "sql") -> Answer:
+    return Answer("" if text is None else f"```{language}\n{text}\n```", 10, 5, 0.1)
+
+
+def ask(gold: str, hardness: str | None = None, database: str | None = None, db_id: str = "mall") -> Question:
+    return Question("0", "dev", db_id, "?", gold, hardness, database, [1])
+
+
+@pytest.mark.parametrize("semantics", ["spider", "bird", "strict"])
+def test_gold_as_answers_scores_all(corpus: Corpus, tokenizer: Any, make_config: Any, semantics: str) -> None:
+    config = make_config(**{"evaluate.semantics": semantics})
+    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    judged = evaluate.score(asked, [said(one.gold) for one in asked], config)
+    scores = evaluate.summarise(judged, config)
+    assert (scores["execution_accuracy"], scores["n"], scores["correct"]) == (1.0, len(QUESTIONS), len(QUESTIONS))
+    assert (scores["valid_sql"], scores["gold_errors"], scores["errors"]) == (1.0, 0, {})
+    assert scores["semantics"] == semantics
+    assert [row["predicted"] for row in judged] == [one.gold for one in asked]
+
+
+def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
+    config = make_config(task_type="schema")
+    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    judged = evaluate.score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
+    scores = evaluate.summarise(judged, config)
+    for name in (
+        "strict_recall",
+        "exact_match",
+        "table_precision",
+        "table_recall",
+        "table_f1",
+        "column_f1",
+        "column_f1_macro",
+    ):
+        assert scores[name] == 1.0, name
+    assert (scores["n"], scores["hallucinated_names"], scores["unparsable"], scores["errors"]) == (8, 0, 0, {})
+
+
+@pytest.fixture
+def judged(corpus: Corpus, make_config: Any) -> list[dict[str, Any]]:
+    """Two right, one wrong, one that does not run, one empty answer; and two golds that fail, one for want of a database."""
+    place = corpus.databases["mall"]
+    cases = [
+        ("SELECT COUNT(*) FROM customer", "SELECT 4", "easy", place),
+        ("SELECT title FROM product", "SELECT title FROM product", "hard", place),
+        ("SELECT MAX(price) FROM product", "SELECT MIN(price) FROM product", "easy", place),
+        ("SELECT name FROM customer", "SELECT nom FROM customer", "hard", place),
+        ("SELECT name FROM customer", None, "odd", place),
+        ("SELECT x FROM nowhere", "SELECT 1", "easy", place),
+        ("SELECT 1", "SELECT 1", "easy", None),
+    ]
+    asked = [ask(gold, hardness, database) for gold, _, hardness, database in cases]
+    return evaluate.score(asked, [said(answer) for _, answer, _, _ in cases], make_config())
+
+
+def test_every_answer_has_its_verdict_and_reason(judged: list[dict[str, Any]]) -> None:
+    verdicts = ["correct", "correct", "wrong", "error", "error", "gold_error", "gold_error"]
+    assert [row["verdict"] for row in judged] == verdicts
+    kinds = ["none", "none", "wrong rows", "no such column", "unparsable", "gold error", "gold error"]
+    assert [row["error_kind"] for row in judged] == kinds
+    assert "nom" in judged[3]["error"] and "nowhere" in judged[5]["error"] and "no database" in judged[6]["error"]
+    assert judged[4]["predicted"] is None and judged[0]["error"] is None
+
+
+def test_failing_gold_is_counted_apart_and_all_numbers_agree(judged: list[dict[str, Any]], make_config: Any) -> None:
+    scores = evaluate.summarise(judged, make_config())
+    assert (scores["n"], scores["correct"], scores["gold_errors"]) == (5, 2, 2)
+    assert (scores["execution_accuracy"], scores["valid_sql"]) == (2 / 5, 3 / 5)
+    assert list(scores["by_hardness"]) == ["easy", "hard", "odd"]
+    for groups in (scores["by_hardness"], scores["by_database"]):
+        assert sum(group["n"] for group in groups.values()) == scores["n"]
+        assert sum(group["correct"] for group in groups.values()) == scores["correct"]
+    for group in (scores, *scores["by_hardness"].values(), *scores["by_database"].values()):
+        low, high = group["interval"]
+        assert 0 <= low <= group["execution_accuracy"] <= high <= 1
+        assert group["execution_accuracy"] == group["correct"] / group["n"]
+    assert scores["valid_sql_interval"][0] <= scores["valid_sql"] <= scores["valid_sql_interval"][1]
+    assert scores["errors"] == {"wrong rows": 1, "no such column": 1, "unparsable": 1}
+
+
+def test_hardness_is_graded_where_the_dataset_has_none(corpus: Corpus, make_config: Any) -> None:
+    asked = [ask(gold, None, corpus.databases["mall"]) for _, gold in QUESTIONS]
+    judged = evaluate.score(asked, [said(one.gold) for one in asked], make_config())
+    assert {row["hardness"] for row in judged} <= set(evaluate.HARDNESS) - {"unknown"}
+    assert len({row["hardness"] for row in judged}) > 1
+
+
+def test_gold_that_does_not_run_is_found(corpus: Corpus, make_config: Any) -> None:
+    place = corpus.databases["mall"]
+    golds = [("a", place, "SELECT 1"), ("b", place, "SELECT x FROM nowhere"), ("c", place, "DELETE FROM sale")]
+    found = evaluate.failing_gold(golds, make_config())
+    assert [row["id"] for row in found] == ["b", "c"]
+    assert "nowhere" in found[0]["error"] and found[0]["gold"] == "SELECT x FROM nowhere"
+
+
+GOLD = {"customer": ["name", "city"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "kind"),
+    [
+        ('{"customer": ["name", "city"]}', "correct", "none"),
+        ('{"CUSTOMER": ["City", "NAME"]}', "correct", "none"),
+        ('{"customer": ["name", "city"], "sale": []}', "wrong", "extra names"),
+        ('{"customer": ["name"]}', "wrong", "missing names"),
+        ("{'customer': ['name']}", "error", "unparsable"),
+        (None, "error", "unparsable"),
+    ],
+)
+def test_links_are_judged_by_name(
+    corpus: Corpus, make_config: Any, answer: str | None, verdict: str, kind: str
+) -> None:
+    config = make_config(task_type="schema")
+    (row,) = evaluate.score([ask(json.dumps(GOLD))], [said(answer, "json")], config, corpus.schemas)
+    assert (row["verdict"], row["error_kind"]) == (verdict, kind)
+
+
+def test_linking_scores_count_names_over_all_questions(corpus: Corpus, make_config: Any) -> None:
+    config = make_config(task_type="schema")
+    answers = ['{"customer": ["name", "city"]}', '{"customer": ["name", "shoe"], "hat": []}', None]
+    asked = [ask(json.dumps(GOLD)) for _ in answers] + [ask("")]
+    judged = evaluate.score(asked, [said(one, "json") for one in [*answers, "{}"]], config, corpus.schemas)
+    scores = evaluate.summarise(judged, config)
+    assert (scores["n"], scores["gold_errors"], judged[-1]["verdict"]) == (3, 1, "gold_error")
+    assert scores["strict_recall"] == scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["interval"][0] < scores["strict_recall"] < scores["interval"][1]
+    # gold 6 columns, predicted 4, shared 3; gold 3 tables, predicted 3, shared 2
+    assert (scores["column_recall"], scores["column_precision"], scores["column_f1"]) == (3 / 6, 3 / 4, 6 / 10)
+    assert scores["table_recall"] == scores["table_precision"] == pytest.approx(2 / 3)
+    assert (scores["hallucinated_names"], scores["questions_hallucinating"], scores["unparsable"]) == (2, 1 / 3, 1 / 3)
+    assert scores["errors"] == {"missing names": 1, "unparsable": 1}
+
+
+@pytest.mark.parametrize("task", ["sql", "schema"])
+def test_a_split_without_usable_gold_has_a_score_of_none(make_config: Any, task: str) -> None:
+    config = make_config(task_type=task)
+    judged = evaluate.score([ask("")], [said("x")], config)
+    scores = evaluate.summarise(judged, config)
+    assert (scores["n"], scores["gold_errors"], scores["interval"]) == (0, 1, [0.0, 1.0])
+    assert evaluate.objective(scores) == (0.0, 0.0)
+
+
+def test_models_are_ordered_by_the_tasks_metric_then_by_the_tie_break() -> None:
+    sql = [{"execution_accuracy": a, "valid_sql": v} for a, v in ((0.5, 0.7), (0.2, 0.9), (0.5, 0.6))]
+    assert sorted(sql, key=evaluate.objective) == [sql[1], sql[2], sql[0]]
+    links = [
+        {"strict_recall": r, "column_f1": f, "column_precision": 1} for r, f in ((0.3, 0.4), (0.1, 0.9), (0.3, 0.2))
+    ]
+    assert sorted(links, key=evaluate.objective) == [links[1], links[2], links[0]]
+
+
+def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
+    corpus: Corpus, tokenizer: Any, make_config: Any
+) -> None:
+    from mlflow.entities import Metric
+    from mlflow.utils.validation import _validate_metric_name
+
+    place = corpus.databases["mall"]
+    asked = [ask("SELECT 1", level, place) for level in ("easy", "très dur!", "a+b", "x (y)")]
+    scores = evaluate.summarise(evaluate.score(asked, [said("SELECT 1")] * 4, make_config()), make_config())
+    metrics = evaluate.flat(scores, "tuned/my split#1")
+    for name, value in metrics.items():
+        _validate_metric_name(name)
+        assert isinstance(Metric(name, value, 0, 0).value, float)
+    assert metrics["tuned/my split_1/execution_accuracy"] == 1.0 == metrics["tuned/my split_1/easy/execution_accuracy"]
+    assert len([name for name in metrics if name.endswith("/execution_accuracy")]) == 5
+    assert not [name for name in metrics if "mall" in name or "interval" in name]
+
+
+def test_predictions_are_written_one_a_line(judged: list[dict[str, Any]], tmp_path: Path) -> None:
+    rows = [judged[0] | {"question": "a\u2028b\nc — é"}, *judged[1:]]
+    (tmp_path / "p.jsonl").write_text(evaluate.dump(rows), encoding="utf-8")
+    assert data.read_records(tmp_path / "p.jsonl") == rows

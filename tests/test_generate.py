@@ -1,0 +1,155 @@
+"""Answers do not depend on who else is in the batch, and end at the closing fence or the end of the turn."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_model
+
+from ray_sql import data, generate
+from ray_sql.data import Corpus
+from ray_sql.generate import Answer, Question
+from ray_sql.models import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
+    """`parrot(chain, chain)`: a model whose next token is a function of the last one, along the chains of texts given."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path_factory.mktemp("parrot"))
+
+    def make(*chains: list[str]) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            for layer in model.model.layers:  # only the last token's embedding is left to decide
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            vectors = torch.nn.functional.normalize(model.model.embed_tokens.weight, dim=1)
+            head = torch.zeros_like(model.lm_head.weight)
+            for chain in chains:
+                ids = [one_token(tokenizer, text) for text in chain]
+                for last, following in pairwise(ids):
+                    head[following] += vectors[last]
+            model.lm_head.weight = torch.nn.Parameter(head)
+        return model
+
+    return make
+
+
+def one_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 1, text
+    return int(ids[0])
+
+
+def question(tokenizer: Any, text: str) -> Question:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Question("0", "dev", "mall", "?", "SELECT 1", None, None, ids)
+
+
+def told(answers: list[Answer]) -> list[tuple[str, int, int]]:
+    return [(answer.raw, answer.prompt_tokens, answer.new_tokens) for answer in answers]
+
+
+def ask(model: Any, tokenizer: Any, asked: list[Question], batch_size: int, limit: int = 12) -> list[Answer]:
+    return generate.answer(model, tokenizer, asked, batch_size=batch_size, max_new_tokens=limit)
+
+
+def test_a_batch_answers_as_one_by_one(make_config: Any, model: Any, tokenizer: Any) -> None:
+    config = make_config()
+    corpus: Corpus = data.load(config)
+    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked += [
+        question(tokenizer, text) for text in ("S", "SELECT name FROM customer WHERE city = ", "customer product")
+    ]
+    assert len({len(one.input_ids) for one in asked}) > 5
+    alone = ask(model, tokenizer, asked, batch_size=1)
+    for batch_size in (4, len(asked)):
+        assert told(ask(model, tokenizer, asked, batch_size)) == told(alone)
+    assert len({answer.raw for answer in alone}) > 1
+    assert [answer.prompt_tokens for answer in alone] == [len(one.input_ids) for one in asked]
+    assert {answer.new_tokens for answer in alone} <= set(range(1, 13)) and all(answer.seconds > 0 for answer in alone)
+
+
+def test_an_answer_ends_at_its_closing_fence(parrot: Any, tokenizer: Any) -> None:
+    model = parrot([" customer", "```", "sql", "```"])
+    (answer,) = ask(model, tokenizer, [question(tokenizer, " customer")], 1)
+    assert (answer.raw, answer.new_tokens) == ("```sql```", 3)
+
+
+def test_a_fence_in_the_prompt_opens_no_answer(parrot: Any, tokenizer: Any) -> None:
+    model = parrot([" customer", "```", "sql", "```"])
+    (answer,) = ask(model, tokenizer, [question(tokenizer, "``` ``` ``` customer")], 1)
+    assert answer.raw == "```sql```"
+
+
+def test_an_answer_ends_with_its_turn_and_without_its_mark(parrot: Any, tokenizer: Any) -> None:
+    model = parrot([" customer", " name", " FROM", "<|end|>", " city"])
+    (answer,) = ask(model, tokenizer, [question(tokenizer, "the customer")], 1)
+    assert (answer.raw, answer.new_tokens) == (" name FROM", 2)
+
+
+def test_an_answer_without_an_end_is_cut_at_the_limit(parrot: Any, tokenizer: Any) -> None:
+    model = parrot([" customer", " name", " FROM", " name"])
+    (answer,) = ask(model, tokenizer, [question(tokenizer, "a customer")], 1, limit=5)
+    assert (answer.raw, answer.new_tokens) == (" name FROM name FROM name", 5)
+
+
+def test_each_answer_of_a_batch_has_its_own_end(parrot: Any, tokenizer: Any) -> None:
+    model = parrot(
+        [" customer", "```", "sql", "```"], [" product", " name", "<|end|>"], [" sale", " FROM", " city", " FROM"]
+    )
+    asked = [question(tokenizer, text) for text in ("a longer question on a customer", " product", "the sale")]
+    assert told(ask(model, tokenizer, asked, 3, limit=6)) == told(ask(model, tokenizer, asked, 1, limit=6))
+    assert [answer.new_tokens for answer in ask(model, tokenizer, asked, 3, limit=6)] == [3, 1, 6]
+
+
+def test_asking_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
+    model.train()
+    model.config.use_cache = False
+    ask(model, tokenizer, [question(tokenizer, "a customer")], 1, limit=2)
+    assert model.training and model.config.use_cache is False
+    model.eval()
+
+
+def test_progress_counts_every_question_once(model: Any, tokenizer: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    asked = [question(tokenizer, "a customer")] * 5
+    generate.answer(model, tokenizer, asked, batch_size=2, max_new_tokens=1, progress=lambda *point: seen.append(point))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert ask(model, tokenizer, [], 2) == []
+
+
+@pytest.mark.parametrize("task", ["sql", "schema"])
+def test_questions_survive_their_journey_as_text(make_config: Any, tokenizer: Any, task: str) -> None:
+    config = make_config(task_type=task)
+    corpus = data.load(config)
+    odd = [e.__class__(**{**vars(e), "question": "a\u2028b\nc"}) for e in corpus.splits["dev"]]
+    asked = generate.questions(odd, "dev", corpus, tokenizer, config)
+    assert generate.parse(generate.dump(asked)) == asked
+    assert asked[0].database == corpus.databases["mall"]
+    assert asked[0].gold == ("SELECT COUNT(*) FROM customer" if task == "sql" else '{"customer": []}')
+
+
+def test_gold_that_cannot_be_linked_is_asked_all_the_same(make_config: Any, tokenizer: Any) -> None:
+    config = make_config(task_type="schema")
+    corpus = data.load(config)
+    broken = data.Example("0", "mall", "Who?", "SELECT x FROM nowhere")
+    assert [one.gold for one in generate.questions([broken], "dev", corpus, tokenizer, config)] == [""]

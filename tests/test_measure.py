@@ -1,0 +1,206 @@
+"""A predictions file is matched to its gold by id, by order or by its own gold, and what cannot be matched is named by its line."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUESTIONS, make_model
+from rich.console import Console
+
+from ray_sql import checkpoints, data, generate, measure, prompts
+from ray_sql.config import EvaluateConfig
+from ray_sql.display import Display
+from ray_sql.errors import ContractError, DataError
+from ray_sql.models import load_tokenizer
+
+GOLD = [sql for _, sql in QUESTIONS]
+DISPLAY = Display(Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def of_file(make_config: Any, tmp_path: Path) -> Any:
+    """`of_file(lines, **settings)`: the judged rows and the summary of a predictions file."""
+
+    def run(lines: Sequence[str | dict[str, Any]], name: str = "predictions.jsonl", **settings: Any) -> Any:
+        file = tmp_path / name
+        file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+        config = make_config(EvaluateConfig, predictions_file=str(file), **settings)
+        measured = measure.of_file(config, DISPLAY)
+        return measured["file"], measure.summarise(measured, config)["file"]
+
+    return run
+
+
+def refusal(of_file: Any, lines: Sequence[str | dict[str, Any]], **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        of_file(lines, **settings)
+    assert "\n" not in str(caught.value) and "predictions" in str(caught.value)
+    return str(caught.value)
+
+
+def test_gold_by_id_in_any_order_scores_all(of_file: Any) -> None:
+    lines = [{"id": str(n), "predicted": sql} for n, sql in enumerate(GOLD)]
+    rows, scores = of_file(lines[::-1])
+    assert (scores["dev"]["execution_accuracy"], scores["dev"]["n"]) == (1.0, 8)
+    assert [row["id"] for row in rows] == list("76543210")
+    assert [row["question"] for row in rows] == [q for q, _ in QUESTIONS[::-1]]
+
+
+def test_ids_may_be_numbers_and_a_part_of_the_split(of_file: Any) -> None:
+    rows, scores = of_file([{"id": 3, "predicted": GOLD[3]}, "", {"id": 5, "predicted": None}])
+    assert [(row["gold"], row["verdict"]) for row in rows] == [(GOLD[3], "correct"), (GOLD[5], "error")]
+    assert scores["dev"]["n"] == 2
+
+
+def test_lines_without_ids_are_taken_in_order(of_file: Any) -> None:
+    assert of_file([{"predicted": sql} for sql in GOLD])[1]["dev"]["execution_accuracy"] == 1.0
+    assert of_file([{"predicted": sql} for sql in GOLD[::-1]])[1]["dev"]["execution_accuracy"] < 1.0
+
+
+def test_plain_sql_is_taken_a_line_each_up_to_a_tab(of_file: Any) -> None:
+    for name in ("predictions.sql", "predictions.txt"):
+        assert of_file([f"{sql}\tmall" for sql in GOLD], name)[1]["dev"]["execution_accuracy"] == 1.0
+    rows, scores = of_file(["", *GOLD[1:]], "predictions.sql")  # an empty line is an empty answer
+    assert (scores["dev"]["correct"], rows[0]["error_kind"]) == (7, "unparsable")
+
+
+def test_a_line_with_its_own_gold_needs_no_example(of_file: Any) -> None:
+    own = {"db_id": "shop", "gold": "SELECT city FROM customer", "predicted": "SELECT city FROM customer"}
+    rows, scores = of_file([own] * 11)  # more lines than the split has examples
+    assert scores["file"]["execution_accuracy"] == 1.0 and scores["file"]["n"] == 11
+    assert rows[0]["db_id"] == "shop" and rows[0]["question"] == "" and rows[0]["hardness"] == "easy"
+    rows, _ = of_file([own | {"id": "0"}, own | {"id": "elsewhere", "split": "mine", "hardness": "odd"}])
+    assert [(row["split"], row["gold"]) for row in rows] == [("dev", own["gold"]), ("mine", own["gold"])]
+    assert rows[1]["hardness"] == "odd"
+
+
+def test_our_own_predictions_can_be_scored_again(of_file: Any, tmp_path: Path) -> None:
+    rows, scores = of_file(
+        [{"id": n, "predicted": sql} for n, sql in enumerate([*GOLD[:5], "SELECT", "x", "SELECT 1"])]
+    )
+    measure.write(str(tmp_path / "out"), {"file": rows}, scores)
+    again, same = of_file((tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
+    assert same == scores and [row["verdict"] for row in again] == [row["verdict"] for row in rows]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == scores
+
+
+def test_one_id_in_two_splits_is_told_apart_by_the_split(of_file: Any, make_config: Any) -> None:
+    demo = {"dataset_id": "demo", "split": ["seen", "unseen"]}
+    corpus = data.load_split(make_config(**demo), ["seen", "unseen"])
+    lines = [
+        {"id": e.id, "split": split, "predicted": e.gold}
+        for split in ("unseen", "seen")
+        for e in corpus.splits[split][:3]
+    ]
+    rows, scores = of_file(lines, **demo)
+    assert {split: s["execution_accuracy"] for split, s in scores.items()} == {"seen": 1.0, "unseen": 1.0}
+    assert [row["split"] for row in rows] == ["unseen"] * 3 + ["seen"] * 3
+    shared_id = {e.id for e in corpus.splits["seen"]} & {e.id for e in corpus.splits["unseen"]}
+    if shared_id:
+        message = refusal(of_file, [{"id": shared_id.pop(), "predicted": "SELECT 1"}], **demo)
+        assert "is in 2 of --split seen,unseen; give the line its `split` too" in message
+
+
+def test_links_in_a_file_are_scored_as_links(of_file: Any) -> None:
+    lines: list[dict[str, Any]] = [
+        {"id": 0, "predicted": '{"customer": []}'},
+        {"id": 1, "predicted": {"customer": ["name"]}},
+    ]
+    lines += [{"id": 2, "predicted": "no JSON"}, {"id": 3, "predicted": None}, {"id": 4, "predicted": [1]}]
+    rows, scores = of_file(lines, task_type="schema")
+    assert [row["verdict"] for row in rows] == ["correct", "wrong", "error", "error", "error"]
+    assert json.loads(rows[1]["gold"]) == {"customer": ["name", "city"]}
+    assert (scores["dev"]["n"], scores["dev"]["unparsable"]) == (5, 3 / 5)
+    again, same = of_file([json.dumps(row) for row in rows], task_type="schema")
+    assert same == scores and [row["verdict"] for row in again] == [row["verdict"] for row in rows]
+
+
+def test_a_number_of_lines_that_cannot_be_in_order_is_refused(of_file: Any) -> None:
+    message = refusal(of_file, GOLD[:3])
+    assert "3 lines, but --split dev has 8 examples; without ids" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"id": "nine", "predicted": "SELECT 1"}, "id 'nine' is in none of --split dev"),
+        ({"predicted": "SELECT 1"}, "id None is in none of --split dev"),
+        ({"id": 1, "answer": "SELECT 1"}, "no field 'predicted'; found answer, id"),
+        ("[1]", "no field 'predicted'; found list"),
+        ("{", "not valid JSON"),
+        ({"id": 1, "predicted": 5}, "predicted must be SQL as text, found int"),
+        ({"db_id": "moon", "gold": "SELECT 1", "predicted": "SELECT 1"}, "unknown db_id 'moon'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.txt"])
+def test_a_line_that_cannot_be_used_is_named(of_file: Any, name: str, line: Any, reason: str) -> None:
+    message = refusal(of_file, [{"id": 0, "predicted": "SELECT 1"}, "", line], name=name)
+    assert f"{name}, line 3: " in message and reason in message
+
+
+def test_a_missing_an_empty_and_a_binary_file_are_named(of_file: Any, make_config: Any, tmp_path: Path) -> None:
+    assert "is empty; give one prediction a line" in refusal(of_file, [])
+    (tmp_path / "predictions.bin").write_bytes(b"\xff\xfe\x00")
+    for name in ("predictions.no", "predictions.bin"):
+        config = make_config(EvaluateConfig, predictions_file=str(tmp_path / name))
+        with pytest.raises(DataError, match=rf"^--predictions_file .*{name}: cannot be read"):
+            measure.of_file(config, DISPLAY)
+
+
+# Models
+
+
+def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_path: Path) -> None:
+    def row(split: str, verdict: str) -> dict[str, Any]:
+        return {"split": split, "verdict": verdict, "hardness": "easy", "db_id": "mall", "error_kind": "none"}
+
+    base = ["correct", "wrong", "wrong", "error", "gold_error", "wrong"]
+    tuned = ["wrong", "correct", "correct", "wrong", "gold_error", "correct"]
+    splits = ["a"] * 5 + ["b"]
+    measured = {
+        name: [row(split, verdict) for split, verdict in zip(splits, verdicts, strict=True)]
+        for name, verdicts in (("base", base), ("tuned", tuned))
+    }
+    summary = measure.summarise(measured, make_config())
+    assert summary["compared"]["a"] == {"only_base": 1, "only_tuned": 2, "mcnemar_p": 1.0}
+    assert summary["compared"]["b"]["only_tuned"] == 1
+    assert (summary["base"]["a"]["n"], summary["tuned"]["a"]["correct"]) == (4, 2)
+    measure.write(str(tmp_path), measured, summary)
+    assert (tmp_path / "predictions.jsonl").read_text() != (tmp_path / "base_predictions.jsonl").read_text()
+    measure.write(str(tmp_path / "base"), {"base": measured["base"]}, summary)
+    assert (tmp_path / "base" / "predictions.jsonl").is_file()
+
+
+def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model: Path) -> None:
+    config = make_config(**{"quantization.load_in_4bit": False, "evaluate.max_new_tokens": 3})
+    corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))
+    asked = generate.questions(corpus.splits["dev"][:3], "dev", corpus, tokenizer, config)
+    points: list[Any] = []
+
+    def ask() -> Any:
+        return measure.of_models(config, asked, corpus.schemas, str(tiny_model), None, DISPLAY, points.append)
+
+    first = ask()["base"]
+    assert [(row["gold"], row["new_tokens"]) for row in first] == [(sql, 3) for sql in GOLD[:3]] and points
+    points.clear()
+    again = ask()["base"]
+    assert [row["raw"] for row in again] == [row["raw"] for row in first] and not points
+
+
+def test_an_adapter_of_another_contract_is_refused(make_config: Any, tiny_model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    config = make_config(EvaluateConfig, adapter=str(adapter))
+    with pytest.raises(ContractError, match=r"holds no contract.json; give the adapter folder"):
+        measure.check_adapter(config, str(tiny_model), None)
+    trained = prompts.contract(make_config(), load_tokenizer(str(tiny_model)), None)
+    checkpoints.write_text(f"{adapter}/contract.json", json.dumps(trained))
+    measure.check_adapter(config, str(tiny_model), None)
+    other = make_model(tmp_path / "other")
+    tokenizer = load_tokenizer(str(other))
+    tokenizer.add_tokens(["SELECT DISTINCT"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ContractError, match="trained with tokenizer_hash"):
+        measure.check_adapter(config, str(other), None)

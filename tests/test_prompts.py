@@ -1,0 +1,249 @@
+"""A prompt puts the schema first and the question last in the model's own template; answers are read strictly; drift is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHAT_TEMPLATE
+
+from ray_sql import data, prompts
+from ray_sql.config import Config
+from ray_sql.data import Corpus, Example
+from ray_sql.errors import ContractError, DataError
+from ray_sql.models import load_tokenizer
+
+TURNS = prompts.messages("sql", "customer(id, name)", "How many?", "count the rows")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+REWRITING = (  # shows the earlier turns in another way once there is an answer
+    "{% for m in messages %}{% if loop.last or messages[-1]['role'] == 'user' %}<|start|>{{ m['content'] }}<|end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def use_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def use(template: str | None) -> Any:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        return tokenizer
+
+    return use
+
+
+@pytest.fixture
+def corpus(make_config: Any) -> Corpus:
+    return data.load(make_config())
+
+
+def prompt_of(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> str:
+    schema = prompts.schema_text(example, corpus.schemas, config)
+    return prompts.render_prompt(tokenizer, prompts.messages(config.task_type, schema, example.question))
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
+@pytest.mark.parametrize("task", ["sql", "schema"])
+def test_the_schema_comes_first_and_the_question_last(
+    corpus: Corpus, use_template: Any, make_config: Any, task: str, template: str | None
+) -> None:
+    config, tokenizer = make_config(task_type=task), use_template(template)
+    example = corpus.splits["dev"][0]
+    text = prompt_of(example, corpus, tokenizer, config)
+    for table in ("customer", "product", "sale"):
+        assert text.index(table) < text.index(f"Question: {example.question}")
+    after = text.partition(example.question)[2]
+    assert prompts.render_prompt(tokenizer, prompts.messages(config.task_type, "", "")).endswith(after)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
+def test_questions_on_one_database_share_all_that_stands_before_the_question(
+    corpus: Corpus, use_template: Any, make_config: Any, template: str | None
+) -> None:
+    first, second = corpus.splits["dev"][:2]
+    texts = [prompt_of(example, corpus, use_template(template), make_config()) for example in (first, second)]
+    heads = [text.partition(example.question)[0] for text, example in zip(texts, (first, second), strict=True)]
+    assert heads[0] == heads[1] and heads[0].endswith("Question: ")
+
+
+def test_a_hint_stands_between_schema_and_question_and_leaves_no_trace_where_there_is_none() -> None:
+    content = TURNS[1]["content"]
+    assert content == "Schema:\ncustomer(id, name)\n\nHint: count the rows\nQuestion: How many?"
+    assert prompts.messages("sql", "s", "q")[1]["content"] == "Schema:\ns\n\nQuestion: q"
+
+
+def test_braces_in_a_schema_or_question_are_left_alone() -> None:
+    content = prompts.messages("sql", "t({x})", "What is {question}?", "{schema}")[1]["content"]
+    assert "t({x})" in content and "What is {question}?" in content and "Hint: {schema}" in content
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, REWRITING, None])
+def test_a_completion_is_the_answer_and_one_end_of_turn(use_template: Any, template: str | None) -> None:
+    completion = prompts.render_completion(use_template(template), TURNS, "```sql\nSELECT 1\n```")
+    assert completion == "```sql\nSELECT 1\n```<|end|>"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM])
+def test_prompt_and_completion_are_together_what_the_template_writes(use_template: Any, template: str) -> None:
+    tokenizer, said = use_template(template), "```sql\nSELECT 'é—ü'\n```"
+    parts = prompts.render_prompt(tokenizer, TURNS), prompts.render_completion(tokenizer, TURNS, said)
+    ids = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    system, user = TURNS
+    merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+    turns = [*([merged] if template == NO_SYSTEM else TURNS), {"role": "assistant", "content": said}]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+
+
+def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> None:
+    text = prompts.render_prompt(use_template(NO_SYSTEM), TURNS)
+    assert text.count("<|start|>") == 2 and prompts.SYSTEM["sql"] in text and text.endswith("<|start|>assistant\n")
+
+
+def test_a_model_without_a_template_gets_a_plain_one(use_template: Any) -> None:
+    text = prompts.render_prompt(use_template(None), TURNS)
+    assert text == f"{prompts.SYSTEM['sql']}\n\n{TURNS[1]['content']}\n\nAnswer:\n"
+
+
+def test_the_answer_of_each_task_is_a_fenced_block(corpus: Corpus) -> None:
+    example = Example("0", "mall", "?", "SELECT name\nFROM customer -- all\nWHERE city = 'a  b'")
+    assert prompts.answer("sql", example, corpus.schemas) == (
+        "```sql\nSELECT name FROM customer WHERE city = 'a  b'\n```"
+    )
+    assert prompts.answer("schema", example, corpus.schemas) == '```json\n{"customer": ["name", "city"]}\n```'
+    assert prompts.parse_sql(prompts.answer("sql", example, corpus.schemas)) == (
+        "SELECT name FROM customer WHERE city = 'a  b'"
+    )
+
+
+def test_the_schema_form_shows_only_what_the_gold_needs(corpus: Corpus, make_config: Any) -> None:
+    example = Example("0", "mall", "?", "SELECT name FROM customer")
+    full, tables, reduced = (
+        prompts.schema_text(example, corpus.schemas, make_config(**{"prompt.schema_form": form}))
+        for form in ("full", "tables", "reduced")
+    )
+    assert "product" in full and "product" not in tables + reduced
+    assert "city" in tables and "city" not in reduced and "name" in reduced
+    own = Example("0", "mall", "?", "SELECT 1", schema_text="its own words")
+    assert prompts.schema_text(own, {}, make_config()) == "its own words"
+
+
+def test_links_that_cannot_be_had_are_named_by_their_example() -> None:
+    with pytest.raises(DataError, match=r"^example 7: no schema of shop .*--data.databases"):
+        prompts.gold_links(Example("7", "shop", "?", "SELECT 1"), {})
+    with pytest.raises(DataError, match=r"^example 7: links are neither JSON nor a Python literal: 'oops"):
+        prompts.gold_links(Example("7", "shop", "?", "SELECT 1", links_text="oops"), {})
+
+
+@pytest.mark.parametrize(
+    ("said", "sql"),
+    [
+        ("```sql\nSELECT 1\n```", "SELECT 1"),
+        ("Here you are:\n```sql\nSELECT 1\n```\nIt counts ```x```.", "SELECT 1"),
+        ("```\nSELECT a,\n  b\nFROM t\n```", "SELECT a, b FROM t"),
+        ("```SQL SELECT 1```", "SELECT 1"),
+        ("```SELECT name FROM t```", "SELECT name FROM t"),
+        ("```sqlite\nSELECT 1\n```", "SELECT 1"),
+        # cut off
+        ("```sql\nSELECT 1 FROM", "SELECT 1 FROM"),
+        ("```sql\nSELECT 'it", "SELECT 'it"),
+        # no fence
+        ("SELECT 1", "SELECT 1"),
+        ("The query is: select 1;\n\nIt counts.", "select 1"),
+        ("SELECT 1\nFROM t\n\nThis selects.", "SELECT 1 FROM t"),
+        ("WITH a AS (SELECT 1) SELECT * FROM a", "WITH a AS (SELECT 1) SELECT * FROM a"),
+        # statements
+        ("```sql\nSELECT 1; DROP TABLE t;\n```", "SELECT 1"),
+        ("```sql\nSELECT 'a;b', \"c;d\", `e;f` ; SELECT 2\n```", "SELECT 'a;b', \"c;d\", `e;f`"),
+        ("```sql\nSELECT 'it''s; fine'; SELECT 2\n```", "SELECT 'it''s; fine'"),
+        # what is in quotes stays; what is in comments goes, and hides nothing
+        ("```sql\nSELECT 'a  b',\n   'c -- d'\n```", "SELECT 'a  b', 'c -- d'"),
+        ("```sql\n-- it's; all\nSELECT 1 -- one\nFROM t /* not; u */ ;\n```", "SELECT 1 FROM t"),
+        # nothing
+        ("", None),
+        ("```sql\n```", None),
+        ("```sql\n ; \n```", None),
+        ("```sql", None),
+    ],
+)
+def test_sql_is_read_from_an_answer(said: str, sql: str | None) -> None:
+    assert prompts.parse_sql(said) == sql
+
+
+def test_a_long_answer_without_an_end_is_read_in_no_time() -> None:
+    import time
+
+    started = time.perf_counter()
+    for piece in ("'", "/* ", "-- ", "`", "``` ", "( ", "SELECT "):
+        prompts.parse_sql(piece * 20_000)
+    assert time.perf_counter() - started < 2
+
+
+# The contract
+
+
+def test_the_contract_of_the_same_settings_is_equal_after_a_round_trip(make_config: Any, tokenizer: Any) -> None:
+    saved = json.loads(json.dumps(prompts.contract(make_config(), tokenizer, "abc")))
+    prompts.check_contract(saved, prompts.contract(make_config(), tokenizer, "abc"), "out/run/adapter")
+    assert saved["packages"]["transformers"] and saved["answer_format"] == "fenced sql"
+
+
+def test_what_binds_no_answer_may_differ(make_config: Any, tokenizer: Any) -> None:
+    saved = prompts.contract(make_config(), tokenizer, "abc")
+    other = make_config(**{"rows.max_length": 99, "evaluate.semantics": "strict", "seed": 3})
+    prompts.check_contract(saved, prompts.contract(other, tokenizer, "abc"), "out/run/adapter")
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("task_type", {"task_type": "schema"}),
+        ("model_name", {"model_name": "other/model"}),
+        ("serializer", {"prompt.serializer": "ddl"}),
+        ("schema_form", {"prompt.schema_form": "tables"}),
+        ("example_values", {"prompt.serializer": "m_schema", "prompt.example_values": 2}),
+    ],
+)
+def test_a_setting_that_changes_the_prompt_is_refused_by_name(
+    make_config: Any, tokenizer: Any, field: str, changes: dict[str, Any]
+) -> None:
+    base = {"prompt.serializer": "m_schema"} if field == "example_values" else {}
+    saved = prompts.contract(make_config(**base), tokenizer, None)
+    current = prompts.contract(make_config(**base | changes), tokenizer, None)
+    with pytest.raises(ContractError) as caught:
+        prompts.check_contract(saved, current, "out/run/adapter")
+    message = str(caught.value)
+    assert message.startswith(f"out/run/adapter: the adapter was trained with {field} {saved[field]!r}, ")
+    assert repr(current[field]) in message and "--config out/run/config.json" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("what", ["template", "template text", "tokenizer", "serializer version"])
+def test_code_and_files_that_change_the_prompt_are_refused(
+    make_config: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    saved = prompts.contract(make_config(), tokenizer, None)
+    if what == "template":
+        tokenizer.chat_template = NO_SYSTEM
+    elif what == "template text":
+        monkeypatch.setattr(prompts, "USER", "{schema}\n{evidence}{question}")
+    elif what == "tokenizer":
+        tokenizer.add_tokens(["SELECT DISTINCT"])
+    else:
+        monkeypatch.setattr(prompts, "SERIALIZER_VERSION", 99)
+    field = {"tokenizer": "tokenizer_hash", "serializer version": "serializer"}.get(what, "template_hash")
+    with pytest.raises(ContractError, match=f"trained with {field} "):
+        prompts.check_contract(saved, prompts.contract(make_config(), tokenizer, None), "a/adapter")
+
+
+def test_every_binding_field_is_in_the_contract(make_config: Any, tokenizer: Any) -> None:
+    contract = prompts.contract(make_config(), tokenizer, None)
+    assert set(prompts.BINDING) <= set(contract)
+    for field in prompts.BINDING:
+        with pytest.raises(ContractError, match=f"trained with {field} None"):
+            prompts.check_contract({k: v for k, v in contract.items() if k != field}, contract, "a/adapter")

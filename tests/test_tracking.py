@@ -1,0 +1,279 @@
+"""MLflow holds one run per training run, each point once, whatever restarts; an outage of its server costs the run nothing."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import tracking
+from ray_sql.errors import StoreError
+from ray_sql.tracking import Run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a test forgot to place shows up here, and `check` sets nothing for other tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+
+def begin(uri: str | None, folder: Path, run_id: str | None = None, settings: dict[str, Any] | None = None) -> Run:
+    return tracking.start(
+        settings or {"seed": 14, "lora": {"r": 8, "target_modules": "all-linear"}, "data": {"columns": {}}},
+        name="my run",
+        uri=uri,
+        experiment="tests",
+        tags={"task_type": "sql"},
+        spool=folder / "spool" / "my-run.jsonl",
+        run_id=run_id,
+    )
+
+
+def read(run: Run) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(run.uri).get_run(run.run_id)
+
+
+def history(run: Run, key: str) -> list[tuple[int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    return sorted((point.step, point.value) for point in MlflowClient(run.uri).get_metric_history(run.run_id, key))
+
+
+def test_a_run_records_settings_tags_points_tables_figures_files_and_data(store: str, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+    from mlflow.artifacts import load_dict
+    from mlflow.tracking import MlflowClient
+
+    run = begin(store, tmp_path)
+    run.log(1, {"train/loss": 2.0, "train/lr": 0.1})
+    run.log(2, {"train/loss": 1.0})
+    run.tag({"note": "seen"})
+    run.table([{"question": "q1", "verdict": "correct"}, {"question": "q2", "verdict": None}], "predictions.json")
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    run.figure(figure, "figures/loss.png")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a.bin").write_text("x")
+    (tmp_path / "config.json").write_text("{}")
+    run.artifact(tmp_path / "config.json")
+    run.artifact(tmp_path / "adapter", "adapter")
+    run.dataset("spider", "0123456789abcdef", "/data/spider", "train")
+    run.end("FINISHED")
+
+    found = read(run)
+    assert found.data.params == {"seed": "14", "lora.r": "8", "lora.target_modules": "all-linear", "data.columns": "{}"}
+    assert (found.data.tags["task_type"], found.data.tags["note"]) == ("sql", "seen")
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "my run")
+    assert history(run, "train/loss") == [(1, 2.0), (2, 1.0)] and history(run, "train/lr") == [(1, 0.1)]
+    (data,) = found.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("spider", "0123456789abcdef", "train")
+    client = MlflowClient(store)
+    paths = {file.path for folder in ("", "figures", "adapter") for file in client.list_artifacts(run.run_id, folder)}
+    assert paths >= {"predictions.json", "figures/loss.png", "adapter/a.bin", "config.json"}
+    table = load_dict(f"{found.info.artifact_uri}/predictions.json")
+    assert table == {"columns": ["question", "verdict"], "data": [["q1", "correct"], ["q2", None]]}
+    assert not (tmp_path / "spool").exists() and not (tmp_path / "mlruns").exists()
+
+
+def test_a_run_that_goes_on_is_the_same_run_and_logs_no_step_twice(store: str, tmp_path: Path) -> None:
+    first = begin(store, tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {"train/loss": float(step)})
+    first.dataset("d", "0", "/d", "train")
+    first.end("FAILED")
+    second = begin(store, tmp_path, first.run_id, settings={"seed": 14, "lora": {"r": 8}, "changed": True})
+    assert second.run_id == first.run_id and read(second).info.status == "RUNNING"
+    second.dataset("d", "0", "/d", "train")
+    for step in (2, 3, 4):
+        second.log(step, {"train/loss": -1.0})
+    second.log(4, {"validation/n": 8})
+    second.end("FINISHED")
+    assert history(second, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, -1.0)]
+    assert history(second, "validation/n") == [(4, 8.0)]
+    assert read(second).info.status == "FINISHED" and len(read(second).inputs.dataset_inputs) == 1
+
+
+def test_a_run_whose_record_is_gone_gets_a_new_one(store: str, tmp_path: Path) -> None:
+    run = begin(store, tmp_path, run_id="0" * 32)
+    assert run.run_id != "0" * 32 and read(run).info.status == "RUNNING"
+    run.end("KILLED")
+    assert read(run).info.status == "KILLED"
+
+
+def test_more_settings_and_points_than_one_call_takes_all_arrive(store: str, tmp_path: Path) -> None:
+    run = begin(store, tmp_path, settings={f"s{n}": "x" * 7000 if n == 3 else n for n in range(150)})
+    run.log(0, {f"m{n}": n for n in range(1200)})
+    found = read(run)
+    assert len(found.data.params) == 150 and len(found.data.params["s3"]) == 6000
+    assert len(found.data.metrics) == 1200
+    run.end("FINISHED")
+
+
+def test_what_mlflow_refuses_is_said_and_stops_nothing(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = begin(store, tmp_path)
+    run.log(1, {"not a name!": 1.0})
+    run.artifact(tmp_path / "nowhere.txt")
+    run.log(1, {"fine": 1.0})
+    run.end("FINISHED")
+    assert history(run, "fine") == [(1, 1.0)] and read(run).info.status == "FINISHED"
+    assert sum("refused a record" in record.message for record in caplog.records) == 2
+    assert not (tmp_path / "spool" / "my-run.jsonl").exists()
+
+
+def test_a_run_that_records_nothing_takes_everything(tmp_path: Path) -> None:
+    run = tracking.disabled(tmp_path / "spool.jsonl")
+    run.log(1, {"a": 1.0})
+    run.table([{"a": 1}], "t.json")
+    run.figure(None, "f.png")
+    run.dataset("d", "0", "/d", "train")
+    run.end("FINISHED")
+    assert run.run_id == "" and list(tmp_path.iterdir()) == []
+
+
+# Places
+
+
+def test_the_default_store_is_an_absolute_file_in_the_folder_of_the_job(tmp_path: Path) -> None:
+    assert tracking.check(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.absolute_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
+    assert tracking.absolute_uri("sqlite:////data/runs.db") == "sqlite:////data/runs.db"
+    assert tracking.absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_store_that_does_not_answer_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(StoreError) as caught:
+        begin(uri, tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"--tracking.uri {uri}: no MLflow server answers") and "\n" not in message
+    assert "MLFLOW_TRACKING_URI" in message and "--no-tracking.enabled" in message
+
+
+def test_a_store_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, however long it may be " * 30)
+    for uri in (f"sqlite:///{tmp_path}/no/folder/mlflow.db", f"sqlite:///{tmp_path}/text.db", "carrier-pigeon://x"):
+        with pytest.raises(StoreError) as caught:
+            begin(uri, tmp_path)
+        assert str(caught.value).startswith(f"--tracking.uri {uri}: ") and "\n" not in str(caught.value)
+
+
+# A real server, killed and started again
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        self.port, self._folder = free_port(), folder
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        log = (self._folder / "server.log").open("ab")
+        quick = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quick, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self._folder / "server.log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        """Its whole process group: the server keeps workers."""
+        if self._process is not None:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_an_outage_of_the_server_costs_a_run_nothing(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from matplotlib.figure import Figure
+    from mlflow.tracking import MlflowClient
+
+    caplog.set_level(logging.WARNING, logger="ray_sql")
+    spool = tmp_path / "spool" / "my-run.jsonl"
+    run = begin(server.uri, tmp_path)
+    run.log(1, {"loss": 1.0})
+
+    server.kill()
+    started = time.monotonic()
+    for step in range(2, 52):
+        run.log(step, {"loss": float(step)})
+    run.tag({"during": "outage"})
+    run.table([{"q": 1}], "t.json")
+    run.figure(Figure(), "figures/f.png")
+    run.dataset("d", "0", "/d", "train")
+    run.end("FINISHED")
+    assert time.monotonic() - started < 30
+    assert len([record for record in caplog.records if record.name == "ray_sql.tracking"]) == 1
+    lines = spool.read_text().splitlines()
+    assert len(lines) == 50 + 5 and all(json.loads(line)[0] == run.run_id for line in lines)
+    with spool.open("a") as stream:
+        stream.write('["cut off')  # as by a process killed while it wrote
+
+    # the next attempt sends first what the last one kept, then goes on where that one stopped
+    server.start()
+    again = begin(server.uri, tmp_path, run.run_id)
+    assert not spool.exists() and again.replay() == 0
+    again.log(51, {"loss": -1.0})
+    again.log(52, {"loss": 52.0})
+    again.end("FINISHED")
+    assert history(again, "loss") == [(step, float(step)) for step in range(1, 53)]
+    found = read(again)
+    assert (found.info.status, found.data.tags["during"]) == ("FINISHED", "outage")
+    assert len(found.inputs.dataset_inputs) == 1
+    client = MlflowClient(server.uri)
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {"figures", "t.json"}
+    assert [file.path for file in client.list_artifacts(run.run_id, "figures")] == ["figures/f.png"]
+    assert len(client.search_runs([found.info.experiment_id])) == 1
