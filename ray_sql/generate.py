@@ -193,7 +193,9 @@ def _answer_batch(
     stops = _end_tokens(model, tokenizer)
     # a config of our own: a model's own may sample, which would make two evaluations differ
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
-    with torch.inference_mode():
+    # autocast as in training: LoRA weights are float32 there, and the same tensors must meet the same arithmetic
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+    with torch.inference_mode(), autocast:
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

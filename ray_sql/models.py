@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,23 +119,32 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)
     except (OSError, ValueError) as error:
         raise ModelError(f"--model_name {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if config.quantization.load_in_4bit:
-        _keep_weights_differentiable(model)
+    if config.quantization.load_in_4bit and model.device.type == "cpu":
+        _dequantise_once(model, dtype)
     return model
 
 
-def _keep_weights_differentiable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+def _dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """On a CPU, let every 4-bit layer multiply with its weights as NF4 stands for them, expanded once instead of at every call.
 
-    It repacks them at the first forward in eval mode and never back, with scales rounded to bfloat16, and the kernel for the new
-    layout has no backward: after a validation in the middle of training, no gradient passes a base layer any more (seen in
-    0.50.2 as other losses after a validation, and as a warning of autograd's).
+    The numbers are the same, to the bit of the expanded weight; the memory is that of the unquantised model, which a CPU has.
+    It also keeps bitsandbytes from repacking weights for AVX512-BF16: that happens at the first forward in eval mode and is
+    never undone, rounds the scales, and has no backward, so that after a validation in the middle of training no gradient
+    passes a base layer any more (0.50.2; autograd warns of it, and the losses differ).
     """
+    import bitsandbytes.functional
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            module.forward = partial(_linear, weight=weight, bias=module.bias)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from torch.nn.functional import linear
+
+    return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:

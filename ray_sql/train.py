@@ -131,9 +131,7 @@ class _Reporter:
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
         kept: dict[str, float] = {
-            name: values[name]
-            for name in ("loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy")
-            if name in values
+            name: values[name] for name in ("loss", "grad_norm", "learning_rate", "epoch") if name in values
         }
         if self._last is not None and now > self._last[1]:
             per_second = (step - self._last[0]) / (now - self._last[1])

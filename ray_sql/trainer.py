@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
 
 from ray_sql import models
 from ray_sql.config import Config
@@ -24,7 +26,9 @@ from ray_sql.errors import ModelError
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTConfig, SFTTrainer
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
 
 OnLog = Callable[[int, int, dict[str, float]], None]
 """(step, steps in all, values)"""
@@ -62,15 +66,42 @@ def train(
     return Outcome(trainer.state.global_step, trainer.state.max_steps, watch.failure)
 
 
+class CompletionTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that mypy can follow
+    """SFTTrainer with logits only where a label is: in this task that is a tenth to a fifth of the tokens.
+
+    TRL 1.16 skips the others too, but multiplies in float32, adds entropy and accuracy, and waits for the device at every
+    batch: measured on 2 cores with a 135M model, a third of a step.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Cross entropy summed over the labels, divided by how many all ranks have in this step."""
+        if return_outputs or num_items_in_batch is None:
+            raise ValueError("this trainer only trains; models are measured by their answers")
+        inputs = dict(inputs)
+        targets = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        # DDP averages gradients over ranks, while the count is that of all ranks together
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+
 def build(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Config, scratch: Path
-) -> SFTTrainer:
+) -> CompletionTrainer:
     """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %."""
-    import torch
     from peft import LoraConfig
-    from trl import SFTTrainer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    trainer = SFTTrainer(
+    trainer = CompletionTrainer(
         model=base,
         args=arguments(config, scratch, len(rows)),
         train_dataset=rows,
@@ -80,14 +111,15 @@ def build(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    for module in trainer.model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # autocast casts what a layer multiplies; peft asks only CUDA's autocast, and on a CPU would cast to and fro
+            module.cast_input_dtype_enabled = not trainer.args.bf16
     return trainer
 
 
 def arguments(config: Config, scratch: Path, rows: int) -> SFTConfig:
     """TRL's settings. Rows are tokenised and measured already: nothing here may cut or prepare them again."""
-    import torch
-    from trl import SFTConfig
-
     gpu = torch.cuda.is_available()
     steps = config.steps(rows)
     return SFTConfig(

@@ -137,14 +137,13 @@ def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(make_config:
 def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: None) -> None:
     settings = {
         "train.max_steps": 5,
-        "train.global_batch_size": 4,
         "lora.lora_dropout": 0,
         "learning_rate": 1e-2,
         "evaluate.select_examples": 4,
     }
     one, two = Curve(), Curve()
-    alone = make_config(output_name="one", **settings)
-    together = make_config(output_name="two", **settings | {"scaling.num_workers": 2})
+    alone = make_config(output_name="one", **settings | {"grad_accum_steps": 4})
+    together = make_config(output_name="two", **settings | {"grad_accum_steps": 2, "scaling.num_workers": 2})
     fit(alone, one)
     fit(together, two)
     assert two.losses == pytest.approx(one.losses, abs=1e-3)
