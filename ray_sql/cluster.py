@@ -33,6 +33,7 @@ Loop = Callable[[dict[str, Any]], dict[str, Any]]
 ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch pickles every Dataset.map with the whole module
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s is also how long every report waits
+    "RAY_worker_niceness": "0",  # the default of 15 lets whatever else runs on this machine slow training down
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; unset, every worker prints a warning about it
 }
 WORKER_ENVIRONMENT = {

@@ -80,7 +80,9 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def percent(share: float, interval: Any = None) -> str:
-    """A share as per cent, with its interval where given."""
+def percent(share: float, interval: Any = None, n: int = 1) -> str:
+    """A share of `n` as per cent, with its interval where given; nothing can be said of a share of none."""
+    if n == 0:
+        return "not scored"
     text = f"{100 * share:.1f} %"
     return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_sql import checkpoints, cluster, measure, plots, prepare, tracking, train
-from ray_sql.config import Config, EvaluateConfig
+from ray_sql.config import Config, EvaluateConfig, without_password
 from ray_sql.display import Display, percent
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
@@ -33,6 +33,8 @@ def run(config: Config) -> dict[str, Any]:
         earlier = prepare.earlier_run(config)
         if earlier is not None:
             display.line(f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again.")
+            if config.tracking.enabled and (left := tracking.replay(config.tracking.uri, _spool(config))):
+                display.line(f"{left} records still wait in {_spool(config)} for MLflow to take them")
             show(earlier, config, display)
             return earlier
         if config.tracking.enabled:
@@ -76,9 +78,8 @@ def dry_run(config: Config) -> None:
 
 def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
     """The MLflow run of this training run: the one an earlier attempt began, or a new one; nothing where `start` is None."""
-    spool = Path(config.cache) / "spool" / f"{config.output_name}-{config.identity()}.jsonl"
     if start is None:
-        return tracking.disabled(spool)
+        return tracking.disabled(_spool(config))
     text = checkpoints.read_text(f"{config.run_dir}/{RUN_FILE}")
     record: tracking.Run = start(
         config.public(),
@@ -86,15 +87,21 @@ def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
         uri=config.tracking.uri,
         experiment=config.tracking.experiment,
         tags=_tags(config, prepared),
-        spool=spool,
+        spool=_spool(config),
         run_id=json.loads(text)["mlflow_run_id"] if text else None,
     )
     checkpoints.write_text(
-        f"{config.run_dir}/{RUN_FILE}", json.dumps({"mlflow_run_id": record.run_id, "tracking_uri": record.uri}) + "\n"
+        f"{config.run_dir}/{RUN_FILE}",
+        json.dumps({"mlflow_run_id": record.run_id, "tracking_uri": without_password(record.uri)}) + "\n",
     )
     for split in ("train", *config.split):
         record.dataset(config.dataset_id[:500], prepared.corpus.fingerprint(), config.dataset_id, split)
     return record
+
+
+def _spool(config: Config) -> Path:
+    """Where records wait while MLflow does not answer."""
+    return config.cache / "spool" / f"{config.output_name}-{config.identity()}.jsonl"
 
 
 def _tags(config: Config, prepared: Prepared) -> dict[str, str]:
@@ -130,7 +137,7 @@ def _train_and_measure(config: Config, prepared: Prepared, record: tracking.Run,
         "data_fingerprint": prepared.corpus.fingerprint(),
         "identity": config.identity(),
         "mlflow_run_id": record.run_id,
-        "tracking_uri": record.uri,
+        "tracking_uri": without_password(record.uri),
         "best_step": fitted.best.step,
         "steps": fitted.steps,
         "training_seconds": round(fitted.seconds, 1),
@@ -215,9 +222,9 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         table.add_column(column, justify="right" if column in models or column == "n" else "left")
     for split, scores in metrics[models[-1]].items():
         by_model = [metrics[model][split] for model in models]
-        table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"]) for s in by_model))
+        table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
         if metrics["task_type"] == "sql":
-            table.add_row("", "valid SQL", "", *(percent(s["valid_sql"]) for s in by_model))
+            table.add_row("", "valid SQL", "", *(percent(s["valid_sql"], n=s["n"]) for s in by_model))
             for level, group in scores["by_hardness"].items():
                 cells = [percent(s["by_hardness"][level]["execution_accuracy"]) for s in by_model]
                 table.add_row("", f"  {level}", str(group["n"]), *cells)

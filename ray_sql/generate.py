@@ -70,7 +70,7 @@ def questions(
                 question=example.question,
                 gold=gold(example, corpus, config),
                 hardness=example.hardness,
-                database=corpus.databases.get(example.db_id),
+                database=corpus.sqlite_file(example.db_id),
                 input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
             )
         )

@@ -71,7 +71,12 @@ def of_file(config: EvaluateConfig, display: Display) -> Measured:
         _file_row(prediction, match, f"{path}, line {line}", corpus, config)
         for (line, prediction), match in zip(predictions.items(), found, strict=True)
     ]
-    databases = [corpus.databases.get(row["db_id"]) for row in rows]
+    databases = [corpus.sqlite_file(row["db_id"]) for row in rows]
+    missing = sum(len(corpus.splits[split]) for split in config.split) - sum(match is not None for match in found)
+    if missing > 0:
+        display.line(
+            f"{path} answers only a part: {missing} questions of --split {','.join(config.split)} have no prediction"
+        )
     judged = evaluate.judge_rows(rows, databases, config, corpus.schemas, display.counter("executing predictions"))
     return {"file": judged}
 
@@ -149,6 +154,7 @@ def _match(
     for split, example in examples:
         by_id[example.id][split] = example
     matches: list[tuple[str, Example] | None] = []
+    seen: set[tuple[str, str]] = set()
     for line, prediction in predictions.items():
         known = by_id.get(str(prediction.get("id")), {})
         found = [(split, e) for split, e in known.items() if split == prediction.get("split", split)]
@@ -157,7 +163,12 @@ def _match(
                 f"{path}, line {line}: id {prediction.get('id')!r} is in {len(found) or 'none'} of --split {splits}; give the line "
                 f"{'its `split` too' if found else 'an id of the split, or its own db_id and gold'}"
             )
-        matches.append(found[0] if len(found) == 1 else None)
+        match = found[0] if len(found) == 1 else None
+        if match and (match[0], match[1].id) in seen:
+            raise DataError(f"{path}, line {line}: id {prediction['id']!r} was predicted before; keep one line of it")
+        if match:
+            seen.add((match[0], match[1].id))
+        matches.append(match)
     return matches
 
 

@@ -74,10 +74,12 @@ def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None
     file = config.cache / "gold" / f"{corpus.fingerprint()}-{config.evaluate.timeout:g}.json"
     if file.is_file():
         return list(json.loads(file.read_text()))
-    examples = [
-        (split, e) for split in corpus.splits for e in corpus.splits[split] if _is_sqlite(corpus.databases.get(e.db_id))
+    golds = [
+        (f"{split}\0{example.id}", database, example.gold)
+        for split, examples in corpus.splits.items()
+        for example in examples
+        if (database := corpus.sqlite_file(example.db_id))
     ]
-    golds = [(f"{split}\0{e.id}", corpus.databases[e.db_id], e.gold) for split, e in examples]
     failing = []
     for row in evaluate.failing_gold(golds, config, progress):
         split, _, name = row["id"].partition("\0")
@@ -150,11 +152,10 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     }
     models = "base and tuned model" if config.evaluate.baseline else "tuned model"
     yield f"scoring   {models} on {', '.join(f'{n} of {split}' for split, n in scored.items())}, semantics {config.evaluate.semantics}"
+    for split in config.split:
+        if config.task_type == "sql" and not any(corpus.sqlite_file(e.db_id) for e in corpus.splits[split]):
+            yield f"          nothing can be executed on {split}, so it gets no score: name its SQLite files with --data.databases"
     yield f"run       {config.run_dir}"
-
-
-def _is_sqlite(database: str | None) -> bool:
-    return database is not None and "://" not in database
 
 
 def _difference(old: Config, new: Config) -> str:

@@ -192,6 +192,16 @@ def start(
     return Run(client, created.info.run_id, uri, spool)
 
 
+def replay(uri: str | None, spool: Path) -> int:
+    """Send what an earlier run left in its spool; returns how many records are still there."""
+    if not spool.exists():
+        return 0
+    from mlflow.tracking import MlflowClient
+
+    uri = check(uri)
+    return Run(MlflowClient(uri), "", uri, spool).replay()
+
+
 def disabled(spool: Path) -> Run:
     """A run that records nothing."""
     return Run(None, "", "", spool)

@@ -337,7 +337,7 @@ def test_an_unknown_database_is_named_with_its_row_and_those_there_are(make_conf
     folder = make_spider_folder(tmp_path / "spider")
     shutil.rmtree(folder / "database" / "mall")
     message = refusal(make_config(dataset_id=str(folder)))
-    assert f"--dataset_id {folder}, dev row 0: unknown db_id 'mall'" in message
+    assert f"--dataset_id {folder}, dev example 0: unknown db_id 'mall'" in message
     assert "mall/mall.sqlite" in message and "have kiosk, shop, store" in message
 
 

@@ -215,7 +215,7 @@ def _not_a_database(folder: Path) -> None:
     [
         (_no_database, r"unknown db_id 'mall'"),
         (_malformed, "dev.json, line 3: not valid JSON"),
-        (_unknown_db_id, "dev row 0: unknown db_id 'nowhere'"),
+        (_unknown_db_id, "dev example 0: unknown db_id 'nowhere'"),
         (
             _missing_column,
             "dev.json, row 0: no column 'question' or 'question_en' for question; found db_id, pergunta, query",

@@ -1,39 +1,25 @@
-"""Every setting of every job, each defined once: name, default, allowed values, and the sentence that documents it.
+"""The settings tree: each setting once, with its default, its allowed values, and the sentence that documents it.
 
-One road leads to a `Config`: defaults < YAML files (`--config a.yaml`, repeatable) < environment (`HF_TOKEN`,
-`MLFLOW_TRACKING_URI`) < flags (`--learning_rate 2e-4 --lora.r 32`). A change made in code (`Config.changed`) goes down the
-same road, so nothing reaches a stage unvalidated. Flat names are those of the original project's command line; sections use
-the words of the library that receives them. Importing this module loads no torch, ray or mlflow.
+Flat names are those of the original project's command line; sections use the words of the library that receives them.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from ray_sql.errors import ConfigError
+from ray_sql.config.road import build, merge, nested
 
 Task = Literal["sql", "schema"]
-
-ENVIRONMENT = {"HF_TOKEN": ("read_token", "write_token"), "MLFLOW_TRACKING_URI": ("tracking.uri",)}
-"""Environment variables that hold a setting by convention, and the settings they fill when nothing else does."""
 
 IDENTITY = {"model_name", "task_type", "dataset_id", "seed", "learning_rate", "num_epochs", "save_steps"}
 IDENTITY |= {"data", "prompt", "rows", "lora", "quantization", "train"}
@@ -315,6 +301,8 @@ class Config(BaseSettings):
         What `train.global_batch_size` decides is left out, so that they can be given back with another number of workers.
         """
         settings = self.model_dump(mode="json", exclude={"config", "read_token", "write_token"})
+        for section, name in (("data", "databases"), ("tracking", "uri")):
+            settings[section][name] = without_password(settings[section][name])
         if self.train.global_batch_size is not None:
             del settings["grad_accum_steps"]
         return settings
@@ -328,9 +316,9 @@ class Config(BaseSettings):
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """A copy with dotted settings changed, e.g. `{"lora.r": 16}`, validated like any other; tokens stay."""
-        given = _nested(self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token"}))
+        given = nested(self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token"}))
         given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
-        return build(type(self), _merge(given, _nested(changes)), {"changes": _nested(changes)})
+        return build(type(self), merge(given, nested(changes)), {"changes": nested(changes)})
 
 
 class EvaluateConfig(Config):
@@ -350,171 +338,11 @@ class EvaluateConfig(Config):
         return self
 
 
-C = TypeVar("C", bound=Config)
-_ABSENT = object()
+def without_password(uri: str | None) -> str | None:
+    """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
+    return uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
 
 
 def absolute(path: str | Path) -> Path:
     """The absolute form of a path, with `~` expanded; symbolic links stay as the user wrote them."""
     return Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> C:
-    """Settings from flags, `--config` files and the environment; `--help` prints and exits.
-
-    Raises `ConfigError` with one line per mistake, each naming the flag or file and key, what was given and what is allowed.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags = _read_flags(argv, kind)
-    flags = _merge(flags, _nested(overrides))
-    sources: dict[str, dict[str, Any]] = {}
-    for file in flags.get("config", ()):
-        sources[str(file)] = _read_file(str(file))
-    sources |= {variable: found for variable in ENVIRONMENT if (found := _read_environment(variable))}
-    sources["flags"] = flags
-    merged: dict[str, Any] = {}
-    for values in sources.values():
-        merged = _merge(merged, values)
-    return build(kind, merged, sources)
-
-
-def build(kind: type[C], values: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> C:
-    """Validate `values`; `sources` (name → nested values) only serve the error messages."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, one, sources) for one in error.errors())) from None
-
-
-def names(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting as (dotted name, pydantic field), in order of definition."""
-    for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from names(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    """Every setting as (name, values it takes, default, sentence), for the generated page."""
-    return [(name, _values(field), _default(field), str(field.description)) for name, field in names(kind)]
-
-
-def _values(field: Any) -> str:
-    choices = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is Literal]
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in get_args(choices[0]))
-    kind = (
-        str(getattr(field.annotation, "__name__", field.annotation))
-        if not get_args(field.annotation)
-        else str(field.annotation)
-    )
-    return kind.replace("pydantic.types.", "").replace(" | None", "").replace("|", "or")
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "", (), {}) else f"`{json.dumps(field.default)}`"
-
-
-def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
-    try:
-        source = CliSettingsSource[Any](
-            kind,
-            cli_parse_args=argv,
-            cli_implicit_flags=True,
-            cli_exit_on_error=False,
-            cli_hide_none_type=True,
-            cli_prog_name=_program(),
-        )
-        return dict(source())
-    except SettingsError as error:
-        message = str(error).removeprefix("error parsing CLI: ")
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        if message.startswith("unrecognized arguments") and unknown.startswith("-"):
-            raise ConfigError(f"{unknown}: unknown flag{_nearest(kind, unknown.lstrip('-'), '--')}") from None
-        raise ConfigError(message) from None
-
-
-def _program() -> str:
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-
-
-def _read_file(file: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"--config {file}: must hold `setting: value` lines, found {type(value).__name__}")
-    return _nested(value)
-
-
-def _read_environment(variable: str) -> dict[str, Any]:
-    value = os.environ.get(variable)
-    return _nested(dict.fromkeys(ENVIRONMENT[variable], value)) if value else {}
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"lora.r": 8}` as `{"lora": {"r": 8}}`; nested mappings stay."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        head, _, rest = str(name).partition(".")
-        result = _merge(result, {head: _nested({rest: value}) if rest else value})
-    return result
-
-
-def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` laid over `low`, section by section."""
-    result = dict(low)
-    for name, value in high.items():
-        old = result.get(name)
-        result[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return result
-
-
-def _explain(kind: type[Config], error: Any, sources: Mapping[str, Mapping[str, Any]]) -> str:
-    path = [str(part) for part in error["loc"]]
-    known = [name for name, _ in names(kind)]
-    while path and error["type"] != "extra_forbidden" and ".".join(path) not in known and len(path) > 1:
-        path.pop()  # inside a union or a list pydantic adds parts that are no settings
-    name = ".".join(path)
-    where = _origin(path, sources)
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting{_nearest(kind, name, '')}"
-    if error["type"] == "missing":
-        return f"--{name} is required: {kind.model_fields[name].description}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not name:
-        return message
-    given = "a secret" if name in ENVIRONMENT["HF_TOKEN"] else repr(error["input"])
-    return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
-
-
-def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which source a setting came from, as the user would name it; the last source that has it wins."""
-    name = ".".join(path)
-    for source in reversed(list(sources)):
-        value: Any = sources[source]
-        for part in path:
-            value = value[part] if isinstance(value, Mapping) and part in value else _ABSENT
-        if value is not _ABSENT:
-            return f"--{name}" if source == "flags" else name if source == "changes" else f"{source}: {name}"
-    return name
-
-
-def _nearest(kind: type[Config], unknown: str, prefix: str) -> str:
-    known = [name for name, _ in names(kind)]
-    near = difflib.get_close_matches(unknown, known, 1, 0.6) or [n for n in known if n.split(".")[-1] == unknown][:1]
-    return (
-        f"; did you mean {prefix}{near[0]}?"
-        if near
-        else f"; {prefix}help lists all"
-        if prefix
-        else "; --help lists all"
-    )

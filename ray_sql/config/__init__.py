@@ -1,0 +1,23 @@
+"""Every setting of every job, each defined once, and the one road that leads to them.
+
+Defaults < YAML files (`--config a.yaml`, repeatable) < environment (`HF_TOKEN`, `MLFLOW_TRACKING_URI`) < flags
+(`--learning_rate 2e-4 --lora.r 32`). A change made in code (`Config.changed`) goes down the same road, so nothing reaches a stage
+unvalidated. Importing this package loads no torch, ray or mlflow.
+"""
+
+from ray_sql.config.load import C, load
+from ray_sql.config.road import build, describe, names
+from ray_sql.config.settings import Config, EvaluateConfig, Task, absolute, without_password
+
+__all__ = [
+    "C",
+    "Config",
+    "EvaluateConfig",
+    "Task",
+    "absolute",
+    "build",
+    "describe",
+    "load",
+    "names",
+    "without_password",
+]

@@ -1,0 +1,82 @@
+"""Settings from flags, `--config` files and the environment; `--help`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic_settings import CliSettingsSource, SettingsError
+
+from ray_sql.config.road import build, merge, nearest, nested
+from ray_sql.config.settings import Config
+from ray_sql.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+ENVIRONMENT = {"HF_TOKEN": ("read_token", "write_token"), "MLFLOW_TRACKING_URI": ("tracking.uri",)}
+"""Environment variables that hold a setting by convention, and the settings they fill when nothing else does."""
+
+
+def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> C:
+    """Settings from flags, `--config` files and the environment; `--help` prints and exits.
+
+    Raises `ConfigError` with one line per mistake, each naming the flag or file and key, what was given and what is allowed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = _read_flags(argv, kind)
+    flags = merge(flags, nested(overrides))
+    sources: dict[str, dict[str, Any]] = {}
+    for file in flags.get("config", ()):
+        sources[str(file)] = _read_file(str(file))
+    sources |= {variable: found for variable in ENVIRONMENT if (found := _read_environment(variable))}
+    sources["flags"] = flags
+    merged: dict[str, Any] = {}
+    for values in sources.values():
+        merged = merge(merged, values)
+    return build(kind, merged, sources)
+
+
+def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
+    try:
+        source = CliSettingsSource[Any](
+            kind,
+            cli_parse_args=argv,
+            cli_implicit_flags=True,
+            cli_exit_on_error=False,
+            cli_hide_none_type=True,
+            cli_prog_name=_program(),
+        )
+        return dict(source())
+    except SettingsError as error:
+        message = str(error).removeprefix("error parsing CLI: ")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized arguments") and unknown.startswith("-"):
+            raise ConfigError(f"{unknown}: unknown flag{nearest(kind, unknown.lstrip('-'), '--')}") from None
+        raise ConfigError(message) from None
+
+
+def _program() -> str:
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--config {file}: must hold `setting: value` lines, found {type(value).__name__}")
+    return nested(value)
+
+
+def _read_environment(variable: str) -> dict[str, Any]:
+    value = os.environ.get(variable)
+    return nested(dict.fromkeys(ENVIRONMENT[variable], value)) if value else {}

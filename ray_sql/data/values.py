@@ -1,0 +1,88 @@
+"""Questions and corpora as plain values, and what can be said of them without reading anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from ray_sql.schema import Schema
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one database. `schema_text` and `links_text` are set where the dataset brings its own."""
+
+    id: str
+    db_id: str
+    question: str
+    gold: str
+    evidence: str = ""
+    hardness: str | None = None
+    schema_text: str | None = None
+    links_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Splits by name, and per db_id its schema and where its database is (a path or a SQLAlchemy URL)."""
+
+    splits: dict[str, tuple[Example, ...]]
+    schemas: dict[str, Schema] = field(default_factory=dict)
+    databases: dict[str, str] = field(default_factory=dict)
+
+    def sqlite_file(self, db_id: str) -> str | None:
+        """The database to execute queries on: a SQLite file; None where there is none, or only a server's URL."""
+        place = self.databases.get(db_id)
+        return None if place is None or "://" in place else place
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the content: examples of all splits and schemas, not where they lie."""
+        digest = hashlib.sha256()
+        for name in sorted(self.splits):
+            for example in self.splits[name]:
+                digest.update(json.dumps([name, asdict(example)], sort_keys=True).encode())
+        for db_id in sorted(self.schemas):
+            digest.update(json.dumps(self.schemas[db_id].to_dict(), sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+
+def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ...]:
+    """At most `n` of the examples, drawn with `seed`, in their original order; all of them where `n` is None."""
+    if n is None or n >= len(examples):
+        return tuple(examples)
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), n))
+    return tuple(examples[index] for index in chosen)
+
+
+def leakage(corpus: Corpus) -> list[str]:
+    """What other splits share with `train`, a line for each split: databases, and questions asked in both."""
+    seen_questions = {_asked(example) for example in corpus.splits.get("train", ())}
+    seen_databases = {example.db_id for example in corpus.splits.get("train", ())}
+    lines = []
+    for name, examples in corpus.splits.items():
+        if name == "train" or not examples:
+            continue
+        databases = {example.db_id for example in examples}
+        repeated = sum(_asked(example) in seen_questions for example in examples)
+        shared = len(databases & seen_databases)
+        lines.append(
+            f"{name}: {len(examples)} questions on {len(databases)} databases, {shared} of them also in train; "
+            f"{repeated} questions also in train"
+        )
+    return lines
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of the names, for a message."""
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") if listed else "none"
+
+
+def _asked(example: Example) -> tuple[str, str]:
+    return example.db_id, " ".join(example.question.lower().split())
