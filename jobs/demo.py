@@ -21,9 +21,10 @@ def demo(config: Config) -> None:
     if config.dry_run:
         return finetune.dry_run(config)
     metrics = finetune.run(config)
+    models = [name for name in ("base", "tuned") if name in metrics]
     brief = {
         model: {s: {k: v[k] for k in ("execution_accuracy", "interval", "n")} for s, v in metrics[model].items()}
-        for model in ("base", "tuned")
+        for model in models
     }
     Path(config.run_dir, "summary.json").write_text(
         json.dumps({**brief, "seconds": metrics["seconds"]}, indent=2) + "\n"

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ray_sql import checkpoints, prepare, tracking
-from ray_sql.config import Config
+from ray_sql import checkpoints, models, prepare, tracking
+from ray_sql.config import Config, without_password
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.prepare import Prepared
@@ -51,7 +51,7 @@ def mlflow(config: Config) -> str:
     """The tracking store answers."""
     if not config.tracking.enabled:
         return "tracking is off"
-    return f"{tracking.check(config.tracking.uri)} answers"
+    return f"{without_password(tracking.check(config.tracking.uri))} answers"
 
 
 def tokens(config: Config) -> str:
@@ -99,9 +99,7 @@ def resources(config: Config) -> str:
 def data(config: Config, prepared: Prepared) -> str:
     """Rows, their lengths, and the splits; a database-less scored split is found here."""
     splits = ", ".join(f"{len(examples)} {split}" for split, examples in prepared.corpus.splits.items())
-    without = [
-        s for s in config.split if any(e.db_id not in prepared.corpus.databases for e in prepared.corpus.splits[s])
-    ]
+    without = [s for s in config.split if not any(map(prepared.corpus.sqlite_file, _databases(prepared, s)))]
     if without and config.task_type == "sql":
         raise ConfigError(
             f"--split {without[0]}: has examples without a database to execute on; name their folder with --data.databases"
@@ -142,7 +140,10 @@ def memory_estimate(config: Config, model_folder: str, longest: int) -> float:
     hidden, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
     inner = shape.get("intermediate_size", 4 * hidden)
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
-    weights = linear * (0.56 if config.quantization.load_in_4bit else 2) + 2 * 2 * vocabulary * hidden
+    each = models.compute_dtype(config).itemsize
+    stored = 0.56 if config.quantization.load_in_4bit else 0.0  # 4 bits, and a 32-bit scale for every 64 weights
+    expanded = 0 if config.quantization.load_in_4bit and _has_gpu() else each  # on a CPU they are expanded once
+    weights = linear * (stored + expanded) + 2 * each * vocabulary * hidden
     adapter = layers * config.lora.r * (8 * hidden + 3 * (hidden + inner))
     checkpointed = (
         config.train.gradient_checkpointing if config.train.gradient_checkpointing is not None else _has_gpu()
@@ -150,6 +151,10 @@ def memory_estimate(config: Config, model_folder: str, longest: int) -> float:
     per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
     tokens = config.train_batch_size * longest
     return float(weights + 16 * adapter + tokens * per_token + 0.2 * tokens * vocabulary * 6)
+
+
+def _databases(prepared: Prepared, split: str) -> set[str]:
+    return {example.db_id for example in prepared.corpus.splits[split]}
 
 
 def _has_gpu() -> bool:

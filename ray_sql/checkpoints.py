@@ -185,6 +185,19 @@ def absolute_uri(place: str) -> str:
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a local file complete or not at all, whoever else writes it at the same time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}.part")
+        half.write_text(text, encoding="utf-8")
+        half.replace(file)
+    except OSError as error:
+        raise StoreError(
+            f"{file}: cannot be written ({error.strerror}); free space, or choose another --cache_dir"
+        ) from None
+
+
 def open_store(uri: str) -> tuple[Any, str]:
     """(pyarrow filesystem, path) of an absolute path or URI; `StoreError` for a scheme it does not know."""
     import pyarrow as pa

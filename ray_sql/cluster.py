@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import errors
 from ray_sql.config import Config
-from ray_sql.errors import RaySqlError, TrainingError
+from ray_sql.errors import ConfigError, RaySqlError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -94,10 +94,17 @@ def scaling_config(config: Config) -> ScalingConfig:
     resources = config.scaling.resources_per_worker
     if resources is None and not use_gpu:
         resources = {"CPU": max(1, int(total.get("CPU", 1) // config.workers))}
+    for name, each in (resources or {"GPU": 1}).items():
+        # a cluster that we joined may still grow; one that we started will not, and Ray would wait for ever
+        if each * config.workers > total.get(name, 0) and not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(
+                f"--scaling.num_workers {config.workers} needs {each * config.workers:g} {name}, but this machine has "
+                f"{total.get(name, 0):g}; use fewer workers, or --scaling.resources_per_worker"
+            )
     return ScalingConfig(num_workers=config.scaling.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
 
 
-def claim_device() -> torch.device:
+def claim_device(config: Config) -> torch.device:
     """The device of the worker that calls this: the GPU Ray gave it, or the CPU with its equal share of the machine's cores.
 
     Ray lets a CPU worker use one thread unless told otherwise.
@@ -105,12 +112,19 @@ def claim_device() -> torch.device:
     import ray.train.torch
     import torch
 
-    if torch.cuda.is_available():
+    if on_gpu(config):
         return ray.train.torch.get_device()
     _keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
     return torch.device("cpu")
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether this process computes on a GPU: it has one, and the user did not say no."""
+    import torch
+
+    return torch.cuda.is_available() and config.scaling.use_gpu is not False
 
 
 def _keep_freed_memory() -> None:
@@ -181,7 +195,10 @@ class _Channel:
             except RayError as error:
                 log.warning("the workers' points can no longer be read: %s", error)
                 return
-            self._on_point(point)
+            try:
+                self._on_point(point)
+            except Exception as error:  # a display or a log that fails must not take the other points with it
+                log.warning("a point was not shown: %s: %s", type(error).__name__, error)
 
 
 def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict[str, Any]:
@@ -207,7 +224,7 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict
         returned = dict(trainer.fit().return_value)
     except TrainingFailedError as error:
         raise TrainingError(
-            f"the workers failed {config.scaling.max_failures + 1} times, the last time with: {_last_line(error)}. Run the same "
+            f"the workers failed, restarts included; the last time with: {_last_line(error)}. Run the same "
             "command again to go on from the last checkpoint; more restarts: --scaling.max_failures"
         ) from error
     if "user_error" in returned:

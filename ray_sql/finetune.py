@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rich.table import Table
 from ray_sql import checkpoints, cluster, measure, plots, prepare, tracking, train
 from ray_sql.config import Config, EvaluateConfig, without_password
 from ray_sql.display import Display, percent
+from ray_sql.errors import ConfigError
+from ray_sql.generate import Question
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
 from ray_sql.train import FitResult
@@ -40,14 +42,15 @@ def run(config: Config) -> dict[str, Any]:
         if config.tracking.enabled:
             tracking.check(config.tracking.uri)
         prepared = prepare.prepare(config, display.counter("reading data"))
-        train.starting_point(config, prepared.model_folder)
+        train.starting_point(config, prepared.contract)
+        asked = prepared.questions(config)  # now: what cannot be asked should be known before training
         for line in prepare.plan(prepared, config):
             display.line(line)
         prepare.write_inputs(prepared, config)
         record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
         status: tracking.Status = "FAILED"
         try:
-            metrics = _train_and_measure(config, prepared, record, display)
+            metrics = _train_and_measure(config, prepared, asked, record, display)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
@@ -105,25 +108,35 @@ def _spool(config: Config) -> Path:
 
 
 def _tags(config: Config, prepared: Prepared) -> dict[str, str]:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     tags = {
         "task_type": config.task_type,
         "data_fingerprint": prepared.corpus.fingerprint(),
         "template_hash": str(prepared.contract["template_hash"]),
-        "git_commit": done.stdout.strip() if done.returncode == 0 else "",
+        "git_commit": _git_commit(),
         "ray_job_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
     }
     return {key: value for key, value in tags.items() if value}
 
 
-def _train_and_measure(config: Config, prepared: Prepared, record: tracking.Run, display: Display) -> dict[str, Any]:
+def _git_commit() -> str:
+    """The commit of the folder the job runs in, where it is one and git is installed."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _train_and_measure(
+    config: Config, prepared: Prepared, asked: Sequence[Question], record: tracking.Run, display: Display
+) -> dict[str, Any]:
     started = time.monotonic()
     points = _Points(config, record, display)
     fitted = train.fit(config, prepared.model_folder, points)
     display.line(f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}")
     measured = measure.of_models(
         config,
-        prepared.questions(config),
+        asked,
         prepared.corpus.schemas,
         prepared.model_folder,
         f"{config.run_dir}/adapter",
@@ -151,11 +164,9 @@ def _train_and_measure(config: Config, prepared: Prepared, record: tracking.Run,
 
 
 def _validation_line(fitted: FitResult) -> str:
-    measured = {name.split("/")[-1]: value for name, value in fitted.best.metrics.items()}
     if fitted.best.objective is None:
         return "the last one: no validation questions to choose by"
-    name = "execution_accuracy" if "execution_accuracy" in measured else "strict_recall"
-    return f"chosen by {name} {percent(measured[name])} on {measured['n']:.0f} validation questions"
+    return f"the best on validation:{_scores(fitted.best.metrics).removeprefix(', validation')}"
 
 
 def log_results(record: tracking.Run, config: Config, measured: Measured, metrics: Mapping[str, Any]) -> None:
@@ -180,7 +191,14 @@ def log_results(record: tracking.Run, config: Config, measured: Measured, metric
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
+    if checkpoints.exists(f"{config.run_dir}/contract.json"):
+        raise ConfigError(f"{config.run_dir} holds a training run; give the evaluation an --output_name of its own")
     with Display() as display:
+        if config.dry_run:
+            source = config.predictions_file or f"{config.model_name} and --adapter {config.adapter}"
+            display.line(f"would score {source} on --split {','.join(config.split)} and write {config.run_dir}")
+            return {}
+        checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
         measured = (measure.of_file if config.predictions_file else _evaluate_models)(config, display)
         metrics = {
             "task_type": config.task_type,
@@ -217,7 +235,10 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         if metrics["task_type"] == "sql"
         else ("strict_recall", "strict recall")
     )
-    table = Table(title=f"{config.output_name}: {title} [95 % interval]", title_justify="left")
+    rule = (
+        f", {next(iter(metrics[models[-1]].values()))['semantics']} semantics" if name == "execution_accuracy" else ""
+    )
+    table = Table(title=f"{config.output_name}: {title}{rule} [95 % interval]", title_justify="left")
     for column in ("split", "", "n", *models):
         table.add_column(column, justify="right" if column in models or column == "n" else "left")
     for split, scores in metrics[models[-1]].items():
@@ -226,7 +247,7 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         if metrics["task_type"] == "sql":
             table.add_row("", "valid SQL", "", *(percent(s["valid_sql"], n=s["n"]) for s in by_model))
             for level, group in scores["by_hardness"].items():
-                cells = [percent(s["by_hardness"][level]["execution_accuracy"]) for s in by_model]
+                cells = [percent(s["by_hardness"].get(level, group)["execution_accuracy"]) for s in by_model]
                 table.add_row("", f"  {level}", str(group["n"]), *cells)
         else:
             for key in ("exact_match", "table_f1", "column_f1", "unparsable"):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+VERSION = 1
+"""Raise when the code below makes other answers from the same questions."""
 FENCE = "```"
 VALIDATION_FILE = "inputs/validation.jsonl"
 """Where a run's validation questions lie in its folder."""
@@ -60,7 +62,10 @@ def questions(
     """The examples of a split as questions; under task `schema`, gold that cannot be linked becomes an empty `gold`."""
     made = []
     for example in examples:
-        schema = prompts.schema_text(example, corpus.schemas, config)
+        try:
+            schema = prompts.schema_text(example, corpus.schemas, config)
+        except LinkError:  # a reduced form of a schema that its gold does not fit; the question is asked all the same
+            schema = prompts.schema_text(example, corpus.schemas, config.changed({"prompt.schema_form": "full"}))
         turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
         made.append(
             Question(
@@ -147,11 +152,19 @@ def answer_together(
         max_new_tokens=config.evaluate.max_new_tokens,
         progress=progress,
     )
-    if world == 1:
-        return mine
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, mine)
+    parts = gather_all(mine)
     return [parts[index % world][index // world] for index in range(len(asked))] if rank == 0 else None
+
+
+def gather_all(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +174,7 @@ def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     """
     config = Config(**plan["config"])
     asked = parse(plan["questions"])
-    model = models.load_base(plan["model_folder"], config, cluster.claim_device())
+    model = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
     tokenizer = models.load_tokenizer(plan["model_folder"])
     said = {}
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:

@@ -43,7 +43,7 @@ def of_models(
     missing = [name for name in wanted if name not in said]
     if missing:
         plan = {
-            "config": config.public(),
+            "config": {name: value for name, value in config.public().items() if name in Config.model_fields},
             "model_folder": model_folder,
             "adapter": adapter,
             "models": missing,
@@ -51,8 +51,7 @@ def of_models(
         }
         said |= cluster.run_workers(generate.answer_loop_per_worker, plan, config, on_point, config.run_dir)["answers"]
     if "base" in missing:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps(said["base"]))
+        checkpoints.write_whole(known, json.dumps(said["base"]))
     return {
         name: evaluate.score(
             asked, [Answer(**one) for one in said[name]], config, schemas, display.counter(f"executing {name}'s SQL")
@@ -134,7 +133,14 @@ def _base_key(config: Config, asked: Sequence[Question], model_folder: str) -> s
     """Changes with whatever a base model's answers depend on: its weights' identity, precision, limits and the prompts."""
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(model_folder).iterdir())
     settings = [config.quantization.model_dump(), str(models.compute_dtype(config)), config.evaluate.max_new_tokens]
-    parts = [model_folder, files, settings, config.eval_batch_size, [question.input_ids for question in asked]]
+    parts = [
+        generate.VERSION,
+        model_folder,
+        files,
+        settings,
+        config.eval_batch_size,
+        [question.input_ids for question in asked],
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ray_sql import checkpoints, data, evaluate, generate, models, prompts, rows
 from ray_sql.config import Config
 from ray_sql.data import Corpus
-from ray_sql.errors import ConfigError, StoreError
+from ray_sql.errors import ConfigError, DataError, StoreError
 from ray_sql.generate import Question
 from ray_sql.rows import Audit
 
@@ -62,11 +62,28 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     """Load and check all that `config` names. Raises a `RaySqlError` for whatever the user can fix, before anything is written
     outside the cache."""
     corpus = data.load(config)
+    check_databases(corpus, config)
     folder, revision = models.resolve(config)
     tokenizer = models.load_tokenizer(folder)
     file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
     contract = prompts.contract(config, tokenizer, revision)
     return Prepared(corpus, folder, tokenizer, file, audit, contract, gold_errors(corpus, config, progress))
+
+
+def check_databases(corpus: Corpus, config: Config) -> None:
+    """Raise `DataError` if a question that is to be scored by execution is on a database that is missing among others.
+
+    A corpus without any database is no error: it can be trained on, and its scores say that nothing was executed.
+    """
+    if config.task_type != "sql" or not corpus.databases:
+        return
+    for split in config.split:
+        for example in corpus.splits[split]:
+            if example.db_id not in corpus.databases:
+                raise DataError(
+                    f"--split {split}, example {example.id}: the database of db_id {example.db_id!r} is missing; expected "
+                    f"{example.db_id}/{example.db_id}.sqlite beside the others"
+                )
 
 
 def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -84,8 +101,7 @@ def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None
     for row in evaluate.failing_gold(golds, config, progress):
         split, _, name = row["id"].partition("\0")
         failing.append(row | {"split": split, "id": name})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(failing))
+    checkpoints.write_whole(file, json.dumps(failing))
     return failing
 
 
@@ -121,7 +137,12 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
                 f"{run_dir}: exists, but is no run of ray_sql (no config.json); choose another --output_name"
             )
         return None
-    earlier = type(config)(**json.loads(saved))
+    try:
+        earlier = type(config)(**json.loads(saved))
+    except ValueError:  # cut off, or of another version
+        raise ConfigError(
+            f"{run_dir}/config.json cannot be read by this version; choose another --output_name, or replace the run with --overwrite"
+        ) from None
     if earlier.identity() != config.identity():
         raise ConfigError(
             f"{run_dir} holds a run of other settings ({_difference(earlier, config)}); choose another --output_name, or replace "

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import linking
+from ray_sql import __version__, linking
 from ray_sql.config import Config, Task
 from ray_sql.data import Example
 from ray_sql.errors import ContractError, DataError
@@ -40,7 +40,7 @@ PLAIN_TEMPLATE = (
 )
 """For base models that come without a chat template."""
 
-CONTRACT_PACKAGES = ("ray_sql", "transformers", "trl", "peft", "bitsandbytes", "torch", "sqlglot")
+CONTRACT_PACKAGES = ("transformers", "trl", "peft", "bitsandbytes", "torch", "sqlglot")
 
 
 def schema_text(example: Example, schemas: Mapping[str, Schema], config: Config) -> str:
@@ -119,7 +119,7 @@ def parse_sql(text: str) -> str | None:
     """The SQL in a model's answer: its fenced block if it has one, else its first statement; None if there is none."""
     block = re.search(r"```(?:[a-z]*[ \t]*\n|sql(?:ite)?\b)?(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
     body = block.group(1) if block else text
-    if not block and (start := re.search(r"\b(?:SELECT|WITH|VALUES)\b", body, re.IGNORECASE)):
+    if not block and (start := re.search(r"\b(?:SELECT|WITH|VALUES)\b", body) or re.search(r"(?i)\bselect\b", body)):
         body = body[start.start() :].split("\n\n")[0]
     return _first_statement(one_line(body)) or None
 
@@ -147,6 +147,7 @@ def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision:
         "task_type": config.task_type,
         "model_name": config.model_name,
         "model_revision": model_revision,
+        "quantization": config.quantization.model_dump(),
         "template": {"system": SYSTEM[config.task_type], "user": USER, "evidence": EVIDENCE},
         "template_hash": _hash(text),
         "serializer": {"name": config.prompt.serializer, "version": SERIALIZER_VERSION},
@@ -157,11 +158,20 @@ def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision:
         "max_length": config.rows.max_length,
         "answer_format": f"fenced {LANGUAGE[config.task_type]}",
         "semantics": config.evaluate.semantics,
-        "packages": {package: version(package) for package in CONTRACT_PACKAGES},
+        "packages": {"ray_sql": __version__} | {package: version(package) for package in CONTRACT_PACKAGES},
     }
 
 
-BINDING = ("task_type", "model_name", "template_hash", "serializer", "schema_form", "example_values", "tokenizer_hash")
+BINDING = (
+    "task_type",
+    "model_name",
+    "quantization",
+    "template_hash",
+    "serializer",
+    "schema_form",
+    "example_values",
+    "tokenizer_hash",
+)
 """Contract fields that must be equal where an adapter is used; the rest is recorded so that a difference can be explained."""
 
 
@@ -171,7 +181,7 @@ def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any], where: 
         if saved.get(name) != current.get(name):
             raise ContractError(
                 f"{where}: the adapter was trained with {name} {saved.get(name)!r}, but this run has {current.get(name)!r}; "
-                f"use the settings it was trained with (--config {where.rsplit('/', 1)[0]}/config.json), or train it again"
+                "use the settings it was trained with (--config with the config.json beside it), or train it again"
             )
 
 

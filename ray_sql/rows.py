@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ def build(
         try:
             row = encode(example, schemas, tokenizer, config)
             fits = len(row.input_ids) <= config.rows.max_length
-            kept = row if fits else _shorten(row, example, schemas, tokenizer, config)
+            kept = row if fits else _shorten(example, schemas, tokenizer, config)
         except LinkError:
             unlinkable.append(example.id)
             continue
@@ -126,6 +126,11 @@ def build(
             counts["trimmed" if kept else "dropped"] += 1
         if kept:
             rows.append(kept)
+    if counts["dropped"] and config.rows.too_long == "error":
+        raise DataError(
+            f"{counts['dropped']} of {len(examples)} training examples are over --rows.max_length {config.rows.max_length}, the "
+            f"longest has {max(lengths)} tokens; raise it, or choose --rows.too_long trim_schema or drop"
+        )
     if not rows:
         raise DataError(
             f"no training rows: none of {len(examples)} examples could be used ({len(unlinkable)} cannot be linked)"
@@ -197,17 +202,12 @@ def cache_key(
 
 
 def _shorten(
-    row: Row, example: Example, schemas: Mapping[str, Schema], tokenizer: PreTrainedTokenizerBase, config: Config
+    example: Example, schemas: Mapping[str, Schema], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Row | None:
     """What `rows.too_long` makes of a row that does not fit; None drops it."""
     limit, policy = config.rows.max_length, config.rows.too_long
-    if policy == "drop":
+    if policy != "trim_schema":
         return None
-    if policy == "error":
-        raise DataError(
-            f"example {example.id} ({example.db_id}) has {len(row.input_ids)} tokens, {len(row.input_ids) - limit} over "
-            f"--rows.max_length {limit}; raise it, or choose --rows.too_long trim_schema or drop"
-        )
     if example.schema_text or example.db_id not in schemas:
         raise DataError(
             f"example {example.id}: its schema is a text of the dataset, so --rows.too_long trim_schema cannot leave tables out; "
@@ -219,7 +219,7 @@ def _shorten(
     tables = list(schema.tables)
     while unused:
         tables.remove(unused.pop())  # the widest first, so that as many tables as possible stay
-        text = render(Schema(schema.db_id, tuple(tables)), config.prompt.serializer)
+        text = render(_closed(Schema(schema.db_id, tuple(tables))), config.prompt.serializer)
         shorter = encode(example, schemas, tokenizer, config, text)
         if len(shorter.input_ids) <= limit:
             return shorter
@@ -227,6 +227,15 @@ def _shorten(
         f"example {example.id} ({example.db_id}): even with only the tables its SQL uses it is over --rows.max_length {limit}; "
         "raise it, or use --rows.too_long drop"
     )
+
+
+def _closed(schema: Schema) -> Schema:
+    """The schema without foreign keys to tables that it does not have."""
+    tables = (
+        replace(table, foreign_keys=tuple(key for key in table.foreign_keys if schema.table(key.ref_table)))
+        for table in schema.tables
+    )
+    return Schema(schema.db_id, tuple(tables))
 
 
 def _audit(

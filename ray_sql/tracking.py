@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ray_sql.config import without_password
 from ray_sql.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -127,10 +128,17 @@ class Run:
             action()
         except Exception as error:  # whatever MLflow's backend raises: an outage of the record must not end the run
             if _is_final(error):
-                log.warning("MLflow at %s refused a record: %s", self.uri, " ".join(str(error).split())[:300])
+                log.warning(
+                    "MLflow at %s refused a record: %s", without_password(self.uri), " ".join(str(error).split())[:300]
+                )
                 return True
             if not self._warned:
-                log.warning("MLflow at %s stopped answering (%s); points are kept in %s", self.uri, error, self._spool)
+                log.warning(
+                    "MLflow at %s stopped answering (%s); points are kept in %s",
+                    without_password(self.uri),
+                    error,
+                    self._spool,
+                )
             self._warned = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
             return False
@@ -163,15 +171,10 @@ def start(
     uri = check(uri)
     import mlflow
     from mlflow.entities import Param, RunTag
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
-    try:
-        client = MlflowClient(uri)
+    with _refusing(uri):
+        client = _client(uri)
         if run_id is not None and _exists(client, run_id):
             run = Run(client, run_id, uri, spool)
             run.replay()
@@ -185,10 +188,6 @@ def start(
         for first in range(0, len(params), 100):
             client.log_batch(created.info.run_id, params=params[first : first + 100])
         client.log_batch(created.info.run_id, tags=[RunTag("mlflow.source.name", "ray_sql")])
-    except (MlflowException, SQLAlchemyError) as error:
-        raise StoreError(
-            f"--tracking.uri {uri}: MLflow refused the run: {' '.join(str(error).split())[:300]}"
-        ) from None
     return Run(client, created.info.run_id, uri, spool)
 
 
@@ -196,10 +195,8 @@ def replay(uri: str | None, spool: Path) -> int:
     """Send what an earlier run left in its spool; returns how many records are still there."""
     if not spool.exists():
         return 0
-    from mlflow.tracking import MlflowClient
-
     uri = check(uri)
-    return Run(MlflowClient(uri), "", uri, spool).replay()
+    return Run(_client(uri), "", uri, spool).replay()
 
 
 def disabled(spool: Path) -> Run:
@@ -208,16 +205,16 @@ def disabled(spool: Path) -> Run:
 
 
 def check(uri: str | None) -> str:
-    """The absolute form of a tracking URI, after making sure that its server answers; raises `StoreError`."""
+    """The absolute form of a tracking URI, after making sure that its store answers; raises `StoreError`."""
     uri = absolute_uri(uri)
-    parts = urlsplit(uri)
+    shown, parts = without_password(uri), urlsplit(uri)
     if parts.scheme in ("http", "https"):
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         try:
             socket.create_connection(address, timeout=5).close()
         except OSError as error:
             raise StoreError(
-                f"--tracking.uri {uri}: no MLflow server answers there ({error}); start it, correct the address "
+                f"--tracking.uri {shown}: no MLflow server answers there ({error}); start it, correct the address "
                 "(MLFLOW_TRACKING_URI), or use --no-tracking.enabled"
             ) from None
         # a server that dies later must cost seconds, not MLflow's default of many minutes per call
@@ -226,8 +223,31 @@ def check(uri: str | None) -> str:
     elif parts.scheme == "sqlite":
         folder = Path(uri.removeprefix("sqlite:///")).parent
         if not os.access(folder, os.W_OK):
-            raise StoreError(f"--tracking.uri {uri}: the folder {folder} is missing or cannot be written")
+            raise StoreError(f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written")
+    with _refusing(uri):
+        _client(uri).search_experiments(max_results=1)
     return uri
+
+
+def _client(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+@contextmanager
+def _refusing(uri: str) -> Iterator[None]:
+    """What MLflow and its database drivers raise at the start, as a `StoreError`."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StoreError(f"--tracking.uri {without_password(uri)}: MLflow cannot use it: {reason}") from None
 
 
 def absolute_uri(uri: str | None) -> str:

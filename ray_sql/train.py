@@ -7,6 +7,7 @@ newest complete one. At every save the validation questions are answered by all 
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from ray_sql import checkpoints, cluster, evaluate, generate, models, rows, trainer
 from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
-from ray_sql.errors import ModelError, TrainingError
+from ray_sql.errors import ModelError, RaySqlError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+START_FILE = "inputs/start"
+"""Which checkpoint the run was told to go on from, once it has been done."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -41,7 +44,9 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResu
     """
     started = time.monotonic()
     run_dir = config.run_dir
-    start_from = starting_point(config, model_folder)
+    start_from = starting_point(config, json.loads(checkpoints.read_text(f"{run_dir}/contract.json") or "{}"))
+    if start_from:
+        _rewind(config, start_from)
     plan = {"config": config.public(), "model_folder": model_folder, "start_from": start_from}
     outcome = cluster.run_workers(train_loop_per_worker, plan, config, on_point, run_dir)
     if outcome["failure"]:
@@ -60,28 +65,36 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResu
     return FitResult(outcome["step"], best, time.monotonic() - started)
 
 
-def starting_point(config: Config, model_folder: str) -> str | None:
-    """The checkpoint that `prev_checkpoint` names, checked against this run; later ones of this run are removed.
+def starting_point(config: Config, contract: Mapping[str, Any]) -> str | None:
+    """The checkpoint that `prev_checkpoint` names, as a URI, after checking that it continues into this run; changes nothing.
 
-    Raises `ModelError` if it is missing, incomplete, or of another base model or LoRA rank.
+    Raises `ModelError` if it is missing, incomplete, or of another LoRA rank, `ContractError` if of another base model or prompt.
     """
     if config.prev_checkpoint is None:
         return None
     name = config.prev_checkpoint
     own = "/" not in name and not Path(name).is_dir()
-    uri = f"{config.run_dir}/{name}" if own else name if "://" in name else str(Path(name).expanduser().absolute())
-    found = checkpoints.read(uri)
-    if found is None:
+    uri = f"{config.run_dir}/{name}" if own else checkpoints.absolute_uri(name)
+    if checkpoints.read(uri) is None:
         have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
         raise ModelError(
             f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        trainer.check_resumable(checkpoints.fetch(uri, Path(scratch)), model_folder, config)
-    for checkpoint in checkpoints.complete(config.run_dir):
-        if checkpoint.step > found.step:
-            checkpoints.remove(checkpoint.uri)
+        trainer.check_resumable(checkpoints.fetch(uri, Path(scratch)), contract, config, name)
     return uri
+
+
+def _rewind(config: Config, start_from: str) -> None:
+    """Remove this run's checkpoints from after `start_from`, once: the same command given again goes on, it does not go back."""
+    record = f"{config.run_dir}/{START_FILE}"
+    if checkpoints.read_text(record) == start_from:
+        return
+    found = checkpoints.read(start_from)
+    for checkpoint in checkpoints.complete(config.run_dir):
+        if found and checkpoint.step > found.step:
+            checkpoints.remove(checkpoint.uri)
+    checkpoints.write_text(record, start_from)
 
 
 def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +103,14 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
 
     config = Config(**plan["config"])
     context = ray.train.get_context()
-    base = models.load_base(plan["model_folder"], config, cluster.claim_device())
+    base = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
     tokenizer = models.load_tokenizer(plan["model_folder"])
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
         data = rows.read(checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", local / "rows.parquet"))
+        done = checkpoints.complete(config.run_dir)
+        if done and done[-1].step >= config.steps(len(data)):
+            return asdict(trainer.Outcome(done[-1].step, done[-1].step, None))  # only what follows training was cut off
         resume_from = _resume(config, plan["start_from"], local)
         judge = _Validation(config, tokenizer)
         reporter = _Reporter(config, judge, plan["emit"], data["input_ids"], context.get_world_rank())
@@ -143,8 +159,22 @@ class _Reporter:
         import ray.train
 
         started = time.monotonic()
+        problem = ""
+        try:
+            self._save(step, folder, model)
+        except RaySqlError as error:
+            problem = str(error)
+        # a rank that leaves alone would let the others wait for it forever
+        if problems := [text for text in generate.gather_all(problem) if text]:
+            raise TrainingError(problems[0])
+        ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
+        if self._last is not None:  # time spent here is not training time
+            self._last = (self._last[0], self._last[1] + time.monotonic() - started)
+
+    def _save(self, step: int, folder: Path, model: PreTrainedModel) -> None:
         scores = self._judge(model)
         if self._rank == 0:
+            checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
             objective, tie_break = evaluate.objective(scores) if scores else (None, None)
             metrics = evaluate.flat(scores, "validation") if scores else {}
             checkpoints.save(
@@ -152,9 +182,6 @@ class _Reporter:
             )
             checkpoints.prune(self._config.run_dir)
             self._emit({"kind": "validation", "step": step, "values": metrics})
-        ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
-        if self._last is not None:  # time spent here is not training time
-            self._last = (self._last[0], self._last[1] + time.monotonic() - started)
 
 
 class _Validation:

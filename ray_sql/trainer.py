@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ray_sql import models
+from ray_sql import cluster, models, prompts
 from ray_sql.config import Config
 from ray_sql.errors import ModelError
 
@@ -120,7 +120,7 @@ def build(
 
 def arguments(config: Config, scratch: Path, rows: int) -> SFTConfig:
     """TRL's settings. Rows are tokenised and measured already: nothing here may cut or prepare them again."""
-    gpu = torch.cuda.is_available()
+    gpu = cluster.on_gpu(config)
     steps = config.steps(rows)
     return SFTConfig(
         output_dir=str(scratch),
@@ -159,23 +159,24 @@ def divergence_limit(vocabulary: int) -> float:
     return 1.5 * math.log(vocabulary)
 
 
-def check_resumable(checkpoint: Path, base_name: str, config: Config) -> None:
-    """Raise `ModelError` if a checkpoint folder holds an adapter of another rank, other modules, or another base model."""
-    file = checkpoint / "adapter_config.json"
-    if not file.is_file():
+def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str) -> None:
+    """Raise if the checkpoint called `name`, fetched to `checkpoint`, does not continue into this run.
+
+    `ModelError` for another LoRA rank or other modules; `ContractError` for another base model, task or prompt.
+    """
+    file, signed = checkpoint / "adapter_config.json", checkpoint / "contract.json"
+    if not file.is_file() or not signed.is_file():
         raise ModelError(
-            f"--prev_checkpoint {checkpoint}: holds no adapter_config.json; give a checkpoint folder of a run"
+            f"--prev_checkpoint {name}: holds no adapter_config.json and contract.json; give a checkpoint of a run"
         )
-    saved = json.loads(file.read_text())
-    if saved["r"] != config.lora.r:
-        raise ModelError(
-            f"--prev_checkpoint {checkpoint}: its LoRA rank is {saved['r']}, but --lora.r is {config.lora.r}; set --lora.r {saved['r']}"
-        )
-    if Path(str(saved["base_model_name_or_path"])).name != Path(base_name).name:
-        raise ModelError(
-            f"--prev_checkpoint {checkpoint}: it was trained on {saved['base_model_name_or_path']}, but --model_name is "
-            f"{config.model_name}; use the same base model"
-        )
+    saved, own = json.loads(file.read_text()), config.lora.model_dump()
+    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+        if saved[key] != own[key]:
+            what = "LoRA rank" if key == "r" else key
+            raise ModelError(
+                f"--prev_checkpoint {name}: its {what} is {saved[key]}, but --lora.{key} is {own[key]}; set --lora.{key} {saved[key]}"
+            )
+    prompts.check_contract(json.loads(signed.read_text()), contract, f"--prev_checkpoint {name}")
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that mypy can follow
@@ -193,20 +194,28 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
         if loss is None:
             return  # the summary that ends a run, not a point of it
         if not math.isfinite(loss) or not math.isfinite(norm) or loss > self._limit:
-            self.failure = (
-                f"the loss diverged by step {state.global_step}: loss {loss:.3g}, gradient norm {norm:.3g}. Lower "
-                f"--learning_rate (now {args.learning_rate:g}), raise --train.warmup_ratio, lower --train.max_grad_norm (now "
-                f"{args.max_grad_norm:g}), or look at the examples of that step"
-            )
+            self.failure = _divergence(state.global_step, loss, norm, args)
             control.should_training_stop = True
             control.should_save = False
         if state.is_world_process_zero:
             self._on_log(state.global_step, state.max_steps, values)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        if any(not torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):
+            self.failure = self.failure or _divergence(state.global_step, math.nan, math.nan, args)
+            control.should_training_stop = True
+            return  # never kept: a resumed run would start from it
         folder = self._scratch / f"checkpoint-{state.global_step}"
         _gather_random_states(folder)
         self._on_save(state.global_step, folder, model)
+
+
+def _divergence(step: int, loss: float, norm: float, args: Any) -> str:
+    return (
+        f"the loss diverged by step {step}: loss {loss:.3g}, gradient norm {norm:.3g}. Lower --learning_rate (now "
+        f"{args.learning_rate:g}), raise --train.warmup_ratio, lower --train.max_grad_norm (now {args.max_grad_norm:g}), or look "
+        "at the examples of that step"
+    )
 
 
 def _gather_random_states(folder: Path) -> None:

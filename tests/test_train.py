@@ -18,7 +18,7 @@ import torch
 
 from ray_sql import checkpoints, finetune, models, prepare, rows, train
 from ray_sql.config import Config
-from ray_sql.errors import ConfigError, ModelError, StoreError, TrainingError
+from ray_sql.errors import ConfigError, ContractError, ModelError, StoreError, TrainingError
 from tests.conftest import make_model
 
 
@@ -207,8 +207,20 @@ def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_pat
     moved = config.changed(
         {"model_name": str(other), "prev_checkpoint": f"{config.run_dir}/checkpoint-1", "output_name": "new"}
     )
-    with pytest.raises(ModelError, match="it was trained on"):
-        train.fit(moved, str(other), Curve())
+    with pytest.raises(ContractError, match="trained with model_name"):
+        train.starting_point(moved, prepare.prepare(moved).contract)
+
+
+def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 4, "save_steps": 1, "evaluate.select_examples": 0})
+    fit(config, Curve())
+    (last,) = checkpoints.complete(config.run_dir)
+    again = config.changed({"train.max_steps": 6, "prev_checkpoint": Path(last.uri).name})
+    fit(again, Curve())
+    repeated = Curve()
+    fit(again, repeated)
+    assert repeated.order == [], "training is over: nothing is trained again, and no checkpoint is removed"
+    assert checkpoints.complete(config.run_dir)[-1].step == 6
 
 
 def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any, tmp_path: Path) -> None:

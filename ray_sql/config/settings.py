@@ -237,9 +237,11 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_overwrite(self) -> Self:
-        if self.overwrite and self.prev_checkpoint and "/" not in self.prev_checkpoint:
+        start = self.prev_checkpoint or ""
+        own = "/" not in start or (absolute(start).is_relative_to(self.run_dir) and "://" not in self.run_dir)
+        if self.overwrite and start and own:
             raise ValueError(
-                f"overwrite removes the run that prev_checkpoint {self.prev_checkpoint} belongs to: leave one of the two out"
+                f"overwrite removes the run that prev_checkpoint {start} belongs to: leave one of the two out"
             )
         return self
 
@@ -300,7 +302,8 @@ class Config(BaseSettings):
 
         What `train.global_batch_size` decides is left out, so that they can be given back with another number of workers.
         """
-        settings = self.model_dump(mode="json", exclude={"config", "read_token", "write_token"})
+        once = {"config", "dry_run", "overwrite"}  # said to one command; given back, they would delete or not run
+        settings = self.model_dump(mode="json", exclude={"read_token", "write_token", *once})
         for section, name in (("data", "databases"), ("tracking", "uri")):
             settings[section][name] = without_password(settings[section][name])
         if self.train.global_batch_size is not None:

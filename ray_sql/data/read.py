@@ -124,7 +124,7 @@ def _read_folder(config: Config, place: Path, files: Mapping[str, Sequence[str]]
         if present:
             splits[split] = _examples(config, present)
     schemas = read_tables_json(place / "tables.json")
-    databases = _database_files(absolute(config.data.databases or place / "database"), config)
+    databases = _databases(config.data.databases or str(place / "database"), splits, config)
     return Corpus(splits, schemas, databases)
 
 
@@ -149,7 +149,7 @@ def _read_bird(config: Config, place: Path) -> Corpus:
         for folder in sorted(file.parent.glob("*_databases")):
             databases |= _database_files(folder, config)
     if config.data.databases:
-        databases = _database_files(absolute(config.data.databases), config)
+        databases = _databases(config.data.databases, splits, config)
     return Corpus(splits, schemas, databases)
 
 
