@@ -156,7 +156,7 @@ def read_text(uri: str) -> str | None:
     try:
         with filesystem.open_input_file(path) as stream:
             return bytes(stream.read()).decode("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -198,13 +198,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             source = config.predictions_file or f"{config.model_name} and --adapter {config.adapter}"
             display.line(f"would score {source} on --split {','.join(config.split)} and write {config.run_dir}")
             return {}
-        checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
         measured = (measure.of_file if config.predictions_file else _evaluate_models)(config, display)
         metrics = {
             "task_type": config.task_type,
             "dataset_id": config.dataset_id,
             **measure.summarise(measured, config),
         }
+        checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
         measure.write(config.run_dir, measured, metrics)
         show(metrics, config, display)
     return metrics

@@ -152,11 +152,15 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, str(adapter))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{adapter}: not an adapter for this base model: {' '.join(str(error).split())[:300]}"
         ) from None
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(base.dtype)  # once, where autocast would do it at every token
+    return model
 
 
 def demo_model(cache: Path) -> Path:

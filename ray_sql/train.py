@@ -75,6 +75,8 @@ def starting_point(config: Config, contract: Mapping[str, Any]) -> str | None:
     name = config.prev_checkpoint
     own = "/" not in name and not Path(name).is_dir()
     uri = f"{config.run_dir}/{name}" if own else checkpoints.absolute_uri(name)
+    if checkpoints.read_text(f"{config.run_dir}/{START_FILE}") == uri:
+        return uri  # this run did start there, and goes on from wherever it has come to
     if checkpoints.read(uri) is None:
         have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
         raise ModelError(

@@ -249,7 +249,7 @@ def test_bad_data_is_one_line_that_names_the_place(
         ),
         ({"split": "holdout"}, "--split holdout:"),
         ({"prev_checkpoint": "checkpoint-9"}, "--prev_checkpoint checkpoint-9: no complete checkpoint"),
-        ({"rows_DOT_max_length": "16"}, "over --rows.max_length 16; raise it, or choose --rows.too_long"),
+        ({"rows_DOT_max_length": "16"}, "training examples are over --rows.max_length 16, the longest has"),
         ({"dataset_id": "owner/never-published"}, "neither a local folder nor a Hub dataset that can be read"),
     ],
 )

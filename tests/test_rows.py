@@ -82,7 +82,9 @@ def test_a_row_that_is_too_long_is_refused_with_the_numbers_and_the_way_out(
     with pytest.raises(DataError) as caught:
         lengths_of(corpus, tokenizer, make_config(**{"rows.max_length": longest - 3}))
     message = str(caught.value)
-    assert f"has {longest} tokens, 3 over --rows.max_length {longest - 3}" in message and "\n" not in message
+    assert (
+        f"are over --rows.max_length {longest - 3}, the longest has {longest} tokens" in message and "\n" not in message
+    )
     assert "--rows.too_long trim_schema or drop" in message
     assert max(lengths_of(corpus, tokenizer, make_config(**{"rows.max_length": longest}))) == longest
 
