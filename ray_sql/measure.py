@@ -43,7 +43,7 @@ def of_models(
     missing = [name for name in wanted if name not in said]
     if missing:
         plan = {
-            "config": {name: value for name, value in config.public().items() if name in Config.model_fields},
+            "config": config.for_workers(),
             "model_folder": model_folder,
             "adapter": adapter,
             "models": missing,

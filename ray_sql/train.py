@@ -47,7 +47,7 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResu
     start_from = starting_point(config, json.loads(checkpoints.read_text(f"{run_dir}/contract.json") or "{}"))
     if start_from:
         _rewind(config, start_from)
-    plan = {"config": config.public(), "model_folder": model_folder, "start_from": start_from}
+    plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
     outcome = cluster.run_workers(train_loop_per_worker, plan, config, on_point, run_dir)
     if outcome["failure"]:
         raise TrainingError(outcome["failure"])

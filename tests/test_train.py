@@ -134,6 +134,16 @@ def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(make_config:
 
 
 @pytest.mark.slow
+def test_a_relative_output_dir_means_the_drivers_folder(
+    make_config: Any, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(**{"output_dir": "here", "train.max_steps": 1, "evaluate.limit": 2, "scaling.num_workers": 1})
+    finetune.run(config)
+    assert (tmp_path / "here" / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: None) -> None:
     settings = {
         "train.max_steps": 5,

@@ -310,6 +310,15 @@ class Config(BaseSettings):
             del settings["grad_accum_steps"]
         return settings
 
+    def for_workers(self) -> dict[str, Any]:
+        """`public()` of a run as a process in another folder needs it: Ray changes a worker's, so local paths are absolute."""
+        settings = {name: value for name, value in self.public().items() if name in Config.model_fields}
+        settings |= {"output_dir": str(absolute(self.output_dir)), "cache_dir": str(self.cache)}
+        root = self.scaling.storage_path
+        if root and "://" not in root:
+            settings["scaling"]["storage_path"] = str(absolute(root))
+        return settings
+
     def identity(self) -> str:
         """12 hex digits that change when a setting that shapes the adapter changes."""
         settings = self.model_dump(mode="json", include=IDENTITY)
