@@ -181,7 +181,7 @@ def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any], where: 
         if saved.get(name) != current.get(name):
             raise ContractError(
                 f"{where}: the adapter was trained with {name} {saved.get(name)!r}, but this run has {current.get(name)!r}; "
-                "use the settings it was trained with (--config with the config.json beside it), or train it again"
+                "give it the settings it was trained with (--config and its config.json), or train it again"
             )
 
 

@@ -1,0 +1,78 @@
+"""Base models: 4-bit weights mean what NF4 says, gradients pass them after a validation, and what cannot be loaded says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from ray_sql import models
+from ray_sql.errors import ModelError
+from tests.conftest import make_model
+
+
+def layers(model: Any) -> list[Linear4bit]:
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def test_a_layer_multiplies_with_exactly_what_its_4_bits_stand_for(tiny_model: Path, make_config: Any) -> None:
+    model = models.load_base(str(tiny_model), make_config())
+    x = torch.randn(3, 64)
+    for layer in layers(model):
+        expanded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        if layer.in_features == 64:
+            assert torch.equal(layer(x), x @ expanded.T.to(x.dtype))
+    assert len(layers(model)) == 14, "every linear layer of both blocks is in 4 bits"
+    assert all(layer.weight.dtype == torch.uint8 for layer in layers(model))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_pass_the_base_model_after_a_forward_in_eval_mode(
+    tiny_model: Path, make_config: Any, bf16: bool
+) -> None:
+    """bitsandbytes 0.50.2 repacks 4-bit weights in eval mode for CPUs with AVX512-BF16, and the repacked ones have no backward."""
+    model = models.load_base(str(tiny_model), make_config(**{"train.bf16": bf16}))
+    embeddings = model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8]])).detach().requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        embeddings.grad = None
+        model.train()
+        model(inputs_embeds=embeddings).logits.float().pow(2).sum().backward()
+        assert embeddings.grad is not None
+        return embeddings.grad.clone()
+
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        model(inputs_embeds=embeddings)
+    assert torch.equal(gradient(), before)
+
+
+def test_double_quantisation_and_no_quantisation_load_too(tiny_model: Path, make_config: Any) -> None:
+    double = models.load_base(str(tiny_model), make_config(**{"quantization.bnb_4bit_use_double_quant": True}))
+    assert all(layer.weight.quant_state.nested for layer in layers(double))
+    plain = models.load_base(str(tiny_model), make_config(**{"quantization.load_in_4bit": False}))
+    assert not layers(plain)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, make_config: Any) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        models.resolve(make_config(model_name=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+        models.load_tokenizer(str(tmp_path))
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path, make_config: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    other = models.load_base(str(make_model(tmp_path / "other", hidden_size=32)), make_config())
+    get_peft_model(other, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(ModelError, match="not an adapter for this base model"):
+        models.load_adapter(models.load_base(str(tiny_model), make_config()), tmp_path / "a")
