@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train and measure a small model on this machine's CPU (about ten minutes)
+demo: $(STAMP)  ## train and measure a small model on this machine's CPU (a quarter of an hour)
 	$(BIN)/python -m jobs.demo
 
 test: $(STAMP)  ## run the tests

@@ -169,10 +169,9 @@ def start(
     Raises `StoreError` if the tracking store does not answer.
     """
     uri = check(uri)
-    import mlflow
     from mlflow.entities import Param, RunTag
 
-    mlflow.set_tracking_uri(uri)
+    # through a client of its own: mlflow.set_tracking_uri would also set MLFLOW_TRACKING_URI for whatever this process does next
     with _refusing(uri):
         client = _client(uri)
         if run_id is not None and _exists(client, run_id):
