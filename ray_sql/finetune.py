@@ -98,7 +98,7 @@ def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
         json.dumps({"mlflow_run_id": record.run_id, "tracking_uri": without_password(record.uri)}) + "\n",
     )
     for split in ("train", *config.split):
-        record.dataset(config.dataset_id[:500], prepared.corpus.fingerprint(), config.dataset_id, split)
+        record.dataset(f"{config.dataset_id[:480]}: {split}", prepared.corpus.fingerprint(), config.dataset_id, split)
     return record
 
 
