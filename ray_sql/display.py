@@ -54,7 +54,7 @@ class Display:
         """A point of the training curve."""
         parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
         parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
-        parts += [f"{values['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in values else []
+        parts += [f"{values['examples_per_second']:.1f} examples/s"] if "examples_per_second" in values else []
         self.update("training", step, steps, "  ".join(parts), every=0)
 
     def update(self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS) -> None:

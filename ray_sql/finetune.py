@@ -282,6 +282,9 @@ class _Points:
         if point["kind"] == "answers":
             self._display.update(f"answering with {point['model']}", point["done"], point["total"])
             return
+        if point["kind"] == "note":
+            self._display.line(point["text"])
+            return
         values = {name if "/" in name else f"train/{name}": value for name, value in point["values"].items()}
         if point["kind"] == "train":
             if point["step"] <= self._newest:

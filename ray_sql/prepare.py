@@ -163,6 +163,13 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     failing = ", ".join(f"{count} in {split}" for split, count in by_split.items() if count)
     yield f"gold      {f'queries that do not run: {failing}; kept out of the scores' if failing else 'every query runs'}"
     yield f"rows      {audit.line()}"
+    together = rows.AUTO if config.rows.examples_per_row == "auto" else config.rows.examples_per_row
+    if together > 1:
+        computed = rows.tokens(rows.read(prepared.rows_file), config, together)
+        yield (
+            f"sharing   up to {together} questions in a row with their schema: {computed:,} tokens to compute, "
+            f"{audit.tokens / computed:.1f} times fewer"
+        )
     yield (
         f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "
         f"{config.workers} workers), a checkpoint every {config.save_steps}"

@@ -115,18 +115,36 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             return asdict(trainer.Outcome(done[-1].step, done[-1].step, None))  # only what follows training was cut off
         resume_from = _resume(config, plan["start_from"], local)
         judge = _Validation(config, tokenizer)
-        reporter = _Reporter(config, judge, plan["emit"], data["input_ids"], context.get_world_rank())
+        reporter = _Reporter(config, judge, plan["emit"], data, context.get_world_rank())
         outcome = trainer.train(
             base,
             tokenizer,
             data,
             config,
+            together=_together(base, data, config, plan["emit"]),
             scratch=local,
             resume_from=resume_from,
             on_log=reporter.on_log,
             on_save=reporter.on_save,
         )
     return asdict(outcome)
+
+
+def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, emit: cluster.OnPoint) -> int:
+    """How many questions share a row: as the settings say, where this model allows it."""
+    import ray.train
+
+    wanted = config.rows.examples_per_row
+    if wanted == 1:
+        return 1
+    reason = rows.why_not_share(base, max(len(row.input_ids) for row in data))
+    if reason is None:
+        return rows.AUTO if wanted == "auto" else wanted
+    if wanted != "auto":
+        raise ModelError(f"--rows.examples_per_row {wanted}: {config.model_name} cannot share rows: {reason}; set it to 1 or auto")
+    if ray.train.get_context().get_world_rank() == 0:
+        emit({"kind": "note", "text": f"one question a row: {reason}"})
+    return 1
 
 
 def _resume(config: Config, start_from: str | None, scratch: Path) -> Path | None:
@@ -140,20 +158,21 @@ class _Reporter:
     """What happens at a log and at a save: points to the driver, validation, the checkpoint to storage."""
 
     def __init__(
-        self, config: Config, judge: _Validation, emit: cluster.OnPoint, input_ids: Sequence[Sequence[int]], rank: int
+        self, config: Config, judge: _Validation, emit: cluster.OnPoint, data: Sequence[rows.Row], rank: int
     ) -> None:
         self._config, self._judge, self._emit, self._rank = config, judge, emit, rank
-        self._tokens_per_step = sum(map(len, input_ids)) / max(1, len(input_ids)) * config.global_batch
+        self._examples = len(data)
+        self._tokens = sum(len(row.input_ids) for row in data) / len(data)
         self._last: tuple[int, float] | None = None
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
-        kept: dict[str, float] = {
-            name: values[name] for name in ("loss", "grad_norm", "learning_rate", "epoch") if name in values
-        }
+        kept: dict[str, float] = {name: values[name] for name in ("loss", "grad_norm", "learning_rate") if name in values}
+        kept["epoch"] = step / self._config.steps_per_epoch(self._examples)
         if self._last is not None and now > self._last[1]:
-            per_second = (step - self._last[0]) / (now - self._last[1])
-            kept |= {"steps_per_second": per_second, "tokens_per_second": per_second * self._tokens_per_step}
+            per_second = (step - self._last[0]) / (now - self._last[1]) * self._config.global_batch
+            # a schema that questions share counts for each of them, so that speeds with and without sharing compare
+            kept |= {"examples_per_second": per_second, "tokens_per_second": per_second * self._tokens}
         self._last = (step, now)
         self._emit({"kind": "train", "step": step, "steps": steps, "values": kept})
 

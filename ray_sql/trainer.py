@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -22,13 +26,10 @@ from trl import SFTConfig, SFTTrainer
 from ray_sql import cluster, models, prompts
 from ray_sql.config import Config
 from ray_sql.errors import ModelError
+from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, model_inputs
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that carries no loss."""
 
 OnLog = Callable[[int, int, dict[str, float]], None]
 """(step, steps in all, values)"""
@@ -48,63 +49,93 @@ class Outcome:
 def train(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
+    rows: Sequence[Row],
     config: Config,
     *,
+    together: int,
     scratch: Path,
     resume_from: Path | None,
     on_log: OnLog,
     on_save: OnSave,
 ) -> Outcome:
-    """Train an adapter; `scratch` is a local folder for checkpoints on their way to `on_save`, which must be done with them
-    when it returns."""
+    """Train an adapter on `rows`, up to `together` of a database in one; `scratch` is a local folder for checkpoints on their way
+    to `on_save`, which must be done with them when it returns."""
     watch = _Watch(on_log, on_save, scratch, limit=divergence_limit(len(tokenizer)))
-    trainer = build(base, tokenizer, rows, config, scratch)
+    trainer = build(base, tokenizer, rows, config, together, scratch)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return Outcome(trainer.state.global_step, trainer.state.max_steps, watch.failure)
 
 
-class CompletionTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that mypy can follow
-    """SFTTrainer with logits only where a label is: in this task that is a tenth to a fifth of the tokens.
+class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that mypy can follow
+    """SFTTrainer whose batches are whole optimizer steps, so that how a step is laid out in forward passes does not change it.
 
-    TRL 1.16 skips the others too, but multiplies in float32, adds entropy and accuracy, and waits for the device at every
-    batch: measured on 2 cores with a 135M model, a third of a step.
+    TRL's own loss, measured on 2 cores with a 135M model, takes a third of a step longer: it multiplies in float32, adds entropy and
+    accuracy, and waits for the device at every batch.
     """
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+    def __init__(self, steps: Steps, **given: Any) -> None:
+        super().__init__(**given)
+        self._steps = steps
+
+    def get_train_dataloader(self) -> DataLoader[Step]:
+        """One item an optimizer step: this rank's part of it."""
+        return DataLoader(self._steps, batch_size=1, collate_fn=itemgetter(0))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Step], num_batches: int, device: Any) -> tuple[list[Step], None]:
+        """The next steps; a step knows itself how many labels it has."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Step, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Cross entropy summed over the labels, divided by how many all ranks have in this step."""
-        if return_outputs or num_items_in_batch is None:
-            raise ValueError("this trainer only trains; models are measured by their answers")
-        inputs = dict(inputs)
-        targets = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-        keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        """Gradients of the mean loss over all completion tokens that all ranks have in this step."""
+        model.train()
         # DDP averages gradients over ranks, while the count is that of all ranks together
-        return loss / num_items_in_batch * self.accelerator.num_processes
+        share = self.accelerator.num_processes / inputs.labels
+        total = torch.zeros((), device=self.args.device)
+        for number, made in enumerate(inputs.passes, start=1):
+            waits = number < len(inputs.passes)  # gradients are exchanged once, after the last pass
+            with self.accelerator.no_sync(model) if waits else nullcontext():
+                with self.compute_loss_context_manager():
+                    loss = completion_loss(model, made.to(self.args.device), self.model) * share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def floating_point_ops(self, inputs: Step) -> int:
+        """Not counted: transformers' estimate knows no shared prefix."""
+        return 0
+
+
+def completion_loss(model: torch.nn.Module, made: Pass, config_of: PreTrainedModel) -> torch.Tensor:
+    """Cross entropy summed over the labels of a pass, with logits only at places that have one in some row.
+
+    In this task that is a tenth to a fifth of the tokens, and the vocabulary is the widest matrix of a small model.
+    """
+    targets = torch.nn.functional.pad(made.labels[:, 1:], (0, 1), value=IGNORED)
+    keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    logits = model(**model_inputs(made, config_of), use_cache=False, logits_to_keep=keep).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def build(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Config, scratch: Path
-) -> CompletionTrainer:
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], config: Config, together: int, scratch: Path
+) -> StepTrainer:
     """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %."""
+    from datasets import Dataset
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    trainer = CompletionTrainer(
+    args = arguments(config, scratch, config.steps(len(rows)))
+    trainer = StepTrainer(
+        Steps(rows, config, together, args.process_index, args.world_size, tokenizer.pad_token_id),
         model=base,
-        args=arguments(config, scratch, len(rows)),
-        train_dataset=rows,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
     )
@@ -115,21 +146,39 @@ def build(
         if isinstance(module, BaseTunerLayer):
             # autocast casts what a layer multiplies; peft asks only CUDA's autocast, and on a CPU would cast to and fro
             module.cast_input_dtype_enabled = not trainer.args.bf16
+            if args.use_cpu and config.lora.lora_dropout:
+                module.lora_dropout["default"] = CpuDropout(config.lora.lora_dropout)
+    attention.install(trainer.model)
     return trainer
 
 
-def arguments(config: Config, scratch: Path, rows: int) -> SFTConfig:
+class CpuDropout(torch.nn.Module):
+    """Dropout that draws 16 random bits an element where torch draws 64, one after the other: on a CPU torch's takes a quarter of a
+    training step. The probability is exact to 1 / 65,536; the scale is that of the probability used."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self._dropped = round(probability * 2**16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` of any shape with elements set to 0 at random and the others scaled, in training; else `x` itself."""
+        if not self.training:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= self._dropped - 2**15
+        return x * kept * (2**16 / (2**16 - self._dropped))
+
+
+def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
     """TRL's settings. Rows are tokenised and measured already: nothing here may cut or prepare them again."""
     gpu = cluster.on_gpu(config)
-    steps = config.steps(rows)
     return SFTConfig(
         output_dir=str(scratch),
         seed=config.seed,
-        per_device_train_batch_size=config.train_batch_size,
-        gradient_accumulation_steps=config.accumulation,
+        per_device_train_batch_size=1,  # an item is a whole step
+        gradient_accumulation_steps=1,
         learning_rate=config.learning_rate,
-        num_train_epochs=config.num_epochs,
-        max_steps=config.train.max_steps,
+        max_steps=steps,
         lr_scheduler_type=config.train.lr_scheduler_type,
         warmup_steps=config.train.warmup_ratio,  # below 1 it is read as a share of all steps
         weight_decay=config.train.weight_decay,

@@ -43,8 +43,8 @@ def test_the_loss_is_on_exactly_the_completion(
     read = rows.read(tmp_path / "rows.parquet")
     assert len(read) == len(examples)
     for row, example in zip(read, examples, strict=True):
-        learned = [label for label in row["labels"] if label != -100]
-        assert len(row["labels"]) == len(row["input_ids"]) and row["labels"][-len(learned) :] == learned
+        learned = [label for label in row.labels if label != -100]
+        assert len(row.labels) == len(row.input_ids) and row.labels[-len(learned) :] == learned
         assert tokenizer.decode(learned) == prompts.answer(config.task_type, example, corpus.schemas) + "<|end|>"
 
 
@@ -240,4 +240,4 @@ def test_an_edited_template_makes_other_rows(
     after, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
     assert before != after
     if text != "EVIDENCE":  # no example has a hint
-        assert rows.read(before)[0]["input_ids"] != rows.read(after)[0]["input_ids"]
+        assert rows.read(before)[0].input_ids != rows.read(after)[0].input_ids

@@ -73,10 +73,10 @@ def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model:
     data = rows.read(f"{config.run_dir}/{rows.FILE}")
     model = models.load_base(str(tiny_model), config)
     total, tokens = 0.0, 0
-    for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
+    for row in data:
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, :-1].float()
-        wanted = torch.tensor(labels[1:])
+            logits = model(torch.tensor([row.input_ids])).logits[0, :-1].float()
+        wanted = torch.tensor(row.labels[1:])
         total += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").item()
         tokens += int((wanted != -100).sum())
     assert curve.losses[1] == pytest.approx(total / tokens, rel=1e-4)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -59,6 +59,10 @@ class RowsSection(Section):
     """Longest row in tokens, prompt and answer together; nothing is ever cut silently."""
     too_long: Literal["error", "trim_schema", "drop"] = "error"
     """What to do with a longer training example: refuse, leave out tables its SQL does not use, or drop it and say so."""
+    examples_per_row: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Questions on one database that share its schema in one row, at the same loss; `auto` is 8 where the model allows it, 1 is off."""
+    row_length: int = Field(4096, ge=16)
+    """Longest shared row in tokens; what does not fit starts another."""
 
 
 class LoraSection(Section):
@@ -177,7 +181,7 @@ class Config(BaseSettings):
     seed: int = 14
     """Seed of everything random: split, order, adapter, dropout."""
     train_batch_size: int = Field(1, ge=1)
-    """Examples per forward pass and worker."""
+    """Examples per forward pass and worker; a shared row may hold more (rows.examples_per_row)."""
     eval_batch_size: int = Field(1, ge=1)
     """Questions answered together when generating."""
     grad_accum_steps: int = Field(8, ge=1)
@@ -279,12 +283,15 @@ class Config(BaseSettings):
         """Examples per optimizer step."""
         return self.train_batch_size * self.accumulation * self.workers
 
-    def steps(self, rows: int) -> int:
-        """Optimizer steps of a run over so many rows; a last, smaller batch of an epoch counts as one."""
+    def steps_per_epoch(self, examples: int) -> int:
+        """Optimizer steps of a pass over so many examples; a last, smaller one counts."""
+        return math.ceil(examples / self.global_batch)
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of a run over so many examples."""
         if self.train.max_steps > 0:
             return self.train.max_steps
-        micro_batches = math.ceil(rows / (self.train_batch_size * self.workers))
-        return max(1, math.ceil(max(1, math.ceil(micro_batches / self.accumulation)) * self.num_epochs))
+        return max(1, math.ceil(self.steps_per_epoch(examples) * self.num_epochs))
 
     @property
     def run_dir(self) -> str:

@@ -1,6 +1,6 @@
-"""Tokenised training rows, made once and read by every worker and trial, and the audit that says how long they are.
+"""Tokenised training examples, made once and read by every worker and trial, and the audit that says how long they are.
 
-A row is `prompt tokens + completion tokens`, with labels on the completion only. The two parts are tokenised apart, because that
+A `Row` is one example: `prompt tokens + completion tokens`, with labels on the completion only. The two parts are tokenised apart, because that
 is what generation sees: a prompt that ends before the answer's first token. Rows lie in a Parquet file whose name is a
 hash of everything they depend on, never of a function's name, so an edited template can never meet stale rows.
 """
@@ -24,11 +24,13 @@ from ray_sql.linking import LinkError
 from ray_sql.schema import SERIALIZER_VERSION, Schema, render
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 ROWS_VERSION = 2
 """Raise when the code below makes other rows from the same input."""
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
 
 FILE = "inputs/rows.parquet"
 """Where a run's rows lie in its folder."""
@@ -44,6 +46,11 @@ class Row:
     db_id: str
     input_ids: list[int]
     prompt_length: int
+
+    @property
+    def labels(self) -> list[int]:
+        """The token to learn at every place, `IGNORED` on the prompt."""
+        return [IGNORED] * self.prompt_length + self.input_ids[self.prompt_length :]
 
 
 @dataclass(frozen=True)
@@ -170,15 +177,11 @@ def write(rows: Sequence[Row], file: Path) -> None:
     half.replace(file)
 
 
-def read(file: str | Path) -> Dataset:
-    """Rows as the dataset TRL trains on: `input_ids` and `labels`, -100 where no loss is."""
+def read(file: str | Path) -> list[Row]:
+    """The rows of a file that `write` made."""
     import pyarrow.parquet as pq
-    from datasets import Dataset
 
-    columns = pq.read_table(file).to_pydict()
-    pairs = zip(columns["input_ids"], columns["prompt_length"], strict=True)
-    labels = [[-100] * prompt_length + ids[prompt_length:] for ids, prompt_length in pairs]
-    return Dataset.from_dict({"input_ids": columns["input_ids"], "labels": labels})
+    return [Row(**values) for values in pq.read_table(file).to_pylist()]
 
 
 def cache_key(
@@ -194,7 +197,7 @@ def cache_key(
             prompts.EVIDENCE,
             tokenizer.chat_template or prompts.PLAIN_TEMPLATE,
         ],
-        [prompts.tokenizer_hash(tokenizer), config.prompt.model_dump(), config.rows.model_dump()],
+        [prompts.tokenizer_hash(tokenizer), config.prompt.model_dump(), config.rows.max_length, config.rows.too_long],
         [asdict(example) for example in examples],
         [schemas[db_id].to_dict() for db_id in used],
     ]

@@ -1,0 +1,355 @@
+"""How fast a step is: plain TRL, TRL's packing, and shared rows, on the same examples in one interleaved run.
+
+    RAY_SQL_SHARED=… python -m benchmarks.training_speed            (about 25 minutes on 2 cores; --quick: 3 minutes)
+
+RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. A round takes 32 examples of one database,
+drawn at random, and makes one optimizer step with every variant, in an order drawn anew: over the first 8 of them (the original's
+global batch), over all where a row holds more. A ratio is that of two variants' seconds per example in the same round. All variants train the same LoRA (rank 64, dropout 0.1, all linear layers) over SmolLM2-135M in 4-bit NF4:
+
+    plain     TRL 1.16 as the original project sets it up: one example a forward pass, every 4-bit layer expanded at each call
+    packing   TRL's best-fit-decreasing packing to 2048 tokens
+    ours N    this project's trainer with up to N questions in a row with their schema; N = 1 shares nothing
+
+Peak memory is measured in a process of its own for each variant. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ray_sql import cluster, data, models, rows, trainer
+from ray_sql.config import Config, load
+from ray_sql.rows import Row
+
+EXAMPLES = 32
+"""Examples of a round, all on one database."""
+STEP = 8
+"""Of these, how many a variant takes that needs no more: the original project's global batch."""
+OURS = (1, 2, 4, 8, 16, 32)
+VARIANTS = ("plain", "packing", *(f"ours {n}" for n in OURS))
+PACKED_LENGTH = 2048
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of 32 examples")
+    parser.add_argument("--quick", action="store_true", help="two rounds of plain, packing, ours 8 and ours 32; no memory")
+    parser.add_argument("--only", choices=VARIANTS, help="one round of one variant, to measure its memory")
+    arguments = parser.parse_args(argv)
+    config = settings()
+    folder, _ = models.resolve(config)
+    rounds = list(draw_rounds(config, folder, 2 if arguments.quick else arguments.rounds))
+    if arguments.only:
+        Bench(config, folder, rounds[:1], (arguments.only,)).run()
+        print(json.dumps({"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        return
+    variants = ("plain", "packing", "ours 8", "ours 32") if arguments.quick else VARIANTS
+    peak = matmul_peak()
+    bench = Bench(config, folder, rounds, variants)
+    seconds = bench.run()
+    memory = {} if arguments.quick else {variant: peak_memory(variant) for variant in variants}
+    report(bench, seconds, memory, peak)
+    print()
+    print(profile(bench, "ours 8"))
+    ratio = {name: spread(seconds, slow, fast)[1] for name, slow, fast in RATIOS}
+    print(
+        json.dumps(
+            {**{name: round(value, 2) for name, value in ratio.items()}}
+            | {
+                "gradient_relative_error": gradient_error(config, folder, rounds[0][:8]),
+                "share_of_peak": round(max(bench.share_of_peak(seconds, v, peak) for v in variants), 3),
+                "rounds": len(rounds),
+                "threads": torch.get_num_threads(),
+                "dtype": str(models.compute_dtype(config)),
+                "processor": platform.processor() or platform.machine(),
+            }
+        )
+    )
+
+
+RATIOS = (("vs_plain", "plain", "ours 8"), ("vs_packing", "packing", "ours 8"), ("vs_plain_32", "plain", "ours 32"))
+
+
+def size(variant: str) -> int:
+    """How many examples of a round a variant takes."""
+    return max(STEP, int(variant.split()[1])) if variant.startswith("ours") else STEP
+
+
+def settings() -> Config:
+    """Settings of all variants: the original project's LoRA, a global batch of one round."""
+    shared = os.environ.get("RAY_SQL_SHARED")
+    return load(
+        Config,
+        [],
+        model_name="demo",
+        output_name="speed",
+        task_type="sql",
+        dataset_id=f"{shared}/data/spider" if shared else "demo",
+        split=["dev"] if shared else ["seen"],
+        grad_accum_steps=EXAMPLES,  # the largest step
+        scaling={"num_workers": 0},
+        tracking={"enabled": False},
+    )
+
+
+def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[Row]]:
+    """Rounds of `EXAMPLES` tokenised examples on one database, a database's chance being its number of examples."""
+    corpus = data.load(config)
+    tokenizer = models.load_tokenizer(folder)
+    by_database: dict[str, list[Any]] = defaultdict(list)
+    for example in corpus.splits["train"]:
+        by_database[example.db_id].append(example)
+    large = {name: examples for name, examples in by_database.items() if len(examples) >= EXAMPLES}
+    draw = random.Random(0)
+    for name in draw.choices(list(large), weights=[len(examples) for examples in large.values()], k=count):
+        chosen = draw.sample(large[name], EXAMPLES)
+        yield [rows.encode(example, corpus.schemas, tokenizer, config) for example in chosen]
+
+
+class Bench:
+    """The variants' trainers, and the step each makes of a round."""
+
+    def __init__(self, config: Config, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]) -> None:
+        self.config, self.rounds, self.variants = config, rounds, variants
+        cluster.keep_freed_memory()
+        self._scratch = tempfile.TemporaryDirectory()
+        self._tokenizer = models.load_tokenizer(folder)
+        self.steps: dict[str, Callable[[Sequence[Row]], None]] = {}
+        if any(variant.startswith("ours") for variant in variants):
+            self._ours = self._our_trainer(folder)
+        if "plain" in variants:
+            self.steps["plain"] = self._peer(folder, packing=False)
+        if "packing" in variants:
+            self.steps["packing"] = self._peer(folder, packing=True)
+        for variant in variants:
+            if variant.startswith("ours"):
+                self.steps[variant] = self._our_step(int(variant.split()[1]))
+
+    def run(self) -> dict[str, list[float]]:
+        """Seconds an example of every variant in every round, after a short one to warm up."""
+        seconds: dict[str, list[float]] = {variant: [] for variant in self.variants}
+        draw = random.Random(1)
+        for number, examples in enumerate([self.rounds[0][:8], *self.rounds]):
+            for variant in draw.sample(self.variants, len(self.variants)):
+                chosen = examples[: size(variant)]
+                started = time.perf_counter()
+                self.steps[variant](chosen)
+                if number:
+                    seconds[variant].append((time.perf_counter() - started) / len(chosen))
+            said = "  ".join(f"{variant} {each[-1]:.2f}" for variant, each in seconds.items() if each)
+            print(f"round {number} of {len(self.rounds)}, seconds an example: {said}", file=sys.stderr)
+        return seconds
+
+    def share_of_peak(self, seconds: dict[str, list[float]], variant: str, peak: float) -> float:
+        """Share of the machine's matrix multiplication speed that a variant reaches, counting every distinct token once."""
+        work = sum(self.useful_flops(examples) / len(examples) for examples in self.rounds)
+        return work / sum(seconds[variant]) / peak
+
+    def useful_flops(self, examples: Sequence[Row]) -> float:
+        """What one step cannot do without: forward and the gradient with respect to the inputs for each distinct token (2 + 2
+        per frozen weight), forward and both gradients for LoRA's weights (6), the vocabulary only where a label is."""
+        made = rows.share(examples, len(examples), 10**9)
+        unique = sum(row.tokens for row in made)
+        labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
+        model = self._ours.model
+        lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
+        head = model.get_output_embeddings().weight.numel()
+        frozen = sum(m.in_features * m.out_features for m in model.modules() if type(m).__name__ == "Linear4bit")
+        return unique * (4 * frozen + 6 * lora) + labels * 4 * head
+
+    def _our_trainer(self, folder: str) -> Any:
+        base = models.load_base(folder, self.config)
+        return trainer.build(base, self._tokenizer, self.rounds[0], self.config, 1, Path(self._scratch.name))
+
+    def _our_step(self, together: int) -> Callable[[Sequence[Row]], None]:
+        built = self._ours
+        optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+        model = built.accelerator.prepare_model(built.model)
+        limited = self.config.changed({"rows.row_length": 10**6})
+
+        def step(examples: Sequence[Row]) -> None:
+            batch = rows.Steps(examples, limited, together, 0, 1, self._tokenizer.pad_token_id)[0]
+            built.training_step(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[Row]], None]:
+        """TRL's own trainer, loss and collator over the same tokens."""
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from trl import SFTConfig, SFTTrainer
+
+        dtype = models.compute_dtype(self.config)
+        base = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            ),
+        )
+        args = SFTConfig(
+            output_dir=self._scratch.name,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=EXAMPLES,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=True,
+            activation_checkpointing=False,
+            max_length=PACKED_LENGTH,
+            packing=packing,
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+        def peer(examples: Sequence[Row]) -> Any:
+            columns = {
+                "input_ids": [row.input_ids for row in examples],
+                "completion_mask": [[int(label != rows.IGNORED) for label in row.labels] for row in examples],
+            }
+            return Dataset.from_dict(columns)
+
+        built = SFTTrainer(
+            model=base,
+            args=args,
+            train_dataset=peer(self.rounds[0]),
+            processing_class=self._tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **self.config.lora.model_dump()),
+        )
+        model = built.accelerator.prepare_model(built.model)
+        optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+
+        def step(examples: Sequence[Row]) -> None:
+            made = self._batches(built, peer(examples), packing)
+            items = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in made))
+            for batch in made:
+                built.training_step(model, batch, num_items_in_batch=items)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def _batches(self, built: Any, examples: Any, packing: bool) -> list[dict[str, torch.Tensor]]:
+        """The trainer's own batches of one example, or one packed row, each."""
+        from trl import pack_dataset
+
+        if packing:
+            examples = pack_dataset(examples, PACKED_LENGTH, "bfd")
+        return [built.data_collator([example]) for example in examples]
+
+
+def matmul_peak() -> float:
+    """FLOP/s of the largest of a few square matrix multiplications, in the type that training computes in."""
+    dtype = models.compute_dtype(settings())
+    best = 0.0
+    for size in (1024, 2048, 3072):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        a @ b
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ b
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def peak_memory(variant: str) -> float:
+    """Peak resident memory in GiB of a process that makes one step of one round."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training_speed", "--only", variant, "--rounds", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_gib"])
+
+
+def spread(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
+    """Smallest, median and largest ratio of two variants' seconds in the same round."""
+    ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+    return ratios[0], median(ratios), ratios[-1]
+
+
+def report(bench: Bench, seconds: dict[str, list[float]], memory: dict[str, float], peak: float) -> None:
+    """The table of RESULTS.md."""
+    lengths = [len(row.input_ids) for examples in bench.rounds for row in examples]
+    print(
+        f"{len(bench.rounds)} rounds of {EXAMPLES} examples, {min(lengths)} to {max(lengths)} tokens (median {median(lengths):.0f}); "
+        f"matrix multiplication peak {peak / 1e9:.0f} GFLOP/s\n"
+    )
+    print("| variant | examples/s | vs plain (spread) | vs packing (spread) | share of peak | peak memory, GiB |")
+    print("|---|---|---|---|---|---|")
+    for variant in bench.variants:
+        rate = len(bench.rounds) / sum(seconds[variant])
+        cells = [f"{{1:.1f}}x ({{0:.1f}} to {{2:.1f}})".format(*spread(seconds, of, variant)) for of in ("plain", "packing")]
+        gib = f"{memory[variant]:.1f}" if variant in memory else "not run"
+        print(f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} | {bench.share_of_peak(seconds, variant, peak):.2f} | {gib} |")
+
+
+def profile(bench: Bench, variant: str) -> str:
+    """Where the time of one round goes, by kind of operation."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    with profiling(activities=[ProfilerActivity.CPU]) as seen:
+        bench.steps[variant](bench.rounds[0][: size(variant)])
+    kinds: dict[str, float] = defaultdict(float)
+    for event in seen.key_averages():
+        kinds[_kind(event.key)] += event.self_cpu_time_total
+    whole = sum(kinds.values())
+    lines = [f"| {kind} | {100 * each / whole:.0f} % |" for kind, each in sorted(kinds.items(), key=lambda item: -item[1])]
+    return "\n".join([f"| operation in a round of {variant} | share of the time |", "|---|---|", *lines])
+
+
+KINDS = {
+    "matrix multiplication": ("mm", "linear", "bmm"),
+    "attention": ("attention", "softmax"),
+    "copies and casts": ("copy", "_to_copy", "contiguous", "clone", "cat", "stack", "index", "slice", "repeat", "fill", "zero"),
+    "dropout": ("dropout", "bernoulli"),
+    "elementwise": ("mul", "add", "silu", "neg", "pow", "mean", "rsqrt", "div", "sub", "sum", "native"),
+    "optimizer": ("adam", "norm"),
+}
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+
+
+def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> float:
+    """Largest relative difference of a LoRA weight's gradient between one shared row and separate rows, in fp32, dropout off."""
+    exact = config.changed({"train.bf16": False, "lora.lora_dropout": 0.0})
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = models.load_base(folder, exact)
+        built = trainer.build(base, models.load_tokenizer(folder), examples, exact, 1, Path(scratch))
+        torch.manual_seed(0)
+        for name, weight in built.model.named_parameters():
+            if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
+                weight.data.normal_(std=0.02)
+        for together in (1, len(examples)):
+            built.model.zero_grad()
+            built.training_step(built.model, rows.Steps(examples, exact, together, 0, 1, 0)[0])
+            found.append({name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad})
+    alone, together_ = found
+    return float(f"{max(float((together_[name] - grad).norm() / grad.norm()) for name, grad in alone.items()):.2g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Tokenised training rows: one example each in the file that all workers read (`tokenise`), several on one database in what a
+forward pass computes (`share`), where the model allows it (`probe`)."""
+
+from ray_sql.rows import attention
+from ray_sql.rows.probe import why_not_share
+from ray_sql.rows.share import AUTO, Pass, Shared, Step, Steps, collate, model_inputs, passes, plan, share, tokens
+from ray_sql.rows.tokenise import FILE, IGNORED, Audit, Row, build, cache_key, encode, encode_prompt, prepare, read, write
+
+__all__ = [
+    "AUTO",
+    "FILE",
+    "IGNORED",
+    "Audit",
+    "Pass",
+    "Row",
+    "Shared",
+    "Step",
+    "Steps",
+    "attention",
+    "build",
+    "cache_key",
+    "collate",
+    "encode",
+    "encode_prompt",
+    "model_inputs",
+    "passes",
+    "plan",
+    "prepare",
+    "read",
+    "share",
+    "tokens",
+    "why_not_share",
+    "write",
+]

@@ -1,0 +1,69 @@
+"""Whether a model computes shared rows as it computes separate ones: asked of its settings, then of the model itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_sql.rows.share import Shared, collate, model_inputs
+from ray_sql.rows.tokenise import Row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+TOLERANCE = 0.05
+"""Relative difference of logits that arithmetic explains (measured in bfloat16: 0.01); a question that saw another one is off by 0.5 or more."""
+
+
+def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
+    """Why rows of several questions would be wrong for `model`, where the longest example has `longest` tokens; None: they are right.
+
+    Sliding windows shorter than an example are found in its config. All else (state-space layers, attention that takes no mask,
+    positions that are counted and not given) shows when a shared row and a separate one of random tokens are compared.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if _slides(config) else None
+    if window and longest > window:
+        return f"its attention slides over a window of {window} tokens, but the longest example has {longest}"
+    if "flash" in str(config._attn_implementation):
+        return "FlashAttention takes no mask of who sees whom"
+    try:
+        difference = _difference(model)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"it does not take a shared row ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    if not difference < TOLERANCE:
+        return f"a shared row gives other logits than a separate one (relative difference {difference:.2g}): not attention by a mask"
+    return None
+
+
+def _slides(config: object) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any("sliding" in kind for kind in kinds)
+    return bool(getattr(config, "use_sliding_window", True))
+
+
+def _difference(model: PreTrainedModel) -> float:
+    """Relative difference of the second question's logits in a shared row from those in a row of its own."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    prefix, first, second = (
+        torch.randint(model.config.get_text_config().vocab_size, (length,), generator=draw).tolist() for length in (9, 5, 7)
+    )
+    rows = tuple(Row("", "", prefix + own, len(prefix) + 1) for own in (first, second))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+            together = _logits(model, Shared(rows, len(prefix)))[-len(second) :]
+            alone = _logits(model, Shared(rows[1:], 0))[-len(second) :]
+    finally:
+        model.train(training)
+    return float((together - alone).norm() / alone.norm())
+
+
+def _logits(model: PreTrainedModel, row: Shared) -> torch.Tensor:
+    """Logits of one row, `[tokens, vocabulary]` in float32."""
+    made = collate([row], pad=0).to(model.device)
+    return model(**model_inputs(made, model), use_cache=False).logits[0].float()

@@ -1,0 +1,254 @@
+"""Schema-shared rows: many questions on one database, for the price of one schema.
+
+In this task a prompt is mostly schema, and many questions share it. A shared row is
+
+    [shared prefix][rest of prompt 1 + answer 1][rest of prompt 2 + answer 2] …
+
+where every question sees the prefix and itself, and its positions go on from the prefix's end. Each token then meets exactly
+what it would meet in a row of its own, so loss and gradients are those of the separate examples, and the prefix is computed once.
+The prefix is the longest common one of the *tokens*, so nothing is assumed about a template. The idea is known where one prompt
+has many sampled answers (PrefixGrouper, arXiv 2506.05433; tree packing for GRPO, TRL PR 7328); here the questions differ.
+
+`plan` says which examples meet in an optimizer step, always `Config.global_batch` of them; `passes` lays one rank's part of a step out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ray_sql.config import Config
+from ray_sql.rows import attention
+from ray_sql.rows.tokenise import IGNORED, Row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PADDING = -1
+"""The segment of a token that only fills a batch."""
+AUTO = 8
+"""Questions that share a row where `rows.examples_per_row` is `auto` and the model allows it."""
+WORTH = 4
+"""Rows are joined if they share at least one part in this many of a prompt: a trimmed schema would cost the others their prefix."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Examples in one row, the first `prefix` tokens common to all; a plain row is one example and no prefix."""
+
+    examples: tuple[Row, ...]
+    prefix: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the row computes."""
+        return self.prefix + sum(len(row.input_ids) - self.prefix for row in self.examples)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: one shared row, or plain rows padded to one length. All four tensors are `[rows, length]`, int64.
+
+    `segments` is 0 for a prefix or a plain row, 1, 2, … for the questions after a prefix, and `PADDING`; `labels` are `IGNORED` but
+    on answers.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> Pass:
+        """The same tensors on `device`."""
+        return Pass(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of an optimizer step; `labels` counts those of all ranks."""
+
+    passes: tuple[Pass, ...]
+    labels: int
+
+
+class Steps(Sequence[Step]):
+    """A rank's part of every optimizer step of a run, laid out when it is asked for."""
+
+    def __init__(self, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int) -> None:
+        self._rows, self._config, self._together = rows, config, together
+        self._rank, self._world, self._pad = rank, world, pad
+        self._plan = plan(rows, config, together)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> Step:
+        examples = [self._rows[index] for index in self._plan[number]]
+        mine = passes(examples, self._config, self._together, self._rank, self._world)
+        made = tuple(collate(rows, self._pad) for rows in mine) or (self._idle(examples[0]),)
+        return Step(made, sum(len(row.input_ids) - row.prompt_length for row in examples))
+
+    def _idle(self, row: Row) -> Pass:
+        """What a rank computes when there are fewer examples than ranks: it takes part in the exchange of gradients, with none."""
+        made = collate([Shared((row,), 0)], self._pad)
+        return replace(made, labels=made.labels.new_full(made.labels.shape, IGNORED))
+
+
+def plan(rows: Sequence[Row], config: Config, together: int) -> list[list[int]]:
+    """The examples of every optimizer step of the run, as indices into `rows`; the same for any number of workers.
+
+    An epoch visits every example once, up to `together` of one database after each other; which ones, and in which order the
+    groups come, is drawn anew for every epoch. The step that ends an epoch may be smaller.
+    """
+    databases = [row.db_id for row in rows]
+    total, size = config.steps(len(rows)), config.global_batch
+    steps: list[list[int]] = []
+    epoch = 0
+    while len(steps) < total:
+        order = epoch_order(databases, together, random.Random(f"{config.seed} {epoch}"))
+        steps += [order[start : start + size] for start in range(0, len(order), size)]
+        epoch += 1
+    return steps[:total]
+
+
+def tokens(rows: Sequence[Row], config: Config, together: int) -> int:
+    """How many tokens the run's first epoch computes on one worker."""
+    steps = plan(rows, config, together)[: config.steps_per_epoch(len(rows))]
+    made = ([rows[index] for index in step] for step in steps)
+    return sum(row.tokens for examples in made for row in share(examples, together, config.rows.row_length))
+
+
+def epoch_order(databases: Sequence[str], together: int, draw: random.Random) -> list[int]:
+    """Every index into `databases` once: a random order of random groups of up to `together` from one database."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for index in draw.sample(range(len(databases)), len(databases)):
+        members[databases[index]].append(index)
+    groups = [
+        indices[start : start + together]
+        for _, indices in sorted(members.items())
+        for start in range(0, len(indices), together)
+    ]
+    draw.shuffle(groups)
+    return [index for group in groups for index in group]
+
+
+def share(examples: Sequence[Row], together: int, row_length: int, at_least: int = 1) -> list[Shared]:
+    """The examples in as few rows as `together` and `row_length` (tokens) allow, but `at_least` so many where there are as many
+    examples; rows of one example where nothing may be shared."""
+    members: dict[str, list[Row]] = defaultdict(list)
+    for row in examples:
+        members[row.db_id].append(row)
+    fair = max(1, -(-len(examples) // at_least))
+    made = [
+        shared for group in members.values() for shared in _fill(group, min(together, fair), row_length)
+    ]
+    while len(made) < at_least and (largest := max(made, key=lambda one: len(one.examples))).examples[1:]:
+        made.remove(largest)
+        half = len(largest.examples) // 2
+        made += [_joined(largest.examples[:half]), _joined(largest.examples[half:])]
+    return made
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix of token sequences."""
+    first, last = min(sequences), max(sequences)  # in lexical order, what these two share is shared by all between
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def passes(
+    examples: Sequence[Row], config: Config, together: int, rank: int, world: int
+) -> list[list[Shared]]:
+    """The forward passes of one rank in a step over `examples`, longest first, the ranks' shares about equal in tokens.
+
+    A pass holds one shared row, or up to `train_batch_size` plain ones. A rank is left without a pass only if there are
+    fewer examples than ranks.
+    """
+    rows = sorted(share(examples, together, config.rows.row_length, world), key=lambda one: -one.tokens)
+    mine: list[Shared] = []
+    load = [0] * world
+    for row in rows:
+        to = load.index(min(load))
+        load[to] += row.tokens
+        if to == rank:
+            mine.append(row)
+    made: list[list[Shared]] = []
+    for row in mine:
+        if made and not row.prefix and not made[-1][0].prefix and len(made[-1]) < config.train_batch_size:
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return made
+
+
+def collate(rows: Sequence[Shared], pad: int) -> Pass:
+    """Rows as the tensors of one forward pass, padded on the right."""
+    import torch
+
+    lines = [_line(row) for row in rows]
+    width = max(len(line[0]) for line in lines)
+    fill = (pad, 0, PADDING, IGNORED)
+    columns = (
+        torch.tensor([line[column] + [fill[column]] * (width - len(line[column])) for line in lines])
+        for column in range(4)
+    )
+    return Pass(*columns)
+
+
+def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
+    """What `model` is called with to compute the rows of a pass."""
+    import torch
+
+    if not (made.segments > 0).any():  # plain rows: causal order and, where there is any, the padding say everything
+        inputs = {"input_ids": made.input_ids}
+        return inputs if (made.segments == 0).all() else inputs | {"attention_mask": (made.segments == 0).long()}
+    mask = visible(made.segments)[:, None]
+    implementation = model.config._attn_implementation
+    if implementation == "eager":  # it adds the mask to the scores
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids, "attention_mask": mask}
+    return inputs | {attention.SPANS: attention.spans(made.segments[0])} if implementation == attention.NAME else inputs
+
+
+def visible(segments: torch.Tensor) -> torch.Tensor:
+    """Who sees whom, bool `[rows, length, length]` (query, key), for `segments` `[rows, length]`."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (((key == 0) | (key == query))).tril()
+
+
+def _fill(group: Sequence[Row], together: int, row_length: int) -> list[Shared]:
+    """One database's examples as rows, each as full as it may be."""
+    made: list[Shared] = []
+    for row in group:
+        joined = _joined((*made[-1].examples, row)) if made and len(made[-1].examples) < together else None
+        if joined and joined.prefix * WORTH >= row.prompt_length and joined.tokens <= row_length:
+            made[-1] = joined
+        else:
+            made.append(_joined((row,)))
+    return made
+
+
+def _joined(examples: tuple[Row, ...]) -> Shared:
+    if len(examples) == 1:
+        return Shared(examples, 0)
+    # one prompt token at least stays with each question: the answers' first tokens are predicted from the token before them, and
+    # that of a prefix could only be asked for one of them
+    prompts = [row.input_ids[: row.prompt_length - 1] for row in examples]
+    return Shared(examples, common_prefix(prompts))
+
+
+def _line(row: Shared) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Token, position, segment and label of every place in a row."""
+    ids = list(row.examples[0].input_ids[: row.prefix])
+    positions, segments, labels = list(range(row.prefix)), [0] * row.prefix, [IGNORED] * row.prefix
+    for number, example in enumerate(row.examples, start=1 if row.prefix else 0):
+        own = example.input_ids[row.prefix :]
+        unlearned = example.prompt_length - row.prefix
+        ids += own
+        positions += range(row.prefix, row.prefix + len(own))
+        segments += [number] * len(own)
+        labels += [IGNORED] * unlearned + own[unlearned:]
+    return ids, positions, segments, labels
