@@ -2,9 +2,10 @@
 
     RAY_SQL_SHARED=… python -m benchmarks.training_speed            (about 25 minutes on 2 cores; --quick: 3 minutes)
 
-RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. A round takes 32 examples of one database,
-drawn at random, and makes one optimizer step with every variant, in an order drawn anew: over the first 8 of them (the original's
-global batch), over all where a row holds more. A ratio is that of two variants' seconds per example in the same round. All variants train the same LoRA (rank 64, dropout 0.1, all linear layers) over SmolLM2-135M in 4-bit NF4:
+RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. A round takes 32 examples of one
+database, drawn at random, and makes one optimizer step with every variant, in an order drawn anew: over the first 8 of them (the
+original's global batch), over all where a row holds more. A ratio is that of two variants' seconds per example in the same round. All
+variants train the same LoRA (rank 64, dropout 0.1, all linear layers) over SmolLM2-135M in 4-bit NF4:
 
     plain     TRL 1.16 as the original project sets it up: one example a forward pass, every 4-bit layer expanded at each call
     packing   TRL's best-fit-decreasing packing to 2048 tokens
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="rounds of 32 examples")
-    parser.add_argument("--quick", action="store_true", help="two rounds of plain, packing, ours 8 and ours 32; no memory")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of plain, packing, ours 8 and ours 32; no memory"
+    )
     parser.add_argument("--only", choices=VARIANTS, help="one round of one variant, to measure its memory")
     arguments = parser.parse_args(argv)
     config = settings()
@@ -172,7 +175,7 @@ class Bench:
         lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
         head = model.get_output_embeddings().weight.numel()
         frozen = sum(m.in_features * m.out_features for m in model.modules() if type(m).__name__ == "Linear4bit")
-        return unique * (4 * frozen + 6 * lora) + labels * 4 * head
+        return float(unique * (4 * frozen + 6 * lora) + labels * 4 * head)
 
     def _our_trainer(self, folder: str) -> Any:
         base = models.load_base(folder, self.config)
@@ -278,7 +281,8 @@ def peak_memory(variant: str) -> float:
         text=True,
         check=True,
     )
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_gib"])
+    peak: float = json.loads(done.stdout.splitlines()[-1])["peak_gib"]
+    return peak
 
 
 def spread(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
@@ -298,9 +302,11 @@ def report(bench: Bench, seconds: dict[str, list[float]], memory: dict[str, floa
     print("|---|---|---|---|---|---|")
     for variant in bench.variants:
         rate = len(bench.rounds) / sum(seconds[variant])
-        cells = [f"{{1:.1f}}x ({{0:.1f}} to {{2:.1f}})".format(*spread(seconds, of, variant)) for of in ("plain", "packing")]
+        cells = ["{1:.1f}x ({0:.1f} to {2:.1f})".format(*spread(seconds, of, variant)) for of in ("plain", "packing")]
         gib = f"{memory[variant]:.1f}" if variant in memory else "not run"
-        print(f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} | {bench.share_of_peak(seconds, variant, peak):.2f} | {gib} |")
+        print(
+            f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} | {bench.share_of_peak(seconds, variant, peak):.2f} | {gib} |"
+        )
 
 
 def profile(bench: Bench, variant: str) -> str:
@@ -314,14 +320,28 @@ def profile(bench: Bench, variant: str) -> str:
     for event in seen.key_averages():
         kinds[_kind(event.key)] += event.self_cpu_time_total
     whole = sum(kinds.values())
-    lines = [f"| {kind} | {100 * each / whole:.0f} % |" for kind, each in sorted(kinds.items(), key=lambda item: -item[1])]
+    lines = [
+        f"| {kind} | {100 * each / whole:.0f} % |" for kind, each in sorted(kinds.items(), key=lambda item: -item[1])
+    ]
     return "\n".join([f"| operation in a round of {variant} | share of the time |", "|---|---|", *lines])
 
 
 KINDS = {
     "matrix multiplication": ("mm", "linear", "bmm"),
     "attention": ("attention", "softmax"),
-    "copies and casts": ("copy", "_to_copy", "contiguous", "clone", "cat", "stack", "index", "slice", "repeat", "fill", "zero"),
+    "copies and casts": (
+        "copy",
+        "_to_copy",
+        "contiguous",
+        "clone",
+        "cat",
+        "stack",
+        "index",
+        "slice",
+        "repeat",
+        "fill",
+        "zero",
+    ),
     "dropout": ("dropout", "bernoulli"),
     "elementwise": ("mul", "add", "silu", "neg", "pow", "mean", "rsqrt", "div", "sub", "sum", "native"),
     "optimizer": ("adam", "norm"),

@@ -141,7 +141,9 @@ def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, e
     if reason is None:
         return rows.AUTO if wanted == "auto" else wanted
     if wanted != "auto":
-        raise ModelError(f"--rows.examples_per_row {wanted}: {config.model_name} cannot share rows: {reason}; set it to 1 or auto")
+        raise ModelError(
+            f"--rows.examples_per_row {wanted}: {config.model_name} cannot share rows: {reason}; set it to 1 or auto"
+        )
     if ray.train.get_context().get_world_rank() == 0:
         emit({"kind": "note", "text": f"one question a row: {reason}"})
     return 1
@@ -167,7 +169,9 @@ class _Reporter:
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
-        kept: dict[str, float] = {name: values[name] for name in ("loss", "grad_norm", "learning_rate") if name in values}
+        kept: dict[str, float] = {
+            name: values[name] for name in ("loss", "grad_norm", "learning_rate") if name in values
+        }
         kept["epoch"] = step / self._config.steps_per_epoch(self._examples)
         if self._last is not None and now > self._last[1]:
             per_second = (step - self._last[0]) / (now - self._last[1]) * self._config.global_batch

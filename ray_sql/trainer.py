@@ -83,7 +83,9 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
         """One item an optimizer step: this rank's part of it."""
         return DataLoader(self._steps, batch_size=1, collate_fn=itemgetter(0))
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Step], num_batches: int, device: Any) -> tuple[list[Step], None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: Any
+    ) -> tuple[list[Step], None]:
         """The next steps; a step knows itself how many labels it has."""
         return list(islice(epoch_iterator, num_batches)), None
 
@@ -123,7 +125,12 @@ def completion_loss(model: torch.nn.Module, made: Pass, config_of: PreTrainedMod
 
 
 def build(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], config: Config, together: int, scratch: Path
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: Config,
+    together: int,
+    scratch: Path,
 ) -> StepTrainer:
     """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %."""
     from datasets import Dataset
@@ -135,7 +142,9 @@ def build(
         Steps(rows, config, together, args.process_index, args.world_size, tokenizer.pad_token_id),
         model=base,
         args=args,
-        train_dataset=Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+        ),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
     )
@@ -152,7 +161,7 @@ def build(
     return trainer
 
 
-class CpuDropout(torch.nn.Module):
+class CpuDropout(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     """Dropout that draws 16 random bits an element where torch draws 64, one after the other: on a CPU torch's takes a quarter of a
     training step. The probability is exact to 1 / 65,536; the scale is that of the probability used."""
 
@@ -166,7 +175,7 @@ class CpuDropout(torch.nn.Module):
             return x
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= self._dropped - 2**15
-        return x * kept * (2**16 / (2**16 - self._dropped))
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - self._dropped))  # one factor: the backward is one product too
 
 
 def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:

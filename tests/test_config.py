@@ -87,6 +87,12 @@ def test_lists_switches_and_maps_are_read_from_flags() -> None:
     assert config.data.columns == {"question": "q"}
 
 
+@pytest.mark.parametrize("words", ["--tracking.enabled false", "--tracking.enabled=False", "--no-tracking.enabled"])
+def test_a_switch_is_turned_off_in_whichever_way_one_writes_it(words: str) -> None:
+    config = settings(*words.split(), "--overwrite", "true", "--dry_run", "--train.bf16", "false")
+    assert (config.tracking.enabled, config.overwrite, config.dry_run, config.train.bf16) == (False, True, True, False)
+
+
 @pytest.mark.parametrize(
     ("flag", "nearest"),
     [("--learning_rat", "--learning_rate"), ("--lora.rr", "--lora.r"), ("--max_length", "--rows.max_length")],

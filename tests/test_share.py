@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from ray_sql import models, rows, trainer
-from ray_sql.rows import Row, Shared
+from ray_sql.rows import Row, Steps, passes, plan, share
 from ray_sql.rows.share import common_prefix, epoch_order, visible
 from tests.conftest import make_model
 
@@ -32,7 +33,9 @@ def family(kind: str, folder: Path, **shape: Any) -> Path:
     make_model(folder)
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    made = AutoConfig.for_model(kind, vocab_size=vocabulary, max_position_embeddings=2048, **sizes | FAMILIES[kind] | shape)
+    made = AutoConfig.for_model(
+        kind, vocab_size=vocabulary, max_position_embeddings=2048, **sizes | FAMILIES[kind] | shape
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     return folder
@@ -50,7 +53,9 @@ def some_rows(count: int = 12, databases: int = 2, seed: int = 0) -> list[Row]:
     return made
 
 
-def gradients(folder: Path, data: list[Row], config: Any, together: int, scratch: Path) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    folder: Path, data: list[Row], config: Any, together: int, scratch: Path
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradients of the first step, as the trainer computes them."""
     torch.manual_seed(0)
     base = models.load_base(str(folder), config)
@@ -94,3 +99,135 @@ def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path) -
     alone, shared = (gradients(folder, data, config, together, tmp_path) for together in (1, 8))
     assert shared[0] == pytest.approx(alone[0], rel=2e-2)
     assert relative_error(shared[1], alone[1]) < 2e-2
+
+
+def test_two_ranks_halves_of_a_step_add_up_to_the_whole(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(
+        **{"lora.lora_dropout": 0, "grad_accum_steps": 4, "scaling.num_workers": 2, "train_batch_size": 1}
+    )
+    folder, data = family("llama", tmp_path / "model"), some_rows(8)
+    built = trainer.build(
+        models.load_base(str(folder), config), models.load_tokenizer(str(folder)), data, config, 8, tmp_path
+    )
+    wanted = Steps(data, config, 1, 0, 1, pad=0)[0]
+    found = []
+    for steps in ([Steps(data, config, 8, rank, 2, pad=0)[0] for rank in (0, 1)], [wanted]):
+        built.model.zero_grad()
+        for step in steps:
+            built.training_step(built.model, step)
+        found.append({name: w.grad.clone() for name, w in built.model.named_parameters() if "lora_B" in name})
+    assert relative_error(*found) < 1e-5
+
+
+def test_a_rank_without_an_example_exchanges_gradients_of_nothing(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**{"lora.lora_dropout": 0, "scaling.num_workers": 2})
+    folder, data = family("llama", tmp_path / "model"), some_rows(1)
+    built = trainer.build(
+        models.load_base(str(folder), config), models.load_tokenizer(str(folder)), data, config, 8, tmp_path
+    )
+    idle = Steps(data, config, 8, 1, 2, pad=0)[0]
+    assert float(built.training_step(built.model, idle)) == 0 and idle.labels > 0
+    assert all(not w.grad.any() for w in built.model.parameters() if w.requires_grad)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_every_epoch_sees_every_example_once_in_steps_of_the_global_batch(make_config: Any, together: int) -> None:
+    config, data = make_config(**{"grad_accum_steps": 5, "num_epochs": 2}), some_rows(23, databases=3)
+    steps = plan(data, config, together)
+    assert len(steps) == config.steps(23) == 10
+    first, second = ([index for step in half for index in step] for half in (steps[:5], steps[5:]))
+    assert sorted(first) == sorted(second) == list(range(23)) and first != second
+    assert [len(step) for step in steps] == [5, 5, 5, 5, 3] * 2
+
+
+def test_the_plan_depends_on_the_seed_and_not_on_the_workers(make_config: Any) -> None:
+    data = some_rows(23, databases=3)
+    one, same, other = (
+        plan(data, make_config(**changes), 8)
+        for changes in (
+            {"grad_accum_steps": 8},
+            {"grad_accum_steps": 4, "scaling.num_workers": 2},
+            {"grad_accum_steps": 8, "seed": 15},
+        )
+    )
+    assert one == same != other
+
+
+def test_groups_follow_each_other_in_a_random_order() -> None:
+    databases = ["a"] * 10 + ["b"] * 7 + ["c"]
+    order = epoch_order(databases, 4, random.Random(0))
+    changes = sum(databases[one] != databases[two] for one, two in pairwise(order))
+    assert sorted(order) == list(range(18)) and changes <= 5, "six groups: three of a, two of b, one of c"
+    alone = epoch_order(databases, 1, random.Random(0))
+    assert sum(databases[one] != databases[two] for one, two in pairwise(alone)) > 5
+
+
+def test_rows_hold_one_database_and_no_more_than_they_may() -> None:
+    data = some_rows(20, databases=3)
+    made = share(data, 4, 10_000)
+    assert sorted(row.id for one in made for row in one.examples) == sorted(row.id for row in data)
+    assert all(len({row.db_id for row in one.examples}) == 1 and len(one.examples) <= 4 for one in made)
+    short = share(data, 4, 80)
+    assert all(one.tokens <= 80 for one in short if one.prefix) and len(short) > len(made)
+    assert all(one.prefix == 40 for one in made if len(one.examples) > 1)
+
+
+def test_a_question_keeps_a_token_of_its_prompt_even_if_it_is_asked_twice() -> None:
+    (row,) = some_rows(1)
+    (shared,) = share([row, row, row], 8, 10_000)
+    assert shared.prefix == row.prompt_length - 1
+    assert common_prefix([row.input_ids, row.input_ids[:7] + [9999]]) == 7
+
+
+def test_a_trimmed_schema_does_not_cost_the_others_their_prefix() -> None:
+    whole = some_rows(4, databases=1)
+    trimmed = Row("t", whole[0].db_id, [7] + whole[0].input_ids[1:], whole[0].prompt_length)
+    made = share([*whole[:2], trimmed, *whole[2:]], 8, 10_000)
+    assert sorted(one.prefix for one in made) == [0, 40, 40]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_a_step_about_equally(make_config: Any, world: int) -> None:
+    data = some_rows(16, databases=2)
+    config = make_config(**{"train_batch_size": 2})
+    shares = [passes(data, config, 8, rank, world) for rank in range(world)]
+    seen = [row.id for each in shares for rows_ in each for one in rows_ for row in one.examples]
+    assert sorted(seen) == sorted(row.id for row in data)
+    loads = [sum(one.tokens for rows_ in each for one in rows_) for each in shares]
+    assert min(loads) > 0.5 * max(loads)
+    assert all(len(rows_) == 1 or all(not one.prefix for one in rows_) for each in shares for rows_ in each)
+
+
+def test_a_question_sees_the_prefix_and_itself() -> None:
+    seen = visible(torch.tensor([[0, 0, 1, 1, 2, 2, -1]]))[0]
+    assert seen.int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_a_sliding_window_shorter_than_an_example_is_refused(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**{"quantization.load_in_4bit": False})
+    base = models.load_base(str(family("mistral", tmp_path / "model", sliding_window=32)), config)
+    assert "window of 32 tokens, but the longest example has 60" in (rows.why_not_share(base, 60) or "")
+    assert rows.why_not_share(base, 32) is None
+
+
+def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4))
+    assert rows.why_not_share(model, 60)
+
+
+def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:
+    base = models.load_base(str(tiny_model), make_config())
+    forward = base.forward
+    base.forward = lambda attention_mask=None, **inputs: forward(**inputs)
+    assert "gives other logits" in (rows.why_not_share(base, 60) or "")

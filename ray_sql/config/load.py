@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from ray_sql.config.road import build, merge, nearest, nested
+from ray_sql.config.road import build, merge, names, nearest, nested
 from ray_sql.config.settings import Config
 from ray_sql.errors import ConfigError
 
@@ -44,7 +44,7 @@ def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
     try:
         source = CliSettingsSource[Any](
             kind,
-            cli_parse_args=argv,
+            cli_parse_args=_switches(argv, kind),
             cli_implicit_flags=True,
             cli_exit_on_error=False,
             cli_hide_none_type=True,
@@ -57,6 +57,19 @@ def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
         if message.startswith("unrecognized arguments") and unknown.startswith("-"):
             raise ConfigError(f"{unknown}: unknown flag{nearest(kind, unknown.lstrip('-'), '--')}") from None
         raise ConfigError(message) from None
+
+
+def _switches(argv: list[str], kind: type[Config]) -> list[str]:
+    """The flags with `--x true` as `--x` and `--x false` as `--no-x`, the only forms that argparse knows."""
+    switches = {f"--{name}" for name, field in names(kind) if field.annotation in (bool, bool | None)}
+    words: list[str] = []
+    for word in (part for one in argv for part in (one.split("=", 1) if one.split("=")[0] in switches else [one])):
+        value = word.lower() if words and words[-1] in switches else None
+        if value == "false":
+            words[-1] = f"--no-{words[-1][2:]}"
+        elif value != "true":
+            words.append(word)
+    return words
 
 
 def _program() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -38,9 +38,11 @@ def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
 
 
 def _values(field: Any) -> str:
-    choices = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is Literal]
+    parts = (field.annotation, *get_args(field.annotation))
+    choices = [part for part in parts if get_origin(part) is Literal]
     if choices:
-        return ", ".join(f"`{choice}`" for choice in get_args(choices[0]))
+        number = ["a number"] if any(get_origin(part) is Annotated for part in parts) else []
+        return ", ".join([*number, *(f"`{choice}`" for choice in get_args(choices[0]))])
     kind = (
         str(getattr(field.annotation, "__name__", field.annotation))
         if not get_args(field.annotation)

@@ -4,7 +4,19 @@ forward pass computes (`share`), where the model allows it (`probe`)."""
 from ray_sql.rows import attention
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import AUTO, Pass, Shared, Step, Steps, collate, model_inputs, passes, plan, share, tokens
-from ray_sql.rows.tokenise import FILE, IGNORED, Audit, Row, build, cache_key, encode, encode_prompt, prepare, read, write
+from ray_sql.rows.tokenise import (
+    FILE,
+    IGNORED,
+    Audit,
+    Row,
+    build,
+    cache_key,
+    encode,
+    encode_prompt,
+    prepare,
+    read,
+    write,
+)
 
 __all__ = [
     "AUTO",

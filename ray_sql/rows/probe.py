@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 0.05
-"""Relative difference of logits that arithmetic explains (measured in bfloat16: 0.01); a question that saw another one is off by 0.5 or more."""
+"""Relative difference of logits that arithmetic explains; a question that sees another one is off by ten times as much."""
 
 
 def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
@@ -49,7 +49,8 @@ def _difference(model: PreTrainedModel) -> float:
 
     draw = torch.Generator().manual_seed(0)
     prefix, first, second = (
-        torch.randint(model.config.get_text_config().vocab_size, (length,), generator=draw).tolist() for length in (9, 5, 7)
+        torch.randint(model.config.get_text_config().vocab_size, (length,), generator=draw).tolist()
+        for length in (9, 5, 7)
     )
     rows = tuple(Row("", "", prefix + own, len(prefix) + 1) for own in (first, second))
     training = model.training

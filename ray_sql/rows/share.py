@@ -75,7 +75,7 @@ class Step:
     labels: int
 
 
-class Steps(Sequence[Step]):
+class Steps:
     """A rank's part of every optimizer step of a run, laid out when it is asked for."""
 
     def __init__(self, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int) -> None:
@@ -143,9 +143,7 @@ def share(examples: Sequence[Row], together: int, row_length: int, at_least: int
     for row in examples:
         members[row.db_id].append(row)
     fair = max(1, -(-len(examples) // at_least))
-    made = [
-        shared for group in members.values() for shared in _fill(group, min(together, fair), row_length)
-    ]
+    made = [shared for group in members.values() for shared in _fill(group, min(together, fair), row_length)]
     while len(made) < at_least and (largest := max(made, key=lambda one: len(one.examples))).examples[1:]:
         made.remove(largest)
         half = len(largest.examples) // 2
@@ -153,15 +151,13 @@ def share(examples: Sequence[Row], together: int, row_length: int, at_least: int
     return made
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Length of the longest common prefix of token sequences."""
     first, last = min(sequences), max(sequences)  # in lexical order, what these two share is shared by all between
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def passes(
-    examples: Sequence[Row], config: Config, together: int, rank: int, world: int
-) -> list[list[Shared]]:
+def passes(examples: Sequence[Row], config: Config, together: int, rank: int, world: int) -> list[list[Shared]]:
     """The forward passes of one rank in a step over `examples`, longest first, the ranks' shares about equal in tokens.
 
     A pass holds one shared row, or up to `train_batch_size` plain ones. A rank is left without a pass only if there are
@@ -205,18 +201,21 @@ def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
     if not (made.segments > 0).any():  # plain rows: causal order and, where there is any, the padding say everything
         inputs = {"input_ids": made.input_ids}
         return inputs if (made.segments == 0).all() else inputs | {"attention_mask": (made.segments == 0).long()}
-    mask = visible(made.segments)[:, None]
+    seen = visible(made.segments)
+    mask = seen[:, None]
     implementation = model.config._attn_implementation
     if implementation == "eager":  # it adds the mask to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids, "attention_mask": mask}
-    return inputs | {attention.SPANS: attention.spans(made.segments[0])} if implementation == attention.NAME else inputs
+    if implementation == attention.NAME:
+        inputs[attention.SPANS] = attention.spans(made.segments[0], seen[0], model.dtype)
+    return inputs
 
 
 def visible(segments: torch.Tensor) -> torch.Tensor:
     """Who sees whom, bool `[rows, length, length]` (query, key), for `segments` `[rows, length]`."""
     query, key = segments[:, :, None], segments[:, None, :]
-    return (((key == 0) | (key == query))).tril()
+    return ((key == 0) | (key == query)).tril()
 
 
 def _fill(group: Sequence[Row], together: int, row_length: int) -> list[Shared]:

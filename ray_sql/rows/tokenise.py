@@ -1,8 +1,8 @@
 """Tokenised training examples, made once and read by every worker and trial, and the audit that says how long they are.
 
-A `Row` is one example: `prompt tokens + completion tokens`, with labels on the completion only. The two parts are tokenised apart, because that
-is what generation sees: a prompt that ends before the answer's first token. Rows lie in a Parquet file whose name is a
-hash of everything they depend on, never of a function's name, so an edited template can never meet stale rows.
+A `Row` is one example: `prompt tokens + completion tokens`, with labels on the completion only. The two parts are tokenised apart,
+because that is what generation sees: a prompt that ends before the answer's first token. Rows lie in a Parquet file whose name is
+a hash of everything they depend on, never of a function's name, so an edited template can never meet stale rows.
 """
 
 from __future__ import annotations
