@@ -5,14 +5,13 @@ Every check is a function that returns what it found, or raises a `RaySqlError` 
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ray_sql import checkpoints, models, prepare, tracking
+from ray_sql import checkpoints, models, prepare, rows, tracking
 from ray_sql.config import Config, without_password
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
@@ -117,7 +116,7 @@ def memory(config: Config, prepared: Prepared) -> str:
     import psutil
     import torch
 
-    need = memory_estimate(config, prepared.model_folder, min(prepared.audit.longest, config.rows.max_length))
+    need = memory_estimate(config, prepared.model_folder, rows.heaviest_pass(rows.read(prepared.rows_file), config))
     if torch.cuda.is_available():
         have, where = torch.cuda.get_device_properties(0).total_memory, "GPU"
     else:
@@ -125,20 +124,22 @@ def memory(config: Config, prepared: Prepared) -> str:
     text = f"about {need / GIB:.1f} GiB needed, {have / GIB:.1f} GiB on the {where}"
     if need > have:
         raise ConfigError(
-            f"{text}; lower --train_batch_size or --rows.max_length, or use --train.gradient_checkpointing"
+            f"{text}; lower --train_batch_size, --rows.row_length or --rows.max_length, or use --train.gradient_checkpointing"
         )
     return text
 
 
-def memory_estimate(config: Config, model_folder: str, longest: int) -> float:
-    """Bytes one worker needs: weights, adapter with gradient and two Adam moments, activations and logits of its longest batch.
+def memory_estimate(config: Config, model_folder: str, tokens: int) -> float:
+    """Bytes one worker needs: weights, adapter with gradient and two Adam moments, activations and logits of a pass of `tokens`.
 
     Activations follow Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16 bits, without the
     attention matrix, which SDPA does not keep. With checkpointing one layer's worth and every layer's input stay.
     """
-    shape = json.loads((Path(model_folder) / "config.json").read_text())
-    hidden, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
-    inner = shape.get("intermediate_size", 4 * hidden)
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(model_folder).get_text_config()
+    hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     each = models.compute_dtype(config).itemsize
     stored = 0.56 if config.quantization.load_in_4bit else 0.0  # 4 bits, and a 32-bit scale for every 64 weights
@@ -149,8 +150,10 @@ def memory_estimate(config: Config, model_folder: str, longest: int) -> float:
         config.train.gradient_checkpointing if config.train.gradient_checkpointing is not None else _has_gpu()
     )
     per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
-    tokens = config.train_batch_size * longest
-    return float(weights + 16 * adapter + tokens * per_token + 0.2 * tokens * vocabulary * 6)
+    # on a CPU the attention of shared rows keeps its matrix (rows/attention.py): at most every pair of a pass's tokens
+    matrices = 0 if _has_gpu() or rows.together(config) == 1 else (1 if checkpointed else layers)
+    attention = matrices * shape.num_attention_heads * tokens**2 * each
+    return float(weights + 16 * adapter + tokens * per_token + attention + 0.2 * tokens * vocabulary * 6)
 
 
 def _databases(prepared: Prepared, split: str) -> set[str]:

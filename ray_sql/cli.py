@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from ray_sql.config import C, load
+from ray_sql.config import C, Config, load
 from ray_sql.errors import RaySqlError
 
 
 def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> None:
-    """Run `job` with its settings. Exit code 0 when done, 2 for what the user can fix, 1 (with a traceback) for our bugs."""
+    """Run `job` with its settings. Exit code 0 when done, 2 for what the user can fix, 1 (with a traceback) for our bugs.
+
+    A full disk, and a cache that cannot be written, are for the user to fix wherever they are met.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that runs are closed on the way out
+    config = None
     try:
-        job(load(kind, argv, **overrides))
+        config = load(kind, argv, **overrides)
+        job(config)
     except RaySqlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if config is None or not _full_or_closed(error, config):
+            raise
+        print(
+            f"error: {error.filename or 'disk'}: {error.strerror}; make room, or choose another --output_dir or --cache_dir",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def _full_or_closed(error: OSError, config: Config) -> bool:
+    """Whether an error says that there is no room, or that our own folders cannot be written."""
+    ours = error.filename is not None and Path(str(error.filename)).is_relative_to(config.cache)
+    return error.errno in {errno.ENOSPC, errno.EDQUOT} or (
+        ours and isinstance(error, PermissionError | NotADirectoryError)
+    )
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

@@ -83,8 +83,10 @@ def scaling_config(config: Config) -> ScalingConfig:
     from ray.train import ScalingConfig
 
     total = ray.cluster_resources()
-    use_gpu = total.get("GPU", 0) > 0 if config.scaling.use_gpu is None else config.scaling.use_gpu
     resources = config.scaling.resources_per_worker
+    use_gpu = config.scaling.use_gpu
+    if use_gpu is None:
+        use_gpu = bool(total.get("GPU") or (resources or {}).get("GPU"))
     if resources is None and not use_gpu:
         resources = {"CPU": max(1, int(total.get("CPU", 1) // config.workers))}
     for name, each in (resources or {"GPU": 1}).items():

@@ -11,15 +11,16 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ray_sql import checkpoints, cluster, measure, plots, prepare, tracking, train
+from ray_sql import checkpoints, cluster, data, measure, plots, prepare, tracking, train
 from ray_sql.config import Config, EvaluateConfig, without_password
 from ray_sql.display import Display, percent
-from ray_sql.errors import ConfigError
+from ray_sql.errors import ConfigError, DataError
 from ray_sql.generate import Question
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
@@ -34,6 +35,8 @@ def run(config: Config) -> dict[str, Any]:
     with Display() as display:
         earlier = prepare.earlier_run(config)
         if earlier is not None:
+            with suppress(DataError):  # a finished run can be shown where its data are out of reach
+                prepare.check_same_data(data.load(config), config)
             display.line(f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again.")
             if config.tracking.enabled and (left := tracking.replay(config.tracking.uri, _spool(config))):
                 display.line(f"{left} records still wait in {_spool(config)} for MLflow to take them")
@@ -42,6 +45,7 @@ def run(config: Config) -> dict[str, Any]:
         if config.tracking.enabled:
             tracking.check(config.tracking.uri)
         prepared = prepare.prepare(config, display.counter("reading data"))
+        prepare.check_same_data(prepared.corpus, config)
         train.starting_point(config, prepared.contract)
         asked = prepared.questions(config)  # now: what cannot be asked should be known before training
         for line in prepare.plan(prepared, config):
@@ -211,7 +215,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
-    from ray_sql import data, generate, models
+    from ray_sql import generate, models
 
     corpus = data.load_split(config, config.split)
     folder, revision = models.resolve(config)

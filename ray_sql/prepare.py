@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+DATA_FILE = "inputs/data_fingerprint"
+"""Where a run keeps the fingerprint of its data, so that the same name never continues on other data."""
+TRAINED_ON = ("train", "validation")
+"""The splits that shape an adapter; which others are scored may change."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -115,6 +120,7 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
         checkpoints.remove(run_dir)
     checkpoints.write_text(f"{run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
     checkpoints.write_text(f"{run_dir}/contract.json", json.dumps(prepared.contract, indent=2) + "\n")
+    checkpoints.write_text(f"{run_dir}/{DATA_FILE}", prepared.corpus.fingerprint(TRAINED_ON))
     checkpoints.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
     checkpoints.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(prepared.validation(config)))
     if prepared.gold_errors:
@@ -152,6 +158,16 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     return json.loads(metrics) if metrics else None
 
 
+def check_same_data(corpus: Corpus, config: Config) -> None:
+    """Raise `ConfigError` if the run's folder holds a run of the same settings on other data."""
+    before, now = checkpoints.read_text(f"{config.run_dir}/{DATA_FILE}"), corpus.fingerprint(TRAINED_ON)
+    if before and before != now and not config.overwrite:
+        raise ConfigError(
+            f"{config.run_dir} holds a run on other data (fingerprint {before} there, {now} of {config.dataset_id} now); choose "
+            "another --output_name, or replace it with --overwrite"
+        )
+
+
 def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     """What a run would do, in lines for people."""
     corpus, audit = prepared.corpus, prepared.audit
@@ -163,12 +179,11 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     failing = ", ".join(f"{count} in {split}" for split, count in by_split.items() if count)
     yield f"gold      {f'queries that do not run: {failing}; kept out of the scores' if failing else 'every query runs'}"
     yield f"rows      {audit.line()}"
-    together = rows.AUTO if config.rows.examples_per_row == "auto" else config.rows.examples_per_row
-    if together > 1:
-        computed = rows.tokens(rows.read(prepared.rows_file), config, together)
+    if rows.together(config) > 1:
+        computed, alone = rows.tokens(rows.read(prepared.rows_file), config)
         yield (
-            f"sharing   up to {together} questions in a row with their schema: {computed:,} tokens to compute, "
-            f"{audit.tokens / computed:.1f} times fewer"
+            f"sharing   up to {rows.together(config)} questions in a row with their schema: {computed:,} tokens to compute an epoch, "
+            f"{alone / computed:.1f} times fewer"
         )
     yield (
         f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "

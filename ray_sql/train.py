@@ -134,13 +134,14 @@ def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, e
     """How many questions share a row: as the settings say, where this model allows it."""
     import ray.train
 
-    wanted = config.rows.examples_per_row
+    wanted = rows.together(config)
     if wanted == 1:
         return 1
-    reason = rows.why_not_share(base, max(len(row.input_ids) for row in data))
+    reason = rows.why_not_share(base, max(len(row.input_ids) for row in data), rows.heaviest_pass(data, config))
+    reason = next((each for each in generate.gather_all(reason) if each), None)  # all ranks must lay steps out alike
     if reason is None:
-        return rows.AUTO if wanted == "auto" else wanted
-    if wanted != "auto":
+        return wanted
+    if config.rows.examples_per_row != "auto":
         raise ModelError(
             f"--rows.examples_per_row {wanted}: {config.model_name} cannot share rows: {reason}; set it to 1 or auto"
         )

@@ -143,8 +143,8 @@ def build(
         model=base,
         args=args,
         train_dataset=Dataset.from_dict(
-            {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-        ),
+            {"input_ids": [rows[0].input_ids], "labels": [rows[0].labels]}
+        ),  # TRL wants one; see Steps
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
     )
@@ -207,6 +207,7 @@ def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=gpu,
         ddp_find_unused_parameters=False,  # every LoRA weight is used; the search for others costs a pass over the graph
+        router_aux_loss_coef=0.0,  # the loss is the answers' alone, also of a mixture of experts
         report_to="none",
         disable_tqdm=True,
     )

@@ -91,6 +91,23 @@ def test_finetune_writes_exactly_the_documented_files(run: Run, flags: list[str]
     assert str(place / "adapter") in out
 
 
+def test_a_cache_that_cannot_be_written_is_named(run: Run, flags: list[str]) -> None:
+    code, _, err = run("finetune", *changed(flags, cache_dir="/sys/ray_sql"))
+    assert code == 2
+    assert "/sys/ray_sql" in err and "--cache_dir" in err and "Traceback" not in err
+
+
+def test_a_run_does_not_go_on_with_other_data(run: Run, flags: list[str], tmp_path: Path) -> None:
+    folder = make_spider_folder(tmp_path / "data")
+    given = changed(flags, dataset_id=str(folder))
+    assert run("finetune", *given)[0] == 0
+    questions = folder / "train_spider.json"
+    questions.write_text(questions.read_text().replace("highest", "largest"))
+    code, _, err = run("finetune", *given)
+    assert code == 2
+    assert "run on other data" in err and "--overwrite" in err
+
+
 def test_finetune_for_schema_linking(run: Run, flags: list[str], tmp_path: Path) -> None:
     code, out, _ = run("finetune", *changed(flags, task_type="schema"))
     assert code == 0
@@ -184,7 +201,7 @@ def test_check_says_ok_line_by_line(run: Run, flags: list[str]) -> None:
     code, out, err = run("check", *flags)
     assert code == 0, out + err
     assert sum(line.startswith("ok ") for line in out.splitlines()) == 7
-    code, out, err = run("check", *changed(flags, train_batch_size="1000000"))
+    code, out, err = run("check", *changed(flags, lora_DOT_r="50000000"))
     assert code == 2
     assert "FAIL  memory" in out
     assert "1 of 8 checks failed" in err

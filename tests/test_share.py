@@ -23,6 +23,7 @@ FAMILIES = {
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "olmoe": {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -86,7 +87,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
 ) -> None:
     config = make_config(**settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
     folder, data = family(kind, tmp_path / "model"), some_rows()
-    assert rows.why_not_share(models.load_base(str(folder), config), 60) is None
+    assert rows.why_not_share(models.load_base(str(folder), config), 60, 120) is None
     alone = gradients(folder, data, config, 1, tmp_path)
     shared = gradients(folder, data, config, 8, tmp_path)
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
@@ -156,8 +157,11 @@ def test_the_plan_depends_on_the_seed_and_not_on_the_workers(make_config: Any) -
 def test_groups_follow_each_other_in_a_random_order() -> None:
     databases = ["a"] * 10 + ["b"] * 7 + ["c"]
     order = epoch_order(databases, 4, random.Random(0))
-    changes = sum(databases[one] != databases[two] for one, two in pairwise(order))
-    assert sorted(order) == list(range(18)) and changes <= 5, "six groups: three of a, two of b, one of c"
+    groups = [[databases[index] for index in order[start : start + 4]] for start in range(0, 18, 4)]
+    assert sorted(order) == list(range(18))
+    assert sum(len(set(group)) == 1 for group in groups[:4]) == 3, (
+        "two of a, one of b, and one of what is left of all three"
+    )
     alone = epoch_order(databases, 1, random.Random(0))
     assert sum(databases[one] != databases[two] for one, two in pairwise(alone)) > 5
 
@@ -183,7 +187,9 @@ def test_a_trimmed_schema_does_not_cost_the_others_their_prefix() -> None:
     whole = some_rows(4, databases=1)
     trimmed = Row("t", whole[0].db_id, [7] + whole[0].input_ids[1:], whole[0].prompt_length)
     made = share([*whole[:2], trimmed, *whole[2:]], 8, 10_000)
-    assert sorted(one.prefix for one in made) == [0, 40, 40]
+    assert sorted(one.prefix for one in made) == [0, 40] and len(made) == 2
+    part = Row("p", whole[0].db_id, whole[0].input_ids[:9] + [7] * 40, whole[0].prompt_length)
+    assert sorted(one.prefix for one in share([part, *whole], 8, 10_000)) == [0, 40]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -214,8 +220,8 @@ def test_a_question_sees_the_prefix_and_itself() -> None:
 def test_a_sliding_window_shorter_than_an_example_is_refused(make_config: Any, tmp_path: Path) -> None:
     config = make_config(**{"quantization.load_in_4bit": False})
     base = models.load_base(str(family("mistral", tmp_path / "model", sliding_window=32)), config)
-    assert "window of 32 tokens, but the longest example has 60" in (rows.why_not_share(base, 60) or "")
-    assert rows.why_not_share(base, 32) is None
+    assert "window of 32 tokens, but the longest example has 60" in (rows.why_not_share(base, 60, 120) or "")
+    assert rows.why_not_share(base, 32, 120) is None
 
 
 def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> None:
@@ -223,11 +229,11 @@ def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> Non
 
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4))
-    assert rows.why_not_share(model, 60)
+    assert rows.why_not_share(model, 60, 120)
 
 
 def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:
     base = models.load_base(str(tiny_model), make_config())
     forward = base.forward
-    base.forward = lambda attention_mask=None, **inputs: forward(**inputs)
-    assert "gives other logits" in (rows.why_not_share(base, 60) or "")
+    base.forward = lambda input_ids, position_ids=None, **_: forward(input_ids=input_ids, position_ids=position_ids)
+    assert "gives other logits" in (rows.why_not_share(base, 60, 120) or "")

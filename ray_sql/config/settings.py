@@ -240,6 +240,14 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_gpu(self) -> Self:
+        if self.scaling.use_gpu is False and (self.scaling.resources_per_worker or {}).get("GPU"):
+            raise ValueError(
+                "scaling.use_gpu is false, but scaling.resources_per_worker asks for a GPU: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_overwrite(self) -> Self:
         start = self.prev_checkpoint or ""
         own = "/" not in start or (absolute(start).is_relative_to(self.run_dir) and "://" not in self.run_dir)

@@ -41,13 +41,15 @@ class Corpus:
         place = self.databases.get(db_id)
         return None if place is None or "://" in place else place
 
-    def fingerprint(self) -> str:
-        """16 hex digits of the content: examples of all splits and schemas, not where they lie."""
+    def fingerprint(self, splits: Sequence[str] | None = None) -> str:
+        """16 hex digits of the content, not where it lies: examples of all splits and schemas, or of `splits` and theirs."""
         digest = hashlib.sha256()
-        for name in sorted(self.splits):
+        named = self.splits if splits is None else set(splits) & set(self.splits)
+        used = {example.db_id for name in named for example in self.splits[name]}
+        for name in sorted(named):
             for example in self.splits[name]:
                 digest.update(json.dumps([name, asdict(example)], sort_keys=True).encode())
-        for db_id in sorted(self.schemas):
+        for db_id in sorted(self.schemas if splits is None else used & set(self.schemas)):
             digest.update(json.dumps(self.schemas[db_id].to_dict(), sort_keys=True).encode())
         return digest.hexdigest()[:16]
 

@@ -3,7 +3,20 @@ forward pass computes (`share`), where the model allows it (`probe`)."""
 
 from ray_sql.rows import attention
 from ray_sql.rows.probe import why_not_share
-from ray_sql.rows.share import AUTO, Pass, Shared, Step, Steps, collate, model_inputs, passes, plan, share, tokens
+from ray_sql.rows.share import (
+    Pass,
+    Shared,
+    Step,
+    Steps,
+    collate,
+    heaviest_pass,
+    model_inputs,
+    passes,
+    plan,
+    share,
+    together,
+    tokens,
+)
 from ray_sql.rows.tokenise import (
     FILE,
     IGNORED,
@@ -19,7 +32,6 @@ from ray_sql.rows.tokenise import (
 )
 
 __all__ = [
-    "AUTO",
     "FILE",
     "IGNORED",
     "Audit",
@@ -34,12 +46,14 @@ __all__ = [
     "collate",
     "encode",
     "encode_prompt",
+    "heaviest_pass",
     "model_inputs",
     "passes",
     "plan",
     "prepare",
     "read",
     "share",
+    "together",
     "tokens",
     "why_not_share",
     "write",

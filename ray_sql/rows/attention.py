@@ -66,7 +66,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: `[1, heads, tokens, head size]` in, `[1, tokens, heads, head size]` out."""
     parts: Spans | None = options.pop(SPANS, None)
-    if parts is None or options.get("dropout"):
+    if parts is None or options.get("dropout") or options.get("position_bias") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
@@ -80,7 +80,7 @@ def _attention(
         seen = [torch.cat([whole[0], whole[number]], dim=1) if number else whole[0] for whole in (keys, values)]
         # heads that share a key are rows of one product, so that keys need not be repeated
         grouped = queries[number].reshape(len(seen[0]), -1, query.shape[-1])
-        outputs.append(_Attend.apply(grouped, *seen, bias).reshape(queries[number].shape))
+        outputs.append(_Attend.apply(grouped, *seen, bias).reshape(*queries[number].shape[:2], -1))
     return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_sql.rows.attention import install
 from ray_sql.rows.share import Shared, collate, model_inputs
 from ray_sql.rows.tokenise import Row
 
@@ -15,21 +16,32 @@ TOLERANCE = 0.05
 """Relative difference of logits that arithmetic explains; a question that sees another one is off by ten times as much."""
 
 
-def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
-    """Why rows of several questions would be wrong for `model`, where the longest example has `longest` tokens; None: they are right.
+OWN = 8
+"""Tokens of the question that is compared."""
 
-    Sliding windows shorter than an example are found in its config. All else (state-space layers, attention that takes no mask,
-    positions that are counted and not given) shows when a shared row and a separate one of random tokens are compared.
+
+def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
+    """Why rows of several questions would be wrong for `model`, where examples have up to `longest` tokens and rows up to `row`; None:
+    they are right.
+
+    Sliding windows shorter than an example are found in its config. All else (state-space layers, windows of places in the row,
+    attention that takes no mask, positions that are counted and not given) shows when a shared row and a separate one, of random
+    tokens and of these lengths, are compared.
     """
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if _slides(config) else None
+    install(model)
+    window = (
+        (getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
+        if _slides(config)
+        else None
+    )
     if window and longest > window:
         return f"its attention slides over a window of {window} tokens, but the longest example has {longest}"
     if "flash" in str(config._attn_implementation):
         return "FlashAttention takes no mask of who sees whom"
     try:
-        difference = _difference(model)
-    except (TypeError, ValueError, RuntimeError) as error:
+        difference = _difference(model, longest, row)
+    except Exception as error:  # each architecture fails in its own way; a row of one example is right for all
         return f"it does not take a shared row ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     if not difference < TOLERANCE:
         return f"a shared row gives other logits than a separate one (relative difference {difference:.2g}): not attention by a mask"
@@ -39,19 +51,18 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
 def _slides(config: object) -> bool:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
-        return any("sliding" in kind for kind in kinds)
+        return any("full" not in kind for kind in kinds)
     return bool(getattr(config, "use_sliding_window", True))
 
 
-def _difference(model: PreTrainedModel) -> float:
+def _difference(model: PreTrainedModel, longest: int, row: int) -> float:
     """Relative difference of the second question's logits in a shared row from those in a row of its own."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
-    prefix, first, second = (
-        torch.randint(model.config.get_text_config().vocab_size, (length,), generator=draw).tolist()
-        for length in (9, 5, 7)
-    )
+    lengths = (max(8, longest - OWN), max(OWN, row - longest), OWN)
+    vocabulary = model.config.get_text_config().vocab_size
+    prefix, first, second = (torch.randint(vocabulary, (length,), generator=draw).tolist() for length in lengths)
     rows = tuple(Row("", "", prefix + own, len(prefix) + 1) for own in (first, second))
     training = model.training
     model.eval()

@@ -18,6 +18,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ray_sql.config import Config
@@ -32,8 +33,6 @@ PADDING = -1
 """The segment of a token that only fills a batch."""
 AUTO = 8
 """Questions that share a row where `rows.examples_per_row` is `auto` and the model allows it."""
-WORTH = 4
-"""Rows are joined if they share at least one part in this many of a prompt: a trimmed schema would cost the others their prefix."""
 
 
 @dataclass(frozen=True)
@@ -98,42 +97,63 @@ class Steps:
         return replace(made, labels=made.labels.new_full(made.labels.shape, IGNORED))
 
 
-def plan(rows: Sequence[Row], config: Config, together: int) -> list[list[int]]:
-    """The examples of every optimizer step of the run, as indices into `rows`; the same for any number of workers.
+def plan(rows: Sequence[Row], config: Config, together: int, limit: int | None = None) -> list[list[int]]:
+    """The examples of the run's optimizer steps (the first `limit` of them), as indices into `rows`; the same for any number of workers.
 
-    An epoch visits every example once, up to `together` of one database after each other; which ones, and in which order the
+    An epoch visits every example once, groups of `together` on one database after each other; which ones, and in which order the
     groups come, is drawn anew for every epoch. The step that ends an epoch may be smaller.
     """
     databases = [row.db_id for row in rows]
-    total, size = config.steps(len(rows)), config.global_batch
+    size = config.global_batch
+    total = min(config.steps(len(rows)), limit or config.steps(len(rows)))
     steps: list[list[int]] = []
     epoch = 0
     while len(steps) < total:
-        order = epoch_order(databases, together, random.Random(f"{config.seed} {epoch}"))
+        order = epoch_order(databases, min(together, size), random.Random(f"{config.seed} {epoch}"))
         steps += [order[start : start + size] for start in range(0, len(order), size)]
         epoch += 1
     return steps[:total]
 
 
-def tokens(rows: Sequence[Row], config: Config, together: int) -> int:
-    """How many tokens the run's first epoch computes on one worker."""
-    steps = plan(rows, config, together)[: config.steps_per_epoch(len(rows))]
-    made = ([rows[index] for index in step] for step in steps)
-    return sum(row.tokens for examples in made for row in share(examples, together, config.rows.row_length))
+def together(config: Config) -> int:
+    """How many questions share a row as the settings say; a model may still not allow it."""
+    return AUTO if config.rows.examples_per_row == "auto" else config.rows.examples_per_row
+
+
+def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
+    """How many tokens the run's first epoch computes on one worker, and how many it would with one example a row."""
+    shared = [row for step in _first_epoch(rows, config) for one in step for row in one]
+    return sum(row.tokens for row in shared), sum(len(one.input_ids) for row in shared for one in row.examples)
+
+
+def heaviest_pass(rows: Sequence[Row], config: Config) -> int:
+    """Tokens of the largest forward pass of the run's first epoch, padding included, on one worker."""
+    return max(len(one) * max(row.tokens for row in one) for step in _first_epoch(rows, config) for one in step)
+
+
+def _first_epoch(rows: Sequence[Row], config: Config) -> list[list[list[Shared]]]:
+    """Forward passes by step."""
+    steps = plan(rows, config, together(config), config.steps_per_epoch(len(rows)))
+    return [passes([rows[index] for index in step], config, together(config), 0, 1) for step in steps]
 
 
 def epoch_order(databases: Sequence[str], together: int, draw: random.Random) -> list[int]:
-    """Every index into `databases` once: a random order of random groups of up to `together` from one database."""
+    """Every index into `databases` once, in a random order of groups of `together`.
+
+    A group is of one database, or of what is left of several. All but the last are full, so that steps of a multiple of `together`
+    never cut one in two, which would compute its schema twice.
+    """
     members: dict[str, list[int]] = defaultdict(list)
     for index in draw.sample(range(len(databases)), len(databases)):
         members[databases[index]].append(index)
-    groups = [
-        indices[start : start + together]
-        for _, indices in sorted(members.items())
-        for start in range(0, len(indices), together)
-    ]
+    rest = [indices[len(indices) - len(indices) % together :] for _, indices in sorted(members.items())]
+    draw.shuffle(rest)
+    left = list(chain.from_iterable(rest))
+    whole = [indices[: len(indices) - len(indices) % together] for _, indices in sorted(members.items())]
+    whole.append(left[: len(left) - len(left) % together])
+    groups = [indices[start : start + together] for indices in whole for start in range(0, len(indices), together)]
     draw.shuffle(groups)
-    return [index for group in groups for index in group]
+    return [*chain.from_iterable(groups), *left[len(left) - len(left) % together :]]
 
 
 def share(examples: Sequence[Row], together: int, row_length: int, at_least: int = 1) -> list[Shared]:
@@ -219,12 +239,18 @@ def visible(segments: torch.Tensor) -> torch.Tensor:
 
 
 def _fill(group: Sequence[Row], together: int, row_length: int) -> list[Shared]:
-    """One database's examples as rows, each as full as it may be."""
+    """One database's examples as rows: each joins the first row where it fits, saves tokens, and shares at least half its prompt.
+
+    A schema that was trimmed, or shown in part, shares less, and would cost those that share more their prefix.
+    """
     made: list[Shared] = []
     for row in group:
-        joined = _joined((*made[-1].examples, row)) if made and len(made[-1].examples) < together else None
-        if joined and joined.prefix * WORTH >= row.prompt_length and joined.tokens <= row_length:
-            made[-1] = joined
+        for place, one in enumerate(made):
+            joined = _joined((*one.examples, row)) if len(one.examples) < together else one
+            saves = one.tokens < joined.tokens < one.tokens + len(row.input_ids)
+            if saves and joined.prefix * 2 >= row.prompt_length and joined.tokens <= row_length:
+                made[place] = joined
+                break
         else:
             made.append(_joined((row,)))
     return made
