@@ -181,11 +181,11 @@ class Config(BaseSettings):
     seed: int = 14
     """Seed of everything random: split, order, adapter, dropout."""
     train_batch_size: int = Field(1, ge=1)
-    """Examples per forward pass and worker; a shared row may hold more (rows.examples_per_row)."""
+    """Examples per forward pass and worker where they share no row; a shared row is a pass of its own (rows.examples_per_row)."""
     eval_batch_size: int = Field(1, ge=1)
     """Questions answered together when generating."""
     grad_accum_steps: int = Field(8, ge=1)
-    """Forward passes per optimizer step; a step sees train_batch_size x grad_accum_steps x workers examples."""
+    """A step averages over train_batch_size x grad_accum_steps x workers examples, however they are laid out in forward passes."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     num_epochs: float = Field(1, gt=0)
@@ -281,7 +281,7 @@ class Config(BaseSettings):
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step on each worker."""
+        """How many times `train_batch_size` examples make each worker's part of an optimizer step."""
         if self.train.global_batch_size is None:
             return self.grad_accum_steps
         return self.train.global_batch_size // (self.train_batch_size * self.workers)
