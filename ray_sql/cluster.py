@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,10 @@ def start_ray() -> None:
         # it announces at every start that tokens are on, as they should be
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         # workers' own output stays in Ray's logs and dashboard: what matters comes through the channel, and their errors as errors
+        terminate = signal.getsignal(signal.SIGTERM)
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray puts its own there, which writes a stack trace and aborts
 
 
 def scaling_config(config: Config) -> ScalingConfig:

@@ -180,8 +180,9 @@ def log_results(record: tracking.Run, config: Config, measured: Measured, metric
     for name in measured:
         for split, scores in metrics[name].items():
             record.log(metrics.get("steps", 0), flat(scores, f"{name}/{split}"))
-    shown = ("model", "split", "db_id", "hardness", "verdict", "error", "question", "gold", "predicted")
-    rows = [{"model": name, **row} for name, judged in measured.items() for row in judged]
+    # the UI shows the first columns and rows without scrolling: what one looks at first is what the tuned model got wrong
+    shown = ("verdict", "question", "gold", "predicted", "error", "db_id", "hardness", "split", "model")
+    rows = [{"model": name, **row} for name in reversed(measured) for row in measured[name]]
     record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
     for file, figure in plots.figures(metrics, measured).items():
         record.figure(figure, f"figures/{file}")
