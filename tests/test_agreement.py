@@ -4,11 +4,22 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.agreement import JUDGEMENTS, compare_execution, compare_hardness, read
+from benchmarks.agreement import (
+    JUDGEMENTS,
+    OFFICIAL_MISTAKES,
+    compare_exact_set,
+    compare_execution,
+    compare_hardness,
+    read,
+)
 from ray_sql.execution import Executor
+from ray_sql.metrics.spider_grammar import read_query
+from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
+from ray_sql.schema import read_tables_json
 
 pytestmark = pytest.mark.skipif("RAY_SQL_SHARED" not in os.environ, reason="needs the reference data: RAY_SQL_SHARED")
 
@@ -42,3 +53,75 @@ def test_hardness_equals_the_official_grade(data: Path) -> None:
     found = compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries)
     assert found.compared == len(queries) == 1034
     assert found.differing == ()
+
+
+def test_exact_set_match_equals_the_official_one_but_for_listed_mistakes(data: Path) -> None:
+    rows = read(data / "agreement" / "execution.jsonl")
+    found = compare_exact_set(rows, read_tables_json(data / "spider" / "tables.json"))
+    assert found.compared == 7070
+    assert found.agree / found.compared >= 0.995
+    assert sorted(found.differing) == sorted(OFFICIAL_MISTAKES)
+
+
+def test_queries_are_read_as_in_spiders_own_trees(data: Path) -> None:
+    schemas = read_tables_json(data / "spider" / "tables.json")
+    entries = json.loads((data / "spider" / "tables.json").read_text(encoding="utf-8"))
+    names = {entry["db_id"]: Names(entry) for entry in entries}
+    queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
+    assert len(queries) == 1034
+    for query in queries:
+        expected = names[query["db_id"]].query(query["sql"])
+        assert read_query(query["query"], schemas[query["db_id"]]) == expected, query["query"]
+
+
+class Names:
+    """Spider's tree of a query, whose columns and words are numbers, with the names for the numbers."""
+
+    AGGREGATES = ("", "max", "min", "count", "sum", "avg")
+    OPERATIONS = ("", "-", "+", "*", "/")
+    COMPARISONS = ("not", "between", "=", ">", "<", ">=", "<=", "!=", "in", "like", "is", "exists")
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.tables = [name.lower() for name in entry["table_names_original"]]
+        self.columns = [
+            "*" if table < 0 else f"{self.tables[table]}.{name}".lower()
+            for table, name in entry["column_names_original"]
+        ]
+
+    def query(self, tree: dict[str, Any]) -> SpiderQuery:
+        distinct, selected = tree["select"]
+        direction, keys = tree["orderBy"] or ("", [])
+        combined = [(word, self.query(tree[word])) for word in ("intersect", "union", "except") if tree[word]]
+        return SpiderQuery(
+            distinct=distinct,
+            select=tuple((self.AGGREGATES[aggregate], self.term(term)) for aggregate, term in selected),
+            tables=tuple(
+                self.query(table) if kind == "sql" else self.tables[table]
+                for kind, table in tree["from"]["table_units"]
+            ),
+            on=self.conditions(tree["from"]["conds"]),
+            where=self.conditions(tree["where"]),
+            group=tuple(self.unit(key) for key in tree["groupBy"]),
+            having=self.conditions(tree["having"]),
+            direction=direction,
+            order=tuple(self.term(key) for key in keys),
+            limited=tree["limit"] is not None,
+            combined=combined[0] if combined else None,
+        )
+
+    def unit(self, tree: list[Any]) -> Unit:
+        aggregate, column, distinct = tree
+        return Unit(self.AGGREGATES[aggregate], self.columns[column], distinct)
+
+    def term(self, tree: list[Any]) -> Term:
+        operation, left, right = tree
+        return Term(self.OPERATIONS[operation], self.unit(left), None if right is None else self.unit(right))
+
+    def conditions(self, tree: list[Any]) -> Conditions:
+        return Conditions(tuple(self.condition(item) for item in tree[::2]), tuple(tree[1::2]))
+
+    def condition(self, tree: list[Any]) -> Condition:
+        negated, comparison, term, *values = tree
+        word = self.COMPARISONS[comparison]
+        nested = [self.query(value) if isinstance(value, dict) else None for value in values]
+        return Condition(negated, word, self.term(term), tuple(nested if word == "between" else nested[:1]))

@@ -1,10 +1,12 @@
 """Scores: pure functions of plain values, each named by the judgement it makes.
 
 `match` compares two results under the semantics of Spider, BIRD or plain equality; `judge` runs gold and prediction in
-an `Executor` and says what came of it; `hardness` grades a query as Spider does; `linking` scores schema links;
-`statistics` has the interval and the paired test that belong beside every accuracy.
+an `Executor` and says what came of it; `exact_set` compares two queries clause by clause, as Spider does, with
+`spider_grammar`, `spider_query` and `spider_words` to read them; `hardness` grades a query as Spider does; `linking`
+scores schema links; `statistics` has the interval and the paired test that belong beside every accuracy.
 """
 
+from ray_sql.metrics.exact_set import exact_set_match
 from ray_sql.metrics.hardness import Hardness, hardness
 from ray_sql.metrics.judge import ERROR_KINDS, ErrorKind, Pair, Verdict, VerdictName, classify_error, judge, judge_many
 from ray_sql.metrics.linking import PRF, Counts, LinkingScore, LinkingSummary, Links, score_links, summarise_links
@@ -35,6 +37,7 @@ __all__ = [
     "VerdictName",
     "bird_match",
     "classify_error",
+    "exact_set_match",
     "execution_match",
     "hardness",
     "is_ordered",

@@ -1,0 +1,57 @@
+"""A query as the words that Spider's parser cuts it into, which decide some verdicts before there is any grammar."""
+
+import re
+from collections.abc import Sequence
+
+from sqlglot import Token, TokenType
+
+_NAMES_OR_VALUES = (TokenType.STRING, TokenType.IDENTIFIER)
+_UNKNOWN = {"<>", "==", "true", "false"}
+_BEFORE_CONDITION = {"where", "and", "or", "on", "having", "not", "is", "("}
+
+
+class UnreadableError(Exception):
+    """Spider's parser would reject this."""
+
+
+def first_statement(tokens: Sequence[Token]) -> list[Token]:
+    """The tokens before the first semicolon: Spider's parser never reads on."""
+    ends = (place for place, token in enumerate(tokens) if token.token_type is TokenType.SEMICOLON)
+    return list(tokens[: next(ends, len(tokens))])
+
+
+def aliases(tokens: Sequence[Token]) -> dict[str, str]:
+    """What stands after an AS -> what stands before it, over the whole text."""
+    return {
+        tokens[place + 1].text.lower(): tokens[place - 1].text.lower()
+        for place, token in enumerate(tokens[:-1])
+        if token.token_type is TokenType.ALIAS
+    }
+
+
+def check_spelling(sql: str, tokens: Sequence[Token]) -> None:
+    """Reject what is good SQL, but not cut into the words that Spider's parser knows.
+
+    A comment is words to it, too. Where one comes after all that it reads (an ORDER BY), it takes the query; here a
+    comment is always rejected.
+    """
+    if not tokens or tokens[0].token_type not in (TokenType.SELECT, TokenType.L_PAREN):
+        raise UnreadableError("no query")
+    previous = ""
+    for token in tokens:
+        word = token.text.lower()
+        if token.comments or word in _UNKNOWN or (word == "not" and previous in _BEFORE_CONDITION):
+            raise UnreadableError(word)
+        if token.token_type in _NAMES_OR_VALUES and (sql[token.start] in "[`" or re.search("[\"']", word)):
+            raise UnreadableError(word)
+        touches_left = _is_wordy(sql[token.start - 1 : token.start])
+        touches_right = _is_wordy(sql[token.end + 1 : token.end + 2])
+        if word in ("=", "+", "-", "*", "/") and touches_left:
+            raise UnreadableError(word)
+        if word in ("=", "!=", ">=", "<=", "+", "*", "/") and touches_right:
+            raise UnreadableError(word)
+        previous = word
+
+
+def _is_wordy(character: str) -> bool:
+    return character.isalnum() or (character != "" and character in "_\"'.-")
