@@ -150,10 +150,11 @@ def format_links(links: Links) -> str:
 def parse_links(answer: str) -> Links | None:
     """The links in a model's answer, each column once; None unless they are a JSON object of lists of names.
 
-    Reads the first fenced block, also one that was cut off before its end; without a fence, the first JSON object.
+    Reads the first fenced block, also one that was cut off before its end; without a fence, or where the object comes before
+    it, the first JSON object.
     """
     try:
-        fenced = _FENCED.search(answer)
+        fenced = None if answer.lstrip().startswith("{") else _FENCED.search(answer)
         return _as_links(json.loads(fenced[1]) if fenced else _first_object(answer))
     except (ValueError, RecursionError):  # RecursionError: a model that repeats "[" for ever
         return None

@@ -143,6 +143,7 @@ def test_the_written_form_is_pinned() -> None:
         ('```json\n{"t": ["a"]}\n```\n```json\n{"u": []}\n```', {"t": ["a"]}),
         ('[{"t": ["a"]}]', {"t": ["a"]}),
         ("{}", {}),
+        ('{"```": ["a"]}', {"```": ["a"]}),
         ('```json\n{"t": ["a"]} and more\n```', None),
         ("```json\n{'t': ['a']}\n```", None),
         ("```python\n{'t': ['a']}\n```", None),
