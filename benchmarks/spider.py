@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M on real Spider, cut to what two CPU cores can do, and measure it on the unseen databases of dev.
 
-    RAY_SQL_SHARED=… python -m benchmarks.spider --task_type sql        (a quarter of an hour on 2 cores; --quick: 3 minutes)
+    RAY_SQL_SHARED=… python -m benchmarks.spider --task_type sql        (15 to 25 minutes on 2 cores; --quick: a few examples)
     RAY_SQL_SHARED=… python -m benchmarks.spider --task_type schema
 
 RAY_SQL_SHARED names a folder with Spider in data/spider. Runs `jobs/configs/spider-<task>.yaml` with the changes in `CUT`, through the
@@ -27,7 +27,7 @@ CUT: dict[str, Any] = {
     "rows.too_long": "drop",
     "lora.r": 16,
     "lora.lora_alpha": 32,
-    "lora.lora_dropout": 0.0,  # on a CPU its random numbers cost a tenth of the time
+    "lora.lora_dropout": 0.0,  # on a CPU its random numbers cost time
     "learning_rate": 5e-4,
     "save_steps": 1000,  # once, at the end
     "train.logging_steps": 10,

@@ -1,6 +1,6 @@
 """How fast a step is: plain TRL, TRL's packing, and shared rows, on the same examples in one interleaved run.
 
-    RAY_SQL_SHARED=… python -m benchmarks.training_speed            (about 25 minutes on 2 cores; --quick: 3 minutes)
+    RAY_SQL_SHARED=… python -m benchmarks.training_speed            (--quick: two rounds of four variants)
 
 RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. A round takes 32 examples of one
 database, drawn at random, and makes one optimizer step with every variant, in an order drawn anew: over the first 8 of them (the
