@@ -2,7 +2,7 @@
 
 `match` compares two results under the semantics of Spider, BIRD or plain equality; `judge` runs gold and prediction in
 an `Executor` and says what came of it; `hardness` grades a query as Spider does; `linking` scores schema links;
-`statistics` has the interval and the paired test that belong beside every accuracy.
+`statistics` has the intervals and the paired test that belong beside every accuracy.
 """
 
 from ray_sql.metrics.hardness import Hardness, hardness
@@ -17,7 +17,7 @@ from ray_sql.metrics.match import (
     spider_match,
     strict_match,
 )
-from ray_sql.metrics.statistics import Interval, mcnemar, wilson_interval
+from ray_sql.metrics.statistics import Interval, clustered_interval, mcnemar, resolvable_difference, wilson_interval
 
 __all__ = [
     "ERROR_KINDS",
@@ -35,6 +35,7 @@ __all__ = [
     "VerdictName",
     "bird_match",
     "classify_error",
+    "clustered_interval",
     "execution_match",
     "hardness",
     "is_ordered",
@@ -42,6 +43,7 @@ __all__ = [
     "judge_many",
     "mcnemar",
     "prepare_spider",
+    "resolvable_difference",
     "score_links",
     "spider_match",
     "strict_match",
