@@ -67,7 +67,7 @@ def test_finetune_writes_exactly_the_documented_files(run: Run, flags: list[str]
     place = tmp_path / "out" / "run"
     assert sorted(path.name for path in place.iterdir()) == [
         "adapter", "base_predictions.jsonl", "checkpoint-2", "config.json", "contract.json", "inputs", "logs", "metrics.json",
-        "predictions.jsonl",
+        "predictions.jsonl", "report.html",
     ]  # fmt: skip
     assert sorted(path.name for path in (place / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "config.json", "contract.json",
@@ -191,6 +191,9 @@ def test_evaluate_scores_gold_as_predictions_at_100_percent(run: Run, spider_fol
         == 1.0
     )
     assert "100.0 %" in out
+    assert sorted(path.name for path in (tmp_path / "out" / "scores").iterdir()) == [
+        "config.json", "metrics.json", "predictions.jsonl", "report.html",
+    ]  # fmt: skip
     file.write_text(json.dumps({"id": "3", "predicted": "SELECT 1"}) + "\n")
     code, _, _ = run("evaluate", "--predictions_file", str(file), *arguments)
     assert code == 0
