@@ -63,7 +63,7 @@ def page(title: str, metrics: Mapping[str, Any], measured: Mapping[str, Rows], f
 
 def facts(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
     """What was measured, how, and where its record is."""
-    scores = next(iter(metrics[models[-1]].values()), {})
+    scores: Mapping[str, Any] = next(iter(metrics[models[-1]].values()), {})
     steps = f"{metrics['best_step']} of {metrics['steps']}" if "best_step" in metrics else None
     known = {
         "task": metrics["task_type"],

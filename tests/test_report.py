@@ -135,7 +135,7 @@ def test_it_is_written_into_the_runs_folder(make_config: Any, tmp_path: Path) ->
     [
         ("", "30 of 30 questions: base right on 10, tuned right on 29"),
         ("#verdict-base=wrong&verdict-tuned=correct", "19 of 30 questions: base right on 0, tuned right on 19"),
-        ("#db_id=db1&text=QUESTION 2", "6 of 30 questions: base right on 2, tuned right on 6"),
+        ("#db_id=db1&text=QUESTION 2", "5 of 30 questions: base right on 2, tuned right on 5"),
         ("#split=dev&text=alert('x')", "1 of 30 questions: base right on 0, tuned right on 0"),
     ],
 )
