@@ -2,8 +2,8 @@
 
     python -m jobs.evaluate --compare A/predictions.jsonl B/predictions.jsonl
 
-Nothing is executed again: verdicts are taken as they stand in the files, paired by split and id. Both must have been scored
-against the same gold (and under the same semantics, which `predictions.jsonl` does not hold).
+Nothing is executed again: verdicts are taken as they stand in the files, paired by split and id. Both must have been scored against
+the same gold, and under the same semantics, which is known where `metrics.json` still lies beside a file.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         display.line(f"would compare {files[0]} with {files[1]} and write {config.run_dir}")
         return {}
     paired = pair(read(files[0]), read(files[1]), files)
+    rules = [semantics(file) for file in files]
+    if all(rules) and rules[0] != rules[1]:
+        raise DataError(
+            f"--compare: {files[0]} was scored under semantics {rules[0]}, {files[1]} under {rules[1]}; score one of them again: "
+            f"jobs.evaluate --predictions_file … --evaluate.semantics {rules[0]}"
+        )
     result = {"a": files[0], "b": files[1], **compare(paired)}
     text = listing(result)
     checkpoints.write_text(f"{config.run_dir}/compare.txt", text)
@@ -85,6 +91,17 @@ def _key(row: Any, where: str) -> Key:
     if row["verdict"] not in get_args(VerdictName):
         raise DataError(f"{where}: verdict {row['verdict']!r} is none of {', '.join(get_args(VerdictName))}")
     return str(row.get("split", "")), str(row["id"])
+
+
+def semantics(file: str) -> str | None:
+    """Under which rule the rows of a file were judged, if the `metrics.json` beside it says so."""
+    text = checkpoints.read_text(f"{file.rpartition('/')[0]}/metrics.json")
+    try:
+        metrics = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        return None
+    scores = [one for name in ("tuned", "base", "file") for one in metrics.get(name, {}).values()]
+    return scores[0].get("semantics") if scores else None
 
 
 def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Paired:
@@ -178,10 +195,9 @@ def verdict(test: Mapping[str, Any]) -> str:
     """What the numbers allow one to say, in words."""
     n, p = test["n"], test["mcnemar_p"]
     if p > ALPHA:
-        return (
-            f"no significant difference at this size: {n:,} questions resolve about "
-            f"{100 * test['resolvable_difference']:.1f} points (McNemar p = {p:.2g})"
-        )
+        found = test["resolvable_difference"]
+        can = f"resolve about {100 * found:.1f} points" if found < 1 else "are too few to resolve any difference"
+        return f"no significant difference at this size: {n:,} questions {can} (McNemar p = {p:.2g})"
     better = "B" if test["difference"] > 0 else "A"
     text = f"{better} is significantly better, by {100 * abs(test['difference']):.1f} points (McNemar p = {p:.2g})"
     low, high = test.get("difference_clustered_interval", (1, 1))

@@ -121,6 +121,7 @@ def test_two_files_that_agree_resolve_what_their_size_allows(run: Any) -> None:
     result, text, _ = run(rows("cw" * 20), rows("cw" * 20))
     assert result["mcnemar_p"] == 1.0 and result["discordant"] == [] and "difference_clustered_interval" not in result
     assert "40 questions resolve about 19.6 points" in text
+    assert "4 questions are too few to resolve any difference" in run(rows("cwcw"), rows("wwcw"))[1]
 
 
 def test_links_are_compared_by_exact_match_and_by_strict_recall(run: Any) -> None:
@@ -170,6 +171,21 @@ def test_what_cannot_be_compared_is_one_line_that_says_why(run: Any, b: list[Row
     with pytest.raises(DataError) as caught:
         run([row(0, "correct")], b)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_scored_under_two_semantics_are_refused(run: Any, write: Any, tmp_path: Path) -> None:
+    write("metrics.json", [{"file": {"dev": {"semantics": "spider"}}}])
+    assert run(rows("c"), rows("w"))[0]["n"] == 1
+    (tmp_path / "other").mkdir()
+    write("other/metrics.json", [{"tuned": {"dev": {"semantics": "bird"}}}])
+    files = [write("a.jsonl", rows("c")), write("other/b.jsonl", rows("w"))]
+    config = load(EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path)])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl was scored under semantics spider, .*b\.jsonl under bird; score one"
+    ):
+        compare.run(config)
+    write("other/metrics.json", ["{half"])
+    assert compare.run(config)["n"] == 1
 
 
 def test_a_missing_and_a_binary_file_are_named(write: Any, tmp_path: Path) -> None:

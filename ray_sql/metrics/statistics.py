@@ -82,7 +82,8 @@ def resolvable_difference(questions: int, discordant: int, alpha: float = 0.05, 
     With the share psi of questions that only one of the two got right, as observed, n questions find a difference d where
     n d^2 = (z_alpha sqrt(psi) + z_power sqrt(psi - d^2))^2, z_alpha two-sided; solved for d. Source: Connor 1987, Biometrics
     43, 207-211. Where so few questions are discordant that d would exceed psi, which it cannot, the answer is the d at which
-    all discordant questions favour one side, (z_alpha + z_power)^2 / n. It is an approximation: the exact test asks a little more.
+    all discordant questions favour one side, (z_alpha + z_power)^2 / n. It is an approximation: the exact test asks a little
+    more. 1.0 means that so few questions resolve nothing.
     """
     if not 0 <= discordant <= questions or questions == 0:
         raise ValueError(f"{discordant} discordant of {questions} questions")
