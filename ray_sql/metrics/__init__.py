@@ -21,7 +21,7 @@ from ray_sql.metrics.match import (
     spider_match,
     strict_match,
 )
-from ray_sql.metrics.statistics import Interval, mcnemar, wilson_interval
+from ray_sql.metrics.statistics import Interval, clustered_interval, mcnemar, resolvable_difference, wilson_interval
 
 __all__ = [
     "ERROR_KINDS",
@@ -39,6 +39,7 @@ __all__ = [
     "VerdictName",
     "bird_match",
     "classify_error",
+    "clustered_interval",
     "exact_set_match",
     "execution_match",
     "hardness",
@@ -48,6 +49,7 @@ __all__ = [
     "mcnemar",
     "prepare_spider",
     "r_ves",
+    "resolvable_difference",
     "score_links",
     "soft_f1",
     "spider_match",
