@@ -1,8 +1,8 @@
 """Answers + gold → verdicts, scores and files: the numbers that a run is judged by.
 
-Every score comes with n, a 95 % interval, its semantics, hardness and databases. Gold queries that do not run are counted apart,
-never silently. The same functions choose checkpoints during training, measure base and tuned models after it, and score a
-predictions file with no model loaded.
+Every score comes with n, a 95 % interval (and one clustered by database), its semantics, hardness and databases. Gold queries that
+do not run are counted apart, never silently. The same functions choose checkpoints during training, measure base and tuned models
+after it, and score a predictions file with no model loaded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ray_sql.metrics import (
     Pair,
     Verdict,
     classify_error,
+    clustered_interval,
     hardness,
     judge_many,
     score_links,
@@ -86,14 +87,15 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
     counted = [row for row in rows if row["verdict"] != "gold_error"]
     valid = sum(row["verdict"] in ("correct", "wrong") for row in counted)
     return {
-        **_accuracy(counted),
+        **accuracy(counted),
+        **clustered(counted, [row["verdict"] == "correct" for row in counted]),
         "semantics": config.evaluate.semantics,
         "keep_distinct": config.evaluate.keep_distinct,
         "valid_sql": _share(valid, len(counted)),
         "valid_sql_interval": _interval(valid, len(counted)),
         "gold_errors": len(rows) - len(counted),
-        "by_hardness": {level: _accuracy(group) for level, group in _grouped(counted, "hardness", HARDNESS).items()},
-        "by_database": {db_id: _accuracy(group) for db_id, group in _grouped(counted, "db_id").items()},
+        "by_hardness": {level: accuracy(group) for level, group in grouped(counted, "hardness", HARDNESS).items()},
+        "by_database": {db_id: accuracy(group) for db_id, group in grouped(counted, "db_id").items()},
         "errors": _error_counts(counted),
     }
 
@@ -203,6 +205,7 @@ def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "strict_recall": _share(recalled, n),
         "interval": _interval(recalled, n),
+        **clustered(counted, [score.strict_recall for score in scores]),
         "n": n,
         "exact_match": _share(exact, n),
         "exact_match_interval": _interval(exact, n),
@@ -230,7 +233,8 @@ def _error_counts(rows: Sequence[Row]) -> dict[str, int]:
     return dict(Counter(row["error_kind"] for row in rows if row["verdict"] != "correct").most_common())
 
 
-def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
+def accuracy(rows: Sequence[Row]) -> dict[str, Any]:
+    """The share of correct rows with its interval and counts; rows of failing gold must have been left out."""
     correct = sum(row["verdict"] == "correct" for row in rows)
     return {
         "execution_accuracy": _share(correct, len(rows)),
@@ -240,7 +244,17 @@ def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _grouped(rows: Iterable[Row], key: str, order: Sequence[str] = ()) -> dict[str, list[Row]]:
+def clustered(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[float]]:
+    """`clustered_interval` of a row's values, resampling whole databases; nothing where there are no two that differ."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, value in zip(rows, values, strict=True):
+        groups[row["db_id"]].append(value)
+    found = clustered_interval([(sum(group), len(group)) for _, group in sorted(groups.items())])
+    return {"clustered_interval": [found.low, found.high]} if found else {}
+
+
+def grouped(rows: Iterable[Row], key: str, order: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """Rows by a field, those named in `order` first, then by name."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[str(row[key])].append(row)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ray_sql import checkpoints, cluster, data, measure, plots, prepare, tracking, train
+from ray_sql import checkpoints, cluster, data, measure, plots, prepare, report, tracking, train
 from ray_sql.config import Config, EvaluateConfig, without_password
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, DataError
@@ -163,7 +163,9 @@ def _train_and_measure(
     }
     points.close()
     measure.write(config.run_dir, measured, metrics)
-    log_results(record, config, measured, metrics)
+    figures = plots.figures(metrics, measured)
+    report.write(config, metrics, measured, figures)
+    log_results(record, config, measured, metrics, figures)
     return metrics
 
 
@@ -173,7 +175,9 @@ def _validation_line(fitted: FitResult) -> str:
     return f"the best on validation:{_scores(fitted.best.metrics).removeprefix(', validation')}"
 
 
-def log_results(record: tracking.Run, config: Config, measured: Measured, metrics: Mapping[str, Any]) -> None:
+def log_results(
+    record: tracking.Run, config: Config, measured: Measured, metrics: Mapping[str, Any], figures: Mapping[str, Any]
+) -> None:
     """The scores, per-question table, figures and files of a run, in MLflow."""
     from ray_sql.evaluate import flat
 
@@ -184,10 +188,18 @@ def log_results(record: tracking.Run, config: Config, measured: Measured, metric
     shown = ("verdict", "question", "gold", "predicted", "error", "db_id", "hardness", "split", "model")
     rows = [{"model": name, **row} for name in reversed(measured) for row in measured[name]]
     record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
-    for file, figure in plots.figures(metrics, measured).items():
+    for file, figure in figures.items():
         record.figure(figure, f"figures/{file}")
     if "://" not in config.run_dir:
-        for name in ("config.json", "contract.json", "metrics.json", "predictions.jsonl", "gold_errors.jsonl"):
+        files = (
+            "config.json",
+            "contract.json",
+            "metrics.json",
+            "predictions.jsonl",
+            "gold_errors.jsonl",
+            "report.html",
+        )
+        for name in files:
             if (path := Path(config.run_dir) / name).is_file():
                 record.artifact(path)
         if (adapter := Path(config.run_dir) / "adapter").is_dir():
@@ -211,6 +223,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
         measure.write(config.run_dir, measured, metrics)
+        report.write(config, metrics, measured, plots.figures(metrics, measured))
         show(metrics, config, display)
     return metrics
 
@@ -270,6 +283,7 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         display.line(f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s")
         display.line(f"adapter      {config.run_dir}/adapter")
     display.line(f"predictions  {config.run_dir}/predictions.jsonl")
+    display.line(f"report       {config.run_dir}/report.html")
     if metrics.get("mlflow_run_id"):
         display.line(f"MLflow run   {metrics['mlflow_run_id']}")
         display.line(f"MLflow UI    make ui    (mlflow ui --backend-store-uri {metrics['tracking_uri']})")

@@ -1,24 +1,41 @@
-"""Figures people look at: accuracy by hardness with intervals, and what goes wrong."""
+"""Figures people look at: accuracy by hardness, database and length of prompt, with intervals, and what goes wrong."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from ray_sql.evaluate import grouped
+from ray_sql.metrics import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {"base": "#9aa5b1", "tuned": "#2f6fb2", "file": "#2f6fb2"}
+MOST_DATABASES = 40
+"""Databases in one figure; more cannot be read."""
+
+Rows = Sequence[dict[str, Any]]
 
 
-def figures(metrics: Mapping[str, Any], measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Figure]:
-    """Figures by file name: one of accuracy per split (task sql), and one of the errors of all models."""
+def figures(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> dict[str, Figure]:
+    """Figures by file name: accuracy (task sql) and databases per split, prompt lengths, and the errors of all models."""
     made = {}
+    splits = next(metrics[name] for name in measured)
+    what = "execution accuracy, %" if metrics["task_type"] == "sql" else "exact match, %"
     if metrics["task_type"] == "sql":
-        splits = next(metrics[name] for name in measured)
         made = {f"accuracy_{split}.png": accuracy(metrics, list(measured), split) for split in splits}
+    for split in splits:
+        counted = {name: [row for row in _counted(rows) if row["split"] == split] for name, rows in measured.items()}
+        if len({row["db_id"] for rows in counted.values() for row in rows}) > 1:
+            made[f"databases_{split}.png"] = databases(counted, split, what)
+    asked = {name: [r for r in _counted(rows) if r.get("prompt_tokens")] for name, rows in measured.items()}
+    edges = length_edges([row["prompt_tokens"] for rows in asked.values() for row in rows])
+    if len(edges) > 1:
+        made["prompt_tokens.png"] = prompt_tokens(asked, edges, what)
     return made | {"errors.png": errors(measured)}
 
 
@@ -39,16 +56,83 @@ def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Fi
         metrics[names[-1]][split]["n"],
         *(metrics[names[-1]][split]["by_hardness"][level]["n"] for level in levels),
     ]
-    labels = [f"{level}\nn = {count}" for level, count in zip(["all", *levels], counts, strict=True)]
+    labels = [f"{_name(level)}\nn = {count}" for level, count in zip(["all", *levels], counts, strict=True)]
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels)
     axes.set_ylabel("execution accuracy, %")
     axes.set_ylim(0, 100)
-    axes.set_title(f"{split}: execution accuracy ({metrics[names[-1]][split]['semantics']}), 95 % intervals")
-    axes.legend(frameon=False)
+    axes.set_title(f"{_name(split)}: execution accuracy ({metrics[names[-1]][split]['semantics']}), 95 % intervals")
+    _legend(axes)
     return figure
 
 
-def errors(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def databases(counted: Mapping[str, Rows], split: str, what: str) -> Figure:
+    """Correct answers of each model on each database, with 95 % intervals: what its questions alone say of it, the best first."""
+    groups = {name: grouped(rows, "db_id") for name, rows in counted.items()}
+    last = list(groups.values())[-1]
+    most = sorted(last, key=lambda name: -len(last[name]))[:MOST_DATABASES]
+    shown = sorted(most, key=lambda name: (-_share(last[name])[0], name))
+    figure, axes = _axes(7, 1.4 + 0.28 * len(shown))
+    height = 0.5 / len(groups)
+    for index, (name, found) in enumerate(groups.items()):
+        shares = [_share(found.get(database, [])) for database in shown]
+        places = [place + (index - (len(groups) - 1) / 2) * height for place in range(len(shown))]
+        axes.errorbar(
+            [s[0] for s in shares],
+            places,
+            xerr=_reaches(shares),
+            fmt="o",
+            capsize=2,
+            label=name,
+            color=COLOURS.get(name),
+        )
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_yticks(range(len(shown)), [f"{_name(database)}  (n = {len(last[database])})" for database in shown])
+    axes.invert_yaxis()
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel(what)
+    some = f", the {len(shown)} of {len(last)} with most questions" if len(shown) < len(last) else ""
+    axes.set_title(f"{_name(split)}: by database, 95 % intervals{some}")
+    _legend(axes)
+    return figure
+
+
+def prompt_tokens(asked: Mapping[str, Rows], edges: Sequence[int], what: str) -> Figure:
+    """Correct answers of each model by the length of the prompt, with 95 % intervals."""
+    figure, axes = _axes(7, 4)
+    binned = {name: _binned(rows, edges) for name, rows in asked.items()}
+    for index, (name, bins) in enumerate(binned.items()):
+        shares = [_share(rows) for rows in bins]
+        places = [place + 0.1 * (index - (len(binned) - 1) / 2) for place in range(len(edges))]
+        axes.errorbar(
+            places,
+            [s[0] for s in shares],
+            yerr=_reaches(shares),
+            fmt="o-",
+            capsize=3,
+            label=name,
+            color=COLOURS.get(name),
+        )
+    labels = []
+    for bins in zip(*binned.values(), strict=True):
+        lengths = [row["prompt_tokens"] for rows in bins for row in rows]
+        labels.append(f"{min(lengths)}–{max(lengths)}\nn = {len(bins[-1])}")
+    axes.set_xticks(range(len(edges)), labels)
+    axes.set_xlabel("tokens in the prompt")
+    axes.set_ylabel(what)
+    axes.set_ylim(-2, 102)
+    axes.set_title("By length of the prompt, 95 % intervals")
+    _legend(axes)
+    return figure
+
+
+def length_edges(lengths: Sequence[int], bins: int = 6, least: int = 10) -> list[int]:
+    """Where bins of about equally many prompts begin: at most `bins`, of `least` prompts or so; equal lengths stay together."""
+    ordered = sorted(lengths)
+    count = min(bins, len(ordered) // least)
+    return sorted({ordered[index * len(ordered) // count] for index in range(count)})
+
+
+def errors(measured: Mapping[str, Rows]) -> Figure:
     """How often each kind of error occurs, as a share of each model's questions."""
     counts = {
         name: Counter(row["error_kind"] for row in rows if row["error_kind"] != "none")
@@ -66,8 +150,40 @@ def errors(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("questions, %")
     axes.set_title("What goes wrong")
-    axes.legend(frameon=False)
+    _legend(axes)
     return figure
+
+
+def _counted(rows: Rows) -> list[dict[str, Any]]:
+    return [row for row in rows if row["verdict"] != "gold_error"]
+
+
+def _share(rows: Rows) -> tuple[float, float, float]:
+    """The per cent of correct rows, and its interval."""
+    correct = sum(row["verdict"] == "correct" for row in rows)
+    interval = wilson_interval(correct, len(rows))
+    return 100 * correct / max(1, len(rows)), 100 * interval.low, 100 * interval.high
+
+
+def _reaches(shares: Sequence[tuple[float, float, float]]) -> list[list[float]]:
+    """How far intervals reach down and up, as matplotlib takes them."""
+    return [[max(0.0, s - low) for s, low, _ in shares], [max(0.0, high - s) for s, _, high in shares]]
+
+
+def _binned(rows: Rows, edges: Sequence[int]) -> list[list[dict[str, Any]]]:
+    bins: list[list[dict[str, Any]]] = [[] for _ in edges]
+    for row in rows:
+        bins[bisect_right(edges, row["prompt_tokens"]) - 1].append(row)
+    return bins
+
+
+def _name(text: str) -> str:
+    """A dataset's own word as a label: short, and never read as a formula, which a `$` would begin."""
+    return (text if len(text) <= 28 else f"{text[:27]}…").replace("$", r"\$")
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

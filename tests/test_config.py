@@ -59,6 +59,14 @@ def test_all_nine_optional_flags_of_the_original_are_read() -> None:
     assert {name: public[name] for name in given} == given
 
 
+def test_a_setting_that_takes_several_takes_them_as_words_too() -> None:
+    for flags in (["seen", "unseen"], ["seen,unseen"], ["seen", "--split", "unseen"], ['["seen", "unseen"]']):
+        config = settings("--split", *flags, "--dry_run", "--seed", "3")
+        assert (config.split, config.dry_run, config.seed) == (("seen", "unseen"), True, 3)
+    assert "--no_such: unknown flag" in refusal("--split", "seen", "--no_such")
+    assert "stray" in refusal("--seed", "3", "stray")
+
+
 def test_defaults_give_way_to_yaml_yaml_to_the_environment_and_the_environment_to_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,20 @@ def test_failing_gold_is_counted_apart_and_all_numbers_agree(judged: list[dict[s
     assert scores["errors"] == {"wrong rows": 1, "no such column": 1, "unparsable": 1}
 
 
+def test_an_interval_clustered_by_database_is_there_where_databases_differ(
+    judged: list[dict[str, Any]], make_config: Any
+) -> None:
+    assert "clustered_interval" not in evaluate.summarise(judged, make_config()), "one database"
+    rows = [row | {"db_id": name} for name, share in (("a", 2), ("b", 3)) for row in judged[:share]]
+    scores = evaluate.summarise(rows, make_config())
+    assert scores["clustered_interval"] == [2 / 3, 1.0] and scores["execution_accuracy"] == 4 / 5
+    links = make_config(task_type="schema")
+    answers = [("a", '{"customer": ["name", "city"]}'), ("b", '{"customer": ["name"]}')]
+    asked = [ask(json.dumps(GOLD), db_id=db_id) for db_id, _ in answers]
+    scores = evaluate.summarise(evaluate.score(asked, [said(one, "json") for _, one in answers], links), links)
+    assert scores["clustered_interval"] == [0.0, 1.0] and scores["strict_recall"] == 0.5
+
+
 def test_hardness_is_graded_where_the_dataset_has_none(corpus: Corpus, make_config: Any) -> None:
     asked = [ask(gold, None, corpus.databases["mall"]) for _, gold in QUESTIONS]
     judged = evaluate.score(asked, [said(one.gold) for one in asked], make_config())

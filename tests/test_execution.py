@@ -358,6 +358,40 @@ def test_a_write_ahead_log_is_read_and_left_alone(executor: Executor, tmp_path: 
         executor.run(tmp_path / "crashed" / "log.sqlite", count)
 
 
+def test_what_a_crash_left_in_a_write_ahead_log_is_read_and_left_alone(executor: Executor, tmp_path: Path) -> None:
+    writer = sqlite3.connect(tmp_path / "log.sqlite", isolation_level=None)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("CREATE TABLE t (a)")
+    writer.execute("INSERT INTO t VALUES (1)")
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    for name in ("log.sqlite", "log.sqlite-wal", "log.sqlite-shm"):
+        shutil.copy(tmp_path / name, crashed / name)
+    before = contents(crashed)
+    assert executor.run(crashed / "log.sqlite", "SELECT a FROM t").rows == ((1,),)
+    assert contents(crashed) == before
+    writer.close()
+
+
+def test_an_error_is_one_short_line_whatever_it_quotes(executor: Executor, database: Path) -> None:
+    for sql in (
+        'PRAGMA "a\nb\u2028c" = 1',
+        "ATTACH '/new\r\nline' AS other",
+        'CREATE TABLE "' + "x\n" * 5000 + '" (a)',
+        'SELECT "' + "x\n" * 5000 + '".y FROM item',
+        "SELECT json_extract('{}', hex(zeroblob(400000)))",
+    ):
+        error = executor.run(database, sql).error
+        assert error is not None and len(error.splitlines()) == 1 and len(error) < 1100
+
+
+def test_the_names_of_columns_are_limited_as_rows_are(executor: Executor, database: Path) -> None:
+    names = 'WITH t("{}") AS (SELECT 1) SELECT {} FROM t'
+    assert executor.run(database, names.format("n" * 10_000, ", ".join("*" * 100))).status == "ok"
+    result = executor.run(database, names.format("n" * 10_000, ", ".join("*" * 110)))
+    assert result.error == f"too large: more than {LIMITS.bytes} bytes of column names"
+
+
 def test_a_read_only_folder_is_enough(executor: Executor, database: Path, tmp_path: Path) -> None:
     path = tmp_path / "shop.sqlite"
     shutil.copy(database, path)

@@ -67,7 +67,7 @@ def test_finetune_writes_exactly_the_documented_files(run: Run, flags: list[str]
     place = tmp_path / "out" / "run"
     assert sorted(path.name for path in place.iterdir()) == [
         "adapter", "base_predictions.jsonl", "checkpoint-2", "config.json", "contract.json", "inputs", "logs", "metrics.json",
-        "predictions.jsonl",
+        "predictions.jsonl", "report.html",
     ]  # fmt: skip
     assert sorted(path.name for path in (place / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "config.json", "contract.json",
@@ -191,10 +191,32 @@ def test_evaluate_scores_gold_as_predictions_at_100_percent(run: Run, spider_fol
         == 1.0
     )
     assert "100.0 %" in out
+    assert sorted(path.name for path in (tmp_path / "out" / "scores").iterdir()) == [
+        "config.json", "metrics.json", "predictions.jsonl", "report.html",
+    ]  # fmt: skip
     file.write_text(json.dumps({"id": "3", "predicted": "SELECT 1"}) + "\n")
     code, _, _ = run("evaluate", "--predictions_file", str(file), *arguments)
     assert code == 0
     assert json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"]["correct"] == 0
+
+
+def test_evaluate_compares_two_scored_files(run: Run, spider_folder: Path, tmp_path: Path) -> None:
+    scored = []
+    for name, sql in (("gold", [sql for _, sql in QUESTIONS]), ("count", ["SELECT COUNT(*) FROM customer"] * 8)):
+        (tmp_path / f"{name}.sql").write_text("".join(f"{one}\n" for one in sql))
+        given = ["--predictions_file", f"{name}.sql", "--dataset_id", str(spider_folder), "--output_name", name]
+        assert run("evaluate", *given)[0] == 0
+        scored.append(f"out/{name}/predictions.jsonl")
+    code, out, err = run("evaluate", "--compare", *scored, "--output_name", "both")
+    assert (code, err) == (0, "")
+    assert "A is significantly better, by 87.5 points (McNemar p = 0.016)" in out
+    assert sorted(path.name for path in (tmp_path / "out" / "both").iterdir()) == ["compare.json", "compare.txt"]
+    code, _, err = run("evaluate", "--compare", scored[0], "nowhere.jsonl")
+    assert code == 2
+    assert (
+        err
+        == f"error: --compare {tmp_path}/nowhere.jsonl: no such file; give the predictions.jsonl of a run or an evaluation\n"
+    )
 
 
 def test_check_says_ok_line_by_line(run: Run, flags: list[str]) -> None:

@@ -23,6 +23,7 @@ from ray_sql.metrics import (
     Verdict,
     bird_match,
     classify_error,
+    clustered_interval,
     execution_match,
     hardness,
     is_ordered,
@@ -30,6 +31,7 @@ from ray_sql.metrics import (
     judge_many,
     mcnemar,
     prepare_spider,
+    resolvable_difference,
     score_links,
     spider_match,
     strict_match,
@@ -298,6 +300,55 @@ def test_mcnemar_is_the_exact_binomial() -> None:
     assert isclose(mcnemar(2, 8), 2 * (1 + 10 + 45) / 1024)
     assert mcnemar(2, 8) == mcnemar(8, 2)
     assert 0 < mcnemar(2000, 2400) < 1e-8
+
+
+def test_an_interval_clustered_by_database_is_seeded_and_as_wide_as_databases_differ() -> None:
+    alike, apart = [(5, 10), (6, 10), (5, 10), (6, 10)], [(0, 10), (10, 10), (1, 10), (11, 12)]
+    narrow, wide = clustered_interval(alike), clustered_interval(apart)
+    assert narrow and wide and narrow == clustered_interval(alike)
+    assert 0.5 <= narrow.low <= 0.55 <= narrow.high <= 0.6
+    plain = wilson_interval(22, 42)
+    assert 0 <= wide.low < plain.low and plain.high < wide.high <= 1
+    less = clustered_interval(apart, confidence=0.5)
+    assert less and wide.low < less.low < less.high < wide.high
+    for nothing in ([], [(5, 10)], [(5, 10), (1, 2)], [(0, 10), (0, 10)], [(5, 10), (0, 0)]):
+        assert clustered_interval(nothing) is None
+    with pytest.raises(ValueError):
+        clustered_interval(apart, confidence=95)
+
+
+def test_an_interval_clustered_by_database_holds_the_rate_as_often_as_it_says() -> None:
+    generator, held = random.Random(1), 0
+    for trial in range(200):
+        rates = [generator.betavariate(2, 2) for _ in range(40)]
+        groups = [(sum(generator.random() < rate for _ in range(25)), 25) for rate in rates]
+        found = clustered_interval(groups, draws=500, seed=trial)
+        assert found
+        held += found.low <= 0.5 <= found.high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+@pytest.mark.parametrize(("questions", "discordant"), [(1034, 186), (184, 40), (200, 20)])
+def test_a_resolvable_difference_is_found_four_times_in_five(questions: int, discordant: int) -> None:
+    difference, share = resolvable_difference(questions, discordant), discordant / questions
+    generator, found = random.Random(2), 0
+    for _ in range(400):
+        draws = [generator.random() for _ in range(questions)]
+        only_a = sum(draw < (share - difference) / 2 for draw in draws)
+        only_b = sum((share - difference) / 2 <= draw < share for draw in draws)
+        found += mcnemar(only_a, only_b) <= 0.05
+    assert 0.68 <= found / 400 <= 0.87  # exact, so a little below 0.8
+
+
+def test_a_resolvable_difference_at_known_points() -> None:
+    # as Connor's formula gives n: (1.96 sqrt(0.2) + 0.8416 sqrt(0.2 - 0.01))^2 / 0.01 = 154.7
+    assert isclose(resolvable_difference(155, 31), 0.1, rel_tol=0.01)
+    assert resolvable_difference(1034, 100) < resolvable_difference(1034, 200) < resolvable_difference(100, 20)
+    assert resolvable_difference(1000, 0) == resolvable_difference(1000, 2) > 0.007, "few disagreements promise nothing"
+    assert resolvable_difference(1, 1) == 1.0
+    for questions, discordant in ((0, 0), (5, 6), (5, -1)):
+        with pytest.raises(ValueError):
+            resolvable_difference(questions, discordant)
 
 
 def test_linking_scores_count_names_lower_cased() -> None:

@@ -249,7 +249,7 @@ def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any,
     assert run.data.metrics["tuned/dev/n"] == 2
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"adapter", "predictions.json", "metrics.json", "figures"} <= names
+    assert {"adapter", "predictions.json", "metrics.json", "report.html", "figures"} <= names
     assert json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "")["mlflow_run_id"] == run.info.run_id
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic_settings import CliSettingsSource, SettingsError
@@ -44,7 +44,7 @@ def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
     try:
         source = CliSettingsSource[Any](
             kind,
-            cli_parse_args=_switches(argv, kind),
+            cli_parse_args=_lists(_switches(argv, kind), kind),
             cli_implicit_flags=True,
             cli_exit_on_error=False,
             cli_hide_none_type=True,
@@ -69,6 +69,18 @@ def _switches(argv: list[str], kind: type[Config]) -> list[str]:
             words[-1] = f"--no-{words[-1][2:]}"
         elif value != "true":
             words.append(word)
+    return words
+
+
+def _lists(argv: list[str], kind: type[Config]) -> list[str]:
+    """`--compare a b` as `--compare a --compare b`: the words after a setting that takes several all belong to it."""
+    several = {f"--{name}" for name, field in names(kind) if get_origin(field.annotation) is tuple}
+    words: list[str] = []
+    for word in argv:
+        flag = words[-2] if len(words) > 1 else ""
+        if flag in several and not word.startswith("-") and not words[-1].startswith("-"):
+            words.append(flag)
+        words.append(word)
     return words
 
 

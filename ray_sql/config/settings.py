@@ -357,11 +357,29 @@ class EvaluateConfig(Config):
     """Score this file instead of asking a model: `predictions.jsonl` (id, predicted), or one SQL query a line in the split's order."""
     adapter: str | None = None
     """Folder or URI of the adapter to measure beside its base model, e.g. `out/demo/adapter`."""
+    compare: tuple[str, ...] = ()
+    """Two files of judged predictions (`predictions.jsonl`) to compare question by question; nothing is asked or executed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_a_comparison(cls, values: Any) -> Any:
+        return {"output_name": "comparison"} | values if isinstance(values, dict) and values.get("compare") else values
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if not self.predictions_file and not self.model_name:
-            raise ValueError("nothing to evaluate: give --predictions_file, or --model_name (and --adapter)")
+        if not self.predictions_file and not self.model_name and not self.compare:
+            raise ValueError(
+                "nothing to evaluate: give --predictions_file, or --model_name (and --adapter), or --compare A B"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compare(self) -> Self:
+        if len(self.compare) not in (0, 2):
+            raise ValueError(f"--compare takes two files of judged predictions, {len(self.compare)} given")
+        for name in ("predictions_file", "adapter"):
+            if self.compare and getattr(self, name):
+                raise ValueError(f"--compare reads what was judged already: leave --{name} out, or evaluate it first")
         return self
 
 

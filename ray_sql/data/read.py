@@ -75,13 +75,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def parse_lines(path: Path, text: str) -> dict[int, Any]:
+def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
     """Line number → the JSON value on it, blank lines left out; `path` serves the error message."""
     # not splitlines: it also splits at U+2028 and others, which JSON allows inside a string
     return {number: _parse(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()}
 
 
-def _parse(path: Path, text: str, first_line: int) -> Any:
+def _parse(path: Path | str, text: str, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

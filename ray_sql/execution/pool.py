@@ -248,4 +248,5 @@ def _open_database(database: Path) -> _Source:
         raise DataError(
             f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 to merge"
         )
-    return _Source(uri, (*state, written.st_size, written.st_mtime_ns))
+    # Read-only, or the first reader after a crash would empty the index and could not fill it again.
+    return _Source(f"{uri}&readonly_shm=1", (*state, written.st_size, written.st_mtime_ns))

@@ -24,6 +24,7 @@ STEPS_BETWEEN_CLOCK_READS = 5_000  # of SQLite's virtual machine: about 0.1 ms o
 SPARE_CPU_SECONDS = 5
 LARGEST_LIMIT = 2**31 - 1  # a C int
 EXPRESSION_DEPTH = 1_000  # SQLite's own default, stated because a build may have switched the check off
+LONGEST_ERROR = 1_000  # characters; SQLite quotes what it cannot read, and that may be a string of any size
 
 # Everything SQLite has built in may be called but these: no function can be added to this process, so a list of what to
 # refuse is complete, where a list of what to allow would fail gold queries on the next release of SQLite.
@@ -116,15 +117,18 @@ def query(uri: str, sql: str, seconds: float, rows: int, size: int, memory: int,
     try:
         connection = connect(uri, size, sql_length)
     except sqlite3.Error as error:
-        return failed(str(error))
+        return failed(explain(error, None))
     try:
         connection.set_authorizer(guard)
         connection.set_progress_handler(lambda: time.monotonic() - started >= seconds, STEPS_BETWEEN_CLOCK_READS)
         cursor = connection.execute(sql)
         if cursor.description is None:
             return failed("refused: not a query")
+        names = tuple(column[0] for column in cursor.description)
+        if sum(map(len, names)) > size:
+            raise OverflowError(f"too large: more than {size} bytes of column names")
         found = fetch(cursor, rows, size)
-        return "ok", tuple(column[0] for column in cursor.description), found, None, time.monotonic() - started
+        return "ok", names, found, None, time.monotonic() - started
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
         return failed(explain(error, guard.refused))
     finally:
@@ -133,9 +137,9 @@ def query(uri: str, sql: str, seconds: float, rows: int, size: int, memory: int,
 
 def explain(error: Exception, refused: str | None) -> str:
     """One line on what went wrong, in the words that `QueryResult.error` promises."""
-    message = " ".join(str(error).split())
+    message = one_line(str(error))
     if refused:
-        return f"refused: {refused}"
+        return one_line(f"refused: {refused}")
     if "one statement at a time" in message:
         return "refused: more than one statement"
     if "may not be modified" in message:
@@ -145,6 +149,12 @@ def explain(error: Exception, refused: str | None) -> str:
     if "too big" in message or "too large" in message:
         return message if message.startswith("too large") else f"too large: {message}"
     return message
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, cut where it is very long."""
+    cut = text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}…"
+    return " ".join(cut.split())
 
 
 def restrict(seconds: float, memory: int) -> None:

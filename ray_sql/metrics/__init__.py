@@ -1,11 +1,13 @@
 """Scores: pure functions of plain values, each named by the judgement it makes.
 
 `match` compares two results under the semantics of Spider, BIRD or plain equality; `judge` runs gold and prediction in
-an `Executor` and says what came of it; `exact_set` compares two queries clause by clause, as Spider does, with
-`spider_grammar`, `spider_query` and `spider_words` to read them; `hardness` grades a query as Spider does; `linking`
-scores schema links; `statistics` has the interval and the paired test that belong beside every accuracy.
+an `Executor` and says what came of it; `bird` has BIRD's scores of speed and of near misses; `exact_set` compares two
+queries clause by clause, as Spider does, with `spider_grammar`, `spider_query` and `spider_words` to read them; `hardness`
+grades a query as Spider does; `linking` scores schema links; `statistics` has the intervals and the paired test that belong
+beside every accuracy.
 """
 
+from ray_sql.metrics.bird import r_ves, soft_f1, ves_reward
 from ray_sql.metrics.exact_set import exact_set_match
 from ray_sql.metrics.hardness import Hardness, hardness
 from ray_sql.metrics.judge import ERROR_KINDS, ErrorKind, Pair, Verdict, VerdictName, classify_error, judge, judge_many
@@ -19,7 +21,7 @@ from ray_sql.metrics.match import (
     spider_match,
     strict_match,
 )
-from ray_sql.metrics.statistics import Interval, mcnemar, wilson_interval
+from ray_sql.metrics.statistics import Interval, clustered_interval, mcnemar, resolvable_difference, wilson_interval
 
 __all__ = [
     "ERROR_KINDS",
@@ -37,6 +39,7 @@ __all__ = [
     "VerdictName",
     "bird_match",
     "classify_error",
+    "clustered_interval",
     "exact_set_match",
     "execution_match",
     "hardness",
@@ -45,9 +48,13 @@ __all__ = [
     "judge_many",
     "mcnemar",
     "prepare_spider",
+    "r_ves",
+    "resolvable_difference",
     "score_links",
+    "soft_f1",
     "spider_match",
     "strict_match",
     "summarise_links",
+    "ves_reward",
     "wilson_interval",
 ]
