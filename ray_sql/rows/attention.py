@@ -1,28 +1,46 @@
-"""Attention over a shared row on a CPU, without the places that no question sees.
+"""Attention over a shared row without the places that no question sees: by its parts on a CPU, by FlexAttention on a GPU.
 
-A mask says who sees whom, and is what a model gets; but a kernel computes every pair and throws the masked ones away. Here the prefix
-is computed by itself, and a few questions at a time with the prefix and themselves, as plain matrix products: PyTorch's own kernel for
-CPUs (2.13, bfloat16) takes 2 to 2.6 times as long, most of it in its backward. Where a model's layers do not hand `SPANS` on to
-their attention, the mask is used: slower, and equal.
+A mask says who sees whom, and is what a model gets; but a kernel computes every pair and throws the masked ones away.
+
+On a CPU the prefix is computed by itself, and a few questions at a time with the prefix and themselves, as plain matrix products:
+PyTorch's own kernel for CPUs (2.13, bfloat16) takes 2 to 2.6 times as long, most of it in its backward. Where a model's layers do
+not hand `SPANS` on to their attention, the mask is used: slower, and equal.
+
+On a GPU a `BlockMask` takes the mask's place, made on the device from the segments of each row: FlexAttention skips blocks of 128 by
+128 tokens that nobody sees. It is compiled where it runs, so `install` tries it first, gradients included, and keeps the mask where
+it fails. Rows of one example, and generation, go through PyTorch's SDPA as before.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 NAME = "ray_sql_shared_rows"
 """The attention implementation's name in transformers' registry."""
+MASKED = "ray_sql_masked_rows"
+"""The name of SDPA with a mask, for a model on a GPU whose shared rows FlexAttention cannot compute."""
 SPANS = "shared_spans"
 """The keyword argument of a model's forward that carries `Spans`."""
 AT_ONCE = 8
-"""Questions computed together: fewer make many small products, more compute pairs of tokens that do not see each other."""
+"""Questions computed together on a CPU: fewer make many small products, more compute pairs of tokens that do not see each other."""
+TRIED = (200, 328)
+"""Lengths of the rows that FlexAttention is tried on: the second makes it compile for any length."""
+TOLERANCE = 0.02
+"""Relative difference of attention, and of its gradients, that the arithmetic of bfloat16 explains."""
+RECOMPILE_LIMIT = 64
+"""Kernels that PyTorch may compile for one function (its own limit is 8): with and without gradients, in several types."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +63,44 @@ def spans(segments: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> 
     return Spans(lengths, [bias[:prefix, :prefix], *biases])
 
 
+def block_mask(segments: torch.Tensor) -> BlockMask:
+    """Who sees whom in one row of `segments` `[1, length]`, as FlexAttention takes it, on their device."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segment = segments[0]
+
+    def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query >= key) & ((segment[key] == 0) | (segment[key] == segment[query]))
+
+    length = len(segment)
+    return create_block_mask(seen, B=1, H=None, Q_LEN=length, KV_LEN=length, device=segment.device)
+
+
 def install(model: PreTrainedModel) -> None:
-    """Let `model`, on a CPU, compute shared rows this way if its attention is PyTorch's (SDPA); all else is computed as before."""
+    """Let `model` compute shared rows this way if its attention is PyTorch's (SDPA); all else is computed as before.
+
+    A GPU on which FlexAttention does not work, or not rightly, gets the mask, and the log says why.
+    """
+    if model.config._attn_implementation != "sdpa" or model.device.type not in ("cpu", "cuda"):
+        return
+    if model.device.type == "cuda" and not _flex_fits(model):
+        use_mask(model)
+    else:
+        _register(model, NAME)
+
+
+def use_mask(model: PreTrainedModel) -> None:
+    """Let `model` compute shared rows by SDPA and a mask, whatever `install` would choose."""
+    _register(model, MASKED)
+
+
+def _register(model: PreTrainedModel, name: str) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def _attention(
@@ -61,16 +108,28 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | BlockMask | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: `[1, heads, tokens, head size]` in, `[1, tokens, heads, head size]` out."""
-    parts: Spans | None = options.pop(SPANS, None)
-    if parts is None or options.get("dropout") or options.get("position_bias") is not None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """transformers' attention function: `[rows, heads, tokens, head size]` in, `[rows, tokens, heads, head size]` out."""
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    parts: Spans | None = options.pop(SPANS, None)
+    plain = not options.get("dropout") and options.get("position_bias") is None
+    if plain and isinstance(attention_mask, BlockMask):
+        return _flex(query, key, value, attention_mask, options.get("scaling")).transpose(1, 2).contiguous(), None
+    if plain and parts is not None:
+        return _by_parts(query, key, value, parts, options.get("scaling")), None
+    if isinstance(attention_mask, BlockMask):
+        attention_mask = create_mask(attention_mask.mask_mod, 1, 1, query.shape[2], key.shape[2], query.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+
+
+def _by_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Spans, scaling: float | None
+) -> torch.Tensor:
+    scale = scaling or query.shape[-1] ** -0.5
     dtype = parts.biases[0].dtype
     queries, keys, values = (
         whole.squeeze(0).to(dtype).split(parts.lengths, dim=1) for whole in (query * scale, key, value)
@@ -81,7 +140,83 @@ def _attention(
         # heads that share a key are rows of one product, so that keys need not be repeated
         grouped = queries[number].reshape(len(seen[0]), -1, query.shape[-1])
         outputs.append(_Attend.apply(grouped, *seen, bias).reshape(*queries[number].shape[:2], -1))
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
+
+
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float | None
+) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # uncompiled it computes every pair, which is for tests on a CPU; inside a compiled model it is compiled with the rest
+    kernel = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    out: torch.Tensor = kernel(
+        query.to(value.dtype),  # autocast, which SDPA obeys, does not reach it
+        key.to(value.dtype),
+        value,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+        # there is another kernel for short rows, which needs compiling too and takes fewer numbers of heads
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )
+    return out
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(flex_attention)
+
+
+def _flex_fits(model: PreTrainedModel) -> bool:
+    """Whether FlexAttention works for the model's number and size of heads; FlexAttention knows no dropout."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return not getattr(config, "attention_dropout", 0) and _flex_works(heads, shared, size, model.dtype, model.device)
+
+
+@lru_cache
+def _flex_works(heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether FlexAttention compiles on `device` and gives what SDPA gives, gradients included."""
+    try:
+        difference = max(_difference(length, heads, shared, size, dtype, device) for length in TRIED)
+    except Exception as error:  # no compiler, no kernel for this head size, an old GPU: each fails in its own way
+        log.warning(
+            "shared rows are computed with a mask: FlexAttention failed (%s: %.300s)", type(error).__name__, error
+        )
+        return False
+    if not difference < TOLERANCE:
+        log.warning("shared rows are computed with a mask: FlexAttention is off by %.2g here", difference)
+    return difference < TOLERANCE
+
+
+def _difference(
+    length: int, heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Largest relative difference between FlexAttention and SDPA with a mask, of outputs and gradients, on a random row."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    draw = torch.Generator(device).manual_seed(0)
+
+    def some(count: int) -> torch.Tensor:
+        return torch.randn(1, count, length, size, generator=draw, device=device, dtype=dtype).requires_grad_()
+
+    given, upstream = [some(heads), some(shared), some(shared)], some(heads).detach()
+    segments = torch.arange(length, device=device).sub(length // 2).clamp(min=0).div(9, rounding_mode="floor")[None]
+    mask = block_mask(segments)
+    dense = create_mask(mask.mask_mod, 1, 1, length, length, device)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        key, value = (each.repeat_interleave(heads // shared, dim=1) for each in given[1:])
+        wanted = torch.nn.functional.scaled_dot_product_attention(given[0], key, value, attn_mask=dense)
+        found = _flex(*given, mask, None)
+        pairs = [(found, wanted)]
+        pairs += zip(*(torch.autograd.grad(out, given, upstream) for out in (found, wanted)), strict=True)
+    return max(float((one - other).float().norm() / other.float().norm()) for one, other in pairs)
 
 
 class _Attend(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed by mypy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray_sql.rows.attention import install
+from ray_sql.rows import attention
 from ray_sql.rows.share import Shared, collate, model_inputs
 from ray_sql.rows.tokenise import Row
 
@@ -26,10 +26,11 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
 
     Sliding windows shorter than an example are found in its config. All else (state-space layers, windows of places in the row,
     attention that takes no mask, positions that are counted and not given) shows when a shared row and a separate one, of random
-    tokens and of these lengths, are compared.
+    tokens and of these lengths, are compared, through the attention that training will use; a model that is wrong with the fast one
+    (see `attention`) is left with a mask.
     """
     config = model.config.get_text_config()
-    install(model)
+    attention.install(model)
     window = (
         (getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
         if _slides(config)
@@ -39,10 +40,18 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
         return f"its attention slides over a window of {window} tokens, but the longest example has {longest}"
     if "flash" in str(config._attn_implementation):
         return "FlashAttention takes no mask of who sees whom"
+    fault = _fault(model, longest, row)
+    if fault and model.config._attn_implementation == attention.NAME:
+        attention.use_mask(model)
+        fault = _fault(model, longest, row)
+    return fault
+
+
+def _fault(model: PreTrainedModel, longest: int, row: int) -> str | None:
     try:
         difference = _difference(model, longest, row)
     except Exception as error:  # each architecture fails in its own way; a row of one example is right for all
-        return f"it does not take a shared row ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        return f"it does not take a shared row ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
     if not difference < TOLERANCE:
         return f"a shared row gives other logits than a separate one (relative difference {difference:.2g}): not attention by a mask"
     return None

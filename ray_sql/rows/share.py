@@ -221,15 +221,17 @@ def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
     if not (made.segments > 0).any():  # plain rows: causal order and, where there is any, the padding say everything
         inputs = {"input_ids": made.input_ids}
         return inputs if (made.segments == 0).all() else inputs | {"attention_mask": (made.segments == 0).long()}
+    inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids}
+    implementation = model.config._attn_implementation
+    if implementation == attention.NAME and made.segments.is_cuda:
+        return inputs | {"attention_mask": attention.block_mask(made.segments)}
     seen = visible(made.segments)
     mask = seen[:, None]
-    implementation = model.config._attn_implementation
     if implementation == "eager":  # it adds the mask to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids, "attention_mask": mask}
     if implementation == attention.NAME:
         inputs[attention.SPANS] = attention.spans(made.segments[0], seen[0], model.dtype)
-    return inputs
+    return inputs | {"attention_mask": mask}
 
 
 def visible(segments: torch.Tensor) -> torch.Tensor:
