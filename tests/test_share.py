@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ray_sql import models, rows, trainer
-from ray_sql.rows import Row, Steps, passes, plan, share
+from ray_sql.rows import Row, Steps, attention, passes, plan, share
 from ray_sql.rows.share import common_prefix, epoch_order, visible
 from tests.conftest import make_model
 
@@ -42,10 +43,10 @@ def family(kind: str, folder: Path, **shape: Any) -> Path:
     return folder
 
 
-def some_rows(count: int = 12, databases: int = 2, seed: int = 0) -> list[Row]:
-    """Random rows on a few databases: 40 tokens of schema, then 5 to 9 of question and 4 to 8 of answer."""
+def some_rows(count: int = 12, databases: int = 2, seed: int = 0, schema: int = 40) -> list[Row]:
+    """Random rows on a few databases: `schema` tokens of schema, then 5 to 9 of question and 4 to 8 of answer."""
     draw = random.Random(seed)
-    schemas = [[draw.randrange(3, 250) for _ in range(40)] for _ in range(databases)]
+    schemas = [[draw.randrange(3, 250) for _ in range(schema)] for _ in range(databases)]
     made = []
     for number in range(count):
         prompt = schemas[number % databases] + [draw.randrange(3, 250) for _ in range(draw.randint(5, 9))]
@@ -55,11 +56,18 @@ def some_rows(count: int = 12, databases: int = 2, seed: int = 0) -> list[Row]:
 
 
 def gradients(
-    folder: Path, data: list[Row], config: Any, together: int, scratch: Path
+    folder: Path,
+    data: list[Row],
+    config: Any,
+    together: int,
+    scratch: Path,
+    device: str = "cpu",
+    prepare: Callable[[Any], None] = attention.install,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and LoRA gradients of the first step, as the trainer computes them."""
+    """Loss and LoRA gradients of the first step, as the trainer computes them with the attention that `prepare` gives the model."""
     torch.manual_seed(0)
-    base = models.load_base(str(folder), config)
+    base = models.load_base(str(folder), config, device)
+    prepare(base)
     built = trainer.build(base, models.load_tokenizer(str(folder)), data, config, together, scratch)
     torch.manual_seed(1)
     for name, weight in built.model.named_parameters():
@@ -92,6 +100,21 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     shared = gradients(folder, data, config, 8, tmp_path)
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
     assert relative_error(shared[1], alone[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, kind: str) -> None:
+    model = models.load_base(str(family(kind, tmp_path)), make_config(**{"quantization.load_in_4bit": False}))
+    attention.use_mask(model)
+    made = rows.collate(share(some_rows(9, databases=1), 9, 10_000), pad=0)
+    inputs = rows.model_inputs(made, model)
+    with torch.no_grad():  # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
+        masked, flexed, unmasked = (
+            model(**inputs | {"attention_mask": mask}).logits
+            for mask in (inputs["attention_mask"], attention.block_mask(made.segments), None)
+        )
+    assert float((flexed - masked).norm() / masked.norm()) < 1e-5
+    assert float((unmasked - masked).norm() / masked.norm()) > 0.05, "a mask that nobody heeds shows"
 
 
 def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path) -> None:
@@ -230,6 +253,17 @@ def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> Non
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4))
     assert rows.why_not_share(model, 60, 120)
+
+
+def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
+    make_config: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = models.load_base(str(tiny_model), make_config())
+    monkeypatch.setattr(attention, "spans", lambda *_: 1 / 0)
+    assert rows.why_not_share(base, 60, 120) is None
+    assert base.config._attn_implementation == attention.MASKED
+    attention.install(base)
+    assert base.config._attn_implementation == attention.MASKED, "what failed once is not tried again"
 
 
 def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:

@@ -203,8 +203,9 @@ def _difference(
 
     draw = torch.Generator(device).manual_seed(0)
 
-    def some(count: int) -> torch.Tensor:
-        return torch.randn(1, count, length, size, generator=draw, device=device, dtype=dtype).requires_grad_()
+    def some(count: int) -> torch.Tensor:  # laid out as layers lay it out, for a kernel is compiled for a layout
+        made = torch.randn(1, length, count, size, generator=draw, device=device, dtype=dtype)
+        return made.transpose(1, 2).requires_grad_()
 
     given, upstream = [some(heads), some(shared), some(shared)], some(heads).detach()
     segments = torch.arange(length, device=device).sub(length // 2).clamp(min=0).div(9, rounding_mode="floor")[None]

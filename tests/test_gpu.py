@@ -1,0 +1,160 @@
+"""On a GPU: shared rows have the gradients of separate ones with FlexAttention and with a mask, and training and generation work.
+
+    python -m pytest -m gpu tests/test_gpu.py
+
+Needs torch, transformers, peft, trl and bitsandbytes; no network, no Ray and no MLflow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_sql import generate, models, rows, trainer
+from ray_sql.rows import attention
+from tests.test_share import family, gradients, relative_error, some_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"hidden_size": 384, "num_attention_heads": 12, "num_key_value_heads": 2},  # six heads a key, as Qwen2.5-1.5B
+    "qwen3": {"head_dim": 64},
+    "mistral": {"head_dim": 128},
+    "gemma": {"head_dim": 256},
+    "phi3": {},
+    "olmoe": {},
+}
+LONG = {"schema": 300, "count": 12}
+"""Rows of several blocks of FlexAttention."""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """float32 means float32, and nothing compiled for another test's model is met: a process trains one model."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.compiler.reset()
+    attention._flex_works.cache_clear()
+
+
+def compare(
+    folder: Path, config: Any, scratch: Path, prepare: Any = attention.install
+) -> tuple[float, float, list[str]]:
+    """Relative error of the loss and of the LoRA gradients of shared rows against separate ones, and the attention used."""
+    used = []
+
+    def remember(model: Any) -> None:
+        prepare(model)
+        used.append(model.config._attn_implementation)
+
+    data = some_rows(**LONG)
+    (loss, alone), (shared_loss, shared) = (
+        gradients(folder, data, config, together, scratch, "cuda", remember) for together in (1, 8)
+    )
+    return abs(shared_loss / loss - 1), relative_error(shared, alone), used
+
+
+@pytest.mark.parametrize("kind", sorted(SHAPES))
+@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+def test_shared_rows_have_the_gradients_of_separate_ones(
+    make_config: Any, tmp_path: Path, kind: str, prepare: Any
+) -> None:
+    config = make_config(**{"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 12})
+    folder = family(kind, tmp_path / "model", **SHAPES[kind])
+    base = models.load_base(str(folder), config, "cuda")
+    prepare(base)
+    assert rows.why_not_share(base, 330, 450) is None
+    loss, error, used = compare(folder, config, tmp_path, prepare)
+    print(f"{kind} {used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
+    assert loss < 1e-5 and error < 1e-5
+
+
+def test_flex_attention_is_what_a_gpu_uses(make_config: Any, tmp_path: Path) -> None:
+    for kind, dtype in (("llama", True), ("qwen2", True), ("qwen2", False)):
+        config = make_config(**{"train.bf16": dtype})
+        base = models.load_base(str(family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind])), config, "cuda")
+        attention.install(base)
+        assert base.config._attn_implementation == attention.NAME, "the log says why not"
+
+
+@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"train.bf16": True}, {"train.bf16": True, "train.gradient_checkpointing": True}],
+    ids=["bf16-nf4", "bf16-nf4-checkpointing"],
+)
+def test_in_bfloat16_they_differ_by_rounding(
+    make_config: Any, tmp_path: Path, settings: dict[str, Any], prepare: Any
+) -> None:
+    config = make_config(
+        **{"train.gradient_checkpointing": False, "lora.lora_dropout": 0, "grad_accum_steps": 12} | settings
+    )
+    loss, error, used = compare(family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), config, tmp_path, prepare)
+    print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
+    assert loss < 2e-2 and error < 2e-2
+
+
+@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+def test_over_nf4_with_checkpointing_the_gradients_are_those_of_separate_rows(
+    make_config: Any, tmp_path: Path, prepare: Any
+) -> None:
+    config = make_config(
+        **{"train.gradient_checkpointing": True, "lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": False}
+    )
+    loss, error, used = compare(family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), config, tmp_path, prepare)
+    print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
+    assert loss < 1e-5 and error < 1e-5
+
+
+def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = models.load_base(str(family("llama", tmp_path)), make_config(), "cuda")
+    right = attention.block_mask
+    monkeypatch.setattr(attention, "block_mask", lambda segments: right(torch.zeros_like(segments)))
+    assert rows.why_not_share(base, 330, 450) is None
+    assert base.config._attn_implementation == attention.MASKED
+
+
+def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**{"train.bf16": None, "grad_accum_steps": 6, "save_steps": 2})
+    folder, seen, saved = family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), [], []
+    base = models.load_base(str(folder), config, "cuda")
+    tokenizer = models.load_tokenizer(str(folder))
+    outcome = trainer.train(
+        base,
+        tokenizer,
+        some_rows(**LONG),
+        config,
+        together=8,
+        scratch=tmp_path / "scratch",
+        resume_from=None,
+        on_log=lambda step, steps, values: seen.append(values["loss"]),
+        on_save=lambda step, place, model: saved.append((step, sorted(file.name for file in place.iterdir()))),
+    )
+    assert outcome == trainer.Outcome(2, 2, None)
+    assert len(seen) == 2 and all(0 < loss < trainer.divergence_limit(len(tokenizer)) for loss in seen)
+    assert saved[0][0] == 2 and {"adapter_model.safetensors", "optimizer.pt"} <= set(saved[0][1])
+    assert trainer.arguments(config, tmp_path, 2).optim == "paged_adamw_8bit"
+
+
+def test_answers_on_a_gpu_do_not_depend_on_the_batch(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**{"quantization.load_in_4bit": False})
+    folder = family("qwen2", tmp_path, **SHAPES["qwen2"])
+    model, tokenizer = models.load_base(str(folder), config, "cuda"), models.load_tokenizer(str(folder))
+    attention.install(model)
+    asked = [
+        generate.Question(row.id, "dev", row.db_id, "", "", None, None, row.input_ids) for row in some_rows(**LONG)
+    ]
+    batched, alone = (
+        [said.raw for said in generate.answer(model, tokenizer, asked, batch_size=size, max_new_tokens=24)]
+        for size in (5, 1)
+    )
+    assert batched == alone and any(batched)
