@@ -24,6 +24,7 @@ from ray_sql.errors import ConfigError, DataError
 from ray_sql.generate import Question
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
+from ray_sql.timeline import Timeline
 from ray_sql.train import FitResult
 
 RUN_FILE = "run.json"
@@ -32,6 +33,8 @@ RUN_FILE = "run.json"
 
 def run(config: Config) -> dict[str, Any]:
     """Train and measure as `config` says; returns what `metrics.json` holds. Raises `RaySqlError` for what the user can fix."""
+    timeline = Timeline()
+    timeline.mark("imports")
     with Display() as display:
         earlier = prepare.earlier_run(config)
         if earlier is not None:
@@ -44,17 +47,22 @@ def run(config: Config) -> dict[str, Any]:
             return earlier
         if config.tracking.enabled:
             tracking.check(config.tracking.uri)
+            timeline.mark("MLflow")
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
         train.starting_point(config, prepared.contract)
         asked = prepared.questions(config)  # now: what cannot be asked should be known before training
+        if config.scaling.num_workers:
+            cluster.begin_ray()
         for line in prepare.plan(prepared, config):
             display.line(line)
+        timeline.mark("data")
         prepare.write_inputs(prepared, config)
         record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
+        timeline.mark("run folder and MLflow run")
         status: tracking.Status = "FAILED"
         try:
-            metrics = _train_and_measure(config, prepared, asked, record, display)
+            metrics = _train_and_measure(config, prepared, asked, record, display, timeline)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
@@ -132,10 +140,15 @@ def _git_commit() -> str:
 
 
 def _train_and_measure(
-    config: Config, prepared: Prepared, asked: Sequence[Question], record: tracking.Run, display: Display
+    config: Config,
+    prepared: Prepared,
+    asked: Sequence[Question],
+    record: tracking.Run,
+    display: Display,
+    timeline: Timeline,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    points = _Points(config, record, display)
+    points = _Points(config, record, display, timeline)
     fitted = train.fit(config, prepared.model_folder, points)
     display.line(f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}")
     measured = measure.of_models(
@@ -158,6 +171,7 @@ def _train_and_measure(
         "best_step": fitted.best.step,
         "steps": fitted.steps,
         "training_seconds": round(fitted.seconds, 1),
+        "startup_seconds": timeline.stages(),
         "seconds": round(time.monotonic() - started, 1),
         **measure.summarise(measured, config),
     }
@@ -292,8 +306,11 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
 class _Points:
     """What workers say, passed on to the display, MLflow and TensorBoard, each step once."""
 
-    def __init__(self, config: Config, record: tracking.Run, display: Display) -> None:
+    def __init__(
+        self, config: Config, record: tracking.Run, display: Display, timeline: Timeline | None = None
+    ) -> None:
         self._config, self._record, self._display = config, record, display
+        self._timeline = timeline
         self._writer: Any = None
         self._newest = -1
 
@@ -301,11 +318,16 @@ class _Points:
         if point["kind"] == "answers":
             self._display.update(f"answering with {point['model']}", point["done"], point["total"])
             return
+        if point["kind"] == "mark":
+            if self._timeline:
+                self._timeline.mark(point["stage"], point["at"])
+            return
         if point["kind"] == "note":
             self._display.line(point["text"])
             return
         values = {name if "/" in name else f"train/{name}": value for name, value in point["values"].items()}
         if point["kind"] == "train":
+            self._first_step()
             if point["step"] <= self._newest:
                 self._display.line(f"the workers were restarted and go on from step {point['step'] - 1}")
             self._newest = point["step"]
@@ -314,6 +336,13 @@ class _Points:
             self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
         self._record.log(point["step"], values)
         self._tensorboard(point["step"], values)
+
+    def _first_step(self) -> None:
+        """Say once how long it took to come here; what restarted workers mark later belongs to no start."""
+        if self._timeline:
+            self._timeline.mark("first step")
+            self._display.line(self._timeline.line())
+            self._timeline = None
 
     def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         if "://" in self._config.run_dir:

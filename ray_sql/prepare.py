@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,17 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
         if config.task_type == "sql" and not any(corpus.sqlite_file(e.db_id) for e in corpus.splits[split]):
             yield f"          nothing can be executed on {split}, so it gets no score: name its SQLite files with --data.databases"
     yield f"run       {config.run_dir}"
+    yield from _passing(config)
+
+
+def _passing(config: Config) -> Iterator[str]:
+    """What a submitted job would lose: Ray runs it in a folder of its own and removes that later."""
+    if not os.environ.get("RAY_JOB_SUBMISSION_ID"):
+        return
+    if Path(config.run_dir).is_relative_to(Path.cwd()):
+        yield "          lies in this job's working folder, which Ray removes: give --output_dir a place that stays"
+    if config.tracking.enabled and config.tracking.uri is None:
+        yield "          MLflow's records, too: give --tracking.uri (or MLFLOW_TRACKING_URI) a server or a file that stays"
 
 
 def _difference(old: Config, new: Config) -> str:

@@ -1,8 +1,6 @@
 """Tokenised training rows: one example each in the file that all workers read (`tokenise`), several on one database in what a
-forward pass computes (`share`), where the model allows it (`probe`)."""
+forward pass computes (`share`), where the model allows it (`probe`, `attention`: imported by those who compute, they load torch)."""
 
-from ray_sql.rows import attention
-from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import (
     Pass,
     Shared,
@@ -40,7 +38,6 @@ __all__ = [
     "Shared",
     "Step",
     "Steps",
-    "attention",
     "build",
     "cache_key",
     "collate",
@@ -55,6 +52,5 @@ __all__ = [
     "share",
     "together",
     "tokens",
-    "why_not_share",
     "write",
 ]
