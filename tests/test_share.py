@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import models, rows, trainer
+from ray_sql import models, trainer
 from ray_sql.rows import Row, Steps, passes, plan, share
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, visible
