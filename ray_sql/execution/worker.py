@@ -128,8 +128,10 @@ def query(uri: str, sql: str, seconds: float, rows: int, size: int, memory: int,
         if sum(map(len, names)) > size:
             raise OverflowError(f"too large: more than {size} bytes of column names")
         found = fetch(cursor, rows, size)
+        if time.monotonic() - started >= seconds:  # one long call of a function reads no clock
+            raise TimeoutError("too late")
         return "ok", names, found, None, time.monotonic() - started
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError, TimeoutError) as error:
         return failed(explain(error, guard.refused))
     finally:
         connection.close()
