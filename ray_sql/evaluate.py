@@ -12,12 +12,12 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ray_sql import linking, prompts
-from ray_sql.config import Config
+from ray_sql.config import Config, without_password
 from ray_sql.execution import Executor, Limits
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics import (
@@ -47,10 +47,17 @@ def score(
     config: Config,
     schemas: Mapping[str, Schema] | None = None,
     progress: Progress | None = None,
+    runs: Executor | None = None,
 ) -> list[Row]:
     """One row of `predictions.jsonl` per question, judged: by executing its SQL, or by comparing its links."""
     rows = [_row(question, answer, config) for question, answer in zip(asked, answers, strict=True)]
-    return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress)
+    return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress, runs)
+
+
+def executor(config: Config) -> Executor:
+    """What runs the SQL of one evaluation; shared by several calls of `score`, it runs their gold once."""
+    processes = config.evaluate.processes or min(8, os.cpu_count() or 1)
+    return Executor(processes, Limits(seconds=config.evaluate.timeout))
 
 
 def judge_rows(
@@ -59,6 +66,7 @@ def judge_rows(
     config: Config,
     schemas: Mapping[str, Schema],
     progress: Progress | None = None,
+    runs: Executor | None = None,
 ) -> list[Row]:
     """Add `verdict`, `error` and `error_kind` to rows that have `gold` and `predicted`."""
     if config.task_type == "schema":
@@ -66,10 +74,10 @@ def judge_rows(
     with_database = [index for index, database in enumerate(databases) if database is not None]
     verdicts: dict[int, Verdict] = {}
     if with_database:
-        pairs = [Pair(Path(databases[i] or ""), rows[i]["gold"], rows[i]["predicted"] or "") for i in with_database]
-        with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
+        pairs = [Pair(databases[i] or "", rows[i]["gold"], rows[i]["predicted"] or "") for i in with_database]
+        with nullcontext(runs) if runs else executor(config) as running:
             judged = judge_many(
-                executor,
+                running,
                 pairs,
                 semantics=config.evaluate.semantics,
                 keep_distinct=config.evaluate.keep_distinct,
@@ -128,18 +136,14 @@ def dump(rows: Iterable[Row]) -> str:
 
 
 def failing_gold(golds: Sequence[tuple[str, str, str]], config: Config, progress: Progress | None = None) -> list[Row]:
-    """Which gold queries do not run; `golds` are (example id, database path, SQL). One row each: id, database, gold, error."""
-    with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
-        results = executor.run_many([(Path(database), sql) for _, database, sql in golds], progress=progress)
+    """Which gold queries do not run; `golds` are (example id, path or URL, SQL). One row each: id, database, gold, error."""
+    with executor(config) as running:
+        results = running.run_many([(database, sql) for _, database, sql in golds], progress=progress)
     return [
-        {"id": name, "database": database, "gold": sql, "error": result.error}
+        {"id": name, "database": without_password(database), "gold": sql, "error": result.error}
         for (name, database, sql), result in zip(golds, results, strict=True)
         if result.status != "ok"
     ]
-
-
-def _processes(config: Config) -> int:
-    return config.evaluate.processes or min(8, os.cpu_count() or 1)
 
 
 def _row(question: Question, answer: Answer, config: Config) -> Row:

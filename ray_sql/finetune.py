@@ -232,6 +232,7 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     from ray_sql import generate, models
 
     corpus = data.load_split(config, config.split)
+    measure.check_executable(corpus, config)
     folder, revision = models.resolve(config)
     if config.adapter:
         config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})

@@ -32,7 +32,8 @@ class Section(BaseModel):
 
 class DataSection(Section):
     databases: str | None = None
-    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL with `{db_id}` in it; by default the dataset's own."""
+    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL (with `{db_id}` in it for several); by default the dataset's own.
+    SQL is executed on SQLite and PostgreSQL, whose password is best given as PGPASSWORD or in ~/.pgpass."""
     columns: dict[str, str] = {}
     """Our field = the dataset's column, where its names differ, e.g. `{question: pergunta, query: sql}`."""
     split_by: Literal["database", "question"] | None = None
@@ -385,7 +386,14 @@ class EvaluateConfig(Config):
 
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    return uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    masked = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    return masked and re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
+
+
+def passwordless(uri: str | None) -> str | None:
+    """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
+    bare = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1@", uri)
+    return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
 
 
 def absolute(path: str | Path) -> Path:

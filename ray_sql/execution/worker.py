@@ -12,6 +12,7 @@ import resource
 import sqlite3
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -183,8 +184,8 @@ def packed(reply: Reply) -> bytes:
         return marshal.dumps(("error", (), (), "too large: out of memory", reply[-1]))
 
 
-def serve(parent: Connection) -> None:
-    """Say hello, then answer requests until the parent hangs up."""
+def serve(parent: Connection, query: Callable[..., Reply]) -> None:
+    """Say hello, then answer requests with `query` until the parent hangs up."""
     parent.send_bytes(b"ready")
     while True:
         try:
@@ -196,4 +197,4 @@ def serve(parent: Connection) -> None:
 
 if __name__ == "__main__":
     os.nice(1)  # the parent must get its turn to kill
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), query)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ray_sql.execution import Executor, Limits, QueryResult
+from ray_sql.execution import Executor, Limits, Place, QueryResult
 from ray_sql.execution.pool import Progress
 from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
 
@@ -32,9 +32,9 @@ SYNTAX = ("syntax error", "incomplete input", "unrecognized token", "unterminate
 
 @dataclass(frozen=True)
 class Pair:
-    """A gold query and a predicted one for the same question on one SQLite file."""
+    """A gold query and a predicted one for the same question on one SQLite file or PostgreSQL database."""
 
-    database: Path
+    database: Place
     gold: str
     predicted: str
 
@@ -62,7 +62,7 @@ def judge(
     test suite (`shop/shop.sqlite` beside `shop/*.sqlite`) the results must agree on every file of it.
     """
     gold, predicted = pair.gold, pair.predicted
-    databases: tuple[Path, ...] = (pair.database,)
+    databases: tuple[Place, ...] = (pair.database,)
     if semantics == "spider":
         gold = prepare_spider(gold, keep_distinct=keep_distinct)
         predicted = prepare_spider(predicted, keep_distinct=keep_distinct)
@@ -128,11 +128,14 @@ def _difference(gold: QueryResult, found: QueryResult) -> str:
     return "other values or another order than gold"
 
 
-def _test_suite(database: Path) -> tuple[Path, ...]:
+def _test_suite(database: Place) -> tuple[Place, ...]:
     """Every database that a query on this one must hold on, this one first.
 
     Only a folder named after the database is a test suite: a folder of unrelated databases must not become one.
     """
+    if isinstance(database, str) and "://" in database:
+        return (database,)
+    database = Path(database)
     if database.parent.name != database.stem:
         return (database,)
     return (database, *(path for path in sorted(database.parent.glob("*.sqlite")) if path != database))
