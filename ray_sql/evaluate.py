@@ -27,6 +27,7 @@ from ray_sql.metrics import (
     Verdict,
     classify_error,
     clustered_interval,
+    exact_set_verdict,
     hardness,
     judge_many,
     score_links,
@@ -85,7 +86,10 @@ def judge_rows(
             )
         verdicts = dict(zip(with_database, judged, strict=True))
     missing = Verdict("gold_error", "there is no database to execute it on", 0.0)
-    return [_judged(row, verdicts.get(index, missing)) for index, row in enumerate(rows)]
+    return [
+        _judged(row, verdicts.get(index, missing)) | _matched(row, schemas.get(row["db_id"]))
+        for index, row in enumerate(rows)
+    ]
 
 
 def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
@@ -101,6 +105,7 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "keep_distinct": config.evaluate.keep_distinct,
         "valid_sql": _share(valid, len(counted)),
         "valid_sql_interval": _interval(valid, len(counted)),
+        **_soft_f1(counted),
         "gold_errors": len(rows) - len(counted),
         "by_hardness": {level: accuracy(group) for level, group in grouped(counted, "hardness", HARDNESS).items()},
         "by_database": {db_id: accuracy(group) for db_id, group in grouped(counted, "db_id").items()},
@@ -124,7 +129,8 @@ def flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
     for key, value in scores.items():
         if key == "by_hardness":
             for level, group in value.items():
-                metrics[f"{prefix}/{level}/execution_accuracy"] = group["execution_accuracy"]
+                for name in {"execution_accuracy", "exact_set_match"} & set(group):
+                    metrics[f"{prefix}/{level}/{name}"] = group[name]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             metrics[f"{prefix}/{key}"] = float(value)
     return {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
@@ -175,7 +181,16 @@ def _judged(row: Row, verdict: Verdict) -> Row:
         "error": "the answer holds no SQL" if unparsable else verdict.error,
         "error_kind": "unparsable" if unparsable else classify_error(verdict),
         "seconds": round(verdict.seconds, 3),
+        **({} if verdict.soft_f1 is None else {"soft_f1": round(verdict.soft_f1, 4)}),
     }
+
+
+def _matched(row: Row, schema: Schema | None) -> Row:
+    """Spider's other judgement of a row, where its schema is known: `exact_set_match`, and whether both could be read for it."""
+    if schema is None:
+        return {}
+    verdict = exact_set_verdict(row["gold"], row["predicted"] or "", schema)
+    return {"exact_set_match": bool(verdict), "exact_set_unread": verdict is None}
 
 
 def _judge_links(row: Row, schema: Schema | None) -> Row:
@@ -245,7 +260,31 @@ def accuracy(rows: Sequence[Row]) -> dict[str, Any]:
         "interval": _interval(correct, len(rows)),
         "n": len(rows),
         "correct": correct,
+        **_exact_sets(rows),
     }
+
+
+def _exact_sets(rows: Sequence[Row]) -> dict[str, Any]:
+    """The share of rows that match clause by clause, over those whose schema is known, if there are any.
+
+    A query that cannot be read for it counts as no match; `exact_set_unread` says how many rows have one.
+    """
+    known = [row for row in rows if row.get("exact_set_match") is not None]
+    if not known:
+        return {}
+    matched = sum(row["exact_set_match"] for row in known)
+    return {
+        "exact_set_match": _share(matched, len(known)),
+        "exact_set_match_interval": _interval(matched, len(known)),
+        "exact_set_match_n": len(known),
+        "exact_set_unread": sum(row["exact_set_unread"] for row in known),
+    }
+
+
+def _soft_f1(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean of BIRD's soft F1, with 0 for what does not run, where it was measured."""
+    measured = [row["soft_f1"] for row in rows if "soft_f1" in row]
+    return {"soft_f1": sum(measured) / len(measured)} if measured else {}
 
 
 def clustered(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[float]]:

@@ -265,6 +265,10 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
         if metrics["task_type"] == "sql":
             table.add_row("", "valid SQL", "", *(percent(s["valid_sql"], n=s["n"]) for s in by_model))
+            for key in ("exact_set_match", "soft_f1"):
+                if key in scores:
+                    shares = (percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"])) for s in by_model)
+                    table.add_row("", key.replace("_", " "), "", *shares)
             for level, group in scores["by_hardness"].items():
                 cells = [percent(s["by_hardness"].get(level, group)["execution_accuracy"]) for s in by_model]
                 table.add_row("", f"  {level}", str(group["n"]), *cells)

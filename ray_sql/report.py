@@ -80,7 +80,7 @@ def summary(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> tuple[l
     """The head and the rows of the table of scores: one row a split and model."""
     models = list(measured)
     main = "execution_accuracy" if metrics["task_type"] == "sql" else "strict_recall"
-    rest = {"valid SQL": ["valid_sql"]} if main == "execution_accuracy" else LINKING
+    rest = LINKING if main == "strict_recall" else {"valid SQL": ["valid_sql"]} | _also(metrics, models)
     head = [
         "split",
         "model",
@@ -106,6 +106,12 @@ def summary(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> tuple[l
         for name, scores in ((name, metrics[name][split]) for name in models)
     ]
     return head, rows
+
+
+def _also(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, list[str]]:
+    """The secondary scores of task sql that every model and split has."""
+    scores = [one for name in models for one in metrics[name].values()]
+    return {key.replace("_", " "): [key] for key in ("exact_set_match", "soft_f1") if all(key in one for one in scores)}
 
 
 def _range(interval: Sequence[float] | None, of: str = "") -> str:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from ray_sql.execution import Executor, Limits, Place, QueryResult
 from ray_sql.execution.pool import Progress
+from ray_sql.metrics.bird import soft_f1
 from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
 
 VerdictName = Literal["correct", "wrong", "error", "timeout", "gold_error"]
@@ -41,11 +42,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a prediction: the reason where it is not correct, and the seconds its own query took."""
+    """What came of a prediction: the reason where it is not correct, and the seconds its own query took.
+
+    `soft_f1`, under semantics "bird" only, says how nearly right it is; 0 where it does not run.
+    """
 
     verdict: VerdictName
     error: str | None
     seconds: float
+    soft_f1: float | None = None
 
 
 def judge(
@@ -68,6 +73,7 @@ def judge(
         predicted = prepare_spider(predicted, keep_distinct=keep_distinct)
         databases = _test_suite(pair.database)
     seconds = 0.0
+    share = 0.0 if semantics == "bird" else None
     for database in databases:
         expected = executor.run(database, gold, limits)
         if expected.status != "ok":
@@ -75,10 +81,12 @@ def judge(
         found = executor.run(database, predicted, limits)
         seconds += found.seconds
         if found.status != "ok":
-            return Verdict("timeout" if found.status == "timeout" else "error", found.error, seconds)
+            return Verdict("timeout" if found.status == "timeout" else "error", found.error, seconds, share)
+        if semantics == "bird":
+            share = soft_f1(expected.rows, found.rows)
         if not execution_match(expected.rows, found.rows, semantics=semantics, ordered=is_ordered(gold)):
-            return Verdict("wrong", _difference(expected, found), seconds)
-    return Verdict("correct", None, seconds)
+            return Verdict("wrong", _difference(expected, found), seconds, share)
+    return Verdict("correct", None, seconds, share)
 
 
 def judge_many(
