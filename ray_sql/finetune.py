@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,11 @@ from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
 from ray_sql.train import FitResult
 
+ARTIFACTS = (
+    *("config.json", "contract.json", "metrics.json", "predictions.jsonl", "gold_errors.jsonl", "report.html"),
+    "adapter",
+)
+"""What of a run's folder MLflow keeps, where it is there."""
 RUN_FILE = "run.json"
 """Which MLflow run belongs to a run's folder, so that a restarted driver goes on with it."""
 
@@ -190,20 +196,25 @@ def log_results(
     record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
     for file, figure in figures.items():
         record.figure(figure, f"figures/{file}")
+    folder = _here(config)
+    for name in ARTIFACTS:
+        if (path := folder / name).exists():
+            record.artifact(path, name if path.is_dir() else "")
+    if "://" in config.run_dir and not _spool(config).exists():  # else they are still to be sent
+        shutil.rmtree(folder)
+
+
+def _here(config: Config) -> Path:
+    """The run's folder on this machine; of a run in a remote store, a copy of the files that MLflow gets."""
     if "://" not in config.run_dir:
-        files = (
-            "config.json",
-            "contract.json",
-            "metrics.json",
-            "predictions.jsonl",
-            "gold_errors.jsonl",
-            "report.html",
-        )
-        for name in files:
-            if (path := Path(config.run_dir) / name).is_file():
-                record.artifact(path)
-        if (adapter := Path(config.run_dir) / "adapter").is_dir():
-            record.artifact(adapter, "adapter")
+        return Path(config.run_dir)
+    folder = _spool(config).with_suffix("") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARTIFACTS:
+        if checkpoints.exists(f"{config.run_dir}/{name}"):
+            fetch = checkpoints.fetch if name == "adapter" else checkpoints.fetch_file
+            fetch(f"{config.run_dir}/{name}", folder / name)
+    return folder
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

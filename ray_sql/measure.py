@@ -23,6 +23,8 @@ from ray_sql.generate import Answer, Question
 from ray_sql.metrics import hardness, mcnemar
 from ray_sql.schema import Schema
 
+COUNTED = ("prompt_tokens", "new_tokens", "generation_seconds")
+"""What a predictions file may say of how an answer was made; kept, for the figure of accuracy by length of the prompt."""
 Measured = dict[str, list[Row]]
 """Judged rows of all splits, by model: `base`, `tuned`, or `file`."""
 
@@ -209,6 +211,7 @@ def _file_row(
         "question": prediction.get("question") or (example.question if example else ""),
         "gold": gold,
         "predicted": _text(prediction["predicted"], config, f"{where}: predicted"),
+        **{name: value for name in COUNTED if isinstance(value := prediction.get(name), int | float)},
     }
 
 
