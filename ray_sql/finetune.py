@@ -275,14 +275,13 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         by_model = [metrics[model][split] for model in models]
         table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
         if metrics["task_type"] == "sql":
-            table.add_row("", "valid SQL", "", *(percent(s["valid_sql"], n=s["n"]) for s in by_model))
-            for key in ("exact_set_match", "soft_f1"):
-                if key in scores:
-                    shares = (percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"])) for s in by_model)
-                    table.add_row("", key.replace("_", " "), "", *shares)
             for level, group in scores["by_hardness"].items():
                 cells = [percent(s["by_hardness"].get(level, group)["execution_accuracy"]) for s in by_model]
                 table.add_row("", f"  {level}", str(group["n"]), *cells)
+            for key, label in report.SECONDARY.items():
+                if key in scores:
+                    shares = (percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"])) for s in by_model)
+                    table.add_row("", label, "", *shares)
         else:
             for key in ("exact_match", "table_f1", "column_f1", "unparsable"):
                 table.add_row("", key.replace("_", " "), "", *(percent(s.get(key, 0.0)) for s in by_model))

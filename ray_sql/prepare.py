@@ -210,6 +210,9 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
         f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "
         f"{config.workers} workers), a checkpoint every {config.save_steps}"
     )
+    if config.evaluate.select_examples:
+        every = config.evaluate.eval_steps or config.save_steps
+        yield f"          measured on validation questions every {every} steps and at the end, to keep the best"
     scored = {
         split: min(len(corpus.splits[split]), config.evaluate.limit or len(corpus.splits[split]))
         for split in config.split

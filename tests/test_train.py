@@ -186,6 +186,20 @@ def test_the_best_and_the_last_checkpoint_are_kept(make_config: Any) -> None:
     assert kept == {5, result.best.step}
 
 
+def test_only_checkpoints_at_eval_steps_and_the_last_are_measured(make_config: Any) -> None:
+    settings = {"train.max_steps": 5, "save_steps": 1, "evaluate.select_examples": 2, "evaluate.eval_steps": 3}
+    config = make_config(**settings)
+    measured: dict[int, bool] = {}
+
+    def on_point(point: dict[str, Any]) -> None:
+        if point["kind"] == "validation":
+            measured[point["step"]] = "validation/execution_accuracy" in point["values"]
+
+    result = fit(config, on_point)
+    assert measured == {1: False, 2: False, 3: True, 4: False, 5: True}
+    assert result.best.step in (3, 5) and result.best.objective is not None
+
+
 def test_prev_checkpoint_goes_on_from_the_one_named(make_config: Any) -> None:
     config = make_config(**{"train.max_steps": 4, "save_steps": 2})
     fit(config, Curve())
