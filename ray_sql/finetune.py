@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,11 @@ from ray_sql.prepare import Prepared
 from ray_sql.timeline import Timeline
 from ray_sql.train import FitResult
 
+ARTIFACTS = (
+    *("config.json", "contract.json", "metrics.json", "predictions.jsonl", "gold_errors.jsonl", "report.html"),
+    "adapter",
+)
+"""What of a run's folder MLflow keeps, where it is there."""
 RUN_FILE = "run.json"
 """Which MLflow run belongs to a run's folder, so that a restarted driver goes on with it."""
 
@@ -204,20 +210,25 @@ def log_results(
     record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
     for file, figure in figures.items():
         record.figure(figure, f"figures/{file}")
+    folder = _here(config)
+    for name in ARTIFACTS:
+        if (path := folder / name).exists():
+            record.artifact(path, name if path.is_dir() else "")
+    if "://" in config.run_dir and not _spool(config).exists():  # else they are still to be sent
+        shutil.rmtree(folder)
+
+
+def _here(config: Config) -> Path:
+    """The run's folder on this machine; of a run in a remote store, a copy of the files that MLflow gets."""
     if "://" not in config.run_dir:
-        files = (
-            "config.json",
-            "contract.json",
-            "metrics.json",
-            "predictions.jsonl",
-            "gold_errors.jsonl",
-            "report.html",
-        )
-        for name in files:
-            if (path := Path(config.run_dir) / name).is_file():
-                record.artifact(path)
-        if (adapter := Path(config.run_dir) / "adapter").is_dir():
-            record.artifact(adapter, "adapter")
+        return Path(config.run_dir)
+    folder = _spool(config).with_suffix("") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARTIFACTS:
+        if checkpoints.exists(f"{config.run_dir}/{name}"):
+            fetch = checkpoints.fetch if name == "adapter" else checkpoints.fetch_file
+            fetch(f"{config.run_dir}/{name}", folder / name)
+    return folder
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -246,6 +257,7 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     from ray_sql import generate, models
 
     corpus = data.load_split(config, config.split)
+    measure.check_executable(corpus, config)
     folder, revision = models.resolve(config)
     if config.adapter:
         config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
@@ -277,10 +289,13 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         by_model = [metrics[model][split] for model in models]
         table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
         if metrics["task_type"] == "sql":
-            table.add_row("", "valid SQL", "", *(percent(s["valid_sql"], n=s["n"]) for s in by_model))
             for level, group in scores["by_hardness"].items():
                 cells = [percent(s["by_hardness"].get(level, group)["execution_accuracy"]) for s in by_model]
                 table.add_row("", f"  {level}", str(group["n"]), *cells)
+            for key, label in report.SECONDARY.items():
+                if key in scores:
+                    shares = (percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"])) for s in by_model)
+                    table.add_row("", label, "", *shares)
         else:
             for key in ("exact_match", "table_f1", "column_f1", "unparsable"):
                 table.add_row("", key.replace("_", " "), "", *(percent(s.get(key, 0.0)) for s in by_model))

@@ -10,12 +10,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import checkpoints, cluster, models, prompts
-from ray_sql.config import Config
+from ray_sql.config import Config, passwordless
 from ray_sql.data import Corpus, Example
 from ray_sql.linking import LinkError
 from ray_sql.rows import encode_prompt
@@ -34,7 +34,7 @@ VALIDATION_FILE = "inputs/validation.jsonl"
 
 @dataclass(frozen=True)
 class Question:
-    """One question, ready to be asked (`input_ids`) and scored (`gold`: SQL, or links as JSON text; `database`: path or None)."""
+    """One question, ready to be asked (`input_ids`) and scored (`gold`: SQL, or links as JSON text; `database`: path, URL or None)."""
 
     id: str
     split: str
@@ -75,7 +75,7 @@ def questions(
                 question=example.question,
                 gold=gold(example, corpus, config),
                 hardness=example.hardness,
-                database=corpus.sqlite_file(example.db_id),
+                database=corpus.executable(example.db_id),
                 input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
             )
         )
@@ -93,8 +93,10 @@ def gold(example: Example, corpus: Corpus, config: Config) -> str:
 
 
 def dump(asked: Iterable[Question]) -> str:
-    """Questions as JSON lines."""
-    return "".join(json.dumps(asdict(question)) + "\n" for question in asked)
+    """Questions as JSON lines; a database's password is not written down."""
+    return "".join(
+        json.dumps(asdict(replace(question, database=passwordless(question.database)))) + "\n" for question in asked
+    )
 
 
 def parse(text: str) -> list[Question]:

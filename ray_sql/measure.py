@@ -23,6 +23,8 @@ from ray_sql.generate import Answer, Question
 from ray_sql.metrics import hardness, mcnemar
 from ray_sql.schema import Schema
 
+COUNTED = ("prompt_tokens", "new_tokens", "generation_seconds")
+"""What a predictions file may say of how an answer was made; kept, for the figure of accuracy by length of the prompt."""
 Measured = dict[str, list[Row]]
 """Judged rows of all splits, by model: `base`, `tuned`, or `file`."""
 
@@ -52,25 +54,27 @@ def of_models(
         said |= cluster.run_workers(generate.answer_loop_per_worker, plan, config, on_point, config.run_dir)["answers"]
     if "base" in missing:
         checkpoints.write_whole(known, json.dumps(said["base"]))
-    return {
-        name: evaluate.score(
-            asked, [Answer(**one) for one in said[name]], config, schemas, display.counter(f"executing {name}'s SQL")
-        )
-        for name in wanted
-    }
+    judged = {}
+    with evaluate.executor(config) as executor:
+        for name in wanted:
+            answers = [Answer(**one) for one in said[name]]
+            counter = display.counter(f"executing {name}'s SQL")
+            judged[name] = evaluate.score(asked, answers, config, schemas, counter, executor)
+    return judged
 
 
 def of_file(config: EvaluateConfig, display: Display) -> Measured:
     """Judge the predictions of `config.predictions_file` against the gold of the dataset's splits, or their own."""
     path = absolute(config.predictions_file or "")
     corpus = data.load_split(config, config.split)
+    check_executable(corpus, config)
     predictions = read_predictions(path)
     found = _match(path, predictions, [(split, e) for split in config.split for e in corpus.splits[split]], config)
     rows = [
         _file_row(prediction, match, f"{path}, line {line}", corpus, config)
         for (line, prediction), match in zip(predictions.items(), found, strict=True)
     ]
-    databases = [corpus.sqlite_file(row["db_id"]) for row in rows]
+    databases = [corpus.executable(row["db_id"]) for row in rows]
     missing = sum(len(corpus.splits[split]) for split in config.split) - sum(match is not None for match in found)
     if missing > 0:
         display.line(
@@ -116,6 +120,12 @@ def write(run_dir: str, measured: Measured, metrics: Mapping[str, Any]) -> None:
         main = name != "base" or len(measured) == 1
         checkpoints.write_text(f"{run_dir}/{'' if main else 'base_'}predictions.jsonl", evaluate.dump(rows))
     checkpoints.write_text(f"{run_dir}/metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def check_executable(corpus: Corpus, config: Config) -> None:
+    """Raise `DataError` where SQL is to be scored and the databases are of a kind that none can be executed on."""
+    if config.task_type == "sql" and corpus.databases and not any(map(corpus.executable, corpus.databases)):
+        raise DataError(f"--data.databases: nothing can be scored: {data.why_not_executable(corpus)}")
 
 
 def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | None) -> None:
@@ -201,6 +211,7 @@ def _file_row(
         "question": prediction.get("question") or (example.question if example else ""),
         "gold": gold,
         "predicted": _text(prediction["predicted"], config, f"{where}: predicted"),
+        **{name: value for name in COUNTED if isinstance(value := prediction.get(name), int | float)},
     }
 
 

@@ -2,7 +2,10 @@
 
 `fit` runs on the driver, `train_loop_per_worker` on every worker. They meet in the run's folder: rows and validation questions
 lie there before workers start, checkpoints appear there while they run, and a restarted worker group goes on from the
-newest complete one. At every save the validation questions are answered by all ranks and judged on rank 0.
+newest complete one. At `evaluate.eval_steps` the validation questions are answered by all ranks and judged on rank 0, before the
+checkpoint is saved with what came of it. Ray's `ValidationConfig` would do that in a task of its own beside training; it is not used
+because its verdicts go to Ray's own checkpoint manager (see `checkpoints` for why that is not ours), a crash would leave checkpoints
+that nobody measured, and each task loads the base model anew on a device of its own, where here every rank has it loaded.
 """
 
 from __future__ import annotations
@@ -233,7 +236,7 @@ class _Reporter:
             self._last = (self._last[0], self._last[1] + time.monotonic() - started)
 
     def _save(self, step: int, folder: Path, model: PreTrainedModel) -> None:
-        scores = self._judge(model)
+        scores = self._judge(model) if self._config.measured(step, self._examples) else None
         if self._rank == 0:
             checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
             objective, tie_break = evaluate.objective(scores) if scores else (None, None)

@@ -32,7 +32,8 @@ class Section(BaseModel):
 
 class DataSection(Section):
     databases: str | None = None
-    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL with `{db_id}` in it; by default the dataset's own."""
+    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL (with `{db_id}` in it for several); by default the dataset's own.
+    SQL is executed on SQLite and PostgreSQL, whose password is best given as PGPASSWORD or in ~/.pgpass."""
     columns: dict[str, str] = {}
     """Our field = the dataset's column, where its names differ, e.g. `{question: pergunta, query: sql}`."""
     split_by: Literal["database", "question"] | None = None
@@ -141,7 +142,9 @@ class EvaluateSection(Section):
     processes: int | None = Field(None, ge=1)
     """Processes that execute SQL; by default one per core, at most 8."""
     select_examples: int = Field(64, ge=0)
-    """Validation examples answered at every save to choose the best checkpoint; 0 keeps the last one."""
+    """Validation examples answered at evaluate.eval_steps to choose the best checkpoint; 0 keeps the last one."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Answer them every so many optimizer steps and at the end, a multiple of save_steps; by default at every save."""
     baseline: bool = True
     """Measure the base model without the adapter too, on the same examples."""
 
@@ -191,7 +194,7 @@ class Config(BaseSettings):
     num_epochs: float = Field(1, gt=0)
     """Passes over the training examples."""
     save_steps: int = Field(250, ge=1)
-    """Save a checkpoint, and measure it, every so many optimizer steps."""
+    """Save a checkpoint every so many optimizer steps."""
     split: tuple[str, ...] = ("dev",)
     """Splits whose examples are scored, e.g. `dev` or `seen,unseen`; never trained on."""
     output_dir: str = "out"
@@ -248,6 +251,17 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_eval_steps(self) -> Self:
+        every = self.evaluate.eval_steps
+        if every and every % self.save_steps:
+            near = max(1, round(every / self.save_steps)) * self.save_steps
+            raise ValueError(
+                f"evaluate.eval_steps {every} is no multiple of save_steps {self.save_steps}, and only a checkpoint that is saved can be "
+                f"the best: use {near}, or save_steps {math.gcd(every, self.save_steps)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_overwrite(self) -> Self:
         start = self.prev_checkpoint or ""
         own = "/" not in start or (absolute(start).is_relative_to(self.run_dir) and "://" not in self.run_dir)
@@ -300,6 +314,10 @@ class Config(BaseSettings):
         if self.train.max_steps > 0:
             return self.train.max_steps
         return max(1, math.ceil(self.steps_per_epoch(examples) * self.num_epochs))
+
+    def measured(self, step: int, examples: int) -> bool:
+        """Whether the checkpoint of a step is measured in a run over so many examples: at every `eval_steps`, and the last one."""
+        return step % (self.evaluate.eval_steps or self.save_steps) == 0 or step >= self.steps(examples)
 
     @property
     def run_dir(self) -> str:
@@ -385,7 +403,14 @@ class EvaluateConfig(Config):
 
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    return uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    masked = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    return masked and re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
+
+
+def passwordless(uri: str | None) -> str | None:
+    """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
+    bare = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1@", uri)
+    return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
 
 
 def absolute(path: str | Path) -> Path:
