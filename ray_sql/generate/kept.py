@@ -33,7 +33,8 @@ class Kept:
                 values = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written when the run was cut off
                 continue
-            answers[values.pop("question")] = Answer(**values)
+            number = values.pop("question")
+            answers[number] = Answer(**values)
         return answers
 
     def add(self, question: int, answer: Answer) -> None:
