@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,27 @@ def score(
     progress: Progress | None = None,
 ) -> list[Row]:
     """One row of `predictions.jsonl` per question, judged: by executing its SQL, or by comparing its links."""
+    if config.evaluate.first_executable:
+        answers = first_executable(asked, answers, config)
     rows = [_row(question, answer, config) for question, answer in zip(asked, answers, strict=True)]
     return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress)
+
+
+def first_executable(asked: Sequence[Question], answers: Sequence[Answer], config: Config) -> list[Answer]:
+    """The answers, each with the first of its candidates that runs on its question's database; as they are where none does."""
+    tries = [
+        (number, text, sql)
+        for number, (question, answer) in enumerate(zip(asked, answers, strict=True))
+        for text in answer.candidates
+        if question.database is not None and (sql := prompts.parse_sql(text))
+    ]
+    with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
+        results = executor.run_many([(Path(asked[number].database or ""), sql) for number, _, sql in tries])
+    chosen = list(answers)
+    for (number, text, _), result in reversed(list(zip(tries, results, strict=True))):  # the first one is written last
+        if result.status == "ok":
+            chosen[number] = replace(chosen[number], raw=text)
+    return chosen
 
 
 def judge_rows(
@@ -156,6 +175,7 @@ def _row(question: Question, answer: Answer, config: Config) -> Row:
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "generation_seconds": round(answer.seconds, 3),
+        **({"candidates": answer.candidates} if answer.candidates else {}),
     }
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model
 
 from ray_sql import generate
 from ray_sql.generate import Question, plain, shared
@@ -23,7 +22,7 @@ FAMILIES = {
     "gemma3_text": GROUPED | {"head_dim": 16, "sliding_window": 16},
     "gpt_neox": WIDTH | {"max_position_embeddings": 2048, "eos_token_id": 2},
 }
-SHARES = {"llama", "qwen2", "qwen3", "mistral"}
+SHARES = {"llama", "qwen2", "qwen3", "mistral", "gpt_neox"}
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +153,35 @@ def test_groups_share_at_least_half_of_every_prompt() -> None:
     assert [one.prefix for one in shared.group([schema, schema], ["a", "a"])] == [99]
 
 
-def test_a_trained_width_of_cores_has_other_models_answer_too(tmp_path: Path) -> None:
+def test_bfloat16_answers_too(tokenizer: Any) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    folder = make_model(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    tokenizer = load_tokenizer(str(folder))
+    model = build("llama", len(tokenizer)).to(torch.bfloat16)
     asked = several(len(tokenizer))
     assert shared.why_not(model, 80) is None
     answers = generate.answer(model, tokenizer, asked, max_new_tokens=8)
-    assert all(answer.new_tokens == 8 or answer.new_tokens < 8 for answer in answers) and len(answers) == len(asked)
+    assert [answer.prompt_tokens for answer in answers] == [len(one.input_ids) for one in asked]
+
+
+def test_workers_get_whole_databases_about_equal_in_tokens(tokenizer: Any) -> None:
+    asked = several(len(tokenizer))
+    for world in (1, 2, 3, 40):
+        shares = generate.spread(asked, world, 20)
+        assert sorted(number for share in shares for number in share) == list(range(len(asked)))
+    names = [{asked[number].db_id for number in share} for share in generate.spread(asked, 2, 20)]
+    assert names[0] & names[1] <= {"many"}  # it has half of the questions
+    even = [question(name, list(range(3, 60)) + [70 + n]) for name in "abcd" for n in range(5)]
+    names = [{even[number].db_id for number in share} for share in generate.spread(even, 2, 20)]
+    assert sorted(map(len, names)) == [2, 2] and not names[0] & names[1]
+
+
+def test_beams_are_kept_best_first(tokenizer: Any) -> None:
+    model = build("llama", len(tokenizer))
+    asked = several(len(tokenizer))[:5]
+    greedy = generate.answer(model, tokenizer, asked, max_new_tokens=6)
+    found = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3, batch_size=2)
+    assert all(answer.candidates == [] for answer in greedy)
+    assert all(len(answer.candidates) == 3 and answer.candidates[0] == answer.raw for answer in found)
+    alone = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3)
+    assert [one.candidates for one in alone] == [one.candidates for one in found]
+    assert any(a.raw != b.raw for a, b in zip(greedy, found, strict=True))

@@ -4,6 +4,7 @@ questions (`shared`), as one-by-one greedy decoding would answer them; beams and
 from ray_sql.generate.answers import VERSION, answer, answer_loop_per_worker, answer_together, gather_all, spread
 from ray_sql.generate.kept import Kept
 from ray_sql.generate.questions import VALIDATION_FILE, Answer, Question, dump, gold, parse, questions
+from ray_sql.generate.vllm import check as check_backend
 
 __all__ = [
     "VALIDATION_FILE",
@@ -14,6 +15,7 @@ __all__ = [
     "answer",
     "answer_loop_per_worker",
     "answer_together",
+    "check_backend",
     "dump",
     "gather_all",
     "gold",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import checkpoints, cluster, models
 from ray_sql.config import Config
-from ray_sql.generate import plain, shared
+from ray_sql.generate import plain, shared, vllm
 from ray_sql.generate.ends import Ends
 from ray_sql.generate.kept import Kept
 from ray_sql.generate.questions import Answer, Question, parse
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 OnAnswer = Callable[[int, Answer], None]
 """Called with each answer as it comes, and the place of its question among those asked."""
+Ask = Callable[[str, Sequence[Question], OnAnswer], list[Answer] | None]
+"""Answers by the model of a name, on all ranks together; every rank says its own as they come."""
 
 VERSION = 2
 """Raise when the code of this folder makes other answers from the same questions."""
@@ -121,23 +123,37 @@ def answer_together(
 
     `progress` and `on_answer` are told of this rank's share.
     """
+
+    def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
+        return answer(
+            model,
+            tokenizer,
+            share,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            batch_size=config.eval_batch_size,
+            together=None if config.evaluate.max_num_seqs == "auto" else config.evaluate.max_num_seqs,
+            num_beams=num_beams,
+            progress=progress,
+            on_answer=tell,
+        )
+
+    return _by_all_ranks(asked, config, mine, on_answer)
+
+
+def _by_all_ranks(
+    asked: Sequence[Question],
+    config: Config,
+    answer_share: Callable[[Sequence[Question], OnAnswer | None], list[Answer]],
+    on_answer: OnAnswer | None,
+) -> list[Answer] | None:
     import torch.distributed as dist
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shares = spread(asked, world, config.evaluate.max_new_tokens)
     mine = shares[rank]
-    said = answer(
-        model,
-        tokenizer,
-        [asked[number] for number in mine],
-        max_new_tokens=config.evaluate.max_new_tokens,
-        batch_size=config.eval_batch_size,
-        together=None if config.evaluate.max_num_seqs == "auto" else config.evaluate.max_num_seqs,
-        num_beams=num_beams,
-        progress=progress,
-        on_answer=on_answer and (lambda place, one: on_answer(mine[place], one)),
-    )
-    return _in_order(shares, gather_all(said)) if rank == 0 else None
+    tell = None if on_answer is None else (lambda place, one: on_answer(mine[place], one))
+    said = gather_all(answer_share([asked[number] for number in mine], tell))
+    return _in_order(shares, said) if rank == 0 else None
 
 
 def _in_order(shares: Sequence[Sequence[int]], said: Sequence[Sequence[Answer]]) -> list[Answer]:
@@ -194,26 +210,47 @@ def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     """
     config = Config(**plan["config"])
     asked = parse(plan["questions"])
-    model = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
-    tokenizer = models.load_tokenizer(plan["model_folder"])
     said = {}
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        adapter = checkpoints.fetch(plan["adapter"], Path(scratch)) if "tuned" in plan["models"] else None
+        ask = (_ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers)(plan, config, adapter)
         for name in plan["models"]:  # the base comes first: its layers are changed in place by the adapter's
-            if name == "tuned":
-                model = models.load_adapter(model, checkpoints.fetch(plan["adapter"], Path(scratch) / "adapter"))
+            # all ranks must agree on what is left; answers of workers that died may be in the file and not in the plan
             known = gather_all({**plan["known"][name], **Kept(plan["kept"][name]).read()})[0]
             left = [number for number in range(len(asked)) if number not in known]
 
             def say(place: int, one: Answer, name: str = name, left: list[int] = left) -> None:
                 plan["emit"]({"kind": "answer", "model": name, "question": left[place], "answer": asdict(one)})
 
-            new = answer_together(
-                model,
-                tokenizer,
-                [asked[number] for number in left],
-                config,
-                num_beams=config.evaluate.num_beams,
-                on_answer=say,
-            )
+            new = ask(name, [asked[number] for number in left], say)
             said[name] = known | dict(zip(left, new or [], strict=False))
     return {"answers": said}
+
+
+def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
+    model = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
+    tokenizer = models.load_tokenizer(plan["model_folder"])
+
+    def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
+        nonlocal model
+        if name == "tuned" and adapter:
+            model = models.load_adapter(model, adapter)
+        return answer_together(model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say)
+
+    return ask
+
+
+def _ask_vllm(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
+    engine = vllm.Engine(plan["model_folder"], adapter, config)
+
+    def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
+        def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
+            said = engine.answer(share, name == "tuned")
+            for place, one in enumerate(said):
+                if tell:
+                    tell(place, one)
+            return said
+
+        return _by_all_ranks(asked, config, mine, say)
+
+    return ask

@@ -37,10 +37,12 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Seen:
-    """Which prefix the rows of a forward pass see, as (row numbers, prefix); `bias` `[rows, 1, tokens, own]` is added to the scores of
-    their own tokens, and `limit` is the length that no sequence will exceed."""
+    """Which prefix the rows of a forward pass see, as (row numbers or all, prefix).
 
-    groups: Sequence[tuple[torch.Tensor, Prefix]]
+    `bias` `[rows, 1, tokens, own]` is added to the scores of their own tokens; no sequence will be longer than `limit`.
+    """
+
+    groups: Sequence[tuple[torch.Tensor | slice, Prefix]]
     bias: torch.Tensor
     limit: int
 

@@ -14,10 +14,10 @@ FENCE = "```"
 class Ends:
     """The ends of one model's answers; what a token may close is remembered."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ticks: dict[int, bool] = {}
-        own = model.generation_config.eos_token_id if model.generation_config else None
+        own = model.generation_config.eos_token_id if model and model.generation_config else None
         named = own if isinstance(own, list) else [own]
         self.stops = sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
         """Tokens that end an answer: the tokenizer's and whatever else the model's own generation config names."""
@@ -35,6 +35,11 @@ class Ends:
     def closed(self, said: Sequence[int]) -> bool:
         """Whether a code block was opened and closed."""
         return str(self._tokenizer.decode(list(said))).count(FENCE) >= 2
+
+    def until_closed(self, said: Sequence[int]) -> list[int]:
+        """The tokens up to the one that closes the code block."""
+        ends = (n for n in range(1, len(said) + 1) if self.may_close(said[n - 1]) and self.closed(said[:n]))
+        return list(said[: next(ends, len(said))])
 
     def cut(self, said: Sequence[int]) -> list[int]:
         """The tokens before the end of the turn, without padding."""

@@ -285,7 +285,8 @@ class _Decoder:
         for place, row in enumerate(rows):
             members[row.group].append(place)
         groups = [
-            (torch.tensor(places, device=device), self._prefixes[number])
+            # all rows of one group need not be picked out
+            (slice(None) if len(members) == 1 else torch.tensor(places, device=device), self._prefixes[number])
             for number, places in members.items()
             if number in self._prefixes
         ]
