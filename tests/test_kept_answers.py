@@ -95,7 +95,7 @@ def test_a_killed_evaluation_goes_on_where_it_ended(
 ) -> None:
     flags = f"--model_name {tiny_model} --dataset_id {spider_folder} --output_name run --output_dir {tmp_path / 'out'} "
     flags += (
-        f"--cache_dir {tmp_path / 'cache'} --scaling.num_workers 0 --evaluate.max_new_tokens 80 --train.bf16 false "
+        f"--cache_dir {tmp_path / 'cache'} --scaling.num_workers 0 --evaluate.max_new_tokens 40 --train.bf16 false "
     )
     flags += "--evaluate.max_num_seqs 1 --evaluate.processes 1 --tracking.enabled false"
     command = [sys.executable, "-m", "jobs.evaluate", *flags.split()]
@@ -122,7 +122,7 @@ def test_a_killed_evaluation_goes_on_where_it_ended(
 
 
 @pytest.mark.slow
-def test_two_workers_answer_as_one_process(small: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_two_workers_answer_as_one_process(small: Any, tiny_model: Path, tmp_path: Path, ray_local: None) -> None:
     here, _ = ask(small(), tiny_model)
     both, points = ask(small(**{"scaling.num_workers": 2, "cache_dir": str(tmp_path / "other")}), tiny_model)
     assert [row["raw"] for row in both["base"]] == [row["raw"] for row in here["base"]]
@@ -146,8 +146,8 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"evaluate.first_executable": True}, "but num_beams is 1"),
-        ({"evaluate.num_beams": 2, "evaluate.backend": "vllm"}, "backend vllm answers greedily"),
+        ({"evaluate.first_executable": True}, "but evaluate.num_beams is 1"),
+        ({"evaluate.num_beams": 2, "evaluate.backend": "vllm"}, "evaluate.backend vllm answers greedily"),
         (
             {"evaluate.num_beams": 2, "evaluate.first_executable": True, "task_type": "schema"},
             "first_executable executes SQL, which task_type schema does not write",

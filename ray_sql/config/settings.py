@@ -153,16 +153,6 @@ class EvaluateSection(Section):
     baseline: bool = True
     """Measure the base model without the adapter too, on the same examples."""
 
-    @model_validator(mode="after")
-    def _check_beams(self) -> Self:
-        if self.first_executable and self.num_beams == 1:
-            raise ValueError("first_executable chooses among beams, but num_beams is 1: raise it, or leave it out")
-        if self.num_beams > 1 and self.backend == "vllm":
-            raise ValueError(
-                f"num_beams is {self.num_beams}, but backend vllm answers greedily: use backend transformers"
-            )
-        return self
-
 
 class TrackingSection(Section):
     enabled: bool = True
@@ -258,7 +248,16 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_executable(self) -> Self:
+    def _check_beams(self) -> Self:
+        beams = self.evaluate.num_beams
+        if self.evaluate.first_executable and beams == 1:
+            raise ValueError(
+                "evaluate.first_executable chooses among beams, but evaluate.num_beams is 1: raise it, or leave it out"
+            )
+        if beams > 1 and self.evaluate.backend == "vllm":
+            raise ValueError(
+                f"evaluate.num_beams is {beams}, but evaluate.backend vllm answers greedily: use evaluate.backend transformers"
+            )
         if self.evaluate.first_executable and self.task_type == "schema":
             raise ValueError(
                 "evaluate.first_executable executes SQL, which task_type schema does not write: leave it out"
