@@ -53,19 +53,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--exact", type=int, default=8, help="questions of a round whose answers are compared in float32"
     )
-    parser.add_argument("--quick", action="store_true", help="one round, 16 questions at most, 64 new tokens")
+    parser.add_argument("--quick", action="store_true", help="one round of 4, 8 and 32 questions, 32 new tokens")
     arguments = parser.parse_args(argv)
-    config = settings(arguments.max_new_tokens or (64 if arguments.quick else None))
-    rounds, size = (1, ROUND // 2) if arguments.quick else (arguments.rounds, ROUND)
+    config = settings(arguments.max_new_tokens or (32 if arguments.quick else None))
+    rounds, exact = (1, 2) if arguments.quick else (arguments.rounds, arguments.exact)
     started = time.monotonic()
     bench = Bench(config, arguments.adapter, arguments.batch_size)
-    measured = {
-        each: [
-            bench.round(asked, 4 if arguments.quick else arguments.exact)
-            for asked in draw(bench.asked, each, size, rounds)
-        ]
-        for each in PER_DATABASE
-    }
+    measured = {}
+    for each in PER_DATABASE:
+        size = max(4, each) if arguments.quick else ROUND
+        measured[each] = [bench.round(asked, exact) for asked in draw(bench.asked, each, size, rounds)]
     report(measured)
     found = {each: median(one["ratio"] for one in made) for each, made in measured.items()}
     every = [one for made in measured.values() for one in made]
