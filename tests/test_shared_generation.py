@@ -153,6 +153,26 @@ def test_groups_share_at_least_half_of_every_prompt() -> None:
     assert [one.prefix for one in shared.group([schema, schema], ["a", "a"])] == [99]
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attention_chunk_size": 50}, "cut into chunks of 50 tokens"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "change with a sequence's length after 60",
+        ),
+    ],
+)
+def test_what_only_long_prompts_show_is_found_in_the_settings(tokenizer: Any, settings: Any, reason: str) -> None:
+    model = build("llama", len(tokenizer))
+    model.config.max_position_embeddings = 60
+    assert shared.why_not(model, 80) is None
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    assert shared.why_not(model, 40) is None
+    assert reason in (shared.why_not(model, 80) or "")
+
+
 def test_bfloat16_answers_too(tokenizer: Any) -> None:
     import torch
 

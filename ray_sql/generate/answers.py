@@ -146,9 +146,7 @@ def _by_all_ranks(
     answer_share: Callable[[Sequence[Question], OnAnswer | None], list[Answer]],
     on_answer: OnAnswer | None,
 ) -> list[Answer] | None:
-    import torch.distributed as dist
-
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world, rank = len(gather_all(None)), _rank()
     shares = spread(asked, world, config.evaluate.max_new_tokens)
     mine = shares[rank]
     tell = None if on_answer is None else (lambda place, one: on_answer(mine[place], one))
@@ -189,6 +187,12 @@ def spread(asked: Sequence[Question], world: int, max_new_tokens: int) -> list[l
         load[to] += cost
         shares[to] += numbers
     return shares
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return int(dist.get_rank()) if dist.is_initialized() else 0
 
 
 def gather_all(value: Any) -> list[Any]:
@@ -235,6 +239,9 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
         nonlocal model
         if name == "tuned" and adapter:
             model = models.load_adapter(model, adapter)
+        longest = max((len(one.input_ids) for one in asked), default=0) + config.evaluate.max_new_tokens
+        if config.evaluate.num_beams == 1 and _rank() == 0 and (reason := shared.why_not(model, longest)):
+            plan["emit"]({"kind": "note", "text": f"every prompt is computed whole: {reason}"})
         return answer_together(model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say)
 
     return ask

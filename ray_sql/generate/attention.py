@@ -62,13 +62,14 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         super().__init__(layers=[])
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self._first = 0
         self._rows = torch.zeros(0)
         self._columns = torch.zeros(0)
         self._width = 0
 
-    def at(self, first: int, columns: torch.Tensor) -> None:
-        """Write the next pass's tokens to these columns, `[rows, tokens]`, of the rows from `first` on."""
-        self._first, self._columns, self._width = first, columns, int(columns.max()) + 1
+    def at(self, first: int, columns: torch.Tensor, width: int) -> None:
+        """Write the next pass's tokens to these columns, `[rows, tokens]`, all below `width`, of the rows from `first` on."""
+        self._first, self._columns, self._width = first, columns, width
         self._rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
         for kept in (self.keys, self.values):
             for layer, old in enumerate(kept):

@@ -81,9 +81,12 @@ def why_not(model: PreTrainedModel, longest: int) -> str | None:
     """Why `model` cannot answer over a prefix that questions share, where prompt and answer have up to `longest` tokens; None: it can.
 
     Two short prompts of random tokens are computed both ways. Sliding windows, softcaps and the like are found by the
-    attention itself.
+    attention itself; what only long prompts show, in the model's config.
     """
     import torch
+
+    if reason := _unlike_short(model.config.get_text_config(), longest):
+        return reason
 
     from ray_sql.generate import attention
 
@@ -103,6 +106,18 @@ def why_not(model: PreTrainedModel, longest: int) -> str | None:
     difference = float((together - torch.stack(alone)).norm() / torch.stack(alone).norm())
     if not difference < TOLERANCE:
         return f"a shared prefix gives other logits than whole prompts (relative difference {difference:.2g})"
+    return None
+
+
+def _unlike_short(config: Any, longest: int) -> str | None:
+    """What sets in after some length, so that a probe of short prompts cannot see it."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and chunk < longest:
+        return f"its attention is cut into chunks of {chunk} tokens, but sequences reach {longest}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or longest
+    if rope.get("rope_type") in ("dynamic", "longrope") and int(short) < longest:
+        return f"its positions change with a sequence's length after {short} tokens, but sequences reach {longest}"
     return None
 
 
@@ -274,11 +289,12 @@ class _Decoder:
 
         started = time.monotonic()
         device, dtype = self._model.device, self._model.dtype
+        width = int(columns.max()) + 1
         columns = columns.to(device)
         starts = torch.tensor([row.start for row in rows], device=device)[:, None]
         prefixes = torch.tensor([self._groups[row.group].prefix for row in rows], device=device)[:, None]
-        self._own.at(first, columns)
-        own = torch.arange(int(columns.max()) + 1, device=device)
+        self._own.at(first, columns, width)
+        own = torch.arange(width, device=device)
         visible = (own >= starts[:, :, None]) & (own <= columns[:, :, None])
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
         members: dict[int, list[int]] = defaultdict(list)
