@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray_sql import linking, prompts
@@ -51,6 +51,8 @@ def score(
     runs: Executor | None = None,
 ) -> list[Row]:
     """One row of `predictions.jsonl` per question, judged: by executing its SQL, or by comparing its links."""
+    if config.evaluate.first_executable:
+        answers = first_executable(asked, answers, config, runs)
     rows = [_row(question, answer, config) for question, answer in zip(asked, answers, strict=True)]
     return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress, runs)
 
@@ -59,6 +61,25 @@ def executor(config: Config) -> Executor:
     """What runs the SQL of one evaluation; shared by several calls of `score`, it runs their gold once."""
     processes = config.evaluate.processes or min(8, os.cpu_count() or 1)
     return Executor(processes, Limits(seconds=config.evaluate.timeout))
+
+
+def first_executable(
+    asked: Sequence[Question], answers: Sequence[Answer], config: Config, runs: Executor | None = None
+) -> list[Answer]:
+    """The answers, each with the first of its candidates that runs on its question's database; as they are where none does."""
+    tries = [
+        (number, text, sql)
+        for number, (question, answer) in enumerate(zip(asked, answers, strict=True))
+        for text in answer.candidates
+        if question.database is not None and (sql := prompts.parse_sql(text))
+    ]
+    with nullcontext(runs) if runs else executor(config) as running:
+        results = running.run_many([(asked[number].database or "", sql) for number, _, sql in tries])
+    chosen = list(answers)
+    for (number, text, _), result in reversed(list(zip(tries, results, strict=True))):  # the first one is written last
+        if result.status == "ok":
+            chosen[number] = replace(chosen[number], raw=text)
+    return chosen
 
 
 def judge_rows(
@@ -166,6 +187,7 @@ def _row(question: Question, answer: Answer, config: Config) -> Row:
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "generation_seconds": round(answer.seconds, 3),
+        **({"candidates": answer.candidates} if answer.candidates else {}),
     }
 
 

@@ -256,6 +256,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     from ray_sql import generate, models
 
+    generate.check_backend(config)
     corpus = data.load_split(config, config.split)
     measure.check_executable(corpus, config)
     folder, revision = models.resolve(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from ray_sql.data import Corpus, Example
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import Row
-from ray_sql.generate import Answer, Question
+from ray_sql.generate import Answer, Kept, Question
 from ray_sql.metrics import hardness, mcnemar
 from ray_sql.schema import Schema
 
@@ -40,9 +41,18 @@ def of_models(
 ) -> Measured:
     """Ask the base model (if `evaluate.baseline`, or without an adapter) and the base with `adapter`, and judge the answers."""
     wanted = (["base"] if config.evaluate.baseline or adapter is None else []) + (["tuned"] if adapter else [])
-    known = config.cache / "answers" / f"{_base_key(config, asked, model_folder)}.json"
-    said: dict[str, list[Any]] = {"base": json.loads(known.read_text())} if "base" in wanted and known.is_file() else {}
-    missing = [name for name in wanted if name not in said]
+    kept = {name: _kept(config, asked, model_folder, adapter if name == "tuned" else None) for name in wanted}
+    said = {name: one.read() for name, one in kept.items()}
+    missing = [name for name in wanted if len(said[name]) < len(asked)]
+
+    def keep(point: cluster.Point) -> None:
+        if point["kind"] == "answer":
+            name, one = point["model"], Answer(**point["answer"])
+            kept[name].add(point["question"], one)
+            said[name][point["question"]] = one
+            point = {"kind": "answers", "model": name, "done": len(said[name]), "total": len(asked)}
+        on_point(point)
+
     if missing:
         plan = {
             "config": config.for_workers(),
@@ -50,14 +60,17 @@ def of_models(
             "adapter": adapter,
             "models": missing,
             "questions": generate.dump(asked),
+            "known": {name: dict(said[name]) for name in missing},
+            "kept": {name: str(kept[name].file) for name in missing},
         }
-        said |= cluster.run_workers(generate.answer_loop_per_worker, plan, config, on_point, config.run_dir)["answers"]
-    if "base" in missing:
-        checkpoints.write_whole(known, json.dumps(said["base"]))
+        answered = cluster.run_workers(generate.answer_loop_per_worker, plan, config, keep, config.run_dir)["answers"]
+        for name, answers in answered.items():
+            said[name] = answers
+            kept[name].write(answers)
     judged = {}
     with evaluate.executor(config) as executor:
         for name in wanted:
-            answers = [Answer(**one) for one in said[name]]
+            answers = [said[name][number] for number in range(len(asked))]
             counter = display.counter(f"executing {name}'s SQL")
             judged[name] = evaluate.score(asked, answers, config, schemas, counter, executor)
     return judged
@@ -139,19 +152,32 @@ def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | Non
     prompts.check_contract(json.loads(saved), current, f"{config.adapter}")
 
 
-def _base_key(config: Config, asked: Sequence[Question], model_folder: str) -> str:
-    """Changes with whatever a base model's answers depend on: its weights' identity, precision, limits and the prompts."""
+def _kept(config: Config, asked: Sequence[Question], model_folder: str, adapter: str | None) -> Kept:
+    """Where a model's answers are kept: a file whose name changes with whatever they depend on, which is its weights' identity,
+    precision, limits and the prompts."""
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(model_folder).iterdir())
-    settings = [config.quantization.model_dump(), str(models.compute_dtype(config)), config.evaluate.max_new_tokens]
     parts = [
         generate.VERSION,
         model_folder,
         files,
-        settings,
-        config.eval_batch_size,
-        [question.input_ids for question in asked],
+        _digest(adapter),
+        [config.quantization.model_dump(), str(models.compute_dtype(config)), config.eval_batch_size],
+        config.evaluate.model_dump(include={"max_new_tokens", "max_num_seqs", "num_beams", "backend"}),
+        [(question.db_id, question.input_ids) for question in asked],
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return Kept(config.cache / "answers" / f"{key}.jsonl")
+
+
+def _digest(adapter: str | None) -> str | None:
+    """Changes with the content of an adapter."""
+    if adapter is None:
+        return None
+    found = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        for file in sorted(checkpoints.fetch(adapter, Path(scratch)).glob("adapter_*")):
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def _match(

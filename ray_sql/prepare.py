@@ -68,6 +68,7 @@ class Prepared:
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     """Load and check all that `config` names. Raises a `RaySqlError` for whatever the user can fix, before anything is written
     outside the cache."""
+    generate.check_backend(config)
     corpus = data.load(config)
     check_databases(corpus, config)
     folder, revision = models.resolve(config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,6 @@ def adapter_weights(config: Config) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(f"{config.run_dir}/adapter/adapter_model.safetensors")
-
-
-@pytest.fixture
-def ray_local() -> Iterator[None]:
-    """A Ray of the test's own; never the one that something else on this machine runs."""
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model: Path) -> None:

@@ -135,6 +135,14 @@ class EvaluateSection(Section):
     """Under `spider`: compare with DISTINCT left in (the official evaluator strips it by default)."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer in tokens."""
+    max_num_seqs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Questions answered together over the schemas they share; `auto` is up to 64, as many as memory allows. Answers do not change."""
+    num_beams: int = Field(1, ge=1)
+    """Beams of the search for an answer to the scored questions, 1 is greedy; checkpoints are always chosen by greedy answers."""
+    first_executable: bool = False
+    """With beams: take the first candidate, best first, that runs on the question's database, instead of the first."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What answers the scored questions; `vllm` needs a GPU and `pip install 'ray_sql[vllm]'`."""
     timeout: float = Field(30.0, gt=0)
     """Seconds one query may run before it is stopped and counted as `timeout`."""
     limit: int | None = Field(None, ge=1)
@@ -186,7 +194,7 @@ class Config(BaseSettings):
     train_batch_size: int = Field(1, ge=1)
     """Examples per forward pass and worker where they share no row; a shared row is a pass of its own (rows.examples_per_row)."""
     eval_batch_size: int = Field(1, ge=1)
-    """Questions answered together when generating."""
+    """Whole prompts computed together when generating with beams, or with a model that cannot share a schema's computation."""
     grad_accum_steps: int = Field(8, ge=1)
     """A step averages over train_batch_size x grad_accum_steps x workers examples, however they are laid out in forward passes."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -239,6 +247,23 @@ class Config(BaseSettings):
         if self.task_type == "schema" and self.prompt.schema_form != "full":
             raise ValueError(
                 f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type schema in its prompt: use full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_beams(self) -> Self:
+        beams = self.evaluate.num_beams
+        if self.evaluate.first_executable and beams == 1:
+            raise ValueError(
+                "evaluate.first_executable chooses among beams, but evaluate.num_beams is 1: raise it, or leave it out"
+            )
+        if beams > 1 and self.evaluate.backend == "vllm":
+            raise ValueError(
+                f"evaluate.num_beams is {beams}, but evaluate.backend vllm answers greedily: use evaluate.backend transformers"
+            )
+        if self.evaluate.first_executable and self.task_type == "schema":
+            raise ValueError(
+                "evaluate.first_executable executes SQL, which task_type schema does not write: leave it out"
             )
         return self
 
