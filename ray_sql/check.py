@@ -98,7 +98,7 @@ def resources(config: Config) -> str:
 def data(config: Config, prepared: Prepared) -> str:
     """Rows, their lengths, and the splits; a database-less scored split is found here."""
     splits = ", ".join(f"{len(examples)} {split}" for split, examples in prepared.corpus.splits.items())
-    without = [s for s in config.split if not any(map(prepared.corpus.sqlite_file, _databases(prepared, s)))]
+    without = [s for s in config.split if not any(map(prepared.corpus.executable, _databases(prepared, s)))]
     if without and config.task_type == "sql":
         raise ConfigError(
             f"--split {without[0]}: has examples without a database to execute on; name their folder with --data.databases"

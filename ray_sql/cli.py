@@ -47,4 +47,5 @@ def _full_or_closed(error: OSError, config: Config) -> bool:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not break into what the first has set off
     raise SystemExit(128 + number)

@@ -13,7 +13,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import errors
@@ -43,6 +45,9 @@ WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
+"""One thread: whoever asks for Ray second finds it started."""
+
 
 def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str) -> dict[str, Any]:
     """Call `loop(plan)` on every worker and return what rank 0 returned; `plan["emit"](point)` reaches `on_point` here.
@@ -50,6 +55,7 @@ def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: O
     A worker that dies is restarted with all others, `scaling.max_failures` times. Raises the `RaySqlError` that rank 0 raised,
     and `TrainingError` when the restarts are used up.
     """
+    import ray
     from ray.train.torch import TorchTrainer
 
     if config.scaling.num_workers == 0:
@@ -61,24 +67,44 @@ def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: O
         )
         return dict(trainer.fit().return_value)
     start_ray()
-    with _Channel(on_point) as channel:
-        return _fit(loop, {**plan, "emit": Sender(channel.queue)}, config, run_dir)
+    on_point(mark("Ray"))
+    try:
+        with _Channel(on_point) as channel:
+            return _fit(loop, {**plan, "emit": Sender(channel.queue)}, config, run_dir)
+    except (KeyboardInterrupt, SystemExit):
+        ray.shutdown()  # at once: left to the interpreter's exit it waits a quarter of a minute for workers that are busy
+        raise
+
+
+def mark(stage: str, at: float | None = None) -> Point:
+    """The point that says when a stage of starting up ended: now, or `at` (seconds since the epoch)."""
+    return {"kind": "mark", "stage": stage, "at": time.time() if at is None else at}
+
+
+def begin_ray() -> Future[None]:
+    """Join the cluster this process belongs to, or start Ray on this machine, beside whatever this process does next."""
+    return _STARTER.submit(_init_ray)
 
 
 def start_ray() -> None:
-    """Join the cluster this process belongs to, or start Ray on this machine; does nothing if that has happened."""
+    """`begin_ray`, waited for; does nothing if Ray is there."""
+    begin_ray().result()
+    if threading.current_thread() is threading.main_thread():
+        # Ray's core has put a handler below Python's that writes a stack trace and aborts; ours closes runs on the way out
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _init_ray() -> None:
     import ray
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
-        # it announces at every start that tokens are on, as they should be
+        # it announces at every start that tokens are on, as they should be, and that SIGTERM stays ours, as it should
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM" not in record.getMessage())
         # workers' own output stays in Ray's logs and dashboard: what matters comes through the channel, and their errors as errors
-        terminate = signal.getsignal(signal.SIGTERM)
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)  # Ray puts its own there, which writes a stack trace and aborts
 
 
 def scaling_config(config: Config) -> ScalingConfig:

@@ -12,12 +12,12 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray_sql import linking, prompts
-from ray_sql.config import Config
+from ray_sql.config import Config, without_password
 from ray_sql.execution import Executor, Limits
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics import (
@@ -27,6 +27,7 @@ from ray_sql.metrics import (
     Verdict,
     classify_error,
     clustered_interval,
+    exact_set_verdict,
     hardness,
     judge_many,
     score_links,
@@ -47,10 +48,38 @@ def score(
     config: Config,
     schemas: Mapping[str, Schema] | None = None,
     progress: Progress | None = None,
+    runs: Executor | None = None,
 ) -> list[Row]:
     """One row of `predictions.jsonl` per question, judged: by executing its SQL, or by comparing its links."""
+    if config.evaluate.first_executable:
+        answers = first_executable(asked, answers, config, runs)
     rows = [_row(question, answer, config) for question, answer in zip(asked, answers, strict=True)]
-    return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress)
+    return judge_rows(rows, [question.database for question in asked], config, schemas or {}, progress, runs)
+
+
+def executor(config: Config) -> Executor:
+    """What runs the SQL of one evaluation; shared by several calls of `score`, it runs their gold once."""
+    processes = config.evaluate.processes or min(8, os.cpu_count() or 1)
+    return Executor(processes, Limits(seconds=config.evaluate.timeout))
+
+
+def first_executable(
+    asked: Sequence[Question], answers: Sequence[Answer], config: Config, runs: Executor | None = None
+) -> list[Answer]:
+    """The answers, each with the first of its candidates that runs on its question's database; as they are where none does."""
+    tries = [
+        (number, text, sql)
+        for number, (question, answer) in enumerate(zip(asked, answers, strict=True))
+        for text in answer.candidates
+        if question.database is not None and (sql := prompts.parse_sql(text))
+    ]
+    with nullcontext(runs) if runs else executor(config) as running:
+        results = running.run_many([(asked[number].database or "", sql) for number, _, sql in tries])
+    chosen = list(answers)
+    for (number, text, _), result in reversed(list(zip(tries, results, strict=True))):  # the first one is written last
+        if result.status == "ok":
+            chosen[number] = replace(chosen[number], raw=text)
+    return chosen
 
 
 def judge_rows(
@@ -59,6 +88,7 @@ def judge_rows(
     config: Config,
     schemas: Mapping[str, Schema],
     progress: Progress | None = None,
+    runs: Executor | None = None,
 ) -> list[Row]:
     """Add `verdict`, `error` and `error_kind` to rows that have `gold` and `predicted`."""
     if config.task_type == "schema":
@@ -66,10 +96,10 @@ def judge_rows(
     with_database = [index for index, database in enumerate(databases) if database is not None]
     verdicts: dict[int, Verdict] = {}
     if with_database:
-        pairs = [Pair(Path(databases[i] or ""), rows[i]["gold"], rows[i]["predicted"] or "") for i in with_database]
-        with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
+        pairs = [Pair(databases[i] or "", rows[i]["gold"], rows[i]["predicted"] or "") for i in with_database]
+        with nullcontext(runs) if runs else executor(config) as running:
             judged = judge_many(
-                executor,
+                running,
                 pairs,
                 semantics=config.evaluate.semantics,
                 keep_distinct=config.evaluate.keep_distinct,
@@ -77,7 +107,10 @@ def judge_rows(
             )
         verdicts = dict(zip(with_database, judged, strict=True))
     missing = Verdict("gold_error", "there is no database to execute it on", 0.0)
-    return [_judged(row, verdicts.get(index, missing)) for index, row in enumerate(rows)]
+    return [
+        _judged(row, verdicts.get(index, missing)) | _matched(row, schemas.get(row["db_id"]))
+        for index, row in enumerate(rows)
+    ]
 
 
 def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
@@ -93,6 +126,7 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "keep_distinct": config.evaluate.keep_distinct,
         "valid_sql": _share(valid, len(counted)),
         "valid_sql_interval": _interval(valid, len(counted)),
+        **_soft_f1(counted),
         "gold_errors": len(rows) - len(counted),
         "by_hardness": {level: accuracy(group) for level, group in grouped(counted, "hardness", HARDNESS).items()},
         "by_database": {db_id: accuracy(group) for db_id, group in grouped(counted, "db_id").items()},
@@ -116,7 +150,8 @@ def flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
     for key, value in scores.items():
         if key == "by_hardness":
             for level, group in value.items():
-                metrics[f"{prefix}/{level}/execution_accuracy"] = group["execution_accuracy"]
+                for name in {"execution_accuracy", "exact_set_match"} & set(group):
+                    metrics[f"{prefix}/{level}/{name}"] = group[name]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             metrics[f"{prefix}/{key}"] = float(value)
     return {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
@@ -128,18 +163,14 @@ def dump(rows: Iterable[Row]) -> str:
 
 
 def failing_gold(golds: Sequence[tuple[str, str, str]], config: Config, progress: Progress | None = None) -> list[Row]:
-    """Which gold queries do not run; `golds` are (example id, database path, SQL). One row each: id, database, gold, error."""
-    with Executor(_processes(config), Limits(seconds=config.evaluate.timeout)) as executor:
-        results = executor.run_many([(Path(database), sql) for _, database, sql in golds], progress=progress)
+    """Which gold queries do not run; `golds` are (example id, path or URL, SQL). One row each: id, database, gold, error."""
+    with executor(config) as running:
+        results = running.run_many([(database, sql) for _, database, sql in golds], progress=progress)
     return [
-        {"id": name, "database": database, "gold": sql, "error": result.error}
+        {"id": name, "database": without_password(database), "gold": sql, "error": result.error}
         for (name, database, sql), result in zip(golds, results, strict=True)
         if result.status != "ok"
     ]
-
-
-def _processes(config: Config) -> int:
-    return config.evaluate.processes or min(8, os.cpu_count() or 1)
 
 
 def _row(question: Question, answer: Answer, config: Config) -> Row:
@@ -156,6 +187,7 @@ def _row(question: Question, answer: Answer, config: Config) -> Row:
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "generation_seconds": round(answer.seconds, 3),
+        **({"candidates": answer.candidates} if answer.candidates else {}),
     }
 
 
@@ -171,7 +203,16 @@ def _judged(row: Row, verdict: Verdict) -> Row:
         "error": "the answer holds no SQL" if unparsable else verdict.error,
         "error_kind": "unparsable" if unparsable else classify_error(verdict),
         "seconds": round(verdict.seconds, 3),
+        **({} if verdict.soft_f1 is None else {"soft_f1": round(verdict.soft_f1, 4)}),
     }
+
+
+def _matched(row: Row, schema: Schema | None) -> Row:
+    """Spider's other judgement of a row, where its schema is known: `exact_set_match`, and whether both could be read for it."""
+    if schema is None:
+        return {}
+    verdict = exact_set_verdict(row["gold"], row["predicted"] or "", schema)
+    return {"exact_set_match": bool(verdict), "exact_set_unread": verdict is None}
 
 
 def _judge_links(row: Row, schema: Schema | None) -> Row:
@@ -241,7 +282,31 @@ def accuracy(rows: Sequence[Row]) -> dict[str, Any]:
         "interval": _interval(correct, len(rows)),
         "n": len(rows),
         "correct": correct,
+        **_exact_sets(rows),
     }
+
+
+def _exact_sets(rows: Sequence[Row]) -> dict[str, Any]:
+    """The share of rows that match clause by clause, over those whose schema is known, if there are any.
+
+    A query that cannot be read for it counts as no match; `exact_set_unread` says how many rows have one.
+    """
+    known = [row for row in rows if row.get("exact_set_match") is not None]
+    if not known:
+        return {}
+    matched = sum(row["exact_set_match"] for row in known)
+    return {
+        "exact_set_match": _share(matched, len(known)),
+        "exact_set_match_interval": _interval(matched, len(known)),
+        "exact_set_match_n": len(known),
+        "exact_set_unread": sum(row["exact_set_unread"] for row in known),
+    }
+
+
+def _soft_f1(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean of BIRD's soft F1, with 0 for what does not run, where it was measured."""
+    measured = [row["soft_f1"] for row in rows if "soft_f1" in row]
+    return {"soft_f1": sum(measured) / len(measured)} if measured else {}
 
 
 def clustered(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -24,14 +25,22 @@ from ray_sql.errors import ConfigError, DataError
 from ray_sql.generate import Question
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
+from ray_sql.timeline import Timeline
 from ray_sql.train import FitResult
 
+ARTIFACTS = (
+    *("config.json", "contract.json", "metrics.json", "predictions.jsonl", "gold_errors.jsonl", "report.html"),
+    "adapter",
+)
+"""What of a run's folder MLflow keeps, where it is there."""
 RUN_FILE = "run.json"
 """Which MLflow run belongs to a run's folder, so that a restarted driver goes on with it."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train and measure as `config` says; returns what `metrics.json` holds. Raises `RaySqlError` for what the user can fix."""
+    timeline = Timeline()
+    timeline.mark("imports")
     with Display() as display:
         earlier = prepare.earlier_run(config)
         if earlier is not None:
@@ -44,17 +53,22 @@ def run(config: Config) -> dict[str, Any]:
             return earlier
         if config.tracking.enabled:
             tracking.check(config.tracking.uri)
+            timeline.mark("MLflow")
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
         train.starting_point(config, prepared.contract)
         asked = prepared.questions(config)  # now: what cannot be asked should be known before training
+        if config.scaling.num_workers:
+            cluster.begin_ray()
         for line in prepare.plan(prepared, config):
             display.line(line)
+        timeline.mark("data")
         prepare.write_inputs(prepared, config)
         record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
+        timeline.mark("run folder and MLflow run")
         status: tracking.Status = "FAILED"
         try:
-            metrics = _train_and_measure(config, prepared, asked, record, display)
+            metrics = _train_and_measure(config, prepared, asked, record, display, timeline)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
@@ -132,10 +146,15 @@ def _git_commit() -> str:
 
 
 def _train_and_measure(
-    config: Config, prepared: Prepared, asked: Sequence[Question], record: tracking.Run, display: Display
+    config: Config,
+    prepared: Prepared,
+    asked: Sequence[Question],
+    record: tracking.Run,
+    display: Display,
+    timeline: Timeline,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    points = _Points(config, record, display)
+    points = _Points(config, record, display, timeline)
     fitted = train.fit(config, prepared.model_folder, points)
     display.line(f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}")
     measured = measure.of_models(
@@ -158,6 +177,7 @@ def _train_and_measure(
         "best_step": fitted.best.step,
         "steps": fitted.steps,
         "training_seconds": round(fitted.seconds, 1),
+        "startup_seconds": timeline.stages(),
         "seconds": round(time.monotonic() - started, 1),
         **measure.summarise(measured, config),
     }
@@ -190,20 +210,25 @@ def log_results(
     record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
     for file, figure in figures.items():
         record.figure(figure, f"figures/{file}")
+    folder = _here(config)
+    for name in ARTIFACTS:
+        if (path := folder / name).exists():
+            record.artifact(path, name if path.is_dir() else "")
+    if "://" in config.run_dir and not _spool(config).exists():  # else they are still to be sent
+        shutil.rmtree(folder)
+
+
+def _here(config: Config) -> Path:
+    """The run's folder on this machine; of a run in a remote store, a copy of the files that MLflow gets."""
     if "://" not in config.run_dir:
-        files = (
-            "config.json",
-            "contract.json",
-            "metrics.json",
-            "predictions.jsonl",
-            "gold_errors.jsonl",
-            "report.html",
-        )
-        for name in files:
-            if (path := Path(config.run_dir) / name).is_file():
-                record.artifact(path)
-        if (adapter := Path(config.run_dir) / "adapter").is_dir():
-            record.artifact(adapter, "adapter")
+        return Path(config.run_dir)
+    folder = _spool(config).with_suffix("") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARTIFACTS:
+        if checkpoints.exists(f"{config.run_dir}/{name}"):
+            fetch = checkpoints.fetch if name == "adapter" else checkpoints.fetch_file
+            fetch(f"{config.run_dir}/{name}", folder / name)
+    return folder
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -231,7 +256,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     from ray_sql import generate, models
 
+    generate.check_backend(config)
     corpus = data.load_split(config, config.split)
+    measure.check_executable(corpus, config)
     folder, revision = models.resolve(config)
     if config.adapter:
         config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
@@ -263,10 +290,13 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         by_model = [metrics[model][split] for model in models]
         table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
         if metrics["task_type"] == "sql":
-            table.add_row("", "valid SQL", "", *(percent(s["valid_sql"], n=s["n"]) for s in by_model))
             for level, group in scores["by_hardness"].items():
                 cells = [percent(s["by_hardness"].get(level, group)["execution_accuracy"]) for s in by_model]
                 table.add_row("", f"  {level}", str(group["n"]), *cells)
+            for key, label in report.SECONDARY.items():
+                if key in scores:
+                    shares = (percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"])) for s in by_model)
+                    table.add_row("", label, "", *shares)
         else:
             for key in ("exact_match", "table_f1", "column_f1", "unparsable"):
                 table.add_row("", key.replace("_", " "), "", *(percent(s.get(key, 0.0)) for s in by_model))
@@ -292,8 +322,11 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
 class _Points:
     """What workers say, passed on to the display, MLflow and TensorBoard, each step once."""
 
-    def __init__(self, config: Config, record: tracking.Run, display: Display) -> None:
+    def __init__(
+        self, config: Config, record: tracking.Run, display: Display, timeline: Timeline | None = None
+    ) -> None:
         self._config, self._record, self._display = config, record, display
+        self._timeline = timeline
         self._writer: Any = None
         self._newest = -1
 
@@ -301,11 +334,16 @@ class _Points:
         if point["kind"] == "answers":
             self._display.update(f"answering with {point['model']}", point["done"], point["total"])
             return
+        if point["kind"] == "mark":
+            if self._timeline:
+                self._timeline.mark(point["stage"], point["at"])
+            return
         if point["kind"] == "note":
             self._display.line(point["text"])
             return
         values = {name if "/" in name else f"train/{name}": value for name, value in point["values"].items()}
         if point["kind"] == "train":
+            self._first_step()
             if point["step"] <= self._newest:
                 self._display.line(f"the workers were restarted and go on from step {point['step'] - 1}")
             self._newest = point["step"]
@@ -314,6 +352,13 @@ class _Points:
             self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
         self._record.log(point["step"], values)
         self._tensorboard(point["step"], values)
+
+    def _first_step(self) -> None:
+        """Say once how long it took to come here; what restarted workers mark later belongs to no start."""
+        if self._timeline:
+            self._timeline.mark("first step")
+            self._display.line(self._timeline.line())
+            self._timeline = None
 
     def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         if "://" in self._config.run_dir:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from ray_sql.data import Corpus, Example
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import Row
-from ray_sql.generate import Answer, Question
+from ray_sql.generate import Answer, Kept, Question
 from ray_sql.metrics import hardness, mcnemar
 from ray_sql.schema import Schema
 
+COUNTED = ("prompt_tokens", "new_tokens", "generation_seconds")
+"""What a predictions file may say of how an answer was made; kept, for the figure of accuracy by length of the prompt."""
 Measured = dict[str, list[Row]]
 """Judged rows of all splits, by model: `base`, `tuned`, or `file`."""
 
@@ -38,9 +41,18 @@ def of_models(
 ) -> Measured:
     """Ask the base model (if `evaluate.baseline`, or without an adapter) and the base with `adapter`, and judge the answers."""
     wanted = (["base"] if config.evaluate.baseline or adapter is None else []) + (["tuned"] if adapter else [])
-    known = config.cache / "answers" / f"{_base_key(config, asked, model_folder)}.json"
-    said: dict[str, list[Any]] = {"base": json.loads(known.read_text())} if "base" in wanted and known.is_file() else {}
-    missing = [name for name in wanted if name not in said]
+    kept = {name: _kept(config, asked, model_folder, adapter if name == "tuned" else None) for name in wanted}
+    said = {name: one.read() for name, one in kept.items()}
+    missing = [name for name in wanted if len(said[name]) < len(asked)]
+
+    def keep(point: cluster.Point) -> None:
+        if point["kind"] == "answer":
+            name, one = point["model"], Answer(**point["answer"])
+            kept[name].add(point["question"], one)
+            said[name][point["question"]] = one
+            point = {"kind": "answers", "model": name, "done": len(said[name]), "total": len(asked)}
+        on_point(point)
+
     if missing:
         plan = {
             "config": config.for_workers(),
@@ -48,29 +60,34 @@ def of_models(
             "adapter": adapter,
             "models": missing,
             "questions": generate.dump(asked),
+            "known": {name: dict(said[name]) for name in missing},
+            "kept": {name: str(kept[name].file) for name in missing},
         }
-        said |= cluster.run_workers(generate.answer_loop_per_worker, plan, config, on_point, config.run_dir)["answers"]
-    if "base" in missing:
-        checkpoints.write_whole(known, json.dumps(said["base"]))
-    return {
-        name: evaluate.score(
-            asked, [Answer(**one) for one in said[name]], config, schemas, display.counter(f"executing {name}'s SQL")
-        )
-        for name in wanted
-    }
+        answered = cluster.run_workers(generate.answer_loop_per_worker, plan, config, keep, config.run_dir)["answers"]
+        for name, answers in answered.items():
+            said[name] = answers
+            kept[name].write(answers)
+    judged = {}
+    with evaluate.executor(config) as executor:
+        for name in wanted:
+            answers = [said[name][number] for number in range(len(asked))]
+            counter = display.counter(f"executing {name}'s SQL")
+            judged[name] = evaluate.score(asked, answers, config, schemas, counter, executor)
+    return judged
 
 
 def of_file(config: EvaluateConfig, display: Display) -> Measured:
     """Judge the predictions of `config.predictions_file` against the gold of the dataset's splits, or their own."""
     path = absolute(config.predictions_file or "")
     corpus = data.load_split(config, config.split)
+    check_executable(corpus, config)
     predictions = read_predictions(path)
     found = _match(path, predictions, [(split, e) for split in config.split for e in corpus.splits[split]], config)
     rows = [
         _file_row(prediction, match, f"{path}, line {line}", corpus, config)
         for (line, prediction), match in zip(predictions.items(), found, strict=True)
     ]
-    databases = [corpus.sqlite_file(row["db_id"]) for row in rows]
+    databases = [corpus.executable(row["db_id"]) for row in rows]
     missing = sum(len(corpus.splits[split]) for split in config.split) - sum(match is not None for match in found)
     if missing > 0:
         display.line(
@@ -118,6 +135,12 @@ def write(run_dir: str, measured: Measured, metrics: Mapping[str, Any]) -> None:
     checkpoints.write_text(f"{run_dir}/metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
+def check_executable(corpus: Corpus, config: Config) -> None:
+    """Raise `DataError` where SQL is to be scored and the databases are of a kind that none can be executed on."""
+    if config.task_type == "sql" and corpus.databases and not any(map(corpus.executable, corpus.databases)):
+        raise DataError(f"--data.databases: nothing can be scored: {data.why_not_executable(corpus)}")
+
+
 def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | None) -> None:
     """Raise `ContractError` if the adapter was trained under another prompt, schema text, tokenizer or base model."""
     saved = checkpoints.read_text(f"{config.adapter}/contract.json")
@@ -129,19 +152,32 @@ def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | Non
     prompts.check_contract(json.loads(saved), current, f"{config.adapter}")
 
 
-def _base_key(config: Config, asked: Sequence[Question], model_folder: str) -> str:
-    """Changes with whatever a base model's answers depend on: its weights' identity, precision, limits and the prompts."""
+def _kept(config: Config, asked: Sequence[Question], model_folder: str, adapter: str | None) -> Kept:
+    """Where a model's answers are kept: a file whose name changes with whatever they depend on, which is its weights' identity,
+    precision, limits and the prompts."""
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(model_folder).iterdir())
-    settings = [config.quantization.model_dump(), str(models.compute_dtype(config)), config.evaluate.max_new_tokens]
     parts = [
         generate.VERSION,
         model_folder,
         files,
-        settings,
-        config.eval_batch_size,
-        [question.input_ids for question in asked],
+        _digest(adapter),
+        [config.quantization.model_dump(), str(models.compute_dtype(config)), config.eval_batch_size],
+        config.evaluate.model_dump(include={"max_new_tokens", "max_num_seqs", "num_beams", "backend"}),
+        [(question.db_id, question.input_ids) for question in asked],
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return Kept(config.cache / "answers" / f"{key}.jsonl")
+
+
+def _digest(adapter: str | None) -> str | None:
+    """Changes with the content of an adapter."""
+    if adapter is None:
+        return None
+    found = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        for file in sorted(checkpoints.fetch(adapter, Path(scratch)).glob("adapter_*")):
+            found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def _match(
@@ -201,6 +237,7 @@ def _file_row(
         "question": prediction.get("question") or (example.question if example else ""),
         "gold": gold,
         "predicted": _text(prediction["predicted"], config, f"{where}: predicted"),
+        **{name: value for name in COUNTED if isinstance(value := prediction.get(name), int | float)},
     }
 
 

@@ -143,12 +143,13 @@ def errors(measured: Mapping[str, Rows]) -> Figure:
     height = 0.8 / len(counts)
     for index, (name, found) in enumerate(counts.items()):
         shares = [100 * found[kind] / max(1, len(measured[name])) for kind in kinds]
-        axes.barh(
-            [place + index * height for place in range(len(kinds))], shares, height, label=name, color=COLOURS.get(name)
-        )
+        places = [place + index * height for place in range(len(kinds))]
+        bars = axes.barh(places, shares, height, label=name, color=COLOURS.get(name))
+        axes.bar_label(bars, [found[kind] or "" for kind in kinds], padding=3, fontsize=8, color="#5d6875")
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(kinds))], kinds)
     axes.invert_yaxis()
-    axes.set_xlabel("questions, %")
+    axes.set_xlabel("questions, % (and how many)")
+    axes.margins(x=0.08)
     axes.set_title("What goes wrong")
     _legend(axes)
     return figure

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import checkpoints, data, evaluate, generate, models, prompts, rows
-from ray_sql.config import Config
+from ray_sql.config import Config, passwordless
 from ray_sql.data import Corpus
 from ray_sql.errors import ConfigError, DataError, StoreError
 from ray_sql.generate import Question
@@ -66,6 +68,7 @@ class Prepared:
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     """Load and check all that `config` names. Raises a `RaySqlError` for whatever the user can fix, before anything is written
     outside the cache."""
+    generate.check_backend(config)
     corpus = data.load(config)
     check_databases(corpus, config)
     folder, revision = models.resolve(config)
@@ -82,6 +85,11 @@ def check_databases(corpus: Corpus, config: Config) -> None:
     """
     if config.task_type != "sql" or not corpus.databases:
         return
+    if config.evaluate.select_examples and any(passwordless(place) != place for place in corpus.databases.values()):
+        raise ConfigError(
+            "--data.databases: the workers execute validation SQL, but a password is written into no file they read: leave it out of "
+            "the URL and give it as PGPASSWORD in the environment, or in ~/.pgpass"
+        )
     for split in config.split:
         for example in corpus.splits[split]:
             if example.db_id not in corpus.databases:
@@ -92,22 +100,37 @@ def check_databases(corpus: Corpus, config: Config) -> None:
 
 
 def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Gold queries that do not run, found once per content of the data; examples without a database are not among them."""
-    file = config.cache / "gold" / f"{corpus.fingerprint()}-{config.evaluate.timeout:g}.json"
-    if file.is_file():
-        return list(json.loads(file.read_text()))
+    """Gold queries that do not run; examples without a database are not among them.
+
+    Found once per content of the data. Asked again every time: what timed out or crashed, which may have been the machine's fault,
+    and queries on a server, whose content may change unseen.
+    """
     golds = [
         (f"{split}\0{example.id}", database, example.gold)
         for split, examples in corpus.splits.items()
         for example in examples
-        if (database := corpus.sqlite_file(example.db_id))
+        if (database := corpus.executable(example.db_id))
     ]
-    failing = []
-    for row in evaluate.failing_gold(golds, config, progress):
-        split, _, name = row["id"].partition("\0")
-        failing.append(row | {"split": split, "id": name})
-    checkpoints.write_whole(file, json.dumps(failing))
-    return failing
+    file = config.cache / "gold_queries" / f"{_gold_key(corpus, golds)}-{config.evaluate.timeout:g}.json"
+    known = json.loads(file.read_text()) if file.is_file() else None
+    found = evaluate.failing_gold(
+        [gold for gold in golds if known is None or gold[0] in known["again"] or "://" in gold[1]], config, progress
+    )
+    on_files = [row for row in found if "://" not in row["database"]]
+    settled = [row for row in on_files if not row["error"].startswith(("timeout", "crash"))]
+    lasting = (known["failing"] if known else []) + settled
+    again = [row["id"] for row in on_files if row not in settled]
+    checkpoints.write_whole(file, json.dumps({"failing": lasting, "again": again}))
+    failing = {row["id"]: row for row in [*lasting, *found]}
+    ids = [(name, *name.partition("\0")[::2]) for name, _, _ in golds if name in failing]
+    return [failing[name] | {"split": split, "id": plain} for name, split, plain in ids]
+
+
+def _gold_key(corpus: Corpus, golds: Sequence[tuple[str, str, str]]) -> str:
+    """Changes with the questions, the schemas, and the state of every SQLite file."""
+    files = sorted({Path(database) for _, database, _ in golds if "://" not in database})
+    states = [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps([corpus.fingerprint(), states]).encode()).hexdigest()[:24]
 
 
 def write_inputs(prepared: Prepared, config: Config) -> None:
@@ -189,6 +212,9 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
         f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "
         f"{config.workers} workers), a checkpoint every {config.save_steps}"
     )
+    if config.evaluate.select_examples:
+        every = config.evaluate.eval_steps or config.save_steps
+        yield f"          measured on validation questions every {every} steps and at the end, to keep the best"
     scored = {
         split: min(len(corpus.splits[split]), config.evaluate.limit or len(corpus.splits[split]))
         for split in config.split
@@ -196,9 +222,20 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     models = "base and tuned model" if config.evaluate.baseline else "tuned model"
     yield f"scoring   {models} on {', '.join(f'{n} of {split}' for split, n in scored.items())}, semantics {config.evaluate.semantics}"
     for split in config.split:
-        if config.task_type == "sql" and not any(corpus.sqlite_file(e.db_id) for e in corpus.splits[split]):
-            yield f"          nothing can be executed on {split}, so it gets no score: name its SQLite files with --data.databases"
+        if config.task_type == "sql" and not any(corpus.executable(e.db_id) for e in corpus.splits[split]):
+            yield f"          nothing can be executed on {split}, so it gets no score: {data.why_not_executable(corpus)}"
     yield f"run       {config.run_dir}"
+    yield from _passing(config)
+
+
+def _passing(config: Config) -> Iterator[str]:
+    """What a submitted job would lose: Ray runs it in a folder of its own and removes that later."""
+    if not os.environ.get("RAY_JOB_SUBMISSION_ID"):
+        return
+    if Path(config.run_dir).is_relative_to(Path.cwd()):
+        yield "          lies in this job's working folder, which Ray removes: give --output_dir a place that stays"
+    if config.tracking.enabled and config.tracking.uri is None:
+        yield "          MLflow's records, too: give --tracking.uri (or MLFLOW_TRACKING_URI) a server or a file that stays"
 
 
 def _difference(old: Config, new: Config) -> str:

@@ -30,6 +30,10 @@ LINKING = {
 """Scores of task schema beside strict recall: what the page calls them, and their keys."""
 
 
+SECONDARY = {"valid_sql": "valid SQL", "exact_set_match": "exact set match", "soft_f1": "soft F1"}
+"""Scores of task sql beside execution accuracy, and what pages and tables call them."""
+
+
 def write(
     config: Config, metrics: Mapping[str, Any], measured: Mapping[str, Rows], figures: Mapping[str, Figure]
 ) -> None:
@@ -80,7 +84,7 @@ def summary(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> tuple[l
     """The head and the rows of the table of scores: one row a split and model."""
     models = list(measured)
     main = "execution_accuracy" if metrics["task_type"] == "sql" else "strict_recall"
-    rest = {"valid SQL": ["valid_sql"]} if main == "execution_accuracy" else LINKING
+    rest = LINKING if main == "strict_recall" else _secondary(metrics, models)
     head = [
         "split",
         "model",
@@ -99,13 +103,23 @@ def summary(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> tuple[l
             percent(scores[main], n=scores["n"]),
             _range(scores.get("interval")),
             _range(scores.get("clustered_interval"), f" ({_databases(measured[name], split)})"),
-            *(" / ".join(percent(scores.get(key, 0.0), n=scores["n"]) for key in keys) for keys in rest.values()),
+            *(" / ".join(_percent(scores, key) for key in keys) for keys in rest.values()),
             str(scores["gold_errors"]),
         ]
         for split in metrics[models[-1]]
         for name, scores in ((name, metrics[name][split]) for name in models)
     ]
     return head, rows
+
+
+def _secondary(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, list[str]]:
+    """The scores of task sql beside execution accuracy that any model and split has."""
+    scores = [one for name in models for one in metrics[name].values()]
+    return {label: [key] for key, label in SECONDARY.items() if any(key in one for one in scores)}
+
+
+def _percent(scores: Mapping[str, Any], key: str) -> str:
+    return percent(scores[key], n=scores["n"]) if key in scores else "–"
 
 
 def _range(interval: Sequence[float] | None, of: str = "") -> str:

@@ -2,7 +2,10 @@
 
 `fit` runs on the driver, `train_loop_per_worker` on every worker. They meet in the run's folder: rows and validation questions
 lie there before workers start, checkpoints appear there while they run, and a restarted worker group goes on from the
-newest complete one. At every save the validation questions are answered by all ranks and judged on rank 0.
+newest complete one. At `evaluate.eval_steps` the validation questions are answered by all ranks and judged on rank 0, before the
+checkpoint is saved with what came of it. Ray's `ValidationConfig` would do that in a task of its own beside training; it is not used
+because its verdicts go to Ray's own checkpoint manager (see `checkpoints` for why that is not ours), a crash would leave checkpoints
+that nobody measured, and each task loads the base model anew on a device of its own, where here every rank has it loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import checkpoints, cluster, evaluate, generate, models, rows, trainer
+from ray_sql import checkpoints, cluster, evaluate, generate, models, prompts, rows
 from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
 from ray_sql.errors import ModelError, RaySqlError, TrainingError
@@ -83,8 +86,28 @@ def starting_point(config: Config, contract: Mapping[str, Any]) -> str | None:
             f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        trainer.check_resumable(checkpoints.fetch(uri, Path(scratch)), contract, config, name)
+        check_resumable(checkpoints.fetch(uri, Path(scratch)), contract, config, name)
     return uri
+
+
+def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str) -> None:
+    """Raise if the checkpoint called `name`, fetched to `checkpoint`, does not continue into this run.
+
+    `ModelError` for another LoRA rank or other modules; `ContractError` for another base model, task or prompt.
+    """
+    file, signed = checkpoint / "adapter_config.json", checkpoint / "contract.json"
+    if not file.is_file() or not signed.is_file():
+        raise ModelError(
+            f"--prev_checkpoint {name}: holds no adapter_config.json and contract.json; give a checkpoint of a run"
+        )
+    saved, own = json.loads(file.read_text()), config.lora.model_dump()
+    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+        if saved[key] != own[key]:
+            what = "LoRA rank" if key == "r" else key
+            raise ModelError(
+                f"--prev_checkpoint {name}: its {what} is {saved[key]}, but --lora.{key} is {own[key]}; set --lora.{key} {saved[key]}"
+            )
+    prompts.check_contract(json.loads(signed.read_text()), contract, f"--prev_checkpoint {name}")
 
 
 def _rewind(config: Config, start_from: str) -> None:
@@ -103,10 +126,21 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     """One worker's training run; returns its `trainer.Outcome` as a dict."""
     import ray.train
 
+    entered = time.time()
+    from ray_sql import trainer  # here: it loads the whole training stack, which the driver can do without
+
     config = Config(**plan["config"])
     context = ray.train.get_context()
+
+    def mark(stage: str, at: float | None = None) -> None:
+        if context.get_world_rank() == 0:
+            plan["emit"](cluster.mark(stage, at))
+
+    mark("workers", entered)
+    mark("imports of the training stack")
     base = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
     tokenizer = models.load_tokenizer(plan["model_folder"])
+    mark("model")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
         data = rows.read(checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", local / "rows.parquet"))
@@ -115,13 +149,15 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             return asdict(trainer.Outcome(done[-1].step, done[-1].step, None))  # only what follows training was cut off
         resume_from = _resume(config, plan["start_from"], local)
         judge = _Validation(config, tokenizer)
+        together = _together(base, data, config, plan["emit"])
+        mark("shared rows tried")
         reporter = _Reporter(config, judge, plan["emit"], data, context.get_world_rank())
         outcome = trainer.train(
             base,
             tokenizer,
             data,
             config,
-            together=_together(base, data, config, plan["emit"]),
+            together=together,
             scratch=local,
             resume_from=resume_from,
             on_log=reporter.on_log,
@@ -134,10 +170,12 @@ def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, e
     """How many questions share a row: as the settings say, where this model allows it."""
     import ray.train
 
+    from ray_sql.rows.probe import why_not_share
+
     wanted = rows.together(config)
     if wanted == 1:
         return 1
-    reason = rows.why_not_share(base, max(len(row.input_ids) for row in data), rows.heaviest_pass(data, config))
+    reason = why_not_share(base, max(len(row.input_ids) for row in data), rows.heaviest_pass(data, config))
     reason = next((each for each in generate.gather_all(reason) if each), None)  # all ranks must lay steps out alike
     if reason is None:
         return wanted
@@ -198,7 +236,7 @@ class _Reporter:
             self._last = (self._last[0], self._last[1] + time.monotonic() - started)
 
     def _save(self, step: int, folder: Path, model: PreTrainedModel) -> None:
-        scores = self._judge(model)
+        scores = self._judge(model) if self._config.measured(step, self._examples) else None
         if self._rank == 0:
             checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
             objective, tie_break = evaluate.objective(scores) if scores else (None, None)

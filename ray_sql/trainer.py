@@ -7,9 +7,8 @@ a resumed run repeats the unbroken one.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -23,9 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ray_sql import cluster, models, prompts
+from ray_sql import cluster, models
 from ray_sql.config import Config
-from ray_sql.errors import ModelError
 from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, model_inputs
 
 if TYPE_CHECKING:
@@ -199,6 +197,7 @@ def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
         if config.train.gradient_checkpointing is None
         else config.train.gradient_checkpointing,
         logging_steps=min(config.train.logging_steps, steps),
+        logging_first_step=True,  # that it has begun is what one waits for
         logging_nan_inf_filter=False,  # it would show the last good loss in place of a NaN
         save_strategy="steps",
         save_steps=min(config.save_steps, steps),
@@ -217,26 +216,6 @@ def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
 def divergence_limit(vocabulary: int) -> float:
     """A loss half again as bad as guessing every token at random (ln V) can only come from a run that has diverged."""
     return 1.5 * math.log(vocabulary)
-
-
-def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str) -> None:
-    """Raise if the checkpoint called `name`, fetched to `checkpoint`, does not continue into this run.
-
-    `ModelError` for another LoRA rank or other modules; `ContractError` for another base model, task or prompt.
-    """
-    file, signed = checkpoint / "adapter_config.json", checkpoint / "contract.json"
-    if not file.is_file() or not signed.is_file():
-        raise ModelError(
-            f"--prev_checkpoint {name}: holds no adapter_config.json and contract.json; give a checkpoint of a run"
-        )
-    saved, own = json.loads(file.read_text()), config.lora.model_dump()
-    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
-        if saved[key] != own[key]:
-            what = "LoRA rank" if key == "r" else key
-            raise ModelError(
-                f"--prev_checkpoint {name}: its {what} is {saved[key]}, but --lora.{key} is {own[key]}; set --lora.{key} {saved[key]}"
-            )
-    prompts.check_contract(json.loads(signed.read_text()), contract, f"--prev_checkpoint {name}")
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that mypy can follow

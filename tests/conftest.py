@@ -119,6 +119,16 @@ def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
 
 
 @pytest.fixture
+def ray_local() -> Iterator[None]:
+    """A Ray of the test's own; never the one that something else on this machine runs."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
 def make_config(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> Iterator[Any]:
     """`make_config(**dotted settings)`: settings of a run of seconds, in process, in a folder of the test's own."""
     defaults = {

@@ -1,9 +1,10 @@
 """A corpus of hostile SQL, written for this project: what a model, or somebody who feeds it, may send to be executed.
 
 Statements are grouped by kind, and kinds by what must come of them: REFUSED (not one read-only query), STOPPED (ends by a
-limit), FAILED (an error in the database's words or ours), ANY (may even answer). One statement a line, and by code what a
-line cannot show. `{folder}` stands for the folder of the test, which holds `shop.sqlite` (`SCHEMA`), `other.sqlite` and
-`note.txt`.
+limit: its work grows with rows that have no end worth waiting for, since a fast machine may well finish anything less; and
+each step depends on its row, since SQLite computes a constant once), FAILED (an error in the database's words or ours), ANY (may
+even answer). One statement a line, and by code what a line cannot show.
+`{folder}` stands for the folder of the test, which holds `shop.sqlite` (`SCHEMA`), `other.sqlite` and `note.txt`.
 """
 
 import random
@@ -379,7 +380,7 @@ SELECT count(*) FROM big a, big b, big c, big d, big e, big f
 SELECT * FROM big a, big b
 SELECT * FROM big a CROSS JOIN big b CROSS JOIN big c
 SELECT count(*) FROM big a JOIN big b ON a.i <> b.i JOIN big c ON b.i <> c.i
-SELECT count(*) FROM big a LEFT JOIN big b ON a.i + b.i < 0 LEFT JOIN big c ON c.i + a.i < 0 LEFT JOIN big d ON d.i < c.i
+SELECT count(*) FROM big a JOIN big z LEFT JOIN big b ON a.i + b.i < 0 LEFT JOIN big c ON c.i + a.i < 0 LEFT JOIN big d ON d.i < c.i
 SELECT count(DISTINCT a.i * b.i * c.i) FROM big a, big b, big c
 SELECT a.i, count(*) FROM big a, big b, big c GROUP BY a.i
 SELECT DISTINCT a.i || b.i || c.i FROM big a, big b, big c ORDER BY 1
@@ -432,8 +433,8 @@ SELECT json_group_object(i, hex(zeroblob(5000))) FROM big
 SELECT json_array(hex(zeroblob(300000)), hex(zeroblob(300000)))
 SELECT json_quote(replace(hex(zeroblob(200000)), '0', char(1)))
 SELECT trim(zeroblob(2000000))
-SELECT max(zeroblob(1048570) || i) FROM big a
-SELECT sum(length(replace(hex(zeroblob(300000)), '00', 'a'))) FROM big a, big b
+SELECT max(zeroblob(1048570) || a.i) FROM big a, big b
+SELECT sum(length(replace(hex(zeroblob(300000 + a.i)), '00', 'a'))) FROM big a, big b
 SELECT count(DISTINCT randomblob(100000)) FROM big a, big b
 """,
     "pathological pattern": """
@@ -442,9 +443,9 @@ SELECT hex(zeroblob(400000)) GLOB '*' || hex(zeroblob(12000)) || '1'
 SELECT hex(zeroblob(400000)) GLOB '*' || replace(hex(zeroblob(1000)), '0', '[0-9]') || 'x'
 SELECT count(*) FROM big a, big b WHERE hex(zeroblob(3000 + a.i)) LIKE '%' || hex(zeroblob(1000 + b.i)) || '1'
 SELECT trim(hex(zeroblob(400000)) || 'x', replace(hex(zeroblob(50000)), '0', 'ab') || 'x0') FROM big
-SELECT count(instr(hex(zeroblob(400000)), hex(zeroblob(200000)) || '1')) FROM big
-SELECT sum(instr(zeroblob(500000), zeroblob(250000) || x'01')) FROM big
-SELECT count(replace(hex(zeroblob(400000)), hex(zeroblob(100000)) || '1', '')) FROM big
+SELECT count(instr(hex(zeroblob(400000)), hex(zeroblob(200000)) || a.i)) FROM big a, big b
+SELECT sum(instr(zeroblob(500000), zeroblob(250000 + a.i) || x'01')) FROM big a, big b
+SELECT count(replace(hex(zeroblob(400000)), hex(zeroblob(100000)) || a.i, '')) FROM big a, big b
 """,
 }
 
@@ -827,18 +828,19 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
         "SELECT * FROM note WHERE note MATCH 'NEAR(" + "pen " * 2_000 + ", 999999999)'",
         "SELECT * FROM page WHERE page MATCH '" + "pen NEAR/9999 " * 500 + "ink'",
         "SELECT * FROM note WHERE note MATCH '" + "a*" * 5_000 + "'",
+        # Planning ends at SQLite's own count of references, where the clock is not first.
+        f"WITH c0 AS (SELECT i FROM big), {doubling} SELECT count(*) FROM c39",
     ]
     stopped = [
         f"SELECT count(*) FROM {wide}",
         f"SELECT count(*) FROM {wide} WHERE " + " AND ".join(f"b{place}.i <> b{place + 1}.i" for place in range(59)),
-        f"WITH c0 AS (SELECT i FROM big), {doubling} SELECT count(*) FROM c39",
         "SELECT count(*) FROM " + ", ".join(f"json_each('[1,2,3,4,5,6,7,8]') j{place}" for place in range(20)),
         "SELECT count(*) FROM " + ", ".join(f"(VALUES (1),(2),(3),(4)) v{place}" for place in range(40)),
         # A result's names are part of its size.
         'WITH t("' + "n" * 15_000 + '") AS (SELECT 1) SELECT ' + ", ".join(["*"] * 200) + " FROM t",
         "SELECT count(value) FROM json_each('[' || replace(hex(zeroblob(100000)), '0', '1,') || '1]') a, big b, big c",
-        "SELECT sum(json_array_length('[' || replace(hex(zeroblob(100000)), '0', '1,') || '1]')) FROM big a, big b",
-        "SELECT count(json_set('{}', '$.a' || i, hex(randomblob(100000)))) FROM big a",
+        "SELECT sum(json_array_length('[' || replace(hex(zeroblob(100000)), '0', '1,') || a.i || ']')) FROM big a, big b",
+        "SELECT count(json_set('{}', '$.a' || a.i, hex(randomblob(100000)))) FROM big a, big b",
         "SELECT count(*) FROM note, big a, big b, big c WHERE note MATCH 'pen OR ink'",
     ]
     return {

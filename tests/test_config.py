@@ -313,3 +313,13 @@ def test_help_documents_every_section_within_a_second() -> None:
     for words in ("--learning_rate", "Peak learning rate.", "--lora.r", "--tracking.uri", "--prompt.serializer"):
         assert words in text
     assert os.fspath(Path.home()) not in text
+
+
+def test_only_what_is_saved_can_be_measured() -> None:
+    message = refusal("--save_steps", "100", "--evaluate.eval_steps", "250")
+    assert "eval_steps 250 is no multiple of save_steps 100" in message and message.endswith(
+        "use 200, or save_steps 50"
+    )
+    config = settings("--save_steps", "10", "--evaluate.eval_steps", "20", "--train.max_steps", "45")
+    assert [step for step in (10, 20, 30, 40, 45) if config.measured(step, 100)] == [20, 40, 45]
+    assert settings("--save_steps", "10").measured(10, 10_000)

@@ -1,14 +1,15 @@
 """Gold scores 100 %, failing gold is counted apart, and every number of a summary agrees with the others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import QUESTIONS
 
-from ray_sql import data, evaluate, generate
-from ray_sql.data import Corpus
+from ray_sql import data, evaluate, generate, prepare
+from ray_sql.data import Corpus, Example
 from ray_sql.generate import Answer, Question
 from ray_sql.models import load_tokenizer
 
@@ -132,6 +133,26 @@ def test_gold_that_does_not_run_is_found(corpus: Corpus, make_config: Any) -> No
     assert "nowhere" in found[0]["error"] and found[0]["gold"] == "SELECT x FROM nowhere"
 
 
+def test_only_gold_that_timed_out_is_asked_again(corpus: Corpus, make_config: Any) -> None:
+    config = make_config(**{"evaluate.timeout": 0.3})
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    golds = ["SELECT 1", endless, "SELECT x FROM nowhere"]
+    examples = tuple(Example(str(place), "mall", "?", gold) for place, gold in enumerate(golds))
+    asked: list[int] = []
+
+    def failing(corpus: Corpus) -> list[tuple[str, str]]:
+        asked.clear()
+        rows = prepare.gold_errors(corpus, config, lambda _, total: asked.append(total))
+        return [(row["id"], row["error"].split(":")[0]) for row in rows]
+
+    changed = replace(corpus, splits={"dev": examples})
+    assert failing(changed) == [("1", "timeout"), ("2", "no such table")] and asked == [3, 3, 3]
+    assert failing(changed) == [("1", "timeout"), ("2", "no such table")] and asked == [1]
+    quick = replace(corpus, splits={"dev": examples[::2]})
+    assert failing(quick) == [("2", "no such table")] and asked == [2, 2]
+    assert failing(quick) == [("2", "no such table")] and asked == []
+
+
 GOLD = {"customer": ["name", "city"]}
 
 
@@ -210,3 +231,48 @@ def test_predictions_are_written_one_a_line(judged: list[dict[str, Any]], tmp_pa
     rows = [judged[0] | {"question": "a\u2028b\nc — é"}, *judged[1:]]
     (tmp_path / "p.jsonl").write_text(evaluate.dump(rows), encoding="utf-8")
     assert data.read_records(tmp_path / "p.jsonl") == rows
+
+
+def test_exact_set_match_is_a_second_score_where_the_schema_is_known(corpus: Corpus, make_config: Any) -> None:
+    place = corpus.databases["mall"]
+    cases = [
+        (
+            "SELECT name FROM customer WHERE id = 1",
+            "SELECT name FROM customer WHERE id = 2",
+            "easy",
+        ),  # values do not count
+        ("SELECT COUNT(*) FROM customer", "SELECT 4", "easy"),  # right, but built otherwise
+        ("SELECT title FROM product", "SELECT title FRM product", "hard"),
+        ("SELECT title FROM product", None, "hard"),
+        ("SELECT x FROM nowhere", "SELECT x FROM nowhere", "hard"),  # failing gold is not counted
+    ]
+    asked = [ask(gold, hardness, place) for gold, _, hardness in cases]
+    judged = evaluate.score(asked, [said(one) for _, one, _ in cases], make_config(), corpus.schemas)
+    assert [row["exact_set_match"] for row in judged] == [True, False, False, False, False]
+    assert [row["verdict"] for row in judged[:2]] == ["wrong", "correct"]
+    scores = evaluate.summarise(judged, make_config())
+    assert (scores["exact_set_match"], scores["exact_set_match_n"], scores["exact_set_unread"]) == (1 / 4, 4, 3)
+    assert scores["exact_set_match_interval"][0] < 1 / 4 < scores["exact_set_match_interval"][1]
+    assert [group["exact_set_match"] for group in scores["by_hardness"].values()] == [1 / 2, 0]
+    metrics = evaluate.flat(scores, "tuned/dev")
+    assert (metrics["tuned/dev/exact_set_match"], metrics["tuned/dev/easy/exact_set_match"]) == (1 / 4, 1 / 2)
+    without = evaluate.summarise(
+        evaluate.score(asked, [said(one) for _, one, _ in cases], make_config()), make_config()
+    )
+    assert not [key for key in without if "exact_set" in key]
+
+
+def test_soft_f1_is_measured_under_birds_rule(corpus: Corpus, make_config: Any) -> None:
+    place = corpus.databases["mall"]
+    cases = [
+        ("SELECT name, city FROM customer ORDER BY id", "SELECT name FROM customer ORDER BY id", 2 / 3),
+        ("SELECT title FROM product", "SELECT title FROM product", 1),
+        ("SELECT title FROM product", "SELECT nothing FROM product", 0),
+    ]
+    config = make_config(**{"evaluate.semantics": "bird"})
+    judged = evaluate.score(
+        [ask(gold, "easy", place) for gold, _, _ in cases], [said(one) for _, one, _ in cases], config
+    )
+    assert [row["soft_f1"] for row in judged] == pytest.approx([share for *_, share in cases], abs=1e-4)
+    assert evaluate.summarise(judged, config)["soft_f1"] == pytest.approx(5 / 9, abs=1e-4)
+    assert "soft_f1" not in evaluate.score([ask("SELECT 1", "easy", place)], [said("SELECT 1")], make_config())[0]

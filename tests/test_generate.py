@@ -69,7 +69,7 @@ def told(answers: list[Answer]) -> list[tuple[str, int, int]]:
 
 
 def ask(model: Any, tokenizer: Any, asked: list[Question], batch_size: int, limit: int = 12) -> list[Answer]:
-    return generate.answer(model, tokenizer, asked, batch_size=batch_size, max_new_tokens=limit)
+    return generate.answer(model, tokenizer, asked, together=batch_size, max_new_tokens=limit)
 
 
 def test_a_batch_answers_as_one_by_one(make_config: Any, model: Any, tokenizer: Any) -> None:
@@ -132,8 +132,8 @@ def test_asking_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
 def test_progress_counts_every_question_once(model: Any, tokenizer: Any) -> None:
     seen: list[tuple[int, int]] = []
     asked = [question(tokenizer, "a customer")] * 5
-    generate.answer(model, tokenizer, asked, batch_size=2, max_new_tokens=1, progress=lambda *point: seen.append(point))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    generate.answer(model, tokenizer, asked, together=2, max_new_tokens=1, progress=lambda *point: seen.append(point))
+    assert seen == [(done, 5) for done in range(1, 6)]
     assert ask(model, tokenizer, [], 2) == []
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import generate, models, rows, trainer
+from ray_sql import generate, models, trainer
 from ray_sql.rows import attention
+from ray_sql.rows.probe import why_not_share
 from tests.test_share import family, gradients, relative_error, some_rows
 
 pytestmark = [
@@ -74,7 +75,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     folder = family(kind, tmp_path / "model", **SHAPES[kind])
     base = models.load_base(str(folder), config, "cuda:0")
     prepare(base)
-    assert rows.why_not_share(base, 330, 450) is None
+    assert why_not_share(base, 330, 450) is None
     loss, error, used = compare(folder, config, tmp_path, prepare)
     print(f"{kind} {used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 1e-5 and error < 1e-5
@@ -123,7 +124,7 @@ def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
     base = models.load_base(str(family("llama", tmp_path)), make_config(), "cuda:0")
     right = attention.block_mask
     monkeypatch.setattr(attention, "block_mask", lambda segments: right(torch.zeros_like(segments)))
-    assert rows.why_not_share(base, 330, 450) is None
+    assert why_not_share(base, 330, 450) is None
     assert base.config._attn_implementation == attention.MASKED
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ray_sql"
 
 ORDER = [
-    "errors", "config", "schema", "data", "linking", "prompts", "models", "rows", "execution", "metrics", "tracking", "display",
+    "errors", "config", "schema", "data", "linking", "prompts", "models", "rows", "execution", "metrics", "tracking", "timeline", "display",
     "checkpoints", "cluster", "generate", "evaluate", "compare", "plots", "report", "prepare", "measure", "trainer", "train", "finetune",
     "check", "cli",
 ]  # fmt: skip

@@ -87,6 +87,14 @@ def test_our_own_predictions_can_be_scored_again(of_file: Any, tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == scores
 
 
+def test_what_a_file_says_of_lengths_is_kept(of_file: Any) -> None:
+    lines = [{"id": n, "predicted": sql, "prompt_tokens": 100 + n, "raw": [1]} for n, sql in enumerate(GOLD)]
+    rows, _ = of_file(lines)
+    assert [row["prompt_tokens"] for row in rows] == [*range(100, 100 + len(GOLD))]
+    rows, _ = of_file([line | {"prompt_tokens": "many"} for line in lines])
+    assert not any("prompt_tokens" in row for row in rows)
+
+
 def test_one_id_in_two_splits_is_told_apart_by_the_split(of_file: Any, make_config: Any) -> None:
     demo = {"dataset_id": "demo", "split": ["seen", "unseen"]}
     corpus = data.load_split(make_config(**demo), ["seen", "unseen"])

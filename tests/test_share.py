@@ -13,6 +13,7 @@ import torch
 
 from ray_sql import models, rows, trainer
 from ray_sql.rows import Row, Steps, attention, passes, plan, share
+from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, visible
 from tests.conftest import make_model
 
@@ -97,7 +98,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
 ) -> None:
     config = make_config(**settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
     folder, data = family(kind, tmp_path / "model"), some_rows()
-    assert rows.why_not_share(models.load_base(str(folder), config), 60, 120) is None
+    assert why_not_share(models.load_base(str(folder), config), 60, 120) is None
     alone = gradients(folder, data, config, 1, tmp_path)
     shared = gradients(folder, data, config, 8, tmp_path)
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
@@ -245,8 +246,8 @@ def test_a_question_sees_the_prefix_and_itself() -> None:
 def test_a_sliding_window_shorter_than_an_example_is_refused(make_config: Any, tmp_path: Path) -> None:
     config = make_config(**{"quantization.load_in_4bit": False})
     base = models.load_base(str(family("mistral", tmp_path / "model", sliding_window=32)), config)
-    assert "window of 32 tokens, but the longest example has 60" in (rows.why_not_share(base, 60, 120) or "")
-    assert rows.why_not_share(base, 32, 120) is None
+    assert "window of 32 tokens, but the longest example has 60" in (why_not_share(base, 60, 120) or "")
+    assert why_not_share(base, 32, 120) is None
 
 
 def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> Non
 
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4))
-    assert rows.why_not_share(model, 60, 120)
+    assert why_not_share(model, 60, 120)
 
 
 def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
@@ -262,7 +263,7 @@ def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
 ) -> None:
     base = models.load_base(str(tiny_model), make_config())
     monkeypatch.setattr(attention, "spans", lambda *_: 1 / 0)
-    assert rows.why_not_share(base, 60, 120) is None
+    assert why_not_share(base, 60, 120) is None
     assert base.config._attn_implementation == attention.MASKED
     attention.install(base)
     assert base.config._attn_implementation == attention.MASKED, "what failed once is not tried again"
@@ -272,4 +273,4 @@ def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: 
     base = models.load_base(str(tiny_model), make_config())
     forward = base.forward
     base.forward = lambda input_ids, position_ids=None, **_: forward(input_ids=input_ids, position_ids=position_ids)
-    assert "gives other logits" in (rows.why_not_share(base, 60, 120) or "")
+    assert "gives other logits" in (why_not_share(base, 60, 120) or "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,6 @@ def adapter_weights(config: Config) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(f"{config.run_dir}/adapter/adapter_model.safetensors")
-
-
-@pytest.fixture
-def ray_local() -> Iterator[None]:
-    """A Ray of the test's own; never the one that something else on this machine runs."""
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model: Path) -> None:
@@ -186,6 +175,20 @@ def test_the_best_and_the_last_checkpoint_are_kept(make_config: Any) -> None:
     assert kept == {5, result.best.step}
 
 
+def test_only_checkpoints_at_eval_steps_and_the_last_are_measured(make_config: Any) -> None:
+    settings = {"train.max_steps": 5, "save_steps": 1, "evaluate.select_examples": 2, "evaluate.eval_steps": 3}
+    config = make_config(**settings)
+    measured: dict[int, bool] = {}
+
+    def on_point(point: dict[str, Any]) -> None:
+        if point["kind"] == "validation":
+            measured[point["step"]] = "validation/execution_accuracy" in point["values"]
+
+    result = fit(config, on_point)
+    assert measured == {1: False, 2: False, 3: True, 4: False, 5: True}
+    assert result.best.step in (3, 5) and result.best.objective is not None
+
+
 def test_prev_checkpoint_goes_on_from_the_one_named(make_config: Any) -> None:
     config = make_config(**{"train.max_steps": 4, "save_steps": 2})
     fit(config, Curve())
@@ -233,11 +236,14 @@ def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config:
     assert checkpoints.complete(config.run_dir)[-1].step == 6
 
 
-def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any, tmp_path: Path, remote: bool) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = make_config(**{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2})
+    if remote:
+        config = config.changed({"scaling.storage_path": (tmp_path / "store").as_uri()})
     metrics = finetune.run(config)
     assert finetune.run(config) == metrics
     client = MlflowClient(uri)
@@ -250,6 +256,8 @@ def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any,
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "predictions.json", "metrics.json", "report.html", "figures"} <= names
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter") if "safetensors" in item.path]
+    assert not list((config.cache / "spool").rglob("*.html")), "no copy is left behind"
     assert json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "")["mlflow_run_id"] == run.info.run_id
 
 

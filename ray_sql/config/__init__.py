@@ -7,7 +7,7 @@ unvalidated. Importing this package loads no torch, ray or mlflow.
 
 from ray_sql.config.load import C, load
 from ray_sql.config.road import build, describe, names
-from ray_sql.config.settings import Config, EvaluateConfig, Task, absolute, without_password
+from ray_sql.config.settings import Config, EvaluateConfig, Task, absolute, passwordless, without_password
 
 __all__ = [
     "C",
@@ -19,5 +19,6 @@ __all__ = [
     "describe",
     "load",
     "names",
+    "passwordless",
     "without_password",
 ]

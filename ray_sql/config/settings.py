@@ -32,7 +32,8 @@ class Section(BaseModel):
 
 class DataSection(Section):
     databases: str | None = None
-    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL with `{db_id}` in it; by default the dataset's own."""
+    """Folder that holds `<db_id>/<db_id>.sqlite`, or a SQLAlchemy URL (with `{db_id}` in it for several); by default the dataset's own.
+    SQL is executed on SQLite and PostgreSQL, whose password is best given as PGPASSWORD or in ~/.pgpass."""
     columns: dict[str, str] = {}
     """Our field = the dataset's column, where its names differ, e.g. `{question: pergunta, query: sql}`."""
     split_by: Literal["database", "question"] | None = None
@@ -134,6 +135,14 @@ class EvaluateSection(Section):
     """Under `spider`: compare with DISTINCT left in (the official evaluator strips it by default)."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer in tokens."""
+    max_num_seqs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Questions answered together over the schemas they share; `auto` is up to 64, as many as memory allows. Answers do not change."""
+    num_beams: int = Field(1, ge=1)
+    """Beams of the search for an answer to the scored questions, 1 is greedy; checkpoints are always chosen by greedy answers."""
+    first_executable: bool = False
+    """With beams: take the first candidate, best first, that runs on the question's database, instead of the first."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What answers the scored questions; `vllm` needs a GPU and `pip install 'ray_sql[vllm]'`."""
     timeout: float = Field(30.0, gt=0)
     """Seconds one query may run before it is stopped and counted as `timeout`."""
     limit: int | None = Field(None, ge=1)
@@ -141,7 +150,9 @@ class EvaluateSection(Section):
     processes: int | None = Field(None, ge=1)
     """Processes that execute SQL; by default one per core, at most 8."""
     select_examples: int = Field(64, ge=0)
-    """Validation examples answered at every save to choose the best checkpoint; 0 keeps the last one."""
+    """Validation examples answered at evaluate.eval_steps to choose the best checkpoint; 0 keeps the last one."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Answer them every so many optimizer steps and at the end, a multiple of save_steps; by default at every save."""
     baseline: bool = True
     """Measure the base model without the adapter too, on the same examples."""
 
@@ -183,7 +194,7 @@ class Config(BaseSettings):
     train_batch_size: int = Field(1, ge=1)
     """Examples per forward pass and worker where they share no row; a shared row is a pass of its own (rows.examples_per_row)."""
     eval_batch_size: int = Field(1, ge=1)
-    """Questions answered together when generating."""
+    """Whole prompts computed together when generating with beams, or with a model that cannot share a schema's computation."""
     grad_accum_steps: int = Field(8, ge=1)
     """A step averages over train_batch_size x grad_accum_steps x workers examples, however they are laid out in forward passes."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -191,7 +202,7 @@ class Config(BaseSettings):
     num_epochs: float = Field(1, gt=0)
     """Passes over the training examples."""
     save_steps: int = Field(250, ge=1)
-    """Save a checkpoint, and measure it, every so many optimizer steps."""
+    """Save a checkpoint every so many optimizer steps."""
     split: tuple[str, ...] = ("dev",)
     """Splits whose examples are scored, e.g. `dev` or `seen,unseen`; never trained on."""
     output_dir: str = "out"
@@ -240,10 +251,38 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_beams(self) -> Self:
+        beams = self.evaluate.num_beams
+        if self.evaluate.first_executable and beams == 1:
+            raise ValueError(
+                "evaluate.first_executable chooses among beams, but evaluate.num_beams is 1: raise it, or leave it out"
+            )
+        if beams > 1 and self.evaluate.backend == "vllm":
+            raise ValueError(
+                f"evaluate.num_beams is {beams}, but evaluate.backend vllm answers greedily: use evaluate.backend transformers"
+            )
+        if self.evaluate.first_executable and self.task_type == "schema":
+            raise ValueError(
+                "evaluate.first_executable executes SQL, which task_type schema does not write: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_gpu(self) -> Self:
         if self.scaling.use_gpu is False and (self.scaling.resources_per_worker or {}).get("GPU"):
             raise ValueError(
                 "scaling.use_gpu is false, but scaling.resources_per_worker asks for a GPU: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_eval_steps(self) -> Self:
+        every = self.evaluate.eval_steps
+        if every and every % self.save_steps:
+            near = max(1, round(every / self.save_steps)) * self.save_steps
+            raise ValueError(
+                f"evaluate.eval_steps {every} is no multiple of save_steps {self.save_steps}, and only a checkpoint that is saved can be "
+                f"the best: use {near}, or save_steps {math.gcd(every, self.save_steps)}"
             )
         return self
 
@@ -300,6 +339,10 @@ class Config(BaseSettings):
         if self.train.max_steps > 0:
             return self.train.max_steps
         return max(1, math.ceil(self.steps_per_epoch(examples) * self.num_epochs))
+
+    def measured(self, step: int, examples: int) -> bool:
+        """Whether the checkpoint of a step is measured in a run over so many examples: at every `eval_steps`, and the last one."""
+        return step % (self.evaluate.eval_steps or self.save_steps) == 0 or step >= self.steps(examples)
 
     @property
     def run_dir(self) -> str:
@@ -385,7 +428,14 @@ class EvaluateConfig(Config):
 
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    return uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    masked = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    return masked and re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
+
+
+def passwordless(uri: str | None) -> str | None:
+    """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
+    bare = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1@", uri)
+    return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
 
 
 def absolute(path: str | Path) -> Path:

@@ -7,6 +7,16 @@ set aside for validation is set aside by whole databases unless the user says ot
 
 from ray_sql.data.read import parse_lines, read_records
 from ray_sql.data.splits import load, load_split
-from ray_sql.data.values import Corpus, Example, leakage, sample
+from ray_sql.data.values import Corpus, Example, leakage, sample, why_not_executable
 
-__all__ = ["Corpus", "Example", "leakage", "load", "load_split", "parse_lines", "read_records", "sample"]
+__all__ = [
+    "Corpus",
+    "Example",
+    "leakage",
+    "load",
+    "load_split",
+    "parse_lines",
+    "read_records",
+    "sample",
+    "why_not_executable",
+]

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ray_sql.config import Config, absolute
 from ray_sql.data.values import Corpus, Example
@@ -217,7 +218,7 @@ def _database_files(place: Path, config: Config) -> dict[str, str]:
 def _databases(where: str, splits: Mapping[str, Iterable[Example]], config: Config) -> dict[str, str]:
     if "://" in where:
         used = {example.db_id for examples in splits.values() for example in examples}
-        return {db_id: where.replace("{db_id}", db_id) for db_id in sorted(used)}
+        return {db_id: where.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(used)}
     return _database_files(absolute(where), config)
 
 

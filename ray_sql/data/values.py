@@ -14,6 +14,10 @@ from ray_sql.schema import Schema
 Item = TypeVar("Item")
 
 
+EXECUTABLE = ("sqlite", "postgresql", "postgres")
+"""The kinds of databases that SQL can be executed on, as SQLAlchemy and libpq name them."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One question about one database. `schema_text` and `links_text` are set where the dataset brings its own."""
@@ -36,10 +40,11 @@ class Corpus:
     schemas: dict[str, Schema] = field(default_factory=dict)
     databases: dict[str, str] = field(default_factory=dict)
 
-    def sqlite_file(self, db_id: str) -> str | None:
-        """The database to execute queries on: a SQLite file; None where there is none, or only a server's URL."""
-        place = self.databases.get(db_id)
-        return None if place is None or "://" in place else place
+    def executable(self, db_id: str) -> str | None:
+        """The database to execute queries on, a SQLite file or a PostgreSQL URL; None where there is none or it is another kind."""
+        place = self.databases.get(db_id, "").removeprefix("sqlite:///")
+        dialect = place.partition("://")[0] if "://" in place else "sqlite"
+        return place if place and dialect.partition("+")[0] in EXECUTABLE else None
 
     def fingerprint(self, splits: Sequence[str] | None = None) -> str:
         """16 hex digits of the content, not where it lies: examples of all splits and schemas, or of `splits` and theirs."""
@@ -52,6 +57,13 @@ class Corpus:
         for db_id in sorted(self.schemas if splits is None else used & set(self.schemas)):
             digest.update(json.dumps(self.schemas[db_id].to_dict(), sort_keys=True).encode())
         return digest.hexdigest()[:16]
+
+
+def why_not_executable(corpus: Corpus) -> str:
+    """What to do where no query can be executed, in words."""
+    others = sorted({place.partition("://")[0] for place in corpus.databases.values() if "://" in place})
+    found = f", not on {', '.join(others)}" if others else ""
+    return f"queries run on SQLite files and on PostgreSQL{found}; name such databases with --data.databases"
 
 
 def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ...]:

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import astuple
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 from ray_sql.errors import DataError
-from ray_sql.execution.values import Limits, QueryResult
+from ray_sql.execution.values import Limits, Place, QueryResult
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -29,14 +30,18 @@ START_SECONDS = 60.0
 CACHE_BYTES = 256 * 2**20
 DEFAULT_LIMITS = Limits()
 WORKER = Path(__file__).with_name("worker.py")
+Kind = Literal["sqlite", "postgresql"]
 SQLITE_HEADER = b"SQLite format 3\0"
 WAL_VERSION = 2
+PACKAGES = Path(__file__).parents[2]
 
 
 class Executor:
     """Runs untrusted queries, `workers` at a time; use it as a context manager, from any number of threads.
 
-    Results are kept by (database, sql, limits), so that a gold query runs once however many predictions it judges.
+    Results are kept by (database, sql, limits), so that a gold query runs once however many predictions it judges. A SQLite
+    file that changed is another database; of a server no change can be seen, so an executor should live no longer than its
+    content is meant to stay.
     """
 
     def __init__(self, workers: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -66,20 +71,21 @@ class Executor:
             if (worker := self._slots.get()) is not None:
                 worker.kill()
 
-    def run(self, database: Path, sql: str, limits: Limits | None = None) -> QueryResult:
+    def run(self, database: Place, sql: str, limits: Limits | None = None) -> QueryResult:
         """Run one query, or return what it gave before.
 
-        Raises DataError where `database` is missing or no SQLite file; whatever the query does wrong is a result.
+        Raises DataError where `database` is missing, out of reach, or neither a SQLite file nor a PostgreSQL URL; whatever
+        the query does wrong is a result.
         """
         if self._closed:
             raise RuntimeError("this Executor is closed")
-        source = _open_database(database)
+        source = _server(database) if isinstance(database, str) and "://" in database else _file(Path(database))
         limits = limits or self.limits
-        return self._results.get((source, sql, limits), lambda: self._run_in_worker(source.uri, sql, limits))
+        return self._results.get((source, sql, limits), lambda: self._run_in_worker(source, sql, limits))
 
     def run_many(
         self,
-        queries: Sequence[tuple[Path, str]],
+        queries: Sequence[tuple[Place, str]],
         *,
         limits: Limits | None = None,
         progress: Progress | None = None,
@@ -103,12 +109,15 @@ class Executor:
                 raise
         return [future.result() for future in futures]
 
-    def _run_in_worker(self, uri: str, sql: str, limits: Limits) -> "_Sized":
+    def _run_in_worker(self, source: "_Source", sql: str, limits: Limits) -> "_Sized":
         worker = self._slots.get()
         try:
+            if worker is not None and worker.kind != source.kind:
+                worker.kill()
+                worker = None
             if worker is None or not worker.alive():
-                worker = _Worker()
-            return worker.ask(uri, sql, limits)
+                worker = _Worker(source.kind)
+            return worker.ask(source.uri, sql, limits)
         finally:
             self._slots.put(worker if worker is not None and worker.alive() else None)
 
@@ -123,17 +132,17 @@ class _Sized(NamedTuple):
 class _Worker:
     """One child process and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
         self._socket, theirs = Pipe()
+        command, environment = _start(kind)
         with theirs:
             self._process = subprocess.Popen(
-                # By path and isolated: no fork of this process (which may hold torch and threads), no import of
-                # anything but the standard library, and no token from the environment within reach of the query.
-                [sys.executable, "-I", "-S", str(WORKER), str(theirs.fileno())],
+                [*command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+                env=environment,
             )
         try:
             if not self._socket.poll(START_SECONDS):
@@ -141,7 +150,7 @@ class _Worker:
             self._socket.recv_bytes()
         except (EOFError, OSError) as error:
             self.kill()
-            raise RuntimeError(f"an SQL worker did not start: {sys.executable} {WORKER}") from error
+            raise RuntimeError(f"an SQL worker did not start: {' '.join(command)}") from error
 
     def alive(self) -> bool:
         """Whether the process can take a query."""
@@ -160,13 +169,35 @@ class _Worker:
             self.kill()
             error = f"crash: the process that ran the query ended with code {self._process.returncode}"
             return _Sized(QueryResult("crash", (), (), error, 0.0), 0)
-        return _Sized(QueryResult(*marshal.loads(reply)), len(reply))
+        status, *rest = marshal.loads(reply)
+        if status == "unreachable":
+            raise DataError(f"cannot connect to PostgreSQL: {rest[2]}; check the URL, and PGPASSWORD or ~/.pgpass")
+        return _Sized(QueryResult(status, *rest), len(reply))
 
     def kill(self) -> None:
         """End the process and free its socket."""
         self._process.kill()
         self._process.wait()
         self._socket.close()
+
+
+def _start(kind: Kind) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a worker.
+
+    For SQLite by path and isolated: no fork of this process (which may hold torch and threads), no import of anything but the
+    standard library, and no token from the environment within reach of the query. For PostgreSQL, where queries run elsewhere,
+    with the packages of this process and what libpq takes from the environment (PGPASSWORD, ~/.pgpass).
+    """
+    names = ["PATH", "LD_LIBRARY_PATH"]
+    if kind == "sqlite":
+        command = [sys.executable, "-I", "-S", str(WORKER)]
+    else:
+        command = [sys.executable, "-P", "-m", "ray_sql.execution.postgres"]
+        names += ["HOME", *(name for name in os.environ if name.startswith("PG"))]
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    if kind == "postgresql":
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in [str(PACKAGES), *sys.path] if path)
+    return command, environment
 
 
 class _Results:
@@ -222,11 +253,29 @@ class _Source(NamedTuple):
     that touches a page, and on a file system with nanosecond times a change that leaves both alone takes intent.
     """
 
+    kind: Kind
     uri: str
     state: tuple[int, ...]
 
 
-def _open_database(database: Path) -> _Source:
+def _server(url: str) -> _Source:
+    """A PostgreSQL URL as libpq reads it; DataError where it is another server's, or psycopg is not installed."""
+    dialect, _, rest = url.partition("://")
+    if not is_postgresql(url):
+        raise DataError(
+            f"{dialect}: queries can be executed on SQLite files and on PostgreSQL (postgresql://…), on nothing else"
+        )
+    if find_spec("psycopg") is None:
+        raise DataError("PostgreSQL needs psycopg, which is not installed: pip install 'ray_sql[postgres]'")
+    return _Source("postgresql", f"postgresql://{rest}", ())
+
+
+def is_postgresql(url: str) -> bool:
+    """Whether a URL names a PostgreSQL database: by libpq's scheme, or by SQLAlchemy's with any driver."""
+    return url.partition("://")[0].partition("+")[0] in ("postgresql", "postgres")
+
+
+def _file(database: Path) -> _Source:
     """Find an SQLite file and how to open it without ever creating or changing one; DataError if it is none."""
     path = database.resolve()
     try:
@@ -239,14 +288,14 @@ def _open_database(database: Path) -> _Source:
         raise DataError(f"{database}: not an SQLite database ({found.st_size} bytes); check the path")
     uri, state = f"{path.as_uri()}?mode=ro", (found.st_ino, found.st_size, found.st_mtime_ns)
     if WAL_VERSION not in header[18:20]:
-        return _Source(uri, state)
+        return _Source("sqlite", uri, state)
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
     if not log.exists() or not (written := log.stat()).st_size:
         # Nobody writes: say so, or a reader would create the two side files, which a worker may not.
-        return _Source(f"{uri}&immutable=1", state)
+        return _Source("sqlite", f"{uri}&immutable=1", state)
     if not index.exists():
         raise DataError(
             f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 to merge"
         )
     # Read-only, or the first reader after a crash would empty the index and could not fill it again.
-    return _Source(f"{uri}&readonly_shm=1", (*state, written.st_size, written.st_mtime_ns))
+    return _Source("sqlite", f"{uri}&readonly_shm=1", (*state, written.st_size, written.st_mtime_ns))

@@ -1,10 +1,17 @@
 """The plain values of execution: what a query may use, and what came of it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+Place = Path | str
+"""Where a query runs: the path of a SQLite file, or the URL of a PostgreSQL database (`postgresql://user@host/name`)."""
 Row = tuple[Any, ...]
-"""One result row; a cell is None, int, float, str or bytes."""
+"""One result row; a cell is None, int, float, str or bytes.
+
+From PostgreSQL, `numeric` is int where it has no decimals and else float, `boolean` is 1 or 0, and dates, times and all other types are
+text in ISO form and UTC, as the server writes them.
+"""
 Rows = tuple[Row, ...]
 Status = Literal["ok", "error", "timeout", "crash"]
 
@@ -20,7 +27,7 @@ class Limits:
     bytes: int = 256 * 2**20
     """Bytes of the whole result (a number counts 8), and of any single string or blob on the way to it."""
     memory: int = 2 * 2**30
-    """Bytes of address space of the process that runs the query (Linux only)."""
+    """Bytes of address space of the process that runs the query, for PostgreSQL of the one that takes the result (Linux only)."""
     sql_length: int = 100_000
     """Bytes of the query's own text."""
 

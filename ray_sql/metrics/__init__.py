@@ -8,7 +8,7 @@ beside every accuracy.
 """
 
 from ray_sql.metrics.bird import r_ves, soft_f1, ves_reward
-from ray_sql.metrics.exact_set import exact_set_match
+from ray_sql.metrics.exact_set import exact_set_match, exact_set_verdict
 from ray_sql.metrics.hardness import Hardness, hardness
 from ray_sql.metrics.judge import ERROR_KINDS, ErrorKind, Pair, Verdict, VerdictName, classify_error, judge, judge_many
 from ray_sql.metrics.linking import PRF, Counts, LinkingScore, LinkingSummary, Links, score_links, summarise_links
@@ -41,6 +41,7 @@ __all__ = [
     "classify_error",
     "clustered_interval",
     "exact_set_match",
+    "exact_set_verdict",
     "execution_match",
     "hardness",
     "is_ordered",

@@ -33,14 +33,19 @@ def exact_set_match(gold: str, predicted: str, schema: Schema) -> bool:
     Not kept: officially the values inside a subquery in FROM are compared, and text that is no SQL is passed over where
     it follows the last clause (a second WHERE, a comment).
     """
+    return bool(exact_set_verdict(gold, predicted, schema))
+
+
+def exact_set_verdict(gold: str, predicted: str, schema: Schema) -> bool | None:
+    """`exact_set_match`, with None where one of the two is no query that it can read, which counts as no match."""
     expected, found = read_query(gold, schema), read_query(predicted, schema)
     if expected is None or found is None:
-        return False
+        return None
     representatives = _representatives(schema)
     try:
         return _same(_merged(expected, representatives), _merged(found, representatives))
     except RecursionError:  # hundreds of set operations in a row, as a model writes that does not stop
-        return False
+        return None
 
 
 @lru_cache(maxsize=256)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ray_sql.execution import Executor, Limits, QueryResult
+from ray_sql.execution import Executor, Limits, Place, QueryResult
 from ray_sql.execution.pool import Progress
+from ray_sql.metrics.bird import soft_f1
 from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
 
 VerdictName = Literal["correct", "wrong", "error", "timeout", "gold_error"]
@@ -32,20 +33,24 @@ SYNTAX = ("syntax error", "incomplete input", "unrecognized token", "unterminate
 
 @dataclass(frozen=True)
 class Pair:
-    """A gold query and a predicted one for the same question on one SQLite file."""
+    """A gold query and a predicted one for the same question on one SQLite file or PostgreSQL database."""
 
-    database: Path
+    database: Place
     gold: str
     predicted: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a prediction: the reason where it is not correct, and the seconds its own query took."""
+    """What came of a prediction: the reason where it is not correct, and the seconds its own query took.
+
+    `soft_f1`, under semantics "bird" only, says how nearly right it is; 0 where it does not run.
+    """
 
     verdict: VerdictName
     error: str | None
     seconds: float
+    soft_f1: float | None = None
 
 
 def judge(
@@ -62,12 +67,13 @@ def judge(
     test suite (`shop/shop.sqlite` beside `shop/*.sqlite`) the results must agree on every file of it.
     """
     gold, predicted = pair.gold, pair.predicted
-    databases: tuple[Path, ...] = (pair.database,)
+    databases: tuple[Place, ...] = (pair.database,)
     if semantics == "spider":
         gold = prepare_spider(gold, keep_distinct=keep_distinct)
         predicted = prepare_spider(predicted, keep_distinct=keep_distinct)
         databases = _test_suite(pair.database)
     seconds = 0.0
+    share = 0.0 if semantics == "bird" else None
     for database in databases:
         expected = executor.run(database, gold, limits)
         if expected.status != "ok":
@@ -75,10 +81,12 @@ def judge(
         found = executor.run(database, predicted, limits)
         seconds += found.seconds
         if found.status != "ok":
-            return Verdict("timeout" if found.status == "timeout" else "error", found.error, seconds)
+            return Verdict("timeout" if found.status == "timeout" else "error", found.error, seconds, share)
+        if semantics == "bird":
+            share = soft_f1(expected.rows, found.rows)
         if not execution_match(expected.rows, found.rows, semantics=semantics, ordered=is_ordered(gold)):
-            return Verdict("wrong", _difference(expected, found), seconds)
-    return Verdict("correct", None, seconds)
+            return Verdict("wrong", _difference(expected, found), seconds, share)
+    return Verdict("correct", None, seconds, share)
 
 
 def judge_many(
@@ -128,11 +136,14 @@ def _difference(gold: QueryResult, found: QueryResult) -> str:
     return "other values or another order than gold"
 
 
-def _test_suite(database: Path) -> tuple[Path, ...]:
+def _test_suite(database: Place) -> tuple[Place, ...]:
     """Every database that a query on this one must hold on, this one first.
 
     Only a folder named after the database is a test suite: a folder of unrelated databases must not become one.
     """
+    if isinstance(database, str) and "://" in database:
+        return (database,)
+    database = Path(database)
     if database.parent.name != database.stem:
         return (database,)
     return (database, *(path for path in sorted(database.parent.glob("*.sqlite")) if path != database))

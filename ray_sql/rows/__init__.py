@@ -1,14 +1,13 @@
 """Tokenised training rows: one example each in the file that all workers read (`tokenise`), several on one database in what a
-forward pass computes (`share`), where the model allows it (`probe`)."""
+forward pass computes (`share`), where the model allows it (`probe`, `attention`: imported by those who compute, they load torch)."""
 
-from ray_sql.rows import attention
-from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import (
     Pass,
     Shared,
     Step,
     Steps,
     collate,
+    common_prefix,
     heaviest_pass,
     model_inputs,
     passes,
@@ -40,10 +39,10 @@ __all__ = [
     "Shared",
     "Step",
     "Steps",
-    "attention",
     "build",
     "cache_key",
     "collate",
+    "common_prefix",
     "encode",
     "encode_prompt",
     "heaviest_pass",
@@ -55,6 +54,5 @@ __all__ = [
     "share",
     "together",
     "tokens",
-    "why_not_share",
     "write",
 ]

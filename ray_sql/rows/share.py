@@ -22,7 +22,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ray_sql.config import Config
-from ray_sql.rows import attention
 from ray_sql.rows.tokenise import IGNORED, Row
 
 if TYPE_CHECKING:
@@ -217,6 +216,8 @@ def collate(rows: Sequence[Shared], pad: int) -> Pass:
 def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
     """What `model` is called with to compute the rows of a pass."""
     import torch
+
+    from ray_sql.rows import attention
 
     if not (made.segments > 0).any():  # plain rows: causal order and, where there is any, the padding say everything
         inputs = {"input_ids": made.input_ids}

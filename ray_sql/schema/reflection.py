@@ -51,7 +51,10 @@ def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema
             schema = _with_resolved_keys(Schema(db_id, _tables(connection)))
             return _with_examples(schema, connection, example_values) if example_values else schema
     except ModuleNotFoundError as error:
-        raise DataError(f"{shown}: Python has no module {error.name!r}; install this database's driver") from error
+        way_out = "pip install 'ray_sql[postgres]'" if error.name == "psycopg" else "install this database's driver"
+        raise DataError(f"{shown}: Python has no module {error.name!r}; {way_out}") from error
+    except ImportError as error:  # a driver that lacks its own library
+        raise DataError(f"{shown}: {' '.join(str(error).split())}; install this database's driver whole") from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
@@ -66,7 +69,9 @@ def _url(database: str | Path) -> "URL":
     if "://" not in str(database):
         return URL.create("sqlite", database=str(database))
     try:
-        return make_url(str(database))
+        url = make_url(str(database))
+        # psycopg 3, which queries are executed with, where the URL is as libpq has it and names no driver
+        return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
     except ArgumentError as error:  # the text may hold a password, so it is not repeated
         raise DataError("database: not a URL that SQLAlchemy reads; write dialect://user:password@host/name") from error
 

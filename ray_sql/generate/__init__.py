@@ -1,0 +1,25 @@
+"""Questions → answers with a base model and, where given, its adapter: each database's schema computed once and shared by its
+questions (`shared`), as one-by-one greedy decoding would answer them; beams and other models in plain batches (`plain`)."""
+
+from ray_sql.generate.answers import VERSION, answer, answer_loop_per_worker, answer_together, gather_all, spread
+from ray_sql.generate.kept import Kept
+from ray_sql.generate.questions import VALIDATION_FILE, Answer, Question, dump, gold, parse, questions
+from ray_sql.generate.vllm import check as check_backend
+
+__all__ = [
+    "VALIDATION_FILE",
+    "VERSION",
+    "Answer",
+    "Kept",
+    "Question",
+    "answer",
+    "answer_loop_per_worker",
+    "answer_together",
+    "check_backend",
+    "dump",
+    "gather_all",
+    "gold",
+    "parse",
+    "questions",
+    "spread",
+]

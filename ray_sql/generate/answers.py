@@ -1,0 +1,263 @@
+"""Questions → answers, in this process or on the workers of a run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import checkpoints, cluster, models
+from ray_sql.config import Config
+from ray_sql.generate import plain, shared, vllm
+from ray_sql.generate.ends import Ends
+from ray_sql.generate.kept import Kept
+from ray_sql.generate.questions import Answer, Question, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+OnAnswer = Callable[[int, Answer], None]
+"""Called with each answer as it comes, and the place of its question among those asked."""
+Ask = Callable[[str, Sequence[Question], OnAnswer], list[Answer] | None]
+"""Answers by the model of a name, on all ranks together; every rank says its own as they come."""
+
+VERSION = 2
+"""Raise when the code of this folder makes other answers from the same questions."""
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 1,
+    together: int | None = None,
+    num_beams: int = 1,
+    progress: Progress | None = None,
+    on_answer: OnAnswer | None = None,
+) -> list[Answer]:
+    """Answers in the order asked: greedy over shared prefixes, `together` questions at once (None: as many as memory allows).
+
+    Beams, and models that cannot share a prefix (`shared.why_not`), go through transformers' `generate`, `batch_size` whole
+    prompts of similar length at a time. The answers are the same.
+    """
+    answers: dict[int, Answer] = {}
+
+    def keep(number: int, said: Answer) -> None:
+        answers[number] = said
+        if on_answer:
+            on_answer(number, said)
+        if progress:
+            progress(len(answers), len(asked))
+
+    if not asked:
+        return []
+    training, cached = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        longest = max(len(one.input_ids) for one in asked) + max_new_tokens
+        if num_beams == 1 and shared.why_not(model, longest) is None:
+            _answer_shared(model, tokenizer, asked, max_new_tokens, together, keep)
+        else:
+            _answer_plain(model, tokenizer, asked, max_new_tokens, batch_size, num_beams, keep)
+    finally:
+        model.train(training)
+        model.config.use_cache = cached
+    return [answers[number] for number in range(len(asked))]
+
+
+def _answer_shared(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    max_new_tokens: int,
+    together: int | None,
+    keep: OnAnswer,
+) -> None:
+    prompts = [one.input_ids for one in asked]
+    ends = Ends(model, tokenizer)
+
+    def finished(number: int, said: list[int], seconds: float) -> None:
+        tokens = ends.cut(said)
+        keep(number, Answer(ends.text(tokens), len(prompts[number]), len(tokens), seconds))
+
+    groups = shared.group(prompts, [one.db_id for one in asked])
+    shared.decode(
+        model, prompts, groups, max_new_tokens=max_new_tokens, together=together, ended=ends, finished=finished
+    )
+
+
+def _answer_plain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    max_new_tokens: int,
+    batch_size: int,
+    num_beams: int,
+    keep: OnAnswer,
+) -> None:
+    order = sorted(range(len(asked)), key=lambda number: -len(asked[number].input_ids))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        said = plain.answer_batch(model, tokenizer, [asked[n].input_ids for n in batch], max_new_tokens, num_beams)
+        for number, one in zip(batch, said, strict=True):
+            keep(number, one)
+
+
+def answer_together(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    config: Config,
+    progress: Progress | None = None,
+    *,
+    num_beams: int = 1,
+    on_answer: OnAnswer | None = None,
+) -> list[Answer] | None:
+    """`answer`, every rank of the process group a share of the databases; all answers on rank 0, None on the others.
+
+    `progress` and `on_answer` are told of this rank's share.
+    """
+
+    def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
+        return answer(
+            model,
+            tokenizer,
+            share,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            batch_size=config.eval_batch_size,
+            together=None if config.evaluate.max_num_seqs == "auto" else config.evaluate.max_num_seqs,
+            num_beams=num_beams,
+            progress=progress,
+            on_answer=tell,
+        )
+
+    return _by_all_ranks(asked, config, mine, on_answer)
+
+
+def _by_all_ranks(
+    asked: Sequence[Question],
+    config: Config,
+    answer_share: Callable[[Sequence[Question], OnAnswer | None], list[Answer]],
+    on_answer: OnAnswer | None,
+) -> list[Answer] | None:
+    world, rank = len(gather_all(None)), _rank()
+    shares = spread(asked, world, config.evaluate.max_new_tokens)
+    mine = shares[rank]
+    tell = None if on_answer is None else (lambda place, one: on_answer(mine[place], one))
+    said = gather_all(answer_share([asked[number] for number in mine], tell))
+    return _in_order(shares, said) if rank == 0 else None
+
+
+def _in_order(shares: Sequence[Sequence[int]], said: Sequence[Sequence[Answer]]) -> list[Answer]:
+    """The ranks' answers in the order asked."""
+    answers = {
+        number: one
+        for share, answers in zip(shares, said, strict=True)
+        for number, one in zip(share, answers, strict=True)
+    }
+    return [answers[number] for number in range(len(answers))]
+
+
+def spread(asked: Sequence[Question], world: int, max_new_tokens: int) -> list[list[int]]:
+    """The numbers of the questions that each rank answers: whole databases, about equal in tokens.
+
+    A database that is more than a rank's fair share is cut into parts, each of which computes its schema again.
+    """
+    groups = shared.group([one.input_ids for one in asked], [one.db_id for one in asked])
+
+    def tokens(numbers: Sequence[int], prefix: int) -> int:
+        return prefix + sum(len(asked[number].input_ids) - prefix + max_new_tokens for number in numbers)
+
+    fair = sum(tokens(one.questions, one.prefix) for one in groups) / world
+    parts: list[tuple[int, list[int]]] = []
+    for one in groups:
+        count = min(len(one.questions), max(1, round(tokens(one.questions, one.prefix) / max(1.0, fair))))
+        cut = [one.questions[start::count] for start in range(count)]
+        parts += [(tokens(numbers, one.prefix), numbers) for numbers in cut]
+    shares: list[list[int]] = [[] for _ in range(world)]
+    load = [0] * world
+    for cost, numbers in sorted(parts, key=lambda part: -part[0]):
+        to = load.index(min(load))
+        load[to] += cost
+        shares[to] += numbers
+    return shares
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return int(dist.get_rank()) if dist.is_initialized() else 0
+
+
+def gather_all(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
+    """One worker's part of answering `plan["questions"]` with each of `plan["models"]`; rank 0 returns all answers by model.
+
+    A model is `base`, or `tuned`: the base with the adapter at the URI `plan["adapter"]`. What the files `plan["kept"]` hold of
+    an earlier attempt is not asked again, where this worker can read them; every answer is said as it comes.
+    """
+    config = Config(**plan["config"])
+    asked = parse(plan["questions"])
+    said = {}
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        adapter = checkpoints.fetch(plan["adapter"], Path(scratch)) if "tuned" in plan["models"] else None
+        ask = (_ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers)(plan, config, adapter)
+        for name in plan["models"]:  # the base comes first: its layers are changed in place by the adapter's
+            # all ranks must agree on what is left; answers of workers that died may be in the file and not in the plan
+            known = gather_all({**plan["known"][name], **Kept(plan["kept"][name]).read()})[0]
+            left = [number for number in range(len(asked)) if number not in known]
+
+            def say(place: int, one: Answer, name: str = name, left: list[int] = left) -> None:
+                plan["emit"]({"kind": "answer", "model": name, "question": left[place], "answer": asdict(one)})
+
+            new = ask(name, [asked[number] for number in left], say)
+            said[name] = known | dict(zip(left, new or [], strict=False))
+    return {"answers": said}
+
+
+def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
+    model = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
+    tokenizer = models.load_tokenizer(plan["model_folder"])
+
+    def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
+        nonlocal model
+        if name == "tuned" and adapter:
+            model = models.load_adapter(model, adapter)
+        longest = max((len(one.input_ids) for one in asked), default=0) + config.evaluate.max_new_tokens
+        if config.evaluate.num_beams == 1 and _rank() == 0 and (reason := shared.why_not(model, longest)):
+            plan["emit"]({"kind": "note", "text": f"every prompt is computed whole: {reason}"})
+        return answer_together(model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say)
+
+    return ask
+
+
+def _ask_vllm(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
+    engine = vllm.Engine(plan["model_folder"], adapter, config)
+
+    def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
+        def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
+            said = engine.answer(share, name == "tuned")
+            for place, one in enumerate(said):
+                if tell:
+                    tell(place, one)
+            return said
+
+        return _by_all_ranks(asked, config, mine, say)
+
+    return ask

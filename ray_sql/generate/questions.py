@@ -1,0 +1,98 @@
+"""Questions as they are asked, and answers as they come back.
+
+A `Question` carries everything that asking and scoring need, prompt tokens included, and travels as a line of JSON, so that
+generation runs on machines that see neither the dataset nor the databases.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ray_sql import prompts
+from ray_sql.config import Config, passwordless
+from ray_sql.data import Corpus, Example
+from ray_sql.linking import LinkError
+from ray_sql.rows import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VALIDATION_FILE = "inputs/validation.jsonl"
+"""Where a run's validation questions lie in its folder."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, ready to be asked (`input_ids`) and scored (`gold`: SQL, or links as JSON text; `database`: path, URL or None)."""
+
+    id: str
+    split: str
+    db_id: str
+    question: str
+    gold: str
+    hardness: str | None
+    database: str | None
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: the raw text, how many tokens it read and wrote, its share of the seconds, and, with beams, all it might
+    have said instead, best first."""
+
+    raw: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    candidates: list[str] = field(default_factory=list)
+
+
+def questions(
+    examples: Iterable[Example], split: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> list[Question]:
+    """The examples of a split as questions; under task `schema`, gold that cannot be linked becomes an empty `gold`."""
+    made = []
+    for example in examples:
+        try:
+            schema = prompts.schema_text(example, corpus.schemas, config)
+        except LinkError:  # a reduced form of a schema that its gold does not fit; the question is asked all the same
+            schema = prompts.schema_text(example, corpus.schemas, config.changed({"prompt.schema_form": "full"}))
+        turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
+        made.append(
+            Question(
+                id=example.id,
+                split=split,
+                db_id=example.db_id,
+                question=example.question,
+                gold=gold(example, corpus, config),
+                hardness=example.hardness,
+                database=corpus.executable(example.db_id),
+                input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
+            )
+        )
+    return made
+
+
+def gold(example: Example, corpus: Corpus, config: Config) -> str:
+    """What an answer is compared with: SQL, or links as JSON; empty where the SQL cannot be linked."""
+    if config.task_type == "sql":
+        return example.gold
+    try:
+        return json.dumps(prompts.gold_links(example, corpus.schemas))
+    except LinkError:
+        return ""
+
+
+def dump(asked: Iterable[Question]) -> str:
+    """Questions as JSON lines; a database's password is not written down."""
+    return "".join(
+        json.dumps(asdict(replace(question, database=passwordless(question.database)))) + "\n" for question in asked
+    )
+
+
+def parse(text: str) -> list[Question]:
+    """Questions from JSON lines."""
+    return [Question(**json.loads(line)) for line in text.splitlines()]

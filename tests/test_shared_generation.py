@@ -1,0 +1,207 @@
+"""Answers over a shared prefix are those of one-by-one greedy decoding, token for token, whoever else is answered beside them."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import generate
+from ray_sql.generate import Question, plain, shared
+from ray_sql.models import load_tokenizer
+
+WIDTH = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = WIDTH | {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": 2}
+FAMILIES = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 24},
+    "mistral": GROUPED,  # its window is longer than any prompt here
+    "phi3": GROUPED | {"sliding_window": 24},
+    "gemma2": GROUPED | {"head_dim": 16, "sliding_window": 16},
+    "gemma3_text": GROUPED | {"head_dim": 16, "sliding_window": 16},
+    "gpt_neox": WIDTH | {"max_position_embeddings": 2048, "eos_token_id": 2},
+}
+SHARES = {"llama", "qwen2", "qwen3", "mistral", "gpt_neox"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(str(tiny_model))
+
+
+def build(family: str, vocabulary: int) -> Any:
+    """A random model with large weights, so that its answers differ and end at different places."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.3)
+    return model
+
+
+def adapted(model: Any) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")).eval()
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    return made
+
+
+def question(db_id: str, ids: list[int]) -> Question:
+    return Question("0", "dev", db_id, "?", "SELECT 1", None, None, ids)
+
+
+def several(vocabulary: int) -> list[Question]:
+    """Questions on databases with many, two and single ones, equal ones, and one whose prompt is a single token."""
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(count)]
+
+    many, few = tokens(40), tokens(33)
+    asked = [question("many", many + tokens(draw.randrange(1, 12))) for _ in range(9)]
+    asked += [asked[3], asked[3]]
+    asked += [question("few", few + tokens(length)) for length in (2, 7)]
+    asked += [question("trimmed", few[:10] + tokens(30)), question("trimmed", tokens(5)), question("short", tokens(1))]
+    asked += [question("same", few), question("same", few)]
+    asked += [question(f"single {number}", tokens(20 + number)) for number in range(4)]
+    draw.shuffle(asked)
+    return asked
+
+
+def told(answers: list[generate.Answer]) -> list[tuple[str, int, int]]:
+    return [(answer.raw, answer.prompt_tokens, answer.new_tokens) for answer in answers]
+
+
+def one_by_one(model: Any, tokenizer: Any, asked: list[Question], limit: int) -> list[tuple[str, int, int]]:
+    return [told(plain.answer_batch(model, tokenizer, [one.input_ids], limit))[0] for one in asked]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_one_by_one_decoding(tokenizer: Any, family: str, lora: bool) -> None:
+    model = build(family, len(tokenizer))
+    model = adapted(model) if lora else model
+    asked = several(len(tokenizer))
+    alone = one_by_one(model, tokenizer, asked, 24)
+    assert len(set(alone)) > 10
+    before = model.config._attn_implementation
+    assert (shared.why_not(model, 80) is None) == (family in SHARES)
+    for together in (None, 1, 3, 16):
+        assert (
+            told(generate.answer(model, tokenizer, asked, together=together, batch_size=4, max_new_tokens=24)) == alone
+        )
+    assert model.config._attn_implementation == before
+
+
+def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
+    model = build("llama", len(tokenizer))
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 17))  # one token in seventeen ends a turn
+    asked = several(len(tokenizer)) * 2
+    alone = one_by_one(model, tokenizer, asked, 60)
+    assert len({length for _, _, length in alone}) > 6
+    for together in (None, 5):
+        assert told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=60)) == alone
+
+
+def test_room_for_few_tokens_is_enough(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen2", len(tokenizer))
+    asked = several(len(tokenizer))
+    alone = one_by_one(model, tokenizer, asked, 12)
+    for tokens in (0, 90, 300):
+        monkeypatch.setattr(shared, "memory", lambda model, tokens=tokens: tokens * shared.token_bytes(model))
+        assert told(generate.answer(model, tokenizer, asked, max_new_tokens=12)) == alone
+
+
+def test_a_prefix_is_computed_once_for_all_its_questions(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", len(tokenizer))
+    computed: list[int] = []
+    prefill = shared._Decoder._prefill
+    monkeypatch.setattr(
+        shared._Decoder, "_prefill", lambda self, tokens: computed.append(len(tokens)) or prefill(self, tokens)
+    )
+    schema = list(range(3, 60))
+    asked = [question("one", [*schema, 70 + number, 71]) for number in range(20)]
+    generate.answer(model, tokenizer, asked, together=4, max_new_tokens=3)
+    assert computed[1:] == [len(schema)]  # the first is the probe
+
+
+def test_groups_share_at_least_half_of_every_prompt() -> None:
+    schema = list(range(100))
+    prompts = [
+        schema + [200, 1],
+        schema + [201],
+        schema[:30] + [300] * 20,
+        schema[:30] + [301] * 5,
+        schema[:20] + [9] * 200,
+    ]
+    groups = shared.group(prompts, ["a"] * 5)
+    found = {frozenset(one.questions): one.prefix for one in groups}
+    assert found == {frozenset({0, 1}): 100, frozenset({2, 3}): 30, frozenset({4}): 219}
+    assert [one.prefix for one in shared.group(prompts[:2], ["a", "b"])] == [101, 100]
+    assert [one.prefix for one in shared.group([schema, schema], ["a", "a"])] == [99]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attention_chunk_size": 50}, "cut into chunks of 50 tokens"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "change with a sequence's length after 60",
+        ),
+    ],
+)
+def test_what_only_long_prompts_show_is_found_in_the_settings(tokenizer: Any, settings: Any, reason: str) -> None:
+    model = build("llama", len(tokenizer))
+    model.config.max_position_embeddings = 60
+    assert shared.why_not(model, 80) is None
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    assert shared.why_not(model, 40) is None
+    assert reason in (shared.why_not(model, 80) or "")
+
+
+def test_bfloat16_answers_too(tokenizer: Any) -> None:
+    import torch
+
+    model = build("llama", len(tokenizer)).to(torch.bfloat16)
+    asked = several(len(tokenizer))
+    assert shared.why_not(model, 80) is None
+    answers = generate.answer(model, tokenizer, asked, max_new_tokens=8)
+    assert [answer.prompt_tokens for answer in answers] == [len(one.input_ids) for one in asked]
+
+
+def test_workers_get_whole_databases_about_equal_in_tokens(tokenizer: Any) -> None:
+    asked = several(len(tokenizer))
+    for world in (1, 2, 3, 40):
+        shares = generate.spread(asked, world, 20)
+        assert sorted(number for share in shares for number in share) == list(range(len(asked)))
+    names = [{asked[number].db_id for number in share} for share in generate.spread(asked, 2, 20)]
+    assert names[0] & names[1] <= {"many"}  # it has half of the questions
+    even = [question(name, list(range(3, 60)) + [70 + n]) for name in "abcd" for n in range(5)]
+    names = [{even[number].db_id for number in share} for share in generate.spread(even, 2, 20)]
+    assert sorted(map(len, names)) == [2, 2] and not names[0] & names[1]
+
+
+def test_beams_are_kept_best_first(tokenizer: Any) -> None:
+    model = build("llama", len(tokenizer))
+    asked = several(len(tokenizer))[:5]
+    greedy = generate.answer(model, tokenizer, asked, max_new_tokens=6)
+    found = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3, batch_size=2)
+    assert all(answer.candidates == [] for answer in greedy)
+    assert all(len(answer.candidates) == 3 and answer.candidates[0] == answer.raw for answer in found)
+    alone = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3)
+    assert [one.candidates for one in alone] == [one.candidates for one in found]
+    assert any(a.raw != b.raw for a, b in zip(greedy, found, strict=True))
