@@ -162,24 +162,12 @@ class Bench:
 
     def share_of_peak(self, seconds: dict[str, list[float]], variant: str, peak: float) -> float:
         """Share of the machine's matrix multiplication speed that a variant reaches, counting every distinct token once."""
-        work = sum(self.useful_flops(examples) / len(examples) for examples in self.rounds)
+        work = sum(useful_flops(self._ours.model, examples) / len(examples) for examples in self.rounds)
         return work / sum(seconds[variant]) / peak
-
-    def useful_flops(self, examples: Sequence[Row]) -> float:
-        """What one step cannot do without: forward and the gradient with respect to the inputs for each distinct token (2 + 2
-        per frozen weight), forward and both gradients for LoRA's weights (6), the vocabulary only where a label is."""
-        made = rows.share(examples, len(examples), 10**9)
-        unique = sum(row.tokens for row in made)
-        labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
-        model = self._ours.model
-        lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
-        head = model.get_output_embeddings().weight.numel()
-        frozen = sum(m.in_features * m.out_features for m in model.modules() if type(m).__name__ == "Linear4bit")
-        return float(unique * (4 * frozen + 6 * lora) + labels * 4 * head)
 
     def _our_trainer(self, folder: str) -> Any:
         base = models.load_base(folder, self.config)
-        return trainer.build(base, self._tokenizer, self.rounds[0], self.config, 1, Path(self._scratch.name))
+        return trainer.build(base, self._tokenizer, self.rounds[0], self.config, STEP, Path(self._scratch.name))
 
     def _our_step(self, together: int) -> Callable[[Sequence[Row]], None]:
         built = self._ours
@@ -257,6 +245,19 @@ class Bench:
         if packing:
             examples = pack_dataset(examples, PACKED_LENGTH, "bfd")
         return [built.data_collator([example]) for example in examples]
+
+
+def useful_flops(model: Any, examples: Sequence[Row]) -> float:
+    """What one step of a model with LoRA cannot do without: forward and the gradient with respect to the inputs for each distinct
+    token (2 + 2 per frozen weight), forward and both gradients for LoRA's weights (6), the vocabulary only where a label is."""
+    unique = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
+    labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
+    lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    head = model.get_output_embeddings().weight.numel()
+    # peft's wrapper has the same name as the 4-bit layer in it
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")]
+    frozen = sum(m.in_features * m.out_features for m in layers)
+    return float(unique * (4 * frozen + 6 * lora) + labels * 4 * head)
 
 
 def matmul_peak() -> float:
@@ -358,7 +359,7 @@ def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> floa
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         base = models.load_base(folder, exact)
-        built = trainer.build(base, models.load_tokenizer(folder), examples, exact, 1, Path(scratch))
+        built = trainer.build(base, models.load_tokenizer(folder), examples, exact, STEP, Path(scratch))
         torch.manual_seed(0)
         for name, weight in built.model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A

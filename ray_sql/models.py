@@ -120,15 +120,15 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
     except (OSError, ValueError) as error:
         raise ModelError(f"--model_name {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if config.quantization.load_in_4bit and model.device.type == "cpu":
-        _dequantise_once(model, dtype)
+        dequantise_once(model, dtype)
     return model
 
 
-def _dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """On a CPU, let every 4-bit layer multiply with its weights as NF4 stands for them, expanded once instead of at every call.
+def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let every 4-bit layer multiply with its weights as NF4 stands for them, expanded once instead of at every call.
 
     The numbers are the same, to the bit of the expanded weight; the memory is that of the unquantised model, which a CPU has.
-    It also keeps bitsandbytes from repacking weights for AVX512-BF16: that happens at the first forward in eval mode and is
+    There it also keeps bitsandbytes from repacking weights for AVX512-BF16: that happens at the first forward in eval mode and is
     never undone, rounds the scales, and has no backward, so that after a validation in the middle of training no gradient
     passes a base layer any more (0.50.2; autograd warns of it, and the losses differ).
     """

@@ -157,7 +157,8 @@ def build(
             module.cast_input_dtype_enabled = not trainer.args.bf16
             if args.use_cpu and config.lora.lora_dropout:
                 module.lora_dropout["default"] = CpuDropout(config.lora.lora_dropout)
-    attention.install(trainer.model)
+    if together > 1:
+        attention.install(trainer.model)
     return trainer
 
 

@@ -24,7 +24,11 @@ pytestmark = [
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "qwen2": {"hidden_size": 384, "num_attention_heads": 12, "num_key_value_heads": 2},  # six heads a key, as Qwen2.5-1.5B
+    "qwen2": {
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },  # six heads a key, as Qwen2.5-1.5B
     "qwen3": {"head_dim": 64},
     "mistral": {"head_dim": 128},
     "gemma": {"head_dim": 256},
@@ -56,7 +60,7 @@ def compare(
 
     data = some_rows(**LONG)
     (loss, alone), (shared_loss, shared) = (
-        gradients(folder, data, config, together, scratch, "cuda", remember) for together in (1, 8)
+        gradients(folder, data, config, together, scratch, "cuda:0", remember) for together in (1, 8)
     )
     return abs(shared_loss / loss - 1), relative_error(shared, alone), used
 
@@ -68,7 +72,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
 ) -> None:
     config = make_config(**{"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 12})
     folder = family(kind, tmp_path / "model", **SHAPES[kind])
-    base = models.load_base(str(folder), config, "cuda")
+    base = models.load_base(str(folder), config, "cuda:0")
     prepare(base)
     assert rows.why_not_share(base, 330, 450) is None
     loss, error, used = compare(folder, config, tmp_path, prepare)
@@ -79,7 +83,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
 def test_flex_attention_is_what_a_gpu_uses(make_config: Any, tmp_path: Path) -> None:
     for kind, dtype in (("llama", True), ("qwen2", True), ("qwen2", False)):
         config = make_config(**{"train.bf16": dtype})
-        base = models.load_base(str(family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind])), config, "cuda")
+        base = models.load_base(str(family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind])), config, "cuda:0")
         attention.install(base)
         assert base.config._attn_implementation == attention.NAME, "the log says why not"
 
@@ -116,7 +120,7 @@ def test_over_nf4_with_checkpointing_the_gradients_are_those_of_separate_rows(
 def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = models.load_base(str(family("llama", tmp_path)), make_config(), "cuda")
+    base = models.load_base(str(family("llama", tmp_path)), make_config(), "cuda:0")
     right = attention.block_mask
     monkeypatch.setattr(attention, "block_mask", lambda segments: right(torch.zeros_like(segments)))
     assert rows.why_not_share(base, 330, 450) is None
@@ -126,7 +130,7 @@ def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
 def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_path: Path) -> None:
     config = make_config(**{"train.bf16": None, "grad_accum_steps": 6, "save_steps": 2})
     folder, seen, saved = family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), [], []
-    base = models.load_base(str(folder), config, "cuda")
+    base = models.load_base(str(folder), config, "cuda:0")
     tokenizer = models.load_tokenizer(str(folder))
     outcome = trainer.train(
         base,
@@ -148,7 +152,7 @@ def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_
 def test_answers_on_a_gpu_do_not_depend_on_the_batch(make_config: Any, tmp_path: Path) -> None:
     config = make_config(**{"quantization.load_in_4bit": False})
     folder = family("qwen2", tmp_path, **SHAPES["qwen2"])
-    model, tokenizer = models.load_base(str(folder), config, "cuda"), models.load_tokenizer(str(folder))
+    model, tokenizer = models.load_base(str(folder), config, "cuda:0"), models.load_tokenizer(str(folder))
     attention.install(model)
     asked = [
         generate.Question(row.id, "dev", row.db_id, "", "", None, None, row.input_ids) for row in some_rows(**LONG)

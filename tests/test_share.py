@@ -73,6 +73,8 @@ def gradients(
     for name, weight in built.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
             weight.data.normal_(std=0.05)
+    if built.args.activation_checkpointing:  # transformers does it when a run begins
+        built.model.activation_checkpointing_enable()
     model = built.accelerator.prepare(built.model)
     loss = built.training_step(model, next(iter(built.get_train_dataloader())))
     return float(loss), {name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad}

@@ -20,9 +20,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ AT_ONCE = 8
 """Questions computed together on a CPU: fewer make many small products, more compute pairs of tokens that do not see each other."""
 TRIED = (200, 328)
 """Lengths of the rows that FlexAttention is tried on: the second makes it compile for any length."""
-TOLERANCE = 0.02
-"""Relative difference of attention, and of its gradients, that the arithmetic of bfloat16 explains."""
+TOLERANCE = 0.05
+"""Relative difference of attention, and of its gradients, that arithmetic explains."""
 RECOMPILE_LIMIT = 64
 """Kernels that PyTorch may compile for one function (its own limit is 8): with and without gradients, in several types."""
 
@@ -65,8 +65,6 @@ def spans(segments: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> 
 
 def block_mask(segments: torch.Tensor) -> BlockMask:
     """Who sees whom in one row of `segments` `[1, length]`, as FlexAttention takes it, on their device."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     segment = segments[0]
 
     def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -112,7 +110,6 @@ def _attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: `[rows, heads, tokens, head size]` in, `[rows, tokens, heads, head size]` out."""
-    from torch.nn.attention.flex_attention import BlockMask, create_mask
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts: Spans | None = options.pop(SPANS, None)
@@ -146,13 +143,18 @@ def _by_parts(
 def _flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float | None
 ) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
     # uncompiled it computes every pair, which is for tests on a CPU; inside a compiled model it is compiled with the rest
-    kernel = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    out: torch.Tensor = kernel(
-        query.to(value.dtype),  # autocast, which SDPA obeys, does not reach it
-        key.to(value.dtype),
+    kernel = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else _kernel
+    # autocast, which SDPA obeys, does not reach it
+    out: torch.Tensor = kernel(query.to(value.dtype), key.to(value.dtype), value, mask, scaling)
+    return out
+
+
+def _kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float | None) -> Any:
+    """FlexAttention; a function of our own, so that nobody else's calls decide for which sizes it is compiled."""
+    return flex_attention(
+        query,
+        key,
         value,
         block_mask=mask,
         scale=scaling,
@@ -160,15 +162,12 @@ def _flex(
         # there is another kernel for short rows, which needs compiling too and takes fewer numbers of heads
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
-    return out
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    return torch.compile(flex_attention)
+    return torch.compile(_kernel)
 
 
 def _flex_fits(model: PreTrainedModel) -> bool:
@@ -195,12 +194,8 @@ def _flex_works(heads: int, shared: int, size: int, dtype: torch.dtype, device: 
     return difference < TOLERANCE
 
 
-def _difference(
-    length: int, heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device
-) -> float:
+def _difference(length: int, heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Largest relative difference between FlexAttention and SDPA with a mask, of outputs and gradients, on a random row."""
-    from torch.nn.attention.flex_attention import create_mask
-
     draw = torch.Generator(device).manual_seed(0)
 
     def some(count: int) -> torch.Tensor:  # laid out as layers lay it out, for a kernel is compiled for a layout
@@ -214,10 +209,10 @@ def _difference(
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         key, value = (each.repeat_interleave(heads // shared, dim=1) for each in given[1:])
         wanted = torch.nn.functional.scaled_dot_product_attention(given[0], key, value, attn_mask=dense)
-        found = _flex(*given, mask, None)
+        found = _flex(given[0], given[1], given[2], mask, None)
         pairs = [(found, wanted)]
         pairs += zip(*(torch.autograd.grad(out, given, upstream) for out in (found, wanted)), strict=True)
-    return max(float((one - other).float().norm() / other.float().norm()) for one, other in pairs)
+    return max(float((one - other).detach().float().norm() / other.detach().float().norm()) for one, other in pairs)
 
 
 class _Attend(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed by mypy
