@@ -207,6 +207,7 @@ class Bench:
             activation_checkpointing=False,
             max_length=PACKED_LENGTH,
             packing=packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
             report_to="none",
             disable_tqdm=True,
         )
@@ -214,7 +215,7 @@ class Bench:
         def peer(examples: Sequence[Row]) -> Any:
             columns = {
                 "input_ids": [row.input_ids for row in examples],
-                "completion_mask": [[int(label != rows.IGNORED) for label in row.labels] for row in examples],
+                "labels": [row.labels for row in examples],
             }
             return Dataset.from_dict(columns)
 
