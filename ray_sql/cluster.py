@@ -1,7 +1,7 @@
 """Run a function on N worker processes: Ray Train's TorchTrainer around it, what they say brought back to the driver.
 
-With `scaling.num_workers` 0 the function runs in this process and Ray is not started. Otherwise this process joins the cluster it
-was submitted to, or starts Ray on this machine. Workers speak through a queue, not through `ray.train.report`: a report
+With `scaling.num_workers` 0 the function runs in this process and Ray is not started. Otherwise this process joins the cluster that
+RAY_ADDRESS names (`ray job submit` sets it), or starts Ray on this machine. Workers speak through a queue, not through `ray.train.report`: a report
 is a barrier over all ranks and is throttled by the controller's poll, a point on the loss curve needs neither.
 """
 
@@ -82,7 +82,7 @@ def mark(stage: str, at: float | None = None) -> Point:
 
 
 def begin_ray() -> Future[None]:
-    """Join the cluster this process belongs to, or start Ray on this machine, beside whatever this process does next."""
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, beside whatever this process does next."""
     return _STARTER.submit(_init_ray)
 
 
@@ -104,7 +104,9 @@ def _init_ray() -> None:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM" not in record.getMessage())
         # workers' own output stays in Ray's logs and dashboard: what matters comes through the channel, and their errors as errors
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        # never `auto` unasked: a cluster that was killed leaves its address behind, and Ray would try it for many minutes
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
 
 
 def scaling_config(config: Config) -> ScalingConfig:
