@@ -1,8 +1,9 @@
 """Run a function on N worker processes: Ray Train's TorchTrainer around it, what they say brought back to the driver.
 
 With `scaling.num_workers` 0 the function runs in this process and Ray is not started. Otherwise this process joins the cluster that
-RAY_ADDRESS names (`ray job submit` sets it), or starts Ray on this machine. Workers speak through a queue, not through `ray.train.report`: a report
-is a barrier over all ranks and is throttled by the controller's poll, a point on the loss curve needs neither.
+RAY_ADDRESS names (`ray job submit` sets it), or starts Ray on this machine. Workers speak through a queue, not through
+`ray.train.report`: a report is a barrier over all ranks and is throttled by the controller's poll, a point on the loss curve needs
+neither.
 """
 
 from __future__ import annotations
