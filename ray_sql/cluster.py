@@ -48,6 +48,8 @@ WORKER_ENVIRONMENT = {
 
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
 """One thread: whoever asks for Ray second finds it started."""
+_BEGUN: list[Future[None]] = []
+"""The start that is under way, if any."""
 
 
 def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str) -> dict[str, Any]:
@@ -84,12 +86,25 @@ def mark(stage: str, at: float | None = None) -> Point:
 
 def begin_ray() -> Future[None]:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, beside whatever this process does next."""
-    return _STARTER.submit(_init_ray)
+    if not _BEGUN:
+        _BEGUN.append(_STARTER.submit(_init_ray))
+    return _BEGUN[0]
 
 
 def start_ray() -> None:
-    """`begin_ray`, waited for; does nothing if Ray is there."""
-    begin_ray().result()
+    """`begin_ray`, waited for; does nothing if Ray is there. Raises `ConfigError` where RAY_ADDRESS names no cluster."""
+    try:
+        begin_ray().result()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if not address:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: no Ray cluster answers there ({reason}); correct it, or unset it to start Ray here"
+        ) from None
+    finally:
+        _BEGUN.clear()  # asked again, it looks again: Ray may have been shut down since
     if threading.current_thread() is threading.main_thread():
         # Ray's core has put a handler below Python's that writes a stack trace and aborts; ours closes runs on the way out
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))

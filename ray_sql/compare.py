@@ -101,7 +101,12 @@ def semantics(file: str) -> str | None:
     except json.JSONDecodeError:
         return None
     scores = [one for name in ("tuned", "base", "file") for one in metrics.get(name, {}).values()]
-    return scores[0].get("semantics") if scores else None
+    if not scores:
+        return None
+    kept = (
+        " --evaluate.keep_distinct" if scores[0].get("keep_distinct") else ""
+    )  # another rule, and said as one gives it
+    return f"{scores[0]['semantics']}{kept}" if "semantics" in scores[0] else None
 
 
 def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Paired:

@@ -186,6 +186,7 @@ def _train_and_measure(
     figures = plots.figures(metrics, measured)
     report.write(config, metrics, measured, figures)
     log_results(record, config, measured, metrics, figures)
+    checkpoints.write_text(f"{config.run_dir}/{prepare.FINISHED_FILE}", "")
     return metrics
 
 

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def of_models(
     kept = {name: _kept(config, asked, model_folder, adapter if name == "tuned" else None) for name in wanted}
     said = {name: one.read() for name, one in kept.items()}
     missing = [name for name in wanted if len(said[name]) < len(asked)]
+    for name in (name for name in wanted if said[name]):
+        display.line(f"{name}: {len(said[name])} of {len(asked)} answers are there from before ({kept[name].file})")
 
     def keep(point: cluster.Point) -> None:
         if point["kind"] == "answer":
@@ -154,14 +157,20 @@ def check_adapter(config: EvaluateConfig, model_folder: str, revision: str | Non
 
 def _kept(config: Config, asked: Sequence[Question], model_folder: str, adapter: str | None) -> Kept:
     """Where a model's answers are kept: a file whose name changes with whatever they depend on, which is its weights' identity,
-    precision, limits and the prompts."""
+    precision, limits, the libraries that compute and the prompts."""
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(model_folder).iterdir())
     parts = [
         generate.VERSION,
         model_folder,
         files,
         _digest(adapter),
-        [config.quantization.model_dump(), str(models.compute_dtype(config)), config.eval_batch_size],
+        [
+            config.quantization.model_dump(),
+            str(models.compute_dtype(config)),
+            config.scaling.use_gpu,
+            config.eval_batch_size,
+        ],
+        [version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")],
         config.evaluate.model_dump(include={"max_new_tokens", "max_num_seqs", "num_beams", "backend"}),
         [(question.db_id, question.input_ids) for question in asked],
     ]
@@ -256,7 +265,7 @@ def _compare(measured: Measured, split: str) -> dict[str, Any]:
     pairs = [
         (base["verdict"] == "correct", tuned["verdict"] == "correct")
         for base, tuned in zip(measured["base"], measured["tuned"], strict=True)
-        if tuned["split"] == split and tuned["verdict"] != "gold_error"
+        if tuned["split"] == split and "gold_error" not in (base["verdict"], tuned["verdict"])
     ]
     only_base, only_tuned = sum(b and not t for b, t in pairs), sum(t and not b for b, t in pairs)
     return {"only_base": only_base, "only_tuned": only_tuned, "mcnemar_p": mcnemar(only_base, only_tuned)}

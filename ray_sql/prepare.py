@@ -27,6 +27,8 @@ Progress = Callable[[int, int], None]
 
 DATA_FILE = "inputs/data_fingerprint"
 """Where a run keeps the fingerprint of its data, so that the same name never continues on other data."""
+FINISHED_FILE = "inputs/finished"
+"""Written last of all: with it, a run of this name is shown and not gone on with."""
 TRAINED_ON = ("train", "validation")
 """The splits that shape an adapter; which others are scored may change."""
 
@@ -177,6 +179,8 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
             f"{run_dir} holds a run of other settings ({_difference(earlier, config)}); choose another --output_name, or replace "
             "it with --overwrite"
         )
+    if not checkpoints.exists(f"{run_dir}/{FINISHED_FILE}"):
+        return None
     metrics = checkpoints.read_text(f"{run_dir}/metrics.json")
     return json.loads(metrics) if metrics else None
 

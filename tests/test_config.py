@@ -323,3 +323,13 @@ def test_only_what_is_saved_can_be_measured() -> None:
     config = settings("--save_steps", "10", "--evaluate.eval_steps", "20", "--train.max_steps", "45")
     assert [step for step in (10, 20, 30, 40, 45) if config.measured(step, 100)] == [20, 40, 45]
     assert settings("--save_steps", "10").measured(10, 10_000)
+
+
+def test_a_password_is_written_down_in_no_form(make_config: Any) -> None:
+    for password in ("secret", "se/cr:et"):
+        url = f"postgresql://reader:{password}@host/shop"
+        public = make_config(**{"data.databases": url, "tracking.uri": f"mysql://u:{password}@host/m"}).public()
+        assert public["data"]["databases"] == "postgresql://reader@host/shop", (
+            "given back, libpq looks for the password"
+        )
+        assert public["tracking"]["uri"] == "mysql://u:***@host/m"

@@ -157,6 +157,13 @@ def test_prepare_spider(sql: str, prepared: str, kept: str) -> None:
     assert prepare_spider(sql, keep_distinct=True) == kept
 
 
+def test_on_a_server_a_distinct_that_the_grammar_needs_stays() -> None:
+    sql = "SELECT DISTINCT ON (a) DISTINCT b FROM t WHERE b IS NOT DISTINCT FROM c AND c IS DISTINCT FROM d"
+    prepared = prepare_spider(sql, server=True)
+    assert prepared.split() == sql.replace(" DISTINCT b", " b").split()
+    assert "DISTINCT" not in prepare_spider(sql)
+
+
 def test_order_counts_where_the_gold_text_has_the_words() -> None:
     assert is_ordered("SELECT 'Order By'")
     assert not is_ordered("SELECT a FROM t ORDER  BY a")

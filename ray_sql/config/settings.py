@@ -136,7 +136,8 @@ class EvaluateSection(Section):
     max_new_tokens: int = Field(256, ge=1)
     """Longest generated answer in tokens."""
     max_num_seqs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Questions answered together over the schemas they share; `auto` is up to 64, as many as memory allows. Answers do not change."""
+    """Questions answered together over the schemas they share; `auto` is up to 64, as many as memory allows. In float32
+    answers do not change; in bfloat16 near-ties may."""
     num_beams: int = Field(1, ge=1)
     """Beams of the search for an answer to the scored questions, 1 is greedy; checkpoints are always chosen by greedy answers."""
     first_executable: bool = False
@@ -362,8 +363,9 @@ class Config(BaseSettings):
         """
         once = {"config", "dry_run", "overwrite"}  # said to one command; given back, they would delete or not run
         settings = self.model_dump(mode="json", exclude={"read_token", "write_token", *once})
-        for section, name in (("data", "databases"), ("tracking", "uri")):
-            settings[section][name] = without_password(settings[section][name])
+        # what is given back must not log in with a mask for a password: without one, libpq finds it where it belongs
+        settings["data"]["databases"] = passwordless(settings["data"]["databases"])
+        settings["tracking"]["uri"] = without_password(settings["tracking"]["uri"])
         if self.train.global_batch_size is not None:
             del settings["grad_accum_steps"]
         return settings
@@ -428,13 +430,13 @@ class EvaluateConfig(Config):
 
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    masked = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+    masked = uri and re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", uri)
     return masked and re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
 
 
 def passwordless(uri: str | None) -> str | None:
     """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
-    bare = uri and re.sub(r"(://[^:/@]*):[^@/]*@", r"\1@", uri)
+    bare = uri and re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", uri)
     return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
 
 

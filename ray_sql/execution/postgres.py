@@ -98,7 +98,14 @@ def query(uri: str, sql: str, seconds: float, rows: int, size: int, memory: int,
         if ESCAPED.search(sql):
             return reply("error", "refused: a name in Unicode escapes")
         try:
-            connection, refused = connect(uri)
+            connection, refused = connect(uri, seconds)
+        except psycopg.ProgrammingError as error:
+            if error.sqlstate is None:  # libpq says what it cannot read, which may be a password
+                unread = (
+                    "not a URL that libpq reads: percent-encode the password, or leave it to PGPASSWORD or ~/.pgpass"
+                )
+                return reply("unreachable", unread)
+            return reply("unreachable", str(error))
         except psycopg.Error as error:
             return reply("unreachable", str(error))
         if named := refused & words(sql):
@@ -117,13 +124,21 @@ def query(uri: str, sql: str, seconds: float, rows: int, size: int, memory: int,
         clean(uri)
 
 
-def connect(uri: str) -> tuple[psycopg.Connection[Any], frozenset[str]]:
-    """A connection to the server, kept for the next query, and the names of the functions that a query may not use there."""
+def connect(uri: str, seconds: float) -> tuple[psycopg.Connection[Any], frozenset[str]]:
+    """A connection to the server, kept for the next query, and the names of the functions that a query may not use there.
+
+    Found within about a query's `seconds`: this process is killed soon after, and the server would count as a slow query.
+    """
     if uri not in CONNECTIONS:
         for other in list(CONNECTIONS):
             CONNECTIONS.pop(other)[0].close()
         connection: psycopg.Connection[Any] = psycopg.connect(
-            uri, autocommit=True, prepare_threshold=None, client_encoding="UTF8", application_name="ray_sql"
+            uri,
+            autocommit=True,
+            prepare_threshold=None,
+            client_encoding="UTF8",
+            application_name="ray_sql",
+            connect_timeout=max(2, min(10, int(seconds))),
         )
         volatile = {name for (name,) in connection.execute(VOLATILE)}
         CONNECTIONS[uri] = connection, frozenset(volatile - HARMLESS | RUNS_TEXT)

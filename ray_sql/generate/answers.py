@@ -43,7 +43,7 @@ def answer(
     """Answers in the order asked: greedy over shared prefixes, `together` questions at once (None: as many as memory allows).
 
     Beams, and models that cannot share a prefix (`shared.why_not`), go through transformers' `generate`, `batch_size` whole
-    prompts of similar length at a time. The answers are the same.
+    prompts of similar length at a time. The answers are the same in float32.
     """
     answers: dict[int, Answer] = {}
 

@@ -91,6 +91,11 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         for whole in (*self.keys, *self.values):
             whole[target] = whole[source]
 
+    @property
+    def room(self) -> tuple[int, int]:
+        """Rows and columns that memory is held for."""
+        return (self.keys[0].shape[0], self.keys[0].shape[2]) if self.keys else (0, 0)
+
     def get_seq_length(self, *_: Any) -> int:
         """Not asked for by models that are given positions."""
         return self._width

@@ -203,6 +203,8 @@ class _Decoder:
 
     def run(self, ended: Ended, finished: Finished) -> None:
         """Answer everything."""
+        from ray_sql.generate.attention import OwnTokens
+
         while self._waiting or self._rows:
             # places are filled a quarter of them at a time: a pass costs about as much for one question as for several
             if self._waiting and len(self._rows) <= self._together * 3 // 4:
@@ -212,6 +214,8 @@ class _Decoder:
                     self._take(len(self._rows) - len(chunk), self._begin(chunk), ended, finished)
             if self._rows:
                 self._take(0, self._step(), ended, finished)
+            else:
+                self._own = OwnTokens()  # its memory is for whoever comes next
 
     def first_logits(self) -> torch.Tensor:
         """Logits of the first token of every answer, `[questions, vocabulary]` in float32."""
@@ -241,7 +245,8 @@ class _Decoder:
         asked = [(row.group, row.question) for row in rows] + [(number, question)]
         prefixes = sum(self._groups[one].prefix for one in {one for one, _ in asked} | set(self._prefixes))
         widest = max(len(self._prompts[q]) - self._groups[one].prefix for one, q in asked) + self._new
-        return prefixes + widest * len(asked) <= self._room
+        rows_there, columns_there = self._own.room  # it grows and never shrinks
+        return prefixes + max(widest, columns_there) * max(len(asked), rows_there) <= self._room
 
     def _passes(self, new: list[_Row]) -> Iterable[list[_Row]]:
         """New rows by the length of their own prompt tokens, as many in a pass as `PASS` allows."""

@@ -69,8 +69,9 @@ def judge(
     gold, predicted = pair.gold, pair.predicted
     databases: tuple[Place, ...] = (pair.database,)
     if semantics == "spider":
-        gold = prepare_spider(gold, keep_distinct=keep_distinct)
-        predicted = prepare_spider(predicted, keep_distinct=keep_distinct)
+        server = "://" in str(pair.database)
+        gold = prepare_spider(gold, keep_distinct=keep_distinct, server=server)
+        predicted = prepare_spider(predicted, keep_distinct=keep_distinct, server=server)
         databases = _test_suite(pair.database)
     seconds = 0.0
     share = 0.0 if semantics == "bird" else None

@@ -109,21 +109,31 @@ def _same_bag_in_some_column_order(gold: Rows, predicted: Rows) -> bool:
     return False
 
 
-def prepare_spider(sql: str, *, keep_distinct: bool = False) -> str:
+def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = False) -> str:
     """The text that the official evaluator of Spider runs in place of `sql`.
 
     `> =`, `< =` and `! =` are joined, inside literals too; `YEAR(CURDATE())` becomes 2020; and unless `keep_distinct`,
     every DISTINCT is dropped, from `IS NOT DISTINCT FROM` too. The official code also drops every statement but the
-    first there. Here they stay, for the executor to refuse, unless they are empty.
+    first there. Here they stay, for the executor to refuse, unless they are empty. On a `server`, which the official code knows nothing
+    of, the DISTINCT of `DISTINCT ON` and `IS DISTINCT FROM` stays: without it they are no SQL.
     """
     for apart in ("> =", "< =", "! ="):
         sql = sql.replace(apart, apart.replace(" ", ""))
     if not keep_distinct:
         statements = [list(statement.flatten()) for statement in FilterStack().run(sql)]  # type: ignore[no-untyped-call]
         told = [tokens for tokens in statements[1:] if not all(_says_nothing(token) for token in tokens)]
-        kept = [token.value for tokens in [*statements[:1], *told] for token in tokens]
-        sql = "".join(value for value in kept if value.lower() != "distinct")
+        kept = [token for tokens in [*statements[:1], *told] for token in tokens]
+        needed = _needed_distinct(kept) if server else set()
+        sql = "".join(t.value for n, t in enumerate(kept) if t.value.lower() != "distinct" or n in needed)
     return re.sub(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", "2020", sql, flags=re.IGNORECASE)
+
+
+def _needed_distinct(tokens: Sequence[Token]) -> set[int]:
+    """Places of a DISTINCT that is followed by ON, or follows IS or NOT."""
+    said = [number for number, token in enumerate(tokens) if not _says_nothing(token)]
+    words = ["", *(tokens[number].value.lower() for number in said), ""]
+    around = zip(said, words, words[2:], strict=False)
+    return {number for number, before, after in around if after == "on" or before.split()[-1:] in (["is"], ["not"])}
 
 
 def _says_nothing(token: Token) -> bool:
