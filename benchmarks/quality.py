@@ -2,7 +2,7 @@
 
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality                          (--quick: a few examples, one seed)
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase prepare          the three phases apart: only the second
-    python -m benchmarks.quality out/quality --phase train --jobs 6                    needs a GPU, and it needs neither Spider
+    python -m benchmarks.quality out/quality --phase train                             needs a GPU, and it needs neither Spider
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
 
 Every run sees the same examples once, from the same base model, with the same settings; only the seed, the number of questions in
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where inputs and predictions are kept")
     parser.add_argument("--phase", choices=["prepare", "train", "score"], help="only this one")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="training runs at a time; a GPU holds several of a small model"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
     parser.add_argument("--run", help="train only this run, `seed-together-batch`")
     parser.add_argument("--quick", action="store_true", help="32 examples, one seed: to see that it works")
     arguments = parser.parse_args(argv)

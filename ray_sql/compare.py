@@ -101,12 +101,10 @@ def semantics(file: str) -> str | None:
     except json.JSONDecodeError:
         return None
     scores = [one for name in ("tuned", "base", "file") for one in metrics.get(name, {}).values()]
-    if not scores:
+    if not scores or "semantics" not in scores[0]:
         return None
-    kept = (
-        " --evaluate.keep_distinct" if scores[0].get("keep_distinct") else ""
-    )  # another rule, and said as one gives it
-    return f"{scores[0]['semantics']}{kept}" if "semantics" in scores[0] else None
+    # with DISTINCT kept it is another rule, and said as one asks for it
+    return str(scores[0]["semantics"]) + (" --evaluate.keep_distinct" if scores[0].get("keep_distinct") else "")
 
 
 def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Paired:

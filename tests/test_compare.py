@@ -184,6 +184,9 @@ def test_files_scored_under_two_semantics_are_refused(run: Any, write: Any, tmp_
         DataError, match=r"a\.jsonl was scored under semantics spider, .*b\.jsonl under bird; score one"
     ):
         compare.run(config)
+    write("other/metrics.json", [{"tuned": {"dev": {"semantics": "spider", "keep_distinct": True}}}])
+    with pytest.raises(DataError, match=r"b\.jsonl under spider --evaluate\.keep_distinct; score one"):
+        compare.run(config)
     write("other/metrics.json", ["{half"])
     assert compare.run(config)["n"] == 1
 

@@ -143,7 +143,7 @@ class EvaluateSection(Section):
     first_executable: bool = False
     """With beams: take the first candidate, best first, that runs on the question's database, instead of the first."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What answers the scored questions; `vllm` needs a GPU and `pip install 'ray_sql[vllm]'`."""
+    """What answers the scored questions; `vllm` needs a GPU and `pip install -e '.[vllm]'`."""
     timeout: float = Field(30.0, gt=0)
     """Seconds one query may run before it is stopped and counted as `timeout`."""
     limit: int | None = Field(None, ge=1)

@@ -266,7 +266,7 @@ def _server(url: str) -> _Source:
             f"{dialect}: queries can be executed on SQLite files and on PostgreSQL (postgresql://…), on nothing else"
         )
     if find_spec("psycopg") is None:
-        raise DataError("PostgreSQL needs psycopg, which is not installed: pip install 'ray_sql[postgres]'")
+        raise DataError("PostgreSQL needs psycopg, which is not installed: pip install -e '.[postgres]'")
     return _Source("postgresql", f"postgresql://{rest}", ())
 
 

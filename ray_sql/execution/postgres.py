@@ -15,7 +15,7 @@ What they do not cover: the query may read whatever its role may read, and call 
 files are the server's, bounded by its `work_mem` and `temp_file_limit`. So give the URL a role of its own, that may SELECT
 from the tables of the questions, owns nothing and is in no other role.
 
-Needs psycopg 3 (`pip install 'ray_sql[postgres]'`).
+Needs psycopg 3 (`pip install -e '.[postgres]'`).
 """
 
 import re

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 OnAnswer = Callable[[int, Answer], None]
 """Called with each answer as it comes, and the place of its question among those asked."""
+OnWhole = Callable[[str], None]
+"""Called with the reason why prompts that share a schema are computed whole."""
 Ask = Callable[[str, Sequence[Question], OnAnswer], list[Answer] | None]
 """Answers by the model of a name, on all ranks together; every rank says its own as they come."""
 
@@ -39,11 +41,12 @@ def answer(
     num_beams: int = 1,
     progress: Progress | None = None,
     on_answer: OnAnswer | None = None,
+    on_whole: OnWhole | None = None,
 ) -> list[Answer]:
     """Answers in the order asked: greedy over shared prefixes, `together` questions at once (None: as many as memory allows).
 
     Beams, and models that cannot share a prefix (`shared.why_not`), go through transformers' `generate`, `batch_size` whole
-    prompts of similar length at a time. The answers are the same in float32.
+    prompts of similar length at a time; `on_whole` is told why a model has to. The answers are the same in float32.
     """
     answers: dict[int, Answer] = {}
 
@@ -61,7 +64,10 @@ def answer(
     model.config.use_cache = True
     try:
         longest = max(len(one.input_ids) for one in asked) + max_new_tokens
-        if num_beams == 1 and shared.why_not(model, longest) is None:
+        reason = shared.why_not(model, longest) if num_beams == 1 else None
+        if reason and on_whole:
+            on_whole(reason)
+        if num_beams == 1 and reason is None:
             _answer_shared(model, tokenizer, asked, max_new_tokens, together, keep)
         else:
             _answer_plain(model, tokenizer, asked, max_new_tokens, batch_size, num_beams, keep)
@@ -118,10 +124,11 @@ def answer_together(
     *,
     num_beams: int = 1,
     on_answer: OnAnswer | None = None,
+    on_whole: OnWhole | None = None,
 ) -> list[Answer] | None:
     """`answer`, every rank of the process group a share of the databases; all answers on rank 0, None on the others.
 
-    `progress` and `on_answer` are told of this rank's share.
+    `progress`, `on_answer` and `on_whole` are told of this rank's share.
     """
 
     def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
@@ -135,6 +142,7 @@ def answer_together(
             num_beams=num_beams,
             progress=progress,
             on_answer=tell,
+            on_whole=on_whole,
         )
 
     return _by_all_ranks(asked, config, mine, on_answer)
@@ -239,10 +247,14 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
         nonlocal model
         if name == "tuned" and adapter:
             model = models.load_adapter(model, adapter)
-        longest = max((len(one.input_ids) for one in asked), default=0) + config.evaluate.max_new_tokens
-        if config.evaluate.num_beams == 1 and _rank() == 0 and (reason := shared.why_not(model, longest)):
-            plan["emit"]({"kind": "note", "text": f"every prompt is computed whole: {reason}"})
-        return answer_together(model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say)
+
+        def note(reason: str) -> None:
+            if _rank() == 0:
+                plan["emit"]({"kind": "note", "text": f"every prompt is computed whole: {reason}"})
+
+        return answer_together(
+            model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say, on_whole=note
+        )
 
     return ask
 

@@ -27,7 +27,7 @@ def check(config: Config) -> None:
     """Raise `ConfigError` if `evaluate.backend` is vLLM and there is none."""
     if config.evaluate.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "--evaluate.backend vllm: vLLM is not installed here; pip install 'ray_sql[vllm]' on a machine with a GPU, or use "
+            "--evaluate.backend vllm: vLLM is not installed here; pip install -e '.[vllm]' on a machine with a GPU, or use "
             "--evaluate.backend transformers"
         )
 

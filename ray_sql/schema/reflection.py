@@ -51,7 +51,7 @@ def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema
             schema = _with_resolved_keys(Schema(db_id, _tables(connection)))
             return _with_examples(schema, connection, example_values) if example_values else schema
     except ModuleNotFoundError as error:
-        way_out = "pip install 'ray_sql[postgres]'" if error.name == "psycopg" else "install this database's driver"
+        way_out = "pip install -e '.[postgres]'" if error.name == "psycopg" else "install this database's driver"
         raise DataError(f"{shown}: Python has no module {error.name!r}; {way_out}") from error
     except ImportError as error:  # a driver that lacks its own library
         raise DataError(f"{shown}: {' '.join(str(error).split())}; install this database's driver whole") from error
