@@ -165,6 +165,6 @@ def test_a_missing_vllm_is_one_line_before_anything_is_loaded(make_config: Any, 
     if __import__("importlib.util").util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
     for kind, job in ((EvaluateConfig, finetune.evaluate), (EvaluateConfig, finetune.run)):
-        with pytest.raises(ConfigError, match=r"vLLM is not installed here; pip install 'ray_sql\[vllm\]'") as caught:
+        with pytest.raises(ConfigError, match=r"vLLM is not installed here; pip install -e '.\[vllm\]'") as caught:
             job(make_config(kind, **{"evaluate.backend": "vllm"}))
         assert "\n" not in str(caught.value)
