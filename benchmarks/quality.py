@@ -5,11 +5,11 @@
     python -m benchmarks.quality out/quality --phase train                             needs a GPU, and it needs neither Spider
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
 
-Every run sees the same examples once, from the same base model, with the same settings; only the seed, the number of questions in
-a row and the global batch differ. A row of 8 in a batch of 8 makes every step one database's; in a batch of 32, four databases'. All
-answer Spider's dev questions, whose databases none has seen, and are judged by executing their SQL. Shared and plain runs of a
-seed and batch are compared question by question (McNemar). A run whose predictions are in the folder is not repeated. The last
-line is one JSON object.
+Every run sees the same examples once, from the same base model, with the same settings; only the seed and the number of questions
+in a row differ. In a batch of 8 a row of 8 makes every step one database's, and rows of 4 two databases'; plain rows mix all. The
+examples are 40 questions each of 24 of Spider's training databases, drawn once; 10 others of each are asked at the end and judged by
+executing their SQL, and every run of a seed is compared with its plain one question by question (McNemar). A run whose answers are in
+the folder is not repeated. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ray_sql import generate, models, rows
+from ray_sql import data, generate, models, rows
 from ray_sql.config import Config, load
 from ray_sql.generate import Answer
 from ray_sql.metrics import mcnemar, wilson_interval
 
-SEEDS, TOGETHER, BATCHES = (1, 2, 3), (1, 8), (8, 32)
+SEEDS, TOGETHER, BATCH = (1, 2, 3), (1, 4, 8), 8
+TRAINED, ASKED = 40, 10
+"""Questions of a database that are trained on, and others that are asked."""
 SETTINGS: dict[str, Any] = {
     "model_name": "demo",
     "output_name": "quality",
@@ -51,9 +55,8 @@ SETTINGS: dict[str, Any] = {
     "tracking.enabled": False,
     "evaluate.select_examples": 0,
     "evaluate.max_new_tokens": 96,
+    "data.validation_fraction": 0,
 }
-FULL = {"data.limit": 4000}
-QUICK = {"data.limit": 32, "evaluate.limit": 16}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,12 +64,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where inputs and predictions are kept")
     parser.add_argument("--phase", choices=["prepare", "train", "score"], help="only this one")
+    parser.add_argument("--databases", type=int, default=24, help="training databases")
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
-    parser.add_argument("--run", help="train only this run, `seed-together-batch`")
-    parser.add_argument("--quick", action="store_true", help="32 examples, one seed: to see that it works")
+    parser.add_argument("--run", help="train only this run, `seed-together`")
+    parser.add_argument("--quick", action="store_true", help="one database, one seed: to see that it works")
     arguments = parser.parse_args(argv)
     if arguments.phase in (None, "prepare"):
-        prepare(arguments.folder, QUICK if arguments.quick else FULL)
+        prepare(arguments.folder, 1 if arguments.quick else arguments.databases)
     if arguments.phase in (None, "train"):
         if arguments.run:
             train(arguments.folder, arguments.run)
@@ -83,23 +87,32 @@ def settings(**changes: Any) -> Config:
     return load(Config, [], **SETTINGS, dataset_id=source, **changes)
 
 
-def prepare(folder: Path, size: dict[str, int]) -> None:
+def prepare(folder: Path, databases: int) -> None:
     """Rows and questions, as files that a machine without the data can use."""
-    from ray_sql.prepare import prepare as prepare_run
-
     if not os.environ.get("RAY_SQL_SHARED"):
         raise SystemExit("RAY_SQL_SHARED is not set: it names a folder with Spider in data/spider")
-    config = settings(**size)
-    prepared = prepare_run(config)
+    config = settings()
+    corpus = data.load(config)
+    tokenizer = models.load_tokenizer(models.resolve(config)[0])
+    by_database: dict[str, list[data.Example]] = defaultdict(list)
+    for example in corpus.splits["train"]:
+        by_database[example.db_id].append(example)
+    large = sorted(name for name, examples in by_database.items() if len(examples) >= TRAINED + ASKED)
+    draw = random.Random(14)
+    chosen = [draw.sample(by_database[name], TRAINED + ASKED) for name in draw.sample(large, databases)]
+    trained = [example for examples in chosen for example in examples[:TRAINED]]
+    asked = [example for examples in chosen for example in examples[TRAINED:]]
+    file, audit = rows.prepare(trained, corpus.schemas, tokenizer, config)
+    questions = generate.questions(asked, "held-out", corpus, tokenizer, config)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.parquet").write_bytes(prepared.rows_file.read_bytes())
-    (folder / "questions.jsonl").write_text(generate.dump(prepared.questions(config)))
-    print(f"{prepared.audit.line()}; {len(prepared.questions(config))} questions")
+    (folder / "rows.parquet").write_bytes(file.read_bytes())
+    (folder / "questions.jsonl").write_text(generate.dump(questions))
+    print(f"{audit.line()}; {len(questions)} questions")
 
 
 def train_all(folder: Path, seeds: tuple[int, ...], jobs: int) -> None:
     """Every run in a process of its own, `jobs` at a time."""
-    runs = [f"{seed}-{together}-{batch}" for seed, batch, together in product(seeds, BATCHES, TOGETHER)]
+    runs = [f"{seed}-{together}" for seed, together in product(seeds, TOGETHER)]
     models.resolve(settings())  # converted once, not by every process
 
     def one(run: str) -> None:
@@ -120,12 +133,10 @@ def train(folder: Path, run: str) -> None:
     target = folder / f"{run}.jsonl"
     if target.is_file():
         return
-    seed, together, batch = map(int, run.split("-"))
+    seed, together = map(int, run.split("-"))
     # plain rows as wide as the batch: one padded pass is faster than eight
-    config = settings(
-        seed=seed, train_batch_size=min(batch, 8), grad_accum_steps=max(1, batch // 8), eval_batch_size=64
-    )
-    data = rows.read(folder / "rows.parquet")
+    config = settings(seed=seed, train_batch_size=BATCH, grad_accum_steps=1)
+    examples = rows.read(folder / "rows.parquet")
     asked = generate.parse((folder / "questions.jsonl").read_text())
     model_folder, _ = models.resolve(config)
     tokenizer = models.load_tokenizer(model_folder)
@@ -143,7 +154,6 @@ def train(folder: Path, run: str) -> None:
                 model,
                 tokenizer,
                 asked,
-                batch_size=config.eval_batch_size,
                 max_new_tokens=config.evaluate.max_new_tokens,
             )
         )
@@ -152,7 +162,7 @@ def train(folder: Path, run: str) -> None:
         trainer.train(
             models.load_base(model_folder, config, device),
             tokenizer,
-            data,
+            examples,
             config,
             together=together,
             scratch=Path(scratch),
@@ -164,7 +174,7 @@ def train(folder: Path, run: str) -> None:
     (folder / f"{run}.json").write_text(json.dumps({"curve": curve, "training_seconds": trained}))
     last = [loss for loss in curve.values() if loss is not None][-5:]
     print(
-        f"{run}: {len(data)} examples in {trained:.0f} s, loss at the end {sum(last) / len(last):.3f}, answered after "
+        f"{run}: {len(examples)} examples in {trained:.0f} s, loss at the end {sum(last) / len(last):.3f}, answered after "
         f"{time.monotonic() - started:.0f} s",
         flush=True,
     )
@@ -176,42 +186,38 @@ def score(folder: Path) -> None:
 
     config = settings()
     asked = generate.parse((folder / "questions.jsonl").read_text())
-    right: dict[tuple[int, int, int], list[bool]] = {}
-    for file in sorted(folder.glob("*-*-*.jsonl")):
+    right: dict[tuple[int, int], list[bool]] = {}
+    for file in sorted(folder.glob("?-?.jsonl")):
         answers = [Answer(**json.loads(line)) for line in file.read_text().splitlines()]
         verdicts = [row["verdict"] for row in evaluate.score(asked, answers, config)]
-        seed, together, batch = map(int, file.stem.split("-"))
-        right[seed, together, batch] = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
-    print(f"{'batch':>5} {'a row':>5}  execution accuracy by seed, pooled [95 % interval]")
+        seed, together = map(int, file.stem.split("-"))
+        right[seed, together] = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
+    print(
+        "| questions a row | execution accuracy by seed | pooled [95 % interval] | right alone, plain alone | McNemar p |"
+    )
+    print("|---|---|---|---|---|")
     summary = []
-    for batch, together in product(BATCHES, TOGETHER):
-        runs = [right[key] for key in sorted(right) if key[1:] == (together, batch)]
-        if not runs:
-            continue
-        hits, asked_all = sum(map(sum, runs)), sum(map(len, runs))
-        interval = wilson_interval(hits, asked_all)
-        by_seed = [sum(run) / len(run) for run in runs]
-        shown = "  ".join(f"{100 * share:.1f}" for share in by_seed)
-        print(
-            f"{batch:>5} {together:>5}  {shown}  pooled {100 * hits / asked_all:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-        )
-        summary.append({"batch": batch, "together": together, "by_seed": by_seed, "n": asked_all})
-    compared = []
-    for batch in BATCHES:
-        pairs = [
-            pair
-            for seed in SEEDS
-            if (seed, 1, batch) in right and (seed, 8, batch) in right
-            for pair in zip(right[seed, 1, batch], right[seed, 8, batch], strict=True)
-        ]
-        if pairs:
-            plain, shared = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-            p = mcnemar(plain, shared)
-            print(
-                f"batch {batch}: right with plain rows alone {plain}, with shared rows alone {shared}, McNemar p = {p:.2g}"
-            )
-            compared.append({"batch": batch, "only_plain": plain, "only_shared": shared, "mcnemar_p": p})
-    print(json.dumps({"runs": summary, "compared": compared}))
+    for together in TOGETHER:
+        runs = {seed: verdicts for (seed, each), verdicts in sorted(right.items()) if each == together}
+        if runs:
+            summary.append(_summary(together, runs, right))
+    print(json.dumps({"runs": summary}))
+
+
+def _summary(together: int, runs: dict[int, list[bool]], right: dict[tuple[int, int], list[bool]]) -> dict[str, Any]:
+    """One line of the table: accuracy, and the paired test against the plain runs of the same seeds."""
+    hits, n = sum(map(sum, runs.values())), sum(map(len, runs.values()))
+    interval = wilson_interval(hits, n)
+    by_seed = [sum(run) / len(run) for run in runs.values()]
+    pairs = [pair for seed, run in runs.items() if (seed, 1) in right for pair in zip(right[seed, 1], run, strict=True)]
+    plain, shared = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    p = mcnemar(plain, shared)
+    print(
+        f"| {together} | {', '.join(f'{100 * share:.1f}' for share in by_seed)} % | {100 * hits / n:.1f} % "
+        f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {n} | "
+        + (f"{shared}, {plain} | {p:.2g} |" if together > 1 else "| |")
+    )
+    return {"together": together, "by_seed": by_seed, "n": n, "alone": shared, "plain_alone": plain, "mcnemar_p": p}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 from ray_sql import linking, prompts
 from ray_sql.config import Config, without_password
+from ray_sql.errors import DataError
 from ray_sql.execution import Executor, Limits
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics import (
@@ -30,8 +31,10 @@ from ray_sql.metrics import (
     exact_set_verdict,
     hardness,
     judge_many,
+    r_ves,
     score_links,
     summarise_links,
+    time_pair,
     wilson_interval,
 )
 from ray_sql.schema import Schema
@@ -90,11 +93,15 @@ def judge_rows(
     progress: Progress | None = None,
     runs: Executor | None = None,
 ) -> list[Row]:
-    """Add `verdict`, `error` and `error_kind` to rows that have `gold` and `predicted`."""
+    """Add `verdict`, `error` and `error_kind` to rows that have `gold` and `predicted`.
+
+    Raises `DataError` if there are databases and no gold query runs on its own: a score over nothing would read as 0.
+    """
     if config.task_type == "schema":
         return [_judge_links(row, schemas.get(row["db_id"])) for row in rows]
     with_database = [index for index, database in enumerate(databases) if database is not None]
     verdicts: dict[int, Verdict] = {}
+    rewards: dict[int, float] = {}
     if with_database:
         pairs = [Pair(databases[i] or "", rows[i]["gold"], rows[i]["predicted"] or "") for i in with_database]
         with nullcontext(runs) if runs else executor(config) as running:
@@ -105,12 +112,43 @@ def judge_rows(
                 keep_distinct=config.evaluate.keep_distinct,
                 progress=progress,
             )
-        verdicts = dict(zip(with_database, judged, strict=True))
+            verdicts = dict(zip(with_database, judged, strict=True))
+            _check_gold(rows, verdicts)
+            if config.evaluate.ves_iterations:
+                rewards = _rewards(running, dict(zip(with_database, pairs, strict=True)), verdicts, config, progress)
     missing = Verdict("gold_error", "there is no database to execute it on", 0.0)
     return [
-        _judged(row, verdicts.get(index, missing)) | _matched(row, schemas.get(row["db_id"]))
+        _judged(row, verdicts.get(index, missing))
+        | ({"ves_reward": rewards[index]} if index in rewards else {})
+        | _matched(row, schemas.get(row["db_id"]))
         for index, row in enumerate(rows)
     ]
+
+
+def _check_gold(rows: Sequence[Row], verdicts: Mapping[int, Verdict]) -> None:
+    number, first = next(iter(verdicts.items()))
+    if all(verdict.verdict == "gold_error" for verdict in verdicts.values()):
+        raise DataError(
+            f"nothing can be scored: the gold query of every question fails ({len(verdicts)} in all), as that of "
+            f"{rows[number]['id']} on {rows[number]['db_id']}: {first.error}; check the databases and the gold SQL"
+        )
+
+
+def _rewards(
+    runs: Executor,
+    pairs: Mapping[int, Pair],
+    verdicts: Mapping[int, Verdict],
+    config: Config,
+    progress: Progress | None,
+) -> dict[int, float]:
+    """What every prediction earns for its speed, one after the other, so that none is timed beside another."""
+    rewards = dict.fromkeys(pairs, 0.0)
+    right = [number for number in pairs if verdicts[number].verdict == "correct"]
+    for done, number in enumerate(right, start=1):
+        rewards[number] = time_pair(runs, pairs[number], config.evaluate.ves_iterations)
+        if progress is not None:
+            progress(done, len(right))
+    return rewards
 
 
 def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
@@ -126,7 +164,7 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "keep_distinct": config.evaluate.keep_distinct,
         "valid_sql": _share(valid, len(counted)),
         "valid_sql_interval": _interval(valid, len(counted)),
-        **_soft_f1(counted),
+        **_birds(counted),
         "gold_errors": len(rows) - len(counted),
         "by_hardness": {level: accuracy(group) for level, group in grouped(counted, "hardness", HARDNESS).items()},
         "by_database": {db_id: accuracy(group) for db_id, group in grouped(counted, "db_id").items()},
@@ -303,10 +341,13 @@ def _exact_sets(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _soft_f1(rows: Sequence[Row]) -> dict[str, float]:
-    """The mean of BIRD's soft F1, with 0 for what does not run, where it was measured."""
-    measured = [row["soft_f1"] for row in rows if "soft_f1" in row]
-    return {"soft_f1": sum(measured) / len(measured)} if measured else {}
+def _birds(rows: Sequence[Row]) -> dict[str, float]:
+    """BIRD's other scores, where they were measured, as shares: the mean soft F1, with 0 for what does not run, and R-VES."""
+    shares = [row["soft_f1"] for row in rows if "soft_f1" in row]
+    rewards = [row["ves_reward"] for row in rows if "ves_reward" in row]
+    return ({"soft_f1": sum(shares) / len(shares)} if shares else {}) | (
+        {"r_ves": r_ves(rewards) / 100} if rewards else {}
+    )
 
 
 def clustered(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[float]]:

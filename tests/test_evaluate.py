@@ -10,6 +10,7 @@ from conftest import QUESTIONS
 
 from ray_sql import data, evaluate, generate, prepare
 from ray_sql.data import Corpus, Example
+from ray_sql.errors import DataError
 from ray_sql.generate import Answer, Question
 from ray_sql.models import load_tokenizer
 
@@ -200,6 +201,12 @@ def test_a_split_without_usable_gold_has_a_score_of_none(make_config: Any, task:
     assert evaluate.objective(scores) == (0.0, 0.0)
 
 
+def test_databases_on_which_no_gold_runs_are_an_error(corpus: Corpus, make_config: Any) -> None:
+    asked = [ask("SELECT x FROM nowhere", "easy", corpus.databases["mall"]), ask("SELECT 1")]
+    with pytest.raises(DataError, match=r"nothing can be scored.* \(1 in all\), as that of 0 on mall: no such table"):
+        evaluate.score(asked, [said("SELECT 1")] * 2, make_config())
+
+
 def test_models_are_ordered_by_the_tasks_metric_then_by_the_tie_break() -> None:
     sql = [{"execution_accuracy": a, "valid_sql": v} for a, v in ((0.5, 0.7), (0.2, 0.9), (0.5, 0.6))]
     assert sorted(sql, key=evaluate.objective) == [sql[1], sql[2], sql[0]]
@@ -276,3 +283,17 @@ def test_soft_f1_is_measured_under_birds_rule(corpus: Corpus, make_config: Any) 
     assert [row["soft_f1"] for row in judged] == pytest.approx([share for *_, share in cases], abs=1e-4)
     assert evaluate.summarise(judged, config)["soft_f1"] == pytest.approx(5 / 9, abs=1e-4)
     assert "soft_f1" not in evaluate.score([ask("SELECT 1", "easy", place)], [said("SELECT 1")], make_config())[0]
+
+
+def test_right_queries_are_timed_against_their_gold(corpus: Corpus, make_config: Any) -> None:
+    place = corpus.databases["mall"]
+    slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000) SELECT MAX(i) FROM n"
+    cases = [(slow, "SELECT 100000"), ("SELECT 100000", slow), ("SELECT 1", "SELECT 2"), ("SELECT 1", "SELECT")]
+    asked, answers = [ask(gold, "easy", place) for gold, _ in cases], [said(one) for _, one in cases]
+    config = make_config(**{"evaluate.semantics": "bird", "evaluate.ves_iterations": 3})
+    judged = evaluate.score(asked, answers, config)
+    assert [row["ves_reward"] for row in judged] == [1.25, 0.25, 0, 0]  # faster, slower, wrong, not SQL
+    # R-VES takes the mean of the rewards' roots
+    assert evaluate.summarise(judged, config)["r_ves"] == pytest.approx((1.25**0.5 + 0.25**0.5) / 4)
+    untimed = make_config(**{"evaluate.semantics": "bird"})
+    assert "r_ves" not in evaluate.summarise(evaluate.score(asked, answers, untimed), untimed)

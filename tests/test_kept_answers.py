@@ -148,6 +148,7 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
     [
         ({"evaluate.first_executable": True}, "but evaluate.num_beams is 1"),
         ({"evaluate.num_beams": 2, "evaluate.backend": "vllm"}, "evaluate.backend vllm answers greedily"),
+        ({"evaluate.ves_iterations": 100}, "ves_iterations 100 times right queries for BIRD's R-VES"),
         (
             {"evaluate.num_beams": 2, "evaluate.first_executable": True, "task_type": "schema"},
             "first_executable executes SQL, which task_type schema does not write",

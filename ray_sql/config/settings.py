@@ -144,6 +144,8 @@ class EvaluateSection(Section):
     """With beams: take the first candidate, best first, that runs on the question's database, instead of the first."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """What answers the scored questions; `vllm` needs a GPU and `pip install -e '.[vllm]'`."""
+    ves_iterations: int = Field(0, ge=0)
+    """Under `bird`: time every right prediction against its gold so many times (officially 100) for R-VES; needs an idle machine."""
     timeout: float = Field(30.0, gt=0)
     """Seconds one query may run before it is stopped and counted as `timeout`."""
     limit: int | None = Field(None, ge=1)
@@ -265,6 +267,15 @@ class Config(BaseSettings):
         if self.evaluate.first_executable and self.task_type == "schema":
             raise ValueError(
                 "evaluate.first_executable executes SQL, which task_type schema does not write: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ves(self) -> Self:
+        if self.evaluate.ves_iterations and (self.evaluate.semantics != "bird" or self.task_type == "schema"):
+            raise ValueError(
+                f"evaluate.ves_iterations {self.evaluate.ves_iterations} times right queries for BIRD's R-VES: use task_type sql "
+                "and evaluate.semantics bird, or leave it out"
             )
         return self
 

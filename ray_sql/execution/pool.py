@@ -71,8 +71,8 @@ class Executor:
             if (worker := self._slots.get()) is not None:
                 worker.kill()
 
-    def run(self, database: Place, sql: str, limits: Limits | None = None) -> QueryResult:
-        """Run one query, or return what it gave before.
+    def run(self, database: Place, sql: str, limits: Limits | None = None, *, again: bool = False) -> QueryResult:
+        """Run one query, or return what it gave before; `again` runs it in any case, for its seconds.
 
         Raises DataError where `database` is missing, out of reach, or neither a SQLite file nor a PostgreSQL URL; whatever
         the query does wrong is a result.
@@ -81,6 +81,8 @@ class Executor:
             raise RuntimeError("this Executor is closed")
         source = _server(database) if isinstance(database, str) and "://" in database else _file(Path(database))
         limits = limits or self.limits
+        if again:
+            return self._run_in_worker(source, sql, limits).result
         return self._results.get((source, sql, limits), lambda: self._run_in_worker(source, sql, limits))
 
     def run_many(

@@ -10,7 +10,17 @@ beside every accuracy.
 from ray_sql.metrics.bird import r_ves, soft_f1, ves_reward
 from ray_sql.metrics.exact_set import exact_set_match, exact_set_verdict
 from ray_sql.metrics.hardness import Hardness, hardness
-from ray_sql.metrics.judge import ERROR_KINDS, ErrorKind, Pair, Verdict, VerdictName, classify_error, judge, judge_many
+from ray_sql.metrics.judge import (
+    ERROR_KINDS,
+    ErrorKind,
+    Pair,
+    Verdict,
+    VerdictName,
+    classify_error,
+    judge,
+    judge_many,
+    time_pair,
+)
 from ray_sql.metrics.linking import PRF, Counts, LinkingScore, LinkingSummary, Links, score_links, summarise_links
 from ray_sql.metrics.match import (
     Semantics,
@@ -56,6 +66,7 @@ __all__ = [
     "spider_match",
     "strict_match",
     "summarise_links",
+    "time_pair",
     "ves_reward",
     "wilson_interval",
 ]

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from ray_sql.execution import Executor, Limits, Place, QueryResult
 from ray_sql.execution.pool import Progress
-from ray_sql.metrics.bird import soft_f1
+from ray_sql.metrics.bird import soft_f1, ves_reward
 from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
 
 VerdictName = Literal["correct", "wrong", "error", "timeout", "gold_error"]
@@ -88,6 +88,22 @@ def judge(
         if not execution_match(expected.rows, found.rows, semantics=semantics, ordered=is_ordered(gold)):
             return Verdict("wrong", _difference(expected, found), seconds, share)
     return Verdict("correct", None, seconds, share)
+
+
+def time_pair(executor: Executor, pair: Pair, iterations: int) -> float:
+    """The reward that BIRD's R-VES gives a *right* prediction for its speed: both queries run `iterations` times in turn.
+
+    One that fails this time, by running into its limit, earns what a wrong one does. Nothing else may run beside it.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(iterations):
+        for kept, sql in zip(seconds, (pair.predicted, pair.gold), strict=True):
+            result = executor.run(pair.database, sql, again=True)
+            if result.status != "ok":
+                return 0.0
+            kept.append(result.seconds)
+    predicted, gold = seconds
+    return ves_reward(gold, predicted)
 
 
 def judge_many(
