@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_sql import generate
-from ray_sql.generate import Question, plain, shared
+from ray_sql import generate, models
+from ray_sql.generate import Question, attention, plain, shared
 from ray_sql.models import load_tokenizer
 
 WIDTH = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -208,3 +208,39 @@ def test_beams_are_kept_best_first(tokenizer: Any) -> None:
     alone = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3)
     assert [one.candidates for one in alone] == [one.candidates for one in found]
     assert any(a.raw != b.raw for a, b in zip(greedy, found, strict=True))
+
+
+@pytest.mark.parametrize("prefix", [0, 70], ids=["own tokens", "and a prefix"])
+def test_the_kernel_for_cpus_gives_what_plain_arithmetic_gives(prefix: int) -> None:
+    import torch
+
+    draw = torch.Generator().manual_seed(3)
+
+    def some(*shape: int) -> Any:
+        return torch.randn(*shape, generator=draw)
+
+    query, key, value = some(4, 2, 6, 16), some(4, 2, 9, 16), some(4, 2, 9, 16)
+    bias = torch.zeros(4, 1, 6, 9).masked_fill_(some(4, 1, 6, 9) > 1, torch.finfo(torch.float32).min)
+    if prefix:  # seen whole, by all
+        query, key, value, bias = query[:1], some(1, 2, prefix, 16), some(1, 2, prefix, 16), None
+    for found, wanted in zip(
+        attention._flash(query, key, value, bias, 0.3), attention._plain(query, key, value, bias, 0.3), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_adapter_over_4_bit_layers_is_merged_while_it_answers_and_apart_again_after(
+    tokenizer: Any, tiny_model: Path, make_config: Any
+) -> None:
+    import torch
+
+    model = adapted(models.load_base(str(tiny_model), make_config(**{"train.bf16": False})))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        apart = model(ids).logits
+        with models.merged(model):
+            layers = [module for module in model.modules() if "forward" in vars(module) and hasattr(module, "lora_A")]
+            together = model(ids).logits
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(together, apart) and len(layers) == 14
+        assert torch.equal(model(ids).logits, apart)

@@ -26,7 +26,7 @@ OnWhole = Callable[[str], None]
 Ask = Callable[[str, Sequence[Question], OnAnswer], list[Answer] | None]
 """Answers by the model of a name, on all ranks together; every rank says its own as they come."""
 
-VERSION = 2
+VERSION = 3
 """Raise when the code of this folder makes other answers from the same questions."""
 
 
@@ -63,14 +63,15 @@ def answer(
     model.eval()
     model.config.use_cache = True
     try:
-        longest = max(len(one.input_ids) for one in asked) + max_new_tokens
-        reason = shared.why_not(model, longest) if num_beams == 1 else None
-        if reason and on_whole:
-            on_whole(reason)
-        if num_beams == 1 and reason is None:
-            _answer_shared(model, tokenizer, asked, max_new_tokens, together, keep)
-        else:
-            _answer_plain(model, tokenizer, asked, max_new_tokens, batch_size, num_beams, keep)
+        with models.merged(model):
+            longest = max(len(one.input_ids) for one in asked) + max_new_tokens
+            reason = shared.why_not(model, longest) if num_beams == 1 else None
+            if reason and on_whole:
+                on_whole(reason)
+            if num_beams == 1 and reason is None:
+                _answer_shared(model, tokenizer, asked, max_new_tokens, together, keep)
+            else:
+                _answer_plain(model, tokenizer, asked, max_new_tokens, batch_size, num_beams, keep)
     finally:
         model.train(training)
         model.config.use_cache = cached

@@ -2,7 +2,8 @@
 
 A cache of transformers holds every question's whole prompt. Here the prefix that a group of questions shares is held once
 (`Prefix`), and each question has only what is its own (`OwnTokens`). All questions of a group are rows of one matrix product with the
-prefix's keys; the scores of prefix and own tokens meet in one softmax, so the result is that of the whole prompt.
+prefix's keys. Attention to the prefix and to own tokens is computed apart and weighted by the sums of their exponentials, as
+FlashAttention joins its blocks (arXiv 2205.14135), so the result is that of the whole prompt.
 """
 
 from __future__ import annotations
@@ -37,19 +38,14 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Seen:
-    """Which prefix the rows of a forward pass see, as (row numbers or all, prefix).
+    """Which prefix the rows of a forward pass see, as runs (how many rows, prefix or None) in the order of the rows.
 
     `bias` `[rows, 1, tokens, own]` is added to the scores of their own tokens; no sequence will be longer than `limit`.
     """
 
-    groups: Sequence[tuple[torch.Tensor | slice, Prefix]]
+    runs: Sequence[tuple[int, Prefix | None]]
     bias: torch.Tensor
     limit: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prefix."""
-        return max((prefix.length for _, prefix in self.groups), default=0)
 
 
 class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -86,10 +82,12 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         here = slice(self._first, self._first + len(keys))
         return self.keys[layer_idx][here, :, : self._width], self.values[layer_idx][here, :, : self._width]
 
-    def move(self, source: int, target: int) -> None:
-        """Overwrite a row with another one."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let the first rows be these, of which none comes before its own place."""
+        first = next((place for place, row in enumerate(rows) if place != row), len(rows))
+        moved = torch.tensor(rows[first:], dtype=torch.long, device=self._columns.device)
         for whole in (*self.keys, *self.values):
-            whole[target] = whole[source]
+            whole[first : len(rows)] = whole[moved]
 
     @property
     def room(self) -> tuple[int, int]:
@@ -139,26 +137,56 @@ def _attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     _refuse(options, seen.limit)
-    batch, heads, tokens, size = query.shape
-    kv_heads, own, longest = key.shape[1], key.shape[2], seen.longest
+    rows, heads, tokens, size = query.shape
     scale = options.get("scaling") or size**-0.5
     # heads that share a key are rows of one product, so that keys need not be repeated
-    query = (query * scale).to(key.dtype).reshape(batch, kv_heads, -1, size)
-    scores = query.new_full((batch, kv_heads, query.shape[2], longest + own), torch.finfo(key.dtype).min)
-    mine = (query @ key.transpose(2, 3)).view(batch, kv_heads, -1, tokens, own)
-    scores[..., longest:] = (mine + seen.bias[:, :, None]).view(batch, kv_heads, -1, own)
-    layer = int(module.layer_idx)
-    for rows, prefix in seen.groups:
-        asking = query[rows].transpose(0, 1)
-        found = asking.reshape(kv_heads, -1, size) @ prefix.keys[layer].transpose(1, 2)
-        scores[rows, :, :, : prefix.length] = found.view(*asking.shape[:3], -1).transpose(0, 1)
-    weights = scores.softmax(-1).to(value.dtype)
-    output = weights[..., longest:] @ value
-    for rows, prefix in seen.groups:
-        weighing = weights[rows, :, :, : prefix.length].transpose(0, 1)
-        found = weighing.reshape(kv_heads, -1, prefix.length) @ prefix.values[layer]
-        output[rows] += found.view(*weighing.shape[:3], -1).transpose(0, 1)
-    return output.view(batch, heads, tokens, -1).transpose(1, 2), None
+    query = query.to(key.dtype).reshape(rows, key.shape[1], -1, size)
+    bias = seen.bias.expand(-1, heads // key.shape[1], -1, -1).reshape(rows, 1, query.shape[2], -1)
+    attend = _flash if query.device.type == "cpu" else _plain
+    output, total = attend(query, key, value, bias, scale)
+    if any(prefix for _, prefix in seen.runs):
+        others, totals = zip(*_to_prefixes(query, seen.runs, int(module.layer_idx), scale), strict=True)
+        share = torch.sigmoid(torch.cat(totals) - total)[..., None]
+        output = torch.lerp(output.float(), torch.cat(others).float(), share)
+    return output.to(value.dtype).view(rows, heads, tokens, -1).transpose(1, 2), None
+
+
+def _to_prefixes(
+    query: torch.Tensor, runs: Sequence[tuple[int, Prefix | None]], layer: int, scale: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the rows of every run see of their prefix, as `_flash` says it; nothing has the weight 0."""
+    attend = _flash if query.device.type == "cpu" else _plain
+    for (count, prefix), asking in zip(runs, query.split([count for count, _ in runs]), strict=True):
+        if prefix is None:
+            yield torch.zeros_like(asking), asking.new_full(asking.shape[:3], float("-inf"), dtype=torch.float32)
+            continue
+        together = asking.transpose(0, 1).flatten(1, 2)[None]
+        output, total = attend(together, prefix.keys[layer][None], prefix.values[layer][None], None, scale)
+        shape = (asking.shape[1], count, asking.shape[2])
+        yield output.view(*shape, -1).transpose(0, 1), total.view(shape).transpose(0, 1)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `[rows, heads, asking, size]`, and the logarithm of the sum of its exponentials, `[rows, heads, asking]`.
+
+    PyTorch's own kernel for CPUs, called by its name because the public function keeps the second result to itself.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, total = kernel(query, key, value, attn_mask=bias, scale=scale)
+    return output, total
+
+
+def _plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `_flash`, on any device."""
+    scores = ((query * scale) @ key.transpose(2, 3)).float()
+    if bias is not None:
+        scores += bias
+    total = scores.logsumexp(-1)
+    return (scores - total[..., None]).exp().to(value.dtype) @ value, total
 
 
 def _refuse(options: dict[str, Any], limit: int) -> None:

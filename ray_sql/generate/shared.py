@@ -12,6 +12,8 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +181,7 @@ def _inference(model: PreTrainedModel) -> Any:
 
 
 class _Decoder:
-    """The questions that are being answered, one row each: rows are dense, the last one takes the place of one that leaves."""
+    """The questions that are being answered, one row each: rows are dense, and those of a group that came together stay together."""
 
     def __init__(
         self,
@@ -253,7 +255,7 @@ class _Decoder:
         new.sort(key=lambda row: -len(self._own_prompt(row)))
         while new:
             count = max(1, PASS // len(self._own_prompt(new[0])))
-            yield new[:count]
+            yield sorted(new[:count], key=attrgetter("group"))
             del new[:count]
 
     def _own_prompt(self, row: _Row) -> Sequence[int]:
@@ -309,15 +311,7 @@ class _Decoder:
         own = torch.arange(width, device=device)
         visible = (own >= starts[:, :, None]) & (own <= columns[:, :, None])
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
-        members: dict[int, list[int]] = defaultdict(list)
-        for place, row in enumerate(rows):
-            members[row.group].append(place)
-        groups = [
-            # all rows of one group need not be picked out
-            (slice(None) if len(members) == 1 else torch.tensor(places, device=device), self._prefixes[number])
-            for number, places in members.items()
-            if number in self._prefixes
-        ]
+        runs = [(len(list(run)), self._prefixes.get(number)) for number, run in groupby(rows, key=attrgetter("group"))]
         logits = self._model(
             input_ids=ids.to(device),
             position_ids=(prefixes + columns - starts).clamp(min=0),
@@ -325,7 +319,7 @@ class _Decoder:
             past_key_values=self._own,
             use_cache=True,
             logits_to_keep=1,
-            **{SEEN: Seen(groups, bias[:, None], self._limit)},
+            **{SEEN: Seen(runs, bias[:, None], self._limit)},
         ).logits[:, -1]
         share = (time.monotonic() - started) / len(rows)
         for row in rows:
@@ -333,19 +327,18 @@ class _Decoder:
         return logits
 
     def _take(self, first: int, logits: torch.Tensor, ended: Ended, finished: Finished) -> None:
-        """Give the rows from `first` on their next token; those whose answer is complete leave."""
-        rows = self._rows[first:]
-        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
-            row.said.append(token)
-        for place in reversed(range(first, len(self._rows))):
+        """Give the rows from `first` on their next token; those whose answer is complete leave, the others move up."""
+        staying = list(range(first))
+        for place, token in enumerate(logits.argmax(-1).tolist(), start=first):
             row = self._rows[place]
+            row.said.append(token)
             if len(row.said) < self._new and not ended(row.question, row.said):
+                staying.append(place)
                 continue
-            last = self._rows.pop()
-            if last is not row:
-                self._own.move(len(self._rows), place)
-                self._rows[place] = last
             self._left[row.group] -= 1
             if not self._left[row.group]:
                 self._prefixes.pop(row.group, None)
             finished(row.question, row.said, row.seconds)
+        if len(staying) < len(self._rows):
+            self._own.keep(staying)
+            self._rows = [self._rows[place] for place in staying]
