@@ -4,11 +4,13 @@
 
 RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. Schemas are written as CREATE TABLE
 statements (the default), and the questions are those of Spider dev's longest ones: the databases whose prompts are longest,
-among those with enough questions. A round asks up to 32 questions, 1, 8 or 32 of each database, in both ways, in an order drawn anew:
+among those with enough questions. A round asks 16 questions, 1 or 8 of each database, or 32 of one, in both ways, in an order
+drawn anew:
 
-    batched   transformers' `generate`, whole prompts of similar length padded on the left, --batch_size at a time, each batch
-              until its last answer is complete
-    ours      this project's decoding: each schema once, all questions token by token together, those with their answer leave
+    batched   transformers' `generate` of the model as peft loads it, whole prompts of similar length padded on the left,
+              --batch_size at a time, each batch until its last answer is complete
+    ours      this project's decoding: each schema once, all questions token by token together, those with their answer leave;
+              on a CPU the adapter is added to the weights meanwhile
 
 Both stop an answer at its end of turn, at its closing code fence, or after `evaluate.max_new_tokens` tokens. The model is
 SmolLM2-135M in 4-bit NF4, and over it --adapter where given: an adapter stops where an answer ends, the base model often rambles.
@@ -39,8 +41,8 @@ from ray_sql.generate import Answer, Question, plain
 
 PER_DATABASE = (1, 8, 32)
 """Questions of a database in a round."""
-ROUND = 32
-"""Questions of a round, where there are as many databases."""
+ROUND = 16
+"""Questions of a round, where there are as many databases, and no fewer than are asked of one."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--adapter", help="folder of an adapter over the demo's model")
     parser.add_argument("--max_new_tokens", type=int, help="by default what evaluate.max_new_tokens is")
     parser.add_argument(
-        "--exact", type=int, default=8, help="questions of a round whose answers are compared in float32"
+        "--exact", type=int, default=2, help="questions of a round whose answers are compared in float32"
     )
     parser.add_argument("--quick", action="store_true", help="one round of 4, 8 and 32 questions, 32 new tokens")
     arguments = parser.parse_args(argv)
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(config, arguments.adapter, arguments.batch_size)
     measured = {}
     for each in PER_DATABASE:
-        size = max(4, each) if arguments.quick else ROUND
+        size = max(4 if arguments.quick else ROUND, each)
         measured[each] = [bench.round(asked, exact) for asked in draw(bench.asked, each, size, rounds)]
     report(measured)
     found = {each: median(one["ratio"] for one in made) for each, made in measured.items()}

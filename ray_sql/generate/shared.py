@@ -318,7 +318,8 @@ class _Decoder:
             attention_mask=bias[:, None],
             past_key_values=self._own,
             use_cache=True,
-            logits_to_keep=1,
+            # picked by number: the view that a slice makes would be multiplied with a copy of the vocabulary's weights for every row
+            logits_to_keep=torch.tensor([ids.shape[1] - 1], device=device),
             **{SEEN: Seen(runs, bias[:, None], self._limit)},
         ).logits[:, -1]
         share = (time.monotonic() - started) / len(rows)
