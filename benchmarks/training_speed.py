@@ -143,7 +143,7 @@ class Bench:
             self.steps["packing"] = self._peer(folder, packing=True)
         for variant in variants:
             if variant.startswith("ours"):
-                self.steps[variant] = self._our_step(int(variant.split()[1]))
+                self.steps[variant] = self.our_step(int(variant.split()[1]))
 
     def run(self) -> dict[str, list[float]]:
         """Seconds an example of every variant in every round, after a short one to warm up."""
@@ -169,7 +169,8 @@ class Bench:
         base = models.load_base(folder, self.config)
         return trainer.build(base, self._tokenizer, self.rounds[0], self.config, STEP, Path(self._scratch.name))
 
-    def _our_step(self, together: int) -> Callable[[Sequence[Row]], None]:
+    def our_step(self, together: int) -> Callable[[Sequence[Row]], None]:
+        """One optimizer step of this project's trainer over examples, up to `together` of a database in a row."""
         built = self._ours
         optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
         model = built.accelerator.prepare_model(built.model)

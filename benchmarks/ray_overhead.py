@@ -1,0 +1,148 @@
+"""What Ray costs a training step: the same training under Ray Train with one worker and in a plain process, taking turns step by step.
+
+    python -m benchmarks.ray_overhead            (--quick: 6 steps)
+
+Both processes train the demo's adapter on the demo's data with `trainer.train`, as a run does, and log every step; the worker also
+sends each to the driver. They hand a turn to and fro through a file, so that each step of one is next to a step of the other and neither
+computes while the other does; the first steps do not count. A ratio is that of two neighbouring steps on the same examples. The last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ray_sql import cluster
+from ray_sql.config import Config, load
+
+WARM_UP = 3
+"""Steps at the beginning that do not count."""
+BARE, RAY = "bare", "ray"
+PATIENCE = 600.0
+"""Seconds to wait for a turn; the other one may still be loading its model."""
+
+
+class Turns:
+    """A file whose length says how many steps both have made."""
+
+    def __init__(self, folder: str, me: str) -> None:
+        self._file, self._mine = Path(folder) / "turns", (BARE, RAY).index(me)
+
+    def wait(self) -> None:
+        """Until it is this one's turn."""
+        started = time.monotonic()
+        while (self._file.stat().st_size if self._file.exists() else 0) % 2 != self._mine:
+            if time.monotonic() - started > PATIENCE:
+                raise TimeoutError("the other process has not made its step")
+            time.sleep(0.02)
+
+    def over(self) -> None:
+        """The step is made; the other one may."""
+        with self._file.open("a") as file:
+            file.write(".")
+
+
+def loop(plan: dict[str, Any]) -> dict[str, Any]:
+    """Train, and return the seconds of every step; on a Ray worker or in a process of its own."""
+    from ray_sql import data, models, rows, trainer
+
+    config, me = Config(**plan["config"]), plan["me"]
+    if me == RAY:
+        device = cluster.claim_device(config)
+    else:
+        device = "cpu"
+        cluster.keep_freed_memory()
+    folder, _ = models.resolve(config)
+    tokenizer = models.load_tokenizer(folder)
+    corpus = data.load(config)
+    examples = [rows.encode(example, corpus.schemas, tokenizer, config) for example in corpus.splits["train"]]
+    turns, seconds = Turns(plan["folder"], me), []
+    started = 0.0
+
+    def on_log(step: int, steps: int, values: dict[str, float]) -> None:
+        nonlocal started
+        plan["emit"]({"kind": "step", "step": step, "values": values})
+        seconds.append(time.perf_counter() - started)
+        turns.over()
+        if step < steps:
+            turns.wait()
+        started = time.perf_counter()
+
+    base = models.load_base(folder, config, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        turns.wait()
+        started = time.perf_counter()
+        trainer.train(
+            base,
+            tokenizer,
+            examples,
+            config,
+            together=rows.together(config),
+            scratch=Path(scratch),
+            resume_from=None,
+            on_log=on_log,
+            on_save=lambda *_: None,
+        )
+    return {"seconds": seconds}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="steps of each")
+    parser.add_argument("--quick", action="store_true", help="6 steps")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.bare:
+        plan = json.loads(Path(arguments.bare).read_text())
+        print(json.dumps(loop({**plan, "me": BARE, "emit": lambda point: None})))
+        return
+    config = settings(6 if arguments.quick else arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = {"config": config.for_workers(), "folder": folder}
+        file = Path(folder) / "plan.json"
+        file.write_text(json.dumps(plan))
+        command = [sys.executable, "-m", "benchmarks.ray_overhead", "--bare", str(file)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bare:
+            under_ray = cluster.run_workers(loop, {**plan, "me": RAY}, config, lambda point: None, f"{folder}/run")[
+                "seconds"
+            ]
+            out, _ = bare.communicate()
+    report(json.loads(out.splitlines()[-1])["seconds"][WARM_UP:], under_ray[WARM_UP:])
+
+
+def settings(steps: int) -> Config:
+    """The demo's, logging every step."""
+    changes = {"train.max_steps": steps, "train.logging_steps": 1, "tracking.enabled": False}
+    return load(Config, ["--config", "jobs/configs/demo.yaml"], **changes)
+
+
+def report(bare: list[float], under_ray: list[float]) -> None:
+    """Medians, and the ratio's median and quartiles."""
+    ratios = sorted(ours / other for ours, other in zip(under_ray, bare, strict=True))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    print(
+        f"seconds a step: bare {median(bare):.3f}, under Ray {median(under_ray):.3f}; ratio {median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+    )
+    print(
+        json.dumps(
+            {
+                "ray_overhead": round(median(ratios), 3),
+                "quartiles": [round(low, 3), round(high, 3)],
+                "sums": round(sum(under_ray) / sum(bare), 3),
+                "steps": len(ratios),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
