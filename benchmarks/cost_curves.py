@@ -28,9 +28,9 @@ from ray_sql.rows import Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LENGTHS = (100, 250, 500, 1000, 2000, 4000)
-QUESTIONS = (1, 2, 4, 8, 16, 32, 64)
-TOGETHER = (1, 8, 32)
+LENGTHS: tuple[int, ...] = (100, 250, 500, 1000, 2000, 4000)
+QUESTIONS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+TOGETHER: tuple[int, ...] = (1, 8, 32)
 """Questions in a row of the first table."""
 LENGTH = 500
 """Tokens of the schema of the second."""

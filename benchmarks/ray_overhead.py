@@ -1,11 +1,12 @@
-"""What Ray costs a training step: the same training under Ray Train with one worker and in a plain process, taking turns step by step.
+"""What Ray costs a training step inside its worker: the same training under Ray Train with one worker and in a plain process, taking
+turns step by step.
 
     python -m benchmarks.ray_overhead            (--quick: 6 steps)
 
 Both processes train the demo's adapter on the demo's data with `trainer.train`, as a run does, and log every step; the worker also
 sends each to the driver. They hand a turn to and fro through a file, so that each step of one is next to a step of the other and neither
-computes while the other does; the first steps do not count. A ratio is that of two neighbouring steps on the same examples. The last
-line is one JSON object.
+computes while the other does; what Ray's own processes do beside a step, they do beside both. The first steps do not count. A ratio is
+that of two neighbouring steps on the same examples. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -112,10 +113,13 @@ def main(argv: list[str] | None = None) -> None:
         file.write_text(json.dumps(plan))
         command = [sys.executable, "-m", "benchmarks.ray_overhead", "--bare", str(file)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bare:
-            under_ray = cluster.run_workers(loop, {**plan, "me": RAY}, config, lambda point: None, f"{folder}/run")[
-                "seconds"
-            ]
-            out, _ = bare.communicate()
+            try:
+                under_ray = cluster.run_workers(loop, {**plan, "me": RAY}, config, lambda _: None, f"{folder}/run")[
+                    "seconds"
+                ]
+                out, _ = bare.communicate()
+            finally:
+                bare.kill()
     report(json.loads(out.splitlines()[-1])["seconds"][WARM_UP:], under_ray[WARM_UP:])
 
 

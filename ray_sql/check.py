@@ -143,7 +143,9 @@ def memory_estimate(config: Config, model_folder: str, tokens: int) -> float:
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     each = models.compute_dtype(config).itemsize
     stored = 0.56 if config.quantization.load_in_4bit else 0.0  # 4 bits, and a 32-bit scale for every 64 weights
-    expanded = 0 if config.quantization.load_in_4bit and _has_gpu() else each  # on a CPU they are expanded once
+    expanded = 0 if config.quantization.load_in_4bit and _has_gpu() else each  # on a CPU they are expanded once,
+    if config.quantization.load_in_4bit and not _has_gpu():
+        expanded += each  # and stand there a second time, with the adapter added, while questions are answered
     weights = linear * (stored + expanded) + 2 * each * vocabulary * hidden
     adapter = layers * config.lora.r * (8 * hidden + 3 * (hidden + inner))
     checkpointed = (

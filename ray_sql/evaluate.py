@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from math import sqrt
 from typing import Any
 
 from ray_sql import linking, prompts
@@ -341,13 +342,24 @@ def _exact_sets(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _birds(rows: Sequence[Row]) -> dict[str, float]:
-    """BIRD's other scores, where they were measured, as shares: the mean soft F1, with 0 for what does not run, and R-VES."""
+def _birds(rows: Sequence[Row]) -> dict[str, Any]:
+    """BIRD's other scores, where they were measured: the mean soft F1, with 0 for what does not run, and R-VES as a share.
+
+    Their intervals come from questions drawn anew.
+    """
     shares = [row["soft_f1"] for row in rows if "soft_f1" in row]
     rewards = [row["ves_reward"] for row in rows if "ves_reward" in row]
-    return ({"soft_f1": sum(shares) / len(shares)} if shares else {}) | (
-        {"r_ves": r_ves(rewards) / 100} if rewards else {}
-    )
+    found: dict[str, Any] = {}
+    if shares:
+        found |= {"soft_f1": sum(shares) / len(shares), **_drawn("soft_f1", shares)}
+    if rewards:
+        found |= {"r_ves": r_ves(rewards) / 100, **_drawn("r_ves", [sqrt(reward) for reward in rewards])}
+    return found
+
+
+def _drawn(name: str, values: Sequence[float]) -> dict[str, list[float]]:
+    interval = clustered_interval([(value, 1) for value in values])
+    return {f"{name}_interval": [interval.low, interval.high]} if interval else {}
 
 
 def clustered(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,31 +153,27 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 def merged(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts, layers with expanded weights (`dequantise_once`) multiply with weight and LoRA adapter in one product.
 
-    For answering on a CPU, where an adapter's small products take about as long as the layers'. The sum is rounded to the
-    layer's type once, where the layer's and the adapter's outputs are rounded each; in float32 answers are the same.
+    For answering on a CPU, where an adapter's small products take about as long as the layers'; it takes the memory of the expanded
+    weights once more. The sum is rounded to the layer's type once, where the layer's and the adapter's outputs are rounded each; in
+    float32 answers are the same.
     """
     from peft.tuners.lora import LoraLayer
 
-    changed = []
-    for module in model.modules():
-        if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
-            continue
-        layer = getattr(module.get_base_layer().forward, "keywords", {})
-        names = [name for name in module.active_adapters if name in module.lora_A]
-        if "weight" not in layer or any(name in module.lora_variant or module.lora_bias[name] for name in names):
-            continue  # not expanded, or more than a product of two matrices
-        weight = layer["weight"].float()
-        for name in names:
-            weight = weight + module.scaling[name] * (
-                module.lora_B[name].weight.detach().float() @ module.lora_A[name].weight.detach().float()
-            )
-        module.forward = partial(_linear, weight=weight.to(layer["weight"].dtype), bias=layer["bias"])
-        changed.append(module)
-    try:
+    with ExitStack() as apart_again:
+        for module in model.modules():
+            if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+                continue
+            layer = getattr(module.get_base_layer().forward, "keywords", {})
+            names = [name for name in module.active_adapters if name in module.lora_A]
+            if "weight" not in layer or any(name in module.lora_variant or module.lora_bias[name] for name in names):
+                continue  # not expanded, or more than a product of two matrices
+            weight = layer["weight"].float()
+            for name in names:
+                down, up = (each[name].weight.detach().float() for each in (module.lora_A, module.lora_B))
+                weight = weight + module.scaling[name] * (up @ down)
+            module.forward = partial(_linear, weight=weight.to(layer["weight"].dtype), bias=layer["bias"])
+            apart_again.callback(delattr, module, "forward")
         yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:

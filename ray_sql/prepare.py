@@ -77,7 +77,9 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     tokenizer = models.load_tokenizer(folder)
     file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
     contract = prompts.contract(config, tokenizer, revision)
-    return Prepared(corpus, folder, tokenizer, file, audit, contract, gold_errors(corpus, config, progress))
+    failing = gold_errors(corpus, config, progress)
+    check_gold(corpus, failing, config)
+    return Prepared(corpus, folder, tokenizer, file, audit, contract, failing)
 
 
 def check_databases(corpus: Corpus, config: Config) -> None:
@@ -126,6 +128,19 @@ def gold_errors(corpus: Corpus, config: Config, progress: Progress | None = None
     failing = {row["id"]: row for row in [*lasting, *found]}
     ids = [(name, *name.partition("\0")[::2]) for name, _, _ in golds if name in failing]
     return [failing[name] | {"split": split, "id": plain} for name, split, plain in ids]
+
+
+def check_gold(corpus: Corpus, failing: Sequence[dict[str, Any]], config: Config) -> None:
+    """Raise `DataError` if there is gold to execute for the scores, and none of it runs: that is known before training, not after."""
+    if config.task_type != "sql":
+        return
+    golds = [e for split in config.split for e in corpus.splits[split] if corpus.executable(e.db_id)]
+    wrong = [row for row in failing if row["split"] in config.split]
+    if golds and len(wrong) == len(golds):
+        raise DataError(
+            f"--split {','.join(config.split)}: nothing could be scored, for none of its {len(golds)} gold queries runs; that of "
+            f"{wrong[0]['id']} fails with: {wrong[0]['error']}; check the databases and the gold SQL"
+        )
 
 
 def _gold_key(corpus: Corpus, golds: Sequence[tuple[str, str, str]]) -> str:

@@ -30,7 +30,12 @@ LINKING = {
 """Scores of task schema beside strict recall: what the page calls them, and their keys."""
 
 
-SECONDARY = {"valid_sql": "valid SQL", "exact_set_match": "exact set match", "soft_f1": "soft F1", "r_ves": "R-VES"}
+SECONDARY = {
+    "valid_sql": "valid SQL",
+    "exact_set_match": "exact set match",
+    "soft_f1": "soft F1",
+    "r_ves": "R-VES (if the machine was idle)",
+}
 """Scores of task sql beside execution accuracy, and what pages and tables call them."""
 
 

@@ -253,7 +253,8 @@ class _Validation:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
-        self._config, self._tokenizer = config, tokenizer
+        # nothing is timed here: the other ranks would wait, and it chooses nothing
+        self._config, self._tokenizer = config.changed({"evaluate.ves_iterations": 0}), tokenizer
 
     def __call__(self, model: PreTrainedModel) -> Mapping[str, Any] | None:
         """Scores on rank 0; None on other ranks, and where there is nothing to validate on."""

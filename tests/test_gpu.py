@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ray_sql import generate, models, trainer
+from ray_sql.generate import plain
 from ray_sql.rows import attention
 from ray_sql.rows.probe import why_not_share
 from tests.test_share import family, gradients, relative_error, some_rows
@@ -150,16 +151,16 @@ def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_
     assert trainer.arguments(config, tmp_path, 2).optim == "paged_adamw_8bit"
 
 
-def test_answers_on_a_gpu_do_not_depend_on_the_batch(make_config: Any, tmp_path: Path) -> None:
-    config = make_config(**{"quantization.load_in_4bit": False})
+def test_answers_on_a_gpu_are_those_of_one_by_one_decoding(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**{"quantization.load_in_4bit": False, "train.bf16": False})
     folder = family("qwen2", tmp_path, **SHAPES["qwen2"])
     model, tokenizer = models.load_base(str(folder), config, "cuda:0"), models.load_tokenizer(str(folder))
     attention.install(model)
     asked = [
         generate.Question(row.id, "dev", row.db_id, "", "", None, None, row.input_ids) for row in some_rows(**LONG)
     ]
-    batched, alone = (
-        [said.raw for said in generate.answer(model, tokenizer, asked, batch_size=size, max_new_tokens=24)]
-        for size in (5, 1)
-    )
-    assert batched == alone and any(batched)
+    alone = [plain.answer_batch(model, tokenizer, [one.input_ids], 24)[0].raw for one in asked]
+    assert any(alone)
+    for together in (None, 1, 5):
+        said = generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24)
+        assert [one.raw for one in said] == alone

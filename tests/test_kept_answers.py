@@ -150,6 +150,10 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
         ({"evaluate.num_beams": 2, "evaluate.backend": "vllm"}, "evaluate.backend vllm answers greedily"),
         ({"evaluate.ves_iterations": 100}, "ves_iterations 100 times right queries for BIRD's R-VES"),
         (
+            {"evaluate.ves_iterations": 1, "evaluate.semantics": "bird", "task_type": "schema"},
+            "use task_type sql and evaluate.semantics bird",
+        ),
+        (
             {"evaluate.num_beams": 2, "evaluate.first_executable": True, "task_type": "schema"},
             "first_executable executes SQL, which task_type schema does not write",
         ),

@@ -108,6 +108,15 @@ def test_answers_are_those_of_one_by_one_decoding(tokenizer: Any, family: str, l
     assert model.config._attn_implementation == before
 
 
+def test_answers_are_the_same_without_the_kernel_for_cpus(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = several(len(tokenizer))
+    model = adapted(build("llama", len(tokenizer)))
+    alone = one_by_one(model, tokenizer, asked, 24)
+    monkeypatch.setattr(attention, "_flash", attention._plain)
+    for together in (None, 3):
+        assert told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24)) == alone
+
+
 def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
     model = build("llama", len(tokenizer))
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 17))  # one token in seventeen ends a turn
@@ -243,4 +252,7 @@ def test_an_adapter_over_4_bit_layers_is_merged_while_it_answers_and_apart_again
             together = model(ids).logits
         torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
         assert not torch.equal(together, apart) and len(layers) == 14
+        assert torch.equal(model(ids).logits, apart)
+        with pytest.raises(ZeroDivisionError), models.merged(model):
+            raise ZeroDivisionError
         assert torch.equal(model(ids).logits, apart)

@@ -82,12 +82,12 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         here = slice(self._first, self._first + len(keys))
         return self.keys[layer_idx][here, :, : self._width], self.values[layer_idx][here, :, : self._width]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let the first rows be these, of which none comes before its own place."""
+    def keep(self, rows: Sequence[int], width: int) -> None:
+        """Let the first rows be these, of which none comes before its own place; they have their tokens in columns below `width`."""
         first = next((place for place, row in enumerate(rows) if place != row), len(rows))
         moved = torch.tensor(rows[first:], dtype=torch.long, device=self._columns.device)
         for whole in (*self.keys, *self.values):
-            whole[first : len(rows)] = whole[moved]
+            whole[first : len(rows), :, :width] = whole[moved, :, :width]
 
     @property
     def room(self) -> tuple[int, int]:
@@ -181,12 +181,12 @@ def _flash(
 def _plain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `_flash`, on any device."""
+    """The same as `_flash`, on any device, for queries that see anything at all."""
     scores = ((query * scale) @ key.transpose(2, 3)).float()
     if bias is not None:
         scores += bias
     total = scores.logsumexp(-1)
-    return (scores - total[..., None]).exp().to(value.dtype) @ value, total
+    return scores.sub_(total[..., None]).exp_().to(value.dtype) @ value, total
 
 
 def _refuse(options: dict[str, Any], limit: int) -> None:

@@ -341,5 +341,5 @@ class _Decoder:
                 self._prefixes.pop(row.group, None)
             finished(row.question, row.said, row.seconds)
         if len(staying) < len(self._rows):
-            self._own.keep(staying)
             self._rows = [self._rows[place] for place in staying]
+            self._own.keep(staying, max((row.end for row in self._rows), default=0))

@@ -93,7 +93,8 @@ def judge(
 def time_pair(executor: Executor, pair: Pair, iterations: int) -> float:
     """The reward that BIRD's R-VES gives a *right* prediction for its speed: both queries run `iterations` times in turn.
 
-    One that fails this time, by running into its limit, earns what a wrong one does. Nothing else may run beside it.
+    Where either fails this time, by running into its limit, it earns what a wrong one does; officially the limit is on all runs of
+    a pair together, here on each query. Nothing else may run beside it.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(iterations):
