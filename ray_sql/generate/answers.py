@@ -26,7 +26,7 @@ OnWhole = Callable[[str], None]
 Ask = Callable[[str, Sequence[Question], OnAnswer], list[Answer] | None]
 """Answers by the model of a name, on all ranks together; every rank says its own as they come."""
 
-VERSION = 3
+VERSION = 4
 """Raise when the code of this folder makes other answers from the same questions."""
 
 
