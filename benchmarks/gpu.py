@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.training_speed import spread, useful_flops
-from ray_sql import models, rows, trainer
+from ray_sql import linear, models, rows, trainer
 from ray_sql.config import Config, load
 from ray_sql.rows import Row, attention
 
@@ -307,7 +307,7 @@ class Bench:
     def _ours(self, of: str) -> Any:
         base = models.load_base(self._folder, self._config, device())
         if of == "expanded":
-            models.dequantise_once(base, models.compute_dtype(self._config))
+            linear.dequantise_once(base, models.compute_dtype(self._config))
         built = trainer.build(base, self._tokenizer, self._rounds[0], self._config, STEP, Path(self._scratch.name))
         if of == "compiled":
             for layer in (each for each in built.model.modules() if type(each).__name__.endswith("DecoderLayer")):

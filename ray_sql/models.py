@@ -14,9 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +108,8 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet()
+    from ray_sql import linear
+
     dtype = compute_dtype(config)
     quantization: dict[str, Any] = {}
     if config.quantization.load_in_4bit:
@@ -122,58 +121,8 @@ def load_base(folder: str, config: Config, device: str | torch.device = "cpu") -
     except (OSError, ValueError) as error:
         raise ModelError(f"--model_name {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if config.quantization.load_in_4bit and model.device.type == "cpu":
-        dequantise_once(model, dtype)
+        linear.dequantise_once(model, dtype)
     return model
-
-
-def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let every 4-bit layer multiply with its weights as NF4 stands for them, expanded once instead of at every call.
-
-    The numbers are the same, to the bit of the expanded weight; the memory is that of the unquantised model, which a CPU has.
-    There it also keeps bitsandbytes from repacking weights for AVX512-BF16: that happens at the first forward in eval mode and is
-    never undone, rounds the scales, and has no backward, so that after a validation in the middle of training no gradient
-    passes a base layer any more (0.50.2; autograd warns of it, and the losses differ).
-    """
-    import bitsandbytes.functional
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
-            module.forward = partial(_linear, weight=weight, bias=module.bias)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    from torch.nn.functional import linear
-
-    return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-
-
-@contextmanager
-def merged(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, layers with expanded weights (`dequantise_once`) multiply with weight and LoRA adapter in one product.
-
-    For answering on a CPU, where an adapter's small products take about as long as the layers'; it takes the memory of the expanded
-    weights once more. The sum is rounded to the layer's type once, where the layer's and the adapter's outputs are rounded each; in
-    float32 answers are the same.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    with ExitStack() as apart_again:
-        for module in model.modules():
-            if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
-                continue
-            layer = getattr(module.get_base_layer().forward, "keywords", {})
-            names = [name for name in module.active_adapters if name in module.lora_A]
-            if "weight" not in layer or any(name in module.lora_variant or module.lora_bias[name] for name in names):
-                continue  # not expanded, or more than a product of two matrices
-            weight = layer["weight"].float()
-            for name in names:
-                down, up = (each[name].weight.detach().float() for each in (module.lora_A, module.lora_B))
-                weight = weight + module.scaling[name] * (up @ down)
-            module.forward = partial(_linear, weight=weight.to(layer["weight"].dtype), bias=layer["bias"])
-            apart_again.callback(delattr, module, "forward")
-        yield
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ray_sql import cluster, models
+from ray_sql import cluster, linear, models
 from ray_sql.config import Config
 from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, model_inputs
 
@@ -155,6 +155,7 @@ def build(
             module.cast_input_dtype_enabled = not trainer.args.bf16
             if args.use_cpu and config.lora.lora_dropout:
                 module.lora_dropout["default"] = CpuDropout(config.lora.lora_dropout)
+    linear.fuse(trainer.model)
     if together > 1:
         attention.install(trainer.model)
     return trainer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql import generate, models
+from ray_sql import generate
 from ray_sql.generate import Question, attention, plain, shared
 from ray_sql.models import load_tokenizer
 
@@ -236,23 +236,3 @@ def test_the_kernel_for_cpus_gives_what_plain_arithmetic_gives(prefix: int) -> N
         attention._flash(query, key, value, bias, 0.3), attention._plain(query, key, value, bias, 0.3), strict=True
     ):
         torch.testing.assert_close(found, wanted)
-
-
-def test_an_adapter_over_4_bit_layers_is_merged_while_it_answers_and_apart_again_after(
-    tokenizer: Any, tiny_model: Path, make_config: Any
-) -> None:
-    import torch
-
-    model = adapted(models.load_base(str(tiny_model), make_config(**{"train.bf16": False})))
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        apart = model(ids).logits
-        with models.merged(model):
-            layers = [module for module in model.modules() if "forward" in vars(module) and hasattr(module, "lora_A")]
-            together = model(ids).logits
-        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
-        assert not torch.equal(together, apart) and len(layers) == 14
-        assert torch.equal(model(ids).logits, apart)
-        with pytest.raises(ZeroDivisionError), models.merged(model):
-            raise ZeroDivisionError
-        assert torch.equal(model(ids).logits, apart)

@@ -57,13 +57,15 @@ def answer(
         if progress:
             progress(len(answers), len(asked))
 
+    from ray_sql import linear  # here: it loads torch, which a driver can do without
+
     if not asked:
         return []
     training, cached = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
     try:
-        with models.merged(model):
+        with linear.merged(model):
             longest = max(len(one.input_ids) for one in asked) + max_new_tokens
             reason = shared.why_not(model, longest) if num_beams == 1 else None
             if reason and on_whole:
