@@ -25,10 +25,14 @@ PLACES = {"output_dir", "cache_dir", "prev_checkpoint"}
 
 @dataclass(frozen=True)
 class Bundle:
-    """A finished run as it is published. `config` is the run's own; the mappings are what the published JSON files hold."""
+    """A finished run as it is published: the mappings are what the published JSON files hold.
+
+    `config` is the run's own, with the hub settings of this command; `asked` are those of them that the run does not have.
+    """
 
     config: Config
     run_dir: str
+    asked: dict[str, Any]
     base_model: str
     contract: dict[str, Any]
     adapter_config: dict[str, Any]
@@ -67,7 +71,8 @@ def read(config: Config, run_dir: str) -> Bundle:
     Raises `ConfigError` if it is not finished, or its base model has no name on the Hub, `ContractError` where the adapter is not that
     of the run, `ModelError` if it was not shown to beat its base, unless `hub.force`.
     """
-    run = _settings(config, run_dir)
+    saved = _saved(run_dir)
+    run = _settings(saved, config)
     metrics = json.loads(checkpoints.read_text(f"{run_dir}/metrics.json") or "{}")
     if not checkpoints.exists(f"{run_dir}/{prepare.FINISHED_FILE}") or "tuned" not in metrics:
         raise ConfigError(f"{run_dir}: the run is not finished; give the command that began it again, then publish")
@@ -79,6 +84,7 @@ def read(config: Config, run_dir: str) -> Bundle:
     return Bundle(
         config=run,
         run_dir=run_dir,
+        asked={name: value for name, value in run.hub.model_dump().items() if value != getattr(saved.hub, name)},
         base_model=base_model,
         contract=contract | {"model_name": base_model},
         adapter_config=public_adapter_config(adapter_config, base_model, contract),
@@ -86,22 +92,26 @@ def read(config: Config, run_dir: str) -> Bundle:
     )
 
 
-def _settings(config: Config, run_dir: str) -> Config:
-    """The run's settings, and of `config` what belongs to this command: tokens, cache, and the hub settings that were given."""
-    saved = checkpoints.read_text(f"{run_dir}/config.json")
-    if saved is None:
+def _saved(run_dir: str) -> Config:
+    """The settings that a run was trained with."""
+    text = checkpoints.read_text(f"{run_dir}/config.json")
+    if text is None:
         raise ConfigError(
             f"{run_dir}: no run of ray_sql (no config.json); give --output_name and --output_dir of a run"
         )
     try:
-        run = Config(**json.loads(saved))
+        return Config(**json.loads(text))
     except ValueError:  # cut off, or of another version
         raise ConfigError(
             f"{run_dir}/config.json cannot be read by this version; publish with the one that wrote it"
         ) from None
+
+
+def _settings(saved: Config, config: Config) -> Config:
+    """A run's settings, and of `config` what belongs to this command: tokens, cache, and the hub settings that were given."""
     given: dict[str, Any] = {f"hub.{name}": value for name, value in config.hub.model_dump(exclude_unset=True).items()}
     given |= {name: token for name in ("read_token", "write_token") if (token := getattr(config, name))}
-    return run.changed(given | {"cache_dir": config.cache_dir})
+    return saved.changed(given | {"cache_dir": config.cache_dir})
 
 
 def base_name(config: Config) -> str:

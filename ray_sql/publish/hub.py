@@ -158,9 +158,8 @@ def _check_access(account: Mapping[str, Any], repo_id: str) -> None:
             f"--hub.repo_id {repo_id}: {account['name']} may not write there; use {account['name']}/{repo_id.split('/')[1]}, or the "
             f"token of a member of {owner} who may"
         )
-    if role == "fineGrained" and not any(
-        _covers(scope, repo_id) for scope in token.get("fineGrained", {}).get("scoped", ())
-    ):
+    scopes = token.get("fineGrained", {}).get("scoped")
+    if role == "fineGrained" and scopes is not None and not any(_covers(scope, repo_id) for scope in scopes):
         raise ConfigError(
             f"the Hub token of {account['name']} has no right to write {repo_id}; give it `write access to contents` of {owner}'s "
             "repositories, or set HF_TOKEN to one that has it"

@@ -30,7 +30,7 @@ def check(config: Config) -> str:
     Raises `ConfigError` without a token that may write, where the repository holds a model of another base, or the base has no name on
     the Hub, and `StoreError` if the Hub does not answer.
     """
-    hub, base = hubs.login(config), bundles.base_name(config)
+    base, hub = bundles.base_name(config), hubs.login(config)
     there = _same_base(hub, base)
     kind = "a private one" if config.hub.private else "a public one"
     return f"{hub.repo_id}, {'on top of what it holds' if there else f'if there is none, {kind} is created'}, base model {base}"
@@ -75,9 +75,8 @@ def later(bundle: Bundle) -> str:
     """The command that publishes a run; the token comes from the environment."""
     root, _, name = bundle.run_dir.rstrip("/").rpartition("/")
     place = ["--scaling.storage_path" if "://" in root else "--output_dir", root]
-    hub = bundle.config.hub.model_dump(exclude_unset=True, exclude_none=True)
     words = ["python", "-m", "jobs.publish", "--output_name", name, *place]
-    for setting, value in hub.items():
+    for setting, value in bundle.asked.items():
         flag = f"--hub.{setting}"
         words += [flag if value else f"--no-hub.{setting}"] if isinstance(value, bool) else [flag, str(value)]
     return shlex.join(words)
