@@ -214,6 +214,23 @@ def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
     assert not re.search(r"\{[{%]|[%}]\}", card.text), "nothing of the template is left"
 
 
+def test_the_licence_is_that_of_the_base_model_unless_given(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    from huggingface_hub import ModelCard
+
+    stand_in.add("tests/tiny", {"README.md": b"---\nlicense: other\nlicense_name: tiny-license\n---\n"})
+    push(publication())
+    card = ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
+    assert (card.data.license, card.data.license_name) == (
+        "other",
+        "tiny-license",
+    ) and "\ntiny-license. It" in card.text
+    push(publication(**{"hub.license": "mit"}))
+    card = ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
+    assert (card.data.license, card.data.license_name) == ("mit", None) and "\nmit. It" in card.text
+
+
 def test_the_cards_code_asks_as_training_did(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -568,6 +585,25 @@ def test_a_dry_run_shows_the_card_and_sends_nothing(
     assert code == 0, err
     assert "me/run, if there is none, a private one is created" in out and "## How to use it" in out
     assert stand_in.count("POST|PUT|DELETE") == 0
+
+
+@pytest.mark.slow
+def test_checkpoints_of_ray_workers_are_pushed_by_the_driver(
+    stand_in: stand_ins.Hub, ray_local: None, job: Any, flags: list[str]
+) -> None:
+    flags[flags.index("--scaling.num_workers") + 1] = "1"
+    given = [
+        "--no-tracking.enabled",
+        "--no-evaluate.baseline",
+        "--write_token",
+        WRITER,
+        "--hub.push_checkpoints",
+        "all",
+    ]
+    code, _, err = job("finetune", *flags, *given)
+    assert code == 0, err
+    messages = [commit.message for commit in stand_in.repos["me/run"].pushed("checkpoints")]
+    assert messages == [f"checkpoints: run: checkpoint-{step}" for step in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("which,pushed", [("all", {1, 2, 3}), ("best", {2})])

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_sql.display import percent
 from ray_sql.publish.bundle import HUB_NAME, Bundle
+from ray_sql.publish.hub import License
 from ray_sql.schema import Column, ForeignKey, Schema, Table, render
 
 SAMPLE = Schema(
@@ -37,7 +38,7 @@ COLUMNS = {"base": "base model", "tuned": "with this adapter", "merged": "this m
 """What the table of results calls a model of metrics.json."""
 
 
-def card(bundle: Bundle, repo_id: str, license: str | None, merged: Mapping[str, Any] | None = None) -> str:
+def card(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None) -> str:
     """README.md of the repository: the adapter's, or with `merged` (the scores of the merged model by split) that model's."""
     from jinja2 import Environment, StrictUndefined
 
@@ -55,7 +56,7 @@ def card(bundle: Bundle, repo_id: str, license: str | None, merged: Mapping[str,
         contract=bundle.contract,
         metrics=metrics,
         repo_id=repo_id,
-        license=license,
+        license=license.get("license_name", license.get("license")),
         merged=merged is not None,
         main=MAIN[config.task_type][1],
         semantics=next(iter(metrics["tuned"].values())).get("semantics"),
@@ -86,7 +87,7 @@ def table(models: Mapping[str, Mapping[str, Any]], task: str) -> list[list[str]]
     return rows
 
 
-def metadata(bundle: Bundle, repo_id: str, license: str | None, merged: Mapping[str, Any] | None = None) -> str:
+def metadata(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None) -> str:
     """The card's metadata as YAML, `model-index` included, in the Hub's words; built and so validated by huggingface_hub."""
     from huggingface_hub import ModelCardData
 
@@ -98,7 +99,7 @@ def metadata(bundle: Bundle, repo_id: str, license: str | None, merged: Mapping[
         base_model_relation="finetune" if merged is not None else "adapter",
         library_name="transformers" if merged is not None else "peft",
         pipeline_tag="text-generation",
-        license=license,
+        **license,
         datasets=[dataset] if "/" in dataset and HUB_NAME.fullmatch(dataset) else None,
         tags=["text-to-sql" if config.task_type == "sql" else "schema-linking", "lora", "ray_sql"],
         eval_results=[result for split, scores in scored.items() for result in _results(bundle, split, scores)],

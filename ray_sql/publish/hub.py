@@ -21,6 +21,8 @@ from ray_sql.errors import ConfigError, RaySqlError, StoreError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+License = dict[str, str]
+"""A card's `license`, and for one that the Hub has no word for (`other`) `license_name` and `license_link`, where they are known."""
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries; longer where the Hub says so, up to LONGEST_WAIT."""
@@ -111,15 +113,16 @@ class Hub:
                 _attempt("moving the tag", lambda: self.api.delete_tag(self.repo_id, tag=name))
         _attempt("the tag", lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True))
 
-    def license_of(self, model: str) -> str | None:
-        """The licence that the Hub has for a model; None where it has none, or does not show that model."""
+    def license_of(self, model: str) -> License:
+        """The licence fields that the Hub has for a model; none where it has none, or does not show that model."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            info = _attempt(f"reading {model}", lambda: self.api.model_info(model))
+            card = _attempt(f"reading {model}", lambda: self.api.model_info(model)).card_data
         except (HfHubHTTPError, StoreError):
-            return None
-        return info.card_data.license if info.card_data else None
+            return {}
+        fields = ("license", "license_name", "license_link")
+        return {name: str(value) for name in fields if card and (value := getattr(card, name))}
 
 
 def login(config: Config, suffix: str = "") -> Hub:

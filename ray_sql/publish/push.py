@@ -19,7 +19,7 @@ from ray_sql.publish import hub as hubs
 from ray_sql.publish import merge
 from ray_sql.publish.bundle import Bundle
 from ray_sql.publish.card import MAIN, card
-from ray_sql.publish.hub import Hub, Pushed
+from ray_sql.publish.hub import Hub, License, Pushed
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -47,7 +47,7 @@ def publish(config: Config, run_dir: str, display: Display | None = None) -> str
     try:
         hub = hubs.login(bundle.config)
         _same_base(hub, bundle.base_model)
-        license = bundle.config.hub.license or hub.license_of(bundle.base_model)
+        license = _license(hub, bundle)
         pushed = _push_adapter(hub, bundle, license)
         display.line(_line(pushed))
         if bundle.config.hub.merge:
@@ -64,7 +64,7 @@ def dry_run(config: Config, run_dir: str) -> None:
     display, bundle = Display(), bundles.read(config, run_dir)
     display.line(f"Hub       {check(bundle.config)}")
     hub = hubs.login(bundle.config)
-    license = bundle.config.hub.license or hub.license_of(bundle.base_model)
+    license = _license(hub, bundle)
     display.line(
         f"files     {', '.join(sorted((WEIGHTS, 'README.md', *bundle.json_files())))}, as one commit, tag {bundle.tag}"
     )
@@ -92,7 +92,12 @@ def _same_base(hub: Hub, base: str) -> bool:
     return there is not None
 
 
-def _push_adapter(hub: Hub, bundle: Bundle, license: str | None) -> Pushed:
+def _license(hub: Hub, bundle: Bundle) -> License:
+    given = bundle.config.hub.license
+    return {"license": given} if given else hub.license_of(bundle.base_model)
+
+
+def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         weights = checkpoints.fetch_file(f"{bundle.run_dir}/adapter/{WEIGHTS}", Path(scratch) / WEIGHTS)
         files: dict[str, Path | bytes] = {
@@ -103,7 +108,7 @@ def _push_adapter(hub: Hub, bundle: Bundle, license: str | None) -> Pushed:
         return hub.push(files, _message(bundle), tag=bundle.tag)
 
 
-def _push_merged(hub: Hub, bundle: Bundle, license: str | None, display: Display) -> Pushed:
+def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -> Pushed:
     """Push the merged model to a repository of its own, whose root is the model, as servers and converters expect it."""
     measured = merge.merged(bundle.config, bundle.run_dir, display)
     other = Hub(hub.api, f"{hub.repo_id}-merged", hub.private)
