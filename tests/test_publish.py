@@ -107,7 +107,8 @@ def run_dir(unproven: Path) -> Path:
     base = [json.loads(line) for line in (unproven / "base_predictions.jsonl").read_text().splitlines()]
     measured = {"base": base, "tuned": [row | {"verdict": "correct", "predicted": row["gold"]} for row in rows]}
     config = Config(**json.loads((unproven / "config.json").read_text()))
-    metrics = json.loads((unproven / "metrics.json").read_text()) | {"mlflow_run_id": RUN_ID}
+    tracked = {"mlflow_run_id": RUN_ID, "tracking_uri": f"sqlite:///{unproven}/mlflow.db"}
+    metrics = json.loads((unproven / "metrics.json").read_text()) | tracked
     measure.write(str(unproven), measured, metrics | measure.summarise(measured, config))
     return unproven
 
@@ -494,6 +495,8 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
     with torch.no_grad():
         difference = (merged(tokens).logits - tuned(tokens).logits).abs().max() / tuned(tokens).logits.abs().max()
     assert difference < 0.02, "the same model, up to bfloat16's rounding"
+    card = repo.files["README.md"].decode()
+    assert "On 8 questions the merged model alone is right on 0, the adapter over its base alone on 0 (p = 1)." in card
     asked = run_card(stand_in, "me/run-merged", tmp_path)
     assert asked["prompt"] == trained_prompt(asked, unproven, tiny_model)
 

@@ -39,7 +39,7 @@ COLUMNS = {"base": "base model", "tuned": "with this adapter", "merged": "this m
 
 
 def card(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None) -> str:
-    """README.md of the repository: the adapter's, or with `merged` (the scores of the merged model by split) that model's."""
+    """README.md of the repository: the adapter's, or with `merged` (what `merge.merged` returned) that model's."""
     from jinja2 import Environment, StrictUndefined
 
     template = (resources.files("ray_sql") / "publish" / "card.jinja").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def card(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, An
     metrics, config = bundle.metrics, bundle.config
     models: dict[str, Mapping[str, Any]] = {name: metrics[name] for name in ("base", "tuned") if name in metrics}
     if merged is not None:
-        models["merged"] = merged
+        models["merged"] = merged["merged"]
     body = environment.from_string(template).render(
         bundle=bundle,
         config=config,
@@ -57,7 +57,7 @@ def card(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, An
         metrics=metrics,
         repo_id=repo_id,
         license=license.get("license_name", license.get("license")),
-        merged=merged is not None,
+        merged=merged,
         main=MAIN[config.task_type][1],
         semantics=next(iter(metrics["tuned"].values())).get("semantics"),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
@@ -92,7 +92,7 @@ def metadata(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str
     from huggingface_hub import ModelCardData
 
     config, dataset = bundle.config, str(bundle.metrics["dataset_id"])
-    scored: Mapping[str, Any] = merged if merged is not None else bundle.metrics["tuned"]
+    scored: Mapping[str, Any] = merged["merged"] if merged is not None else bundle.metrics["tuned"]
     data = ModelCardData(
         model_name=repo_id.rsplit("/", 1)[-1],
         base_model=bundle.base_model,

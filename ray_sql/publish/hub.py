@@ -131,7 +131,9 @@ def login(config: Config, suffix: str = "") -> Hub:
     Raises `ConfigError` without a token, for one that may only read, or that belongs to neither the repository's owner nor a member.
     """
     from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()  # one line says what was pushed, and a bar would break the display of a training run
     token = config.write_token.get_secret_value() if config.write_token else get_token()
     if not token:
         raise ConfigError(

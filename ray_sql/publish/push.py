@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray_sql import __version__, checkpoints
 from ray_sql.config import Config
@@ -105,7 +107,7 @@ def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
             **bundle.json_files(),
             "README.md": card(bundle, hub.repo_id, license).encode(),
         }
-        return hub.push(files, _message(bundle), tag=bundle.tag)
+        return hub.push(files, _message(bundle, bundle.metrics["tuned"]), tag=bundle.tag)
 
 
 def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -> Pushed:
@@ -118,14 +120,14 @@ def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
         files |= {
             "contract.json": bundle.json_files()["contract.json"],
-            "README.md": card(bundle, other.repo_id, license, measured["merged"]).encode(),
+            "README.md": card(bundle, other.repo_id, license, measured).encode(),
         }
-        return other.push(files, _message(bundle), tag=bundle.tag)
+        return other.push(files, _message(bundle, measured["merged"]), tag=bundle.tag)
 
 
-def _message(bundle: Bundle) -> str:
+def _message(bundle: Bundle, measured: Mapping[str, Any]) -> str:
     key, label = MAIN[bundle.config.task_type]
-    scores = [f"{percent(one[key])} of {one['n']} {split}" for split, one in bundle.metrics["tuned"].items()]
+    scores = [f"{percent(one[key])} of {one['n']} {split}" for split, one in measured.items()]
     return f"{bundle.config.output_name}: {label} {', '.join(scores)} (ray_sql {__version__})"
 
 
