@@ -215,6 +215,21 @@ def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
     assert not re.search(r"\{[{%]|[%}]\}", card.text), "nothing of the template is left"
 
 
+def test_the_card_of_schema_linking(
+    stand_in: stand_ins.Hub, tiny_model: Path, spider_folder: Path, publication: Any, tmp_path: Path
+) -> None:
+    from huggingface_hub import ModelCard
+
+    given = settings(tiny_model, spider_folder, tmp_path) | {"task_type": "schema", "train.max_steps": 1}
+    metrics = finetune.run(load(Config, [], **given))
+    push(publication(**{"hub.force": True}))
+    card = ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("strict_recall", metrics["tuned"]["dev"]["strict_recall"])
+    assert "schema-linking" in card.data.tags and "| dev | **strict recall** | 8 |" in card.text
+    assert "The answer comes in a fenced `json` block." in card.text and "semantics" not in result.metric_args
+
+
 def test_the_licence_is_that_of_the_base_model_unless_given(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any
 ) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from ray_sql import report
 from ray_sql.display import percent
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
@@ -30,9 +31,10 @@ QUESTION = "How many customers live in Lisbon?"
 MAIN = {"sql": ("execution_accuracy", "execution accuracy"), "schema": ("strict_recall", "strict recall")}
 """The score that a task is judged by: its key in metrics.json, and what people call it."""
 OTHERS = {
-    "sql": {"exact_set_match": "exact set match", "valid_sql": "valid SQL", "soft_f1": "soft F1"},
+    "sql": report.SECONDARY,
     "schema": {"exact_match": "exact match", "table_f1": "table F1", "column_f1": "column F1"},
 }
+"""The scores beside it, where they were measured."""
 
 COLUMNS = {"base": "base model", "tuned": "with this adapter", "merged": "this merged model"}
 """What the table of results calls a model of metrics.json."""
@@ -74,16 +76,15 @@ def table(models: Mapping[str, Mapping[str, Any]], task: str) -> list[list[str]]
     """One row a split and score, one column a model, with 95 % intervals where they were computed."""
     main, label = MAIN[task]
     rows = []
-    for split, last in list(models.values())[-1].items():
-        cells = [percent(scores[split][main], scores[split]["interval"], last["n"]) for scores in models.values()]
-        rows.append([split, f"**{label}**", f"{last['n']:,}", *cells])
+    for split in next(iter(models.values())):
+        scores = [model[split] for model in models.values()]
+        cells = [percent(one[main], one["interval"], one["n"]) for one in scores]
+        rows.append([split, f"**{label}**", f"{scores[-1]['n']:,}", *cells])
         for key, name in OTHERS[task].items():
-            if key in last:
-                cells = [
-                    percent(scores[split].get(key, 0.0), scores[split].get(f"{key}_interval"), last["n"])
-                    for scores in models.values()
-                ]
-                rows.append([split, name, f"{last.get(f'{key}_n', last['n']):,}", *cells])
+            n = scores[-1].get(f"{key}_n", scores[-1]["n"])
+            cells = [percent(one[key], one.get(f"{key}_interval"), n) if key in one else "–" for one in scores]
+            if set(cells) != {"–"}:
+                rows.append([split, name, f"{n:,}", *cells])
     return rows
 
 
