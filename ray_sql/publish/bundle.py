@@ -27,7 +27,7 @@ PLACES = {"output_dir", "cache_dir", "prev_checkpoint"}
 class Bundle:
     """A finished run as it is published: the mappings are what the published JSON files hold.
 
-    `config` is the run's own, with the hub settings of this command; `asked` are those of them that the run does not have.
+    `config` is the run's own, with the hub settings of this command; `asked` are those of them that differ from the run's.
     """
 
     config: Config

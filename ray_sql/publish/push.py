@@ -56,7 +56,7 @@ def publish(config: Config, run_dir: str, display: Display | None = None) -> str
             display.line(_line(_push_merged(hub, bundle, license, display)))
     except StoreError as error:
         raise StoreError(
-            f"{error}; nothing is lost: the adapter is in {run_dir}/adapter, push it later with: {later(bundle)}"
+            f"{error}; nothing is lost: the adapter is in {run_dir}/adapter; with HF_TOKEN set, push it later with: {later(bundle)}"
         ) from None
     return pushed.url
 
@@ -74,7 +74,7 @@ def dry_run(config: Config, run_dir: str) -> None:
 
 
 def later(bundle: Bundle) -> str:
-    """The command that publishes a run; the token comes from the environment."""
+    """The command that publishes a run as it was to be; the token comes from the environment."""
     root, _, name = bundle.run_dir.rstrip("/").rpartition("/")
     place = ["--scaling.storage_path" if "://" in root else "--output_dir", root]
     words = ["python", "-m", "jobs.publish", "--output_name", name, *place]
