@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ray_sql import checkpoints, models, prepare, rows, tracking
+from ray_sql import checkpoints, models, prepare, publish, rows, tracking
 from ray_sql.config import Config, without_password
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
@@ -74,6 +74,11 @@ def tokens(config: Config) -> str:
             f"the Hub does not answer ({type(error).__name__}); check the network, or leave the tokens out"
         ) from None
     return ", ".join(f"{name} belongs to {user}" for name, user in users.items())
+
+
+def hub(config: Config) -> str:
+    """What is to be published can be: the token may write, and the repository is free or of the same base model."""
+    return publish.check(config) if config.publishes else "nothing will be published (--publish)"
 
 
 def resources(config: Config) -> str:
@@ -189,6 +194,7 @@ CHECKS: dict[str, Callable[[Config], str]] = {
     "output": output,
     "mlflow": mlflow,
     "tokens": tokens,
+    "hub": hub,
     "resources": resources,
 }
 PREPARED_CHECKS: dict[str, Callable[..., str]] = {"data": data, "lengths": lengths, "memory": memory}

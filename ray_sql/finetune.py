@@ -11,14 +11,14 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ray_sql import checkpoints, cluster, data, measure, plots, prepare, report, tracking, train
+from ray_sql import checkpoints, cluster, data, measure, plots, prepare, publish, report, tracking, train
 from ray_sql.config import Config, EvaluateConfig, without_password
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, DataError
@@ -42,6 +42,8 @@ def run(config: Config) -> dict[str, Any]:
     timeline = Timeline()
     timeline.mark("imports")
     with Display() as display:
+        if config.publishes:  # what could not be published should be known before training
+            display.line(f"Hub       {publish.check(config)}")
         earlier = prepare.earlier_run(config)
         if earlier is not None:
             with suppress(DataError):  # a finished run can be shown where its data are out of reach
@@ -50,6 +52,8 @@ def run(config: Config) -> dict[str, Any]:
             if config.tracking.enabled and (left := tracking.replay(config.tracking.uri, _spool(config))):
                 display.line(f"{left} records still wait in {_spool(config)} for MLflow to take them")
             show(earlier, config, display)
+            if config.publish:
+                publish.publish(config, config.run_dir, display)
             return earlier
         if config.tracking.enabled:
             tracking.check(config.tracking.uri)
@@ -76,6 +80,8 @@ def run(config: Config) -> dict[str, Any]:
         finally:
             record.end(status)
         show(metrics, config, display)
+        if config.publish:  # the run is over by now: whatever happens here, it is kept
+            record.tag({"hub_url": publish.publish(config, config.run_dir, display)})
     return metrics
 
 
@@ -155,7 +161,8 @@ def _train_and_measure(
 ) -> dict[str, Any]:
     started = time.monotonic()
     points = _Points(config, record, display, timeline)
-    fitted = train.fit(config, prepared.model_folder, points)
+    with publish.beside_training(config) as points.on_checkpoint:
+        fitted = train.fit(config, prepared.model_folder, points)
     display.line(f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}")
     measured = measure.of_models(
         config,
@@ -264,11 +271,7 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     if config.adapter:
         config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
         measure.check_adapter(config, folder, revision)
-    tokenizer = models.load_tokenizer(folder)
-    asked = []
-    for split in config.split:
-        examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-        asked += generate.questions(examples, split, corpus, tokenizer, config)
+    asked = measure.questions(corpus, models.load_tokenizer(folder), config)
     points = _Points(config, tracking.disabled(Path()), display)
     return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
 
@@ -330,6 +333,7 @@ class _Points:
         self._timeline = timeline
         self._writer: Any = None
         self._newest = -1
+        self.on_checkpoint: Callable[[int], None] | None = None
 
     def __call__(self, point: cluster.Point) -> None:
         if point["kind"] == "answers":
@@ -351,6 +355,8 @@ class _Points:
             self._display.train(point["step"], point["steps"], point["values"])
         else:
             self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
+            if self.on_checkpoint:
+                self.on_checkpoint(point["step"])
         self._record.log(point["step"], values)
         self._tensorboard(point["step"], values)
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_sql import checkpoints, cluster, data, evaluate, generate, linking, models, prompts
 from ray_sql.config import Config, EvaluateConfig, absolute
@@ -24,6 +24,9 @@ from ray_sql.evaluate import Row
 from ray_sql.generate import Answer, Kept, Question
 from ray_sql.metrics import hardness, mcnemar
 from ray_sql.schema import Schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COUNTED = ("prompt_tokens", "new_tokens", "generation_seconds")
 """What a predictions file may say of how an answer was made; kept, for the figure of accuracy by length of the prompt."""
@@ -77,6 +80,15 @@ def of_models(
             counter = display.counter(f"executing {name}'s SQL")
             judged[name] = evaluate.score(asked, answers, config, schemas, counter, executor)
     return judged
+
+
+def questions(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[Question]:
+    """The questions of `config.split`, at most `evaluate.limit` of each."""
+    asked = []
+    for split in config.split:
+        examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+        asked += generate.questions(examples, split, corpus, tokenizer, config)
+    return asked
 
 
 def of_file(config: EvaluateConfig, display: Display) -> Measured:
@@ -163,7 +175,7 @@ def _kept(config: Config, asked: Sequence[Question], model_folder: str, adapter:
         generate.VERSION,
         model_folder,
         files,
-        _digest(adapter),
+        digest(adapter),
         [
             config.quantization.model_dump(),
             str(models.compute_dtype(config)),
@@ -178,7 +190,7 @@ def _kept(config: Config, asked: Sequence[Question], model_folder: str, adapter:
     return Kept(config.cache / "answers" / f"{key}.jsonl")
 
 
-def _digest(adapter: str | None) -> str | None:
+def digest(adapter: str | None) -> str | None:
     """Changes with the content of an adapter."""
     if adapter is None:
         return None

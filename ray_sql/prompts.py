@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray_sql import __version__, linking
 from ray_sql.config import Config, Task
@@ -102,6 +102,15 @@ def render_completion(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, 
     return text + str(tokenizer.eos_token)  # templates that rewrite earlier turns, and models without a template
 
 
+def template_turns(tokenizer: PreTrainedTokenizerBase) -> Literal["system and user", "user", "plain"]:
+    """How the system and user text reach the model: as two turns of its chat template, as one, or as plain paragraphs without one."""
+    if not tokenizer.chat_template:
+        return "plain"
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    merged = [{"role": "user", "content": "s\n\nu"}]
+    return "user" if render_prompt(tokenizer, turns) == render_prompt(tokenizer, merged) else "system and user"
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
     from jinja2.exceptions import TemplateError
 
@@ -148,7 +157,12 @@ def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision:
         "model_name": config.model_name,
         "model_revision": model_revision,
         "quantization": config.quantization.model_dump(),
-        "template": {"system": SYSTEM[config.task_type], "user": USER, "evidence": EVIDENCE},
+        "template": {
+            "system": SYSTEM[config.task_type],
+            "user": USER,
+            "evidence": EVIDENCE,
+            "turns": template_turns(tokenizer),
+        },
         "template_hash": _hash(text),
         "serializer": {"name": config.prompt.serializer, "version": SERIALIZER_VERSION},
         "schema_form": config.prompt.schema_form,

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sql.config import Config, EvaluateConfig, load
+from ray_sql.config import Config, EvaluateConfig, PublishConfig, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 YAMLS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+KINDS = {"evaluate": EvaluateConfig, "publish": PublishConfig}
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
 
 
@@ -61,8 +62,7 @@ def test_commands_in_the_pages_parse() -> None:
             del words[words.index("--config") : words.index("--config") + 2]
         if job == "demo":
             base = ["--config", str(ROOT / "jobs" / "configs" / "demo.yaml")]
-        kind = EvaluateConfig if job == "evaluate" else Config
-        load(kind, base + words)
+        load(KINDS.get(job, Config), base + words)
 
 
 def test_make_targets_in_the_readme_exist() -> None:

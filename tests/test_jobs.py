@@ -222,11 +222,11 @@ def test_evaluate_compares_two_scored_files(run: Run, spider_folder: Path, tmp_p
 def test_check_says_ok_line_by_line(run: Run, flags: list[str]) -> None:
     code, out, err = run("check", *flags)
     assert code == 0, out + err
-    assert sum(line.startswith("ok ") for line in out.splitlines()) == 7
+    assert sum(line.startswith("ok ") for line in out.splitlines()) == 8
     code, out, err = run("check", *changed(flags, lora_DOT_r="50000000"))
     assert code == 2
     assert "FAIL  memory" in out
-    assert "1 of 8 checks failed" in err
+    assert "1 of 9 checks failed" in err
 
 
 def _no_database(folder: Path) -> None:
@@ -350,7 +350,7 @@ def _refused(result: tuple[int, str, str], message: str, tmp_path: Path) -> None
     assert not (tmp_path / "out" / "run").exists(), "nothing half-written"
 
 
-@pytest.mark.parametrize("job", ["finetune", "evaluate", "check", "demo"])
+@pytest.mark.parametrize("job", ["finetune", "evaluate", "publish", "check", "demo"])
 def test_help_shows_every_setting_with_its_sentence(job: str) -> None:
     command = [sys.executable, "-m", f"jobs.{job}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

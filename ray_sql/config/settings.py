@@ -169,6 +169,23 @@ class TrackingSection(Section):
     """MLflow experiment that runs are filed under."""
 
 
+class HubSection(Section):
+    repo_id: str | None = Field(None, pattern=r"^([\w.-]+/)?[\w.-]+$")
+    """Repository that is pushed to, `owner/name`; by default output_name under the token's user."""
+    base_model: str | None = Field(None, pattern=r"^([\w.-]+/)?[\w.-]+$")
+    """The base model's name on the Hub, needed where model_name is a folder: a published adapter names its base."""
+    private: bool = True
+    """Create the repository private; one that exists stays as it is."""
+    license: str | None = None
+    """Licence in the Hub's words, e.g. `apache-2.0`; by default the one that the Hub has for the base model."""
+    push_checkpoints: Literal["none", "best", "all"] = "none"
+    """Push checkpoints to the branch `checkpoints` while training goes on: each that is the best so far, or all."""
+    merge: bool = False
+    """Also merge the adapter into the unquantised base in bfloat16 (`merged/`), measure that, and push it to `<repo_id>-merged`."""
+    force: bool = False
+    """Publish an adapter that was not shown to beat its base model, too."""
+
+
 class Config(BaseSettings):
     """Settings of a fine-tuning run."""
 
@@ -214,6 +231,8 @@ class Config(BaseSettings):
     """Folder for what can be made again: tokenised rows, converted models, unpacked demo databases."""
     overwrite: bool = False
     """Start the run afresh, removing an earlier run of the same name."""
+    publish: bool = False
+    """Push the best adapter to the Hub once it is measured, with a model card made from what was measured."""
     dry_run: bool = False
     """Resolve the settings, show one rendered example, the length audit and the plan, and stop."""
     data: DataSection = DataSection()
@@ -225,6 +244,7 @@ class Config(BaseSettings):
     scaling: ScalingSection = ScalingSection()
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
+    hub: HubSection = HubSection()
 
     @classmethod
     def settings_customise_sources(
@@ -363,6 +383,11 @@ class Config(BaseSettings):
         return f"{root.rstrip('/')}/{self.output_name}" if "://" in root else str(absolute(root) / self.output_name)
 
     @property
+    def publishes(self) -> bool:
+        """Whether a training run pushes anything to the Hub."""
+        return self.publish or self.hub.push_checkpoints != "none"
+
+    @property
     def cache(self) -> Path:
         """Absolute folder for what can be made again."""
         return absolute(self.cache_dir)
@@ -372,11 +397,13 @@ class Config(BaseSettings):
 
         What `train.global_batch_size` decides is left out, so that they can be given back with another number of workers.
         """
-        once = {"config", "dry_run", "overwrite"}  # said to one command; given back, they would delete or not run
+        # said to one command; given back, they would delete, not run, or publish
+        once = {"config", "dry_run", "overwrite", "publish"}
         settings = self.model_dump(mode="json", exclude={"read_token", "write_token", *once})
         # what is given back must not log in with a mask for a password: without one, libpq finds it where it belongs
         settings["data"]["databases"] = passwordless(settings["data"]["databases"])
         settings["tracking"]["uri"] = without_password(settings["tracking"]["uri"])
+        del settings["hub"]["force"]  # as above
         if self.train.global_batch_size is not None:
             del settings["grad_accum_steps"]
         return settings
@@ -437,6 +464,13 @@ class EvaluateConfig(Config):
             if self.compare and getattr(self, name):
                 raise ValueError(f"--compare reads what was judged already: leave --{name} out, or evaluate it first")
         return self
+
+
+class PublishConfig(Config):
+    """Settings of a publication: which run, and how it goes to the Hub; the rest is read from the run's own folder."""
+
+    model_name: str = Field("", description=Config.model_fields["model_name"].description)
+    task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
 
 
 def without_password(uri: str | None) -> str | None:

@@ -1,0 +1,97 @@
+"""The merged model: the adapter added to the unquantised base in bfloat16, for servers and converters that know no adapters.
+
+The adapter was trained over 4-bit weights and is added to others here, so the merged model is another one: it answers the run's own
+questions again, and is refused where it answers significantly fewer than the adapter did.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_sql import checkpoints, cluster, data, measure, models
+from ray_sql.compare import ALPHA
+from ray_sql.config import Config
+from ray_sql.display import Display
+from ray_sql.errors import ModelError
+from ray_sql.metrics import mcnemar
+
+FOLDER = "merged"
+
+
+def merged(config: Config, run_dir: str, display: Display) -> dict[str, Any]:
+    """Write `<run_dir>/merged` and measure it; returns its `metrics.json`: scores by split, and the paired test against the adapter.
+
+    What an earlier call did with the same adapter is kept. Raises `ModelError` if it answers significantly fewer questions.
+    """
+    adapter = measure.digest(f"{run_dir}/adapter")
+    saved: dict[str, Any] = json.loads(checkpoints.read_text(f"{run_dir}/{FOLDER}/metrics.json") or "{}")
+    if saved.get("adapter") != adapter:
+        with tempfile.TemporaryDirectory(prefix="ray_sql-", dir=_room(config)) as scratch:
+            folder = Path(scratch) / FOLDER
+            _write(config, run_dir, folder)
+            saved = {"adapter": adapter, **_measure(config, run_dir, folder, display)}
+            (folder / "metrics.json").write_text(json.dumps(saved, indent=2) + "\n")
+            checkpoints.put(folder, f"{run_dir}/{FOLDER}")
+    test = saved["compared"]
+    display.line(
+        f"merged    {run_dir}/{FOLDER}: it alone is right on {test['only_merged']} questions, the adapter alone on "
+        f"{test['only_adapter']} (McNemar p = {test['mcnemar_p']:.2g})"
+    )
+    if test["only_adapter"] > test["only_merged"] and test["mcnemar_p"] <= ALPHA:
+        raise ModelError(
+            f"{run_dir}/{FOLDER}: merged, the model is worse than with its adapter (McNemar p = {test['mcnemar_p']:.2g}), so it is not "
+            "published; use the adapter, or train with --no-quantization.load_in_4bit"
+        )
+    return saved
+
+
+def _room(config: Config) -> Path:
+    """A folder for something as large as a model: the cache, where base models lie, too."""
+    config.cache.mkdir(parents=True, exist_ok=True)
+    return config.cache
+
+
+def _write(config: Config, run_dir: str, folder: Path) -> None:
+    """The merged model with its tokenizer, as a Hugging Face folder."""
+    from peft import PeftModel
+
+    place, _ = models.resolve(config)
+    base = models.load_base(place, config.changed({"quantization.load_in_4bit": False, "train.bf16": True}))
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        adapter = checkpoints.fetch(f"{run_dir}/adapter", Path(scratch))
+        # not models.load_adapter, which rounds LoRA's weights for generation: their product is rounded once, when it is added
+        PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
+    models.load_tokenizer(place).save_pretrained(folder)
+    checkpoints.fetch_file(f"{run_dir}/contract.json", folder / "contract.json")
+
+
+def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> dict[str, Any]:
+    """The merged model's scores on the run's questions, and the paired test against what the adapter answered."""
+    plain = config.changed({"quantization.load_in_4bit": False})
+    corpus = data.load_split(plain, plain.split)
+    asked = measure.questions(corpus, models.load_tokenizer(str(folder)), plain)
+
+    def progress(point: cluster.Point) -> None:
+        if point["kind"] == "answers":
+            display.update("answering with merged", point["done"], point["total"])
+
+    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, progress)["base"]
+    before = _right(checkpoints.read_text(f"{run_dir}/predictions.jsonl") or "")
+    pairs = [
+        (row["verdict"] == "correct", before[row["split"], row["id"]])
+        for row in rows
+        if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
+    ]
+    gained, lost = sum(m and not a for m, a in pairs), sum(a and not m for m, a in pairs)
+    test = {"n": len(pairs), "only_merged": gained, "only_adapter": lost, "mcnemar_p": mcnemar(lost, gained)}
+    return {**measure.summarise({"merged": rows}, plain), "compared": test}
+
+
+def _right(predictions: str) -> Mapping[tuple[str, str], bool]:
+    """Whether the adapter's answer to a question was right, by split and id; questions whose gold fails are not among them."""
+    rows = [json.loads(line) for line in predictions.splitlines()]
+    return {(row["split"], row["id"]): row["verdict"] == "correct" for row in rows if row["verdict"] != "gold_error"}
