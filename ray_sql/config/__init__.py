@@ -7,12 +7,13 @@ unvalidated. Importing this package loads no torch, ray or mlflow.
 
 from ray_sql.config.load import C, load
 from ray_sql.config.road import build, describe, names
-from ray_sql.config.settings import Config, EvaluateConfig, Task, absolute, passwordless, without_password
+from ray_sql.config.settings import Config, EvaluateConfig, SweepConfig, Task, absolute, passwordless, without_password
 
 __all__ = [
     "C",
     "Config",
     "EvaluateConfig",
+    "SweepConfig",
     "Task",
     "absolute",
     "build",
