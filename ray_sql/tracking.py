@@ -331,7 +331,7 @@ def _send_version(
     source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
     version = own[0] if own else client.create_model_version(model, source, run_id=run_id, tags=dict(tags))
     named = client.get_registered_model(model).aliases.get(alias)
-    rival = next((one.tags for one in known if str(one.version) == str(named)), {})
+    rival: Mapping[str, str] = next((one.tags for one in known if str(one.version) == str(named)), {})
     kept = rival.get("measured_on") == tags["measured_on"] and float(rival["score"]) > float(tags["score"])
     if alias and not kept:
         client.set_registered_model_alias(model, alias, version.version)
