@@ -157,7 +157,9 @@ def sweep(trials: Rows, axes: Sequence[tuple[str, str]], what: str) -> Figure:
             label="stopped early" if group else "trained to the end",
         )
     ring_x, ring_y = ([places[name][trial["trial"]] for trial in first] for name in (across, up))
-    plane.scatter(ring_x, ring_y, s=210, facecolors="none", edgecolors="#c0392b", linewidths=1.6, label="the default settings")
+    plane.scatter(
+        ring_x, ring_y, s=210, facecolors="none", edgecolors="#c0392b", linewidths=1.6, label="the default settings"
+    )
     for name, kind, set_scale, set_ticks in (
         (across, across_kind, plane.set_xscale, plane.set_xticks),
         (up, up_kind, plane.set_yscale, plane.set_yticks),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sql.config import Config, EvaluateConfig, load
+from ray_sql.config import Config, EvaluateConfig, SweepConfig, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,7 +61,7 @@ def test_commands_in_the_pages_parse() -> None:
             del words[words.index("--config") : words.index("--config") + 2]
         if job == "demo":
             base = ["--config", str(ROOT / "jobs" / "configs" / "demo.yaml")]
-        kind = EvaluateConfig if job == "evaluate" else Config
+        kind = {"evaluate": EvaluateConfig, "tune": SweepConfig}.get(job, Config)
         load(kind, base + words)
 
 

@@ -386,8 +386,8 @@ def settled(known: Study | None) -> int:
     return sum(trial.state in study.SETTLED for trial in known.trials) if known else 0
 
 
-def gone(process: subprocess.Popen[bytes], timeout: float = 60) -> None:
-    """Kill a driver, and wait until what it started has ended with it."""
+def gone(process: subprocess.Popen[bytes], timeout: float = 8) -> None:
+    """Kill a driver, and wait until its trials have ended with it; agents of its Ray may outlive it for minutes, idle."""
     import psutil
 
     children = psutil.Process(process.pid).children(recursive=True)

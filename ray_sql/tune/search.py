@@ -99,11 +99,20 @@ class Search(OptunaSearch):  # type: ignore[misc]  # ray is not followed by mypy
         Path(checkpoint_path).touch()
 
 
+class Halving(ASHAScheduler):  # type: ignore[misc]
+    """ASHA, but the first trial goes on to the end: it is what the best is compared with, and must have had its chance."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether a trial goes on."""
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        return TrialScheduler.CONTINUE if trial.config["trial"] == 0 else decision
+
+
 def scheduler(config: Config, steps: int) -> TrialScheduler:
     """ASHA with rungs at grace_period x reduction_factor^k optimizer steps, or none."""
     if config.tune.scheduler == "fifo":
         return FIFOScheduler()
-    return ASHAScheduler(
+    return Halving(
         time_attr="step",  # Tune's own `training_iteration` starts anew with every restart of a trial
         metric="score",
         mode="max",
