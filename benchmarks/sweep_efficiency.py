@@ -3,13 +3,13 @@
     python -m benchmarks.sweep_efficiency out/sweep-efficiency          (--quick: one seed, fewer trials)
 
 A Llama of two layers and random weights (its tokenizer is trained on the demo's questions) learns the demo's answers through LoRA, with
-the project's own training. The grid is every learning rate with every rank, each trained to the end in this process; it is trained
-once and kept in the folder. The sweep is `tune.run` over the same points, which it draws with TPE and stops with ASHA, choosing by the loss on
-the validation examples: a model so small writes no SQL that runs. Both choose by that loss; what they chose is then scored on
-examples neither saw (the demo's `seen` split), by the share of the answers' tokens that the model predicts. Every seed has a split, a
-model, a grid and a sweep of its own. The last line is one JSON object: `share_of_passes`, examples the sweep's trials passed
-over those of the grid; `points_below_grid_best`, how far the sweep's point is below the best point of the grid in that score, in points, as a mean
-over the seeds.
+the project's own training. The grid is every learning rate with every rank, each trained to the end in this process; it is
+trained once and kept in the folder. The sweep is `tune.run` over the same points, which it draws with TPE and stops with ASHA, choosing
+by the loss on the validation examples: a model so small writes no SQL that runs. What it chose is scored on examples that no trial saw
+(the demo's `seen` split), by the share of the answers' tokens that the model predicts, as is every point of the grid. Every seed
+has a split, a model, a grid and a sweep of its own. The last line is one JSON object: `share_of_passes`, examples the sweep's trials
+passed over those of the grid; `points_below_grid_best`, how far the sweep's point is below the best of the grid in that score, in
+points; both as means over the seeds.
 """
 
 from __future__ import annotations

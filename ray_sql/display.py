@@ -47,7 +47,7 @@ class Display:
             self._live.stop()
 
     def _shown(self) -> RenderableType:
-        return Group(self._progress, self._below)
+        return Group(self._progress, self._below) if self._below else self._progress
 
     def below(self, table: RenderableType) -> None:
         """Keep a table below the moving lines, on a terminal."""

@@ -327,8 +327,7 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
             f"(McNemar p = {test['mcnemar_p']:.2g})"
         )
     if "training_seconds" in metrics:
-        seconds = f"{metrics['seconds']:.0f} s, of them training " if "seconds" in metrics else "training "
-        display.line(f"time         {seconds}{metrics['training_seconds']:.0f} s")
+        display.line(f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s")
         display.line(f"adapter      {config.run_dir}/adapter")
     display.line(f"predictions  {config.run_dir}/predictions.jsonl")
     display.line(f"report       {config.run_dir}/report.html")

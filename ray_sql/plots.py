@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"base": "#9aa5b1", "tuned": "#2f6fb2", "file": "#2f6fb2"}
+COLOURS = {"base": "#9aa5b1", "default": "#d49a3a", "tuned": "#2f6fb2", "file": "#2f6fb2"}
 MOST_DATABASES = 40
 """Databases in one figure; more cannot be read."""
 

@@ -46,7 +46,12 @@ def crown(
         "verdict": verdict,
         **facts,
     }
-    steps = {"best_step": best.best.step, "steps": best.steps, "training_seconds": round(best.seconds, 1)}
+    steps = {
+        "best_step": best.best.step,
+        "steps": best.steps,
+        "training_seconds": round(best.seconds, 1),
+        "seconds": round(sum(trial.seconds for trial in study.trials), 1),
+    }
     metrics = finetune.conclude(chosen, prepared, measured, record, {**steps, "sweep": sweep})
     _register(record, config, metrics, won)
     display.line(f"champion  {name(best.number)}: {verdict}")
@@ -98,11 +103,9 @@ def _take(chosen: Config, study: Study, trial: Trial) -> str:
 
 
 def _adapter(study: Study, trial: Trial) -> str:
-    """Where a trial's best adapter is; one that was stopped in the last moments may have only its checkpoints."""
-    folder = study.folder(trial.number)
-    if not checkpoints.exists(f"{folder}/adapter/adapter_config.json"):
-        train.keep_best(folder)
-    return f"{folder}/adapter"
+    """Where a trial's best adapter is, taken from its checkpoints again: a driver may have been killed while the trial copied it."""
+    train.keep_best(study.folder(trial.number))
+    return f"{study.folder(trial.number)}/adapter"
 
 
 def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, display: Display) -> Measured:

@@ -39,6 +39,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         given = settings(Config(**plan["config"]), config["changes"], self._number)
         saved = checkpoints.read_text(f"{given.run_dir}/config.json")
         self._settings = Config(**json.loads(saved)) if saved else given  # after a retry with less memory they differ
+        self._fresh = saved is None
         self._measures = measured(given.run_dir) if saved else []
         self._left = list(self._measures)
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
@@ -103,7 +104,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
 
     def _train(self) -> None:
         try:
-            if not checkpoints.exists(f"{self._settings.run_dir}/{rows.FILE}"):
+            if self._fresh:
                 prepare.copy_inputs(self._plan["inputs"], self._settings)
             self._fit()
         except Exception as error:  # of whatever kind: it ends this trial and not the sweep, which records it

@@ -13,7 +13,7 @@ from rich.table import Table
 from ray_sql import cluster, tracking
 from ray_sql.display import Display, percent
 from ray_sql.tune.space import Space, shown
-from ray_sql.tune.study import SETTLED, Measure, Study, Trial, name
+from ray_sql.tune.study import SETTLED, Measure, Study, Trial, measured, name
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         self._clocks[number] = time.monotonic()
         if number not in self._runs:
             self._runs[number] = self._begin(self._study.trials[number])
+            for one in measured(self._study.folder(number)):  # what an earlier attempt could not say any more
+                self._runs[number].log(one.step, {**one.metrics, "objective": one.objective})
         self._study.change(number, state="running", mlflow_run_id=self._runs[number].run_id or None)
         self._say(f"{name(number)}: {self._point(number)}")
 
