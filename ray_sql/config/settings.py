@@ -185,6 +185,15 @@ class TuneSection(Section):
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Trials at a time; by default as many as the cluster's resources hold."""
 
+    @field_validator("space")
+    @classmethod
+    def _read_exponents(cls, space: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
+        """Numbers that YAML reads as text, as it does `5e-5`."""
+        return {
+            name: {kind: [_number(value) for value in values] for kind, values in axis.items()}
+            for name, axis in space.items()
+        }
+
     @field_validator("scheduler")
     @classmethod
     def _check_scheduler(cls, name: str) -> str:
@@ -506,6 +515,11 @@ class SweepConfig(Config):
     def _named(self, task: Task) -> dict[str, str]:
         several = len(set(self.task_type)) > 1
         return {"task_type": task, "output_name": f"{self.output_name}-{task}" if several else self.output_name}
+
+
+def _number(value: Any) -> Any:
+    exponent = isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d+", value)
+    return float(value) if exponent else value
 
 
 def without_password(uri: str | None) -> str | None:
