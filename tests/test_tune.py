@@ -540,7 +540,7 @@ def test_a_killed_driver_resumes_its_study(make_config: Any, tracked: dict[str, 
     gone(first)
     before = study.load(config)
     assert before and before.trials[0].state == "finished"
-    weights = Path(before.folder(0), "adapter", "adapter_model.safetensors")
+    weights = Path(before.folder(0), "checkpoint-4", "adapter_model.safetensors")
     trained = weights.stat().st_mtime_ns
     refused = driver.start()
     assert refused.wait(timeout=120) == 2
