@@ -161,12 +161,18 @@ def read_text(uri: str) -> str | None:
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write a text file to storage; `StoreError` names the place if it is full or read-only."""
+    """Write a text file to storage, complete or not at all; `StoreError` names the place if it is full or read-only."""
+    import pyarrow.fs as pafs
+
     filesystem, path = open_store(uri)
+    local = isinstance(filesystem, pafs.LocalFileSystem)  # object stores show a file when it is complete
+    half = f"{path}.{os.getpid()}.part" if local else path
     with _writing(uri):
         filesystem.create_dir(str(Path(path).parent), recursive=True)
-        with filesystem.open_output_stream(path) as stream:
+        with filesystem.open_output_stream(half) as stream:
             stream.write(text.encode("utf-8"))
+        if local:
+            os.replace(half, path)
 
 
 @contextmanager

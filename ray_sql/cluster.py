@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import errors
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
-OnPoint = Callable[[Point], None]
+OnPoint = Callable[[Point], bool | None]
+"""What becomes of a point; False, for a checkpoint's, means that training should stop there."""
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 
 ENVIRONMENT = {
@@ -50,10 +52,16 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
 """One thread: whoever asks for Ray second finds it started."""
 _BEGUN: list[Future[None]] = []
 """The start that is under way, if any."""
+_OURS = threading.Event()
+"""Set while there is a Ray that this process started or joined itself."""
 
 
-def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str) -> dict[str, Any]:
+def run_workers(
+    loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str, decides: bool = False
+) -> dict[str, Any]:
     """Call `loop(plan)` on every worker and return what rank 0 returned; `plan["emit"](point)` reaches `on_point` here.
+
+    Where `on_point` `decides`, workers wait at every checkpoint for what it says.
 
     A worker that dies is restarted with all others, `scaling.max_failures` times. Raises the `RaySqlError` that rank 0 raised,
     and `TrainingError` when the restarts are used up.
@@ -72,8 +80,8 @@ def run_workers(loop: Loop, plan: Mapping[str, Any], config: Config, on_point: O
     start_ray()
     on_point(mark("Ray"))
     try:
-        with _Channel(on_point) as channel:
-            return _fit(loop, {**plan, "emit": Sender(channel.queue)}, config, run_dir)
+        with Channel(on_point, decides) as channel:
+            return _fit(loop, {**plan, "emit": channel.sender()}, config, run_dir)
     except (KeyboardInterrupt, SystemExit):
         ray.shutdown()  # at once: left to the interpreter's exit it waits a quarter of a minute for workers that are busy
         raise
@@ -123,6 +131,67 @@ def _init_ray() -> None:
         # never `auto` unasked: a cluster that was killed leaves its address behind, and Ray would try it for many minutes
         address = os.environ.get("RAY_ADDRESS") or "local"
         ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
+        _OURS.set()
+
+
+def leave_ray() -> None:
+    """Shut down the Ray that this process started, or leave the cluster it joined; one that was there before stays.
+
+    At the interpreter's exit it would be too late for Ray Tune: Ray's processes end with the thread that started them, which is gone
+    by then, and Tune waits a minute to take its registrations back.
+    """
+    import ray
+
+    if _OURS.is_set():
+        _OURS.clear()
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many trainings of one kind the cluster holds at a time; `needs` is what one of them takes, by Ray's resource names."""
+
+    at_once: int
+    needs: dict[str, float]
+    arithmetic: str
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What its use is counted in: GPUs, or CPUs where it has none, and how many."""
+        return ("GPU", self.needs["GPU"]) if self.needs.get("GPU") else ("CPU", self.needs.get("CPU", 1.0))
+
+
+def room(config: Config) -> Room:
+    """What a training takes, and how often that fits into the cluster (with all that its autoscaler may add), or this machine."""
+    total = capacity()
+    gpu = bool(total.get("GPU")) if config.scaling.use_gpu is None else config.scaling.use_gpu
+    each = dict(config.scaling.resources_per_worker or {})
+    if gpu:
+        each.setdefault("GPU", 1)
+    if not each:
+        each = {"CPU": max(1, int(total.get("CPU", 1) // config.workers))}
+    needs = {name: amount * config.workers for name, amount in each.items() if amount}
+    fits = {name: int(total.get(name, 0) // amount) for name, amount in needs.items()}
+    scarce = min(fits, key=lambda name: fits[name])
+    have, need = total.get(scarce, 0), needs[scarce]
+    arithmetic = f"{have:g} {scarce} here / {need:g} a trial ({config.workers} x {each[scarce]:g}) = {fits[scarce]}"
+    return Room(fits[scarce], needs, arithmetic)
+
+
+def capacity() -> dict[str, float]:
+    """Ray's resources of the cluster, as far as its autoscaler may take it; of this machine where no Ray runs and none is named."""
+    import ray
+
+    if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        import torch
+
+        return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    start_ray()
+    from ray._private.state import state  # the only place where the autoscaler's limits can be read
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    now: dict[str, float] = ray.cluster_resources()
+    return {name: max(now.get(name, 0.0), float(most.get(name, 0))) for name in {*now, *most}}
 
 
 def scaling_config(config: Config) -> ScalingConfig:
@@ -159,7 +228,8 @@ def claim_device(config: Config) -> torch.device:
         return ray.train.torch.get_device()
     keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
+    asked = (config.scaling.resources_per_worker or {}).get("CPU", cores)
+    torch.set_num_threads(max(1, min(int(asked), cores // ray.train.get_context().get_local_world_size())))
     return torch.device("cpu")
 
 
@@ -184,43 +254,54 @@ def keep_freed_memory() -> None:
 
 
 class Sender:
-    """The worker's end of the channel; a lost driver or queue costs points, never the run."""
+    """The workers' end of a channel; a lost driver or queue costs points, never the run."""
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+    def __init__(self, queue: Queue, decisions: Queue | None) -> None:
+        self._queue, self._decisions = queue, decisions
         self._lost = False
 
-    def __call__(self, point: Point) -> None:
+    def __call__(self, point: Point) -> bool | None:
         from ray.exceptions import RayError
 
         if self._lost:
-            return
+            return None
         try:
             self._queue.put_nowait(point)
+            if self._decisions is not None and point["kind"] == "validation":
+                return bool(self._decisions.get())
         except RayError as error:
             self._lost = True
             log.warning("progress can no longer be sent to the driver: %s", error)
+        return None
 
 
-class _Channel:
-    """The driver's end: a queue in the cluster and a thread that hands its points to `on_point`, in order."""
+class Channel:
+    """The driver's end: a queue in the cluster and a thread that hands its points to `on_point`, in order; and where `on_point`
+    decides, a queue back."""
 
-    def __init__(self, on_point: OnPoint) -> None:
+    def __init__(self, on_point: OnPoint, decides: bool = False) -> None:
         from ray.util.queue import Queue
 
-        self.queue = Queue(actor_options={"num_cpus": 0})
+        self._queue = Queue(actor_options={"num_cpus": 0})
+        self._decisions = Queue(actor_options={"num_cpus": 0}) if decides else None
         self._on_point = on_point
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._drain, name="ray_sql-points", daemon=True)
 
-    def __enter__(self) -> _Channel:
+    def sender(self) -> Sender:
+        """What processes of the cluster send points with."""
+        return Sender(self._queue, self._decisions)
+
+    def __enter__(self) -> Channel:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.queue.shutdown(force=True)
+        for queue in (self._queue, self._decisions):
+            if queue is not None:
+                queue.shutdown(force=True)
 
     def _drain(self) -> None:
         from ray.exceptions import RayError
@@ -229,7 +310,7 @@ class _Channel:
         while True:
             ended = self._done.is_set()  # read before the queue: what was sent before the end is then sure to be seen
             try:
-                point = self.queue.get(timeout=0.5)
+                point = self._queue.get(timeout=0.5)
             except Empty:
                 if ended:
                     return
@@ -237,10 +318,16 @@ class _Channel:
             except RayError as error:
                 log.warning("the workers' points can no longer be read: %s", error)
                 return
-            try:
-                self._on_point(point)
-            except Exception as error:  # a display or a log that fails must not take the other points with it
-                log.warning("a point was not shown: %s: %s", type(error).__name__, error)
+            decision = self._take(point)
+            if self._decisions is not None and point["kind"] == "validation":
+                self._decisions.put(decision is not False)
+
+    def _take(self, point: Point) -> bool | None:
+        try:
+            return self._on_point(point)
+        except Exception as error:  # a display or a log that fails must not take the other points with it
+            log.warning("a point was not shown: %s: %s", type(error).__name__, error)
+            return None
 
 
 def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict[str, Any]:

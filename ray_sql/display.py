@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
@@ -19,7 +20,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self._live = Progress(
+        self._progress = Progress(
             TextColumn("{task.description:<26}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -27,6 +28,8 @@ class Display:
             TextColumn("{task.fields[note]}"),
             console=self.console,
         )
+        self._below: RenderableType = ""
+        self._live = Live(get_renderable=self._shown, console=self.console, refresh_per_second=4)
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
         self._said: dict[str, float] = {}
@@ -40,7 +43,15 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.console.is_terminal:
+            self._below = ""  # what stays was printed as lines
             self._live.stop()
+
+    def _shown(self) -> RenderableType:
+        return Group(self._progress, self._below) if self._below else self._progress
+
+    def below(self, table: RenderableType) -> None:
+        """Keep a table below the moving lines, on a terminal."""
+        self._below = table
 
     def line(self, text: str) -> None:
         """One line that stays."""
@@ -64,8 +75,8 @@ class Display:
         if self.console.is_terminal:
             task = self._tasks.get(stage)
             if task is None:
-                task = self._tasks[stage] = self._live.add_task(stage, total=total, note=note)
-            self._live.update(task, completed=done, total=total, note=note)
+                task = self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
+            self._progress.update(task, completed=done, total=total, note=note)
             return
         if done < total and now - self._said.get(stage, first) < every:
             return

@@ -160,7 +160,7 @@ def _train_and_measure(
     timeline: Timeline,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    points = _Points(config, record, display, timeline)
+    points = Points(config, record, display, timeline)
     with publish.beside_training(config) as points.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, points)
     display.line(f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}")
@@ -173,6 +173,22 @@ def _train_and_measure(
         display,
         points,
     )
+    points.close()
+    facts = {
+        "best_step": fitted.best.step,
+        "steps": fitted.steps,
+        "training_seconds": round(fitted.seconds, 1),
+        "startup_seconds": timeline.stages(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return conclude(config, prepared, measured, record, facts)
+
+
+def conclude(
+    config: Config, prepared: Prepared, measured: Measured, record: tracking.Run, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write and record what was measured of a run whose adapter lies in its folder; `facts` say how it was made. Returns what
+    `metrics.json` holds."""
     metrics = {
         "task_type": config.task_type,
         "model_name": config.model_name,
@@ -181,14 +197,9 @@ def _train_and_measure(
         "identity": config.identity(),
         "mlflow_run_id": record.run_id,
         "tracking_uri": without_password(record.uri),
-        "best_step": fitted.best.step,
-        "steps": fitted.steps,
-        "training_seconds": round(fitted.seconds, 1),
-        "startup_seconds": timeline.stages(),
-        "seconds": round(time.monotonic() - started, 1),
+        **facts,
         **measure.summarise(measured, config),
     }
-    points.close()
     measure.write(config.run_dir, measured, metrics)
     figures = plots.figures(metrics, measured)
     report.write(config, metrics, measured, figures)
@@ -272,13 +283,13 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
         config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
         measure.check_adapter(config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
-    points = _Points(config, tracking.disabled(Path()), display)
+    points = Points(config, tracking.disabled(Path()), display)
     return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
 
 
 def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     """The result as a table for people, and where everything is."""
-    models = [name for name in ("base", "tuned", "file") if name in metrics]
+    models = [name for name in ("base", "default", "tuned", "file") if name in metrics]
     name, title = (
         ("execution_accuracy", "execution accuracy")
         if metrics["task_type"] == "sql"
@@ -313,6 +324,11 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
             f"{split}: tuned alone is right on {test['only_tuned']}, base alone on {test['only_base']} "
             f"(McNemar p = {test['mcnemar_p']:.2g})"
         )
+    for split, test in metrics.get("compared_default", {}).items():
+        display.line(
+            f"{split}: tuned alone is right on {test['only_tuned']}, the default settings alone on {test['only_default']} "
+            f"(McNemar p = {test['mcnemar_p']:.2g})"
+        )
     if "training_seconds" in metrics:
         display.line(f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s")
         display.line(f"adapter      {config.run_dir}/adapter")
@@ -323,7 +339,7 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         display.line(f"MLflow UI    make ui    (mlflow ui --backend-store-uri {metrics['tracking_uri']})")
 
 
-class _Points:
+class Points:
     """What workers say, passed on to the display, MLflow and TensorBoard, each step once."""
 
     def __init__(
@@ -387,4 +403,4 @@ def _scores(values: Mapping[str, float]) -> str:
     for name in ("execution_accuracy", "strict_recall"):
         if f"validation/{name}" in values:
             return f", validation {name} {percent(values[f'validation/{name}'])} of {values['validation/n']:.0f}"
-    return ""
+    return f", validation loss {values['validation/loss']:.3f}" if "validation/loss" in values else ""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,21 +132,25 @@ def read_predictions(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def summarise(measured: Measured, config: Config) -> dict[str, dict[str, Any]]:
-    """Scores by model and split, and `compared`: the paired test of tuned against base on the questions both answered."""
+    """Scores by model and split, and `compared`: the paired test of tuned against base on the questions both answered; of a sweep's
+    champion `compared_default` too, against the default settings."""
     summary: dict[str, dict[str, Any]] = {}
     for name, rows in measured.items():
         splits = dict.fromkeys(row["split"] for row in rows)
         summary[name] = {s: evaluate.summarise([row for row in rows if row["split"] == s], config) for s in splits}
     if "base" in measured and "tuned" in measured:
-        summary["compared"] = {split: _compare(measured, split) for split in summary["tuned"]}
+        summary["compared"] = {split: _compare(measured, "base", split) for split in summary["tuned"]}
+    if "default" in measured:
+        summary["compared_default"] = {split: _compare(measured, "default", split) for split in summary["tuned"]}
     return summary
 
 
 def write(run_dir: str, measured: Measured, metrics: Mapping[str, Any]) -> None:
-    """`predictions.jsonl` (of the tuned model where there is one), `base_predictions.jsonl` beside it, then `metrics.json`."""
+    """`predictions.jsonl` (of the tuned model where there is one), those of others beside it (`base_predictions.jsonl`), then
+    `metrics.json`."""
     for name, rows in measured.items():
-        main = name != "base" or len(measured) == 1
-        checkpoints.write_text(f"{run_dir}/{'' if main else 'base_'}predictions.jsonl", evaluate.dump(rows))
+        main = name in ("tuned", "file") or len(measured) == 1
+        checkpoints.write_text(f"{run_dir}/{'' if main else f'{name}_'}predictions.jsonl", evaluate.dump(rows))
     checkpoints.write_text(f"{run_dir}/metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
@@ -272,12 +276,20 @@ def _text(value: Any, config: Config, where: str) -> str | None:
     return value
 
 
-def _compare(measured: Measured, split: str) -> dict[str, Any]:
-    """McNemar's exact test on the questions of a split; rows of both models are in the same order."""
+def paired(
+    measured: Measured, other: str, right: Callable[[Row], bool], split: str | None = None
+) -> tuple[int, int, float]:
+    """Questions that only the model `other` and only the tuned one gets right, of a split or of all, and McNemar's exact p; rows of all
+    models are in the same order."""
     pairs = [
-        (base["verdict"] == "correct", tuned["verdict"] == "correct")
-        for base, tuned in zip(measured["base"], measured["tuned"], strict=True)
-        if tuned["split"] == split and "gold_error" not in (base["verdict"], tuned["verdict"])
+        (right(one), right(tuned))
+        for one, tuned in zip(measured[other], measured["tuned"], strict=True)
+        if split in (None, tuned["split"]) and "gold_error" not in (one["verdict"], tuned["verdict"])
     ]
-    only_base, only_tuned = sum(b and not t for b, t in pairs), sum(t and not b for b, t in pairs)
-    return {"only_base": only_base, "only_tuned": only_tuned, "mcnemar_p": mcnemar(only_base, only_tuned)}
+    only_other, only_tuned = sum(o and not t for o, t in pairs), sum(t and not o for o, t in pairs)
+    return only_other, only_tuned, mcnemar(only_other, only_tuned)
+
+
+def _compare(measured: Measured, other: str, split: str) -> dict[str, Any]:
+    only_other, only_tuned, p = paired(measured, other, lambda row: bool(row["verdict"] == "correct"), split)
+    return {f"only_{other}": only_other, "only_tuned": only_tuned, "mcnemar_p": p}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"base": "#9aa5b1", "tuned": "#2f6fb2", "file": "#2f6fb2"}
+COLOURS = {"base": "#9aa5b1", "default": "#d49a3a", "tuned": "#2f6fb2", "file": "#2f6fb2"}
 MOST_DATABASES = 40
 """Databases in one figure; more cannot be read."""
 
@@ -130,6 +130,86 @@ def length_edges(lengths: Sequence[int], bins: int = 6, least: int = 10) -> list
     ordered = sorted(lengths)
     count = min(bins, len(ordered) // least)
     return sorted({ordered[index * len(ordered) // count] for index in range(count)})
+
+
+def sweep(trials: Rows, axes: Sequence[tuple[str, str]], what: str) -> Figure:
+    """The best objective of every trial over the first two axes of a sweep, or over its only one.
+
+    A trial has its values by axis, `objective` (None where nothing was measured) and `stopped`; the first is the default one. An axis is
+    (name, `log`, `linear` or `category`).
+    """
+    figure, plane = _axes(7, 4.4)
+    (across, across_kind), (up, up_kind) = axes[0], axes[1] if len(axes) > 1 else ("objective", "linear")
+    shown = [trial for trial in trials if trial["objective"] is not None]
+    places = {name: _places(trials, name, kind) for name, kind in ((across, across_kind), (up, up_kind))}
+    first = [trial for trial in shown if trial["trial"] == 0]
+    for group, marker in ((False, "o"), (True, "v")):
+        some = [trial for trial in shown if trial["stopped"] == group]
+        points = plane.scatter(
+            [places[across][trial["trial"]] for trial in some],
+            [places[up][trial["trial"]] for trial in some],
+            c=[trial["objective"] for trial in some],
+            vmin=min((trial["objective"] for trial in shown), default=0),
+            vmax=max((trial["objective"] for trial in shown), default=1),
+            marker=marker,
+            s=70,
+            edgecolors="white",
+            label="stopped early" if group else "trained to the end",
+        )
+    ring_x, ring_y = ([places[name][trial["trial"]] for trial in first] for name in (across, up))
+    plane.scatter(
+        ring_x, ring_y, s=210, facecolors="none", edgecolors="#c0392b", linewidths=1.6, label="the default settings"
+    )
+    for name, kind, set_scale, set_ticks in (
+        (across, across_kind, plane.set_xscale, plane.set_xticks),
+        (up, up_kind, plane.set_yscale, plane.set_yticks),
+    ):
+        if kind == "log":
+            set_scale("log")
+        elif kind == "category":
+            values = sorted({trial[name] for trial in trials}, key=_by_value)
+            set_ticks(range(len(values)), [_name(str(value)) for value in values])
+    plane.set_xlabel(across)
+    plane.set_ylabel(what if up == "objective" else up)
+    plane.set_title("Every trial's best")
+    _legend(plane)
+    if len(axes) > 1:
+        figure.colorbar(points, ax=plane, label=what)
+    return figure
+
+
+def courses(courses: Mapping[str, Sequence[tuple[int, float]]], best: str, what: str) -> Figure:
+    """The objective of every trial by step, as (step, objective); the best trial's stands out."""
+    figure, axes = _axes(7, 4)
+    for name, points in courses.items():
+        chief = name == best
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=4,
+            color=COLOURS["tuned" if chief else "base"],
+            linewidth=2 if chief else 1,
+            zorder=3 if chief else 2,
+            label=name if chief else None,
+        )
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(what)
+    axes.set_title("The objective while training")
+    _legend(axes)
+    return figure
+
+
+def _places(trials: Rows, name: str, kind: str) -> dict[int, float]:
+    """Where each trial is on an axis; a category's values stand side by side."""
+    if kind != "category":
+        return {trial["trial"]: trial[name] for trial in trials}
+    values = sorted({trial[name] for trial in trials}, key=_by_value)
+    return {trial["trial"]: float(values.index(trial[name])) for trial in trials}
+
+
+def _by_value(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    return not number, float(value) if number else 0.0, str(value)
 
 
 def errors(measured: Mapping[str, Rows]) -> Figure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,14 @@ class Prepared:
                 [q for q in usable if (q.split, q.id) not in failing], config.evaluate.select_examples, config.seed
             )
         )
+
+    def validation_rows(self, config: Config) -> list[rows.Row]:
+        """The examples of `validation` with their gold answers, for their loss."""
+        examples = {example.id: example for example in self.corpus.splits["validation"]}
+        return [
+            rows.encode(examples[question.id], self.corpus.schemas, self.tokenizer, config)
+            for question in self.validation(config)
+        ]
 
     def _asked(self, split: str, config: Config, limit: int | None) -> list[Question]:
         examples = data.sample(self.corpus.splits[split], limit, config.seed)
@@ -163,8 +172,23 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
     checkpoints.write_text(f"{run_dir}/{DATA_FILE}", prepared.corpus.fingerprint(TRAINED_ON))
     checkpoints.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
     checkpoints.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(prepared.validation(config)))
+    if held_out := prepared.validation_rows(config):
+        with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+            rows.write(held_out, Path(scratch) / "rows.parquet")
+            checkpoints.put(Path(scratch) / "rows.parquet", f"{run_dir}/{rows.VALIDATION_FILE}")
     if prepared.gold_errors:
         checkpoints.write_text(f"{run_dir}/gold_errors.jsonl", evaluate.dump(prepared.gold_errors))
+
+
+def copy_inputs(source: str, config: Config) -> None:
+    """Lay out the folder of a run that reads the same rows and asks the same questions as the run in the folder `source`."""
+    names = ("contract.json", DATA_FILE, rows.FILE, rows.VALIDATION_FILE, generate.VALIDATION_FILE)
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        for name in names:
+            if checkpoints.exists(f"{source}/{name}"):
+                local = checkpoints.fetch_file(f"{source}/{name}", Path(scratch) / Path(name).name)
+                checkpoints.put(local, f"{config.run_dir}/{name}")
+    checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
 
 
 def earlier_run(config: Config) -> dict[str, Any] | None:

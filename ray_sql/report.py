@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -48,19 +47,17 @@ def write(
 
 def page(title: str, metrics: Mapping[str, Any], measured: Mapping[str, Rows], figures: Mapping[str, Figure]) -> str:
     """The report as HTML; `metrics` is what `metrics.json` holds, `measured` the judged rows of each model, in one order."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = (resources.files("ray_sql") / "report.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     header, cells = summary(metrics, measured)
     questions = list(zip(*measured.values(), strict=True))
-    return environment.from_string(template).render(
-        title=title,
-        facts=facts(metrics, list(measured)),
+    return render(
+        "report.jinja",
+        title,
+        facts(metrics, list(measured)),
+        figures,
         header=header,
         cells=cells,
         compared=metrics.get("compared", {}),
-        figures={name.removesuffix(".png").replace("_", " "): _image(figure) for name, figure in figures.items()},
+        compared_default=metrics.get("compared_default", {}),
         models=list(measured),
         questions=questions,
         choices=[
@@ -68,6 +65,18 @@ def page(title: str, metrics: Mapping[str, Any], measured: Mapping[str, Rows], f
             *((f"verdict-{name}", f"{name}: verdict", _known(rows, "verdict")) for name, rows in measured.items()),
         ],
     )
+
+
+def render(template: str, title: str, facts: Mapping[str, str], figures: Mapping[str, Figure], **values: Any) -> str:
+    """A page that needs nothing else, from one of the package's templates; every value is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("ray_sql", "")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    images = {name.removesuffix(".png").replace("_", " "): _image(figure) for name, figure in figures.items()}
+    return environment.get_template(template).render(title=title, facts=facts, figures=images, **values)
 
 
 def facts(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:

@@ -75,6 +75,11 @@ class Run:
         """Name the data of a split as an input of the run."""
         self._send("dataset", [name, digest, source, split])
 
+    def register(self, model: str, folder: str, tags: Mapping[str, str], alias: str | None) -> None:
+        """A version of a registered model from the run's artifact folder, and `alias` on it, unless that is on a version whose tag
+        `score` is higher and whose tag `measured_on` is the same."""
+        self._send("version", [model, folder, dict(tags), alias])
+
     def end(self, status: Status) -> None:
         """Replay what was spooled, then set the final status."""
         self.replay()
@@ -311,11 +316,33 @@ def _send_artifact(client: Any, run_id: str, path: str, folder: str) -> None:
     send(run_id, path, folder or None)
 
 
+def _send_version(
+    client: Any, run_id: str, model: str, folder: str, tags: Mapping[str, str], alias: str | None
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = client.search_model_versions(f"name='{model}'")
+    own = [version for version in known if version.run_id == run_id]  # of an attempt that was cut off after it
+    source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
+    version = own[0] if own else client.create_model_version(model, source, run_id=run_id, tags=dict(tags))
+    named = client.get_registered_model(model).aliases.get(alias)
+    rival: Mapping[str, str] = next((one.tags for one in known if str(one.version) == str(named)), {})
+    kept = rival.get("measured_on") == tags["measured_on"] and float(rival["score"]) > float(tags["score"])
+    if alias and not kept:
+        client.set_registered_model_alias(model, alias, version.version)
+
+
 _SENDERS: dict[str, Callable[..., object]] = {
     "metrics": _send_metrics,
     "tag": lambda client, run_id, key, value: client.set_tag(run_id, key, value),
     "table": lambda client, run_id, columns, file: client.log_table(run_id, columns, file),
     "artifact": _send_artifact,
     "dataset": _send_dataset,
+    "version": _send_version,
     "end": lambda client, run_id, status: client.set_terminated(run_id, status),
 }

@@ -40,10 +40,11 @@ class FitResult:
     seconds: float
 
 
-def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResult:
+def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: bool = False) -> FitResult:
     """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
 
-    Raises `TrainingError` where the loss diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
+    Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. Raises `TrainingError` where the loss
+    diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
     """
     started = time.monotonic()
     run_dir = config.run_dir
@@ -51,9 +52,14 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResu
     if start_from:
         _rewind(config, start_from)
     plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
-    outcome = cluster.run_workers(train_loop_per_worker, plan, config, on_point, run_dir)
+    outcome = cluster.run_workers(train_loop_per_worker, plan, config, on_point, run_dir, decides)
     if outcome["failure"]:
         raise TrainingError(outcome["failure"])
+    return FitResult(outcome["step"], keep_best(run_dir), time.monotonic() - started)
+
+
+def keep_best(run_dir: str) -> Checkpoint:
+    """Copy the adapter of a run's best checkpoint to `<run_dir>/adapter`; returns that checkpoint."""
     best = checkpoints.best(checkpoints.complete(run_dir))
     if best is None:
         raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")
@@ -65,7 +71,7 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint) -> FitResu
         for name in ("config.json", "contract.json"):  # an adapter carries its recipe wherever it is copied to
             checkpoints.fetch_file(f"{run_dir}/{name}", folder / name)
         checkpoints.put(folder, f"{run_dir}/adapter")
-    return FitResult(outcome["step"], best, time.monotonic() - started)
+    return best
 
 
 def starting_point(config: Config, contract: Mapping[str, Any]) -> str | None:
@@ -148,8 +154,8 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         if done and done[-1].step >= config.steps(len(data)):
             return asdict(trainer.Outcome(done[-1].step, done[-1].step, None))  # only what follows training was cut off
         resume_from = _resume(config, plan["start_from"], local)
-        judge = _Validation(config, tokenizer)
         together = _together(base, data, config, plan["emit"])
+        judge = _Validation(config, tokenizer, together, local)
         mark("shared rows tried")
         reporter = _Reporter(config, judge, plan["emit"], data, context.get_world_rank())
         outcome = trainer.train(
@@ -219,48 +225,76 @@ class _Reporter:
         self._last = (step, now)
         self._emit({"kind": "train", "step": step, "steps": steps, "values": kept})
 
-    def on_save(self, step: int, folder: Path, model: PreTrainedModel) -> None:
+    def on_save(self, step: int, folder: Path, model: PreTrainedModel) -> bool:
         import ray.train
 
         started = time.monotonic()
-        problem = ""
+        problem, go_on = "", True
         try:
-            self._save(step, folder, model)
+            go_on = self._save(step, folder, model)
         except RaySqlError as error:
             problem = str(error)
-        # a rank that leaves alone would let the others wait for it forever
-        if problems := [text for text in generate.gather_all(problem) if text]:
+        said = generate.gather_all(
+            (problem, go_on)
+        )  # a rank that leaves alone would let the others wait for it forever
+        if problems := [text for text, _ in said if text]:
             raise TrainingError(problems[0])
         ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
         if self._last is not None:  # time spent here is not training time
             self._last = (self._last[0], self._last[1] + time.monotonic() - started)
+        return all(each for _, each in said)
 
-    def _save(self, step: int, folder: Path, model: PreTrainedModel) -> None:
-        scores = self._judge(model) if self._config.measured(step, self._examples) else None
-        if self._rank == 0:
-            checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
-            objective, tie_break = evaluate.objective(scores) if scores else (None, None)
-            metrics = evaluate.flat(scores, "validation") if scores else {}
-            checkpoints.save(
-                folder, self._config.run_dir, step, {"objective": objective, "tie_break": tie_break, "metrics": metrics}
-            )
-            checkpoints.prune(self._config.run_dir)
-            self._emit({"kind": "validation", "step": step, "values": metrics})
+    def _save(self, step: int, folder: Path, model: PreTrainedModel) -> bool:
+        """Whether to go on after this checkpoint, as far as this rank knows."""
+        judged = self._judge(model) if self._config.measured(step, self._examples) else None
+        if self._rank != 0:
+            return True
+        checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
+        scores = judged or {"objective": None, "tie_break": None, "metrics": {}}
+        checkpoints.save(folder, self._config.run_dir, step, scores)
+        checkpoints.prune(self._config.run_dir)
+        point = {"kind": "validation", "step": step, "values": scores["metrics"]}
+        return self._emit({**point, "objective": scores["objective"], "tie_break": scores["tie_break"]}) is not False
 
 
 class _Validation:
-    """Answers a fixed set of validation questions, each rank its share, and judges them on rank 0."""
+    """The loss on a fixed set of validation examples and, unless the loss alone chooses, their questions answered and judged; each
+    rank does its share, and rank 0 has the result."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, scratch: Path) -> None:
         self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
+        if self._questions:
+            file = checkpoints.fetch_file(f"{config.run_dir}/{rows.VALIDATION_FILE}", scratch / "validation.parquet")
+            self._rows = rows.read(file)
         # nothing is timed here: the other ranks would wait, and it chooses nothing
-        self._config, self._tokenizer = config.changed({"evaluate.ves_iterations": 0}), tokenizer
+        self._config = config.changed({"evaluate.ves_iterations": 0})
+        self._tokenizer, self._together = tokenizer, together
 
-    def __call__(self, model: PreTrainedModel) -> Mapping[str, Any] | None:
-        """Scores on rank 0; None on other ranks, and where there is nothing to validate on."""
+    def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        """What orders the checkpoint and its metrics, on rank 0; None on other ranks, and where there is nothing to validate on."""
         if not self._questions:
             return None
+        loss = self._loss(model)
+        measured = {"validation/loss": loss, "validation/n": float(len(self._questions))}
+        if self._config.tune.objective == "eval_loss":
+            return {"objective": -loss, "tie_break": None, "metrics": measured}
         answers = generate.answer_together(model, self._tokenizer, self._questions, self._config)
         if answers is None:
             return None
-        return evaluate.summarise(evaluate.score(self._questions, answers, self._config), self._config)
+        scores = evaluate.summarise(evaluate.score(self._questions, answers, self._config), self._config)
+        objective, tie_break = evaluate.objective(scores)
+        metrics = measured | evaluate.flat(scores, "validation")
+        return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
+
+    def _loss(self, model: PreTrainedModel) -> float:
+        """The mean over all ranks' answer tokens."""
+        import ray.train
+
+        from ray_sql import trainer
+
+        context, pad = ray.train.get_context(), self._tokenizer.pad_token_id
+        rank, world = context.get_world_rank(), context.get_world_size()
+        parts = generate.gather_all(
+            trainer.held_out_loss(model, self._rows, self._config, self._together, rank, world, pad)
+        )
+        return float(sum(total for total, _ in parts) / sum(labels for _, labels in parts))

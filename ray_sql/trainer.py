@@ -24,15 +24,15 @@ from trl import SFTConfig, SFTTrainer
 
 from ray_sql import cluster, linear, models
 from ray_sql.config import Config
-from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, model_inputs
+from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, collate, model_inputs, passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OnLog = Callable[[int, int, dict[str, float]], None]
 """(step, steps in all, values)"""
-OnSave = Callable[[int, Path, "PreTrainedModel"], None]
-"""(step, local checkpoint folder, live model); called on every rank"""
+OnSave = Callable[[int, Path, "PreTrainedModel"], bool | None]
+"""(step, local checkpoint folder, live model); called on every rank, False (on all alike) stops training"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,24 @@ def completion_loss(model: torch.nn.Module, made: Pass, config_of: PreTrainedMod
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def held_out_loss(
+    model: PreTrainedModel, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int
+) -> tuple[float, int]:
+    """One rank's part of the loss over rows that are not trained on, without dropout: (sum over its answers' tokens, how many)."""
+    training, total, labels = model.training, 0.0, 0
+    model.eval()
+    try:
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+        with torch.no_grad(), autocast:
+            for shared in passes(rows, config, together, rank, world):
+                made = collate(shared, pad)
+                total += float(completion_loss(model, made.to(model.device), model))
+                labels += int((made.labels != IGNORED).sum())
+    finally:
+        model.train(training)
+    return total, labels
 
 
 def build(
@@ -247,7 +265,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             return  # never kept: a resumed run would start from it
         folder = self._scratch / f"checkpoint-{state.global_step}"
         _gather_random_states(folder)
-        self._on_save(state.global_step, folder, model)
+        if self._on_save(state.global_step, folder, model) is False:
+            control.should_training_stop = True
 
 
 def _divergence(step: int, loss: float, norm: float, args: Any) -> str:

@@ -350,7 +350,7 @@ def _refused(result: tuple[int, str, str], message: str, tmp_path: Path) -> None
     assert not (tmp_path / "out" / "run").exists(), "nothing half-written"
 
 
-@pytest.mark.parametrize("job", ["finetune", "evaluate", "publish", "check", "demo"])
+@pytest.mark.parametrize("job", ["finetune", "tune", "evaluate", "publish", "check", "demo"])
 def test_help_shows_every_setting_with_its_sentence(job: str) -> None:
     command = [sys.executable, "-m", f"jobs.{job}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

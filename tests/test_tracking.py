@@ -139,12 +139,36 @@ def test_what_mlflow_refuses_is_said_and_stops_nothing(
     assert not (tmp_path / "spool" / "my-run.jsonl").exists()
 
 
+def test_an_alias_goes_to_the_better_of_what_was_measured_alike(store: str, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, versions = MlflowClient(store), []
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a.bin").write_text("x")
+    for score, measured_on, alias in (
+        ("0.4", "dev", "champion"),
+        ("0.3", "dev", "champion"),  # worse on the same questions
+        ("0.5", "dev", None),  # no winner of its own sweep
+        ("0.2", "other", "champion"),  # scores on other questions do not compare
+    ):
+        run = begin(store, tmp_path)
+        run.artifact(tmp_path / "adapter", "adapter")
+        for _ in range(2):  # a second time, as after a restart, changes nothing
+            run.register("ray-sql-sql", "adapter", {"score": score, "measured_on": measured_on}, alias)
+        run.end("FINISHED")
+        versions.append(str(client.get_model_version_by_alias("ray-sql-sql", "champion").version))
+    assert versions == ["1", "1", "1", "4"]
+    assert len(client.search_model_versions("name='ray-sql-sql'")) == 4
+    assert client.get_model_version("ray-sql-sql", "1").tags == {"score": "0.4", "measured_on": "dev"}
+
+
 def test_a_run_that_records_nothing_takes_everything(tmp_path: Path) -> None:
     run = tracking.disabled(tmp_path / "spool.jsonl")
     run.log(1, {"a": 1.0})
     run.table([{"a": 1}], "t.json")
     run.figure(None, "f.png")
     run.dataset("d", "0", "/d", "train")
+    run.register("m", "adapter", {}, None)
     run.end("FINISHED")
     assert run.run_id == "" and list(tmp_path.iterdir()) == []
 

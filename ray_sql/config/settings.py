@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ray_sql.config.road import build, merge, nested
@@ -24,6 +24,10 @@ Task = Literal["sql", "schema"]
 IDENTITY = {"model_name", "task_type", "dataset_id", "seed", "learning_rate", "num_epochs", "save_steps"}
 IDENTITY |= {"data", "prompt", "rows", "lora", "quantization", "train"}
 """Settings that shape the adapter; a run may be continued under other values of all the rest."""
+
+
+POPULATIONS = {"pbt", "pb2", "pbt_replay", "hyperband", "bohb", "hb_bohb", "resource_changing"}
+"""Schedulers of Ray Tune that need trials' checkpoints in Tune's own hands."""
 
 
 class Section(BaseModel):
@@ -160,6 +164,49 @@ class EvaluateSection(Section):
     """Measure the base model without the adapter too, on the same examples."""
 
 
+class TuneSection(Section):
+    num_samples: int = Field(16, ge=1)
+    """Trials of a study; the first has the settings as they are, so that a sweep can only win."""
+    space: dict[str, dict[str, list[Any]]] = {
+        "learning_rate": {"loguniform": [2e-5, 2e-3]},
+        "lora.r": {"choice": [8, 16, 32, 64, 128]},
+    }
+    """Setting = what to draw it from: `choice` of values, or `uniform`, `loguniform`, `randint`, `lograndint` between two bounds (both
+    included). With `lora.r` goes `lora.lora_alpha`, at the ratio the settings have (2), unless it is an axis of its own."""
+    objective: Literal["answers", "eval_loss"] = "answers"
+    """What trials, and the checkpoints of any run, are chosen by: execution accuracy (sql) or strict recall, then F1 (schema) of answers to
+    the validation questions, or the loss on them, without asking them."""
+    scheduler: str = "asha"
+    """`asha` stops trials that fall behind, `fifo` trains all to the end."""
+    grace_period: int | None = Field(None, ge=1)
+    """Optimizer steps before a trial may be stopped; by default up to the first measurement."""
+    reduction_factor: float = Field(3, gt=1)
+    """Of so many trials that reach a rung one goes on, and each rung is so many times as many steps as the one before."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """Trials at a time; by default as many as the cluster's resources hold."""
+
+    @field_validator("space")
+    @classmethod
+    def _read_exponents(cls, space: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
+        """Numbers that YAML reads as text, as it does `5e-5`."""
+        return {
+            name: {kind: [_number(value) for value in values] for kind, values in axis.items()}
+            for name, axis in space.items()
+        }
+
+    @field_validator("scheduler")
+    @classmethod
+    def _check_scheduler(cls, name: str) -> str:
+        if name.lower() in POPULATIONS:
+            raise ValueError(
+                f"{name} copies weights between trials or pauses them, and over Ray Train Tune holds no trial's checkpoint: it would "
+                "run and exploit nothing. Use asha or fifo"
+            )
+        if name not in ("asha", "fifo"):
+            raise ValueError("input should be 'asha' or 'fifo'")
+        return name
+
+
 class TrackingSection(Section):
     enabled: bool = True
     """Record the run in MLflow."""
@@ -243,6 +290,7 @@ class Config(BaseSettings):
     train: TrainSection = TrainSection()
     scaling: ScalingSection = ScalingSection()
     evaluate: EvaluateSection = EvaluateSection()
+    tune: TuneSection = TuneSection()
     tracking: TrackingSection = TrackingSection()
     hub: HubSection = HubSection()
 
@@ -471,6 +519,41 @@ class PublishConfig(Config):
 
     model_name: str = Field("", description=Config.model_fields["model_name"].description)
     task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
+
+
+class SweepConfig(Config):
+    """Settings of a sweep: those of a run, which its trials change, for one task or several."""
+
+    task_type: tuple[Task, ...] = Field(min_length=1)  # type: ignore[assignment]
+    """`sql`, `schema`, or both (`sql,schema`): a study each, one after the other."""
+    resume: bool = False
+    """Go on with a study that was cut off; without one there, begin it."""
+
+    @field_validator("task_type", mode="before")
+    @classmethod
+    def _split_tasks(cls, given: Any) -> Any:
+        return given.split(",") if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on with the study that overwrite removes: leave one of the two out")
+        return self
+
+    def studies(self) -> list[Config]:
+        """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`."""
+        given = self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token", "resume"})
+        given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
+        return [build(Config, given | self._named(task), {"changes": {"task_type": task}}) for task in self.task_type]
+
+    def _named(self, task: Task) -> dict[str, str]:
+        several = len(set(self.task_type)) > 1
+        return {"task_type": task, "output_name": f"{self.output_name}-{task}" if several else self.output_name}
+
+
+def _number(value: Any) -> Any:
+    exponent = isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d+", value)
+    return float(value) if exponent else value
 
 
 def without_password(uri: str | None) -> str | None:

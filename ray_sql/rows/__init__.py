@@ -19,6 +19,7 @@ from ray_sql.rows.share import (
 from ray_sql.rows.tokenise import (
     FILE,
     IGNORED,
+    VALIDATION_FILE,
     Audit,
     Row,
     build,
@@ -33,6 +34,7 @@ from ray_sql.rows.tokenise import (
 __all__ = [
     "FILE",
     "IGNORED",
+    "VALIDATION_FILE",
     "Audit",
     "Pass",
     "Row",

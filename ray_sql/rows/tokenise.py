@@ -35,6 +35,9 @@ IGNORED = -100
 FILE = "inputs/rows.parquet"
 """Where a run's rows lie in its folder."""
 
+VALIDATION_FILE = "inputs/validation_rows.parquet"
+"""The rows of its validation examples, for their loss."""
+
 Progress = Callable[[int, int], None]
 
 

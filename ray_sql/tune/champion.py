@@ -1,0 +1,140 @@
+"""The best trial's adapter, measured where the sweep never looked: on the held-out splits, against the base model and the default
+settings, question by question. What comes of it lies in the study's folder as any run's results do, and in MLflow's registry."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_sql import checkpoints, finetune, measure, tracking, train
+from ray_sql.config import Config
+from ray_sql.display import Display
+from ray_sql.errors import TrainingError
+from ray_sql.evaluate import Row
+from ray_sql.measure import Measured
+from ray_sql.prepare import Prepared
+from ray_sql.tune.study import FILE, Study, Trial, name
+
+ALIAS = "champion"
+ALPHA = 0.05
+"""p of the paired test above which a difference is no win."""
+
+
+def crown(
+    config: Config, study: Study, prepared: Prepared, record: tracking.Run, facts: Mapping[str, Any], display: Display
+) -> dict[str, Any]:
+    """Measure and register the best trial of a study; returns what `metrics.json` holds. Raises `TrainingError` if there is none."""
+    best = study.best()
+    if best is None or best.best is None:
+        reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
+        raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
+    chosen = _settings(config, study, best)
+    adapter = _take(chosen, study, best)
+    measured = _measure(chosen, study, prepared, adapter, display)
+    won, verdict = judge(measured, config)
+    sweep = {
+        "study": FILE,
+        "trial": best.number,
+        "point": best.point,
+        "objective": best.best.objective,
+        "default_objective": first.objective if (first := study.trials[0].best) else None,
+        "trials": len(study.trials),
+        "champion": won,
+        "verdict": verdict,
+        **facts,
+    }
+    steps = {
+        "best_step": best.best.step,
+        "steps": best.steps,
+        "training_seconds": round(best.seconds, 1),
+        "seconds": round(sum(trial.seconds for trial in study.trials), 1),
+    }
+    metrics = finetune.conclude(chosen, prepared, measured, record, {**steps, "sweep": sweep})
+    _register(record, config, metrics, won)
+    display.line(f"champion  {name(best.number)}: {verdict}")
+    return metrics
+
+
+def judge(measured: Measured, config: Config) -> tuple[bool, str]:
+    """Whether the best trial wins on the held-out questions, and why: it must beat the base model, and the default settings must not
+    beat it, by the paired test."""
+    right = _recalled if config.task_type == "schema" else _correct
+    if "base" not in measured:
+        return False, "not crowned: the base model was not measured (--evaluate.baseline)"
+    base, tuned, p = measure.paired(measured, "base", right)
+    against = f"right where the base model is not on {tuned} held-out questions, wrong where it is right on {base} (p = {p:.2g})"
+    if tuned <= base or p > ALPHA:
+        return False, f"not crowned: {against}"
+    if "default" in measured:
+        default, tuned, p = measure.paired(measured, "default", right)
+        against += f"; against the default settings {tuned} to {default} (p = {p:.2g})"
+        if default > tuned and p <= ALPHA:
+            return False, f"not crowned: {against}"
+    return True, against
+
+
+def _correct(row: Row) -> bool:
+    return bool(row["verdict"] == "correct")
+
+
+def _recalled(row: Row) -> bool:
+    return _correct(row) or row["error_kind"] == "extra names"
+
+
+def _settings(config: Config, study: Study, trial: Trial) -> Config:
+    """The settings that a trial was trained with, as those of a run in the study's folder."""
+    used = json.loads(checkpoints.read_text(f"{study.folder(trial.number)}/config.json") or "{}")
+    return Config(
+        **{**used, **{key: getattr(config, key) for key in ("output_name", "output_dir", "scaling", "tracking")}}
+    )
+
+
+def _take(chosen: Config, study: Study, trial: Trial) -> str:
+    """Copy the adapter of a trial's best checkpoint to the study's folder, with the recipe of a run of its own; returns where it is."""
+    checkpoints.write_text(f"{chosen.run_dir}/config.json", json.dumps(chosen.public(), indent=2) + "\n")
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        folder = checkpoints.fetch(_adapter(study, trial), Path(scratch) / "adapter")
+        checkpoints.fetch_file(f"{chosen.run_dir}/config.json", folder / "config.json")
+        checkpoints.put(folder, f"{chosen.run_dir}/adapter")
+    return f"{chosen.run_dir}/adapter"
+
+
+def _adapter(study: Study, trial: Trial) -> str:
+    """Where a trial's best adapter is, taken from its checkpoints again: a driver may have been killed while the trial copied it."""
+    train.keep_best(study.folder(trial.number))
+    return f"{study.folder(trial.number)}/adapter"
+
+
+def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, display: Display) -> Measured:
+    """Judged answers of the base model, of the first trial (the default settings) where that is another, and of the best."""
+    asked = prepared.questions(chosen)
+    first = study.trials[0]
+
+    def answers(config: Config, adapter: str) -> Measured:
+        points = finetune.Points(config, tracking.disabled(Path()), display)
+        return measure.of_models(
+            config, asked, prepared.corpus.schemas, prepared.model_folder, adapter, display, points
+        )
+
+    found = answers(chosen, adapter)
+    others = {model: rows for model, rows in found.items() if model != "tuned"}
+    if first.best and first.number != study.best().number:  # type: ignore[union-attr]
+        alone = _settings(chosen, study, first).changed({"evaluate.baseline": False})
+        others["default"] = answers(alone, _adapter(study, first))["tuned"]
+    return {**others, "tuned": found["tuned"]}
+
+
+def _register(record: tracking.Run, config: Config, metrics: Mapping[str, Any], won: bool) -> None:
+    main = "execution_accuracy" if config.task_type == "sql" else "strict_recall"
+    scores = metrics["tuned"].values()
+    n = sum(one["n"] for one in scores)
+    tags = {
+        "score": str(sum(one[main] * one["n"] for one in scores) / max(1, n)),
+        "metric": main,
+        "measured_on": f"{metrics['data_fingerprint']} {','.join(config.split)} {n} {next(iter(scores)).get('semantics', '')}".strip(),
+        "model_name": config.model_name,
+    }
+    record.register(f"ray-sql-{config.task_type}", "adapter", tags, ALIAS if won else None)

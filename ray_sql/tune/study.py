@@ -1,0 +1,171 @@
+"""What a study knows: its trials, each with its point, state and best checkpoint, in `study.json`.
+
+The file is written whole at every change, and a resumed sweep starts from it alone: recorded points are tried again in their order, what
+was measured of them is reported again from their folders, and only what is missing is trained. Ray Tune's own snapshot is not used: it
+is written every ten seconds and in place, so that a driver killed between two of them forgets trials, and in one of them, all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from ray_sql import checkpoints
+from ray_sql.config import Config, without_password
+from ray_sql.errors import ConfigError, StoreError
+from ray_sql.tune.space import Point
+
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+SETTLED = ("finished", "stopped", "failed")
+FILE = "study.json"
+MEASURED_FILE = "measured.json"
+"""What was measured of a trial, in its folder."""
+WORST = -sys.float_info.max
+"""The score of a trial that failed: the search learns to keep away."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was measured at a step of a trial; a higher objective is better, the tie-break decides between equal ones."""
+
+    step: int
+    objective: float
+    tie_break: float | None
+    metrics: dict[str, float]
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sorts the better last."""
+        return self.objective, WORST if self.tie_break is None else self.tie_break
+
+    @property
+    def score(self) -> float:
+        """Objective and tie-break as one number in the same order: of n answers, objectives differ by 1/n at least."""
+        return self.objective + (self.tie_break or 0.0) / (self.metrics.get("validation/n", 1.0) + 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial. `steps` were trained in `seconds` of all attempts; `reason` says why it failed."""
+
+    number: int
+    point: Point
+    state: State = "waiting"
+    best: Measure | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+    mlflow_run_id: str | None = None
+
+
+@dataclass
+class Study:
+    """The trials of one task's sweep, in the folder `run_dir`."""
+
+    run_dir: str
+    key: str
+    settings: dict[str, Any]
+    mlflow_run_id: str | None = None
+    trials: list[Trial] = field(default_factory=list)
+    finished: bool = False
+
+    def ask(self, number: int, point: Point) -> Trial:
+        """The trial of a number, added to the study if it is new."""
+        if number == len(self.trials):
+            self.trials.append(Trial(number, point))
+            self.save()
+        return self.trials[number]
+
+    def change(self, number: int, **values: Any) -> Trial:
+        """Change what is known of a trial."""
+        self.trials[number] = replace(self.trials[number], **values)
+        self.save()
+        return self.trials[number]
+
+    def save(self) -> None:
+        """Write the file."""
+        checkpoints.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
+
+    def folder(self, number: int) -> str:
+        """A trial's run folder."""
+        return f"{self.run_dir}/trials/{name(number)}"
+
+    def best(self) -> Trial | None:
+        """The trial with the best checkpoint, the earlier of two equal ones; None where none was measured."""
+        measured = [trial for trial in self.trials if trial.best and trial.state != "failed"]
+        return max(measured, key=lambda trial: (*trial.best.rank, -trial.number), default=None)  # type: ignore[union-attr]
+
+
+def name(number: int) -> str:
+    """What a trial is called."""
+    return f"trial-{number:03}"
+
+
+def settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
+    """The settings of a trial of the study `config`, whose own folder lies in the study's."""
+    root = "scaling.storage_path" if config.scaling.storage_path else "output_dir"
+    return config.changed({**changes, root: f"{config.run_dir}/trials", "output_name": name(number)})
+
+
+def begin(config: Config) -> Study:
+    """A study that has no trials yet."""
+    return Study(
+        config.run_dir, key(config), {**config.public(), "tracking": {"uri": without_password(config.tracking.uri)}}
+    )
+
+
+def load(config: Config) -> Study | None:
+    """The study in the folder of `config`; None where there is none.
+
+    Raises `ConfigError` if it is of other settings, `StoreError` if the folder holds something else.
+    """
+    text = checkpoints.read_text(f"{config.run_dir}/{FILE}")
+    if text is None:
+        if checkpoints.exists(config.run_dir):
+            raise StoreError(
+                f"{config.run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name"
+            )
+        return None
+    saved = json.loads(text)
+    trials = [Trial(**{**one, "best": one["best"] and Measure(**one["best"])}) for one in saved.pop("trials")]
+    if saved["key"] != key(config):
+        raise ConfigError(
+            f"{config.run_dir} holds a study of other settings ({_difference(saved['settings'], config)}); choose another "
+            "--output_name, or replace it with --overwrite"
+        )
+    return Study(**saved, trials=trials)
+
+
+def key(config: Config) -> str:
+    """Changes with whatever trials and their objective depend on; the number of trials may be raised later."""
+    tune = config.tune.model_dump(mode="json", exclude={"num_samples", "max_concurrent_trials"})
+    asked = {"semantics", "keep_distinct", "max_new_tokens", "select_examples", "eval_steps"}
+    parts = [config.identity(), tune, config.evaluate.model_dump(include=asked)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _difference(before: Mapping[str, Any], config: Config) -> str:
+    from ray_sql.tracking import flatten
+
+    old, new = flatten(before), flatten(config.public())
+    shown = [f"{name} {old.get(name)!r} there, {value!r} here" for name, value in new.items() if old.get(name) != value]
+    return "; ".join(shown[:3]) or "another version"
+
+
+def measured(run_dir: str) -> list[Measure]:
+    """What was measured of a trial, by step: as its file has it, and as its checkpoints say, should the file have been too late."""
+    text = checkpoints.read_text(f"{run_dir}/{MEASURED_FILE}")
+    found = {one["step"]: Measure(**one) for one in json.loads(text or "[]")}
+    for one in checkpoints.complete(run_dir):
+        if one.objective is not None:
+            found.setdefault(one.step, Measure(one.step, one.objective, one.tie_break, one.metrics))
+    return [found[step] for step in sorted(found)]
+
+
+def record(run_dir: str, measures: list[Measure]) -> None:
+    """Keep what was measured of a trial."""
+    checkpoints.write_text(f"{run_dir}/{MEASURED_FILE}", json.dumps([asdict(one) for one in measures]))

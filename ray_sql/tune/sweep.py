@@ -1,0 +1,299 @@
+"""A sweep from end to end: one study a task, its trials on the cluster, its champion measured and registered.
+
+`run` is what jobs/tune.py calls. A study that was cut off, whenever and however, goes on with `--resume` (see `study`); a finished one is
+shown, not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ray_sql import checkpoints, cluster, finetune, prepare, tracking
+from ray_sql.cluster import Room
+from ray_sql.config import Config, SweepConfig
+from ray_sql.display import Display
+from ray_sql.errors import ConfigError, StoreError
+from ray_sql.prepare import Prepared
+from ray_sql.tune import champion, page, space
+from ray_sql.tune.space import Space, shown
+from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, load, name, settings
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow is the record
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end the sweep as if it were complete
+    "RAY_AIR_NEW_OUTPUT": "0",  # the table is ours
+}
+
+
+def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
+    """Run the study of every task; returns what each one's `metrics.json` holds, by task.
+
+    Raises `RaySqlError` for what the user can fix.
+    """
+    studies = config.studies()
+    for one in studies:  # what is wrong with the second should be known before the first has run
+        space.read(one)
+    try:
+        return {one.task_type: _run(one, config.resume) for one in studies}
+    finally:
+        cluster.leave_ray()
+
+
+def dry_run(config: SweepConfig) -> None:
+    """Show what a sweep would do: one rendered example, the space, how many trials at a time and why, and the plan."""
+    for one in config.studies():
+        axes = space.read(one)
+        finetune.dry_run(one)
+        with Display() as display:
+            prepared = prepare.prepare(one)
+            _check(one, prepared)
+            for line in plan(one, axes, prepared, _room(one)):
+                display.line(line)
+
+
+def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterator[str]:
+    """What a study would do, in lines for people."""
+    from ray_sql.tune.search import rungs
+
+    steps, count = config.steps(prepared.audit.rows), len(prepared.validation(config))
+    for number, axis in enumerate(axes.axes):
+        yield f"{'space' if number == 0 else '':<9} {axis.text}"
+    yield f"start     {', '.join(f'{key} {shown(value)}' for key, value in axes.start().items())}: the settings, as the first trial"
+    yield f"trials    {config.tune.num_samples}, {at_once(config, room)} at a time: {room.arithmetic}"
+    every = config.evaluate.eval_steps or config.save_steps
+    yield f"objective {page.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
+    stops = rungs(config, steps)
+    if stops:
+        yield f"stopping  those that fall behind, at step {', '.join(map(str, stops))} (1 of {config.tune.reduction_factor:g} goes on)"
+    else:
+        yield "stopping  none: every trial is trained to the end"
+        if config.tune.scheduler != "fifo":
+            yield "          (measured only at the end; lower --evaluate.eval_steps and --save_steps to stop trials early)"
+
+
+def at_once(config: Config, room: Room) -> int:
+    """Trials at a time."""
+    return min(room.at_once, config.tune.max_concurrent_trials or room.at_once, config.tune.num_samples)
+
+
+def _room(config: Config) -> Room:
+    """What fits; raises `ConfigError` if no trial does, or fewer at a time than asked for."""
+    room = cluster.room(config)
+    if not room.at_once:
+        raise ConfigError(
+            f"no trial can be scheduled: {room.arithmetic}; lower --scaling.num_workers or --scaling.resources_per_worker, or add nodes"
+        )
+    wanted = config.tune.max_concurrent_trials or 0
+    if wanted > room.at_once:
+        raise ConfigError(
+            f"--tune.max_concurrent_trials {wanted}, but only {room.at_once} fit: {room.arithmetic}; lower it, or what a worker takes "
+            "(--scaling.resources_per_worker)"
+        )
+    return room
+
+
+def _check(config: Config, prepared: Prepared) -> None:
+    if config.prev_checkpoint:
+        raise ConfigError("--prev_checkpoint: the trials of a sweep start from the base model; leave it out")
+    if not prepared.validation(config):
+        raise ConfigError(
+            "there are no validation questions to choose trials by: raise --data.validation_fraction and --evaluate.select_examples"
+            + ("" if config.task_type == "schema" else ", and give their databases")
+        )
+
+
+def _run(config: Config, resume: bool) -> dict[str, Any]:
+    with Display() as display:
+        study = _study(config, resume)
+        if study.finished and len(study.trials) >= config.tune.num_samples:
+            display.line(f"{config.run_dir} holds a finished study of these settings; --overwrite runs it again.")
+            metrics: dict[str, Any] = json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "{}")
+            finetune.show(metrics, config, display)
+            return metrics
+        axes = space.read(config)
+        if config.tracking.enabled:
+            tracking.check(config.tracking.uri)
+        prepared = prepare.prepare(config, display.counter("reading data"))
+        prepare.check_same_data(prepared.corpus, config)
+        _check(config, prepared)
+        prepared.questions(config)  # what cannot be asked should be known before training
+        cluster.start_ray()
+        room = _room(config)
+        for line in [*prepare.plan(prepared, config), *plan(config, axes, prepared, room)]:
+            display.line(line)
+        prepare.write_inputs(prepared, config)
+        record = finetune.begin(config, prepared, tracking.start if config.tracking.enabled else None)
+        study.mlflow_run_id, study.finished = record.run_id or None, False
+        study.save()
+        metrics = _recorded(config, axes, study, prepared, room, record, display)
+        finetune.show(metrics, config, display)
+        display.line(f"sweep        {config.run_dir}/{page.FILE}")
+    return metrics
+
+
+def _study(config: Config, resume: bool) -> Study:
+    """The study to go on with, or a new one. Raises `ConfigError` where one was cut off and `resume` was not said."""
+    if config.overwrite:
+        if checkpoints.exists(config.run_dir) and not checkpoints.exists(f"{config.run_dir}/{FILE}"):
+            raise StoreError(
+                f"{config.run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name"
+            )
+        return begin(config)
+    found = load(config)
+    if found and not found.finished and not resume:
+        settled = sum(trial.state in SETTLED for trial in found.trials)
+        raise ConfigError(
+            f"{config.run_dir} holds a study that was cut off, with {settled} of {config.tune.num_samples} trials settled: --resume "
+            "goes on with it, --overwrite starts afresh"
+        )
+    return found or begin(config)
+
+
+def _recorded(
+    config: Config,
+    axes: Space,
+    study: Study,
+    prepared: Prepared,
+    room: Room,
+    record: tracking.Run,
+    display: Display,
+) -> dict[str, Any]:
+    """The trials, then the champion, and the study's MLflow run ended whatever happens."""
+    from ray_sql.tune.watch import Watch
+
+    steps = config.steps(prepared.audit.rows)
+    watch = Watch(study, axes, steps, room.unit, lambda trial: _child(config, axes, trial, record), display)
+    status: tracking.Status = "FAILED"
+    try:
+        _trials(config, axes, study, prepared, room, watch)
+        display.below("")
+        display.console.print(watch.table())
+        used = f"{watch.hours():.2f} {room.unit[0]}-hours"
+        drawn = page.write(config, axes, study, used)
+        facts = {
+            "hours": round(watch.hours(), 3),
+            "unit": room.unit[0],
+            "steps": sum(trial.steps for trial in study.trials),
+        }
+        metrics = champion.crown(config, study, prepared, record, facts, display)
+        _record_study(record, study, axes, metrics, drawn)
+        study.finished = True
+        study.save()
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        watch.end("KILLED" if status == "KILLED" else "FAILED")
+        record.end(status)
+    return metrics
+
+
+def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room: Room, watch: Any) -> None:
+    """Let Ray Tune run what is left of the study."""
+    if sum(trial.state in SETTLED for trial in study.trials) >= config.tune.num_samples:
+        return
+    os.environ |= ENVIRONMENT
+    from ray import tune
+
+    from ray_sql.tune import search
+    from ray_sql.tune.trial import Trial as Trainable
+
+    steps = config.steps(prepared.audit.rows)
+    with cluster.Channel(watch.on_point) as channel:
+        plan = {
+            "config": config.for_workers(),
+            "model_folder": prepared.model_folder,
+            "inputs": config.run_dir,
+            "steps": steps,
+            "sender": channel.sender(),
+        }
+        # in this process a trial trains with what it takes; else it only drives its workers, who take it, and needs next to nothing
+        takes = room.needs if config.scaling.num_workers == 0 else {"memory": 1.0}
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(Trainable, plan=plan), tune.PlacementGroupFactory([takes])),
+            tune_config=tune.TuneConfig(
+                search_alg=search.Search(axes, study),
+                scheduler=search.scheduler(config, steps),
+                num_samples=config.tune.num_samples,
+                max_concurrent_trials=at_once(config, room),
+                # a process that trained on a GPU takes what its CUDA context went through along; others save their imports
+                reuse_actors=bool(config.scaling.num_workers) or room.unit[0] == "CPU",
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune-{int(time.time())}",
+                storage_path=f"{config.run_dir}/ray",
+                verbose=0,
+                callbacks=[watch],
+                failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
+            ),
+        )
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(
+            logging.ERROR
+        )  # it misses the loggers we do without
+        tuner.fit()
+
+
+def _child(config: Config, axes: Space, trial: Trial, parent: tracking.Run) -> tracking.Run:
+    """A trial's MLflow run, a child of the study's: the one that an earlier attempt began, or a new one."""
+    spool = config.cache / "spool" / f"{config.output_name}-{config.identity()}-{name(trial.number)}.jsonl"
+    if not config.tracking.enabled:
+        return tracking.disabled(spool)
+    own = settings(config, axes.settings(trial.point), trial.number)
+    return tracking.start(
+        own.public(),
+        name=f"{config.output_name} {name(trial.number)}",
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        tags={"mlflow.parentRunId": parent.run_id, "task_type": config.task_type, "trial": str(trial.number)},
+        spool=spool,
+        run_id=trial.mlflow_run_id,
+    )
+
+
+def _record_study(
+    record: tracking.Run, study: Study, axes: Space, metrics: dict[str, Any], drawn: dict[str, Any]
+) -> None:
+    """Space, winner and budget as tags and metrics of the study's MLflow run, the table of trials, figures and page."""
+    from pathlib import Path
+
+    sweep = metrics["sweep"]
+    record.tag(
+        {
+            "space": "; ".join(axis.text for axis in axes.axes),
+            "winner": f"{name(sweep['trial'])}: {', '.join(f'{key} {shown(value)}' for key, value in sweep['point'].items())}",
+            "verdict": sweep["verdict"],
+        }
+    )
+    record.log(
+        len(study.trials),
+        {
+            "best_objective": sweep["objective"],
+            "trials": float(len(study.trials)),
+            f"{sweep['unit']}_hours": sweep["hours"],
+            "steps_of_all_trials": float(sweep["steps"]),
+        },
+    )
+    record.table(
+        [
+            {
+                "trial": t.number,
+                **t.point,
+                "steps": t.steps,
+                "objective": t.best and t.best.objective,
+                "state": t.state,
+                "reason": t.reason,
+            }
+            for t in study.trials
+        ],
+        "trials.json",
+    )
+    for file, figure in drawn.items():
+        record.figure(figure, f"figures/{file}")
+    if "://" not in study.run_dir:
+        record.artifact(Path(study.run_dir) / page.FILE)

@@ -1,0 +1,619 @@
+"""Sweeps: a real study of a few trials on a real Ray, its survival, its record, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import checkpoints, cluster, prepare, tune
+from ray_sql.config import Config, SweepConfig, load
+from ray_sql.errors import ConfigError, StoreError, TrainingError
+from ray_sql.tune import champion, search, space, study, sweep
+from ray_sql.tune.study import Measure, Study, Trial
+
+SWEEP = {
+    "output_name": "sweep",
+    "task_type": "sql",
+    "learning_rate": 1e-3,
+    "data.validation_fraction": 0.2,
+    "train.max_steps": 4,
+    "save_steps": 2,
+    "lora.lora_dropout": 0.0,
+    "evaluate.limit": 2,
+    "tune.num_samples": 4,
+    "tune.objective": "eval_loss",  # of a model of random weights no answer is right
+    "tune.reduction_factor": 2,
+    "tune.space": {"learning_rate": {"loguniform": [1e-4, 1e-1]}, "lora.r": {"choice": [2, 4, 8]}},
+}
+
+
+def one(make_config: Any, **changes: Any) -> Config:
+    """The settings of a study."""
+    (config,) = make_config(SweepConfig, **(SWEEP | changes)).studies()
+    return config
+
+
+def runs(uri: str) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    return list(MlflowClient(uri).search_runs(["1"], order_by=["attributes.start_time"]))
+
+
+# The space
+
+
+def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(make_config: Any) -> None:
+    config = one(make_config, **{"lora.r": 4, "lora.lora_alpha": 8})
+    axes = space.read(config)
+    assert axes.start() == {"learning_rate": 1e-3, "lora.r": 4}
+    assert config.changed(axes.settings(axes.start())).identity() == config.identity()
+    assert axes.settings({"learning_rate": 0.1, "lora.r": 8}) == {
+        "learning_rate": 0.1,
+        "lora.r": 8,
+        "lora.lora_alpha": 16,
+    }
+    free = one(make_config, **{"tune.space": {"lora.r": {"choice": [2, 4]}, "lora.lora_alpha": {"choice": [8, 16]}}})
+    assert space.read(free).settings({"lora.r": 2, "lora.lora_alpha": 8}) == {"lora.r": 2, "lora.lora_alpha": 8}
+
+
+def test_the_default_space_holds_the_default_settings() -> None:
+    config = load(Config, ["--model_name", "m", "--output_name", "o", "--task_type", "sql"])
+    axes = space.read(config)
+    assert axes.start() == {"learning_rate": 1e-4, "lora.r": 64}
+    assert [axis.text for axis in axes.axes] == [
+        "learning_rate loguniform 2e-05 … 0.002",
+        "lora.r choice 8, 16, 32, 64, 128",
+    ]
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        ({"lora.rank": {"choice": [4, 8]}}, "lora.rank is no setting; did you mean lora.r?"),
+        ({"learning_rat": {"uniform": [0, 1]}}, "learning_rat is no setting; did you mean learning_rate?"),
+        ({"lora.r": {"choices": [4, 8]}}, "give it one of choice, uniform, loguniform, randint, lograndint"),
+        ({"lora.r": {"choice": [4, 0]}}, "lora.r: 0 given; input should be greater than or equal to 1"),
+        ({"lora.r": {"choice": [4]}}, "choice takes two or more different values, given [4]"),
+        ({"lora.r": {"loguniform": [2, 8]}}, "lora.r is a whole number: use lograndint"),
+        ({"learning_rate": {"randint": [0.1, 0.2]}}, "learning_rate is no whole number: use uniform"),
+        ({"learning_rate": {"loguniform": [0.1, 0.01]}}, "the lower one first, given [0.1, 0.01]"),
+        (
+            {"learning_rate": {"loguniform": [0.01, 0.1]}},
+            "learning_rate 0.001 is not in loguniform 0.01 … 0.1: widen the axis",
+        ),
+        ({"train.optim": {"uniform": ["a", "b"]}}, "train.optim is not a number: give it a choice"),
+        (
+            {"prompt.serializer": {"choice": ["ddl", "compact"]}},
+            "prompt.serializer cannot be an axis: trials read the same rows",
+        ),
+        ({"train.max_steps": {"choice": [4, 8]}}, "train.max_steps cannot be an axis"),
+        ({"lora.target_modules": {"choice": [["q"], ["k"]]}}, "['q'] is not a single value"),
+        ({}, "tune.space is empty"),
+    ],
+)
+def test_an_axis_that_cannot_be_is_refused_with_its_name(make_config: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tune.run(make_config(SweepConfig, **(SWEEP | {"tune.space": given})))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"tune.scheduler": "pbt"}, "pbt copies weights between trials or pauses them"),
+        ({"tune.scheduler": "hyperband"}, "Use asha or fifo"),
+        ({"tune.scheduler": "median"}, "input should be 'asha' or 'fifo'"),
+        ({"tune.objective": "f2"}, "tune.objective: 'f2' given; input should be 'answers' or 'eval_loss'"),
+        ({"task_type": "sql,poetry"}, "input should be 'sql' or 'schema'"),
+        ({"resume": True, "overwrite": True}, "leave one of the two out"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make_config: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(SweepConfig, **(SWEEP | changes))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_tasks_are_two_studies_in_folders_of_their_own(make_config: Any) -> None:
+    for given in ("sql,schema", ["sql", "schema"]):
+        studies = make_config(SweepConfig, **(SWEEP | {"task_type": given})).studies()
+        assert [(one.task_type, one.output_name) for one in studies] == [
+            ("sql", "sweep-sql"),
+            ("schema", "sweep-schema"),
+        ]
+    assert one(make_config).output_name == "sweep"
+
+
+def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
+    import yaml
+
+    root = Path(__file__).parent.parent
+    for path in sorted((root / "jobs" / "configs").glob("*.yaml")):
+        config = load(Config, ["--config", str(path)])
+        assert space.read(config).start()["learning_rate"] == config.learning_rate, path
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "sweeps.md").read_text(), re.DOTALL)
+    given = {"model_name": "m", "output_name": "o", "task_type": "sql", **yaml.safe_load(shown)}
+    assert [axis.name for axis in space.read(load(Config, [], **given)).axes][2:] == [
+        "lora.lora_dropout",
+        "train.lr_scheduler_type",
+    ]
+
+
+# What fits
+
+
+def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "capacity", lambda: {"CPU": 64.0, "GPU": 4.0})
+    two = one(make_config, **{"scaling.num_workers": 2})
+    room = cluster.room(two)
+    assert (room.at_once, room.needs, room.unit) == (2, {"GPU": 2}, ("GPU", 2))
+    assert room.arithmetic == "4 GPU here / 2 a trial (2 x 1) = 2"
+    assert sweep.at_once(two, room) == 2
+    assert sweep.at_once(one(make_config, **{"tune.max_concurrent_trials": 1}), room) == 1
+    assert cluster.room(one(make_config, **{"scaling.resources_per_worker": {"CPU": 32}})).at_once == 2
+    with pytest.raises(ConfigError, match=r"no trial can be scheduled: 4 GPU here / 8 a trial \(8 x 1\) = 0; lower"):
+        sweep._room(one(make_config, **{"scaling.num_workers": 8}))
+    with pytest.raises(ConfigError, match=r"max_concurrent_trials 9, but only 4 fit: 4 GPU here / 1 a trial"):
+        sweep._room(one(make_config, **{"tune.max_concurrent_trials": 9}))
+
+
+def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any) -> None:
+    for changes, message in (
+        ({"data.validation_fraction": 0.0}, "no validation questions to choose trials by"),
+        ({"evaluate.select_examples": 0}, "no validation questions to choose trials by"),
+        ({"prev_checkpoint": "/somewhere"}, "--prev_checkpoint: the trials of a sweep start from the base model"),
+    ):
+        config = one(make_config, **changes)
+        with pytest.raises(ConfigError, match=message):
+            tune.run(make_config(SweepConfig, **(SWEEP | changes)))
+        assert not os.path.exists(config.run_dir)
+
+
+def test_out_of_memory_halves_a_pass_and_keeps_the_step(make_config: Any) -> None:
+    from ray_sql.tune.trial import difference, halved, out_of_memory
+
+    assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) and out_of_memory(MemoryError())
+    assert out_of_memory(TrainingError("the workers failed; the last time with: OutOfMemoryError: killed"))
+    assert not out_of_memory(TrainingError("the loss diverged"))
+    plain = make_config(**{"train_batch_size": 4, "grad_accum_steps": 2, "rows.examples_per_row": 1})
+    half = halved(plain)
+    assert half and (half.train_batch_size, half.grad_accum_steps, half.global_batch) == (2, 4, plain.global_batch)
+    shared = halved(make_config())
+    assert shared and (shared.rows.examples_per_row, shared.global_batch) == (4, make_config().global_batch)
+    assert difference(make_config(), shared) == "rows.examples_per_row 4 in place of 8"
+    assert halved(make_config(**{"rows.examples_per_row": 1})) is None
+
+
+# The search
+
+
+def optuna_points(config: Config, known: list[tuple[dict[str, Any], float]], number: int) -> list[dict[str, Any]]:
+    """The points of a study whose trials so far had these values."""
+    asked = Study("/nowhere", "", {}, trials=[Trial(n, point) for n, (point, _) in enumerate(known)])
+    asked.save = lambda: None  # type: ignore[method-assign]
+    searching = search.Search(space.read(config), asked)
+    for n in range(number):
+        searching.suggest(str(n))
+        searching.on_trial_complete(
+            str(n), {"score": known[n][1] if n < len(known) else -asked.trials[n].point["learning_rate"]}
+        )
+    return [trial.point for trial in asked.trials]
+
+
+def test_a_resumed_search_goes_on_as_the_unbroken_one(make_config: Any) -> None:
+    config = one(make_config, **{"tune.num_samples": 16})
+    whole = optuna_points(config, [], 12)
+    assert whole[0] == space.read(config).start()
+    for cut in (1, 5, 11):
+        known = [(point, -point["learning_rate"]) for point in whole[:cut]]
+        assert optuna_points(config, known, 12) == whole
+    assert optuna_points(config.changed({"seed": 15}), [], 12)[1:] != whole[1:]
+
+
+def test_no_point_is_tried_twice_while_there_are_others(make_config: Any) -> None:
+    config = one(
+        make_config, **{"tune.space": {"lora.r": {"choice": [2, 4, 8, 16]}, "learning_rate": {"choice": [1e-3, 1e-2]}}}
+    )
+    points = optuna_points(config, [], 8)
+    assert len({json.dumps(point, sort_keys=True) for point in points}) == 8
+
+
+def test_rungs_are_where_trials_are_measured(make_config: Any) -> None:
+    config = one(make_config, **{"save_steps": 5, "tune.reduction_factor": 3})
+    assert search.rungs(config, 100) == [5, 15, 45]
+    assert search.rungs(config.changed({"tune.grace_period": 12}), 100) == [15, 40]
+    assert search.rungs(config.changed({"tune.scheduler": "fifo"}), 100) == []
+    assert search.rungs(config, 4) == []
+
+
+# What a study knows
+
+
+def test_scores_order_as_objective_and_then_tie_break() -> None:
+    measures = [Measure(1, right / 8, tie / 8, {"validation/n": 8}) for right in range(9) for tie in range(9)]
+    assert [one.score for one in measures] == sorted(one.score for one in measures)
+    assert sorted(measures, key=lambda one: one.rank) == measures
+
+
+def test_the_winner_is_the_earliest_of_equals_and_no_failed_trial(make_config: Any) -> None:
+    good = Measure(2, 0.5, 0.5, {})
+    trials = [Trial(n, {}, "finished", good) for n in range(3)]
+    assert Study("/x", "", {}, trials=trials).best() == trials[0]
+    better = replace(trials[2], best=replace(good, tie_break=0.6))
+    assert Study("/x", "", {}, trials=[*trials[:2], better]).best() == better
+    assert Study("/x", "", {}, trials=[*trials[:2], replace(better, state="failed")]).best() == trials[0]
+    assert Study("/x", "", {}, trials=[Trial(0, {})]).best() is None
+
+
+def test_a_study_is_found_again_and_one_of_other_settings_refused(make_config: Any, tmp_path: Path) -> None:
+    config = one(make_config)
+    begun = study.begin(config)
+    begun.ask(0, {"learning_rate": 1e-3})
+    begun.change(0, state="finished", best=Measure(2, -1.5, None, {"validation/loss": 1.5}))
+    assert study.load(config) == begun
+    assert study.load(config.changed({"tune.num_samples": 9})) == begun, "a study may be given more trials later"
+    with pytest.raises(
+        ConfigError, match=r"study of other settings \(.*seed 14 there, 15 here.*--output_name.*--overwrite"
+    ):
+        study.load(config.changed({"seed": 15}))
+    with pytest.raises(
+        ConfigError, match=r"was cut off, with 1 of 4 trials settled: --resume goes on with it, --overwrite"
+    ):
+        sweep._study(config, resume=False)
+    assert sweep._study(config, resume=True) == begun
+    other = config.changed({"output_name": "thesis", "overwrite": True})
+    Path(other.run_dir).mkdir(parents=True)
+    (Path(other.run_dir) / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreError, match="is no study"):
+        sweep._study(other, resume=False)
+
+
+def test_a_win_needs_the_paired_test(make_config: Any) -> None:
+    config = one(make_config)
+
+    def rows(right: int) -> list[dict[str, Any]]:
+        return [
+            {"split": "dev", "verdict": "correct" if n < right else "wrong", "error_kind": "none"} for n in range(40)
+        ]
+
+    assert champion.judge({"base": rows(0), "tuned": rows(20)}, config)[0]
+    assert not champion.judge({"base": rows(18), "tuned": rows(20)}, config)[0], "two questions more are no win"
+    assert champion.judge({"base": rows(0), "default": rows(21), "tuned": rows(20)}, config)[0], (
+        "nor is one more a loss"
+    )
+    won, verdict = champion.judge({"base": rows(0), "default": rows(40), "tuned": rows(20)}, config)
+    assert not won and "against the default settings 0 to 20" in verdict
+    assert not champion.judge({"tuned": rows(20)}, config)[0]
+
+
+# A trial, without Tune
+
+
+class Alone:
+    """A trial driven by hand, as Ray Tune drives it: steps, and a stop."""
+
+    def __init__(self, config: Config, **changes: Any) -> None:
+        from ray_sql.tune.trial import Trial as Trainable
+
+        prepared = prepare.prepare(config)
+        prepare.write_inputs(prepared, config)
+        self.said: list[dict[str, Any]] = []
+        self.folder = f"{config.run_dir}/trials/trial-001"
+        plan = {
+            "config": config.for_workers(),
+            "model_folder": prepared.model_folder,
+            "inputs": config.run_dir,
+            "steps": config.steps(prepared.audit.rows),
+            "sender": self.said.append,
+        }
+        self._trial = Trainable.__new__(Trainable)
+        self._trial.setup({"trial": 1, "changes": changes, "settled": False}, plan=plan)
+
+    def steps(self, most: int = 99) -> list[dict[str, Any]]:
+        """The results of so many steps, or until it is done."""
+        found: list[dict[str, Any]] = []
+        while len(found) < most and not (found and found[-1].get("done")):
+            found.append(self._trial.step())
+        return found
+
+    def stop(self) -> None:
+        """As a scheduler stops it."""
+        self._trial.cleanup()
+
+
+def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> None:
+    config = one(make_config, **{"train.max_steps": 8})
+    trial = Alone(config, **{"lora.r": 2})
+    assert [result["step"] for result in trial.steps(2)] == [2, 4]
+    trial.stop()
+    assert [checkpoint.step for checkpoint in checkpoints.complete(trial.folder)][-1] == 4, "no step after the decision"
+    assert checkpoints.exists(f"{trial.folder}/adapter/adapter_model.safetensors"), "what it has is kept"
+    again = Alone(config, **{"lora.r": 2})
+    results = again.steps()
+    assert [result["step"] for result in results] == [2, 4, 6, 8] and results[-1]["done"]
+    assert min(point["step"] for point in again.said if point["kind"] == "train") == 5, (
+        "the first four are not repeated"
+    )
+    best = max(results, key=lambda result: result["objective"])
+    assert results[-1]["score"] == best["objective"] == results[-1]["best"]["objective"]
+
+
+def test_a_trial_without_memory_is_tried_once_more_in_half_of_it(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_sql import train
+
+    config = one(make_config, **{"train.max_steps": 2})
+    fit, tried = train.fit, []
+
+    def full(settings: Config, *rest: Any, **named: Any) -> Any:
+        tried.append((settings.rows.examples_per_row, settings.global_batch))
+        if len(tried) == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return fit(settings, *rest, **named)
+
+    monkeypatch.setattr(train, "fit", full)
+    trial = Alone(config)
+    (result,) = trial.steps()
+    assert result["done"] and result["failure"] is None and result["step"] == 2
+    assert tried == [("auto", config.global_batch), (4, config.global_batch)]
+    assert [point["text"] for point in trial.said if point["kind"] == "note"] == [
+        "out of memory: once more with rows.examples_per_row 4 in place of 8"
+    ]
+    saved = json.loads(checkpoints.read_text(f"{trial.folder}/config.json") or "")
+    assert saved["rows"]["examples_per_row"] == 4, "what it was trained with"
+
+
+def test_a_trial_that_fails_says_why_and_scores_worst(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray_sql import train
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory, whatever the layout")
+
+    monkeypatch.setattr(train, "fit", never)
+    (result,) = Alone(one(make_config)).steps()
+    assert result["done"] and result["failure"] == "CUDA out of memory, whatever the layout"
+    assert result["score"] == study.WORST
+
+
+# Real sweeps
+
+
+@pytest.fixture
+def tracked(tmp_path: Path) -> dict[str, Any]:
+    return {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+
+
+@pytest.fixture
+def own_ray() -> Iterator[None]:
+    yield
+    cluster.leave_ray()
+
+
+@pytest.mark.slow
+def test_a_sweep_from_its_space_to_its_champion(
+    make_config: Any, tracked: dict[str, Any], own_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    # the second trial diverges: what it cannot do must not keep the others
+    extra = {
+        "tune.space": {"learning_rate": {"choice": [1e-3, 1e8, 1e-2]}},
+        "tune.num_samples": 3,
+        "train.max_grad_norm": 1e12,
+        "train.lr_scheduler_type": "constant",
+    }
+    given = make_config(SweepConfig, **(SWEEP | tracked | extra))
+    (config,) = given.studies()
+    metrics = tune.run(given)["sql"]
+    out = capfd.readouterr().out
+    assert "trials    3, 1 at a time:" in out
+    known = study.load(config)
+    assert known and known.finished and [trial.number for trial in known.trials] == [0, 1, 2]
+    assert known.trials[0].point == {"learning_rate": 1e-3}, "the first trial is the settings"
+    by_rate = {trial.point["learning_rate"]: trial for trial in known.trials}
+    assert by_rate[1e8].state == "failed" and "diverged by step" in str(by_rate[1e8].reason)
+    best = known.best()
+    assert best and best.best and best.best.objective >= known.trials[0].best.objective  # type: ignore[union-attr]
+    assert metrics["sweep"]["trial"] == best.number and metrics["best_step"] == best.best.step
+
+    place = Path(config.run_dir)
+    assert {path.name for path in place.iterdir()} >= {
+        "adapter", "base_predictions.jsonl", "config.json", "contract.json", "metrics.json", "predictions.jsonl", "report.html",
+        "study.json", "sweep.html", "trials",
+    }  # fmt: skip
+    saved = json.loads((place / "config.json").read_text())
+    assert saved["learning_rate"] == best.point["learning_rate"] and saved["output_name"] == "sweep"
+    assert (place / "adapter" / "config.json").read_text() == (place / "config.json").read_text()
+    page = (place / "sweep.html").read_text()
+    assert "diverged by step" in page and "http://" not in page and page.count("<tr class=") == 3
+
+    client = MlflowClient(tracked["tracking.uri"])
+    children = {run.data.tags["trial"]: run for run in runs(tracked["tracking.uri"]) if "trial" in run.data.tags}
+    (parent,) = (run for run in runs(tracked["tracking.uri"]) if "trial" not in run.data.tags)
+    assert len(children) == 3 and {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {
+        parent.info.run_id
+    }
+    assert parent.info.status == "FINISHED" and parent.data.tags["winner"].startswith(study.name(best.number))
+    for trial in known.trials:
+        run = children[str(trial.number)]
+        assert run.info.status == ("FAILED" if trial.state == "failed" else "FINISHED")
+        assert float(run.data.params["learning_rate"]) == trial.point["learning_rate"]
+    curve = client.get_metric_history(children["0"].info.run_id, "objective")
+    assert [point.step for point in curve] == [one.step for one in study.measured(known.folder(0))]
+    assert client.get_metric_history(children["0"].info.run_id, "train/loss")
+    names = {item.path for folder in ("", "figures") for item in client.list_artifacts(parent.info.run_id, folder)}
+    assert names >= {"adapter", "sweep.html", "trials.json", "figures/objective.png"}
+    (version,) = client.search_model_versions("name='ray-sql-sql'")
+    assert version.run_id == parent.info.run_id and version.source.endswith("/adapter")
+    assert client.get_registered_model("ray-sql-sql").aliases == {}, "no answer was right, so nothing is crowned"
+
+    before = [trial.seconds for trial in known.trials]
+    assert tune.run(given)["sql"] == metrics, "a finished study is shown, not repeated"
+    assert [trial.seconds for trial in study.load(config).trials] == before  # type: ignore[union-attr]
+
+
+class Driver:
+    """`jobs.tune` as a process of its own, which may be killed."""
+
+    def __init__(self, config: SweepConfig, tmp_path: Path) -> None:
+        self._file = tmp_path / "sweep.json"
+        settings = config.public() | {"task_type": ["sql"]}
+        self._file.write_text(json.dumps({name: value for name, value in settings.items() if name != "resume"}))
+        self._log = tmp_path / "driver.log"
+
+    def start(self, *flags: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "jobs.tune", "--config", str(self._file), *flags]
+        root = Path(__file__).parent.parent
+        return subprocess.Popen(
+            command, cwd=root, stdout=self._log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def finish(self, *flags: str) -> None:
+        code = self.start(*flags).wait(timeout=300)
+        assert code == 0, self._log.read_text()[-3000:]
+
+
+def settled(known: Study | None) -> int:
+    return sum(trial.state in study.SETTLED for trial in known.trials) if known else 0
+
+
+def gone(process: subprocess.Popen[bytes], timeout: float = 8) -> None:
+    """Kill a driver, and wait until its trials have ended with it; agents of its Ray may outlive it for minutes, idle."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=timeout)
+    for child in alive:
+        child.kill()  # each by its id: those of this driver alone
+
+
+def check_survived(config: Config, uri: str, reference: Study | None = None) -> Study:
+    """A study that is complete, and recorded as one parent and one child a trial, all ended."""
+    known = study.load(config)
+    assert known and known.finished and settled(known) == config.tune.num_samples
+    found = runs(uri)
+    assert all(run.info.status in ("FINISHED", "FAILED") for run in found), [run.info.status for run in found]
+    assert sorted(run.data.tags["trial"] for run in found if "trial" in run.data.tags) == [
+        str(trial.number) for trial in known.trials
+    ]
+    assert len(found) == len(known.trials) + 1
+    if reference:
+        assert [trial.point for trial in known.trials] == [trial.point for trial in reference.trials]
+        assert [trial.state for trial in known.trials] == [trial.state for trial in reference.trials]
+        assert known.best().number == reference.best().number  # type: ignore[union-attr]
+    return known
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_its_study(make_config: Any, tracked: dict[str, Any], tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    given = make_config(SweepConfig, **(SWEEP | tracked | {"tune.num_samples": 3, "evaluate.baseline": False}))
+    (config,) = given.studies()
+    driver = Driver(given, tmp_path)
+    first = driver.start()
+    deadline = time.monotonic() + 200
+    while True:
+        assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "driver.log").read_text()[-3000:]
+        text = checkpoints.read_text(f"{config.run_dir}/{study.FILE}")
+        known = study.load(config) if text else None
+        if settled(known) == 1 and len(known.trials) == 2 and study.measured(known.folder(1)):  # type: ignore[union-attr]
+            break
+        time.sleep(0.02)
+    gone(first)
+    before = study.load(config)
+    assert before and before.trials[0].state == "finished"
+    weights = Path(before.folder(0), "checkpoint-4", "adapter_model.safetensors")
+    trained = weights.stat().st_mtime_ns
+    refused = driver.start()
+    assert refused.wait(timeout=120) == 2
+    assert "--resume goes on with it" in (tmp_path / "driver.log").read_text()
+    driver.finish("--resume")
+    after = check_survived(config, tracked["tracking.uri"])
+    assert weights.stat().st_mtime_ns == trained, "a finished trial is not run again"
+    assert [trial.point for trial in after.trials[:2]] == [trial.point for trial in before.trials]
+    (run,) = (run for run in runs(tracked["tracking.uri"]) if run.data.tags.get("trial") == "1")
+    curve = MlflowClient(tracked["tracking.uri"]).get_metric_history(run.info.run_id, "objective")
+    assert [point.step for point in curve] == [one.step for one in study.measured(after.folder(1))]
+    assert after.trials[0].best == before.trials[0].best and after.trials[0].seconds == before.trials[0].seconds
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_five_kills_at_random_moments_change_nothing(make_config: Any, tracked: dict[str, Any], tmp_path: Path) -> None:
+    whole = make_config(SweepConfig, **(SWEEP | tracked | {"output_name": "whole", "tracking.enabled": False}))
+    tune.run(whole)
+    reference = study.load(whole.studies()[0])
+    given = make_config(SweepConfig, **(SWEEP | tracked))
+    (config,) = given.studies()
+    driver, draw = Driver(given, tmp_path), random.Random(14)
+    for _ in range(5):
+        process = driver.start("--resume")
+        try:
+            process.wait(timeout=draw.uniform(8, 45))
+        except subprocess.TimeoutExpired:
+            gone(process)
+    driver.finish("--resume")
+    check_survived(config, tracked["tracking.uri"], reference)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_trials_of_ray_train_workers_are_stopped_and_leave_nothing_behind(make_config: Any) -> None:
+    import ray
+    from ray.util import placement_group_table
+
+    settings = SWEEP | {
+        "scaling.num_workers": 1,
+        "tune.num_samples": 2,
+        "train.max_steps": 6,
+        "evaluate.baseline": False,
+    }
+    given = make_config(SweepConfig, **settings)
+    ray.init(address="local", num_cpus=2, logging_level="ERROR")
+    try:
+        tune.run(given)
+        known = study.load(given.studies()[0])
+        assert known and [trial.state for trial in known.trials] == ["finished", "stopped"]
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert ray.available_resources()["CPU"] == 2
+        assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    finally:
+        ray.shutdown()
+
+
+def test_a_dry_run_shows_the_space_and_the_arithmetic_and_starts_nothing(
+    make_config: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = make_config(SweepConfig, **(SWEEP | {"dry_run": True}))
+    tune.dry_run(given)
+    out = capfd.readouterr().out
+    for line in (
+        "space     learning_rate loguniform 0.0001 … 0.1",
+        "start     learning_rate 0.001, lora.r 4: the settings, as the first trial",
+        "trials    4, 1 at a time: ",
+        "objective validation loss on 5 validation questions, every 2 of 4 steps",
+        "stopping  those that fall behind, at step 2 (1 of 2 goes on)",
+    ):
+        assert line in out
+    assert not os.path.exists(given.run_dir)
+    assert prepare.earlier_run(given.studies()[0]) is None
