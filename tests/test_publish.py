@@ -606,6 +606,7 @@ def test_a_dry_run_shows_the_card_and_sends_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_checkpoints_of_ray_workers_are_pushed_by_the_driver(
     stand_in: stand_ins.Hub, ray_local: None, job: Any, flags: list[str]
 ) -> None:

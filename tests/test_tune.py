@@ -522,6 +522,7 @@ def check_survived(config: Config, uri: str, reference: Study | None = None) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_driver_resumes_its_study(make_config: Any, tracked: dict[str, Any], tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
