@@ -234,9 +234,8 @@ class _Reporter:
             go_on = self._save(step, folder, model)
         except RaySqlError as error:
             problem = str(error)
-        said = generate.gather_all(
-            (problem, go_on)
-        )  # a rank that leaves alone would let the others wait for it forever
+        # a rank that leaves alone would let the others wait for it forever
+        said = generate.gather_all((problem, go_on))
         if problems := [text for text, _ in said if text]:
             raise TrainingError(problems[0])
         ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
