@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import product
@@ -94,12 +95,7 @@ def prepare(folder: Path, databases: int) -> None:
     config = settings()
     corpus = data.load(config)
     tokenizer = models.load_tokenizer(models.resolve(config)[0])
-    by_database: dict[str, list[data.Example]] = defaultdict(list)
-    for example in corpus.splits["train"]:
-        by_database[example.db_id].append(example)
-    large = sorted(name for name, examples in by_database.items() if len(examples) >= TRAINED + ASKED)
-    draw = random.Random(14)
-    chosen = [draw.sample(by_database[name], TRAINED + ASKED) for name in draw.sample(large, databases)]
+    chosen = drawn(corpus.splits["train"], databases, TRAINED + ASKED)
     trained = [example for examples in chosen for example in examples[:TRAINED]]
     asked = [example for examples in chosen for example in examples[TRAINED:]]
     file, audit = rows.prepare(trained, corpus.schemas, tokenizer, config)
@@ -108,6 +104,16 @@ def prepare(folder: Path, databases: int) -> None:
     (folder / "rows.parquet").write_bytes(file.read_bytes())
     (folder / "questions.jsonl").write_text(generate.dump(questions))
     print(f"{audit.line()}; {len(questions)} questions")
+
+
+def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[list[data.Example]]:
+    """`count` examples of each of so many databases that have as many."""
+    by_database: dict[str, list[data.Example]] = defaultdict(list)
+    for example in examples:
+        by_database[example.db_id].append(example)
+    large = sorted(name for name, each in by_database.items() if len(each) >= count)
+    draw = random.Random(14)
+    return [draw.sample(by_database[name], count) for name in draw.sample(large, databases)]
 
 
 def train_all(folder: Path, seeds: tuple[int, ...], jobs: int) -> None:

@@ -35,7 +35,7 @@ CUT: dict[str, Any] = {
     "evaluate.max_new_tokens": 96,
     "overwrite": True,
 }
-FULL = {"data.limit": 1000, "evaluate.limit": 120}
+FULL = {"data.limit": 2000, "evaluate.limit": 240}
 QUICK = {"data.limit": 24, "evaluate.limit": 16}
 
 

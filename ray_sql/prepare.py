@@ -64,12 +64,10 @@ class Prepared:
         )
 
     def validation_rows(self, config: Config) -> list[rows.Row]:
-        """The examples of `validation` with their gold answers, for their loss."""
+        """The examples of `validation` with their gold answers, for their loss; without those that could not be trained on either."""
         examples = {example.id: example for example in self.corpus.splits["validation"]}
-        return [
-            rows.encode(examples[question.id], self.corpus.schemas, self.tokenizer, config)
-            for question in self.validation(config)
-        ]
+        asked = [examples[question.id] for question in self.validation(config)]
+        return rows.build(asked, self.corpus.schemas, self.tokenizer, config)[0]
 
     def _asked(self, split: str, config: Config, limit: int | None) -> list[Question]:
         examples = data.sample(self.corpus.splits[split], limit, config.seed)

@@ -262,9 +262,9 @@ class _Validation:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, scratch: Path) -> None:
         self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
-        if self._questions:
-            file = checkpoints.fetch_file(f"{config.run_dir}/{rows.VALIDATION_FILE}", scratch / "validation.parquet")
-            self._rows = rows.read(file)
+        source, self._rows = f"{config.run_dir}/{rows.VALIDATION_FILE}", []
+        if checkpoints.exists(source):
+            self._rows = rows.read(checkpoints.fetch_file(source, scratch / "validation.parquet"))
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
         self._tokenizer, self._together = tokenizer, together
@@ -273,10 +273,12 @@ class _Validation:
         """What orders the checkpoint and its metrics, on rank 0; None on other ranks, and where there is nothing to validate on."""
         if not self._questions:
             return None
-        loss = self._loss(model)
-        measured = {"validation/loss": loss, "validation/n": float(len(self._questions))}
+        measured = {"validation/n": float(len(self._questions))}
+        if self._rows:
+            measured["validation/loss"] = self._loss(model)
         if self._config.tune.objective == "eval_loss":
-            return {"objective": -loss, "tie_break": None, "metrics": measured}
+            objective = -measured["validation/loss"] if self._rows else None
+            return {"objective": objective, "tie_break": None, "metrics": measured}
         answers = generate.answer_together(model, self._tokenizer, self._questions, self._config)
         if answers is None:
             return None

@@ -588,6 +588,40 @@ def test_a_run_whose_push_fails_is_finished_and_pushed_by_the_same_command(
     assert "holds a finished run" in out and len(stand_in.repos["me/run"].pushed()) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_pipeline_publishes_both_tasks_and_goes_on_where_it_stopped(
+    stand_in: stand_ins.Hub, job: Any, flags: list[str], tmp_path: Path
+) -> None:
+    space = '{"learning_rate": {"choice": [1e-4, 1e-3]}}'
+    given = [
+        *flags,
+        "--task_type",
+        "sql,schema",
+        "--no-tracking.enabled",
+        "--tune.num_samples",
+        "2",
+        "--tune.space",
+        space,
+    ]
+    given += ["--tune.objective", "eval_loss", "--evaluate.select_examples", "2", "--data.split_by", "question"]
+    given += ["--publish", "--hub.force", "--hub.repo_id", "me/both", "--data.validation_fraction", "0.2"]
+    code, _, err = job("pipeline", *given, "--write_token", READER)
+    assert code == 2 and "may only read" in err and not (tmp_path / "out").exists(), "known before the first trial"
+    stand_in.fail("POST .*/commit/", 503)
+    code, out, err = job("pipeline", *given, "--write_token", WRITER)
+    assert code == 2 and err.count("error: ") == 1
+    for task in ("sql", "schema"):
+        assert f"--output_name run-{task}" in err, "one task's failure does not keep the other's champion back"
+        study = json.loads((tmp_path / "out" / f"run-{task}" / "study.json").read_text())
+        assert study["finished"] and len(study["trials"]) == 2
+    stand_in.heal()
+    code, out, err = job("pipeline", *given, "--write_token", WRITER)
+    assert code == 0, err
+    assert out.count("holds a finished study") == 2
+    assert [len(stand_in.repos[f"me/both-{task}"].pushed()) for task in ("sql", "schema")] == [1, 1]
+
+
 def test_check_says_whether_a_run_could_be_published(stand_in: stand_ins.Hub, job: Any, flags: list[str]) -> None:
     code, out, err = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", WRITER)
     assert code == 0, out + err

@@ -13,6 +13,8 @@ from ray_sql.config import Config
 from ray_sql.data import Corpus, Example
 from ray_sql.errors import DataError
 from ray_sql.models import load_tokenizer
+from ray_sql.prepare import Prepared
+from ray_sql.rows import Audit
 from ray_sql.schema import Schema
 
 UNLINKABLE = Example("broken", "shop", "Who?", "SELECT name FROM nowhere")
@@ -79,8 +81,9 @@ def test_a_row_that_is_too_long_is_refused_with_the_numbers_and_the_way_out(
     corpus: Corpus, tokenizer: Any, make_config: Any
 ) -> None:
     longest = max(lengths_of(corpus, tokenizer, make_config()))
+    examples, schemas = corpus.splits["train"], corpus.schemas
     with pytest.raises(DataError) as caught:
-        lengths_of(corpus, tokenizer, make_config(**{"rows.max_length": longest - 3}))
+        rows.prepare(examples, schemas, tokenizer, make_config(**{"rows.max_length": longest - 3}))
     message = str(caught.value)
     assert (
         f"are over --rows.max_length {longest - 3}, the longest has {longest} tokens" in message and "\n" not in message
@@ -165,7 +168,19 @@ def _only_sale(example: Example, corpus: Corpus, tokenizer: Any, config: Config)
 
 def test_no_rows_at_all_are_refused(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     with pytest.raises(DataError, match=r"none of 1 examples could be used \(1 cannot be linked\)"):
-        rows.build([UNLINKABLE], corpus.schemas, tokenizer, make_config(task_type="schema"))
+        rows.prepare([UNLINKABLE], corpus.schemas, tokenizer, make_config(task_type="schema"))
+
+
+def test_validation_examples_that_could_not_be_trained_on_have_no_part_in_the_loss(
+    corpus: Corpus, tokenizer: Any, make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config(**{"prompt.schema_form": "reduced"})
+    fitting = corpus.splits["validation"]
+    splits = {**corpus.splits, "validation": [UNLINKABLE, *fitting]}
+    prepared = Prepared(replace(corpus, splits=splits), "", tokenizer, tmp_path, Audit(*[0] * 9, "error"), {}, [])
+    assert {question.id for question in prepared.validation(config)} == {"broken", *(e.id for e in fitting)}
+    assert {row.id for row in prepared.validation_rows(config)} == {example.id for example in fitting}
+    assert not prepared.validation_rows(config.changed({"rows.max_length": 16}))
 
 
 # The cache

@@ -118,6 +118,7 @@ def test_an_axis_that_cannot_be_is_refused_with_its_name(make_config: Any, given
         ({"tune.objective": "f2"}, "tune.objective: 'f2' given; input should be 'answers' or 'eval_loss'"),
         ({"task_type": "sql,poetry"}, "input should be 'sql' or 'schema'"),
         ({"resume": True, "overwrite": True}, "leave one of the two out"),
+        ({"hub.push_checkpoints": "all"}, "a sweep pushes its best adapter only"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make_config: Any, changes: dict[str, Any], message: str) -> None:
@@ -127,13 +128,18 @@ def test_settings_that_cannot_be_are_refused(make_config: Any, changes: dict[str
 
 
 def test_two_tasks_are_two_studies_in_folders_of_their_own(make_config: Any) -> None:
-    for given in ("sql,schema", ["sql", "schema"]):
+    for given in ("sql,schema", ["sql", "schema"], ["sql", "sql", "schema"]):
         studies = make_config(SweepConfig, **(SWEEP | {"task_type": given})).studies()
         assert [(one.task_type, one.output_name) for one in studies] == [
             ("sql", "sweep-sql"),
             ("schema", "sweep-schema"),
         ]
+        assert [one.hub.repo_id for one in studies] == [None, None]
     assert one(make_config).output_name == "sweep"
+    pushed = SWEEP | {"task_type": "sql,schema", "hub.repo_id": "me/own", "hub.license": "mit"}
+    studies = make_config(SweepConfig, **pushed).studies()
+    assert [(one.hub.repo_id, one.hub.license) for one in studies] == [("me/own-sql", "mit"), ("me/own-schema", "mit")]
+    assert one(make_config, **{"hub.repo_id": "me/own"}).hub.repo_id == "me/own"
 
 
 def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
@@ -141,8 +147,8 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
 
     root = Path(__file__).parent.parent
     for path in sorted((root / "jobs" / "configs").glob("*.yaml")):
-        config = load(Config, ["--config", str(path)])
-        assert space.read(config).start()["learning_rate"] == config.learning_rate, path
+        for config in load(SweepConfig, ["--config", str(path)]).studies():
+            assert space.read(config).start()["learning_rate"] == config.learning_rate, path
     (shown,) = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "sweeps.md").read_text(), re.DOTALL)
     given = {"model_name": "m", "output_name": "o", "task_type": "sql", **yaml.safe_load(shown)}
     assert [axis.name for axis in space.read(load(Config, [], **given)).axes][2:] == [

@@ -532,7 +532,8 @@ class SweepConfig(Config):
     @field_validator("task_type", mode="before")
     @classmethod
     def _split_tasks(cls, given: Any) -> Any:
-        return given.split(",") if isinstance(given, str) else given
+        listed = given.split(",") if isinstance(given, str) else given
+        return list(dict.fromkeys(listed)) if isinstance(listed, list | tuple) else listed
 
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
@@ -540,15 +541,28 @@ class SweepConfig(Config):
             raise ValueError("resume goes on with the study that overwrite removes: leave one of the two out")
         return self
 
+    @model_validator(mode="after")
+    def _check_push_checkpoints(self) -> Self:
+        if self.hub.push_checkpoints != "none":
+            raise ValueError(
+                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best adapter only; leave it out"
+            )
+        return self
+
     def studies(self) -> list[Config]:
-        """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`."""
+        """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`, and a
+        repository, `<hub.repo_id>-<task>`."""
         given = self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token", "resume"})
         given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
-        return [build(Config, given | self._named(task), {"changes": {"task_type": task}}) for task in self.task_type]
+        return [
+            build(Config, merge(given, self._named(task)), {"changes": {"task_type": task}}) for task in self.task_type
+        ]
 
-    def _named(self, task: Task) -> dict[str, str]:
-        several = len(set(self.task_type)) > 1
-        return {"task_type": task, "output_name": f"{self.output_name}-{task}" if several else self.output_name}
+    def _named(self, task: Task) -> dict[str, Any]:
+        if len(self.task_type) < 2:
+            return {"task_type": task}
+        named: dict[str, Any] = {"task_type": task, "output_name": f"{self.output_name}-{task}"}
+        return named | ({"hub": {"repo_id": f"{self.hub.repo_id}-{task}"}} if self.hub.repo_id else {})
 
 
 def _number(value: Any) -> Any:

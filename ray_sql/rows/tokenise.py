@@ -95,12 +95,16 @@ def prepare(
     config: Config,
     progress: Progress | None = None,
 ) -> tuple[Path, Audit]:
-    """The Parquet file of the rows of `examples`, and their audit; made only if the cache has none of the same content."""
+    """The Parquet file of the rows of `examples`, and their audit; made only if the cache has none of the same content.
+
+    Raises `DataError` for an example over `rows.max_length` under the policy `error`, and where no example can be used.
+    """
     key = cache_key(examples, schemas, tokenizer, config)
     file, audit_file = config.cache / "rows" / f"{key}.parquet", config.cache / "rows" / f"{key}.json"
     if file.is_file() and audit_file.is_file():
         return file, Audit(**json.loads(audit_file.read_text()))
     rows, audit = build(examples, schemas, tokenizer, config, progress)
+    _check(audit)
     file.parent.mkdir(parents=True, exist_ok=True)
     write(rows, file)
     half = audit_file.with_suffix(f".{os.getpid()}")
@@ -116,7 +120,7 @@ def build(
     config: Config,
     progress: Progress | None = None,
 ) -> tuple[list[Row], Audit]:
-    """Rows in the examples' order. Raises `DataError` for an example over `rows.max_length` under the policy `error`."""
+    """Rows in the examples' order, without those that do not fit or have no answer to learn; the audit says how many."""
     rows: list[Row] = []
     lengths: list[int] = []
     counts = {"trimmed": 0, "dropped": 0}
@@ -136,16 +140,19 @@ def build(
             counts["trimmed" if kept else "dropped"] += 1
         if kept:
             rows.append(kept)
-    if counts["dropped"] and config.rows.too_long == "error":
-        raise DataError(
-            f"{counts['dropped']} of {len(examples)} training examples are over --rows.max_length {config.rows.max_length}, the "
-            f"longest has {max(lengths)} tokens; raise it, or choose --rows.too_long trim_schema or drop"
-        )
-    if not rows:
-        raise DataError(
-            f"no training rows: none of {len(examples)} examples could be used ({len(unlinkable)} cannot be linked)"
-        )
     return rows, _audit(rows, lengths, config, counts, unlinkable)
+
+
+def _check(audit: Audit) -> None:
+    if audit.dropped and audit.policy == "error":
+        raise DataError(
+            f"{audit.dropped} of {audit.examples} training examples are over --rows.max_length {audit.max_length}, the longest has "
+            f"{audit.longest} tokens; raise it, or choose --rows.too_long trim_schema or drop"
+        )
+    if not audit.rows:
+        raise DataError(
+            f"no training rows: none of {audit.examples} examples could be used ({len(audit.unlinkable)} cannot be linked)"
+        )
 
 
 def encode(
@@ -247,7 +254,8 @@ def _closed(schema: Schema) -> Schema:
 def _audit(
     rows: Sequence[Row], lengths: Sequence[int], config: Config, counts: Mapping[str, int], unlinkable: list[str]
 ) -> Audit:
-    tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else [float(lengths[0])] * 9
+    longest = max(lengths, default=0)
+    tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else [float(longest)] * 9
     return Audit(
         examples=len(lengths) + len(unlinkable),
         rows=len(rows),
@@ -255,7 +263,7 @@ def _audit(
         completion_tokens=sum(len(row.input_ids) - row.prompt_length for row in rows),
         p50=round(tenths[4]),
         p90=round(tenths[8]),
-        longest=max(lengths),
+        longest=longest,
         max_length=config.rows.max_length,
         too_long=sum(counts.values()),
         policy=config.rows.too_long,

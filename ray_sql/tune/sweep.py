@@ -1,4 +1,4 @@
-"""A sweep from end to end: one study a task, its trials on the cluster, its champion measured and registered.
+"""A sweep from end to end: one study a task, its trials on the cluster, its champion measured, registered and, if asked for, published.
 
 `run` is what jobs/tune.py calls. A study that was cut off, whenever and however, goes on with `--resume` (see `study`); a finished one is
 shown, not repeated.
@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ray_sql import checkpoints, cluster, finetune, prepare, tracking
+from ray_sql import checkpoints, cluster, finetune, prepare, publish, tracking
 from ray_sql.cluster import Room
 from ray_sql.config import Config, SweepConfig
 from ray_sql.display import Display
-from ray_sql.errors import ConfigError, StoreError
+from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.prepare import Prepared
 from ray_sql.tune import champion, page, space
 from ray_sql.tune.space import Space, shown
@@ -36,12 +36,19 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     Raises `RaySqlError` for what the user can fix.
     """
     studies = config.studies()
-    for one in studies:  # what is wrong with the second should be known before the first has run
+    for (
+        one
+    ) in studies:  # what is wrong with the second, or could not be published, should be known before the first has run
         space.read(one)
+        if one.publish:
+            publish.check(one)
     try:
-        return {one.task_type: _run(one, config.resume) for one in studies}
+        found: dict[str, dict[str, Any]] = {one.task_type: _run(one, config.resume) for one in studies}
     finally:
         cluster.leave_ray()
+    if config.publish:
+        _publish(studies)
+    return found
 
 
 def dry_run(config: SweepConfig) -> None:
@@ -54,6 +61,20 @@ def dry_run(config: SweepConfig) -> None:
             _check(one, prepared)
             for line in plan(one, axes, prepared, _room(one)):
                 display.line(line)
+
+
+def _publish(studies: list[Config]) -> None:
+    """Push every champion; one that is refused does not keep the others back."""
+    refused = []
+    for one in studies:
+        try:
+            publish.publish(one, one.run_dir)
+        except RaySqlError as error:
+            refused.append(error)
+    if len(refused) > 1:
+        raise RaySqlError("; ".join(map(str, refused)))
+    if refused:
+        raise refused[0]
 
 
 def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterator[str]:
@@ -100,7 +121,8 @@ def _room(config: Config) -> Room:
 def _check(config: Config, prepared: Prepared) -> None:
     if config.prev_checkpoint:
         raise ConfigError("--prev_checkpoint: the trials of a sweep start from the base model; leave it out")
-    if not prepared.validation(config):
+    by_loss = config.tune.objective == "eval_loss"
+    if not (prepared.validation_rows(config) if by_loss else prepared.validation(config)):
         raise ConfigError(
             "there are no validation questions to choose trials by: raise --data.validation_fraction and --evaluate.select_examples"
             + ("" if config.task_type == "schema" else ", and give their databases")

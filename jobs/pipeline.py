@@ -1,0 +1,25 @@
+"""The whole line for one task or both: sweep, measure the best adapter on questions no trial saw, register it, publish it.
+
+    python -m jobs.pipeline --config jobs/configs/pipeline.yaml
+    ray job submit --working-dir . -- python -m jobs.pipeline --config jobs/configs/pipeline.yaml
+
+Takes the settings of jobs.tune. What an earlier attempt completed is passed over and what it began goes on, so that the same command
+is given again after a crash, with more trials, or with a token that was missing. `--dry_run` shows the plan of every task.
+"""
+
+from ray_sql import cli
+from ray_sql.config import SweepConfig
+
+
+def pipeline(config: SweepConfig) -> None:
+    """Trials, champion and scores of every task; then, under `publish`, every champion to the Hub."""
+    from ray_sql import tune
+
+    if config.dry_run:
+        return tune.dry_run(config)
+    tune.run(config if config.overwrite else config.changed({"resume": True}))
+    return None
+
+
+if __name__ == "__main__":
+    cli.main(pipeline, SweepConfig)
