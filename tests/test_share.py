@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ray_sql import models, rows, trainer
+from ray_sql.data import load
 from ray_sql.rows import Row, Steps, attention, passes, plan, share
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, visible
@@ -101,6 +102,19 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     assert why_not_share(models.load_base(str(folder), config), 60, 120) is None
     alone = gradients(folder, data, config, 1, tmp_path)
     shared = gradients(folder, data, config, 8, tmp_path)
+    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
+    assert relative_error(shared[1], alone[1]) < 1e-5
+
+
+@pytest.mark.parametrize("task", ["sql", "schema"])
+def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
+    make_config: Any, tiny_model: Path, tmp_path: Path, task: str
+) -> None:
+    config = make_config(task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 4, "grad_accum_steps": 4})
+    corpus = load(config)
+    made, _ = rows.build(corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(tiny_model)), config)
+    alone, shared = (gradients(tiny_model, made, config, together, tmp_path) for together in (1, 8))
+    assert rows.tokens(made, config)[0] < 0.6 * rows.tokens(made, config)[1], "schemas are shared"
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
     assert relative_error(shared[1], alone[1]) < 1e-5
 
