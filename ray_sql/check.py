@@ -101,14 +101,12 @@ def resources(config: Config) -> str:
 
 
 def data(config: Config, prepared: Prepared) -> str:
-    """Rows, their lengths, and the splits; a database-less scored split is found here."""
+    """The splits, and which of them can be scored by execution: without databases a run trains, but gets no such score."""
     splits = ", ".join(f"{len(examples)} {split}" for split, examples in prepared.corpus.splits.items())
     without = [s for s in config.split if not any(map(prepared.corpus.executable, _databases(prepared, s)))]
-    if without and config.task_type == "sql":
-        raise ConfigError(
-            f"--split {without[0]}: has examples without a database to execute on; name their folder with --data.databases"
-        )
-    return f"{splits}; {len(prepared.gold_errors)} gold queries do not run"
+    scored = f"; nothing can be executed on {', '.join(without)}, so it gets no score: name its databases with --data.databases"
+    unscored = scored if without and config.task_type == "sql" else ""
+    return f"{splits}; {len(prepared.gold_errors)} gold queries do not run{unscored}"
 
 
 def lengths(config: Config, prepared: Prepared) -> str:

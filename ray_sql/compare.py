@@ -17,7 +17,7 @@ from ray_sql import checkpoints, data
 from ray_sql.config import EvaluateConfig
 from ray_sql.display import Display, percent
 from ray_sql.errors import DataError
-from ray_sql.evaluate import HARDNESS, Row, clustered, grouped
+from ray_sql.evaluate import HARDNESS, Row, clustered, grouped, right
 from ray_sql.metrics import VerdictName, mcnemar, resolvable_difference, wilson_interval
 
 Key = tuple[str, str]
@@ -144,7 +144,7 @@ def compare(paired: Paired) -> dict[str, Any]:
     """Accuracies, difference, paired test and verdict, in all and by split, hardness and database; and what differs."""
     schema = any("linking" in row for row, _ in paired.rows)
     total = _test(paired.rows)
-    recalled = {"strict_recall": _test(paired.rows, _all_kept)} if schema else {}
+    recalled = {"strict_recall": _test(paired.rows, right)} if schema else {}
     pairs = [(a, b) for a, b in paired.rows if _right(a) != _right(b)]
     groups = {}
     for name, field in (("by_split", "split"), ("by_hardness", "hardness"), ("by_database", "db_id")):
@@ -166,10 +166,6 @@ def compare(paired: Paired) -> dict[str, Any]:
 
 def _right(row: Row) -> bool:
     return bool(row["verdict"] == "correct")
-
-
-def _all_kept(row: Row) -> bool:
-    return _right(row) or row.get("error_kind") == "extra names"
 
 
 def _test(rows: Sequence[tuple[Row, Row]], right: Callable[[Row], bool] = _right) -> dict[str, Any]:

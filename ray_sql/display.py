@@ -65,7 +65,10 @@ class Display:
         """A point of the training curve."""
         parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
         parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
-        parts += [f"{values['examples_per_second']:.1f} examples/s"] if "examples_per_second" in values else []
+        speeds = {"examples/s": values.get("examples_per_second"), "tokens/s": values.get("tokens_per_second")}
+        parts += [
+            f"{speed:,.{int(unit == 'examples/s')}f} {unit}" for unit, speed in speeds.items() if speed is not None
+        ]
         self.update("training", step, steps, "  ".join(parts), every=0)
 
     def update(self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS) -> None:

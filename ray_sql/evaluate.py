@@ -30,7 +30,6 @@ from ray_sql.metrics import (
     classify_error,
     clustered_interval,
     exact_set_verdict,
-    hardness,
     judge_many,
     r_ves,
     score_links,
@@ -173,6 +172,12 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
     }
 
 
+def right(row: Row) -> bool:
+    """Whether a judged row counts for its task's main score: a correct answer, and in schema linking one that has all of gold and
+    spare names beside it (strict recall)."""
+    return bool(row["verdict"] == "correct" or row.get("error_kind") == "extra names")
+
+
 def objective(scores: Mapping[str, Any]) -> tuple[float, float]:
     """(what to maximise, tie-break): execution accuracy then valid SQL, or strict recall then column F1."""
     if "execution_accuracy" in scores:
@@ -189,7 +194,7 @@ def flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
     for key, value in scores.items():
         if key == "by_hardness":
             for level, group in value.items():
-                for name in {"execution_accuracy", "exact_set_match"} & set(group):
+                for name in {"execution_accuracy", "exact_set_match", "strict_recall"} & set(group):
                     metrics[f"{prefix}/{level}/{name}"] = group[name]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             metrics[f"{prefix}/{key}"] = float(value)
@@ -218,7 +223,7 @@ def _row(question: Question, answer: Answer, config: Config) -> Row:
         "id": question.id,
         "split": question.split,
         "db_id": question.db_id,
-        "hardness": question.hardness or (hardness(question.gold) if config.task_type == "sql" else None),
+        "hardness": question.hardness,
         "question": question.question,
         "gold": question.gold,
         "predicted": parse(answer.raw),
@@ -278,27 +283,42 @@ def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
     counted = [row for row in rows if row["verdict"] != "gold_error"]
     scores = [_linking(row) for row in counted]
     if not scores:
-        nothing = {"strict_recall": 0.0, "interval": _interval(0, 0), "n": 0, "exact_match": 0.0}
-        return nothing | {"table_f1": 0.0, "column_f1": 0.0, "unparsable": 0.0, "gold_errors": len(rows), "errors": {}}
-    total = summarise_links(scores)
-    n, recalled, exact = len(scores), sum(score.strict_recall for score in scores), sum(score.exact for score in scores)
+        nothing = {**_recalled([]), "by_hardness": {}, "by_database": {}, "errors": {}}
+        return nothing | {"table_f1": 0.0, "column_f1": 0.0, "unparsable": 0.0, "gold_errors": len(rows)}
+    total, n = summarise_links(scores), len(scores)
+    shares = {
+        "table_strict_recall": sum(score.table_strict_recall for score in scores),
+        "questions_hallucinating": total.questions_hallucinating,
+        "unparsable": total.unparsable,
+    }
     return {
-        "strict_recall": _share(recalled, n),
-        "interval": _interval(recalled, n),
+        **_recalled(counted),
         **clustered(counted, [score.strict_recall for score in scores]),
-        "n": n,
-        "exact_match": _share(exact, n),
-        "exact_match_interval": _interval(exact, n),
-        "table_strict_recall": total.table_strict_recall,
+        **{name: _share(part, n) for name, part in shares.items()},
+        **{f"{name}_interval": _interval(part, n) for name, part in shares.items()},
         **{f"table_{key}": value for key, value in asdict(total.table_micro).items()},
         **{f"column_{key}": value for key, value in asdict(total.column_micro).items()},
         **{f"table_{key}_macro": value for key, value in asdict(total.table_macro).items()},
         **{f"column_{key}_macro": value for key, value in asdict(total.column_macro).items()},
+        **_drawn("table_f1", [(2 * one.tables.shared, one.tables.gold + one.tables.predicted) for one in scores]),
+        **_drawn("column_f1", [(2 * one.columns.shared, one.columns.gold + one.columns.predicted) for one in scores]),
         "hallucinated_names": total.hallucinated,
-        "questions_hallucinating": _share(total.questions_hallucinating, n),
-        "unparsable": _share(total.unparsable, n),
         "gold_errors": len(rows) - n,
+        "by_hardness": {level: _recalled(group) for level, group in grouped(counted, "hardness", HARDNESS).items()},
+        "by_database": {db_id: _recalled(group) for db_id, group in grouped(counted, "db_id").items()},
         "errors": _error_counts(counted),
+    }
+
+
+def _recalled(rows: Sequence[Row]) -> dict[str, Any]:
+    """The shares of questions with all of gold, and with gold exactly, with their intervals."""
+    recalled, exact, n = sum(map(right, rows)), sum(row["verdict"] == "correct" for row in rows), len(rows)
+    return {
+        "strict_recall": _share(recalled, n),
+        "interval": _interval(recalled, n),
+        "n": n,
+        "exact_match": _share(exact, n),
+        "exact_match_interval": _interval(exact, n),
     }
 
 
@@ -351,14 +371,15 @@ def _birds(rows: Sequence[Row]) -> dict[str, Any]:
     rewards = [row["ves_reward"] for row in rows if "ves_reward" in row]
     found: dict[str, Any] = {}
     if shares:
-        found |= {"soft_f1": sum(shares) / len(shares), **_drawn("soft_f1", shares)}
+        found |= {"soft_f1": sum(shares) / len(shares), **_drawn("soft_f1", [(share, 1) for share in shares])}
     if rewards:
-        found |= {"r_ves": r_ves(rewards) / 100, **_drawn("r_ves", [sqrt(reward) for reward in rewards])}
+        found |= {"r_ves": r_ves(rewards) / 100, **_drawn("r_ves", [(sqrt(reward), 1) for reward in rewards])}
     return found
 
 
-def _drawn(name: str, values: Sequence[float]) -> dict[str, list[float]]:
-    interval = clustered_interval([(value, 1) for value in values])
+def _drawn(name: str, questions: Sequence[tuple[float, int]]) -> dict[str, list[float]]:
+    """The interval of a mean or ratio, one (part, whole) a question, from questions drawn anew."""
+    interval = clustered_interval(questions)
     return {f"{name}_interval": [interval.low, interval.high]} if interval else {}
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
             timeline.mark("MLflow")
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
-        train.starting_point(config, prepared.contract)
+        train.starting_point(config, prepared.contract, config.steps(prepared.audit.rows))
         asked = prepared.questions(config)  # now: what cannot be asked should be known before training
         if config.scaling.num_workers:
             cluster.begin_ray()
@@ -256,8 +256,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError(f"{config.run_dir} holds a training run; give the evaluation an --output_name of its own")
     with Display() as display:
         if config.dry_run:
-            source = config.predictions_file or f"{config.model_name} and --adapter {config.adapter}"
-            display.line(f"would score {source} on --split {','.join(config.split)} and write {config.run_dir}")
+            for line in _evaluation_plan(config):
+                display.line(line)
             return {}
         measured = (measure.of_file if config.predictions_file else _evaluate_models)(config, display)
         metrics = {
@@ -272,6 +272,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return metrics
 
 
+def _evaluation_plan(config: EvaluateConfig) -> Iterator[str]:
+    """What an evaluation would do, after reading what it would read; with a model, one of its prompts."""
+    corpus = data.load_split(config, config.split)
+    if config.predictions_file:
+        source = (
+            f"{len(measure.read_predictions(Path(config.predictions_file)))} predictions of {config.predictions_file}"
+        )
+    else:
+        from ray_sql import models
+
+        tokenizer = models.load_tokenizer(models.resolve(config)[0])
+        yield f"--- prompt ---\n{tokenizer.decode(measure.questions(corpus, tokenizer, config)[0].input_ids)}\n--- plan ---"
+        source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
+    counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
+    yield f"would score {source} on {counts}, semantics {config.evaluate.semantics}, and write {config.run_dir}"
+
+
 def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     from ray_sql import generate, models
 
@@ -283,6 +300,7 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
         config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
         measure.check_adapter(config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
+    generate.check_window(folder, asked, config)
     points = Points(config, tracking.disabled(Path()), display)
     return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
 
@@ -304,17 +322,18 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     for split, scores in metrics[models[-1]].items():
         by_model = [metrics[model][split] for model in models]
         table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
+        for level, group in scores["by_hardness"].items():
+            groups = [s["by_hardness"].get(level, group) for s in by_model]
+            table.add_row("", f"  {level}", str(group["n"]), *(percent(g[name], g["interval"]) for g in groups))
         if metrics["task_type"] == "sql":
-            for level, group in scores["by_hardness"].items():
-                cells = [percent(s["by_hardness"].get(level, group)["execution_accuracy"]) for s in by_model]
-                table.add_row("", f"  {level}", str(group["n"]), *cells)
             for key, label in report.SECONDARY.items():
                 if key in scores:
                     shares = (percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"])) for s in by_model)
                     table.add_row("", label, "", *shares)
         else:
             for key in ("exact_match", "table_f1", "column_f1", "unparsable"):
-                table.add_row("", key.replace("_", " "), "", *(percent(s.get(key, 0.0)) for s in by_model))
+                cells = [percent(s.get(key, 0.0), s.get(f"{key}_interval")) for s in by_model]
+                table.add_row("", key.replace("_", " "), "", *cells)
         if scores["gold_errors"]:
             table.add_row("", "gold fails (not counted)", str(scores["gold_errors"]))
         table.add_section()

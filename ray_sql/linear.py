@@ -41,7 +41,8 @@ def fuse(model: PreTrainedModel) -> None:
     Loss and gradients are peft's but for rounding; what is more than a product of two matrices (DoRA, biases) stays peft's.
     """
     for layer, base, names in _adapted(model):
-        if len(names) == 1:
+        bias = base["bias"]
+        if len(names) == 1 and (bias is None or not bias.requires_grad):
             layer.forward = partial(_with_adapter, layer=layer, name=names[0], **base)
 
 

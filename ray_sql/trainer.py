@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ray_sql import cluster, linear, models
 from ray_sql.config import Config
+from ray_sql.errors import ModelError
 from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, collate, model_inputs, passes
 
 if TYPE_CHECKING:
@@ -148,22 +149,28 @@ def build(
     together: int,
     scratch: Path,
 ) -> StepTrainer:
-    """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %."""
+    """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %.
+
+    Raises `ModelError` for settings that the libraries refuse: an unknown optimizer, modules that the model does not have.
+    """
     from datasets import Dataset
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    args = arguments(config, scratch, config.steps(len(rows)))
-    trainer = StepTrainer(
-        Steps(rows, config, together, args.process_index, args.world_size, tokenizer.pad_token_id),
-        model=base,
-        args=args,
-        train_dataset=Dataset.from_dict(
-            {"input_ids": [rows[0].input_ids], "labels": [rows[0].labels]}
-        ),  # TRL wants one; see Steps
-        processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
-    )
+    one = Dataset.from_dict({"input_ids": [rows[0].input_ids], "labels": [rows[0].labels]})  # TRL wants one; see Steps
+    try:
+        args = arguments(config, scratch, config.steps(len(rows)))
+        trainer = StepTrainer(
+            Steps(rows, config, together, args.process_index, args.world_size, tokenizer.pad_token_id),
+            model=base,
+            args=args,
+            train_dataset=one,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
+        )
+    except ValueError as error:
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"training cannot begin: {said}; see --train.optim and --lora.target_modules") from None
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

@@ -95,6 +95,22 @@ def test_lists_switches_and_maps_are_read_from_flags() -> None:
     assert config.data.columns == {"question": "q"}
 
 
+def test_a_section_without_settings_is_empty_and_one_with_a_value_is_explained(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "evaluate:\n# semantics: bird\nlora:\n  r: 8\n")
+    assert settings("--config", file).evaluate == settings().evaluate
+    assert "lora: 8 given, but it is a section; set lora.r, lora.lora_alpha" in refusal(
+        "--config", yaml_file(tmp_path, "lora: 8\n")
+    )
+
+
+@pytest.mark.parametrize(
+    "words", ["--num_epochs inf", "--learning_rate nan", "--evaluate.timeout inf", "--train.max_steps 0"]
+)
+def test_numbers_that_mean_nothing_are_refused(words: str) -> None:
+    message = refusal(*words.split())
+    assert message.startswith(words.split()[0]) and "\n" not in message
+
+
 @pytest.mark.parametrize("words", ["--tracking.enabled false", "--tracking.enabled=False", "--no-tracking.enabled"])
 def test_a_switch_is_turned_off_in_whichever_way_one_writes_it(words: str) -> None:
     config = settings(*words.split(), "--overwrite", "true", "--dry_run", "--train.bf16", "false")

@@ -10,8 +10,9 @@ import pytest
 from conftest import QUESTIONS, SHOP, make_spider_folder
 
 from ray_sql import data
-from ray_sql.config import Config
+from ray_sql.config import Config, load
 from ray_sql.data import Corpus, Example
+from ray_sql.data.splits import _set_aside
 from ray_sql.errors import DataError
 
 SPIDER_TABLES = {
@@ -208,8 +209,45 @@ def test_a_split_by_database_shares_no_database(make_config: Any) -> None:
 
 
 def test_databases_are_what_is_split_by_where_there_are_several(make_config: Any) -> None:
-    by_default, by_database = (data.load(make_config(**{"data.split_by": by})) for by in (None, "database"))
+    third = {"data.validation_fraction": 0.3}
+    by_default, by_database = (data.load(make_config(**third, **{"data.split_by": by})) for by in (None, "database"))
     assert by_default.splits == by_database.splits
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sizes", [(500, 40), (500, 40, 60), (300, 20, 20, 20, 40)])
+def test_one_large_database_is_not_what_is_set_aside(seed: int, sizes: tuple[int, ...]) -> None:
+    names = [f"db{number}" for number in range(len(sizes))]
+    examples = tuple(
+        Example(f"{name}-{n}", name, "Who?", "SELECT 1")
+        for name, size in zip(names, sizes, strict=True)
+        for n in range(size)
+    )
+    config = load(Config, [], model_name="m", output_name="o", task_type="sql", seed=seed)
+    kept, aside = _set_aside(examples, 0.1, config, "held-out")
+    assert 0.05 * len(examples) <= len(aside) <= 0.2 * len(examples) and len(kept) + len(aside) == len(examples)
+    assert not {e.db_id for e in kept} & {e.db_id for e in aside}, "and it is whole databases"
+
+
+def test_where_every_database_is_too_large_questions_are_set_aside() -> None:
+    examples = tuple(Example(f"{name}-{n}", name, "Who?", "SELECT 1") for name in ("erp", "web") for n in range(100))
+    config = load(Config, [], model_name="m", output_name="o", task_type="sql")
+    assert len(_set_aside(examples, 0.1, config, "held-out")[1]) == 20
+    by_database = config.changed({"data.split_by": "database"})
+    assert len(_set_aside(examples, 0.1, by_database, "held-out")[1]) == 100, "what was said is done"
+
+
+def test_ids_that_are_not_ids_are_refused(make_config: Any, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "q.jsonl", [r | {"id": number % 3} for number, r in enumerate(rows("shop"))])
+    assert "rows 0 and 3: both have id '0'" in refusal(make_config(dataset_id=str(file)))
+
+
+def test_a_mapped_column_may_be_empty_in_a_row(make_config: Any, tmp_path: Path) -> None:
+    make_databases(tmp_path / "databases", "shop")
+    hinted = [r | {"hint": None if number else "by name"} for number, r in enumerate(rows("shop"))]
+    file = write_jsonl(tmp_path / "q.jsonl", hinted)
+    corpus = data.load(make_config(dataset_id=str(file), **{"data.columns": {"evidence": "hint"}}))
+    assert sorted({e.evidence for split in corpus.splits.values() for e in split}) == ["", "by name"]
 
 
 def test_a_split_by_question_has_exactly_the_size_asked_for(make_config: Any) -> None:

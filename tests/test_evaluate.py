@@ -119,11 +119,17 @@ def test_an_interval_clustered_by_database_is_there_where_databases_differ(
     assert scores["clustered_interval"] == [0.0, 1.0] and scores["strict_recall"] == 0.5
 
 
-def test_hardness_is_graded_where_the_dataset_has_none(corpus: Corpus, make_config: Any) -> None:
-    asked = [ask(gold, None, corpus.databases["mall"]) for _, gold in QUESTIONS]
-    judged = evaluate.score(asked, [said(one.gold) for one in asked], make_config())
-    assert {row["hardness"] for row in judged} <= set(evaluate.HARDNESS) - {"unknown"}
-    assert len({row["hardness"] for row in judged}) > 1
+def test_hardness_is_graded_where_the_dataset_has_none(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
+    for task in ("sql", "schema"):
+        config = make_config(task_type=task)
+        asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+        judged = evaluate.score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
+        levels = {row["hardness"] for row in judged}
+        assert levels <= set(evaluate.HARDNESS) - {"unknown"} and len(levels) > 1
+        scores = evaluate.summarise(judged, config)
+        assert set(scores["by_hardness"]) == levels and set(scores["by_database"]) == {"mall"}
+        for group in (*scores["by_hardness"].values(), *scores["by_database"].values()):
+            assert group["interval"][0] <= group["strict_recall" if task == "schema" else "execution_accuracy"]
 
 
 def test_gold_that_does_not_run_is_found(corpus: Corpus, make_config: Any) -> None:
@@ -185,6 +191,16 @@ def test_linking_scores_count_names_over_all_questions(corpus: Corpus, make_conf
     assert (scores["n"], scores["gold_errors"], judged[-1]["verdict"]) == (3, 1, "gold_error")
     assert scores["strict_recall"] == scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["interval"][0] < scores["strict_recall"] < scores["interval"][1]
+    for name in (
+        "exact_match",
+        "table_f1",
+        "column_f1",
+        "table_strict_recall",
+        "questions_hallucinating",
+        "unparsable",
+    ):
+        low, high = scores[f"{name}_interval"]
+        assert 0 <= low <= scores[name] <= high <= 1 and low < high, name
     # gold 6 columns, predicted 4, shared 3; gold 3 tables, predicted 3, shared 2
     assert (scores["column_recall"], scores["column_precision"], scores["column_f1"]) == (3 / 6, 3 / 4, 6 / 10)
     assert scores["table_recall"] == scores["table_precision"] == pytest.approx(2 / 3)

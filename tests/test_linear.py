@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ray_sql import linear, models
+from tests.conftest import make_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -83,6 +84,17 @@ def test_what_is_more_than_two_matrices_stays_pefts(build: Any) -> None:
     linear.fuse(model)
     with linear.merged(model):
         assert fused(model) == 0
+
+
+def test_biases_that_are_trained_get_their_gradients(build: Any, tmp_path: Path, make_config: Any) -> None:
+    folder = make_model(tmp_path, attention_bias=True)
+    base = models.load_base(str(folder), make_config(**{"train.bf16": False}))
+    model = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", bias="lora_only")
+    ).train()
+    linear.fuse(model)
+    biases = {name for name, weight in model.named_parameters() if weight.requires_grad and name.endswith("bias")}
+    assert biases and biases <= set(gradients(model))
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["of peft", "fused"])

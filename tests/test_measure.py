@@ -183,6 +183,15 @@ def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_
     assert (tmp_path / "base" / "predictions.jsonl").is_file()
 
 
+def test_links_are_compared_by_the_score_that_heads_their_table(make_config: Any) -> None:
+    def row(kind: str) -> dict[str, Any]:
+        return {"split": "dev", "verdict": "correct" if kind == "none" else "wrong", "error_kind": kind}
+
+    kinds = {"base": ["missing names", "none", "extra names"], "tuned": ["extra names", "extra names", "missing names"]}
+    measured = {name: [row(kind) for kind in each] for name, each in kinds.items()}
+    assert measure.paired(measured, "base")[:2] == (1, 1), "strict recall: spare names do no harm"
+
+
 def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model: Path) -> None:
     config = make_config(**{"quantization.load_in_4bit": False, "evaluate.max_new_tokens": 3})
     corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))

@@ -243,7 +243,24 @@ def test_code_and_files_that_change_the_prompt_are_refused(
 
 def test_every_binding_field_is_in_the_contract(make_config: Any, tokenizer: Any) -> None:
     contract = prompts.contract(make_config(), tokenizer, None)
+    assert "date" not in contract["template"]
     assert set(prompts.BINDING) <= set(contract)
     for field in prompts.BINDING:
         with pytest.raises(ContractError, match=f"trained with {field} None"):
             prompts.check_contract({k: v for k, v in contract.items() if k != field}, contract, "a/adapter")
+
+
+def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
+    tokenizer: Any, use_template: Any, make_config: Any
+) -> None:
+    plain = prompts.contract(make_config(), tokenizer, None)
+    use_template("{{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATE)
+    turns = prompts.messages("sql", "CREATE TABLE t (a)", "How many?")
+    assert prompts.render_prompt(tokenizer, turns).startswith("26 Jul 2024\n")
+    dated = prompts.contract(make_config(), tokenizer, None)
+    assert dated["template"]["date"] == "2024-07-26" and dated["template_hash"] != plain["template_hash"]
+
+
+@pytest.mark.parametrize("start", ["SELECT\nname", "select name", "WITH x AS (SELECT 1)\nSELECT name"])
+def test_a_block_without_a_language_may_begin_with_its_query(start: str) -> None:
+    assert prompts.parse_sql(f"```{start} FROM t\n```") == f"{start} FROM t".replace("\n", " ")

@@ -110,11 +110,12 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     make_config: Any, tiny_model: Path, tmp_path: Path, task: str
 ) -> None:
-    config = make_config(task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 4, "grad_accum_steps": 4})
+    config = make_config(task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2})
     corpus = load(config)
     made, _ = rows.build(corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(tiny_model)), config)
     alone, shared = (gradients(tiny_model, made, config, together, tmp_path) for together in (1, 8))
-    assert rows.tokens(made, config)[0] < 0.6 * rows.tokens(made, config)[1], "schemas are shared"
+    computed, alone_computed = rows.tokens(made, config)
+    assert computed < 0.8 * alone_computed, "schemas are shared"
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
     assert relative_error(shared[1], alone[1]) < 1e-5
 

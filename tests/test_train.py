@@ -213,6 +213,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(make_config: Any, changes: di
         train.fit(config.changed({"prev_checkpoint": "checkpoint-1"} | changes), config.model_name, Curve())
 
 
+def test_a_checkpoint_with_nothing_left_to_train_is_refused_before_anything_is_written(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 2})
+    fit(config, Curve())
+    more = config.changed({"prev_checkpoint": f"{config.run_dir}/checkpoint-2", "output_name": "more"})
+    with pytest.raises(ModelError, match="is at step 2, and this run ends at step 2: nothing is left to train"):
+        finetune.run(more)
+    assert not os.path.exists(more.run_dir)
+
+
 def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_path: Path) -> None:
     config = make_config(**{"train.max_steps": 1})
     fit(config, Curve())
@@ -294,6 +303,49 @@ def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> N
     Path(config.run_dir, "metrics.json").write_text("{}")
     prepare.write_inputs(prepare.prepare(anew), anew)
     assert not os.path.exists(f"{config.run_dir}/metrics.json")
+
+
+def test_a_finished_run_is_not_shown_as_if_it_were_scored_otherwise(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 1})
+    finetune.run(config)
+    for changes, message in (
+        ({"evaluate.semantics": "bird"}, r"evaluate.semantics 'spider' there, 'bird' here\); score its adapter anew"),
+        ({"evaluate.limit": 2}, "evaluate.limit 4 there, 2 here"),
+        ({"prev_checkpoint": "checkpoint-9"}, "prev_checkpoint None there, 'checkpoint-9' here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            finetune.run(config.changed(changes))
+
+
+def test_a_model_folder_is_no_run_to_overwrite(make_config: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "out" / "run")
+    with pytest.raises(ConfigError, match=r"config\.json is of no run of this version of ray_sql; choose another"):
+        finetune.run(make_config(model_name=str(folder), overwrite=True))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_settings_that_the_libraries_refuse_are_one_line(make_config: Any) -> None:
+    for changes, message in (
+        (
+            {"lora.target_modules": ["q_pro"]},
+            "training cannot begin: .*q_pro.*; see --train.optim and --lora.target_modules",
+        ),
+        ({"train.optim": "adamww"}, "training cannot begin: .*adamww"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            finetune.run(make_config(overwrite=True, **{"train.max_steps": 1} | changes))
+
+
+def test_a_model_is_not_trained_or_asked_beyond_its_window(make_config: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    given = {"model_name": str(folder), "train.max_steps": 1, "evaluate.max_new_tokens": 1000}
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 900}))
+    with pytest.raises(ModelError, match="reads up to 900 tokens, but a prompt and its answer have 1,"):
+        finetune.run(make_config(**given))
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 64}))
+    with pytest.raises(ModelError, match=r"reads up to 64 tokens, but an example has \d+: lower --rows.max_length"):
+        finetune.run(make_config(**given))
 
 
 def test_a_folder_that_is_no_run_is_never_removed(make_config: Any) -> None:

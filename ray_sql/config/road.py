@@ -17,8 +17,9 @@ _ABSENT = object()
 
 def build(kind: type[C], values: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> C:
     """Validate `values`; `sources` (name → nested values) only serve the error messages."""
-    try:
-        return kind(**values)
+    sections = {name.split(".")[0] for name, _ in names(kind) if "." in name}
+    try:  # a section whose settings are all commented out is an empty one
+        return kind(**{name: {} if value is None and name in sections else value for name, value in values.items()})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(kind, one, sources) for one in error.errors())) from None
 
@@ -89,7 +90,10 @@ def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[st
     message = str(error["msg"]).removeprefix("Value error, ")
     if not name:
         return message
-    given = "a secret" if "SecretStr" in str(dict(names(kind))[name].annotation) else repr(error["input"])
+    field = dict(names(kind)).get(name)
+    given = "a secret" if field and "SecretStr" in str(field.annotation) else repr(error["input"])
+    if field is None:
+        return f"{where}: {given} given, but it is a section; set {', '.join(n for n in known if n.startswith(f'{name}.'))}"
     return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
 
 

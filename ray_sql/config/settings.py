@@ -31,7 +31,7 @@ POPULATIONS = {"pbt", "pb2", "pbt_replay", "hyperband", "bohb", "hb_bohb", "reso
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -41,7 +41,7 @@ class DataSection(Section):
     columns: dict[str, str] = {}
     """Our field = the dataset's column, where its names differ, e.g. `{question: pergunta, query: sql}`."""
     split_by: Literal["database", "question"] | None = None
-    """What is set aside as a whole: a database with all its questions, or a question; by default databases where there are several."""
+    """What is set aside as a whole: a database with all its questions, or a question; by default databases, where they are small enough."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the training examples set aside to choose the best checkpoint."""
     test_fraction: float = Field(0.1, ge=0, lt=1)
@@ -117,6 +117,13 @@ class TrainSection(Section):
     """Log loss, learning rate and speed every so many steps."""
     global_batch_size: int | None = Field(None, ge=1)
     """Examples per optimizer step, whatever the number of workers; decides grad_accum_steps, which must then be left unset."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _not_none(cls, steps: int) -> int:
+        if steps == 0:
+            raise ValueError("0 steps train nothing; -1 follows num_epochs")
+        return steps
 
 
 class ScalingSection(Section):
@@ -237,7 +244,7 @@ class Config(BaseSettings):
     """Settings of a fine-tuning run."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
     config: tuple[str, ...] = ()
@@ -471,6 +478,13 @@ class Config(BaseSettings):
         settings["train"]["global_batch_size"] = self.global_batch
         settings["data"].pop("databases")  # the same databases may lie elsewhere on another machine
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def setting(self, name: str) -> Any:
+        """The value of a dotted setting, e.g. `lora.r`."""
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """A copy with dotted settings changed, e.g. `{"lora.r": 16}`, validated like any other; tokens stay."""

@@ -189,8 +189,9 @@ def _read_hub(config: Config) -> Corpus:
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, the network and --read_token"
         ) from None
     splits = {
-        str(split): tuple(
-            _example(config, row, f"{config.dataset_id}[{split}]", number) for number, row in enumerate(rows)
+        str(split): _distinct(
+            [_example(config, row, f"{config.dataset_id}[{split}]", number) for number, row in enumerate(rows)],
+            f"{config.dataset_id}[{split}]",
         )
         for split, rows in loaded.items()
     }
@@ -227,6 +228,17 @@ def _examples(config: Config, files: Sequence[Path]) -> tuple[Example, ...]:
     for path in files:
         for number, record in enumerate(read_records(path)):
             examples.append(_example(config, record, str(path), number, first=len(examples) - number))
+    return _distinct(examples, ", ".join(map(str, files)))
+
+
+def _distinct(examples: Sequence[Example], where: str) -> tuple[Example, ...]:
+    """The examples of a split, whose ids tell them apart in every file that is written about them."""
+    first: dict[str, int] = {}
+    for number, example in enumerate(examples):
+        if (before := first.setdefault(example.id, number)) != number:
+            raise DataError(
+                f"{where}, rows {before} and {number}: both have id {example.id!r}; give each its own, or leave the ids out"
+            )
     return tuple(examples)
 
 
@@ -238,7 +250,7 @@ def _example(config: Config, record: Mapping[str, Any], file: str, number: int, 
         mapped = config.data.columns.get(name)
         candidates = (mapped,) if mapped else columns.get(name, (name,))
         found = next((column for column in candidates if record.get(column) is not None), None)
-        if found is None and (required or mapped):
+        if found is None and (required or (mapped and mapped not in record)):
             raise DataError(
                 f"{file}, row {number}: no column {' or '.join(map(repr, candidates))} for {name}; found "
                 f"{', '.join(sorted(record))}. Map it with --data.columns {name}=THEIR_COLUMN"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ray_sql.config import Config
@@ -78,15 +78,20 @@ def _with_scored_splits(corpus: Corpus, config: Config) -> Corpus:
 def _set_aside(
     examples: tuple[Example, ...], fraction: float, config: Config, name: str
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Divide examples into (kept, set aside): whole databases drawn with the seed until `fraction` is reached, or questions."""
+    """Divide examples into (kept, set aside): whole databases drawn with the seed until `fraction` is reached, or questions.
+
+    Where databases are so large that the least that can be set aside is more than twice what was wanted, it is questions, unless the
+    settings say databases.
+    """
     wanted = round(fraction * len(examples))
     if not wanted:
         return examples, ()
     by_database = Counter(example.db_id for example in examples)
-    split_by = config.data.split_by or ("database" if len(by_database) > 1 else "question")
-    generator = random.Random(f"{config.seed}-{name}")
-    if split_by == "question":
-        chosen = set(generator.sample(range(len(examples)), wanted))
+    seed = f"{config.seed}-{name}"
+    held = _whole_databases(by_database, wanted, random.Random(seed))
+    few = len(by_database) < 2 or sum(by_database[db_id] for db_id in held) > 2 * wanted
+    if (config.data.split_by or ("question" if few else "database")) == "question":
+        chosen = set(random.Random(seed).sample(range(len(examples)), wanted))
         aside = [index in chosen for index in range(len(examples))]
     else:
         if len(by_database) < 2:
@@ -94,11 +99,19 @@ def _set_aside(
                 f"--data.split_by database: all {len(examples)} examples are on one database ({some(by_database)}), so none "
                 "can be set aside whole; use --data.split_by question"
             )
-        order = sorted(by_database)
-        generator.shuffle(order)
-        held: set[str] = set()
-        while sum(by_database[db_id] for db_id in held) < wanted and len(held) < len(order) - 1:
-            held.add(order[len(held)])
         aside = [example.db_id in held for example in examples]
     kept = tuple(example for example, out in zip(examples, aside, strict=True) if not out)
     return kept, tuple(example for example, out in zip(examples, aside, strict=True) if out)
+
+
+def _whole_databases(by_database: Mapping[str, int], wanted: int, generator: random.Random) -> set[str]:
+    """Databases to set aside for so many examples: in an order drawn at random, passing over those that are more than half too many."""
+    order = sorted(by_database)
+    generator.shuffle(order)
+    held: set[str] = set()
+    size = 0
+    for db_id in order:
+        if size < wanted and size + by_database[db_id] <= 1.5 * wanted:
+            held.add(db_id)
+            size += by_database[db_id]
+    return held or {min(order, key=lambda db_id: by_database[db_id])}

@@ -3,7 +3,7 @@ questions (`shared`), as one-by-one greedy decoding would answer them; beams and
 
 from ray_sql.generate.answers import VERSION, answer, answer_loop_per_worker, answer_together, gather_all, spread
 from ray_sql.generate.kept import Kept
-from ray_sql.generate.questions import VALIDATION_FILE, Answer, Question, dump, gold, parse, questions
+from ray_sql.generate.questions import VALIDATION_FILE, Answer, Question, check_window, dump, gold, parse, questions
 from ray_sql.generate.vllm import check as check_backend
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "answer_loop_per_worker",
     "answer_together",
     "check_backend",
+    "check_window",
     "dump",
     "gather_all",
     "gold",

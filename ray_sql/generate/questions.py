@@ -7,14 +7,15 @@ generation runs on machines that see neither the dataset nor the databases.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ray_sql import prompts
+from ray_sql import models, prompts
 from ray_sql.config import Config, passwordless
 from ray_sql.data import Corpus, Example
 from ray_sql.linking import LinkError
+from ray_sql.metrics import hardness
 from ray_sql.rows import encode_prompt
 
 if TYPE_CHECKING:
@@ -68,12 +69,21 @@ def questions(
                 db_id=example.db_id,
                 question=example.question,
                 gold=gold(example, corpus, config),
-                hardness=example.hardness,
+                hardness=example.hardness or hardness(example.gold),
                 database=corpus.executable(example.db_id),
                 input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
             )
         )
     return made
+
+
+def check_window(folder: str, asked: Sequence[Question], config: Config) -> None:
+    """Raise `ModelError` if a prompt and its answer are longer than what the model of `folder` was made for."""
+    longest = max((len(question.input_ids) for question in asked), default=0)
+    shorter = "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"
+    models.check_window(
+        folder, longest + config.evaluate.max_new_tokens, f"a prompt and its answer have {{tokens}}: {shorter}"
+    )
 
 
 def gold(example: Example, corpus: Corpus, config: Config) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, cluster, data, measure, models
+from ray_sql import checkpoints, cluster, data, evaluate, measure, models
 from ray_sql.compare import ALPHA
 from ray_sql.config import Config
 from ray_sql.display import Display
@@ -82,7 +82,7 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
     rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, progress)["base"]
     before = _right(checkpoints.read_text(f"{run_dir}/predictions.jsonl") or "")
     pairs = [
-        (row["verdict"] == "correct", before[row["split"], row["id"]])
+        (evaluate.right(row), before[row["split"], row["id"]])
         for row in rows
         if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
     ]
@@ -94,4 +94,4 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
 def _right(predictions: str) -> Mapping[tuple[str, str], bool]:
     """Whether the adapter's answer to a question was right, by split and id; questions whose gold fails are not among them."""
     rows = [json.loads(line) for line in predictions.splitlines()]
-    return {(row["split"], row["id"]): row["verdict"] == "correct" for row in rows if row["verdict"] != "gold_error"}
+    return {(row["split"], row["id"]): evaluate.right(row) for row in rows if row["verdict"] != "gold_error"}

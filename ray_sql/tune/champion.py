@@ -13,7 +13,6 @@ from ray_sql import checkpoints, finetune, measure, tracking, train
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import TrainingError
-from ray_sql.evaluate import Row
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
 from ray_sql.tune.study import FILE, Study, Trial, name
@@ -61,27 +60,18 @@ def crown(
 def judge(measured: Measured, config: Config) -> tuple[bool, str]:
     """Whether the best trial wins on the held-out questions, and why: it must beat the base model, and the default settings must not
     beat it, by the paired test."""
-    right = _recalled if config.task_type == "schema" else _correct
     if "base" not in measured:
         return False, "not crowned: the base model was not measured (--evaluate.baseline)"
-    base, tuned, p = measure.paired(measured, "base", right)
+    base, tuned, p = measure.paired(measured, "base")
     against = f"right where the base model is not on {tuned} held-out questions, wrong where it is right on {base} (p = {p:.2g})"
     if tuned <= base or p > ALPHA:
         return False, f"not crowned: {against}"
     if "default" in measured:
-        default, tuned, p = measure.paired(measured, "default", right)
+        default, tuned, p = measure.paired(measured, "default")
         against += f"; against the default settings {tuned} to {default} (p = {p:.2g})"
         if default > tuned and p <= ALPHA:
             return False, f"not crowned: {against}"
     return True, against
-
-
-def _correct(row: Row) -> bool:
-    return bool(row["verdict"] == "correct")
-
-
-def _recalled(row: Row) -> bool:
-    return _correct(row) or row["error_kind"] == "extra names"
 
 
 def _settings(config: Config, study: Study, trial: Trial) -> Config:
