@@ -4,7 +4,7 @@
     RAY_SQL_SHARED=... python benchmarks/agreement.py --quick    # every mutation, one in five predictions
 
 The reference (`$RAY_SQL_SHARED/data/agreement/README.md`) holds 7118 (gold, predicted) pairs with the verdicts of the
-official code, called unchanged, and Spider's hardness grade of every dev query. Left out, as it says: verdicts the
+official code, called unchanged, and Spider's hardness grade and links of every dev query. Left out, as it says: verdicts the
 official code did not reach, and those that hang on an order SQL leaves open. What the official code calls right though
 it is not one read-only query (`DROP TABLE` where gold is empty) is refused here on purpose, and listed; so are the few
 rows where exact set match differs, with the official mistake that each shows.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql.execution import Executor
+from ray_sql.linking import gold_links
 from ray_sql.metrics import Pair, Semantics, Verdict, exact_set_match, hardness, judge_many
 from ray_sql.schema import Schema, read_tables_json
 
@@ -89,6 +90,18 @@ def compare_hardness(rows: Iterable[Row], queries: Sequence[Row]) -> Agreement:
     return Agreement("hardness", len(grades), len(grades) - len(differing), (), differing)
 
 
+def compare_links(rows: Sequence[Row], queries: Sequence[Row], schemas: Mapping[str, Schema]) -> Agreement:
+    """Find the tables and columns of every dev query; where Spider's parser is known to err, the corrected columns count."""
+    differing = []
+    for number, (row, query) in enumerate(zip(rows, queries, strict=True)):
+        links = gold_links(query["query"], schemas[row["db_id"]])
+        columns = sorted(f"{table}.{column}".lower() for table, names in links.items() for column in names)
+        wanted = row["columns_corrected" if row["known_parser_error"] else "columns"]
+        if (sorted(table.lower() for table in links), columns) != (row["tables"], wanted):
+            differing.append(str(number))
+    return Agreement("links", len(rows), len(rows) - len(differing), (), tuple(differing))
+
+
 def compare_exact_set(rows: Sequence[Row], schemas: Mapping[str, Schema]) -> Agreement:
     """Compare the queries themselves, nothing run, wherever the official code reached a verdict."""
     compared = [row for row in rows if settled(row, "exact_set_match")]
@@ -137,9 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     with Executor() as executor:
         agreements = [compare_execution(executor, rows, data / "spider" / "database", name) for name in JUDGEMENTS]
-    agreements.append(compare_exact_set(rows, read_tables_json(data / "spider" / "tables.json")))
+    schemas = read_tables_json(data / "spider" / "tables.json")
+    agreements.append(compare_exact_set(rows, schemas))
     queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
     agreements.append(compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries))
+    agreements.append(compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas))
     print(table(agreements))
     print(json.dumps({"quick": quick, "seconds": round(time.monotonic() - started, 1), **by_column(agreements)}))
 

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from ray_sql.config import C, Config, load
 from ray_sql.errors import RaySqlError
 
+TOKENS = {"--read_token", "--write_token"}
+
 
 def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> None:
     """Run `job` with its settings. Exit code 0 when done, 2 for what the user can fix, 1 (with a traceback) for our bugs.
@@ -22,6 +24,11 @@ def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None =
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that runs are closed on the way out
     config = None
+    for flag in {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)} & TOKENS:
+        print(
+            f"warning: {flag} shows in the process list, the shell's history and Ray's list of jobs; HF_TOKEN in the environment does not",
+            file=sys.stderr,
+        )
     try:
         config = load(kind, argv, **overrides)
         job(config)

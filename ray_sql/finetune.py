@@ -295,9 +295,11 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     generate.check_backend(config)
     corpus = data.load_split(config, config.split)
     measure.check_executable(corpus, config)
-    folder, revision = models.resolve(config)
-    if config.adapter:
-        config = config.changed({"adapter": checkpoints.absolute_uri(config.adapter)})
+    adapter = checkpoints.absolute_uri(config.adapter) if config.adapter else None
+    pinned = models.revision_of(checkpoints.read_text(f"{adapter}/contract.json")) if adapter else None
+    folder, revision = models.resolve(config, pinned)
+    if adapter:
+        config = config.changed({"adapter": adapter})
         measure.check_adapter(config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, asked, config)

@@ -59,8 +59,9 @@ def compute_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def resolve(config: Config) -> tuple[str, str | None]:
-    """Where the base model lies: (folder or Hub id, revision SHA); a Hub id is resolved once so that all workers agree.
+def resolve(config: Config, revision: str | None = None) -> tuple[str, str | None]:
+    """Where the base model lies: (folder, revision SHA). A Hub id is resolved once, to `revision` where it is given, so that all
+    workers agree, and a run that goes on has the base it began with.
 
     Raises `ModelError` if it is neither a model folder, nor in the local Hub cache, nor reachable on the Hub.
     """
@@ -73,18 +74,46 @@ def resolve(config: Config) -> tuple[str, str | None]:
                 f"--model_name {config.model_name}: the folder holds no config.json; give a Hugging Face model folder"
             )
         return str(place), None
+    folder = _snapshot(config, revision)
+    return folder, Path(folder).name
+
+
+def here(folder: str, config: Config) -> str:
+    """The model that the driver has in `folder`, on this node: there too, or fetched once for all processes of the node.
+
+    Raises `ModelError` where it is neither.
+    """
+    place = Path(folder)
+    if (place / "config.json").is_file():
+        return folder
+    if place == _demo_folder(config.cache):
+        return str(demo_model(config.cache))
+    if (
+        place.parent.name == "snapshots"
+    ):  # of the Hub's cache, named after the revision; it holds a lock while it fetches
+        return _snapshot(config, place.name)
+    raise ModelError(
+        f"--model_name {config.model_name}: {folder} is not on every node; put it where all see it, or give a Hub id"
+    )
+
+
+def revision_of(contract: str | None) -> str | None:
+    """The base model's revision that a contract.json names, if there is one."""
+    return json.loads(contract).get("model_revision") if contract else None
+
+
+def _snapshot(config: Config, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     token = config.read_token.get_secret_value() if config.read_token else None
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        folder = snapshot_download(config.model_name, token=token, allow_patterns=patterns)
+        return str(snapshot_download(config.model_name, revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:  # a dozen kinds, from a malformed id to a cut connection; all mean the same to the user
         raise ModelError(
-            f"--model_name {config.model_name}: neither a local folder nor a model that the Hub gives "
-            f"({type(error).__name__}); check the name, the network and --read_token, or give a folder or `demo`"
+            f"--model_name {config.model_name}{f' at {revision}' if revision else ''}: neither a local folder nor a model that the "
+            f"Hub gives ({type(error).__name__}); check the name, the network and --read_token, or give a folder or `demo`"
         ) from None
-    return folder, Path(folder).name
 
 
 def check_window(folder: str, tokens: int, what: str) -> None:

@@ -157,8 +157,9 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
 
     mark("workers", entered)
     mark("imports of the training stack")
-    base = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
-    tokenizer = models.load_tokenizer(plan["model_folder"])
+    folder = models.here(plan["model_folder"], config)
+    base = models.load_base(folder, config, cluster.claim_device(config))
+    tokenizer = models.load_tokenizer(folder)
     mark("model")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)

@@ -14,6 +14,7 @@ from benchmarks.agreement import (
     compare_exact_set,
     compare_execution,
     compare_hardness,
+    compare_links,
     read,
 )
 from ray_sql.execution import Executor
@@ -53,6 +54,13 @@ def test_hardness_equals_the_official_grade(data: Path) -> None:
     found = compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries)
     assert found.compared == len(queries) == 1034
     assert found.differing == ()
+
+
+def test_links_equal_those_of_spiders_parser(data: Path) -> None:
+    queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
+    schemas = read_tables_json(data / "spider" / "tables.json")
+    found = compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas)
+    assert found.compared == 1034 and found.differing == ()
 
 
 def test_exact_set_match_equals_the_official_one_but_for_listed_mistakes(data: Path) -> None:

@@ -122,9 +122,11 @@ def test_the_original_command_line_works(run: Run, tiny_model: Path, spider_fold
         f"--model_name {tiny_model} --output_name o --read_token hf_rrr --write_token hf_www --task_type sql --dataset_id {spider_folder} "
         "--seed 14 --train_batch_size 1 --eval_batch_size 1 --grad_accum_steps 8 --learning_rate 1e-4 --num_epochs 1 --save_steps 250"
     )
-    code, out, _ = run("finetune", *line.split(), "--dry_run", "--cache_dir", str(tmp_path / "cache"))
+    code, out, err = run("finetune", *line.split(), "--dry_run", "--cache_dir", str(tmp_path / "cache"))
     assert code == 0
-    assert "hf_" not in out
+    assert "hf_" not in out + err
+    for flag in ("--read_token", "--write_token"):
+        assert err.count(f"warning: {flag} shows in the process list") == 1
     assert not (tmp_path / "out").exists(), "a dry run writes nothing but caches"
 
 

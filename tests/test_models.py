@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from bitsandbytes.nn import Linear4bit
 
 from ray_sql import models
 from ray_sql.errors import ModelError
+from tests import hub
 from tests.conftest import make_model
 
 
@@ -76,3 +81,37 @@ def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path
     )
     with pytest.raises(ModelError, match="not an adapter for this base model"):
         models.load_adapter(models.load_base(str(tiny_model), make_config()), tmp_path / "a")
+
+
+def ask(stand_in: hub.Hub, home: Path, code: str) -> Any:
+    """What a process with a Hub cache of its own, another node say, prints for `code` over `config` and `models`."""
+    setup = (
+        "import json; from ray_sql import models; from ray_sql.config import Config\n"
+        "config = Config(model_name='me/base', output_name='o', task_type='sql')\n"
+    )
+    environment = os.environ | stand_in.environment(home)
+    done = subprocess.run(
+        [sys.executable, "-c", setup + code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_keeps_its_revision_and_is_fetched_where_it_is_not(tiny_model: Path, tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
+    with hub.running() as stand_in:
+        repo = stand_in.add("me/base", files)
+        folder, first = ask(stand_in, tmp_path / "a", "print(json.dumps(models.resolve(config)))")
+        newer = repo.commit("main", "main: changed", files | {"config.json": files["config.json"] + b"\n"}).oid
+        both = "print(json.dumps([models.resolve(config)[1], models.resolve(config, {!r})[1]]))"
+        assert ask(stand_in, tmp_path / "a", both.format(first)) == [newer, first]
+        (tmp_path / "a").rename(tmp_path / "gone")
+        there = ask(stand_in, tmp_path / "b", f"print(json.dumps(models.here({folder!r}, config)))")
+        assert there.startswith(str(tmp_path / "b")) and Path(there).name == first
+        assert (Path(there) / "config.json").read_bytes() == files["config.json"]
+
+
+def test_a_folder_that_a_node_does_not_see_is_named(make_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not on every node; put it where all see it"):
+        models.here(str(tmp_path / "elsewhere"), make_config())

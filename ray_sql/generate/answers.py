@@ -243,8 +243,9 @@ def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
-    model = models.load_base(plan["model_folder"], config, cluster.claim_device(config))
-    tokenizer = models.load_tokenizer(plan["model_folder"])
+    folder = models.here(plan["model_folder"], config)
+    model = models.load_base(folder, config, cluster.claim_device(config))
+    tokenizer = models.load_tokenizer(folder)
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
         nonlocal model
@@ -263,7 +264,7 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
 
 
 def _ask_vllm(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
-    engine = vllm.Engine(plan["model_folder"], adapter, config)
+    engine = vllm.Engine(models.here(plan["model_folder"], config), adapter, config)
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
         def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
