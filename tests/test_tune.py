@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql import checkpoints, cluster, prepare, tune
+from ray_sql import checkpoints, cluster, prepare, tracking, tune
 from ray_sql.config import Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError, TrainingError
 from ray_sql.tune import champion, search, space, study, sweep
@@ -255,10 +255,26 @@ def test_scores_order_as_objective_and_then_tie_break() -> None:
     assert sorted(measures, key=lambda one: one.rank) == measures
 
 
+def test_of_equal_checkpoints_a_study_names_the_one_that_is_kept(tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "a.bin").write_text("x")
+    for step in (1, 2, 3, 4):
+        scores = {"objective": {1: 0.25, 4: 0.0}.get(step, 0.5), "tie_break": None, "metrics": {}}
+        checkpoints.save(local, str(tmp_path / "run"), step, scores)
+        checkpoints.prune(str(tmp_path / "run"))
+    study.record(str(tmp_path / "run"), [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)])
+    best = max(study.measured(str(tmp_path / "run")), key=lambda one: one.rank)
+    kept = checkpoints.best(checkpoints.complete(str(tmp_path / "run")))
+    assert kept and kept.step == best.step == 3
+
+
 def test_the_winner_is_the_earliest_of_equals_and_no_failed_trial(make_config: Any) -> None:
     good = Measure(2, 0.5, 0.5, {})
     trials = [Trial(n, {}, "finished", good) for n in range(3)]
     assert Study("/x", "", {}, trials=trials).best() == trials[0]
+    later = replace(trials[2], best=replace(good, step=4))
+    assert Study("/x", "", {}, trials=[*trials[:2], later]).best() == trials[0]
     better = replace(trials[2], best=replace(good, tie_break=0.6))
     assert Study("/x", "", {}, trials=[*trials[:2], better]).best() == better
     assert Study("/x", "", {}, trials=[*trials[:2], replace(better, state="failed")]).best() == trials[0]
@@ -288,6 +304,58 @@ def test_a_study_is_found_again_and_one_of_other_settings_refused(make_config: A
         sweep._study(other, resume=False)
 
 
+def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = one(make_config)
+    monkeypatch.setattr(cluster, "start_ray", lambda: None)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(prepare, "write_inputs", killed)
+        sweep._run(config, resume=False)
+    begun = study.load(config)
+    assert begun and sweep._study(config, resume=True) == begun
+    prepare.write_inputs(prepare.prepare(config), config)
+    checkpoints.remove(f"{config.run_dir}/{study.FILE}")  # as earlier versions could leave it
+    for given, resume in ((config, False), (config, True), (config.changed({"overwrite": True}), False)):
+        assert sweep._study(given, resume).trials == []
+    checkpoints.write_text(f"{config.run_dir}/adapter/adapter_model.safetensors", "a week's work")
+    for overwrite in (True, False):
+        with pytest.raises(StoreError, match="is no study"):
+            sweep._study(config.changed({"overwrite": overwrite}), resume=False)
+
+
+def test_a_storage_that_stutters_is_tried_again(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, tried = checkpoints.write_text, []
+
+    def stutters(uri: str, text: str) -> None:
+        tried.append(uri)
+        if len(tried) in (1, 2) or len(tried) > 3:
+            raise StoreError("the server is busy")
+        write(uri, text)
+
+    monkeypatch.setattr(checkpoints, "write_text", stutters)
+    monkeypatch.setattr(study, "WAITS", (0.0, 0.0))
+    config = one(make_config)
+    begun = study.begin(config)
+    begun.ask(0, {})
+    assert study.load(config) == begun and len(tried) == 3
+    with pytest.raises(StoreError, match="busy"):
+        begun.save()
+
+
+def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
+    config = one(make_config, **{"tracking.enabled": True, "tracking.uri": "http://127.0.0.1:9"})
+    axes, parent = space.read(config), tracking.disabled(Path())
+    run = sweep._child(config, axes, Trial(0, axes.start()), parent)
+    run.log(2, {"objective": 0.5})
+    run.end("FINISHED")
+    assert run.run_id == "" and len(sweep._spool(config, Trial(0, {})).read_text().splitlines()) == 3
+
+
 def test_a_win_needs_the_paired_test(make_config: Any) -> None:
     config = one(make_config)
 
@@ -312,7 +380,7 @@ def test_a_win_needs_the_paired_test(make_config: Any) -> None:
 class Alone:
     """A trial driven by hand, as Ray Tune drives it: steps, and a stop."""
 
-    def __init__(self, config: Config, **changes: Any) -> None:
+    def __init__(self, config: Config, settled: str | None = None, **changes: Any) -> None:
         from ray_sql.tune.trial import Trial as Trainable
 
         prepared = prepare.prepare(config)
@@ -327,7 +395,7 @@ class Alone:
             "sender": self.said.append,
         }
         self._trial = Trainable.__new__(Trainable)
-        self._trial.setup({"trial": 1, "changes": changes, "settled": False}, plan=plan)
+        self._trial.setup({"trial": 1, "changes": changes, "settled": settled}, plan=plan)
 
     def steps(self, most: int = 99) -> list[dict[str, Any]]:
         """The results of so many steps, or until it is done."""
@@ -356,6 +424,36 @@ def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> N
     )
     best = max(results, key=lambda result: result["objective"])
     assert results[-1]["score"] == best["objective"] == results[-1]["best"]["objective"]
+    for state, score in (("finished", best["objective"]), ("failed", study.WORST)):
+        told = Alone(config, state, **{"lora.r": 2}).steps()
+        assert (told[-1]["score"], told[-1]["done"]) == (score, True), "as the first attempt said"
+
+
+def test_a_trial_goes_on_with_the_settings_as_they_are_now_in_the_layout_it_came_to(make_config: Any) -> None:
+    config = one(make_config, **{"train_batch_size": 4, "grad_accum_steps": 2, "scaling.num_workers": 2})
+    run_dir = f"{config.run_dir}/trials/trial-001"
+    assert study.layout(config, run_dir) == config, "a trial that has not begun"
+    less = config.changed(
+        {"train_batch_size": 2, "grad_accum_steps": 4, "rows.examples_per_row": 4, "learning_rate": 0.5}
+    )
+    checkpoints.write_text(f"{run_dir}/config.json", json.dumps(less.public()))
+    now = study.layout(config.changed({"scaling.num_workers": 0, "grad_accum_steps": 4}), run_dir)
+    assert (now.scaling.num_workers, now.learning_rate) == (0, config.learning_rate)
+    assert (now.train_batch_size, now.grad_accum_steps, now.rows.examples_per_row) == (2, 8, 4)
+    assert now.global_batch == less.global_batch == config.global_batch
+
+
+def test_the_winner_is_measured_as_this_command_says(make_config: Any) -> None:
+    config = one(make_config)
+    begun = study.begin(config)
+    trial = begun.ask(0, {"learning_rate": 1e-2, "lora.r": 8})
+    small = study.settings(config, {"learning_rate": 1e-2, "rows.examples_per_row": 2}, 0)
+    checkpoints.write_text(f"{begun.folder(0)}/config.json", json.dumps(small.public()))
+    again = config.changed({"split": ["validation"], "evaluate.limit": 500})
+    chosen = champion._settings(again, begun, trial)
+    assert (chosen.split, chosen.evaluate.limit, chosen.run_dir) == (("validation",), 500, config.run_dir)
+    assert (chosen.learning_rate, chosen.lora.r, chosen.lora.lora_alpha) == (1e-2, 8, 16)
+    assert chosen.rows.examples_per_row == 2
 
 
 def test_a_trial_without_memory_is_tried_once_more_in_half_of_it(
@@ -462,10 +560,11 @@ def test_a_sweep_from_its_space_to_its_champion(
     curve = client.get_metric_history(children["0"].info.run_id, "objective")
     assert [point.step for point in curve] == [one.step for one in study.measured(known.folder(0))]
     assert client.get_metric_history(children["0"].info.run_id, "train/loss")
+    adapter = f"adapter-{study.name(best.number)}-step-{best.best.step}"
     names = {item.path for folder in ("", "figures") for item in client.list_artifacts(parent.info.run_id, folder)}
-    assert names >= {"adapter", "sweep.html", "trials.json", "figures/objective.png"}
+    assert names >= {adapter, "sweep.html", "trials.json", "figures/objective.png"}
     (version,) = client.search_model_versions("name='ray-sql-sql'")
-    assert version.run_id == parent.info.run_id and version.source.endswith("/adapter")
+    assert version.run_id == parent.info.run_id and version.source.endswith(f"/{adapter}")
     assert client.get_registered_model("ray-sql-sql").aliases == {}, "no answer was right, so nothing is crowned"
 
     before = [trial.seconds for trial in known.trials]

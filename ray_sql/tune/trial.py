@@ -21,7 +21,7 @@ from ray.tune import Trainable
 from ray_sql import checkpoints, cluster, prepare, rows, train
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
-from ray_sql.tune.study import WORST, Measure, measured, record, settings
+from ray_sql.tune.study import WORST, Measure, layout, measured, record, settings
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,9 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         assert plan is not None
         self._number, self._plan, self._settled = config["trial"], plan, config["settled"]
         given = settings(Config(**plan["config"]), config["changes"], self._number)
-        saved = checkpoints.read_text(f"{given.run_dir}/config.json")
-        self._settings = Config(**json.loads(saved)) if saved else given  # after a retry with less memory they differ
-        self._fresh = saved is None
-        self._measures = measured(given.run_dir) if saved else []
+        self._settings = layout(given, given.run_dir)
+        self._fresh = not checkpoints.exists(f"{given.run_dir}/config.json")
+        self._measures = [] if self._fresh else measured(given.run_dir)
         self._left = list(self._measures)
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._decisions: queue.Queue[bool] = queue.Queue()
@@ -51,8 +50,8 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         """The next measure; the last of them `done`."""
         if self._left:
             return self._result(self._left.pop(0))
-        if self._settled:
-            return {**self._result(), "done": True}
+        if self._settled:  # the search is told what it was told then
+            return {**self._result(), **({"score": WORST} if self._settled == "failed" else {}), "done": True}
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="ray_sql-trial", daemon=True)
             self._thread.start()

@@ -47,11 +47,12 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         if self._study.trials[number].state in SETTLED:
             return
         self._clocks[number] = time.monotonic()
-        if number not in self._runs:
+        if number not in self._runs:  # it may have begun no MLflow run yet, should MLflow be away
             self._runs[number] = self._begin(self._study.trials[number])
             for one in measured(self._study.folder(number)):  # what an earlier attempt could not say any more
                 self._runs[number].log(one.step, {**one.metrics, "objective": one.objective})
-        self._study.change(number, state="running", mlflow_run_id=self._runs[number].run_id or None)
+        run_id = self._runs[number].run_id or self._study.trials[number].mlflow_run_id
+        self._study.change(number, state="running", mlflow_run_id=run_id)
         self._say(f"{name(number)}: {self._point(number)}")
 
     def on_trial_result(
@@ -100,10 +101,12 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         self._runs[number].log(point["step"], values)
 
     def end(self, status: tracking.Status) -> None:
-        """End the runs of trials that were cut off."""
+        """End the runs of trials that were cut off, and send what is still to be sent of the others."""
         for number, run in self._runs.items():
             if self._study.trials[number].state not in SETTLED:
                 run.end(status)
+            else:
+                run.replay()
 
     def table(self) -> Table:
         """All trials, the best marked, with what they used."""
@@ -135,7 +138,8 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
                 run.log(known.steps, {"best_objective": known.best.objective, "best_step": float(known.best.step)})
             run.tag({"state": state} | ({"failure": reason[:500]} if reason else {}))
             run.end("FAILED" if state == "failed" else "FINISHED")
-        self._study.change(number, state=state, reason=reason, seconds=seconds)
+        run_id = (run.run_id if run else None) or known.mlflow_run_id
+        self._study.change(number, state=state, reason=reason, seconds=seconds, mlflow_run_id=run_id)
         self._say(f"{name(number)}: {state}{f': {reason}' if reason else ''}")
         self._show()
 
