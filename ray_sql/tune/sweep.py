@@ -87,6 +87,8 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
         yield f"{'space' if number == 0 else '':<9} {axis.text}"
     yield f"start     {', '.join(f'{key} {shown(value)}' for key, value in axes.start().items())}: the settings, as the first trial"
     yield f"trials    {config.tune.num_samples}, {at_once(config, room)} at a time: {room.arithmetic}"
+    if room.nodes > 1 and not config.scaling.storage_path:
+        yield f"          on {room.nodes} nodes: {config.run_dir} must be a folder that they share; else give --scaling.storage_path"
     every = config.evaluate.eval_steps or config.save_steps
     yield f"objective {page.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
     stops = rungs(config, steps)
@@ -247,7 +249,7 @@ def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room:
     steps = config.steps(prepared.audit.rows)
     with cluster.Channel(watch.on_point) as channel:
         plan = {
-            "config": config.for_workers(),
+            "config": room.decided(config).for_workers(),
             "model_folder": prepared.model_folder,
             "inputs": config.run_dir,
             "steps": steps,
