@@ -54,6 +54,9 @@ BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 MANY = 1000
 """Nodes of a type that has no limit."""
 
+FULL_MEMORY = ("out of memory", "can't allocate memory")
+"""How CUDA and torch's CPU allocator say that memory is full."""
+
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
 """One thread: whoever asks for Ray second finds it started."""
 _BEGUN: list[Future[None]] = []
@@ -407,11 +410,17 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            callbacks=[_once_without_memory()],
         ),
     )
     try:
         returned = dict(trainer.fit().return_value)
     except TrainingFailedError as error:
+        if out_of_memory(error):
+            raise TrainingError(
+                f"out of memory: {_last_line(error)}; lower --train_batch_size, --rows.examples_per_row or --rows.max_length, or use "
+                "--train.gradient_checkpointing"
+            ) from error
         raise TrainingError(
             f"the workers failed, restarts included; the last time with: {_last_line(error)}. Run the same "
             "command again to go on from the last checkpoint; more restarts: --scaling.max_failures"
@@ -420,6 +429,31 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict
         kind, message = returned["user_error"]
         raise getattr(importlib.import_module(errors.__name__), kind)(message)
     return returned
+
+
+def _once_without_memory() -> Any:
+    """A callback of Ray Train that ends a run whose memory is full, on whichever rank: Ray would restart the workers, as often as it may,
+    to find it full again. Raising is the one way to say so; that a node's memory was full (Ray's monitor) may be a neighbour's doing."""
+    from ray.train import UserCallback
+
+    class OnceWithoutMemory(UserCallback):  # type: ignore[misc]  # ray is not followed by mypy
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in sorted(worker_exceptions.items()):
+                said = [line.strip() for line in str(error).splitlines() if any(s in line.lower() for s in FULL_MEMORY)]
+                if said or isinstance(error, MemoryError):
+                    raise MemoryError(f"worker {rank}: {said[-1] if said else error}")
+
+    return OnceWithoutMemory()
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was full, on a GPU or a node, in this process or in any worker: in the error, or in what it came from."""
+    while error is not None:
+        text = f"{type(error).__name__} {error}".lower()
+        if isinstance(error, MemoryError) or any(sign in text for sign in (*FULL_MEMORY, "outofmemory")):
+            return True
+        error = error.__cause__
+    return False
 
 
 class _Guarded:

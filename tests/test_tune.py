@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,11 +242,15 @@ def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any
 
 
 def test_out_of_memory_halves_a_pass_and_keeps_the_step(make_config: Any) -> None:
-    from ray_sql.tune.trial import difference, halved, out_of_memory
+    from ray_sql.cluster import out_of_memory
+    from ray_sql.tune.trial import difference, halved
 
     assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) and out_of_memory(MemoryError())
     assert out_of_memory(TrainingError("the workers failed; the last time with: OutOfMemoryError: killed"))
     assert not out_of_memory(TrainingError("the loss diverged"))
+    behind = TrainingError("the workers failed; the last time with: connection reset by peer")
+    behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
+    assert out_of_memory(behind)
     plain = make_config(**{"train_batch_size": 4, "grad_accum_steps": 2, "rows.examples_per_row": 1})
     half = halved(plain)
     assert half and (half.train_batch_size, half.grad_accum_steps, half.global_batch) == (2, 4, plain.global_batch)
@@ -422,6 +428,45 @@ def test_a_win_needs_the_paired_test(make_config: Any) -> None:
     won, verdict = champion.judge({"base": rows(0), "default": rows(40), "tuned": rows(20)}, config)
     assert not won and "against the default settings 0 to 20" in verdict
     assert not champion.judge({"tuned": rows(20)}, config)[0]
+
+
+# The driver's view
+
+
+def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: Any) -> None:
+    from rich.console import Console
+
+    from ray_sql.display import Display
+    from ray_sql.tune.watch import Watch
+
+    config, out = one(make_config), io.StringIO()
+    begun = study.begin(config)
+    begun.ask(0, {"learning_rate": 1e-3, "lora.r": 4})
+    display = Display(Console(file=out, force_terminal=True, highlight=False, width=120))
+    watch = Watch(begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.disabled(Path()), display)
+
+    def shown() -> str:
+        with display.console.capture() as captured:
+            display.console.print(display._below)
+        return re.sub(r"\x1b\[[0-9;]*m", "", captured.get())
+
+    assert "trial-000" in shown() and "waiting" in shown()
+    tuned = SimpleNamespace(config={"trial": 0}, last_result={"failure": "diverged by step 3"})
+    watch.on_trial_start(0, [], tuned)
+    assert "running" in shown()
+    watch.on_point({"kind": "train", "trial": 0, "step": 3, "steps": 4, "values": {"loss": 1.0}})
+    assert re.search(r" 4 │ +3 │.*running", shown()) and begun.trials[0].steps == 0, "none of them measured"
+    watch._clocks[0] -= 3600
+    assert watch.hours() == pytest.approx(1, abs=0.01)
+    watch.on_trial_recover(0, [], tuned)
+    watch._clocks.clear()
+    watch.on_trial_start(0, [], tuned)
+    assert watch.hours() == pytest.approx(1, abs=0.01), "what the process that died has used"
+    watch.on_point({"kind": "note", "trial": 0, "text": "out of memory: once more"})
+    watch.on_trial_complete(0, [], tuned)
+    assert "trial-000: out of memory: once more" in out.getvalue()
+    assert "trial-000: failed: diverged by step 3" in out.getvalue(), "a terminal's table goes when the sweep ends"
+    assert begun.trials[0].steps == 3 and begun.trials[0].seconds == pytest.approx(3600, abs=30)
 
 
 # A trial, without Tune

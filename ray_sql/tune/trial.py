@@ -25,9 +25,6 @@ from ray_sql.tune.study import WORST, Measure, layout, measured, record, setting
 
 log = logging.getLogger(__name__)
 
-FULL_MEMORY = ("out of memory", "outofmemory", "can't allocate memory")
-"""How CUDA, Ray's memory monitor and torch's CPU allocator say that memory is full."""
-
 
 class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
     """What Tune runs. The result of a step is a measure; a trial that cannot go on has a last one with `failure`."""
@@ -118,7 +115,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             train.fit(self._settings, self._plan["model_folder"], self._on_point, decides=True)
             return
         except Exception as error:
-            smaller = halved(self._settings) if out_of_memory(error) else None
+            smaller = halved(self._settings) if cluster.out_of_memory(error) else None
             if smaller is None:
                 raise
         self._on_point({"kind": "note", "text": f"out of memory: once more with {difference(self._settings, smaller)}"})
@@ -140,12 +137,6 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             return None  # there is nothing to decide; it is reported when the run is complete, adapter and all
         self._said.put(("measure", measure))
         return self._decisions.get()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was full, on a GPU or a node, in this process or in the workers."""
-    text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, MemoryError) or any(sign in text for sign in FULL_MEMORY)
 
 
 def halved(config: Config) -> Config | None:
