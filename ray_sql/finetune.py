@@ -87,20 +87,26 @@ def run(config: Config) -> dict[str, Any]:
 
 def dry_run(config: Config) -> None:
     """Resolve everything, show one rendered example, the audit and the plan; starts and writes nothing but caches."""
-    from ray_sql import rows
-
     with Display() as display:
         prepare.earlier_run(config)
-        prepared = prepare.prepare(config, display.counter("reading data"))
-        example = prepared.corpus.splits["train"][0]
-        row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
-        display.line("--- prompt ---")
-        display.line(str(prepared.tokenizer.decode(row.input_ids[: row.prompt_length])))
-        display.line("--- answer (carries the loss) ---")
-        display.line(str(prepared.tokenizer.decode(row.input_ids[row.prompt_length :])))
-        display.line("--- plan ---")
-        for line in prepare.plan(prepared, config):
-            display.line(line)
+        preview(config, display)
+
+
+def preview(config: Config, display: Display) -> Prepared:
+    """Show one rendered example, the audit and the plan."""
+    from ray_sql import rows
+
+    prepared = prepare.prepare(config, display.counter("reading data"))
+    example = prepared.corpus.splits["train"][0]
+    row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
+    display.line("--- prompt ---")
+    display.line(str(prepared.tokenizer.decode(row.input_ids[: row.prompt_length])))
+    display.line("--- answer (carries the loss) ---")
+    display.line(str(prepared.tokenizer.decode(row.input_ids[row.prompt_length :])))
+    display.line("--- plan ---")
+    for line in prepare.plan(prepared, config):
+        display.line(line)
+    return prepared
 
 
 def begin(config: Config, prepared: Prepared, start: Any, own: Mapping[str, str] | None = None) -> tracking.Run:

@@ -817,4 +817,27 @@ def test_a_dry_run_shows_the_space_and_the_arithmetic_and_starts_nothing(
     ):
         assert line in out
     assert not os.path.exists(given.run_dir)
-    assert prepare.earlier_run(given.studies()[0]) is None
+    (config,) = given.studies()
+    assert prepare.earlier_run(config) is None
+    crowned = study.begin(config)
+    crowned.finished = True
+    crowned.save()
+    checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.changed({"lora.r": 8}).public()))
+    tune.dry_run(given)
+    assert "trials    4, 1 at a time: " in capfd.readouterr().out, "its winner has other settings than the first trial"
+    with pytest.raises(ConfigError, match="holds a study of other settings"):
+        tune.dry_run(given.changed({"seed": 15}))
+
+
+def test_a_sweep_is_checked_task_by_task(make_config: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    from ray_sql import check
+    from ray_sql.config import CheckConfig
+
+    given = make_config(CheckConfig, **(SWEEP | {"task_type": "sql,schema"}))
+    study.begin(given.studies()[0]).save()
+    check.run(given)
+    out = capfd.readouterr().out
+    assert "--- sweep-sql ---" in out and "--- sweep-schema ---" in out and out.count("ok    memory") == 2
+    assert f"ok    output: {given.run_dir}-sql can be written and holds a study of these settings" in out
+    run = make_config(CheckConfig, **{"hub.push_checkpoints": "all"})
+    assert run.studies()[0].output_name == "run", "what jobs.finetune takes is checked too"

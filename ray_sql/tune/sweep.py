@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     finally:
         cluster.leave_ray()
     if config.publish:
-        _publish(studies)
+        _publish(studies, found)
     return found
 
 
@@ -56,20 +56,22 @@ def dry_run(config: SweepConfig) -> None:
     """Show what a sweep would do: one rendered example, the space, how many trials at a time and why, and the plan."""
     for one in config.studies():
         axes = space.read(one)
-        finetune.dry_run(one)
+        _study(one, resume=True)  # what its name holds must be a study of these settings, whoever its winner is
         with Display() as display:
-            prepared = prepare.prepare(one)
+            prepared = finetune.preview(one, display)
             _check(one, prepared)
             for line in plan(one, axes, prepared, _room(one)):
                 display.line(line)
 
 
-def _publish(studies: list[Config]) -> None:
+def _publish(studies: list[Config], found: Mapping[str, Mapping[str, Any]]) -> None:
     """Push every champion; one that is refused does not keep the others back."""
     refused = []
     for one in studies:
         try:
-            publish.publish(one, one.run_dir)
+            url = publish.publish(one, one.run_dir)
+            if one.tracking.enabled and (run_id := found[one.task_type].get("mlflow_run_id")):
+                tracking.again(one.tracking.uri, run_id, finetune.spool(one)).tag({"hub_url": url})
         except RaySqlError as error:
             refused.append(error)
     if len(refused) > 1:
