@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "quantization.load_in_4bit": False,
     "train.bf16": False,
     "train.max_steps": 40,
-    "train.logging_steps": 20,
+    "train.logging_steps": 1,  # of a trial that fails, its steps up to there count as passes
     "save_steps": 4,
     "scaling.num_workers": 0,
     "evaluate.limit": 1,
@@ -113,7 +113,7 @@ def one(folder: Path, seed: int, rates: list[float], ranks: list[int]) -> dict[s
 
 
 def settings(place: Path, seed: int, rates: list[float], ranks: list[int]) -> Config:
-    """The settings of a seed: the start of the sweep is the grid's middle rate and largest rank."""
+    """The settings of a seed: the start of the sweep is the grid's rate a third of the way up and its largest rank."""
     start = {"learning_rate": rates[len(rates) // 3], "lora.r": ranks[-1], "lora.lora_alpha": 2 * ranks[-1]}
     axes = {"learning_rate": {"choice": rates}, "lora.r": {"choice": ranks}}
     places = {"output_name": "sweep", "output_dir": str(place), "cache_dir": str(place / "cache")}

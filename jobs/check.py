@@ -2,19 +2,19 @@
 
     python -m jobs.check --config jobs/configs/spider-sql.yaml
 
-Takes the settings of jobs.finetune. One line per check: `ok`, or what to do; exit code 2 if any fails.
+Takes the settings of jobs.finetune, jobs.tune and jobs.pipeline. One line per check: `ok`, or what to do; exit code 2 if any fails.
 """
 
 from ray_sql import cli
-from ray_sql.config import Config
+from ray_sql.config import CheckConfig
 
 
-def check(config: Config) -> None:
-    """Run every check, the cheap ones first."""
+def check(config: CheckConfig) -> None:
+    """Run every check, the cheap ones first, for every task."""
     from ray_sql import check
 
     check.run(config)
 
 
 if __name__ == "__main__":
-    cli.main(check, Config)
+    cli.main(check, CheckConfig)

@@ -12,25 +12,34 @@ from functools import partial
 from pathlib import Path
 
 from ray_sql import checkpoints, models, prepare, publish, rows, tracking
-from ray_sql.config import Config, without_password
+from ray_sql.config import CheckConfig, Config, without_password
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.prepare import Prepared
+from ray_sql.tune import study
 
 GIB = 2**30
 
 
-def run(config: Config) -> None:
-    """Print one line per check; raises `RaySqlError` at the end if any failed, so that the job exits with 2."""
+def run(config: CheckConfig) -> None:
+    """Print one line per check and task; raises `RaySqlError` at the end if any failed, so that the job exits with 2."""
+    tasks = config.studies()
     with Display() as display:
-        failed = sum(not _line(display, name, check, config) for name, check in CHECKS.items())
-        prepared = _prepare(display, config)
-        failed += prepared is None
-        for name, check in PREPARED_CHECKS.items():
-            if prepared is not None:
-                failed += not _line(display, name, partial(check, prepared=prepared), config)
+        failed = sum(_failed(display, one, name_it=len(tasks) > 1) for one in tasks)
     if failed:
-        raise ConfigError(f"{failed} of {len(CHECKS) + 1 + len(PREPARED_CHECKS)} checks failed")
+        raise ConfigError(f"{failed} of {len(tasks) * (len(CHECKS) + 1 + len(PREPARED_CHECKS))} checks failed")
+
+
+def _failed(display: Display, config: Config, name_it: bool) -> int:
+    """How many checks of one task failed."""
+    if name_it:
+        display.line(f"--- {config.output_name} ---")
+    failed = sum(not _line(display, name, check, config) for name, check in CHECKS.items())
+    prepared = _prepare(display, config)
+    if prepared is None:
+        return failed + 1
+    checks = {name: partial(check, prepared=prepared) for name, check in PREPARED_CHECKS.items()}
+    return failed + sum(not _line(display, name, check, config) for name, check in checks.items())
 
 
 def output(config: Config) -> str:
@@ -42,8 +51,12 @@ def output(config: Config) -> str:
     probe = f"{config.run_dir}-probe-{uuid.uuid4().hex[:8]}"
     checkpoints.write_text(f"{probe}/probe", "x" * 4096)
     checkpoints.remove(probe)
-    finished = prepare.earlier_run(config) is not None
-    return f"{config.run_dir} can be written{' and holds a finished run of these settings' if finished else ''}"
+    if checkpoints.exists(f"{config.run_dir}/{study.FILE}"):
+        there = None if config.overwrite else study.load(config)
+        holds = "a study of these settings" if there else ""
+    else:
+        holds = "a finished run of these settings" if prepare.earlier_run(config) is not None else ""
+    return f"{config.run_dir} can be written{f' and holds {holds}' if holds else ''}"
 
 
 def mlflow(config: Config) -> str:

@@ -15,9 +15,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import errors
@@ -47,6 +48,14 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""Where `ray up` leaves the cluster's description on its head, on which jobs run."""
+MANY = 1000
+"""Nodes of a type that has no limit."""
+
+FULL_MEMORY = ("out of memory", "can't allocate memory")
+"""How CUDA and torch's CPU allocator say that memory is full."""
 
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
 """One thread: whoever asks for Ray second finds it started."""
@@ -149,9 +158,12 @@ def leave_ray() -> None:
 
 @dataclass(frozen=True)
 class Room:
-    """How many trainings of one kind the cluster holds at a time; `needs` is what one of them takes, by Ray's resource names."""
+    """How many trainings of one kind the cluster holds at a time, on how many nodes. `each` is what one worker takes, by Ray's resource
+    names, and `needs` what one training does."""
 
     at_once: int
+    nodes: int
+    each: dict[str, float]
     needs: dict[str, float]
     arithmetic: str
 
@@ -160,60 +172,112 @@ class Room:
         """What its use is counted in: GPUs, or CPUs where it has none, and how many."""
         return ("GPU", self.needs["GPU"]) if self.needs.get("GPU") else ("CPU", self.needs.get("CPU", 1.0))
 
+    def decided(self, config: Config) -> Config:
+        """The same settings with what a worker takes said in full: decided once, and not again by every trial."""
+        return config.changed(
+            {"scaling.use_gpu": bool(self.each.get("GPU")), "scaling.resources_per_worker": self.each}
+        )
+
 
 def room(config: Config) -> Room:
     """What a training takes, and how often that fits into the cluster (with all that its autoscaler may add), or this machine."""
-    total = capacity()
-    gpu = bool(total.get("GPU")) if config.scaling.use_gpu is None else config.scaling.use_gpu
-    each = dict(config.scaling.resources_per_worker or {})
+    nodes = capacity()
+    each = per_worker(config, nodes)
+    holding = [node for node in nodes if _holds(node, each)]
+    workers = sum(_holds(node, each) for node in holding)
+    scarce = min(each, key=lambda name: sum(_holds(node, {name: each[name]}) for node in nodes))
+    have = f"{sum(node.get(scarce, 0) for node in nodes):g} {scarce} here"
+    if len(nodes) > 1:
+        largest = max(node.get(scarce, 0) for node in nodes)
+        have = f"{workers} workers of {each[scarce]:g} {scarce} fit on {len(nodes)} nodes (the largest has {largest:g})"
+        need = f"{config.workers} a trial"
+    else:
+        need = f"{each[scarce] * config.workers:g} a trial ({config.workers} x {each[scarce]:g})"
+    at_once = workers // config.workers
+    needs = {name: amount * config.workers for name, amount in each.items()}
+    return Room(at_once, len(holding), each, needs, f"{have} / {need} = {at_once}")
+
+
+def per_worker(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What one worker takes, by Ray's resource names: a GPU where a node has any, else as many CPUs as all workers can have."""
+    gpu = config.scaling.use_gpu
+    if gpu is None:
+        gpu = any(node.get("GPU") for node in nodes)
+    each = {name: amount for name, amount in (config.scaling.resources_per_worker or {}).items() if amount}
     if gpu:
         each.setdefault("GPU", 1)
-    if not each:
-        each = {"CPU": max(1, int(total.get("CPU", 1) // config.workers))}
-    needs = {name: amount * config.workers for name, amount in each.items() if amount}
-    fits = {name: int(total.get(name, 0) // amount) for name, amount in needs.items()}
-    scarce = min(fits, key=lambda name: fits[name])
-    have, need = total.get(scarce, 0), needs[scarce]
-    arithmetic = f"{have:g} {scarce} here / {need:g} a trial ({config.workers} x {each[scarce]:g}) = {fits[scarce]}"
-    return Room(fits[scarce], needs, arithmetic)
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    return each or {
+        "CPU": max(
+            (n for n in range(1, max(cores, default=0) + 1) if sum(own // n for own in cores) >= config.workers),
+            default=1,
+        )
+    }
 
 
-def capacity() -> dict[str, float]:
-    """Ray's resources of the cluster, as far as its autoscaler may take it; of this machine where no Ray runs and none is named."""
+def _holds(node: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How many workers fit on a node; 1.0 // 0.2 is 4."""
+    return min(int(node.get(name, 0) / amount + 1e-9) for name, amount in each.items())
+
+
+def capacity() -> list[dict[str, float]]:
+    """Ray's resources of every node that the cluster has or its autoscaler may add; of this machine where no Ray runs and none is named."""
     import ray
 
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         import torch
 
-        return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
     start_ray()
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return nodes + [resources for resources, most in _node_types() for _ in range(_missing(resources, most, nodes))]
+
+
+def _missing(resources: Mapping[str, float], most: int, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many nodes of a type may be added to those that are there; Ray does not say of which type a node is."""
+    there = sum(all(node.get(name, 0) == resources.get(name, 0) for name in ("CPU", "GPU")) for node in nodes)
+    return max(0, (MANY if most < 0 else most) - there)
+
+
+def _node_types() -> list[tuple[dict[str, float], int]]:
+    """The autoscaler's node types and how many of each there may be: as it told the cluster, else as `ray up` left it on the head."""
     from ray._private.state import state  # the only place where the autoscaler's limits can be read
 
-    most = state.get_max_resources_from_cluster_config() or {}
-    now: dict[str, float] = ray.cluster_resources()
-    return {name: max(now.get(name, 0.0), float(most.get(name, 0))) for name in {*now, *most}}
+    told = state.get_cluster_config()
+    if told is not None and told.node_group_configs:
+        return [(dict(group.resources), group.max_count) for group in told.node_group_configs]
+    file = Path(BOOTSTRAP).expanduser()
+    if not (os.environ.get("RAY_ADDRESS") and file.is_file()):
+        return []
+    import yaml
+
+    given = yaml.safe_load(file.read_text())
+    types = given.get("available_node_types", {})
+    head = given.get("head_node_type")
+    return [
+        (one.get("resources", {}), one.get("max_workers", given.get("max_workers", 0)))
+        for name, one in types.items()
+        if name != head
+    ]
 
 
 def scaling_config(config: Config) -> ScalingConfig:
-    """Ray's ScalingConfig: a GPU each where the cluster has any, else an equal share of its CPUs."""
-    import ray
+    """Ray's ScalingConfig: a GPU each where the cluster has or may get any, else an equal share of its CPUs."""
     from ray.train import ScalingConfig
 
-    total = ray.cluster_resources()
-    resources = config.scaling.resources_per_worker
-    use_gpu = config.scaling.use_gpu
-    if use_gpu is None:
-        use_gpu = bool(total.get("GPU") or (resources or {}).get("GPU"))
-    if resources is None and not use_gpu:
-        resources = {"CPU": max(1, int(total.get("CPU", 1) // config.workers))}
-    for name, each in (resources or {"GPU": 1}).items():
+    nodes = capacity()
+    each = per_worker(config, nodes)
+    for name, amount in each.items():
+        have = sum(node.get(name, 0) for node in nodes)
         # a cluster that we joined may still grow; one that we started will not, and Ray would wait for ever
-        if each * config.workers > total.get(name, 0) and not os.environ.get("RAY_ADDRESS"):
+        if amount * config.workers > have and not os.environ.get("RAY_ADDRESS"):
             raise ConfigError(
-                f"--scaling.num_workers {config.workers} needs {each * config.workers:g} {name}, but this machine has "
-                f"{total.get(name, 0):g}; use fewer workers, or --scaling.resources_per_worker"
+                f"--scaling.num_workers {config.workers} needs {amount * config.workers:g} {name}, but this machine has "
+                f"{have:g}; use fewer workers, or --scaling.resources_per_worker"
             )
-    return ScalingConfig(num_workers=config.scaling.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=config.scaling.num_workers, use_gpu=bool(each.get("GPU")), resources_per_worker=each
+    )
 
 
 def claim_device(config: Config) -> torch.device:
@@ -346,11 +410,17 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            callbacks=[_once_without_memory()],
         ),
     )
     try:
         returned = dict(trainer.fit().return_value)
     except TrainingFailedError as error:
+        if out_of_memory(error):
+            raise TrainingError(
+                f"out of memory: {_last_line(error)}; lower --train_batch_size, --rows.examples_per_row or --rows.max_length, or use "
+                "--train.gradient_checkpointing"
+            ) from error
         raise TrainingError(
             f"the workers failed, restarts included; the last time with: {_last_line(error)}. Run the same "
             "command again to go on from the last checkpoint; more restarts: --scaling.max_failures"
@@ -359,6 +429,31 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict
         kind, message = returned["user_error"]
         raise getattr(importlib.import_module(errors.__name__), kind)(message)
     return returned
+
+
+def _once_without_memory() -> Any:
+    """A callback of Ray Train that ends a run whose memory is full, on whichever rank: Ray would restart the workers, as often as it may,
+    to find it full again. Raising is the one way to say so; that a node's memory was full (Ray's monitor) may be a neighbour's doing."""
+    from ray.train import UserCallback
+
+    class OnceWithoutMemory(UserCallback):  # type: ignore[misc]  # ray is not followed by mypy
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in sorted(worker_exceptions.items()):
+                said = [line.strip() for line in str(error).splitlines() if any(s in line.lower() for s in FULL_MEMORY)]
+                if said or isinstance(error, MemoryError):
+                    raise MemoryError(f"worker {rank}: {said[-1] if said else error}")
+
+    return OnceWithoutMemory()
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was full, on a GPU or a node, in this process or in any worker: in the error, or in what it came from."""
+    while error is not None:
+        text = f"{type(error).__name__} {error}".lower()
+        if isinstance(error, MemoryError) or any(sign in text for sign in (*FULL_MEMORY, "outofmemory")):
+            return True
+        error = error.__cause__
+    return False
 
 
 class _Guarded:

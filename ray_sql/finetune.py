@@ -49,8 +49,8 @@ def run(config: Config) -> dict[str, Any]:
             with suppress(DataError):  # a finished run can be shown where its data are out of reach
                 prepare.check_same_data(data.load(config), config)
             display.line(f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again.")
-            if config.tracking.enabled and (left := tracking.replay(config.tracking.uri, _spool(config))):
-                display.line(f"{left} records still wait in {_spool(config)} for MLflow to take them")
+            if config.tracking.enabled and (left := tracking.replay(config.tracking.uri, spool(config))):
+                display.line(f"{left} records still wait in {spool(config)} for MLflow to take them")
             show(earlier, config, display)
             if config.publish:
                 publish.publish(config, config.run_dir, display)
@@ -87,26 +87,35 @@ def run(config: Config) -> dict[str, Any]:
 
 def dry_run(config: Config) -> None:
     """Resolve everything, show one rendered example, the audit and the plan; starts and writes nothing but caches."""
-    from ray_sql import rows
-
     with Display() as display:
         prepare.earlier_run(config)
-        prepared = prepare.prepare(config, display.counter("reading data"))
-        example = prepared.corpus.splits["train"][0]
-        row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
-        display.line("--- prompt ---")
-        display.line(str(prepared.tokenizer.decode(row.input_ids[: row.prompt_length])))
-        display.line("--- answer (carries the loss) ---")
-        display.line(str(prepared.tokenizer.decode(row.input_ids[row.prompt_length :])))
-        display.line("--- plan ---")
-        for line in prepare.plan(prepared, config):
-            display.line(line)
+        preview(config, display)
 
 
-def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
-    """The MLflow run of this training run: the one an earlier attempt began, or a new one; nothing where `start` is None."""
+def preview(config: Config, display: Display) -> Prepared:
+    """Show one rendered example, the audit and the plan."""
+    from ray_sql import rows
+
+    prepared = prepare.prepare(config, display.counter("reading data"))
+    example = prepared.corpus.splits["train"][0]
+    row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
+    display.line("--- prompt ---")
+    display.line(str(prepared.tokenizer.decode(row.input_ids[: row.prompt_length])))
+    display.line("--- answer (carries the loss) ---")
+    display.line(str(prepared.tokenizer.decode(row.input_ids[row.prompt_length :])))
+    display.line("--- plan ---")
+    for line in prepare.plan(prepared, config):
+        display.line(line)
+    return prepared
+
+
+def begin(config: Config, prepared: Prepared, start: Any, own: Mapping[str, str] | None = None) -> tracking.Run:
+    """The MLflow run of this training run: the one an earlier attempt began, or a new one; nothing where `start` is None.
+
+    `own` are tags by which it is found, should its id be lost.
+    """
     if start is None:
-        return tracking.disabled(_spool(config))
+        return tracking.disabled(spool(config))
     text = checkpoints.read_text(f"{config.run_dir}/{RUN_FILE}")
     record: tracking.Run = start(
         config.public(),
@@ -114,8 +123,9 @@ def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
         uri=config.tracking.uri,
         experiment=config.tracking.experiment,
         tags=_tags(config, prepared),
-        spool=_spool(config),
+        spool=spool(config),
         run_id=json.loads(text)["mlflow_run_id"] if text else None,
+        own=own,
     )
     checkpoints.write_text(
         f"{config.run_dir}/{RUN_FILE}",
@@ -126,7 +136,7 @@ def begin(config: Config, prepared: Prepared, start: Any) -> tracking.Run:
     return record
 
 
-def _spool(config: Config) -> Path:
+def spool(config: Config) -> Path:
     """Where records wait while MLflow does not answer."""
     return config.cache / "spool" / f"{config.output_name}-{config.identity()}.jsonl"
 
@@ -185,10 +195,15 @@ def _train_and_measure(
 
 
 def conclude(
-    config: Config, prepared: Prepared, measured: Measured, record: tracking.Run, facts: Mapping[str, Any]
+    config: Config,
+    prepared: Prepared,
+    measured: Measured,
+    record: tracking.Run,
+    facts: Mapping[str, Any],
+    artifact: str = "adapter",
 ) -> dict[str, Any]:
-    """Write and record what was measured of a run whose adapter lies in its folder; `facts` say how it was made. Returns what
-    `metrics.json` holds."""
+    """Write and record what was measured of a run whose adapter lies in its folder; `facts` say how it was made, `artifact` what
+    MLflow is to call the adapter. Returns what `metrics.json` holds."""
     metrics = {
         "task_type": config.task_type,
         "model_name": config.model_name,
@@ -203,7 +218,7 @@ def conclude(
     measure.write(config.run_dir, measured, metrics)
     figures = plots.figures(metrics, measured)
     report.write(config, metrics, measured, figures)
-    log_results(record, config, measured, metrics, figures)
+    log_results(record, config, measured, metrics, figures, artifact)
     checkpoints.write_text(f"{config.run_dir}/{prepare.FINISHED_FILE}", "")
     return metrics
 
@@ -215,14 +230,21 @@ def _validation_line(fitted: FitResult) -> str:
 
 
 def log_results(
-    record: tracking.Run, config: Config, measured: Measured, metrics: Mapping[str, Any], figures: Mapping[str, Any]
+    record: tracking.Run,
+    config: Config,
+    measured: Measured,
+    metrics: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    artifact: str,
 ) -> None:
-    """The scores, per-question table, figures and files of a run, in MLflow."""
+    """The scores, per-question table, figures and files of a run, in MLflow, in place of those of an earlier time."""
     from ray_sql.evaluate import flat
 
+    # a study may be given more trials, and then has another winner: MLflow shows the scores of the highest step
+    step = metrics["sweep"]["trials"] if "sweep" in metrics else metrics.get("steps", 0)
     for name in measured:
         for split, scores in metrics[name].items():
-            record.log(metrics.get("steps", 0), flat(scores, f"{name}/{split}"))
+            record.log(step, flat(scores, f"{name}/{split}"), replace=True)
     # the UI shows the first columns and rows without scrolling: what one looks at first is what the tuned model got wrong
     shown = ("verdict", "question", "gold", "predicted", "error", "db_id", "hardness", "split", "model")
     rows = [{"model": name, **row} for name in reversed(measured) for row in measured[name]]
@@ -232,8 +254,8 @@ def log_results(
     folder = _here(config)
     for name in ARTIFACTS:
         if (path := folder / name).exists():
-            record.artifact(path, name if path.is_dir() else "")
-    if "://" in config.run_dir and not _spool(config).exists():  # else they are still to be sent
+            record.artifact(path, artifact if path.is_dir() else "")
+    if "://" in config.run_dir and not spool(config).exists():  # else they are still to be sent
         shutil.rmtree(folder)
 
 
@@ -241,7 +263,7 @@ def _here(config: Config) -> Path:
     """The run's folder on this machine; of a run in a remote store, a copy of the files that MLflow gets."""
     if "://" not in config.run_dir:
         return Path(config.run_dir)
-    folder = _spool(config).with_suffix("") / "run"
+    folder = spool(config).with_suffix("") / "run"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ARTIFACTS:
         if checkpoints.exists(f"{config.run_dir}/{name}"):

@@ -2,8 +2,8 @@
 
 Only the driver talks to MLflow. A configured store must answer at the start; afterwards nothing here raises: what cannot be
 sent is kept in a spool file, one warning is printed, and the spool is replayed when the run ends, or when it goes on after a
-restart. Points carry their step, and a step that was logged before is not logged again. This module is a sink: it knows none
-of the stages.
+restart. A run that belongs to another one, as a sweep's trials do, may even begin while the store is away. Points carry their step,
+and a step that was logged before is not logged again. This module is a sink: it knows none of the stages.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,18 +33,34 @@ RETRY_SECONDS = 60.0
 
 
 class Run:
-    """One MLflow run, or nothing at all where tracking is off (`client` None); every method after `start` is safe to call."""
+    """One MLflow run, or nothing at all where tracking is off; every method after `start` is safe to call, from any thread.
 
-    def __init__(self, client: Any, run_id: str, uri: str, spool: Path) -> None:
-        self._client, self.run_id, self.uri, self._spool = client, run_id, uri, spool
-        self._logged: dict[str, int] = {}
+    Before its first record goes out, `begin` finds or creates it; until that has succeeded, its records wait in the spool under `waiting`.
+    """
+
+    def __init__(
+        self, uri: str, spool: Path, begin: Callable[[Run], tuple[Any, str]] | None = None, waiting: str = ""
+    ) -> None:
+        self.uri, self.run_id, self._spool, self._begin, self._waiting = uri, "", spool, begin, waiting
+        self._client: Any = None
+        self._logged: set[tuple[str, int]] = set()
+        self._stored: set[tuple[str, int]] = set()
         self._warned = False
         self._retry_at = 0.0
+        self._lock = threading.RLock()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of one step; a key whose step was logged already is skipped, as after a restart."""
-        new = {key: float(value) for key, value in values.items() if step > self._logged.get(key, -1)}
-        self._logged |= dict.fromkeys(new, step)
+    def open(self) -> None:
+        """Find or create the run; raises `StoreError` if the store does not answer."""
+        if self._client is None and self._begin is not None:
+            self._client, self.run_id = self._begin(self)
+            if self.run_id:
+                self._stored = _logged(self._client, self.run_id)
+                self._logged |= self._stored
+
+    def log(self, step: int, values: Mapping[str, float], replace: bool = False) -> None:
+        """Metrics of one step; a key whose step was logged already is skipped, as after a restart, unless it is to `replace` that."""
+        new = {key: float(value) for key, value in values.items() if replace or (key, step) not in self._logged}
+        self._logged |= {(key, step) for key in new}
         points = [(key, value, int(time.time() * 1000), step) for key, value in new.items()]
         for start in range(0, len(points), BATCH):
             self._send("metrics", points[start : start + BATCH])
@@ -54,7 +71,7 @@ class Run:
             self._send("tag", [key, value])
 
     def table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
-        """A table that the UI shows, one row a mapping, all with the same keys."""
+        """A table that the UI shows, one row a mapping, all with the same keys; in place of an earlier one of that name."""
         if rows:
             columns = {key: [row.get(key) for row in rows] for key in rows[0]}
             self._send("table", [columns, file])
@@ -65,55 +82,72 @@ class Run:
 
     def figure(self, figure: Any, file: str) -> None:
         """A matplotlib figure as an image."""
-        if not self._try(lambda: self._client.log_figure(self.run_id, figure, file)):
-            kept = self._spool.with_suffix("") / file
-            with self._spooling("figure", kept):
-                figure.savefig(kept)
-            self._keep("artifact", [str(kept), str(Path(file).parent)])
+        with self._lock:
+            if not self._try(lambda: self._client.log_figure(self.run_id, figure, file)):
+                kept = self._spool.with_suffix("") / file
+                with self._spooling("figure", kept):
+                    figure.savefig(kept)
+                self._keep("artifact", [str(kept), str(Path(file).parent)])
 
     def dataset(self, name: str, digest: str, source: str, split: str) -> None:
         """Name the data of a split as an input of the run."""
         self._send("dataset", [name, digest, source, split])
 
-    def register(self, model: str, folder: str, tags: Mapping[str, str], alias: str | None) -> None:
-        """A version of a registered model from the run's artifact folder, and `alias` on it, unless that is on a version whose tag
-        `score` is higher and whose tag `measured_on` is the same."""
-        self._send("version", [model, folder, dict(tags), alias])
+    def register(self, model: str, folder: str, tags: Mapping[str, str], alias: str, won: bool) -> None:
+        """A version of a registered model from the run's artifact folder, one a folder, with these tags. If it has `won`, `alias` is put
+        on it, unless that is on a version whose tag `score` is higher and whose tag `measured_on` is the same; else it loses `alias`."""
+        self._send("version", [model, folder, dict(tags), alias, won])
 
     def end(self, status: Status) -> None:
         """Replay what was spooled, then set the final status."""
         self.replay()
         self._send("end", [status])
 
+    def end_children(self, status: Status) -> None:
+        """Set the final status of every run that has this one as its parent and was left running."""
+        self._send("children", [status])
+
     def replay(self) -> int:
         """Send what the spool holds, oldest first; returns how many entries are still there."""
-        if self._client is None or not self._spool.exists():
-            return 0
-        self._retry_at = 0.0
-        left = self._spool.read_text(encoding="utf-8").splitlines()
-        while left and self._replay_one(left[0]):
-            left.pop(0)
-        with self._spooling("replayed", self._spool):
-            self._spool.write_text("".join(f"{line}\n" for line in left), encoding="utf-8")
-        if not left:
-            self._spool.unlink()
-        return len(left)
+        with self._lock:
+            if self._begin is None or not self._spool.exists():
+                return 0
+            self._retry_at = 0.0
+            left = self._spool.read_text(encoding="utf-8").splitlines()
+            while left and self._replay_one(left[0]):
+                left.pop(0)
+            with self._spooling("replayed", self._spool):
+                self._spool.write_text("".join(f"{line}\n" for line in left), encoding="utf-8")
+            if not left:
+                self._spool.unlink()
+            return len(left)
 
     def _replay_one(self, line: str) -> bool:
         try:
             run_id, kind, values = json.loads(line)
         except ValueError:  # the process was killed while it wrote this line
             return True
+        if " " in run_id and run_id != self._waiting:
+            return True  # of a run that never began, and was replaced since
+        if not self._try(self.open):
+            return False
+        if run_id and run_id == self._waiting:
+            run_id = self.run_id
+            if kind == "metrics":  # kept when nobody could say which points an earlier attempt had sent
+                values = [point for point in values if (point[0], point[3]) not in self._stored]
+        if run_id == self.run_id and kind == "metrics":
+            self._logged |= {(point[0], point[3]) for point in values}
         return self._try(lambda: _SENDERS[kind](self._client, run_id, *values))
 
     def _send(self, kind: str, values: list[Any]) -> None:
-        if not self._try(lambda: _SENDERS[kind](self._client, self.run_id, *values)):
-            self._keep(kind, values)
+        with self._lock:
+            if not self._try(lambda: _SENDERS[kind](self._client, self.run_id, *values)):
+                self._keep(kind, values)
 
     def _keep(self, kind: str, values: list[Any]) -> None:
         with self._spooling(kind, self._spool), self._spool.open("a", encoding="utf-8") as stream:
             # with the run's id: a later run of the same name shares the file
-            stream.write(json.dumps([self.run_id, kind, values]) + "\n")
+            stream.write(json.dumps([self.run_id or self._waiting, kind, values]) + "\n")
 
     @contextmanager
     def _spooling(self, kind: str, file: Path) -> Iterator[None]:
@@ -125,11 +159,12 @@ class Run:
 
     def _try(self, action: Callable[[], object]) -> bool:
         """Whether a record is settled: sent, or refused for good; False where it must be kept for later."""
-        if self._client is None:
+        if self._begin is None:
             return True
         if time.monotonic() < self._retry_at:
             return False
         try:
+            self.open()
             action()
         except Exception as error:  # whatever MLflow's backend raises: an outage of the record must not end the run
             if _is_final(error):
@@ -168,44 +203,68 @@ def start(
     tags: Mapping[str, str],
     spool: Path,
     run_id: str | None = None,
+    own: Mapping[str, str] | None = None,
+    required: bool = True,
 ) -> Run:
     """Begin (or, given `run_id`, go on with) a run; params are the flattened `settings`.
 
-    Raises `StoreError` if the tracking store does not answer.
+    `own` are tags that no other run has: one that has them is gone on with, should its id have been lost. Raises `StoreError` if the
+    tracking store does not answer; unless the run is `required`, it begins later then.
     """
-    uri = check(uri)
-    from mlflow.entities import Param, RunTag
+    tags = {"mlflow.runName": name, **tags, **(own or {})}
 
-    # through a client of its own: mlflow.set_tracking_uri would also set MLFLOW_TRACKING_URI for whatever this process does next
-    with _refusing(uri):
-        client = _client(uri)
-        if run_id is not None and _exists(client, run_id):
-            run = Run(client, run_id, uri, spool)
-            run.replay()
-            client.update_run(run_id, status="RUNNING")
-            run._logged = _logged(client, run_id)
-            return run
-        created = client.create_run(
-            _experiment(client, experiment, uri), run_name=name, tags={"mlflow.runName": name, **tags}
-        )
-        params = [Param(key, str(value)[:6000]) for key, value in flatten(settings).items()]
-        for first in range(0, len(params), 100):
-            client.log_batch(created.info.run_id, params=params[first : first + 100])
-        client.log_batch(created.info.run_id, tags=[RunTag("mlflow.source.name", "ray_sql")])
-    return Run(client, created.info.run_id, uri, spool)
+    def begin(run: Run) -> tuple[Any, str]:
+        run.uri = check(uri)
+        with _refusing(run.uri):
+            client = _client(run.uri)
+            filed = _experiment(client, experiment, run.uri)
+            known = run_id if run_id and _exists(client, run_id) else _search(client, filed, own)
+            return client, known or _create(client, filed, name, tags, settings)
+
+    # through clients of their own: mlflow.set_tracking_uri would also set MLFLOW_TRACKING_URI for whatever this process does next
+    run = Run(absolute_uri(uri), spool, begin, " ".join((own or {}).values()))
+    if required:
+        run.open()
+    run.replay()
+    run._send("running", [])
+    return run
+
+
+def again(uri: str | None, run_id: str, spool: Path) -> Run:
+    """A run that has ended, to which something is added."""
+
+    def begin(run: Run) -> tuple[Any, str]:
+        run.uri = check(uri)
+        return _client(run.uri), run_id
+
+    run = Run(absolute_uri(uri), spool, begin)
+    run.run_id = run_id
+    return run
+
+
+def close(uri: str | None, experiment: str, run_id: str | None, own: Mapping[str, str]) -> None:
+    """Mark a run that was cut off, and its children, as killed: nobody will go on with them."""
+    client = _client(check(uri))
+    filed = client.get_experiment_by_name(experiment)
+    known = run_id if run_id and _exists(client, run_id) else filed and _search(client, filed.experiment_id, own)
+    if known:
+        if client.get_run(known).info.status == "RUNNING":
+            client.set_terminated(known, "KILLED")
+        _end_children(client, known, "KILLED")
 
 
 def replay(uri: str | None, spool: Path) -> int:
     """Send what an earlier run left in its spool; returns how many records are still there."""
     if not spool.exists():
         return 0
-    uri = check(uri)
-    return Run(_client(uri), "", uri, spool).replay()
+    left = again(uri, "", spool)
+    left.open()
+    return left.replay()
 
 
 def disabled(spool: Path) -> Run:
     """A run that records nothing."""
-    return Run(None, "", "", spool)
+    return Run("", spool)
 
 
 def check(uri: str | None) -> str:
@@ -293,10 +352,28 @@ def _exists(client: Any, run_id: str) -> bool:
     return True
 
 
-def _logged(client: Any, run_id: str) -> dict[str, int]:
-    """The last step of every metric that the run already has."""
+def _search(client: Any, experiment_id: str, own: Mapping[str, str] | None) -> str | None:
+    """The run that has these tags, if any."""
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in (own or {}).items())
+    found = client.search_runs([experiment_id], wanted, max_results=1) if wanted else []
+    return str(found[0].info.run_id) if found else None
+
+
+def _create(client: Any, experiment_id: str, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    from mlflow.entities import Param, RunTag
+
+    created = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+    params = [Param(key, str(value)[:6000]) for key, value in flatten(settings).items()]
+    for first in range(0, len(params), 100):
+        client.log_batch(created.info.run_id, params=params[first : first + 100])
+    client.log_batch(created.info.run_id, tags=[RunTag("mlflow.source.name", "ray_sql")])
+    return str(created.info.run_id)
+
+
+def _logged(client: Any, run_id: str) -> set[tuple[str, int]]:
+    """Every metric that the run already has, with its steps."""
     keys = client.get_run(run_id).data.metrics
-    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
+    return {(key, point.step) for key in keys for point in client.get_metric_history(run_id, key)}
 
 
 def _send_metrics(client: Any, run_id: str, *points: Sequence[Any]) -> None:
@@ -317,8 +394,23 @@ def _send_artifact(client: Any, run_id: str, path: str, folder: str) -> None:
     send(run_id, path, folder or None)
 
 
+def _send_table(client: Any, run_id: str, columns: Mapping[str, list[Any]], file: str) -> None:
+    """MLflow adds the rows to those of a table that is there; here they take their place."""
+    if file in {one.path for one in client.list_artifacts(run_id, str(Path(file).parent).strip("."))}:
+        rows = list(zip(*columns.values(), strict=True))
+        client.log_text(run_id, json.dumps({"columns": list(columns), "data": rows}), file)
+    else:
+        client.log_table(run_id, columns, file)
+
+
+def _end_children(client: Any, run_id: str, status: str) -> None:
+    left = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{run_id}'"
+    for run in client.search_runs([client.get_run(run_id).info.experiment_id], left):
+        client.set_terminated(run.info.run_id, status)
+
+
 def _send_version(
-    client: Any, run_id: str, model: str, folder: str, tags: Mapping[str, str], alias: str | None
+    client: Any, run_id: str, model: str, folder: str, tags: Mapping[str, str], alias: str, won: bool
 ) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -328,22 +420,30 @@ def _send_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     known = client.search_model_versions(f"name='{model}'")
-    own = [version for version in known if version.run_id == run_id]  # of an attempt that was cut off after it
     source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
+    own = [
+        version for version in known if version.source == source
+    ]  # of an attempt that was cut off, or measured otherwise
     version = own[0] if own else client.create_model_version(model, source, run_id=run_id, tags=dict(tags))
-    named = client.get_registered_model(model).aliases.get(alias)
-    rival: Mapping[str, str] = next((one.tags for one in known if str(one.version) == str(named)), {})
+    for key, value in tags.items() if own else ():
+        client.set_model_version_tag(model, version.version, key, value)
+    holder = str(client.get_registered_model(model).aliases.get(alias))
+    rival: Mapping[str, str] = next((one.tags for one in known if str(one.version) == holder), {})
     kept = rival.get("measured_on") == tags["measured_on"] and float(rival["score"]) > float(tags["score"])
-    if alias and not kept:
+    if won and not kept:
         client.set_registered_model_alias(model, alias, version.version)
+    elif not won and holder == str(version.version):
+        client.delete_registered_model_alias(model, alias)
 
 
 _SENDERS: dict[str, Callable[..., object]] = {
     "metrics": _send_metrics,
     "tag": lambda client, run_id, key, value: client.set_tag(run_id, key, value),
-    "table": lambda client, run_id, columns, file: client.log_table(run_id, columns, file),
+    "table": _send_table,
     "artifact": _send_artifact,
     "dataset": _send_dataset,
     "version": _send_version,
+    "children": _end_children,
+    "running": lambda client, run_id: client.update_run(run_id, status="RUNNING"),
     "end": lambda client, run_id, status: client.set_terminated(run_id, status),
 }

@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sql.config import Config, EvaluateConfig, PublishConfig, SweepConfig, load
+from ray_sql.config import CheckConfig, Config, EvaluateConfig, PublishConfig, SweepConfig, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 YAMLS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
-KINDS = {"evaluate": EvaluateConfig, "pipeline": SweepConfig, "publish": PublishConfig, "tune": SweepConfig}
+KINDS = {
+    "check": CheckConfig,
+    "evaluate": EvaluateConfig,
+    "pipeline": SweepConfig,
+    "publish": PublishConfig,
+    "tune": SweepConfig,
+}
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
 
 

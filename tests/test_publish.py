@@ -626,6 +626,9 @@ def test_check_says_whether_a_run_could_be_published(stand_in: stand_ins.Hub, jo
     code, out, err = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", WRITER)
     assert code == 0, out + err
     assert "ok    hub: me/run, if there is none, a private one is created, base model tests/tiny" in out
+    stand_in.add("me/run", {"README.md": b"soon"}, False)
+    _, out, _ = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", WRITER)
+    assert "which holds no model yet; it is public: everybody can read what is pushed there" in out
     code, out, _ = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", READER)
     assert code == 2 and "FAIL  hub: the Hub token of me may only read" in out
 

@@ -145,21 +145,79 @@ def test_an_alias_goes_to_the_better_of_what_was_measured_alike(store: str, tmp_
     client, versions = MlflowClient(store), []
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "a.bin").write_text("x")
-    for score, measured_on, alias in (
-        ("0.4", "dev", "champion"),
-        ("0.3", "dev", "champion"),  # worse on the same questions
-        ("0.5", "dev", None),  # no winner of its own sweep
-        ("0.2", "other", "champion"),  # scores on other questions do not compare
+    for score, measured_on, won in (
+        ("0.4", "dev", True),
+        ("0.3", "dev", True),  # worse on the same questions
+        ("0.5", "dev", False),  # no winner of its own sweep
+        ("0.2", "other", True),  # scores on other questions do not compare
     ):
         run = begin(store, tmp_path)
         run.artifact(tmp_path / "adapter", "adapter")
         for _ in range(2):  # a second time, as after a restart, changes nothing
-            run.register("ray-sql-sql", "adapter", {"score": score, "measured_on": measured_on}, alias)
+            run.register("ray-sql-sql", "adapter", {"score": score, "measured_on": measured_on}, "champion", won)
         run.end("FINISHED")
         versions.append(str(client.get_model_version_by_alias("ray-sql-sql", "champion").version))
     assert versions == ["1", "1", "1", "4"]
     assert len(client.search_model_versions("name='ray-sql-sql'")) == 4
     assert client.get_model_version("ray-sql-sql", "1").tags == {"score": "0.4", "measured_on": "dev"}
+
+
+def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_path: Path) -> None:
+    from mlflow.artifacts import load_dict
+    from mlflow.tracking import MlflowClient
+
+    client, run = MlflowClient(store), begin(store, tmp_path)
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.bin").write_text(folder)
+        run.artifact(tmp_path / folder, folder)
+
+    def say(folder: str, score: float, won: bool) -> None:
+        run.log(4, {"tuned/dev/execution_accuracy": score}, replace=True)
+        run.table([{"trial": 0, "score": score}], "trials.json")
+        run.table([{"trial": 0, "score": score}], "tables/trials.json")
+        run.register("again", folder, {"score": str(score), "measured_on": f"{score} of dev"}, "champion", won)
+
+    say("first", 0.5, True)
+    say("first", 0.25, True)
+    versions = client.search_model_versions("name='again'")
+    assert [(str(each.version), each.tags["score"]) for each in versions] == [("1", "0.25")]
+    one = versions[0].version
+    assert client.get_registered_model("again").aliases == {"champion": one}
+    say("second", 0.75, False)
+    assert client.get_registered_model("again").aliases == {"champion": one}, "what was crowned is still there"
+    assert client.get_model_version("again", "2").source.endswith("/second")
+    say("first", 0.125, False)
+    assert client.get_registered_model("again").aliases == {}
+    assert read(run).data.metrics["tuned/dev/execution_accuracy"] == 0.125
+    for file in ("trials.json", "tables/trials.json"):
+        table = load_dict(f"{read(run).info.artifact_uri}/{file}")
+        assert table == {"columns": ["trial", "score"], "data": [[0, 0.125]]}
+    run.end("FINISHED")
+
+
+def test_a_run_whose_id_was_lost_is_found_by_its_own_tags(store: str, tmp_path: Path) -> None:
+    def child(number: int, parent: Run) -> Run:
+        own = {"mlflow.parentRunId": parent.run_id, "trial": str(number)}
+        place = {"uri": store, "experiment": "tests", "spool": tmp_path / f"{number}.jsonl"}
+        return tracking.start({}, name=f"trial {number}", tags={}, own=own, **place)  # type: ignore[arg-type]
+
+    parent, other = begin(store, tmp_path), begin(store, tmp_path)
+    first = child(0, parent)
+    assert child(0, parent).run_id == first.run_id
+    assert len({first.run_id, child(1, parent).run_id, child(0, other).run_id}) == 3
+    first.end("FINISHED")
+    parent.end_children("KILLED")
+    assert [read(child_).info.status for child_ in (first, other)] == ["FINISHED", "RUNNING"]
+    assert read(child(1, parent)).info.status == "RUNNING", "gone on with"
+    tracking.close(store, "tests", parent.run_id, {})
+    from mlflow.tracking import MlflowClient
+
+    left = MlflowClient(store).search_runs([read(parent).info.experiment_id], "attributes.status = 'RUNNING'")
+    family = {run.data.tags.get("mlflow.parentRunId", run.info.run_id) for run in left}
+    assert parent.run_id not in family and other.run_id in family
+    tracking.close(store, "tests", "0" * 32, {})  # of another store: nothing to do
+    tracking.close(store, "tests", other.run_id, {})
 
 
 def test_a_run_that_records_nothing_takes_everything(tmp_path: Path) -> None:
@@ -168,7 +226,7 @@ def test_a_run_that_records_nothing_takes_everything(tmp_path: Path) -> None:
     run.table([{"a": 1}], "t.json")
     run.figure(None, "f.png")
     run.dataset("d", "0", "/d", "train")
-    run.register("m", "adapter", {}, None)
+    run.register("m", "adapter", {}, "champion", True)
     run.end("FINISHED")
     assert run.run_id == "" and list(tmp_path.iterdir()) == []
 
@@ -301,3 +359,40 @@ def test_an_outage_of_the_server_costs_a_run_nothing(
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"figures", "t.json"}
     assert [file.path for file in client.list_artifacts(run.run_id, "figures")] == ["figures/f.png"]
     assert len(client.search_runs([found.info.experiment_id])) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_required_begins_when_its_store_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    server = Server(tmp_path)
+
+    def trial(required: bool = False) -> Run:
+        own = {"mlflow.parentRunId": "p", "trial": "3"}
+        place = {"uri": server.uri, "experiment": "tests", "spool": tmp_path / "spool" / "trial-003.jsonl"}
+        return tracking.start({"seed": 14}, name="trial", tags={}, own=own, required=required, **place)  # type: ignore[arg-type]
+
+    run = trial()
+    for step in (1, 2, 3):
+        run.log(step, {"loss": float(step)})
+    assert run.run_id == "" and (tmp_path / "spool" / "trial-003.jsonl").is_file()
+    assert sum("stopped answering" in record.message for record in caplog.records) == 1
+    server.start()
+    try:
+        monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+        run._retry_at = 0.0
+        run.log(4, {"loss": 4.0})  # the store is back: the run begins
+        assert run.run_id and history(run, "loss") == [(4, 4.0)]
+        # the driver dies with the spool; the next attempt says again what was measured, and every point is there once
+        after = trial()
+        assert after.run_id == run.run_id
+        after.log(3, {"loss": 3.0})
+        after.log(5, {"loss": 5.0})
+        after.end("FINISHED")
+        assert history(after, "loss") == [(step, float(step)) for step in range(1, 6)]
+        found = MlflowClient(server.uri).search_runs([read(after).info.experiment_id])
+        assert [(one.info.status, one.data.params) for one in found] == [("FINISHED", {"seed": "14"})]
+    finally:
+        server.kill()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from ray_sql import checkpoints, finetune, models, prepare, rows, train
+from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, train
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, ContractError, ModelError, StoreError, TrainingError
 from tests.conftest import make_model
@@ -355,3 +355,26 @@ def test_a_folder_that_is_no_run_is_never_removed(make_config: Any) -> None:
     with pytest.raises(StoreError, match="no run of ray_sql"):
         finetune.run(config)
     assert (Path(config.run_dir) / "thesis.tex").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
+    make_config: Any, tmp_path: Path, ray_local: None
+) -> None:
+    def full_on_rank_0(plan: dict[str, Any]) -> dict[str, Any]:
+        """The other rank hears of it by a lost connection; as a function in a function, its code goes to the workers."""
+        import ray.train
+
+        rank = ray.train.get_context().get_world_rank()
+        with open(plan["tried"], "a") as stream:
+            stream.write(f"{rank}\n")
+        raise RuntimeError("connection reset by peer" if rank else "CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    config = make_config(**{"scaling.num_workers": 2, "scaling.max_failures": 5})
+    with pytest.raises(
+        TrainingError, match=r"out of memory: .*Tried to allocate 2.00 GiB; lower --train_batch_size"
+    ) as caught:
+        cluster.run_workers(full_on_rank_0, {"tried": str(tmp_path / "tried")}, config, lambda _: None, config.run_dir)
+    assert cluster.out_of_memory(caught.value)
+    assert sorted((tmp_path / "tried").read_text().split()) == ["0", "1"]

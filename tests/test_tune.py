@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,11 +14,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ray_sql import checkpoints, cluster, prepare, tune
+from ray_sql import checkpoints, cluster, prepare, tracking, tune
 from ray_sql.config import Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError, TrainingError
 from ray_sql.tune import champion, search, space, study, sweep
@@ -163,7 +165,7 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
 def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "capacity", lambda: {"CPU": 64.0, "GPU": 4.0})
+    monkeypatch.setattr(cluster, "capacity", lambda: [{"CPU": 64.0, "GPU": 4.0}])
     two = one(make_config, **{"scaling.num_workers": 2})
     room = cluster.room(two)
     assert (room.at_once, room.needs, room.unit) == (2, {"GPU": 2}, ("GPU", 2))
@@ -175,6 +177,56 @@ def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
         sweep._room(one(make_config, **{"scaling.num_workers": 8}))
     with pytest.raises(ConfigError, match=r"max_concurrent_trials 9, but only 4 fit: 4 GPU here / 1 a trial"):
         sweep._room(one(make_config, **{"tune.max_concurrent_trials": 9}))
+    assert cluster.room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 0.1}})).at_once == 40, (
+        "1.0 // 0.1 is 9"
+    )
+
+
+def test_a_worker_must_fit_on_a_node(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "capacity", lambda: [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}])
+    both = one(make_config, **{"scaling.resources_per_worker": {"GPU": 2}})
+    room = cluster.room(both)
+    assert (room.at_once, room.nodes) == (2, 2), "not 6 GPU / 2 = 3: a GPU is left over on each"
+    assert room.arithmetic == "2 workers of 2 GPU fit on 3 nodes (the largest has 3) / 1 a trial = 2"
+    with pytest.raises(ConfigError, match=r"no trial can be scheduled: 0 workers of 4 GPU .*\(the largest has 3\)"):
+        sweep._room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
+    without = one(make_config, **{"scaling.use_gpu": False, "scaling.num_workers": 4})
+    assert cluster.room(without).each == {"CPU": 4}, "16 of 20 CPUs: 5 each would fit only twice on the large nodes"
+    axes, prepared = space.read(both), prepare.prepare(both)
+    shared = f"on 2 nodes: {both.run_dir} must be a folder that they share; else give --scaling.storage_path"
+    assert shared in "\n".join(sweep.plan(both, axes, prepared, room))
+    stored = both.changed({"scaling.storage_path": "s3://runs"})
+    assert "on 2 nodes" not in "\n".join(sweep.plan(stored, axes, prepared, room))
+
+
+def test_gpus_that_the_autoscaler_may_add_are_decided_on_once(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, ray_local: None, tmp_path: Path
+) -> None:
+    from ray._private.state import state
+    from ray.core.generated import autoscaler_pb2
+
+    assert [node["CPU"] for node in cluster.capacity()] == [2]
+    told = autoscaler_pb2.ClusterConfig()
+    told.node_group_configs.add(resources={"CPU": 2}, max_count=1, name="the head, which is up")
+    told.node_group_configs.add(resources={"CPU": 16, "GPU": 4}, max_count=3, name="gpu")
+    with monkeypatch.context() as autoscaled:
+        autoscaled.setattr(state, "get_cluster_config", lambda: told)
+        config = one(make_config, **{"scaling.num_workers": 2})
+        room = cluster.room(config)
+        assert (room.at_once, room.nodes, room.each) == (6, 3, {"GPU": 1})
+        decided = room.decided(config)
+        assert cluster.scaling_config(config).use_gpu
+    assert not cluster.scaling_config(config).use_gpu
+    trial = decided.scaling
+    assert trial.use_gpu and trial.resources_per_worker == {"GPU": 1}, "whatever a trial sees when it starts"
+    file = tmp_path / "bootstrap.yaml"
+    file.write_text(
+        "head_node_type: head\nmax_workers: 8\navailable_node_types:\n  head: {resources: {CPU: 2}}\n"
+        "  gpu: {resources: {CPU: 8, GPU: 1}, max_workers: 2}\n"
+    )
+    monkeypatch.setattr(cluster, "BOOTSTRAP", str(file))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert cluster.capacity()[1:] == [{"CPU": 8, "GPU": 1}] * 2
 
 
 def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any) -> None:
@@ -190,11 +242,15 @@ def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any
 
 
 def test_out_of_memory_halves_a_pass_and_keeps_the_step(make_config: Any) -> None:
-    from ray_sql.tune.trial import difference, halved, out_of_memory
+    from ray_sql.cluster import out_of_memory
+    from ray_sql.tune.trial import difference, halved
 
     assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) and out_of_memory(MemoryError())
     assert out_of_memory(TrainingError("the workers failed; the last time with: OutOfMemoryError: killed"))
     assert not out_of_memory(TrainingError("the loss diverged"))
+    behind = TrainingError("the workers failed; the last time with: connection reset by peer")
+    behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
+    assert out_of_memory(behind)
     plain = make_config(**{"train_batch_size": 4, "grad_accum_steps": 2, "rows.examples_per_row": 1})
     half = halved(plain)
     assert half and (half.train_batch_size, half.grad_accum_steps, half.global_batch) == (2, 4, plain.global_batch)
@@ -255,10 +311,26 @@ def test_scores_order_as_objective_and_then_tie_break() -> None:
     assert sorted(measures, key=lambda one: one.rank) == measures
 
 
+def test_of_equal_checkpoints_a_study_names_the_one_that_is_kept(tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "a.bin").write_text("x")
+    for step in (1, 2, 3, 4):
+        scores = {"objective": {1: 0.25, 4: 0.0}.get(step, 0.5), "tie_break": None, "metrics": {}}
+        checkpoints.save(local, str(tmp_path / "run"), step, scores)
+        checkpoints.prune(str(tmp_path / "run"))
+    study.record(str(tmp_path / "run"), [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)])
+    best = max(study.measured(str(tmp_path / "run")), key=lambda one: one.rank)
+    kept = checkpoints.best(checkpoints.complete(str(tmp_path / "run")))
+    assert kept and kept.step == best.step == 3
+
+
 def test_the_winner_is_the_earliest_of_equals_and_no_failed_trial(make_config: Any) -> None:
     good = Measure(2, 0.5, 0.5, {})
     trials = [Trial(n, {}, "finished", good) for n in range(3)]
     assert Study("/x", "", {}, trials=trials).best() == trials[0]
+    later = replace(trials[2], best=replace(good, step=4))
+    assert Study("/x", "", {}, trials=[*trials[:2], later]).best() == trials[0]
     better = replace(trials[2], best=replace(good, tie_break=0.6))
     assert Study("/x", "", {}, trials=[*trials[:2], better]).best() == better
     assert Study("/x", "", {}, trials=[*trials[:2], replace(better, state="failed")]).best() == trials[0]
@@ -288,6 +360,58 @@ def test_a_study_is_found_again_and_one_of_other_settings_refused(make_config: A
         sweep._study(other, resume=False)
 
 
+def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = one(make_config)
+    monkeypatch.setattr(cluster, "start_ray", lambda: None)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(prepare, "write_inputs", killed)
+        sweep._run(config, resume=False)
+    begun = study.load(config)
+    assert begun and sweep._study(config, resume=True) == begun
+    prepare.write_inputs(prepare.prepare(config), config)
+    checkpoints.remove(f"{config.run_dir}/{study.FILE}")  # as earlier versions could leave it
+    for given, resume in ((config, False), (config, True), (config.changed({"overwrite": True}), False)):
+        assert sweep._study(given, resume).trials == []
+    checkpoints.write_text(f"{config.run_dir}/adapter/adapter_model.safetensors", "a week's work")
+    for overwrite in (True, False):
+        with pytest.raises(StoreError, match="is no study"):
+            sweep._study(config.changed({"overwrite": overwrite}), resume=False)
+
+
+def test_a_storage_that_stutters_is_tried_again(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, tried = checkpoints.write_text, []
+
+    def stutters(uri: str, text: str) -> None:
+        tried.append(uri)
+        if len(tried) in (1, 2) or len(tried) > 3:
+            raise StoreError("the server is busy")
+        write(uri, text)
+
+    monkeypatch.setattr(checkpoints, "write_text", stutters)
+    monkeypatch.setattr(study, "WAITS", (0.0, 0.0))
+    config = one(make_config)
+    begun = study.begin(config)
+    begun.ask(0, {})
+    assert study.load(config) == begun and len(tried) == 3
+    with pytest.raises(StoreError, match="busy"):
+        begun.save()
+
+
+def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
+    config = one(make_config, **{"tracking.enabled": True, "tracking.uri": "http://127.0.0.1:9"})
+    axes, parent = space.read(config), tracking.disabled(Path())
+    run = sweep._child(config, axes, Trial(0, axes.start()), parent)
+    run.log(2, {"objective": 0.5})
+    run.end("FINISHED")
+    assert run.run_id == "" and len(sweep._spool(config, Trial(0, {})).read_text().splitlines()) == 3
+
+
 def test_a_win_needs_the_paired_test(make_config: Any) -> None:
     config = one(make_config)
 
@@ -306,13 +430,52 @@ def test_a_win_needs_the_paired_test(make_config: Any) -> None:
     assert not champion.judge({"tuned": rows(20)}, config)[0]
 
 
+# The driver's view
+
+
+def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: Any) -> None:
+    from rich.console import Console
+
+    from ray_sql.display import Display
+    from ray_sql.tune.watch import Watch
+
+    config, out = one(make_config), io.StringIO()
+    begun = study.begin(config)
+    begun.ask(0, {"learning_rate": 1e-3, "lora.r": 4})
+    display = Display(Console(file=out, force_terminal=True, highlight=False, width=120))
+    watch = Watch(begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.disabled(Path()), display)
+
+    def shown() -> str:
+        with display.console.capture() as captured:
+            display.console.print(display._below)
+        return re.sub(r"\x1b\[[0-9;]*m", "", captured.get())
+
+    assert "trial-000" in shown() and "waiting" in shown()
+    tuned = SimpleNamespace(config={"trial": 0}, last_result={"failure": "diverged by step 3"})
+    watch.on_trial_start(0, [], tuned)
+    assert "running" in shown()
+    watch.on_point({"kind": "train", "trial": 0, "step": 3, "steps": 4, "values": {"loss": 1.0}})
+    assert re.search(r" 4 │ +3 │.*running", shown()) and begun.trials[0].steps == 0, "none of them measured"
+    watch._clocks[0] -= 3600
+    assert watch.hours() == pytest.approx(1, abs=0.01)
+    watch.on_trial_recover(0, [], tuned)
+    watch._clocks.clear()
+    watch.on_trial_start(0, [], tuned)
+    assert watch.hours() == pytest.approx(1, abs=0.01), "what the process that died has used"
+    watch.on_point({"kind": "note", "trial": 0, "text": "out of memory: once more"})
+    watch.on_trial_complete(0, [], tuned)
+    assert "trial-000: out of memory: once more" in out.getvalue()
+    assert "trial-000: failed: diverged by step 3" in out.getvalue(), "a terminal's table goes when the sweep ends"
+    assert begun.trials[0].steps == 3 and begun.trials[0].seconds == pytest.approx(3600, abs=30)
+
+
 # A trial, without Tune
 
 
 class Alone:
     """A trial driven by hand, as Ray Tune drives it: steps, and a stop."""
 
-    def __init__(self, config: Config, **changes: Any) -> None:
+    def __init__(self, config: Config, settled: str | None = None, **changes: Any) -> None:
         from ray_sql.tune.trial import Trial as Trainable
 
         prepared = prepare.prepare(config)
@@ -327,7 +490,7 @@ class Alone:
             "sender": self.said.append,
         }
         self._trial = Trainable.__new__(Trainable)
-        self._trial.setup({"trial": 1, "changes": changes, "settled": False}, plan=plan)
+        self._trial.setup({"trial": 1, "changes": changes, "settled": settled}, plan=plan)
 
     def steps(self, most: int = 99) -> list[dict[str, Any]]:
         """The results of so many steps, or until it is done."""
@@ -356,6 +519,36 @@ def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> N
     )
     best = max(results, key=lambda result: result["objective"])
     assert results[-1]["score"] == best["objective"] == results[-1]["best"]["objective"]
+    for state, score in (("finished", best["objective"]), ("failed", study.WORST)):
+        told = Alone(config, state, **{"lora.r": 2}).steps()
+        assert (told[-1]["score"], told[-1]["done"]) == (score, True), "as the first attempt said"
+
+
+def test_a_trial_goes_on_with_the_settings_as_they_are_now_in_the_layout_it_came_to(make_config: Any) -> None:
+    config = one(make_config, **{"train_batch_size": 4, "grad_accum_steps": 2, "scaling.num_workers": 2})
+    run_dir = f"{config.run_dir}/trials/trial-001"
+    assert study.layout(config, run_dir) == config, "a trial that has not begun"
+    less = config.changed(
+        {"train_batch_size": 2, "grad_accum_steps": 4, "rows.examples_per_row": 4, "learning_rate": 0.5}
+    )
+    checkpoints.write_text(f"{run_dir}/config.json", json.dumps(less.public()))
+    now = study.layout(config.changed({"scaling.num_workers": 0, "grad_accum_steps": 4}), run_dir)
+    assert (now.scaling.num_workers, now.learning_rate) == (0, config.learning_rate)
+    assert (now.train_batch_size, now.grad_accum_steps, now.rows.examples_per_row) == (2, 8, 4)
+    assert now.global_batch == less.global_batch == config.global_batch
+
+
+def test_the_winner_is_measured_as_this_command_says(make_config: Any) -> None:
+    config = one(make_config)
+    begun = study.begin(config)
+    trial = begun.ask(0, {"learning_rate": 1e-2, "lora.r": 8})
+    small = study.settings(config, {"learning_rate": 1e-2, "rows.examples_per_row": 2}, 0)
+    checkpoints.write_text(f"{begun.folder(0)}/config.json", json.dumps(small.public()))
+    again = config.changed({"split": ["validation"], "evaluate.limit": 500})
+    chosen = champion._settings(again, begun, trial)
+    assert (chosen.split, chosen.evaluate.limit, chosen.run_dir) == (("validation",), 500, config.run_dir)
+    assert (chosen.learning_rate, chosen.lora.r, chosen.lora.lora_alpha) == (1e-2, 8, 16)
+    assert chosen.rows.examples_per_row == 2
 
 
 def test_a_trial_without_memory_is_tried_once_more_in_half_of_it(
@@ -462,10 +655,11 @@ def test_a_sweep_from_its_space_to_its_champion(
     curve = client.get_metric_history(children["0"].info.run_id, "objective")
     assert [point.step for point in curve] == [one.step for one in study.measured(known.folder(0))]
     assert client.get_metric_history(children["0"].info.run_id, "train/loss")
+    adapter = f"adapter-{study.name(best.number)}-step-{best.best.step}"
     names = {item.path for folder in ("", "figures") for item in client.list_artifacts(parent.info.run_id, folder)}
-    assert names >= {"adapter", "sweep.html", "trials.json", "figures/objective.png"}
+    assert names >= {adapter, "sweep.html", "trials.json", "figures/objective.png"}
     (version,) = client.search_model_versions("name='ray-sql-sql'")
-    assert version.run_id == parent.info.run_id and version.source.endswith("/adapter")
+    assert version.run_id == parent.info.run_id and version.source.endswith(f"/{adapter}")
     assert client.get_registered_model("ray-sql-sql").aliases == {}, "no answer was right, so nothing is crowned"
 
     before = [trial.seconds for trial in known.trials]
@@ -623,4 +817,27 @@ def test_a_dry_run_shows_the_space_and_the_arithmetic_and_starts_nothing(
     ):
         assert line in out
     assert not os.path.exists(given.run_dir)
-    assert prepare.earlier_run(given.studies()[0]) is None
+    (config,) = given.studies()
+    assert prepare.earlier_run(config) is None
+    crowned = study.begin(config)
+    crowned.finished = True
+    crowned.save()
+    checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.changed({"lora.r": 8}).public()))
+    tune.dry_run(given)
+    assert "trials    4, 1 at a time: " in capfd.readouterr().out, "its winner has other settings than the first trial"
+    with pytest.raises(ConfigError, match="holds a study of other settings"):
+        tune.dry_run(given.changed({"seed": 15}))
+
+
+def test_a_sweep_is_checked_task_by_task(make_config: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    from ray_sql import check
+    from ray_sql.config import CheckConfig
+
+    given = make_config(CheckConfig, **(SWEEP | {"task_type": "sql,schema"}))
+    study.begin(given.studies()[0]).save()
+    check.run(given)
+    out = capfd.readouterr().out
+    assert "--- sweep-sql ---" in out and "--- sweep-schema ---" in out and out.count("ok    memory") == 2
+    assert f"ok    output: {given.run_dir}-sql can be written and holds a study of these settings" in out
+    run = make_config(CheckConfig, **{"hub.push_checkpoints": "all"})
+    assert run.studies()[0].output_name == "run", "what jobs.finetune takes is checked too"

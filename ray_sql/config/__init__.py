@@ -8,6 +8,7 @@ unvalidated. Importing this package loads no torch, ray or mlflow.
 from ray_sql.config.load import C, load
 from ray_sql.config.road import build, describe, names
 from ray_sql.config.settings import (
+    CheckConfig,
     Config,
     EvaluateConfig,
     PublishConfig,
@@ -20,6 +21,7 @@ from ray_sql.config.settings import (
 
 __all__ = [
     "C",
+    "CheckConfig",
     "Config",
     "EvaluateConfig",
     "PublishConfig",

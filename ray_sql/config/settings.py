@@ -535,33 +535,17 @@ class PublishConfig(Config):
     task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
 
 
-class SweepConfig(Config):
-    """Settings of a sweep: those of a run, which its trials change, for one task or several."""
+class CheckConfig(Config):
+    """Settings of a run or of a sweep: both can be checked, for one task or several."""
 
     task_type: tuple[Task, ...] = Field(min_length=1)  # type: ignore[assignment]
     """`sql`, `schema`, or both (`sql,schema`): a study each, one after the other."""
-    resume: bool = False
-    """Go on with a study that was cut off; without one there, begin it."""
 
     @field_validator("task_type", mode="before")
     @classmethod
     def _split_tasks(cls, given: Any) -> Any:
         listed = given.split(",") if isinstance(given, str) else given
         return list(dict.fromkeys(listed)) if isinstance(listed, list | tuple) else listed
-
-    @model_validator(mode="after")
-    def _check_resume(self) -> Self:
-        if self.resume and self.overwrite:
-            raise ValueError("resume goes on with the study that overwrite removes: leave one of the two out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_push_checkpoints(self) -> Self:
-        if self.hub.push_checkpoints != "none":
-            raise ValueError(
-                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best adapter only; leave it out"
-            )
-        return self
 
     def studies(self) -> list[Config]:
         """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`, and a
@@ -577,6 +561,27 @@ class SweepConfig(Config):
             return {"task_type": task}
         named: dict[str, Any] = {"task_type": task, "output_name": f"{self.output_name}-{task}"}
         return named | ({"hub": {"repo_id": f"{self.hub.repo_id}-{task}"}} if self.hub.repo_id else {})
+
+
+class SweepConfig(CheckConfig):
+    """Settings of a sweep: those of a run, which its trials change, for one task or several."""
+
+    resume: bool = False
+    """Go on with a study that was cut off; without one there, begin it."""
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on with the study that overwrite removes: leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_push_checkpoints(self) -> Self:
+        if self.hub.push_checkpoints != "none":
+            raise ValueError(
+                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best adapter only; leave it out"
+            )
+        return self
 
 
 def _number(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What of a run is published: its files, after making sure that they belong together, and that the adapter is better than its base.
 
-Nothing that leaves says where it came from: folders, servers and databases of the machine that trained are left out of the settings
-and the metrics, and the base model is called by its name on the Hub.
+Nothing that leaves says where it came from: folders and servers of the machine that trained, and where its databases are, are left out of
+the settings and the metrics, and the base model is called by its name on the Hub.
 """
 
 from __future__ import annotations

@@ -56,14 +56,8 @@ class Hub:
 
         Raises `ConfigError` where there are weights and no base model: whatever it is, it was not published from here.
         """
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        with _named(f"{self.repo_id} on {self.api.endpoint}"):
-            try:
-                info = _attempt("reading it", lambda: self.api.model_info(self.repo_id))
-            except RepositoryNotFoundError:
-                return None
-        if not any(file.rfilename.endswith(WEIGHTS) for file in info.siblings or ()):
+        info = self._info()
+        if info is None or not any(file.rfilename.endswith(WEIGHTS) for file in info.siblings or ()):
             return None
         named = info.card_data.base_model if info.card_data else None
         base = named[0] if isinstance(named, list) else named
@@ -72,6 +66,21 @@ class Hub:
                 f"--hub.repo_id {self.repo_id}: holds a model that names no base model; choose another --hub.repo_id"
             )
         return str(base)
+
+    def public(self) -> bool | None:
+        """Whether everybody can read the repository; None if there is none."""
+        info = self._info()
+        return None if info is None else not info.private
+
+    def _info(self) -> Any:
+        """What the Hub says of the repository; None if there is none."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with _named(f"{self.repo_id} on {self.api.endpoint}"):
+            try:
+                return _attempt("reading it", lambda: self.api.model_info(self.repo_id))
+            except RepositoryNotFoundError:
+                return None
 
     def push(
         self, files: Mapping[str, Path | bytes], message: str, branch: str = "main", tag: str | None = None

@@ -33,9 +33,13 @@ def check(config: Config) -> str:
     the Hub, and `StoreError` if the Hub does not answer.
     """
     base, hub = bundles.base_name(config), hubs.login(config)
-    there = _same_base(hub, base)
-    kind = "a private one" if config.hub.private else "a public one"
-    return f"{hub.repo_id}, {'on top of what it holds' if there else f'if there is none, {kind} is created'}, base model {base}"
+    there, public = _same_base(hub, base), hub.public()
+    if public is None:
+        place = f"if there is none, {'a private one' if config.hub.private else 'a public one'} is created"
+    else:
+        place = "on top of what it holds" if there else "which holds no model yet"
+        place += "; it is public: everybody can read what is pushed there" if public else ""
+    return f"{hub.repo_id}, {place}, base model {base}"
 
 
 def publish(config: Config, run_dir: str, display: Display | None = None) -> str:

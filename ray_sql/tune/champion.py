@@ -15,7 +15,8 @@ from ray_sql.display import Display
 from ray_sql.errors import TrainingError
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
-from ray_sql.tune.study import FILE, Study, Trial, name
+from ray_sql.tune import space
+from ray_sql.tune.study import FILE, Study, Trial, layout, name
 
 ALIAS = "champion"
 ALPHA = 0.05
@@ -51,8 +52,10 @@ def crown(
         "training_seconds": round(best.seconds, 1),
         "seconds": round(sum(trial.seconds for trial in study.trials), 1),
     }
-    metrics = finetune.conclude(chosen, prepared, measured, record, {**steps, "sweep": sweep})
-    _register(record, config, metrics, won)
+    # a folder of its own in MLflow: of more trials another may win, and the version of this one stays what it was
+    artifact = f"adapter-{name(best.number)}-step-{best.best.step}"
+    metrics = finetune.conclude(chosen, prepared, measured, record, {**steps, "sweep": sweep}, artifact)
+    _register(record, config, metrics, artifact, won)
     display.line(f"champion  {name(best.number)}: {verdict}")
     return metrics
 
@@ -75,11 +78,8 @@ def judge(measured: Measured, config: Config) -> tuple[bool, str]:
 
 
 def _settings(config: Config, study: Study, trial: Trial) -> Config:
-    """The settings that a trial was trained with, as those of a run in the study's folder."""
-    used = json.loads(checkpoints.read_text(f"{study.folder(trial.number)}/config.json") or "{}")
-    return Config(
-        **{**used, **{key: getattr(config, key) for key in ("output_name", "output_dir", "scaling", "tracking")}}
-    )
+    """The settings that a trial was trained with, as those of a run in the study's folder; what is scored is for `config` to say."""
+    return layout(config.changed(space.read(config).settings(trial.point)), study.folder(trial.number))
 
 
 def _take(chosen: Config, study: Study, trial: Trial) -> str:
@@ -117,7 +117,7 @@ def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, dis
     return {**others, "tuned": found["tuned"]}
 
 
-def _register(record: tracking.Run, config: Config, metrics: Mapping[str, Any], won: bool) -> None:
+def _register(record: tracking.Run, config: Config, metrics: Mapping[str, Any], artifact: str, won: bool) -> None:
     main = "execution_accuracy" if config.task_type == "sql" else "strict_recall"
     scores = metrics["tuned"].values()
     n = sum(one["n"] for one in scores)
@@ -127,4 +127,4 @@ def _register(record: tracking.Run, config: Config, metrics: Mapping[str, Any], 
         "measured_on": f"{metrics['data_fingerprint']} {','.join(config.split)} {n} {next(iter(scores)).get('semantics', '')}".strip(),
         "model_name": config.model_name,
     }
-    record.register(f"ray-sql-{config.task_type}", "adapter", tags, ALIAS if won else None)
+    record.register(f"ray-sql-{config.task_type}", artifact, tags, ALIAS, won)

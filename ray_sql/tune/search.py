@@ -87,12 +87,12 @@ class Search(OptunaSearch):  # type: ignore[misc]  # ray is not followed by mypy
         )
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next trial as its process gets it: number, settings, and whether it was settled by an earlier attempt."""
+        """The next trial as its process gets it: number, settings, and how an earlier attempt settled it, if one did."""
         point: Point = dict(super().suggest(trial_id))
         trial = self._study_file.ask(self._asked, point)
         self._asked += 1
         changes = self._points.settings(trial.point)
-        return {"trial": trial.number, "changes": changes, "settled": trial.state in SETTLED}
+        return {"trial": trial.number, "changes": changes, "settled": trial.state if trial.state in SETTLED else None}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a resumed sweep reads the study's own file."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -19,6 +22,8 @@ from ray_sql.config import Config, without_password
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tune.space import Point
 
+log = logging.getLogger(__name__)
+
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 SETTLED = ("finished", "stopped", "failed")
 FILE = "study.json"
@@ -26,6 +31,8 @@ MEASURED_FILE = "measured.json"
 """What was measured of a trial, in its folder."""
 WORST = -sys.float_info.max
 """The score of a trial that failed: the search learns to keep away."""
+WAITS = (1.0, 4.0, 15.0)
+"""Seconds between tries to write the study's file: a storage that stutters must not end a sweep."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,9 @@ class Measure:
     metrics: dict[str, float]
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """Sorts the better last."""
-        return self.objective, WORST if self.tie_break is None else self.tie_break
+    def rank(self) -> tuple[float, float, int]:
+        """Sorts the better last, and of equal ones the later, as `Checkpoint.rank` does: what is the best is never pruned."""
+        return self.objective, WORST if self.tie_break is None else self.tie_break, self.step
 
     @property
     def score(self) -> float:
@@ -64,7 +71,7 @@ class Trial:
 
 @dataclass
 class Study:
-    """The trials of one task's sweep, in the folder `run_dir`."""
+    """The trials of one task's sweep, in the folder `run_dir`. `id` is of this study alone: one that replaces it has another."""
 
     run_dir: str
     key: str
@@ -72,6 +79,12 @@ class Study:
     mlflow_run_id: str | None = None
     trials: list[Trial] = field(default_factory=list)
     finished: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What its MLflow run is found by, should the run's id be lost."""
+        return {"study": self.id}
 
     def ask(self, number: int, point: Point) -> Trial:
         """The trial of a number, added to the study if it is new."""
@@ -87,8 +100,16 @@ class Study:
         return self.trials[number]
 
     def save(self) -> None:
-        """Write the file."""
-        checkpoints.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
+        """Write the file, tried again a few times: Ray Tune's callbacks come here, and would take the sweep down with them."""
+        for wait in (*WAITS, None):
+            try:
+                checkpoints.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
+                return
+            except StoreError as error:
+                if wait is None:
+                    raise
+                log.warning("%s; again in %.0f s", error, wait)
+                time.sleep(wait)
 
     def folder(self, number: int) -> str:
         """A trial's run folder."""
@@ -97,7 +118,7 @@ class Study:
     def best(self) -> Trial | None:
         """The trial with the best checkpoint, the earlier of two equal ones; None where none was measured."""
         measured = [trial for trial in self.trials if trial.best and trial.state != "failed"]
-        return max(measured, key=lambda trial: (*trial.best.rank, -trial.number), default=None)  # type: ignore[union-attr]
+        return max(measured, key=lambda trial: (*trial.best.rank[:2], -trial.number), default=None)  # type: ignore[union-attr]
 
 
 def name(number: int) -> str:
@@ -109,6 +130,21 @@ def settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
     """The settings of a trial of the study `config`, whose own folder lies in the study's."""
     root = "scaling.storage_path" if config.scaling.storage_path else "output_dir"
     return config.changed({**changes, root: f"{config.run_dir}/trials", "output_name": name(number)})
+
+
+def layout(config: Config, run_dir: str) -> Config:
+    """The settings `config` in the memory layout that the run in `run_dir` came to, which may have run out of memory; a step sees as many
+    examples as before. All else is as given: a run may go on with other workers, and be scored on other questions."""
+    saved = json.loads(checkpoints.read_text(f"{run_dir}/config.json") or "{}")
+    if not saved:
+        return config
+    micro = saved["train_batch_size"]
+    changes: dict[str, Any] = {"rows.examples_per_row": saved["rows"]["examples_per_row"]}
+    if config.global_batch % (micro * config.workers) == 0:
+        changes["train_batch_size"] = micro
+        if config.train.global_batch_size is None:
+            changes["grad_accum_steps"] = config.global_batch // (micro * config.workers)
+    return config.changed(changes)
 
 
 def begin(config: Config) -> Study:
@@ -125,10 +161,7 @@ def load(config: Config) -> Study | None:
     """
     text = checkpoints.read_text(f"{config.run_dir}/{FILE}")
     if text is None:
-        if checkpoints.exists(config.run_dir):
-            raise StoreError(
-                f"{config.run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name"
-            )
+        check_free(config)
         return None
     saved = json.loads(text)
     trials = [Trial(**{**one, "best": one["best"] and Measure(**one["best"])}) for one in saved.pop("trials")]
@@ -138,6 +171,16 @@ def load(config: Config) -> Study | None:
             "--output_name, or replace it with --overwrite"
         )
     return Study(**saved, trials=trials)
+
+
+def check_free(config: Config) -> None:
+    """Raise `StoreError` if the folder of `config` holds something that is no study; inputs from which nothing was trained may go."""
+    run_dir = config.run_dir
+    if checkpoints.exists(f"{run_dir}/{FILE}") or not checkpoints.exists(run_dir):
+        return
+    trained = checkpoints.complete(run_dir) or checkpoints.exists(f"{run_dir}/adapter")
+    if trained or not checkpoints.exists(f"{run_dir}/inputs"):
+        raise StoreError(f"{run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name")
 
 
 def key(config: Config) -> str:

@@ -10,18 +10,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray_sql import checkpoints, cluster, finetune, prepare, publish, tracking
 from ray_sql.cluster import Room
 from ray_sql.config import Config, SweepConfig
 from ray_sql.display import Display
-from ray_sql.errors import ConfigError, RaySqlError, StoreError
+from ray_sql.errors import ConfigError, RaySqlError
 from ray_sql.prepare import Prepared
 from ray_sql.tune import champion, page, space
 from ray_sql.tune.space import Space, shown
-from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, load, name, settings
+from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, check_free, load, name, settings
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow is the record
@@ -47,7 +48,7 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     finally:
         cluster.leave_ray()
     if config.publish:
-        _publish(studies)
+        _publish(studies, found)
     return found
 
 
@@ -55,20 +56,22 @@ def dry_run(config: SweepConfig) -> None:
     """Show what a sweep would do: one rendered example, the space, how many trials at a time and why, and the plan."""
     for one in config.studies():
         axes = space.read(one)
-        finetune.dry_run(one)
+        _study(one, resume=True)  # what its name holds must be a study of these settings, whoever its winner is
         with Display() as display:
-            prepared = prepare.prepare(one)
+            prepared = finetune.preview(one, display)
             _check(one, prepared)
             for line in plan(one, axes, prepared, _room(one)):
                 display.line(line)
 
 
-def _publish(studies: list[Config]) -> None:
+def _publish(studies: list[Config], found: Mapping[str, Mapping[str, Any]]) -> None:
     """Push every champion; one that is refused does not keep the others back."""
     refused = []
     for one in studies:
         try:
-            publish.publish(one, one.run_dir)
+            url = publish.publish(one, one.run_dir)
+            if one.tracking.enabled and (run_id := found[one.task_type].get("mlflow_run_id")):
+                tracking.again(one.tracking.uri, run_id, finetune.spool(one)).tag({"hub_url": url})
         except RaySqlError as error:
             refused.append(error)
     if len(refused) > 1:
@@ -86,6 +89,8 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
         yield f"{'space' if number == 0 else '':<9} {axis.text}"
     yield f"start     {', '.join(f'{key} {shown(value)}' for key, value in axes.start().items())}: the settings, as the first trial"
     yield f"trials    {config.tune.num_samples}, {at_once(config, room)} at a time: {room.arithmetic}"
+    if room.nodes > 1 and not config.scaling.storage_path:
+        yield f"          on {room.nodes} nodes: {config.run_dir} must be a folder that they share; else give --scaling.storage_path"
     every = config.evaluate.eval_steps or config.save_steps
     yield f"objective {page.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
     stops = rungs(config, steps)
@@ -148,9 +153,13 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
         room = _room(config)
         for line in [*prepare.plan(prepared, config), *plan(config, axes, prepared, room)]:
             display.line(line)
-        prepare.write_inputs(prepared, config)
-        record = finetune.begin(config, prepared, tracking.start if config.tracking.enabled else None)
-        study.mlflow_run_id, study.finished = record.run_id or None, False
+        if config.overwrite:
+            _remove(config)
+        study.finished = False
+        study.save()  # before all else: whatever is cut off from here on is a study that goes on
+        prepare.write_inputs(prepared, config.changed({"overwrite": False}))
+        record = finetune.begin(config, prepared, tracking.start if config.tracking.enabled else None, study.tags)
+        study.mlflow_run_id = record.run_id or None
         study.save()
         metrics = _recorded(config, axes, study, prepared, room, record, display)
         finetune.show(metrics, config, display)
@@ -161,10 +170,7 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
 def _study(config: Config, resume: bool) -> Study:
     """The study to go on with, or a new one. Raises `ConfigError` where one was cut off and `resume` was not said."""
     if config.overwrite:
-        if checkpoints.exists(config.run_dir) and not checkpoints.exists(f"{config.run_dir}/{FILE}"):
-            raise StoreError(
-                f"{config.run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name"
-            )
+        check_free(config)
         return begin(config)
     found = load(config)
     if found and not found.finished and not resume:
@@ -174,6 +180,15 @@ def _study(config: Config, resume: bool) -> Study:
             "goes on with it, --overwrite starts afresh"
         )
     return found or begin(config)
+
+
+def _remove(config: Config) -> None:
+    """Remove the study that is there; nothing of it stays open in MLflow."""
+    earlier = json.loads(checkpoints.read_text(f"{config.run_dir}/{FILE}") or "{}")
+    if config.tracking.enabled and earlier:
+        own = {"study": earlier.get("id", "")}
+        tracking.close(config.tracking.uri, config.tracking.experiment, earlier["mlflow_run_id"], own)
+    checkpoints.remove(config.run_dir)
 
 
 def _recorded(
@@ -192,6 +207,7 @@ def _recorded(
     watch = Watch(study, axes, steps, room.unit, lambda trial: _child(config, axes, trial, record), display)
     status: tracking.Status = "FAILED"
     try:
+        _replay(config, axes, study, record)
         _trials(config, axes, study, prepared, room, watch)
         display.below("")
         display.console.print(watch.table())
@@ -212,14 +228,20 @@ def _recorded(
         raise
     finally:
         watch.end("KILLED" if status == "KILLED" else "FAILED")
+        record.end_children(
+            "KILLED"
+        )  # those that an earlier attempt left, and this one, of fewer trials, did not go on with
         record.end(status)
     return metrics
 
 
 def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room: Room, watch: Any) -> None:
     """Let Ray Tune run what is left of the study."""
-    if sum(trial.state in SETTLED for trial in study.trials) >= config.tune.num_samples:
+    if sum(trial.state in SETTLED for trial in study.trials[: config.tune.num_samples]) >= config.tune.num_samples:
         return
+    for trial in study.trials[config.tune.num_samples :]:
+        if trial.state == "running":  # until the study is given as many trials again
+            study.change(trial.number, state="waiting")
     os.environ |= ENVIRONMENT
     from ray import tune
 
@@ -229,7 +251,7 @@ def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room:
     steps = config.steps(prepared.audit.rows)
     with cluster.Channel(watch.on_point) as channel:
         plan = {
-            "config": config.for_workers(),
+            "config": room.decided(config).for_workers(),
             "model_folder": prepared.model_folder,
             "inputs": config.run_dir,
             "steps": steps,
@@ -262,28 +284,40 @@ def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room:
 
 
 def _child(config: Config, axes: Space, trial: Trial, parent: tracking.Run) -> tracking.Run:
-    """A trial's MLflow run, a child of the study's: the one that an earlier attempt began, or a new one."""
-    spool = config.cache / "spool" / f"{config.output_name}-{config.identity()}-{name(trial.number)}.jsonl"
+    """A trial's MLflow run, a child of the study's: the one that an earlier attempt began, or a new one. MLflow may be away just then."""
     if not config.tracking.enabled:
-        return tracking.disabled(spool)
+        return tracking.disabled(_spool(config, trial))
     own = settings(config, axes.settings(trial.point), trial.number)
     return tracking.start(
         own.public(),
         name=f"{config.output_name} {name(trial.number)}",
         uri=config.tracking.uri,
         experiment=config.tracking.experiment,
-        tags={"mlflow.parentRunId": parent.run_id, "task_type": config.task_type, "trial": str(trial.number)},
-        spool=spool,
+        tags={"task_type": config.task_type},
+        spool=_spool(config, trial),
         run_id=trial.mlflow_run_id,
+        own={"mlflow.parentRunId": parent.run_id, "trial": str(trial.number)},
+        required=False,
     )
+
+
+def _spool(config: Config, trial: Trial) -> Path:
+    return config.cache / "spool" / f"{config.output_name}-{config.identity()}-{name(trial.number)}.jsonl"
+
+
+def _replay(config: Config, axes: Space, study: Study, parent: tracking.Run) -> None:
+    """Send what MLflow did not take of trials that were settled by an earlier attempt."""
+    for trial in study.trials:
+        if config.tracking.enabled and trial.state in SETTLED and _spool(config, trial).exists():
+            run = _child(config, axes, trial, parent)
+            run.end("FAILED" if trial.state == "failed" else "FINISHED")
+            study.change(trial.number, mlflow_run_id=run.run_id or None)
 
 
 def _record_study(
     record: tracking.Run, study: Study, axes: Space, metrics: dict[str, Any], drawn: dict[str, Any]
 ) -> None:
     """Space, winner and budget as tags and metrics of the study's MLflow run, the table of trials, figures and page."""
-    from pathlib import Path
-
     sweep = metrics["sweep"]
     record.tag(
         {
@@ -300,6 +334,7 @@ def _record_study(
             f"{sweep['unit']}_hours": sweep["hours"],
             "steps_of_all_trials": float(sweep["steps"]),
         },
+        replace=True,
     )
     record.table(
         [

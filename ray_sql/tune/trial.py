@@ -21,12 +21,9 @@ from ray.tune import Trainable
 from ray_sql import checkpoints, cluster, prepare, rows, train
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
-from ray_sql.tune.study import WORST, Measure, measured, record, settings
+from ray_sql.tune.study import WORST, Measure, layout, measured, record, settings
 
 log = logging.getLogger(__name__)
-
-FULL_MEMORY = ("out of memory", "outofmemory", "can't allocate memory")
-"""How CUDA, Ray's memory monitor and torch's CPU allocator say that memory is full."""
 
 
 class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
@@ -37,10 +34,9 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         assert plan is not None
         self._number, self._plan, self._settled = config["trial"], plan, config["settled"]
         given = settings(Config(**plan["config"]), config["changes"], self._number)
-        saved = checkpoints.read_text(f"{given.run_dir}/config.json")
-        self._settings = Config(**json.loads(saved)) if saved else given  # after a retry with less memory they differ
-        self._fresh = saved is None
-        self._measures = measured(given.run_dir) if saved else []
+        self._settings = layout(given, given.run_dir)
+        self._fresh = not checkpoints.exists(f"{given.run_dir}/config.json")
+        self._measures = [] if self._fresh else measured(given.run_dir)
         self._left = list(self._measures)
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._decisions: queue.Queue[bool] = queue.Queue()
@@ -51,8 +47,8 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         """The next measure; the last of them `done`."""
         if self._left:
             return self._result(self._left.pop(0))
-        if self._settled:
-            return {**self._result(), "done": True}
+        if self._settled:  # the search is told what it was told then
+            return {**self._result(), **({"score": WORST} if self._settled == "failed" else {}), "done": True}
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="ray_sql-trial", daemon=True)
             self._thread.start()
@@ -119,7 +115,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             train.fit(self._settings, self._plan["model_folder"], self._on_point, decides=True)
             return
         except Exception as error:
-            smaller = halved(self._settings) if out_of_memory(error) else None
+            smaller = halved(self._settings) if cluster.out_of_memory(error) else None
             if smaller is None:
                 raise
         self._on_point({"kind": "note", "text": f"out of memory: once more with {difference(self._settings, smaller)}"})
@@ -141,12 +137,6 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             return None  # there is nothing to decide; it is reported when the run is complete, adapter and all
         self._said.put(("measure", measure))
         return self._decisions.get()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was full, on a GPU or a node, in this process or in the workers."""
-    text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, MemoryError) or any(sign in text for sign in FULL_MEMORY)
 
 
 def halved(config: Config) -> Config | None:

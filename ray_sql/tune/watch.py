@@ -36,6 +36,9 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         self._begin, self._display = begin, display
         self._runs: dict[int, tracking.Run] = {}
         self._clocks: dict[int, float] = {}
+        self._at: dict[int, int] = {}
+        """Steps that running trials have come to, measured or not."""
+        self._show()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes down what it is given, and what a resumed sweep needs is in the study's file."""
@@ -46,13 +49,22 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         number = trial.config["trial"]
         if self._study.trials[number].state in SETTLED:
             return
-        self._clocks[number] = time.monotonic()
-        if number not in self._runs:
+        seconds = self._study.trials[number].seconds + self._lap(number)  # starts the clock
+        if number not in self._runs:  # it may have begun no MLflow run yet, should MLflow be away
             self._runs[number] = self._begin(self._study.trials[number])
             for one in measured(self._study.folder(number)):  # what an earlier attempt could not say any more
                 self._runs[number].log(one.step, {**one.metrics, "objective": one.objective})
-        self._study.change(number, state="running", mlflow_run_id=self._runs[number].run_id or None)
+        run_id = self._runs[number].run_id or self._study.trials[number].mlflow_run_id
+        self._study.change(number, state="running", seconds=seconds, mlflow_run_id=run_id)
         self._say(f"{name(number)}: {self._point(number)}")
+        self._show()
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's process died and is started again, when there is room."""
+        number = trial.config["trial"]
+        self._study.change(number, seconds=self._study.trials[number].seconds + self._lap(number))
+        self._clocks.pop(number, None)
+        self._note(f"{name(number)}: its process died; it goes on from its last checkpoint")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -91,7 +103,10 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         """What a trial's workers say, into its MLflow run; called in the channel's thread."""
         number = point["trial"]
         if point["kind"] == "note":
-            self._say(f"{name(number)}: {point['text']}")
+            self._note(f"{name(number)}: {point['text']}")
+        if point["kind"] == "train":
+            self._at[number] = point["step"]
+            self._show()
         if point["kind"] not in ("train", "validation") or number not in self._runs:
             return
         values = {key if "/" in key else f"train/{key}": value for key, value in point["values"].items()}
@@ -100,10 +115,12 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         self._runs[number].log(point["step"], values)
 
     def end(self, status: tracking.Status) -> None:
-        """End the runs of trials that were cut off."""
+        """End the runs of trials that were cut off, and send what is still to be sent of the others."""
         for number, run in self._runs.items():
             if self._study.trials[number].state not in SETTLED:
                 run.end(status)
+            else:
+                run.replay()
 
     def table(self) -> Table:
         """All trials, the best marked, with what they used."""
@@ -118,25 +135,35 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
             values = [shown(trial.point[axis]) for axis in axes]
             score = self._value(trial.best.objective) if trial.best else ""
             state = trial.state + (f": {trial.reason[:60]}" if trial.reason else "")
-            table.add_row(marks + note, *values, str(trial.steps), score, state, style=STATES[trial.state])
+            table.add_row(marks + note, *values, str(self._step(trial)), score, state, style=STATES[trial.state])
         return table
 
     def hours(self) -> float:
-        """GPU-hours (CPU-hours where there is no GPU) of all attempts."""
-        return sum(trial.seconds for trial in self._study.trials) * self._unit[1] / 3600
+        """GPU-hours (CPU-hours where there is no GPU) of all attempts, up to now."""
+        now = time.monotonic()
+        running = sum(now - started for started in list(self._clocks.values()))
+        return (sum(trial.seconds for trial in self._study.trials) + running) * self._unit[1] / 3600
+
+    def _step(self, trial: Trial) -> int:
+        """Steps trained so far; a trial that goes on from a checkpoint repeats what it did after it."""
+        return max(trial.steps, self._at.get(trial.number, 0))
 
     def _settle(self, number: int, state: str, reason: str | None = None) -> None:
         known = self._study.trials[number]
         if known.state in SETTLED:
             return
         seconds = known.seconds + self._lap(number)
+        self._clocks.pop(number, None)
         if run := self._runs.get(number):  # points of its last steps may still be on their way to it
             if known.best:
                 run.log(known.steps, {"best_objective": known.best.objective, "best_step": float(known.best.step)})
             run.tag({"state": state} | ({"failure": reason[:500]} if reason else {}))
             run.end("FAILED" if state == "failed" else "FINISHED")
-        self._study.change(number, state=state, reason=reason, seconds=seconds)
-        self._say(f"{name(number)}: {state}{f': {reason}' if reason else ''}")
+        run_id = (run.run_id if run else None) or known.mlflow_run_id
+        self._study.change(
+            number, state=state, reason=reason, steps=self._step(known), seconds=seconds, mlflow_run_id=run_id
+        )
+        (self._note if reason else self._say)(f"{name(number)}: {state}{f': {reason}' if reason else ''}")
         self._show()
 
     def _lap(self, number: int) -> float:
@@ -165,7 +192,12 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
     def _value(self, objective: float) -> str:
         return f"{-objective:.4f}" if self._space.config.tune.objective == "eval_loss" else percent(objective)
 
+    def _note(self, text: str) -> None:
+        """What must not be lost, on a terminal as in a log: the table does not hold it, or cuts it."""
+        self._display.line(text)
+
     def _say(self, text: str) -> None:
+        """What the table shows on a terminal."""
         if not self._display.console.is_terminal:
             self._display.line(text)
 
