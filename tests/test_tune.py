@@ -704,6 +704,16 @@ def gone(process: subprocess.Popen[bytes], timeout: float = 8) -> None:
         child.kill()  # each by its id: those of this driver alone
 
 
+def left(process: subprocess.Popen[bytes], timeout: float) -> list[Any]:
+    """Kill a driver alone; which processes of its Ray are still there after so long, without anybody's help."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return psutil.wait_procs(children, timeout=timeout)[1]
+
+
 def check_survived(config: Config, uri: str, reference: Study | None = None) -> Study:
     """A study that is complete, and recorded as one parent and one child a trial, all ended."""
     known = study.load(config)
@@ -773,6 +783,24 @@ def test_five_kills_at_random_moments_change_nothing(make_config: Any, tracked: 
             gone(process)
     driver.finish("--resume")
     check_survived(config, tracked["tracking.uri"], reference)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_trials_of_a_killed_driver_end_by_themselves(make_config: Any, tmp_path: Path) -> None:
+    given = make_config(SweepConfig, **(SWEEP | {"evaluate.baseline": False}))
+    (config,) = given.studies()
+    process = Driver(given, tmp_path).start()
+    deadline = time.monotonic() + 200
+    while not study.measured(f"{config.run_dir}/trials/trial-000"):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "driver.log").read_text()[-3000:]
+        time.sleep(0.1)
+    stayed = left(process, timeout=60)
+    names = [child.name() for child in stayed]
+    for child in stayed:
+        child.kill()  # each by its id, so that a failing test leaves nothing either
+    # measured: Ray's two agents per node outlive its raylet, idle; no trial, raylet or GCS does
+    assert set(names) <= {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}, f"still there after a minute: {names}"
 
 
 @pytest.mark.slow
