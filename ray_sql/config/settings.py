@@ -130,7 +130,7 @@ class ScalingSection(Section):
     num_workers: int = Field(1, ge=0)
     """Training processes, one GPU each where there are GPUs; 0 trains inside this process without starting Ray."""
     use_gpu: bool | None = None
-    """Whether each worker takes a GPU; by default if the cluster has any."""
+    """Whether each worker takes a GPU; by default if the cluster has any, or its autoscaler may add some."""
     resources_per_worker: dict[str, float] | None = None
     """Ray resources of one worker, e.g. `{CPU: 4, GPU: 1}`."""
     max_failures: int = Field(2, ge=-1)

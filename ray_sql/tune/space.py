@@ -73,7 +73,7 @@ class Space:
 
     def start(self) -> Point:
         """The point where the settings themselves are."""
-        return {axis.name: setting(self.config, axis.name) for axis in self.axes}
+        return {axis.name: self.config.setting(axis.name) for axis in self.axes}
 
 
 def read(config: Config) -> Space:
@@ -90,14 +90,6 @@ def read(config: Config) -> Space:
                 f"{axis.text.removeprefix(axis.name).strip()}: widen the axis, or set {axis.name} to a value in it"
             )
     return space
-
-
-def setting(config: Config, name: str) -> Any:
-    """The value of a dotted setting."""
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def shown(value: Any) -> str:
@@ -140,7 +132,7 @@ def _value(name: str, value: Any, config: Config) -> Any:
     if isinstance(value, list | dict):
         raise ConfigError(f"tune.space: {name}: {value} is not a single value; axes are drawn from single values")
     try:
-        return setting(config.changed({name: value}), name)
+        return config.changed({name: value}).setting(name)
     except ConfigError as error:
         raise ConfigError(f"tune.space: {error}") from None
 
