@@ -279,15 +279,17 @@ def trained_prompt(asked: Any, run_dir: Path, tiny_model: Path) -> list[int]:
     return encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
 
 
+@pytest.mark.parametrize("dated", [{}, {"date": "2024-07-26"}], ids=["", "dated"])
 @pytest.mark.parametrize("turns", ["system and user", "user", "plain"])
 def test_the_cards_code_follows_the_models_template(
-    stand_in: stand_ins.Hub, run_dir: Path, publication: Any, turns: str
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any, turns: str, dated: dict[str, str]
 ) -> None:
     for file in (run_dir / "contract.json", run_dir / "adapter" / "contract.json"):
-        edit(file, template=json.loads(file.read_text())["template"] | {"turns": turns})
+        edit(file, template=json.loads(file.read_text())["template"] | {"turns": turns, **dated})
     push(publication())
     code = stand_in.repos["me/run"].files["README.md"].decode().split("```python")[1].split("```")[0]
     compile(code, turns, "exec")
+    assert ("import re\n" in code and "strftime_now" in code) == (bool(dated) and turns != "plain")
     assert ('"role": "system"' in code, "Answer:" in code) == (turns == "system and user", turns == "plain")
 
 
