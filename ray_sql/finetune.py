@@ -318,7 +318,7 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     corpus = data.load_split(config, config.split)
     measure.check_executable(corpus, config)
     adapter = checkpoints.absolute_uri(config.adapter) if config.adapter else None
-    pinned = models.revision_of(checkpoints.read_text(f"{adapter}/contract.json")) if adapter else None
+    pinned = models.revision_of(checkpoints.read_text(f"{adapter}/contract.json"), config) if adapter else None
     folder, revision = models.resolve(config, pinned)
     if adapter:
         config = config.changed({"adapter": adapter})
@@ -346,7 +346,7 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     for split, scores in metrics[models[-1]].items():
         by_model = [metrics[model][split] for model in models]
         table.add_row(split, title, str(scores["n"]), *(percent(s[name], s["interval"], s["n"]) for s in by_model))
-        for level, group in scores["by_hardness"].items():
+        for level, group in scores.get("by_hardness", {}).items():  # not in the metrics.json of schema runs of old
             groups = [s["by_hardness"].get(level, group) for s in by_model]
             table.add_row("", f"  {level}", str(group["n"]), *(percent(g[name], g["interval"]) for g in groups))
         if metrics["task_type"] == "sql":

@@ -253,12 +253,12 @@ def _file_row(
         db_id, gold = example.db_id, generate.gold(example, corpus, config)
     if db_id not in corpus.databases and db_id not in corpus.schemas:
         raise DataError(f"{where}: unknown db_id {db_id!r}; the dataset has no database of that name")
-    level = prediction.get("hardness") or (example and (example.hardness or hardness(example.gold)))
+    level = prediction.get("hardness") or (example.hardness if example else None)
     return {
         "id": str(prediction.get("id", example.id if example else where.rsplit(" ", 1)[-1])),
         "split": split,
         "db_id": db_id,
-        "hardness": level or (hardness(gold) if config.task_type == "sql" else None),
+        "hardness": level or (hardness(gold) if config.task_type == "sql" else example and hardness(example.gold)),
         "question": prediction.get("question") or (example.question if example else ""),
         "gold": gold,
         "predicted": _text(prediction["predicted"], config, f"{where}: predicted"),

@@ -97,9 +97,10 @@ def here(folder: str, config: Config) -> str:
     )
 
 
-def revision_of(contract: str | None) -> str | None:
-    """The base model's revision that a contract.json names, if there is one."""
-    return json.loads(contract).get("model_revision") if contract else None
+def revision_of(contract: str | None, config: Config) -> str | None:
+    """The revision of the base model that a contract.json names, if it is one over the same base model."""
+    named = json.loads(contract or "{}")
+    return named.get("model_revision") if named.get("model_name") == config.model_name else None
 
 
 def _snapshot(config: Config, revision: str | None) -> str:

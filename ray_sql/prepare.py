@@ -95,7 +95,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     corpus = data.load(config)
     check_databases(corpus, config)
     begun = None if config.overwrite else checkpoints.read_text(f"{config.run_dir}/contract.json")
-    folder, revision = models.resolve(config, models.revision_of(begun))
+    folder, revision = models.resolve(config, models.revision_of(begun, config))
     tokenizer = models.load_tokenizer(folder)
     file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
     longest = min(audit.longest, config.rows.max_length)
@@ -238,12 +238,12 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
         )
     if not checkpoints.exists(f"{run_dir}/{FINISHED_FILE}"):
         return None
-    _check_scored_alike(earlier, config)
+    check_scored_alike(earlier, config)
     metrics = checkpoints.read_text(f"{run_dir}/metrics.json")
     return json.loads(metrics) if metrics else None
 
 
-def _check_scored_alike(earlier: Config, config: Config) -> None:
+def check_scored_alike(earlier: Config, config: Config) -> None:
     """Raise `ConfigError` if a finished run was scored otherwise than `config` says: its table would answer another question."""
     changed = [
         f"{name} {before!r} there, {now!r} here"

@@ -120,13 +120,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add
     from jinja2.exceptions import TemplateError
 
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    template = _dated(tokenizer.chat_template or PLAIN_TEMPLATE)
+    template = _dated(template_of(tokenizer))
     try:
         return str(tokenizer.apply_chat_template(turns, chat_template=template, **options))
     except TemplateError:  # Gemma's and others' templates know no system turn
         system, user, *rest = turns
         merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
         return str(tokenizer.apply_chat_template([merged, *rest], chat_template=template, **options))
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template (the default one of several), or the plain one."""
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else PLAIN_TEMPLATE
 
 
 def _dated(template: str) -> str:
@@ -164,7 +169,7 @@ def _first_statement(sql: str) -> str:
 
 def contract(config: Config, tokenizer: PreTrainedTokenizerBase, model_revision: str | None) -> dict[str, Any]:
     """Everything an answer depends on besides the weights; JSON, written as `contract.json` beside the adapter."""
-    template = str(tokenizer.chat_template or PLAIN_TEMPLATE)
+    template = template_of(tokenizer)
     dated = {"date": DATE.isoformat()} if _TODAY.search(template) else {}
     text = json.dumps([SYSTEM[config.task_type], USER, EVIDENCE, template, *dated.values()])
     return {

@@ -346,10 +346,10 @@ def _exists(client: Any, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        found = client.get_run(run_id)
     except MlflowException:
-        return False  # another store than last time, or a deleted run: begin a new one
-    return True
+        return False  # another store than last time: begin a new one
+    return bool(found.info.lifecycle_stage == "active")  # one that was deleted takes nothing any more
 
 
 def _search(client: Any, experiment_id: str, own: Mapping[str, str] | None) -> str | None:

@@ -229,6 +229,15 @@ def test_one_large_database_is_not_what_is_set_aside(seed: int, sizes: tuple[int
     assert not {e.db_id for e in kept} & {e.db_id for e in aside}, "and it is whole databases"
 
 
+def test_where_no_databases_come_near_the_share_questions_are_set_aside() -> None:
+    config = load(Config, [], model_name="m", output_name="o", task_type="sql")
+    uneven = tuple(Example(f"{n}", "small" if n < 3 else "large", "Who?", "SELECT 1") for n in range(500))
+    assert len(_set_aside(uneven, 0.1, config, "held-out")[1]) == 50, "three questions are no test"
+    even = tuple(Example(f"{n}", "a" if n % 2 else "b", "Who?", "SELECT 1") for n in range(100))
+    whole = config.changed({"data.split_by": "database"})
+    assert all(_set_aside(even, 0.9, whole, "held-out")), "something is left to train on"
+
+
 def test_where_every_database_is_too_large_questions_are_set_aside() -> None:
     examples = tuple(Example(f"{name}-{n}", name, "Who?", "SELECT 1") for name in ("erp", "web") for n in range(100))
     config = load(Config, [], model_name="m", output_name="o", task_type="sql")

@@ -261,6 +261,14 @@ def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
     assert dated["template"]["date"] == "2024-07-26" and dated["template_hash"] != plain["template_hash"]
 
 
+def test_of_several_chat_templates_it_is_the_default_one(tokenizer: Any, use_template: Any, make_config: Any) -> None:
+    turns = prompts.messages("sql", "CREATE TABLE t (a)", "How many?")
+    one, known = prompts.render_prompt(tokenizer, turns), prompts.contract(make_config(), tokenizer, None)
+    use_template({"default": CHAT_TEMPLATE, "tool_use": NO_SYSTEM})
+    assert prompts.render_prompt(tokenizer, turns) == one
+    assert prompts.contract(make_config(), tokenizer, None)["template_hash"] == known["template_hash"]
+
+
 @pytest.mark.parametrize("start", ["SELECT\nname", "select name", "WITH x AS (SELECT 1)\nSELECT name"])
 def test_a_block_without_a_language_may_begin_with_its_query(start: str) -> None:
     assert prompts.parse_sql(f"```{start} FROM t\n```") == f"{start} FROM t".replace("\n", " ")

@@ -80,8 +80,8 @@ def _set_aside(
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Divide examples into (kept, set aside): whole databases drawn with the seed until `fraction` is reached, or questions.
 
-    Where databases are so large that the least that can be set aside is more than twice what was wanted, it is questions, unless the
-    settings say databases.
+    Where databases are so unequal that what can be set aside is less than half or more than twice what was wanted, it is questions,
+    unless the settings say databases.
     """
     wanted = round(fraction * len(examples))
     if not wanted:
@@ -89,8 +89,9 @@ def _set_aside(
     by_database = Counter(example.db_id for example in examples)
     seed = f"{config.seed}-{name}"
     held = _whole_databases(by_database, wanted, random.Random(seed))
-    few = len(by_database) < 2 or sum(by_database[db_id] for db_id in held) > 2 * wanted
-    if (config.data.split_by or ("question" if few else "database")) == "question":
+    size = sum(by_database[db_id] for db_id in held)
+    by_default = "database" if len(by_database) > 1 and wanted / 2 <= size <= 2 * wanted else "question"
+    if (config.data.split_by or by_default) == "question":
         chosen = set(random.Random(seed).sample(range(len(examples)), wanted))
         aside = [index in chosen for index in range(len(examples))]
     else:
@@ -111,7 +112,7 @@ def _whole_databases(by_database: Mapping[str, int], wanted: int, generator: ran
     held: set[str] = set()
     size = 0
     for db_id in order:
-        if size < wanted and size + by_database[db_id] <= 1.5 * wanted:
+        if size < wanted and size + by_database[db_id] <= 1.5 * wanted and len(held) < len(order) - 1:
             held.add(db_id)
             size += by_database[db_id]
     return held or {min(order, key=lambda db_id: by_database[db_id])}

@@ -59,7 +59,7 @@ def _write(config: Config, run_dir: str, folder: Path) -> None:
     """The merged model with its tokenizer, as a Hugging Face folder."""
     from peft import PeftModel
 
-    place, _ = models.resolve(config, models.revision_of(checkpoints.read_text(f"{run_dir}/contract.json")))
+    place, _ = models.resolve(config, models.revision_of(checkpoints.read_text(f"{run_dir}/contract.json"), config))
     base = models.load_base(place, config.changed({"quantization.load_in_4bit": False, "train.bf16": True}))
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         adapter = checkpoints.fetch(f"{run_dir}/adapter", Path(scratch))

@@ -138,6 +138,8 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
     with Display() as display:
         study = _study(config, resume)
         if study.finished and len(study.trials) >= config.tune.num_samples:
+            winner = Config(**json.loads(checkpoints.read_text(f"{config.run_dir}/config.json") or "{}"))
+            prepare.check_scored_alike(winner, config)
             display.line(f"{config.run_dir} holds a finished study of these settings; --overwrite runs it again.")
             metrics: dict[str, Any] = json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "{}")
             finetune.show(metrics, config, display)
