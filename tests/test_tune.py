@@ -664,7 +664,7 @@ def test_a_sweep_from_its_space_to_its_champion(
 
     before = [trial.seconds for trial in known.trials]
     assert tune.run(given)["sql"] == metrics, "a finished study is shown, not repeated"
-    with pytest.raises(ConfigError, match="scored otherwise \\(evaluate.limit 2 there, 1 here"):
+    with pytest.raises(ConfigError, match=r"scored otherwise \(evaluate.limit 2 there, 1 here"):
         tune.run(make_config(SweepConfig, **(SWEEP | tracked | extra | {"evaluate.limit": 1})))
     assert [trial.seconds for trial in study.load(config).trials] == before  # type: ignore[union-attr]
 
