@@ -32,6 +32,7 @@ lint: $(STAMP)  ## check style and types
 	$(BIN)/mypy
 
 ui: $(STAMP)  ## open the MLflow UI on http://127.0.0.1:5000
+	@echo "Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning (or choose Model training in its corner)"
 	$(BIN)/mlflow ui --backend-store-uri $(TRACKING) --host 127.0.0.1 --port 5000
 
 clean:  ## remove what can be made again (not out/ and not mlflow.db)

@@ -242,7 +242,7 @@ def log_results(
 
     # a study may be given more trials, and then has another winner: MLflow shows the scores of the highest step
     step = metrics["sweep"]["trials"] if "sweep" in metrics else metrics.get("steps", 0)
-    for name in measured:
+    for name in reversed(measured):  # the UI lists metrics as they came: what one looks for first
         for split, scores in metrics[name].items():
             record.log(step, flat(scores, f"{name}/{split}"), replace=True)
     # the UI shows the first columns and rows without scrolling: what one looks at first is what the tuned model got wrong

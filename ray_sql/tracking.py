@@ -334,12 +334,11 @@ def _experiment(client: Any, name: str, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    tags = {"mlflow.experimentKind": "custom_model_development"}  # without it, the UI shows what an LLM application has
     if not uri.startswith("sqlite:"):
-        return str(client.create_experiment(name, tags=tags))
+        return str(client.create_experiment(name))
     # without this, artifacts would go to `mlruns` in whatever folder the process happens to be in
     root = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name
-    return str(client.create_experiment(name, artifact_location=root.as_uri(), tags=tags))
+    return str(client.create_experiment(name, artifact_location=root.as_uri()))
 
 
 def _exists(client: Any, run_id: str) -> bool:
