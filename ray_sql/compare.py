@@ -145,7 +145,7 @@ def compare(paired: Paired) -> dict[str, Any]:
     schema = any("linking" in row for row, _ in paired.rows)
     total = _test(paired.rows)
     recalled = {"strict_recall": _test(paired.rows, right)} if schema else {}
-    pairs = [(a, b) for a, b in paired.rows if _right(a) != _right(b)]
+    pairs = [(a, b) for a, b in paired.rows if _exact(a) != _exact(b)]
     groups = {}
     for name, field in (("by_split", "split"), ("by_hardness", "hardness"), ("by_database", "db_id")):
         keyed = [{"key": a.get(field) or "unknown", "pair": (a, b)} for a, b in paired.rows]
@@ -160,17 +160,17 @@ def compare(paired: Paired) -> dict[str, Any]:
         "only_in_b": paired.only_in_b,
         "gold_errors": paired.gold_errors,
         **groups,
-        "discordant": [_discordant(a, b) for a, b in sorted(pairs, key=lambda one: _right(one[1]))],
+        "discordant": [_discordant(a, b) for a, b in sorted(pairs, key=lambda one: _exact(one[1]))],
     }
 
 
-def _right(row: Row) -> bool:
+def _exact(row: Row) -> bool:
     return bool(row["verdict"] == "correct")
 
 
-def _test(rows: Sequence[tuple[Row, Row]], right: Callable[[Row], bool] = _right) -> dict[str, Any]:
-    """The accuracies of both sides, where `right` says which answers count, and the paired test of their difference."""
-    n, marks = len(rows), [(right(a), right(b)) for a, b in rows]
+def _test(rows: Sequence[tuple[Row, Row]], counts: Callable[[Row], bool] = _exact) -> dict[str, Any]:
+    """The accuracies of both sides, where `counts` says which answers count, and the paired test of their difference."""
+    n, marks = len(rows), [(counts(a), counts(b)) for a, b in rows]
     in_a, in_b = (sum(side) for side in zip(*marks, strict=True))
     only_a, only_b = sum(a and not b for a, b in marks), sum(b and not a for a, b in marks)
     intervals = [wilson_interval(count, n) for count in (in_a, in_b)]
@@ -213,7 +213,7 @@ def _discordant(a: Row, b: Row) -> dict[str, Any]:
     sides = {
         f"{key}_{side}": row.get(key) for side, row in (("a", a), ("b", b)) for key in ("predicted", "verdict", "error")
     }
-    return {**shared, "right": "a" if _right(a) else "b", **sides}
+    return {**shared, "right": "a" if _exact(a) else "b", **sides}
 
 
 def listing(result: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_sql import checkpoints, cluster, data, measure, plots, prepare, publish, report, tracking, train
-from ray_sql.config import Config, EvaluateConfig, without_password
+from ray_sql.config import Config, EvaluateConfig, absolute, without_password
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.generate import Question
@@ -298,9 +298,8 @@ def _evaluation_plan(config: EvaluateConfig) -> Iterator[str]:
     """What an evaluation would do, after reading what it would read; with a model, one of its prompts."""
     corpus = data.load_split(config, config.split)
     if config.predictions_file:
-        source = (
-            f"{len(measure.read_predictions(Path(config.predictions_file)))} predictions of {config.predictions_file}"
-        )
+        said = measure.read_predictions(absolute(config.predictions_file))
+        source = f"{len(said)} predictions of {config.predictions_file}"
     else:
         from ray_sql import models
 

@@ -88,9 +88,7 @@ def here(folder: str, config: Config) -> str:
         return folder
     if place == _demo_folder(config.cache):
         return str(demo_model(config.cache))
-    if (
-        place.parent.name == "snapshots"
-    ):  # of the Hub's cache, named after the revision; it holds a lock while it fetches
+    if place.parent.name == "snapshots":  # the Hub's cache names it after the revision, and fetches under a lock
         return _snapshot(config, place.name)
     raise ModelError(
         f"--model_name {config.model_name}: {folder} is not on every node; put it where all see it, or give a Hub id"

@@ -31,15 +31,15 @@ DATA_FILE = "inputs/data_fingerprint"
 FINISHED_FILE = "inputs/finished"
 """Written last of all: with it, a run of this name is shown and not gone on with."""
 SCORING = (
-    *(
-        "split",
-        "evaluate.semantics",
-        "evaluate.keep_distinct",
-        "evaluate.limit",
-        "evaluate.max_new_tokens",
-        "evaluate.baseline",
-    ),
-    *("evaluate.num_beams", "evaluate.first_executable", "evaluate.ves_iterations"),
+    "split",
+    "evaluate.semantics",
+    "evaluate.keep_distinct",
+    "evaluate.limit",
+    "evaluate.max_new_tokens",
+    "evaluate.baseline",
+    "evaluate.num_beams",
+    "evaluate.first_executable",
+    "evaluate.ves_iterations",
 )
 """Settings that decide what the scores of a run mean."""
 TRAINED_ON = ("train", "validation")
