@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ray_sql import cluster
 from ray_sql.config import C, Config, load
 from ray_sql.errors import RaySqlError
 
 TOKENS = {"--read_token", "--write_token"}
+_TOLD: list[int] = []
+"""The signal that ended this process, if one did."""
 
 
 def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> None:
@@ -32,6 +35,10 @@ def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None =
     try:
         config = load(kind, argv, **overrides)
         job(config)
+    except SystemExit:
+        if _TOLD:  # on its way through Ray's core the exception loses its code
+            raise SystemExit(128 + _TOLD[0]) from None
+        raise
     except RaySqlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -43,6 +50,8 @@ def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None =
             file=sys.stderr,
         )
         raise SystemExit(2) from None
+    finally:
+        cluster.leave_ray()  # at the interpreter's exit its processes would die under it
 
 
 def _full_or_closed(error: OSError, config: Config) -> bool:
@@ -55,4 +64,5 @@ def _full_or_closed(error: OSError, config: Config) -> bool:
 
 def _terminated(number: int, frame: object) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # a second one must not break into what the first has set off
+    _TOLD.append(number)
     raise SystemExit(128 + number)

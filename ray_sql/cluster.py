@@ -146,12 +146,12 @@ def _init_ray() -> None:
 def leave_ray() -> None:
     """Shut down the Ray that this process started, or leave the cluster it joined; one that was there before stays.
 
-    At the interpreter's exit it would be too late for Ray Tune: Ray's processes end with the thread that started them, which is gone
-    by then, and Tune waits a minute to take its registrations back.
+    At the interpreter's exit it would be too late: Ray's processes end with the thread that started them, which is gone by then, and
+    Tune waits a minute to take its registrations back.
     """
-    import ray
-
     if _OURS.is_set():
+        import ray
+
         _OURS.clear()
         ray.shutdown()
 

@@ -770,6 +770,24 @@ def test_a_killed_driver_resumes_its_study(make_config: Any, tracked: dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.cluster
+def test_a_sweep_that_is_told_to_stop_says_how_to_go_on(
+    make_config: Any, tracked: dict[str, Any], tmp_path: Path
+) -> None:
+    given = make_config(SweepConfig, **(SWEEP | tracked | {"evaluate.baseline": False}))
+    (config,) = given.studies()
+    process = Driver(given, tmp_path).start()
+    deadline = time.monotonic() + 200
+    while not study.measured(f"{config.run_dir}/trials/trial-000"):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "driver.log").read_text()[-3000:]
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()[-3000:]
+    assert (tmp_path / "driver.log").read_text().endswith("the same command with --resume goes on\n")
+    assert {run.info.status for run in runs(tracked["tracking.uri"])} <= {"KILLED", "FINISHED"}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_five_kills_at_random_moments_change_nothing(make_config: Any, tracked: dict[str, Any], tmp_path: Path) -> None:
     whole = make_config(SweepConfig, **(SWEEP | tracked | {"output_name": "whole", "tracking.enabled": False}))
     tune.run(whole)

@@ -227,6 +227,10 @@ def _recorded(
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
+        settled = sum(trial.state in SETTLED for trial in study.trials)
+        display.line(
+            f"stopped with {settled} of {config.tune.num_samples} trials settled; the same command with --resume goes on"
+        )
         raise
     finally:
         watch.end("KILLED" if status == "KILLED" else "FAILED")
