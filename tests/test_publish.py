@@ -26,6 +26,7 @@ from ray_sql.config import Config, EvaluateConfig, PublishConfig, load
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, StoreError
 from ray_sql.publish import background, bundle, hub
+from ray_sql.publish.card import on_hub
 from tests import hub as stand_ins
 from tests.hub import FINE, FINE_ELSEWHERE, READER, WRITER
 
@@ -213,6 +214,13 @@ def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
     assert f"fingerprint `{metrics['data_fingerprint']}`" in card.text and RUN_ID in card.text
     assert "alone is right on 8 questions, the base model alone on 0" in card.text and "p = 0.0078" in card.text
     assert not re.search(r"\{[{%]|[%}]\}", card.text), "nothing of the template is left"
+
+
+def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert on_hub("data/spider") and not on_hub("spider.jsonl") and not on_hub("/data/spider")
+    (tmp_path / "data" / "spider").mkdir(parents=True)
+    assert not on_hub("data/spider")
 
 
 def test_the_card_of_schema_linking(

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from ray_sql import report
+from ray_sql.config import absolute
 from ray_sql.display import percent
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
@@ -101,11 +102,16 @@ def metadata(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str
         library_name="transformers" if merged is not None else "peft",
         pipeline_tag="text-generation",
         **license,
-        datasets=[dataset] if "/" in dataset and HUB_NAME.fullmatch(dataset) else None,
+        datasets=[dataset] if on_hub(dataset) else None,
         tags=["text-to-sql" if config.task_type == "sql" else "schema-linking", "lora", "ray_sql"],
         eval_results=[result for split, scores in scored.items() for result in _results(bundle, split, scores)],
     )
     return str(data.to_yaml())
+
+
+def on_hub(dataset: str) -> bool:
+    """Whether a dataset's id is one of the Hub; `data/spider` is a folder where there is one."""
+    return "/" in dataset and bool(HUB_NAME.fullmatch(dataset)) and not absolute(dataset).exists()
 
 
 def _results(bundle: Bundle, split: str, scores: Mapping[str, Any]) -> Sequence[Any]:
