@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ Point = dict[str, Any]
 OnPoint = Callable[[Point], bool | None]
 """What becomes of a point; False, for a checkpoint's, means that training should stop there."""
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
+END: Point = {"kind": "end"}
+"""The last point of a channel."""
 
 ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch pickles every Dataset.map with the whole module
@@ -349,7 +352,6 @@ class Channel:
         self._queue = Queue(actor_options={"num_cpus": 0})
         self._decisions = Queue(actor_options={"num_cpus": 0}) if decides else None
         self._on_point = on_point
-        self._done = threading.Event()
         self._thread = threading.Thread(target=self._drain, name="ray_sql-points", daemon=True)
 
     def sender(self) -> Sender:
@@ -361,7 +363,11 @@ class Channel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        from ray.exceptions import RayError
+
+        # what was said before is still heard; not what busy workers go on to say to a driver that was told to stop
+        with suppress(RayError):
+            self._queue.put(END)
         self._thread.join()
         for queue in (self._queue, self._decisions):
             if queue is not None:
@@ -369,18 +375,14 @@ class Channel:
 
     def _drain(self) -> None:
         from ray.exceptions import RayError
-        from ray.util.queue import Empty
 
         while True:
-            ended = self._done.is_set()  # read before the queue: what was sent before the end is then sure to be seen
             try:
-                point = self._queue.get(timeout=0.5)
-            except Empty:
-                if ended:
-                    return
-                continue
+                point = self._queue.get()
             except RayError as error:
                 log.warning("the workers' points can no longer be read: %s", error)
+                return
+            if point == END:
                 return
             decision = self._take(point)
             if self._decisions is not None and point["kind"] == "validation":

@@ -378,7 +378,9 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     display.line(f"report       {config.run_dir}/report.html")
     if metrics.get("mlflow_run_id"):
         display.line(f"MLflow run   {metrics['mlflow_run_id']}")
-        display.line(f"MLflow UI    make ui    (mlflow ui --backend-store-uri {metrics['tracking_uri']})")
+        place = metrics["tracking_uri"]
+        own = f"make ui    (mlflow ui --backend-store-uri {place})"
+        display.line(f"MLflow UI    {place if place.startswith('http') else own}")
 
 
 class Points:

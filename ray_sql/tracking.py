@@ -168,21 +168,24 @@ class Run:
             action()
         except Exception as error:  # whatever MLflow's backend raises: an outage of the record must not end the run
             if _is_final(error):
-                log.warning(
-                    "MLflow at %s refused a record: %s", without_password(self.uri), " ".join(str(error).split())[:300]
-                )
+                log.warning("MLflow at %s refused a record: %s", without_password(self.uri), _reason(error))
                 return True
             if not self._warned:
                 log.warning(
                     "MLflow at %s stopped answering (%s); points are kept in %s",
                     without_password(self.uri),
-                    error,
+                    _reason(error),
                     self._spool,
                 )
             self._warned = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
             return False
         return True
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line: MLflow repeats the whole address, and with it a password."""
+    return str(without_password(" ".join(str(error).split())))[:300]
 
 
 def _is_final(error: Exception) -> bool:
@@ -283,6 +286,8 @@ def check(uri: str | None) -> str:
         # a server that dies later must cost seconds, not MLflow's default of many minutes per call
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        # at the end of a run it would print where to look, with the password of the address
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     elif parts.scheme == "sqlite":
         folder = Path(uri.removeprefix("sqlite:///")).parent
         if not os.access(folder, os.W_OK):
@@ -309,8 +314,7 @@ def _refusing(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise StoreError(f"--tracking.uri {without_password(uri)}: MLflow cannot use it: {reason}") from None
+        raise StoreError(f"--tracking.uri {without_password(uri)}: MLflow cannot use it: {_reason(error)}") from None
 
 
 def absolute_uri(uri: str | None) -> str:

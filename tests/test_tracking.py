@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -264,6 +266,21 @@ def test_a_store_that_is_none_is_refused(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"--tracking.uri {uri}: ") and "\n" not in str(caught.value)
 
 
+def test_the_password_of_a_server_that_does_not_answer_is_not_repeated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as closes:
+        threading.Thread(target=closes.serve_forever).start()
+        uri = f"http://me:planted@127.0.0.1:{closes.server_address[1]}"
+        with pytest.raises(StoreError) as caught:
+            begin(uri, tmp_path)
+        run = tracking.again(uri, "a-run", tmp_path / "spool" / "my-run.jsonl")
+        run.log(1, {"loss": 1.0})
+        closes.shutdown()
+    assert "API request to http://me:***@127.0.0.1" in str(caught.value) and "planted" not in str(caught.value)
+    assert "stopped answering (--tracking.uri http://me:***@" in caplog.text and "planted" not in caplog.text
+
+
 # A real server, killed and started again
 
 
@@ -318,14 +335,15 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.mark.slow
 def test_an_outage_of_the_server_costs_a_run_nothing(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from matplotlib.figure import Figure
     from mlflow.tracking import MlflowClient
 
     caplog.set_level(logging.WARNING, logger="ray_sql")
     spool = tmp_path / "spool" / "my-run.jsonl"
-    run = begin(server.uri, tmp_path)
+    uri = server.uri.replace("://", "://me:planted@")
+    run = begin(uri, tmp_path)
     run.log(1, {"loss": 1.0})
 
     server.kill()
@@ -346,7 +364,7 @@ def test_an_outage_of_the_server_costs_a_run_nothing(
 
     # the next attempt sends first what the last one kept, then goes on where that one stopped
     server.start()
-    again = begin(server.uri, tmp_path, run.run_id)
+    again = begin(uri, tmp_path, run.run_id)
     assert not spool.exists() and again.replay() == 0
     again.log(51, {"loss": -1.0})
     again.log(52, {"loss": 52.0})
@@ -359,6 +377,7 @@ def test_an_outage_of_the_server_costs_a_run_nothing(
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"figures", "t.json"}
     assert [file.path for file in client.list_artifacts(run.run_id, "figures")] == ["figures/f.png"]
     assert len(client.search_runs([found.info.experiment_id])) == 1
+    assert "planted" not in "".join(capfd.readouterr()) + caplog.text
 
 
 @pytest.mark.slow

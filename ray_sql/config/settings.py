@@ -591,8 +591,8 @@ def _number(value: Any) -> Any:
 
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    masked = uri and re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", uri)
-    return masked and re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
+    masked = uri and re.sub(r"(://[^:/@]*):[^@\s]*@", r"\1:***@", uri)
+    return masked and re.sub(r"([?&]password=)[^&\s]*", r"\1***", masked)
 
 
 def passwordless(uri: str | None) -> str | None:
