@@ -1,6 +1,6 @@
 """Does choosing by executed answers beat choosing by validation loss? The checkpoints of a small sweep on real Spider say.
 
-    RAY_SQL_SHARED=… python -m benchmarks.selection out/selection          (about half an hour on 2 cores; --quick: one short trial)
+    RAY_SQL_SHARED=… python -m benchmarks.selection out/selection          (--quick: one short trial, 2 minutes on 2 cores)
 
 SmolLM2-135M is trained at every learning rate with every rank, on questions of some of Spider's training databases, and every
 checkpoint answers two other sets of questions on the same databases: one to choose by, where its loss on the gold answers is

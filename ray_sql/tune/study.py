@@ -115,6 +115,10 @@ class Study:
         """A trial's run folder."""
         return f"{self.run_dir}/trials/{name(number)}"
 
+    def settled(self, count: int) -> int:
+        """How many of the first `count` trials have ended, in whatever way."""
+        return sum(trial.state in SETTLED for trial in self.trials[:count])
+
     def best(self) -> Trial | None:
         """The trial with the best checkpoint, the earlier of two equal ones; None where none was measured."""
         measured = [trial for trial in self.trials if trial.best and trial.state != "failed"]

@@ -176,7 +176,7 @@ def _study(config: Config, resume: bool) -> Study:
         return begin(config)
     found = load(config)
     if found and not found.finished and not resume:
-        settled = sum(trial.state in SETTLED for trial in found.trials)
+        settled = found.settled(config.tune.num_samples)
         raise ConfigError(
             f"{config.run_dir} holds a study that was cut off, with {settled} of {config.tune.num_samples} trials settled: --resume "
             "goes on with it, --overwrite starts afresh"
@@ -227,7 +227,7 @@ def _recorded(
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
-        settled = sum(trial.state in SETTLED for trial in study.trials)
+        settled = study.settled(config.tune.num_samples)
         display.line(
             f"stopped with {settled} of {config.tune.num_samples} trials settled; the same command with --resume goes on"
         )
@@ -243,7 +243,7 @@ def _recorded(
 
 def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room: Room, watch: Any) -> None:
     """Let Ray Tune run what is left of the study."""
-    if sum(trial.state in SETTLED for trial in study.trials[: config.tune.num_samples]) >= config.tune.num_samples:
+    if study.settled(config.tune.num_samples) >= config.tune.num_samples:
         return
     for trial in study.trials[config.tune.num_samples :]:
         if trial.state == "running":  # until the study is given as many trials again
