@@ -46,8 +46,8 @@ MOMENTS = {
     "at the last step": ("step", STEPS),
 }
 """A step that the driver has seen, or a checkpoint whose folder is there and whose marker is not."""
-OUTAGE = 6.0
-"""Seconds for which the storage refuses every access."""
+OUTAGE = 4.0
+"""Seconds for which the storage still refuses every access once the run has noticed."""
 PATIENCE = 180.0
 """Seconds that a run may take to come to its moment, and from there to its end."""
 SETTINGS: dict[str, Any] = {
@@ -118,6 +118,8 @@ def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
             if not (place(folder, fault, moment) / "result.json").is_file():
                 result = trial(folder, nodes, fault, moment)
                 print(f"{number}/{len(chosen)} {fault}, {moment}: {json.dumps(result)}", flush=True)
+                if not moment and not result["survived"]:
+                    raise RuntimeError(f"the unbroken run failed; see {place(folder, fault, moment) / 'log.txt'}")
     return [kept(folder, *name) for name in chosen]
 
 
@@ -281,6 +283,7 @@ class Run:
         settings = {
             "RAY_ADDRESS": self.nodes.address,
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
         }
         command = [
@@ -319,6 +322,10 @@ class Run:
         while kind == "save" and not folder.exists():
             pass  # it takes milliseconds: no time to sleep
         return kind == "step" or not (folder / checkpoints.MARKER).exists()
+
+    def notices(self) -> None:
+        """Wait until the run has said what happens to it, or is over."""
+        self._waits(lambda: SAYS[self.fault] in self.log.read_text())
 
     def end(self) -> int | None:
         """The exit code; None where it does not end."""
@@ -411,6 +418,7 @@ def driver_killed(run: Run) -> None:
 def storage_fails(run: Run) -> None:
     """Every access to the storage fails for some seconds."""
     _lead(run.store, run.store)
+    run.notices()
     time.sleep(OUTAGE)
     _lead(run.store, run.folder / "behind")
 
@@ -430,7 +438,7 @@ def mlflow_killed(run: Run) -> None:
     """SIGKILL to the MLflow server, which is started again."""
     assert run.server
     run.server.kill()
-    time.sleep(1)
+    run.notices()
     run.server.start()
 
 
