@@ -28,7 +28,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -404,9 +404,13 @@ def worker_killed(run: Run) -> None:
 
 
 def node_killed(run: Run) -> None:
-    """SIGKILL to the raylet of the node it runs on; the other node is free."""
+    """SIGKILL to all processes of the node it runs on, as when a machine is lost; the other node is free."""
     assert run.worker
-    run.worker.parent().kill()  # type: ignore[union-attr]
+    raylet = run.worker.parent()
+    assert raylet
+    for process in (run.worker, raylet, *raylet.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def driver_killed(run: Run) -> None:
