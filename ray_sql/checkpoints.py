@@ -1,23 +1,39 @@
 """Checkpoints and other files of a run, on a local disk or any storage pyarrow knows (`s3://`, `gs://`, `hdfs://`).
 
-A checkpoint is complete or absent: its files are copied first, and `checkpoint.json` with their sizes last. Whatever lacks it, or does
-not match it, is passed over, so that a run falls back to the checkpoint before. Ray Train's own checkpoint manager is not
-used because it keeps nothing in local mode, and because a run must be readable without the state of the driver that made it.
+A checkpoint is complete or absent: its files are copied first, and `checkpoint.json` with their sizes and checksums last. Whatever lacks
+it, or has other sizes, is passed over, so that a run falls back to the checkpoint before; what was fetched is compared with the
+checksums before anything is made of it. Ray Train's own checkpoint manager is not used because it keeps nothing in local mode, and
+because a run must be readable without the state of the driver that made it.
+
+Storage that fails is asked again for two minutes: one that is restarted, or a network that stutters, must not end a run of hours.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_sql.errors import StoreError
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 MARKER = "checkpoint.json"
+PATIENCE = 120.0
+"""Seconds for which storage that fails is asked again."""
+FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+FINAL |= {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
+"""Errors that another try would meet again: no room, no right, not there."""
+REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "UNAUTHENTICATED")
+"""The same in the words of object stores, whose errors have no number."""
 
 
 @dataclass(frozen=True)
@@ -45,39 +61,58 @@ def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Che
     """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics."""
     uri = f"{run_dir}/checkpoint-{step}"
     remove(uri)
-    files = {str(file.relative_to(local)): file.stat().st_size for file in sorted(local.rglob("*")) if file.is_file()}
+    files = {str(file.relative_to(local)): file for file in sorted(local.rglob("*")) if file.is_file()}
     _upload(local, uri)
-    marker: dict[str, Any] = {"step": step, "files": files, "objective": None, "tie_break": None, "metrics": {}} | dict(
-        scores
-    )
+    marker: dict[str, Any] = {
+        "step": step,
+        "files": {name: file.stat().st_size for name, file in files.items()},
+        "checksums": {name: _checksum(file) for name, file in files.items()},
+        **{"objective": None, "tie_break": None, "metrics": {}},
+        **scores,
+    }
     write_text(f"{uri}/{MARKER}", json.dumps(marker, indent=1))
     return Checkpoint(uri, step, marker["objective"], marker["tie_break"], marker["metrics"])
 
 
+def damaged(folder: Path) -> str | None:
+    """The first file of a checkpoint fetched to `folder` that is not as it was saved; None where all are, or where the marker, of an
+    earlier version, has no checksums."""
+    checksums = json.loads((folder / MARKER).read_text()).get("checksums", {})
+    return next((name for name, known in checksums.items() if _checksum(folder / name) != known), None)
+
+
+def set_aside(uri: str) -> None:
+    """Take the marker from a checkpoint: from now on it is passed over like one that was never completed. Its files stay to be looked
+    at, until its step is saved again."""
+    remove(f"{uri}/{MARKER}")
+
+
+def _checksum(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
 def complete(run_dir: str) -> list[Checkpoint]:
     """All complete checkpoints of a run, by step."""
-    import pyarrow.fs as pafs
-
-    filesystem, path = open_store(run_dir)
-    folders = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    folders = _listed(run_dir)
     uris = (f"{run_dir}/{info.base_name}" for info in folders if info.base_name.startswith("checkpoint-"))
     return sorted((found for uri in uris if (found := read(uri))), key=lambda checkpoint: checkpoint.step)
 
 
 def read(uri: str) -> Checkpoint | None:
     """The checkpoint at `uri`, or None if it is incomplete: no whole marker, or a file missing or of another size than it says."""
-    import pyarrow.fs as pafs
-
     try:
         marker = json.loads(read_text(f"{uri}/{MARKER}") or "")
-    except json.JSONDecodeError:  # none, or one that was cut off while it was written
+        files = marker["files"]
+        found = Checkpoint(uri, marker["step"], marker["objective"], marker["tie_break"], marker["metrics"])
+    except (ValueError, KeyError, TypeError):  # none, one that was cut off while it was written, or a damaged one
         return None
-    filesystem, path = open_store(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in infos if info.is_file}
-    if any(sizes.get(name) != size for name, size in marker["files"].items()):
-        return None
-    return Checkpoint(uri, marker["step"], marker["objective"], marker["tie_break"], marker["metrics"])
+    path = open_store(uri)[1]
+    there = _listed(uri, recursive=True)
+    sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in there if info.is_file}
+    return None if any(sizes.get(name) != size for name, size in files.items()) else found
 
 
 def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
@@ -86,22 +121,18 @@ def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
 
 
 def prune(run_dir: str) -> None:
-    """Remove all complete checkpoints but the best and the last."""
+    """Remove all complete checkpoints but the best, the last, and the one before it, should the last turn out to be damaged."""
     found = complete(run_dir)
     top = best(found)
-    for checkpoint in found[:-1]:
+    for checkpoint in found[:-2]:
         if top is None or checkpoint.step != top.step:
             remove(checkpoint.uri)
 
 
 def fetch(uri: str, target: Path) -> Path:
     """Copy a folder of storage to a local folder."""
-    import pyarrow.fs as pafs
-
-    filesystem, path = open_store(uri)
     target.mkdir(parents=True, exist_ok=True)
-    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
-    return target
+    return fetch_file(uri, target)
 
 
 def fetch_file(uri: str, target: Path) -> Path:
@@ -109,7 +140,10 @@ def fetch_file(uri: str, target: Path) -> Path:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
-    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem())
+    local = pafs.LocalFileSystem()
+    _persist(
+        uri, lambda: pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=local)
+    )
     return target
 
 
@@ -123,9 +157,21 @@ def _upload(local: Path, uri: str) -> None:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
-    with _writing(uri):
+
+    def copy() -> None:
         filesystem.create_dir(path if local.is_dir() else str(Path(path).parent), recursive=True)
         pafs.copy_files(str(local), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+
+    _persist(uri, copy, writes=True)
+
+
+def _listed(uri: str, recursive: bool = False) -> list[Any]:
+    """What pyarrow knows of everything in a folder; nothing where it is not there."""
+    import pyarrow.fs as pafs
+
+    filesystem, path = open_store(uri)
+    inside = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    return list(_persist(uri, lambda: filesystem.get_file_info(inside)))
 
 
 def exists(uri: str) -> bool:
@@ -133,9 +179,8 @@ def exists(uri: str) -> bool:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-        return bool(filesystem.get_file_info(pafs.FileSelector(path)))
-    return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
+    kind = _persist(uri, lambda: filesystem.get_file_info(path)).type
+    return bool(_listed(uri)) if kind == pafs.FileType.Directory else bool(kind == pafs.FileType.File)
 
 
 def remove(uri: str) -> None:
@@ -143,19 +188,27 @@ def remove(uri: str) -> None:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.Directory:
-        filesystem.delete_dir(path)
-    elif info.type == pafs.FileType.File:
-        filesystem.delete_file(path)
+
+    def delete() -> None:
+        kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            filesystem.delete_file(path)
+
+    _persist(uri, delete, writes=True)
 
 
 def read_text(uri: str) -> str | None:
     """The text of a file in storage, or None if it is not there."""
     filesystem, path = open_store(uri)
-    try:
+
+    def read_all() -> str:
         with filesystem.open_input_file(path) as stream:
             return bytes(stream.read()).decode("utf-8")
+
+    try:
+        return _persist(uri, read_all)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -167,23 +220,42 @@ def write_text(uri: str, text: str) -> None:
     filesystem, path = open_store(uri)
     local = isinstance(filesystem, pafs.LocalFileSystem)  # object stores show a file when it is complete
     half = f"{path}.{os.getpid()}.part" if local else path
-    with _writing(uri):
+
+    def write() -> None:
         filesystem.create_dir(str(Path(path).parent), recursive=True)
         with filesystem.open_output_stream(half) as stream:
             stream.write(text.encode("utf-8"))
         if local:
             os.replace(half, path)
 
+    _persist(uri, write, writes=True)
 
-@contextmanager
-def _writing(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(
-            f"{uri}: cannot be written ({reason}); free space, correct its rights, or choose another --output_dir"
-        ) from None
+
+def _persist(uri: str, access: Callable[[], T], writes: bool = False) -> T:
+    """What `access` returns. Storage that fails is asked again, less and less often, for `PATIENCE` seconds.
+
+    Raises `StoreError` where it fails until then, and where it `writes`, at once if there is no room or no right; what cannot be read
+    for such a reason raises what it raises.
+    """
+    started, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return access()
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            final = error.errno in FINAL or any(said in reason for said in REFUSED)
+            if final and not writes:
+                raise
+            if final or time.monotonic() - started + pause > PATIENCE:
+                raise StoreError(
+                    f"{uri}: cannot be written ({reason}); free space, correct its rights, or choose another --output_dir"
+                    if writes
+                    else f"{uri}: cannot be read ({reason}); run the same command again when its storage answers"
+                ) from None
+        if pause == 0.5:
+            log.warning("%s: storage fails (%s); asked again for up to %.0f seconds", uri, reason, PATIENCE)
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
 
 
 def absolute_uri(place: str) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import errors
 from ray_sql.config import Config
-from ray_sql.errors import ConfigError, RaySqlError, TrainingError
+from ray_sql.errors import ConfigError, RaySqlError, StoreError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -347,10 +347,14 @@ class Channel:
     decides, a queue back."""
 
     def __init__(self, on_point: OnPoint, decides: bool = False) -> None:
+        import ray
         from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._queue = Queue(actor_options={"num_cpus": 0})
-        self._decisions = Queue(actor_options={"num_cpus": 0}) if decides else None
+        # on the driver's node: on another it would be lost with that, and all later points with it
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self._decisions = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) if decides else None
         self._on_point = on_point
         self._thread = threading.Thread(target=self._drain, name="ray_sql-points", daemon=True)
 
@@ -459,16 +463,37 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 class _Guarded:
-    """A loop whose user errors are returned, not raised: Ray would restart the workers only to meet them again."""
+    """A loop whose user errors are returned, not raised: Ray would restart the workers only to meet them again. A storage that fails is
+    raised: it may be this node's alone, and a rank that left quietly would let the others wait for it."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
     def __call__(self, plan: dict[str, Any]) -> dict[str, Any]:
+        import ray.train
+
+        ours, shown = logging.getLogger(__package__), _Shown(plan["emit"])
+        if ray.train.get_context().get_world_rank() == 0:
+            ours.addHandler(shown)
         try:
             return self._loop(plan)
+        except StoreError:
+            raise
         except RaySqlError as error:
             return {"user_error": (type(error).__name__, str(error))}
+        finally:
+            ours.removeHandler(shown)
+
+
+class _Shown(logging.Handler):
+    """A worker's warnings as lines of the run's display: its own output stays in Ray's logs."""
+
+    def __init__(self, emit: OnPoint) -> None:
+        super().__init__(logging.WARNING)
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._emit({"kind": "note", "text": record.getMessage()})
 
 
 def _last_line(error: BaseException) -> str:

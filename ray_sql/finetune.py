@@ -406,7 +406,11 @@ class Points:
         if point["kind"] == "note":
             self._display.line(point["text"])
             return
-        values = {name if "/" in name else f"train/{name}": value for name, value in point["values"].items()}
+        if point["kind"] == "curve":
+            for step, logged in point["points"]:
+                self._record.log(step, _named(logged))
+            return
+        values = _named(point["values"])
         if point["kind"] == "train":
             self._first_step()
             if point["step"] <= self._newest:
@@ -441,6 +445,10 @@ class Points:
         """Write out what TensorBoard still holds."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _named(values: Mapping[str, float]) -> dict[str, float]:
+    return {name if "/" in name else f"train/{name}": value for name, value in values.items()}
 
 
 def _scores(values: Mapping[str, float]) -> str:

@@ -10,10 +10,12 @@ that nobody measured, and each task loads the base model anew on a device of its
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +28,14 @@ from ray_sql.errors import ModelError, RaySqlError, TrainingError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 START_FILE = "inputs/start"
 """Which checkpoint the run was told to go on from, once it has been done."""
+HALVINGS_FILE = "inputs/halvings"
+"""How often this run had to halve its forward passes to find memory: no setting, for the adapter is the same."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,9 @@ class FitResult:
 def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: bool = False) -> FitResult:
     """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
 
-    Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. Raises `TrainingError` where the loss
-    diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
+    Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
+    its last checkpoint with half as many examples in a forward pass, and twice as many passes, as often as they can be halved. Raises
+    `TrainingError` where the loss diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
     """
     started = time.monotonic()
     run_dir = config.run_dir
@@ -52,26 +60,67 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
     if start_from:
         _rewind(config, start_from)
     plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
-    outcome = cluster.run_workers(train_loop_per_worker, plan, config, on_point, run_dir, decides)
+    halvings = int(checkpoints.read_text(f"{run_dir}/{HALVINGS_FILE}") or 0)
+    while (outcome := _attempt({**plan, "halvings": halvings}, config, on_point, decides)) is None:
+        halvings += 1
+        most = rows.per_pass(config, halvings)
+        checkpoints.write_text(f"{run_dir}/{HALVINGS_FILE}", str(halvings))
+        _noting(on_point)(
+            f"out of memory: on from the last checkpoint with up to {most} examples in a forward pass, not {2 * most}, and more "
+            "passes in a step"
+        )
+        free_memory()
     if outcome["failure"]:
         raise TrainingError(outcome["failure"])
-    return FitResult(outcome["step"], keep_best(run_dir), time.monotonic() - started)
+    return FitResult(outcome["step"], keep_best(run_dir, _noting(on_point)), time.monotonic() - started)
 
 
-def keep_best(run_dir: str) -> Checkpoint:
-    """Copy the adapter of a run's best checkpoint to `<run_dir>/adapter`; returns that checkpoint."""
-    best = checkpoints.best(checkpoints.complete(run_dir))
-    if best is None:
-        raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoints.fetch(best.uri, Path(scratch) / "best")
-        for file in folder.iterdir():
-            if file.name not in ADAPTER_FILES:
-                file.unlink()
-        for name in ("config.json", "contract.json"):  # an adapter carries its recipe wherever it is copied to
-            checkpoints.fetch_file(f"{run_dir}/{name}", folder / name)
-        checkpoints.put(folder, f"{run_dir}/adapter")
-    return best
+def _attempt(
+    plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoint, decides: bool
+) -> dict[str, Any] | None:
+    """What rank 0 returned; None where memory was full and forward passes can be halved once more."""
+    try:
+        return cluster.run_workers(train_loop_per_worker, plan, config, on_point, config.run_dir, decides)
+    except Exception as error:  # in this process it is torch's own, from workers a TrainingError
+        if not cluster.out_of_memory(error) or rows.per_pass(config, plan["halvings"]) == 1:
+            raise
+        return None
+
+
+def free_memory() -> None:
+    """Give back what a failed attempt held in this process."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _noting(on_point: cluster.OnPoint) -> Callable[[str], object]:
+    return lambda text: on_point({"kind": "note", "text": text})
+
+
+def keep_best(run_dir: str, say: Callable[[str], object] = log.warning) -> Checkpoint:
+    """Copy the adapter of a run's best checkpoint that is not damaged to `<run_dir>/adapter`; returns that checkpoint."""
+    while (best := checkpoints.best(checkpoints.complete(run_dir))) is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = checkpoints.fetch(best.uri, Path(scratch) / "best")
+            if wrong := checkpoints.damaged(folder):
+                _set_aside(best.uri, wrong, say)
+                continue
+            for file in folder.iterdir():
+                if file.name not in ADAPTER_FILES:
+                    file.unlink()
+            for name in ("config.json", "contract.json"):  # an adapter carries its recipe wherever it is copied to
+                checkpoints.fetch_file(f"{run_dir}/{name}", folder / name)
+            checkpoints.put(folder, f"{run_dir}/adapter")
+        return best
+    raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")
+
+
+def _set_aside(uri: str, wrong: str, say: Callable[[str], object]) -> None:
+    checkpoints.set_aside(uri)
+    say(f"{Path(uri).name} is damaged ({wrong} is not as it was saved): set aside for the one before")
 
 
 def starting_point(config: Config, contract: Mapping[str, Any], steps: int | None = None) -> str | None:
@@ -99,8 +148,15 @@ def starting_point(config: Config, contract: Mapping[str, Any], steps: int | Non
             "--num_epochs or --train.max_steps"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        check_resumable(checkpoints.fetch(uri, Path(scratch)), contract, config, name)
+        folder = checkpoints.fetch(uri, Path(scratch))
+        _check_intact(folder, name)
+        check_resumable(folder, contract, config, name)
     return uri
+
+
+def _check_intact(checkpoint: Path, name: str) -> None:
+    if wrong := checkpoints.damaged(checkpoint):
+        raise ModelError(f"--prev_checkpoint {name}: is damaged ({wrong} is not as it was saved); give another one")
 
 
 def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str) -> None:
@@ -164,10 +220,10 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
         data = rows.read(checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", local / "rows.parquet"))
-        done = checkpoints.complete(config.run_dir)
-        if done and done[-1].step >= config.steps(len(data)):
-            return asdict(trainer.Outcome(done[-1].step, done[-1].step, None))  # only what follows training was cut off
-        resume_from = _resume(config, plan["start_from"], local)
+        resume_from = _resume(config, plan["start_from"], local, plan["emit"])
+        done = checkpoints.read(str(resume_from)) if resume_from else None
+        if done and done.step >= config.steps(len(data)):
+            return asdict(trainer.Outcome(done.step, done.step, None))  # only what follows training was cut off
         together = _together(base, data, config, plan["emit"])
         judge = _Validation(config, tokenizer, together, local)
         mark("shared rows tried")
@@ -182,6 +238,7 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             resume_from=resume_from,
             on_log=reporter.on_log,
             on_save=reporter.on_save,
+            halvings=plan["halvings"],
         )
     return asdict(outcome)
 
@@ -208,11 +265,34 @@ def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, e
     return 1
 
 
-def _resume(config: Config, start_from: str | None, scratch: Path) -> Path | None:
-    """The newest complete checkpoint of this run, else the one the user named, as a local folder."""
-    own = checkpoints.complete(config.run_dir)
-    uri = own[-1].uri if own else start_from
-    return None if uri is None else checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
+def _resume(config: Config, start_from: str | None, scratch: Path, emit: cluster.OnPoint) -> Path | None:
+    """The newest checkpoint of this run that is complete and not damaged, else the one the user named, as a local folder; the same one
+    on all ranks."""
+    import ray.train
+
+    first = ray.train.get_context().get_world_rank() == 0
+    while True:
+        own = checkpoints.complete(config.run_dir) if first else []
+        uri, named = generate.gather_all((own[-1].uri, False) if own else (start_from, True))[0]
+        if uri is None:
+            return None
+        folder = checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
+        if named:
+            _check_intact(folder, uri)
+            return folder
+        wrong = next((each for each in generate.gather_all(checkpoints.damaged(folder)) if each), None)
+        if wrong is None:
+            if first:
+                emit({"kind": "curve", "points": _curve(folder)})
+            return folder
+        if first:
+            _set_aside(uri, wrong, _noting(emit))
+
+
+def _curve(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, values) of all that was logged up to a checkpoint: a driver that was killed may have taken some of it with it."""
+    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], {name: entry[name] for name in LOGGED if name in entry}) for entry in entries]
 
 
 class _Reporter:
@@ -228,9 +308,7 @@ class _Reporter:
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
-        kept: dict[str, float] = {
-            name: values[name] for name in ("loss", "grad_norm", "learning_rate") if name in values
-        }
+        kept: dict[str, float] = {name: values[name] for name in LOGGED if name in values}
         kept["epoch"] = step / self._config.steps_per_epoch(self._examples)
         if self._last is not None and now > self._last[1]:
             per_second = (step - self._last[0]) / (now - self._last[1]) * self._config.global_batch

@@ -56,11 +56,13 @@ def train(
     resume_from: Path | None,
     on_log: OnLog,
     on_save: OnSave,
+    halvings: int = 0,
 ) -> Outcome:
     """Train an adapter on `rows`, up to `together` of a database in one; `scratch` is a local folder for checkpoints on their way
-    to `on_save`, which must be done with them when it returns."""
+    to `on_save`, which must be done with them when it returns. After `halvings` a forward pass holds that much less, and a step has
+    more of them."""
     watch = _Watch(on_log, on_save, scratch, limit=divergence_limit(len(tokenizer)))
-    trainer = build(base, tokenizer, rows, config, together, scratch)
+    trainer = build(base, tokenizer, rows, config, together, scratch, halvings)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -148,6 +150,7 @@ def build(
     config: Config,
     together: int,
     scratch: Path,
+    halvings: int = 0,
 ) -> StepTrainer:
     """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %.
 
@@ -161,7 +164,7 @@ def build(
     try:
         args = arguments(config, scratch, config.steps(len(rows)))
         trainer = StepTrainer(
-            Steps(rows, config, together, args.process_index, args.world_size, tokenizer.pad_token_id),
+            Steps(rows, config, together, args.process_index, args.world_size, tokenizer.pad_token_id, halvings),
             model=base,
             args=args,
             train_dataset=one,

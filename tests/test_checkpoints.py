@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,95 @@ def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(local: Path
     assert steps(run_dir) == [1, 2] and marker in whole
 
 
+def test_changed_bytes_are_found_in_what_was_fetched(local: Path, run_dir: str, tmp_path: Path) -> None:
+    saved = save(local, run_dir, 1)
+    assert checkpoints.damaged(checkpoints.fetch(saved.uri, tmp_path / "intact")) is None
+    file = Path(saved.uri, "deep", "state.json")
+    file.write_text("[]")
+    assert checkpoints.complete(run_dir) == [saved], "its size is as it was"
+    fetched = checkpoints.fetch(saved.uri, tmp_path / "changed")
+    assert checkpoints.damaged(fetched) == "deep/state.json"
+    (fetched / "adapter.bin").unlink()
+    assert checkpoints.damaged(fetched) == "adapter.bin"
+    checkpoints.set_aside(saved.uri)
+    assert steps(run_dir) == [] and file.exists(), "what is left may be looked at"
+    save(local, run_dir, 1)
+    assert steps(run_dir) == [1] and file.read_text() == "{}"
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_valid(
+    local: Path, run_dir: str, tmp_path: Path
+) -> None:
+    saved = save(local, run_dir, 1)
+    marker = Path(saved.uri, checkpoints.MARKER)
+    known = json.loads(marker.read_text())
+    del known["checksums"]
+    marker.write_text(json.dumps(known))
+    assert checkpoints.complete(run_dir) == [saved]
+    assert checkpoints.damaged(checkpoints.fetch(saved.uri, tmp_path / "fetched")) is None
+
+
+def test_a_damaged_marker_is_no_marker(local: Path, run_dir: str) -> None:
+    saved = save(local, run_dir, 1)
+    marker = Path(saved.uri, checkpoints.MARKER)
+    for damage in ('{"step": 1}', "[]", b"\xff{}"):
+        marker.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+        assert steps(run_dir) == []
+
+
+class Outage:
+    """A storage whose every access fails with an error of the kernel's own: its link leads back to itself."""
+
+    def __init__(self, place: Path) -> None:
+        self._link, self._behind = place / "store", place / "behind"
+        self._behind.mkdir()
+        self._point_to(self._behind)
+        self.run_dir = f"{self._link}/run"
+
+    def _point_to(self, target: Path) -> None:
+        new = self._link.with_name("new")
+        new.symlink_to(target)
+        new.replace(self._link)
+
+    def begin(self, seconds: float | None = None) -> None:
+        """Fail from now on, or for so many seconds."""
+        self._point_to(self._link)
+        if seconds is not None:
+            Timer(seconds, self.end).start()
+
+    def end(self) -> None:
+        """Answer again."""
+        self._point_to(self._behind)
+
+
+def test_storage_that_fails_for_a_while_is_waited_for(local: Path, tmp_path: Path, caplog: Any) -> None:
+    outage = Outage(tmp_path)
+    save(local, outage.run_dir, 1)
+    for number, access in enumerate(
+        (
+            lambda: save(local, outage.run_dir, 2),
+            lambda: steps(outage.run_dir) == [1, 2] or pytest.fail("it has both"),
+            lambda: checkpoints.fetch(f"{outage.run_dir}/checkpoint-2", tmp_path / "fetched"),
+            lambda: checkpoints.read_text(f"{outage.run_dir}/none") is None or pytest.fail("there is none"),
+        ),
+        start=1,
+    ):
+        outage.begin(seconds=0.3)
+        access()
+        assert caplog.text.count("storage fails") == number, "said once a time"
+    assert checkpoints.damaged(tmp_path / "fetched") is None
+
+
+def test_storage_that_never_answers_is_named(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.0)
+    outage = Outage(tmp_path)
+    outage.begin()
+    with pytest.raises(StoreError, match=r"store/run/checkpoint-1: cannot be written .*; free space"):
+        save(local, outage.run_dir, 1)
+    with pytest.raises(StoreError, match=r"store/run: cannot be read .*; run the same command again"):
+        steps(outage.run_dir)
+
+
 def test_what_is_no_checkpoint_is_no_obstacle(local: Path, run_dir: str) -> None:
     save(local, run_dir, 1)
     Path(run_dir, "checkpoint-new").mkdir()
@@ -105,20 +196,20 @@ def test_no_checkpoint_is_the_best_of_none() -> None:
     assert checkpoints.best([]) is None
 
 
-def test_pruning_keeps_the_best_and_the_last(local: Path, run_dir: str) -> None:
-    for step, objective in ((1, 0.1), (2, 0.7), (3, 0.7), (4, 0.2), (5, 0.6)):
+def test_pruning_keeps_the_best_the_last_and_the_one_before_it(local: Path, run_dir: str) -> None:
+    for step, objective in ((1, 0.1), (2, 0.7), (3, 0.7), (4, 0.2), (5, 0.6), (6, 0.5)):
         save(local, run_dir, step, objective)
     checkpoints.prune(run_dir)
-    assert steps(run_dir) == [3, 5]
+    assert steps(run_dir) == [3, 5, 6]
     assert not Path(run_dir, "checkpoint-1").exists()
 
 
-def test_pruning_keeps_the_last_where_nothing_was_measured(local: Path, run_dir: str) -> None:
+def test_pruning_keeps_the_last_two_where_nothing_was_measured(local: Path, run_dir: str) -> None:
     checkpoints.prune(run_dir)
-    for step in (1, 2):
+    for step in (1, 2, 3):
         save(local, run_dir, step)
     checkpoints.prune(run_dir)
-    assert steps(run_dir) == [2]
+    assert steps(run_dir) == [2, 3]
 
 
 def test_texts_files_and_folders_are_put_read_and_removed(local: Path, run_dir: str, tmp_path: Path) -> None:
@@ -136,9 +227,12 @@ def test_texts_files_and_folders_are_put_read_and_removed(local: Path, run_dir: 
     assert not checkpoints.exists(f"{run_dir}/adapter")
 
 
-def test_a_place_that_cannot_be_written_is_named_with_the_way_out(local: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named_at_once_with_the_way_out(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     place = str(tmp_path / "file" / "run")
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: pytest.fail("waiting makes no room"))
     for write in (
         lambda: checkpoints.write_text(f"{place}/config.json", "{}"),
         lambda: checkpoints.put(local, f"{place}/adapter"),
@@ -164,5 +258,8 @@ def test_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_marker_says_what_a_reader_needs(local: Path, run_dir: str) -> None:
     saved = save(local, run_dir, 7, 0.5, 0.25)
     marker = json.loads(Path(saved.uri, checkpoints.MARKER).read_text())
-    assert marker["files"] == {"adapter.bin": 256, "deep/state.json": 2}
+    assert (
+        marker["files"] == {"adapter.bin": 256, "deep/state.json": 2}
+        and marker["checksums"].keys() == marker["files"].keys()
+    )
     assert (marker["step"], marker["objective"], marker["tie_break"]) == (7, 0.5, 0.25)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, train
+from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, train, trainer
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, ContractError, ModelError, StoreError, TrainingError
 from tests.conftest import make_model
@@ -151,6 +151,90 @@ def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: 
     assert checkpoints.complete(together.run_dir)[-1].metrics["validation/n"] == 2, "both ranks' answers were judged"
 
 
+def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        **{"train.max_steps": 5, "save_steps": 2, "lora.lora_dropout": 0, "learning_rate": 1e-2},
+        **{"grad_accum_steps": 8, "evaluate.select_examples": 0},
+    }
+    whole, broken = Curve(), Curve()
+    fit(make_config(output_name="whole", **settings), whole)
+    step, tried, notes = trainer.StepTrainer.training_step, [], []
+
+    def small_memory(self: Any, model: Any, inputs: rows.Step, *rest: Any) -> torch.Tensor:
+        tried.append(max(int(made.segments.max()) for made in inputs.passes))
+        if self.state.global_step >= 2 and tried[-1] > 2:
+            torch.empty(2**55)  # more than any machine has: what torch then says is what it says
+        return step(self, model, inputs, *rest)
+
+    def on_point(point: dict[str, Any]) -> None:
+        broken(point)
+        notes.extend([point["text"]] if point["kind"] == "note" else [])
+
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", small_memory)
+    config = make_config(output_name="broken", **settings)
+    fit(config, on_point)
+    assert [one.removesuffix(", and more passes in a step") for one in notes] == [
+        f"out of memory: on from the last checkpoint with up to {n} examples in a forward pass, not {2 * n}"
+        for n in (4, 2)
+    ]
+    assert max(tried[:2]) > 4 and tried[2] > 4 and tried[3] in (3, 4) and max(tried[4:]) <= 2
+    assert broken.order == [1, 2, 3, 4, 5], "on from the checkpoint of step 2"
+    assert broken.losses == pytest.approx(whole.losses, abs=1e-4)
+    assert prepare.earlier_run(config) is None, "it is the same run still"
+    tried.clear()
+    fit(config.changed({"train.max_steps": 6}), Curve())
+    assert max(tried) <= 2, "the same command does not go where memory was full"
+
+
+def test_what_a_full_memory_says_is_known() -> None:
+    assert cluster.out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert cluster.out_of_memory(MemoryError())
+    assert cluster.out_of_memory(TrainingError("the workers failed; the last time with: OutOfMemoryError: killed"))
+    assert not cluster.out_of_memory(TrainingError("the loss diverged"))
+    behind = TrainingError("the workers failed; the last time with: connection reset by peer")
+    behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
+    assert cluster.out_of_memory(behind)
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) -> None:
+    settings = {"train.max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "evaluate.select_examples": 0}
+    config, first, second, notes = make_config(**settings), Curve(), Curve(), []
+
+    def on_point(point: dict[str, Any]) -> None:
+        second(point)
+        notes.extend([point["text"]] if point["kind"] == "note" else [])
+
+    fit(config, first)
+    flip_a_byte(Path(config.run_dir, "checkpoint-6", "adapter_model.safetensors"))
+    with pytest.raises(ModelError, match=r"--prev_checkpoint checkpoint-6: is damaged .*; give another one"):
+        train.starting_point(config.changed({"prev_checkpoint": "checkpoint-6"}), {})
+    result = fit(config, on_point)
+    assert notes == [
+        "checkpoint-6 is damaged (adapter_model.safetensors is not as it was saved): set aside for the one before"
+    ]
+    assert second.order == [5, 6] and result.best.step == 6
+    assert first.losses | second.losses == pytest.approx(first.losses, abs=1e-4)
+
+
+def test_an_adapter_is_never_copied_from_a_damaged_checkpoint(make_config: Any, caplog: Any) -> None:
+    config = make_config(**{"train.max_steps": 2, "save_steps": 1, "evaluate.select_examples": 0})
+    fit(config, Curve())
+    flip_a_byte(Path(config.run_dir, "checkpoint-2", "adapter_model.safetensors"))
+    assert train.keep_best(config.run_dir).step == 1
+    assert "checkpoint-2 is damaged" in caplog.text
+    flip_a_byte(Path(config.run_dir, "checkpoint-1", "adapter_config.json"))
+    with pytest.raises(TrainingError, match="ended without a complete checkpoint"):
+        train.keep_best(config.run_dir)
+
+
 def test_a_diverging_loss_stops_with_the_step_and_the_remedies(make_config: Any) -> None:
     config = make_config(
         **{
@@ -166,13 +250,13 @@ def test_a_diverging_loss_stops_with_the_step_and_the_remedies(make_config: Any)
     assert max(curve.losses) < 20
 
 
-def test_the_best_and_the_last_checkpoint_are_kept(make_config: Any) -> None:
+def test_the_best_and_the_last_two_checkpoints_are_kept(make_config: Any) -> None:
     config = make_config(**{"train.max_steps": 5, "save_steps": 1, "evaluate.select_examples": 2})
     curve = Curve()
     result = fit(config, curve)
     kept = {checkpoint.step for checkpoint in checkpoints.complete(config.run_dir)}
     assert curve.validated == [1, 2, 3, 4, 5]
-    assert kept == {5, result.best.step}
+    assert kept == {4, 5, result.best.step}
 
 
 def test_only_checkpoints_at_eval_steps_and_the_last_are_measured(make_config: Any) -> None:
@@ -236,7 +320,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_pat
 def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config: Any) -> None:
     config = make_config(**{"train.max_steps": 4, "save_steps": 1, "evaluate.select_examples": 0})
     fit(config, Curve())
-    (last,) = checkpoints.complete(config.run_dir)
+    last = checkpoints.complete(config.run_dir)[-1]
     again = config.changed({"train.max_steps": 6, "prev_checkpoint": Path(last.uri).name})
     fit(again, Curve())
     repeated = Curve()

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from ray_sql import checkpoints, cluster, prepare, tracking, tune
+from ray_sql import checkpoints, cluster, prepare, tracking, trainer, tune
 from ray_sql.config import Config, SweepConfig, load
-from ray_sql.errors import ConfigError, StoreError, TrainingError
+from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tune import champion, search, space, study, sweep
 from ray_sql.tune.study import Measure, Study, Trial
 
@@ -241,25 +241,6 @@ def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any
         assert not os.path.exists(config.run_dir)
 
 
-def test_out_of_memory_halves_a_pass_and_keeps_the_step(make_config: Any) -> None:
-    from ray_sql.cluster import out_of_memory
-    from ray_sql.tune.trial import difference, halved
-
-    assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) and out_of_memory(MemoryError())
-    assert out_of_memory(TrainingError("the workers failed; the last time with: OutOfMemoryError: killed"))
-    assert not out_of_memory(TrainingError("the loss diverged"))
-    behind = TrainingError("the workers failed; the last time with: connection reset by peer")
-    behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
-    assert out_of_memory(behind)
-    plain = make_config(**{"train_batch_size": 4, "grad_accum_steps": 2, "rows.examples_per_row": 1})
-    half = halved(plain)
-    assert half and (half.train_batch_size, half.grad_accum_steps, half.global_batch) == (2, 4, plain.global_batch)
-    shared = halved(make_config())
-    assert shared and (shared.rows.examples_per_row, shared.global_batch) == (4, make_config().global_batch)
-    assert difference(make_config(), shared) == "rows.examples_per_row 4 in place of 8"
-    assert halved(make_config(**{"rows.examples_per_row": 1})) is None
-
-
 # The search
 
 
@@ -384,25 +365,6 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
             sweep._study(config.changed({"overwrite": overwrite}), resume=False)
 
 
-def test_a_storage_that_stutters_is_tried_again(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, tried = checkpoints.write_text, []
-
-    def stutters(uri: str, text: str) -> None:
-        tried.append(uri)
-        if len(tried) in (1, 2) or len(tried) > 3:
-            raise StoreError("the server is busy")
-        write(uri, text)
-
-    monkeypatch.setattr(checkpoints, "write_text", stutters)
-    monkeypatch.setattr(study, "WAITS", (0.0, 0.0))
-    config = one(make_config)
-    begun = study.begin(config)
-    begun.ask(0, {})
-    assert study.load(config) == begun and len(tried) == 3
-    with pytest.raises(StoreError, match="busy"):
-        begun.save()
-
-
 def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
     config = one(make_config, **{"tracking.enabled": True, "tracking.uri": "http://127.0.0.1:9"})
     axes, parent = space.read(config), tracking.disabled(Path())
@@ -524,69 +486,27 @@ def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> N
         assert (told[-1]["score"], told[-1]["done"]) == (score, True), "as the first attempt said"
 
 
-def test_a_trial_goes_on_with_the_settings_as_they_are_now_in_the_layout_it_came_to(make_config: Any) -> None:
-    config = one(make_config, **{"train_batch_size": 4, "grad_accum_steps": 2, "scaling.num_workers": 2})
-    run_dir = f"{config.run_dir}/trials/trial-001"
-    assert study.layout(config, run_dir) == config, "a trial that has not begun"
-    less = config.changed(
-        {"train_batch_size": 2, "grad_accum_steps": 4, "rows.examples_per_row": 4, "learning_rate": 0.5}
-    )
-    checkpoints.write_text(f"{run_dir}/config.json", json.dumps(less.public()))
-    now = study.layout(config.changed({"scaling.num_workers": 0, "grad_accum_steps": 4}), run_dir)
-    assert (now.scaling.num_workers, now.learning_rate) == (0, config.learning_rate)
-    assert (now.train_batch_size, now.grad_accum_steps, now.rows.examples_per_row) == (2, 8, 4)
-    assert now.global_batch == less.global_batch == config.global_batch
-
-
 def test_the_winner_is_measured_as_this_command_says(make_config: Any) -> None:
     config = one(make_config)
     begun = study.begin(config)
     trial = begun.ask(0, {"learning_rate": 1e-2, "lora.r": 8})
-    small = study.settings(config, {"learning_rate": 1e-2, "rows.examples_per_row": 2}, 0)
-    checkpoints.write_text(f"{begun.folder(0)}/config.json", json.dumps(small.public()))
     again = config.changed({"split": ["validation"], "evaluate.limit": 500})
-    chosen = champion._settings(again, begun, trial)
+    chosen = champion._settings(again, trial)
     assert (chosen.split, chosen.evaluate.limit, chosen.run_dir) == (("validation",), 500, config.run_dir)
     assert (chosen.learning_rate, chosen.lora.r, chosen.lora.lora_alpha) == (1e-2, 8, 16)
-    assert chosen.rows.examples_per_row == 2
 
 
-def test_a_trial_without_memory_is_tried_once_more_in_half_of_it(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ray_sql import train
-
-    config = one(make_config, **{"train.max_steps": 2})
-    fit, tried = train.fit, []
-
-    def full(settings: Config, *rest: Any, **named: Any) -> Any:
-        tried.append((settings.rows.examples_per_row, settings.global_batch))
-        if len(tried) == 1:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return fit(settings, *rest, **named)
-
-    monkeypatch.setattr(train, "fit", full)
-    trial = Alone(config)
-    (result,) = trial.steps()
-    assert result["done"] and result["failure"] is None and result["step"] == 2
-    assert tried == [("auto", config.global_batch), (4, config.global_batch)]
-    assert [point["text"] for point in trial.said if point["kind"] == "note"] == [
-        "out of memory: once more with rows.examples_per_row 4 in place of 8"
-    ]
-    saved = json.loads(checkpoints.read_text(f"{trial.folder}/config.json") or "")
-    assert saved["rows"]["examples_per_row"] == 4, "what it was trained with"
-
-
-def test_a_trial_that_fails_says_why_and_scores_worst(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_sql import train
-
+def test_a_trial_without_memory_says_why_and_scores_worst(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA out of memory, whatever the layout")
 
-    monkeypatch.setattr(train, "fit", never)
-    (result,) = Alone(one(make_config)).steps()
+    monkeypatch.setattr(trainer, "train", never)
+    trial = Alone(one(make_config))
+    (result,) = trial.steps()
     assert result["done"] and result["failure"] == "CUDA out of memory, whatever the layout"
     assert result["score"] == study.WORST
+    notes = [point["text"] for point in trial.said if point["kind"] == "note"]
+    assert len(notes) == 3 and all(text.startswith("out of memory") for text in notes), "8, 4, 2, and 1 at a time"
 
 
 # Real sweeps

@@ -76,8 +76,10 @@ class Step:
 class Steps:
     """A rank's part of every optimizer step of a run, laid out when it is asked for."""
 
-    def __init__(self, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int) -> None:
-        self._rows, self._config, self._together = rows, config, together
+    def __init__(
+        self, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int, halvings: int = 0
+    ) -> None:
+        self._rows, self._config, self._together, self._halvings = rows, config, together, halvings
         self._rank, self._world, self._pad = rank, world, pad
         self._plan = plan(rows, config, together)
 
@@ -86,7 +88,7 @@ class Steps:
 
     def __getitem__(self, number: int) -> Step:
         examples = [self._rows[index] for index in self._plan[number]]
-        mine = passes(examples, self._config, self._together, self._rank, self._world)
+        mine = passes(examples, self._config, self._together, self._rank, self._world, self._halvings)
         made = tuple(collate(rows, self._pad) for rows in mine) or (self._idle(examples[0]),)
         return Step(made, sum(len(row.input_ids) - row.prompt_length for row in examples))
 
@@ -176,12 +178,20 @@ def common_prefix(sequences: Sequence[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def passes(examples: Sequence[Row], config: Config, together: int, rank: int, world: int) -> list[list[Shared]]:
+def per_pass(config: Config, halvings: int = 0) -> int:
+    """Most examples in a forward pass as the settings say, after so many halvings."""
+    return max(1, max(together(config), config.train_batch_size) >> halvings)
+
+
+def passes(
+    examples: Sequence[Row], config: Config, together: int, rank: int, world: int, halvings: int = 0
+) -> list[list[Shared]]:
     """The forward passes of one rank in a step over `examples`, longest first, the ranks' shares about equal in tokens.
 
-    A pass holds one shared row, or up to `train_batch_size` plain ones. A rank is left without a pass only if there are
-    fewer examples than ranks.
+    A pass holds one shared row, or up to `train_batch_size` plain ones; half as many, and so on, after `halvings`. A rank is left
+    without a pass only if there are fewer examples than ranks.
     """
+    together, batch = max(1, together >> halvings), max(1, config.train_batch_size >> halvings)
     rows = sorted(share(examples, together, config.rows.row_length, world), key=lambda one: -one.tokens)
     mine: list[Shared] = []
     load = [0] * world
@@ -192,7 +202,7 @@ def passes(examples: Sequence[Row], config: Config, together: int, rank: int, wo
             mine.append(row)
     made: list[list[Shared]] = []
     for row in mine:
-        if made and not row.prefix and not made[-1][0].prefix and len(made[-1]) < config.train_batch_size:
+        if made and not row.prefix and not made[-1][0].prefix and len(made[-1]) < batch:
             made[-1].append(row)
         else:
             made.append([row])

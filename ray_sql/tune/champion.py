@@ -16,7 +16,7 @@ from ray_sql.errors import TrainingError
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
 from ray_sql.tune import space
-from ray_sql.tune.study import FILE, Study, Trial, layout, name
+from ray_sql.tune.study import FILE, Study, Trial, name
 
 ALIAS = "champion"
 ALPHA = 0.05
@@ -31,7 +31,7 @@ def crown(
     if best is None or best.best is None:
         reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
         raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
-    chosen = _settings(config, study, best)
+    chosen = _settings(config, best)
     adapter = _take(chosen, study, best)
     measured = _measure(chosen, study, prepared, adapter, display)
     won, verdict = judge(measured, config)
@@ -77,9 +77,9 @@ def judge(measured: Measured, config: Config) -> tuple[bool, str]:
     return True, against
 
 
-def _settings(config: Config, study: Study, trial: Trial) -> Config:
+def _settings(config: Config, trial: Trial) -> Config:
     """The settings that a trial was trained with, as those of a run in the study's folder; what is scored is for `config` to say."""
-    return layout(config.changed(space.read(config).settings(trial.point)), study.folder(trial.number))
+    return config.changed(space.read(config).settings(trial.point))
 
 
 def _take(chosen: Config, study: Study, trial: Trial) -> str:
@@ -112,7 +112,7 @@ def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, dis
     found = answers(chosen, adapter)
     others = {model: rows for model, rows in found.items() if model != "tuned"}
     if first.best and first.number != study.best().number:  # type: ignore[union-attr]
-        alone = _settings(chosen, study, first).changed({"evaluate.baseline": False})
+        alone = _settings(chosen, first).changed({"evaluate.baseline": False})
         others["default"] = answers(alone, _adapter(study, first))["tuned"]
     return {**others, "tuned": found["tuned"]}
 

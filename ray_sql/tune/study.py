@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +20,6 @@ from ray_sql.config import Config, without_password
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tune.space import Point
 
-log = logging.getLogger(__name__)
-
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 SETTLED = ("finished", "stopped", "failed")
 FILE = "study.json"
@@ -31,8 +27,6 @@ MEASURED_FILE = "measured.json"
 """What was measured of a trial, in its folder."""
 WORST = -sys.float_info.max
 """The score of a trial that failed: the search learns to keep away."""
-WAITS = (1.0, 4.0, 15.0)
-"""Seconds between tries to write the study's file: a storage that stutters must not end a sweep."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +94,8 @@ class Study:
         return self.trials[number]
 
     def save(self) -> None:
-        """Write the file, tried again a few times: Ray Tune's callbacks come here, and would take the sweep down with them."""
-        for wait in (*WAITS, None):
-            try:
-                checkpoints.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
-                return
-            except StoreError as error:
-                if wait is None:
-                    raise
-                log.warning("%s; again in %.0f s", error, wait)
-                time.sleep(wait)
+        """Write the file."""
+        checkpoints.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
 
     def folder(self, number: int) -> str:
         """A trial's run folder."""
@@ -134,21 +120,6 @@ def settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
     """The settings of a trial of the study `config`, whose own folder lies in the study's."""
     root = "scaling.storage_path" if config.scaling.storage_path else "output_dir"
     return config.changed({**changes, root: f"{config.run_dir}/trials", "output_name": name(number)})
-
-
-def layout(config: Config, run_dir: str) -> Config:
-    """The settings `config` in the memory layout that the run in `run_dir` came to, which may have run out of memory; a step sees as many
-    examples as before. All else is as given: a run may go on with other workers, and be scored on other questions."""
-    saved = json.loads(checkpoints.read_text(f"{run_dir}/config.json") or "{}")
-    if not saved:
-        return config
-    micro = saved["train_batch_size"]
-    changes: dict[str, Any] = {"rows.examples_per_row": saved["rows"]["examples_per_row"]}
-    if config.global_batch % (micro * config.workers) == 0:
-        changes["train_batch_size"] = micro
-        if config.train.global_batch_size is None:
-            changes["grad_accum_steps"] = config.global_batch // (micro * config.workers)
-    return config.changed(changes)
 
 
 def begin(config: Config) -> Study:

@@ -8,8 +8,6 @@ checkpoint by then. With `scaling.num_workers` 0 it trains in this process, else
 
 from __future__ import annotations
 
-import gc
-import json
 import logging
 import queue
 import threading
@@ -18,10 +16,10 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from ray_sql import checkpoints, cluster, prepare, rows, train
+from ray_sql import checkpoints, cluster, prepare, train
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
-from ray_sql.tune.study import WORST, Measure, layout, measured, record, settings
+from ray_sql.tune.study import WORST, Measure, measured, record, settings
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +31,9 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         """Read what an earlier attempt left; training starts when that has been reported again."""
         assert plan is not None
         self._number, self._plan, self._settled = config["trial"], plan, config["settled"]
-        given = settings(Config(**plan["config"]), config["changes"], self._number)
-        self._settings = layout(given, given.run_dir)
-        self._fresh = not checkpoints.exists(f"{given.run_dir}/config.json")
-        self._measures = [] if self._fresh else measured(given.run_dir)
+        self._settings = settings(Config(**plan["config"]), config["changes"], self._number)
+        self._fresh = not checkpoints.exists(f"{self._settings.run_dir}/config.json")
+        self._measures = [] if self._fresh else measured(self._settings.run_dir)
         self._left = list(self._measures)
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._decisions: queue.Queue[bool] = queue.Queue()
@@ -71,7 +68,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Go on as another trial: what was imported stays."""
         self.cleanup()
-        free_memory()
+        train.free_memory()
         self.setup(new_config)
         return True
 
@@ -102,27 +99,13 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         try:
             if self._fresh:
                 prepare.copy_inputs(self._plan["inputs"], self._settings)
-            self._fit()
+            train.fit(self._settings, self._plan["model_folder"], self._on_point, decides=True)
         except Exception as error:  # of whatever kind: it ends this trial and not the sweep, which records it
             if not isinstance(error, RaySqlError):
                 log.exception("trial %s failed", self._number)
             self._said.put(("failed", " ".join(str(error).split()) or type(error).__name__))
         else:
             self._said.put(("ended", None))
-
-    def _fit(self) -> None:
-        try:
-            train.fit(self._settings, self._plan["model_folder"], self._on_point, decides=True)
-            return
-        except Exception as error:
-            smaller = halved(self._settings) if cluster.out_of_memory(error) else None
-            if smaller is None:
-                raise
-        self._on_point({"kind": "note", "text": f"out of memory: once more with {difference(self._settings, smaller)}"})
-        self._settings = smaller
-        checkpoints.write_text(f"{smaller.run_dir}/config.json", json.dumps(smaller.public(), indent=2) + "\n")
-        free_memory()
-        train.fit(smaller, self._plan["model_folder"], self._on_point, decides=True)
 
     def _on_point(self, point: cluster.Point) -> bool | None:
         self._plan["sender"]({"trial": self._number, **point})
@@ -137,36 +120,3 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             return None  # there is nothing to decide; it is reported when the run is complete, adapter and all
         self._said.put(("measure", measure))
         return self._decisions.get()
-
-
-def halved(config: Config) -> Config | None:
-    """The same training in half the memory: half the examples in a forward pass and twice as many passes, so that a step sees as
-    many as before; None where a pass has one already."""
-    together = rows.together(config)
-    changes: dict[str, Any] = {"rows.examples_per_row": together // 2} if together > 1 else {}
-    if config.train_batch_size > 1 and config.train_batch_size % 2 == 0:
-        changes["train_batch_size"] = config.train_batch_size // 2
-        if config.train.global_batch_size is None:
-            changes["grad_accum_steps"] = config.grad_accum_steps * 2
-    return config.changed(changes) if changes else None
-
-
-def difference(old: Config, new: Config) -> str:
-    """The settings of a layout that differ, for people."""
-    parts = {
-        "rows.examples_per_row": (rows.together(old), rows.together(new)),
-        "train_batch_size": (old.train_batch_size, new.train_batch_size),
-        "grad_accum_steps": (old.accumulation, new.accumulation),
-    }
-    return ", ".join(
-        f"{name} {after} in place of {before}" for name, (before, after) in parts.items() if before != after
-    )
-
-
-def free_memory() -> None:
-    """Give back what a failed attempt held in this process."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -107,12 +107,14 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         if point["kind"] == "train":
             self._at[number] = point["step"]
             self._show()
-        if point["kind"] not in ("train", "validation") or number not in self._runs:
+        if point["kind"] not in ("train", "validation", "curve") or number not in self._runs:
             return
-        values = {key if "/" in key else f"train/{key}": value for key, value in point["values"].items()}
-        if point.get("objective") is not None:
-            values["objective"] = point["objective"]
-        self._runs[number].log(point["step"], values)
+        points = point["points"] if point["kind"] == "curve" else [(point["step"], point["values"])]
+        for step, logged in points:
+            values = {key if "/" in key else f"train/{key}": value for key, value in logged.items()}
+            if point.get("objective") is not None:
+                values["objective"] = point["objective"]
+            self._runs[number].log(step, values)
 
     def end(self, status: tracking.Status) -> None:
         """End the runs of trials that were cut off, and send what is still to be sent of the others."""

@@ -1,0 +1,565 @@
+"""What becomes of a training run when something dies under it: every fault at every moment, against the unbroken run.
+
+    python -m benchmarks.faults out/faults          (--quick: every fault once; --only WORD: trials that have it in their name)
+
+Every trial is a fine-tuning run of its own on a Ray cluster of a head and two nodes, all on this machine: 4-bit NF4 on the CPU, computed in
+float32 and without dropout so that curves compare, a Llama of random weights, a database and its questions made here. The faults are
+real: processes are killed with SIGKILL, an allocation larger than any memory is asked of torch in the worker, the storage is a link that
+leads to itself for some seconds (the kernel refuses every access to it), a byte is changed in a file, `mlflow server` is killed and
+started again. A run has survived when it ends with exit code 0 and MLflow has each point of its curve once; steps are repeated when the
+driver sees them again. Trials are kept in the folder: what it has is not run again. Then a table, and as the last line one JSON object:
+`survived` of `of`, and `largest_difference`, by which a loss, repeated steps included, differs from the unbroken run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ray_sql import checkpoints, cli, finetune, train
+from ray_sql.config import Config, load
+
+STEPS, SAVE = 16, 4
+MOMENTS = {
+    "before the first checkpoint": ("step", 2),
+    "between two": ("step", 10),
+    "during a save": ("save", 12),
+    "at the last step": ("step", STEPS),
+}
+"""A step that the driver has seen, or a checkpoint whose folder is there and whose marker is not."""
+OUTAGE = 4.0
+"""Seconds for which the storage still refuses every access once the run has noticed."""
+PATIENCE = 180.0
+"""Seconds that a run may take to come to its moment, and from there to its end."""
+SETTINGS: dict[str, Any] = {
+    "task_type": "sql",
+    "data.split_by": "question",
+    "data.validation_fraction": 0.0,
+    "prompt.serializer": "compact",
+    "lora.r": 64,
+    "lora.lora_dropout": 0.0,
+    "learning_rate": 1e-3,
+    "grad_accum_steps": 16,
+    "train.bf16": False,
+    "train.max_steps": STEPS,
+    "train.logging_steps": 1,
+    "save_steps": SAVE,
+    "scaling.num_workers": 1,
+    "scaling.resources_per_worker": {"CPU": 1},
+    "evaluate.select_examples": 0,
+    "evaluate.limit": 1,
+    "evaluate.max_new_tokens": 1,
+    "evaluate.baseline": False,
+    "evaluate.processes": 1,
+}
+SHOP = """
+CREATE TABLE customer (id INTEGER PRIMARY KEY, name TEXT, city TEXT, born INTEGER);
+CREATE TABLE product (id INTEGER PRIMARY KEY, title TEXT, colour TEXT, price REAL);
+CREATE TABLE sale (customer_id INTEGER REFERENCES customer (id), product_id INTEGER REFERENCES product (id), day TEXT, amount INTEGER);
+INSERT INTO customer VALUES (1, 'Ada', 'Lisbon', 1980), (2, 'Ben', 'Porto', 1991);
+INSERT INTO product VALUES (1, 'Lamp', 'red', 20.5), (2, 'Desk', 'white', 120);
+INSERT INTO sale VALUES (1, 1, '2024-01-02', 2), (2, 2, '2024-02-01', 1);
+"""
+COLUMNS = {
+    "customer": ("id", "name", "city", "born"),
+    "product": ("id", "title", "colour", "price"),
+    "sale": ("day", "amount", "customer_id", "product_id"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what the folder does not have yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where trials are kept")
+    parser.add_argument("--quick", action="store_true", help="every fault once, between two checkpoints")
+    parser.add_argument("--only", default="", help="trials with this in their name")
+    parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.drive:
+        drive(**json.loads(arguments.drive.read_text()))
+        return
+    chosen = [
+        (fault, moment)
+        for fault, (_, moments) in FAULTS.items()
+        for moment in moments
+        if arguments.only in f"{fault} {moment}" and (not arguments.quick or moment == "between two")
+    ]
+    report(trials(arguments.folder.resolve(), chosen))
+
+
+def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """What came of the chosen trials, of which only those are run that the folder does not have."""
+    make_data(folder / "data")
+    make_model(folder / "model")
+    names = [("nothing", ""), *chosen]
+    if all((place(folder, *name) / "result.json").is_file() for name in names):
+        return [kept(folder, *name) for name in chosen]
+    with machines() as nodes:
+        for number, (fault, moment) in enumerate(names):
+            if not (place(folder, fault, moment) / "result.json").is_file():
+                result = trial(folder, nodes, fault, moment)
+                print(f"{number}/{len(chosen)} {fault}, {moment}: {json.dumps(result)}", flush=True)
+                if not moment and not result["survived"]:
+                    raise RuntimeError(f"the unbroken run failed; see {place(folder, fault, moment) / 'log.txt'}")
+    return [kept(folder, *name) for name in chosen]
+
+
+def place(folder: Path, fault: str, moment: str) -> Path:
+    """The folder of a trial."""
+    return folder / f"{fault} {moment}".strip().replace(" ", "-")
+
+
+def kept(folder: Path, fault: str, moment: str) -> dict[str, Any]:
+    """The result of a trial that is over."""
+    return dict(json.loads((place(folder, fault, moment) / "result.json").read_text()))
+
+
+def trial(folder: Path, nodes: Nodes, fault: str, moment: str) -> dict[str, Any]:
+    """Run one trial and keep what came of it."""
+    started = time.monotonic()
+    happens = FAULTS[fault][0] if moment else None
+    nodes.complete()
+    for _ in range(3):  # a save takes some milliseconds: what comes too late for it is tried again
+        shutil.rmtree(place(folder, fault, moment), ignore_errors=True)
+        with Run(place(folder, fault, moment), nodes, fault, moment) as run:
+            run.start()
+            hit = happens is None or run.comes_to(moment)
+            if happens and hit:
+                happens(run)
+            code = run.end()
+            result = outcome(folder, run, code)
+        if hit:
+            break
+        started = time.monotonic()
+    else:
+        raise RuntimeError(f"{fault}, {moment}: the moment was missed three times")
+    result |= {"fault": fault, "moment": moment, "seconds": round(time.monotonic() - started, 1)}
+    checkpoints.write_whole(run.folder / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def outcome(folder: Path, run: Run, code: int | None) -> dict[str, Any]:
+    """Whether a run survived, and how its curve compares with the unbroken one."""
+    seen = [point for point in run.points() if "loss" in point]
+    unbroken = {point["step"]: point["loss"] for point in Run(place(folder, "nothing", ""), run.nodes).points()}
+    steps = {point["step"] for point in seen}
+    recorded = run.recorded() if code == 0 else []
+    said = SAYS.get(run.fault, "") in run.log.read_text()
+    return {
+        "survived": code == 0 and steps == set(unbroken) and recorded == sorted(unbroken) and said,
+        "exit_code": code,
+        "starts": run.starts,
+        "steps_repeated": len(seen) - len(steps),
+        "largest_difference": max((abs(point["loss"] - unbroken[point["step"]]) for point in seen), default=None),
+        "recorded_once": recorded == sorted(unbroken),
+        "said": said,
+    }
+
+
+def report(results: list[dict[str, Any]]) -> None:
+    """The table, and the sums."""
+    print("\n| fault | moment | survived | steps repeated | largest difference | seconds |\n|---|---|---|---|---|---|")
+    for one in results:
+        print(
+            f"| {one['fault']} | {one['moment']} | {'yes' if one['survived'] else '**no**'} | {one['steps_repeated']} | "
+            f"{one['largest_difference']:.1e} | {one['seconds']:.0f} |"
+        )
+    largest = max((one["largest_difference"] for one in results), default=None)
+    survived = sum(one["survived"] for one in results)
+    print(json.dumps({"survived": survived, "of": len(results), "largest_difference": largest}))
+
+
+class Nodes:
+    """A head without CPUs, where drivers are, and two nodes of one CPU each."""
+
+    def __init__(self, temporary: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": temporary, **SMALL})
+        self.address = self._cluster.address
+        self.complete()
+
+    def complete(self) -> None:
+        """Replace the nodes that were killed."""
+        for node in [node for node in self._cluster.worker_nodes if _raylet(node).poll() is not None]:
+            self._cluster.remove_node(node, allow_graceful=False)
+        while len(self._cluster.worker_nodes) < 2:
+            self._cluster.add_node(num_cpus=1, **SMALL)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        raylets = [_raylet(node) for node in self._cluster.worker_nodes]
+        children = [one for raylet in raylets if raylet.poll() is None for one in psutil.Process(raylet.pid).children()]
+        return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
+
+    def shutdown(self) -> None:
+        """End them all."""
+        self._cluster.shutdown()
+
+
+SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+
+
+def _raylet(node: Any) -> subprocess.Popen[bytes]:
+    (raylet,) = node.all_processes["raylet"]
+    started: subprocess.Popen[bytes] = raylet.process
+    return started
+
+
+@contextmanager
+def machines() -> Iterator[Nodes]:
+    """A cluster with a token of its own."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    temporary = tempfile.mkdtemp(prefix="faults-")
+    nodes = Nodes(temporary)
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Run:
+    """One fine-tuning run, whose command may be given several times."""
+
+    def __init__(self, folder: Path, nodes: Nodes, fault: str = "", moment: str = "") -> None:
+        self.folder, self.nodes, self.fault, self.moment = folder, nodes, fault, moment
+        self.log, self.store, self._points = folder / "log.txt", folder / "store", folder / "points.jsonl"
+        self.starts = 0
+        self.server: Server | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.worker: psutil.Process | None = None
+
+    def __enter__(self) -> Run:
+        (self.folder / "behind").mkdir(parents=True)
+        self.store.symlink_to(self.folder / "behind")
+        uri = f"sqlite:///{self.folder.parent / 'mlflow.db'}"
+        if self.fault == "MLflow killed":
+            self.server = Server(self.folder)
+            uri = self.server.uri
+        given = {
+            **SETTINGS,
+            "model_name": str(self.folder.parent / "model"),
+            "dataset_id": str(self.folder.parent / "data"),
+            "output_name": self.folder.name,
+            "scaling.storage_path": str(self.store),
+            "cache_dir": str(self.folder.parent / "cache"),
+            "tracking.uri": uri,
+        }
+        self.config = load(Config, [], **given)
+        full = MOMENTS[self.moment] if self.fault == "out of memory" else None
+        plan = {"settings": given, "points": str(self._points), "full": full}
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process and self._process.poll() is None:
+            self.kill()
+        if self.server:
+            self.server.kill()
+
+    def start(self) -> None:
+        """Give the command, again where it was given before."""
+        self.starts += 1
+        settings = {
+            "RAY_ADDRESS": self.nodes.address,
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.faults",
+            str(self.folder),
+            "--drive",
+            str(self.folder / "plan.json"),
+        ]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **settings}
+            )
+
+    def kill(self) -> None:
+        """SIGKILL to the driver."""
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+    def points(self) -> list[dict[str, Any]]:
+        """What the driver has seen, in all starts; a line may have been cut off when it was killed."""
+        text = self._points.read_text() if self._points.exists() else ""
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def comes_to(self, moment: str) -> bool:
+        """Wait for a moment; False if it is over already, or the run is."""
+        kind, step = MOMENTS[moment]
+        if not self._waits(lambda: bool(self.points())):
+            return False
+        self.worker = self.nodes.workers()[0]
+        if not self._waits(lambda: self.points()[-1]["step"] >= step):
+            return False
+        folder = Path(self.config.run_dir, f"checkpoint-{step}")
+        while kind == "save" and not folder.exists():
+            pass  # it takes milliseconds: no time to sleep
+        return kind == "step" or not (folder / checkpoints.MARKER).exists()
+
+    def notices(self) -> None:
+        """Wait until the run has said what happens to it, or is over."""
+        self._waits(lambda: SAYS[self.fault] in self.log.read_text())
+
+    def end(self) -> int | None:
+        """The exit code; None where it does not end."""
+        assert self._process
+        try:
+            code = self._process.wait(PATIENCE)
+            if code == 0 and finetune.spool(self.config).exists() and self.server:
+                self.server.answers()
+                self.start()  # a finished run is shown, and what waits for MLflow is sent
+                code = self._process.wait(PATIENCE)
+            return code
+        except subprocess.TimeoutExpired:
+            return None
+
+    def recorded(self) -> list[int]:
+        """The steps of the curve in MLflow, by step, as often as they are there; nothing where the run has not ended well."""
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(self.config.tracking.uri)
+        known = json.loads(checkpoints.read_text(f"{self.config.run_dir}/{finetune.RUN_FILE}") or "")["mlflow_run_id"]
+        if client.get_run(known).info.status != "FINISHED":
+            return []
+        return sorted(point.step for point in client.get_metric_history(known, "train/loss"))
+
+    def _waits(self, there: Callable[[], bool]) -> bool:
+        started = time.monotonic()
+        assert self._process
+        while not there():
+            if self._process.poll() is not None or time.monotonic() - started > PATIENCE:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+class Server:
+    """A real `mlflow server` with a database of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.uri, self._folder = f"http://127.0.0.1:{self._port}", folder
+        self.start()
+        self.answers()
+
+    def start(self) -> None:
+        """Start it, again on the same port and database."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        with (self._folder / "mlflow.txt").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and the processes it started."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def answers(self) -> None:
+        """Wait until it does."""
+        started = time.monotonic()
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except (OSError, urllib.error.URLError):
+                if time.monotonic() - started > PATIENCE:
+                    raise
+                time.sleep(0.2)
+
+
+def worker_killed(run: Run) -> None:
+    """SIGKILL to the process that trains."""
+    assert run.worker
+    run.worker.kill()
+
+
+def node_killed(run: Run) -> None:
+    """SIGKILL to all processes of the node it runs on, as when a machine is lost; the other node is free."""
+    assert run.worker
+    raylet = run.worker.parent()
+    assert raylet
+    for process in (run.worker, raylet, *raylet.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def driver_killed(run: Run) -> None:
+    """SIGKILL to the driver, and the same command again."""
+    run.kill()
+    run.start()
+
+
+def storage_fails(run: Run) -> None:
+    """Every access to the storage fails for some seconds."""
+    _lead(run.store, run.store)
+    run.notices()
+    time.sleep(OUTAGE)
+    _lead(run.store, run.folder / "behind")
+
+
+def checkpoint_damaged(run: Run) -> None:
+    """The driver is killed, a byte of the newest complete checkpoint changed, and the command given again."""
+    run.kill()
+    psutil.wait_procs([run.worker] if run.worker else [], timeout=PATIENCE)  # it may still be saving
+    file = Path(checkpoints.complete(run.config.run_dir)[-1].uri, "optimizer.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run.start()
+
+
+def mlflow_killed(run: Run) -> None:
+    """SIGKILL to the MLflow server, which is started again."""
+    assert run.server
+    run.server.kill()
+    run.notices()
+    run.server.start()
+
+
+def _lead(link: Path, target: Path) -> None:
+    new = link.with_name("new")
+    new.symlink_to(target)
+    new.replace(link)
+
+
+FAULTS: dict[str, tuple[Callable[[Run], None], tuple[str, ...]]] = {
+    "worker killed": (worker_killed, tuple(MOMENTS)),
+    "node killed": (node_killed, tuple(MOMENTS)),
+    "driver killed": (driver_killed, tuple(MOMENTS)),
+    "out of memory": (lambda run: None, tuple(MOMENTS)),  # see `without_memory`
+    "storage fails": (storage_fails, tuple(MOMENTS)),
+    "checkpoint damaged": (checkpoint_damaged, tuple(MOMENTS)[1:]),
+    "MLflow killed": (mlflow_killed, tuple(MOMENTS)),
+}
+"""What happens, and at which moments it can."""
+SAYS = {
+    "out of memory": "out of memory",
+    "storage fails": "storage fails",
+    "checkpoint damaged": "is damaged",
+    "MLflow killed": "stopped answering",
+}
+"""What the run's log then has: a fault that nobody noticed did not happen."""
+
+
+def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -> None:
+    """A driver: `jobs.finetune`, which also writes down every point of the curve as it sees it."""
+
+    class Noting(finetune.Points):
+        def __call__(self, point: dict[str, Any]) -> None:
+            if point["kind"] == "train":
+                with open(points, "a") as stream:
+                    stream.write(json.dumps({"step": point["step"], "loss": point["values"]["loss"]}) + "\n")
+            super().__call__(point)
+
+    finetune.Points = Noting  # type: ignore[misc]
+    if full:
+        train.train_loop_per_worker = partial(without_memory, moment=full)
+    cli.main(finetune.run, Config, [], **settings)
+
+
+def without_memory(plan: dict[str, Any], moment: tuple[str, int]) -> dict[str, Any]:
+    """`train_loop_per_worker` where torch finds no memory at a moment, unless forward passes were halved."""
+    import torch
+
+    from ray_sql import checkpoints, train, trainer
+
+    kind, at = moment
+    step, checksum = trainer.StepTrainer.training_step, checkpoints._checksum
+
+    def full(*_: Any) -> None:
+        if plan["halvings"] == 0:
+            torch.empty(2**55)
+
+    def training_step(self: Any, *given: Any) -> Any:
+        if kind == "step" and self.state.global_step + 1 == at:
+            full()
+        return step(self, *given)
+
+    def while_saving(file: Path) -> Any:
+        if kind == "save" and f"checkpoint-{at}" in str(file):
+            full()
+        return checksum(file)
+
+    trainer.StepTrainer.training_step = training_step  # type: ignore[assignment, method-assign]
+    checkpoints._checksum = while_saving
+    return train.train_loop_per_worker(plan)
+
+
+def make_data(folder: Path) -> None:
+    """A folder in Spider's format: one database, questions on its columns."""
+    if (folder / "dev.json").is_file():
+        return
+    (folder / "database" / "shop").mkdir(parents=True, exist_ok=True)
+    (folder / "database" / "shop" / "shop.sqlite").unlink(missing_ok=True)
+    connection = sqlite3.connect(folder / "database" / "shop" / "shop.sqlite")
+    connection.executescript(SHOP)
+    connection.close()
+    asked = [
+        {"db_id": "shop", "question": question, "query": query}
+        for table, columns in COLUMNS.items()
+        for column in columns
+        for question, query in (
+            (f"Show the {column} of every {table}.", f"SELECT {column} FROM {table}"),
+            (f"How many different values has {column} of {table}?", f"SELECT COUNT(DISTINCT {column}) FROM {table}"),
+            (f"What is the largest {column} of a {table}?", f"SELECT MAX({column}) FROM {table}"),
+            (f"List {table} by {column}.", f"SELECT * FROM {table} ORDER BY {column}"),
+        )
+    ]
+    (folder / "tables.json").write_text("[]")
+    (folder / "train_spider.json").write_text(json.dumps(asked))
+    (folder / "train_others.json").write_text("[]")
+    (folder / "dev.json").write_text(json.dumps(asked[:1]))
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of random weights, and a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if (folder / "config.json").is_file():
+        return
+    words = ["<|pad|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(BPE({word: number for number, word in enumerate(words)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096, **shape)).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A run whose worker, node or newest checkpoint is lost ends with the curve of the unbroken one.
+
+Three trials of `benchmarks.faults`, which has all of them: real processes of a cluster of three nodes, killed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import faults
+from ray_sql import checkpoints
+from tests.test_train import Curve, fit, flip_a_byte
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """What the benchmark sets for its cluster is gone afterwards."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_run_survives_and_repeats_the_unbroken_curve(tmp_path: Path, environment: None) -> None:
+    chosen = [
+        ("worker killed", "during a save"),
+        ("node killed", "between two"),
+        ("checkpoint damaged", "at the last step"),
+    ]
+    for result in faults.trials(tmp_path, chosen):
+        assert result["survived"], result
+        assert result["largest_difference"] < 1e-4, result
+        assert 0 <= result["steps_repeated"] <= 2 * faults.SAVE, result
+
+
+def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(
+    make_config: Any, ray_local: None
+) -> None:
+    settings = {"train.max_steps": 4, "save_steps": 2, "scaling.num_workers": 2, "evaluate.select_examples": 0}
+    config, first, second, notes = make_config(**settings, **{"lora.lora_dropout": 0}), Curve(), Curve(), []
+
+    def on_point(point: dict[str, Any]) -> None:
+        second(point)
+        notes.extend([point["text"]] if point["kind"] == "note" else [])
+
+    fit(config, first)
+    flip_a_byte(Path(config.run_dir, "checkpoint-4", "optimizer.pt"))
+    fit(config, on_point)
+    assert [text for text in notes if "checkpoint-4 is damaged (optimizer.pt is not as it was saved)" in text] == notes
+    assert len(notes) == 1 and second.order == [3, 4]
+    assert second.losses == pytest.approx({step: first.losses[step] for step in (3, 4)}, abs=1e-4)
+    assert [one.step for one in checkpoints.complete(config.run_dir)] == [2, 4]
