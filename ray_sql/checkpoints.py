@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Checkpoint:
-    """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics."""
+    """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics, or nothing yet."""
     uri = f"{run_dir}/checkpoint-{step}"
     remove(uri)
     files = {str(file.relative_to(local)): file.stat().st_size for file in sorted(local.rglob("*")) if file.is_file()}
@@ -52,6 +52,12 @@ def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Che
     )
     write_text(f"{uri}/{MARKER}", json.dumps(marker, indent=1))
     return Checkpoint(uri, step, marker["objective"], marker["tie_break"], marker["metrics"])
+
+
+def score(uri: str, scores: Mapping[str, Any]) -> None:
+    """Add to a complete checkpoint what it was measured at: objective, tie_break and metrics."""
+    marker = json.loads(read_text(f"{uri}/{MARKER}") or "")
+    write_text(f"{uri}/{MARKER}", json.dumps(marker | dict(scores), indent=1))
 
 
 def complete(run_dir: str) -> list[Checkpoint]:
