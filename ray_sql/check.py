@@ -100,17 +100,18 @@ def resources(config: Config) -> str:
 
     if config.scaling.num_workers == 0:
         return "trains in this process, without Ray"
+    workers = f"{config.fewest_workers} to {config.workers}" if config.elastic else str(config.workers)
     if os.environ.get("RAY_ADDRESS"):
-        return f"{config.workers} workers on the cluster at {os.environ['RAY_ADDRESS']}"
+        return f"{workers} workers on the cluster at {os.environ['RAY_ADDRESS']}"
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     available, kind = (
         (gpus, "GPUs") if (gpus if config.scaling.use_gpu is None else config.scaling.use_gpu) else (cores, "cores")
     )
-    if config.workers > available:
+    if config.fewest_workers > available:
         raise ConfigError(
-            f"--scaling.num_workers {config.workers}, but this machine has {available} {kind}; use at most {available}"
+            f"--scaling.num_workers {workers}, but this machine has {available} {kind}; use at most {available}"
         )
-    return f"{config.workers} workers, {available} {kind} here"
+    return f"{workers} workers, {available} {kind} here"
 
 
 def data(config: Config, prepared: Prepared) -> str:

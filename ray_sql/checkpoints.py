@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Checkpoint:
-    """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics."""
+    """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics, or nothing yet."""
     uri = f"{run_dir}/checkpoint-{step}"
     remove(uri)
     files = {str(file.relative_to(local)): file for file in sorted(local.rglob("*")) if file.is_file()}
@@ -92,6 +92,12 @@ def _checksum(file: Path) -> str | None:
         return None
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def score(uri: str, scores: Mapping[str, Any]) -> None:
+    """Add to a complete checkpoint what it was measured at: objective, tie_break and metrics."""
+    marker = json.loads(read_text(f"{uri}/{MARKER}") or "")
+    write_text(f"{uri}/{MARKER}", json.dumps(marker | dict(scores), indent=1))
 
 
 def complete(run_dir: str) -> list[Checkpoint]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,10 @@ MANY = 1000
 FULL_MEMORY = ("out of memory", "can't allocate memory")
 """How CUDA and torch's CPU allocator say that memory is full."""
 
+PATIENCE = 45.0
+"""Seconds that workers have to save and end once this process was told to stop: less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
+ours, with time left to close the records."""
+
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
 """One thread: whoever asks for Ray second finds it started."""
 _BEGUN: list[Future[None]] = []
@@ -69,11 +75,19 @@ _OURS = threading.Event()
 
 
 def run_workers(
-    loop: Loop, plan: Mapping[str, Any], config: Config, on_point: OnPoint, run_dir: str, decides: bool = False
+    loop: Loop,
+    plan: Mapping[str, Any],
+    config: Config,
+    on_point: OnPoint,
+    run_dir: str,
+    decides: bool = False,
+    resizes: bool = False,
 ) -> dict[str, Any]:
-    """Call `loop(plan)` on every worker and return what rank 0 returned; `plan["emit"](point)` reaches `on_point` here.
+    """Call `loop(plan)` on every worker and return what rank 0 returned; `plan["emit"](point)` reaches `on_point` here, and
+    `plan["stopping"]()` says whether this process was told to stop.
 
-    Where `on_point` `decides`, workers wait at every checkpoint for what it says.
+    Where `on_point` `decides`, workers wait at every checkpoint for what it says. Of an elastic run, workers come and go where it
+    `resizes`; else as many as there is room for at the start stay.
 
     A worker that dies is restarted with all others, `scaling.max_failures` times. Raises the `RaySqlError` that rank 0 raised,
     and `TrainingError` when the restarts are used up.
@@ -81,22 +95,124 @@ def run_workers(
     import ray
     from ray.train.torch import TorchTrainer
 
+    begun = threading.Event()
+
+    def passed_on(point: Point) -> bool | None:
+        if point["kind"] == "train":
+            begun.set()
+        return on_point(point)
+
     if config.scaling.num_workers == 0:
         from ray.train import ScalingConfig
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces every report
+        told = threading.Event()
         trainer = TorchTrainer(
-            loop, train_loop_config={**plan, "emit": on_point}, scaling_config=ScalingConfig(num_workers=0)
+            loop,
+            train_loop_config={**plan, "emit": passed_on, "stopping": told.is_set},
+            scaling_config=ScalingConfig(num_workers=0),
         )
-        return dict(trainer.fit().return_value)
+        with ending_in_order(told, begun, on_point):
+            return dict(trainer.fit().return_value)
     start_ray()
     on_point(mark("Ray"))
+    sign = ClusterEvent()
     try:
-        with Channel(on_point, decides) as channel:
-            return _fit(loop, {**plan, "emit": channel.sender()}, config, run_dir)
+        with Channel(passed_on, decides) as channel, ending_in_order(sign, begun, on_point):
+            full = {**plan, "emit": channel.sender(), "stopping": sign.is_set}
+            return _beside_signals(lambda: _fit(loop, full, config, run_dir, resizes))
     except (KeyboardInterrupt, SystemExit):
         ray.shutdown()  # at once: left to the interpreter's exit it waits a quarter of a minute for workers that are busy
         raise
+
+
+class ClusterEvent:
+    """`threading.Event` for all processes of a cluster: a key in Ray's own store, so that it needs no process."""
+
+    def __init__(self) -> None:
+        self._key = f"ray_sql-{uuid.uuid4().hex}"
+
+    def set(self) -> None:
+        from ray.experimental import internal_kv
+
+        internal_kv._internal_kv_put(self._key, b"set")
+
+    def is_set(self) -> bool:
+        from ray.experimental import internal_kv
+
+        return bool(internal_kv._internal_kv_exists(self._key))
+
+
+@contextmanager
+def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event, on_point: OnPoint) -> Iterator[None]:
+    """Inside, SIGTERM or Ctrl-C sets `told`, and has its effect when what is inside has ended.
+
+    Its effect is immediate as long as nothing has `begun`, the second time, and after `PATIENCE` seconds. Signals reach the main thread:
+    in any other this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: kept for n in numbers if (kept := signal.getsignal(n)) not in (None, signal.SIG_IGN)}
+    received: list[int] = []
+    ended = threading.Event()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def end(number: int) -> None:
+        on_point(
+            {
+                "kind": "note",
+                "text": f"told to stop: a checkpoint is saved first, for at most {PATIENCE:.0f} s; once more stops at once",
+            }
+        )
+        told.set()
+        if not ended.wait(PATIENCE):
+            os.kill(os.getpid(), number)
+
+    def receive(number: int, frame: object) -> None:
+        restore()
+        if not begun.is_set():
+            signal.raise_signal(number)
+            return
+        received.append(number)
+        # not here: this code may have broken into the display's own, which cannot be entered twice
+        threading.Thread(target=end, args=(number,), name="ray_sql-end", daemon=True).start()
+
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield
+    except Exception as error:
+        if not received:
+            raise
+        on_point({"kind": "note", "text": f"stopped without a checkpoint: {_last_line(error)}"})
+    finally:
+        ended.set()
+        if not received:
+            restore()
+    if received:
+        signal.raise_signal(received[0])
+
+
+def _beside_signals(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call in a thread, where this is the main one: signals are then received while it lasts, and Ray Train, which ends a run at
+    Ctrl-C, leaves them to us."""
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    result: Future[dict[str, Any]] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="ray_sql-fit", daemon=True).start()
+    return result.result()
 
 
 def mark(stage: str, at: float | None = None) -> Point:
@@ -264,7 +380,7 @@ def _node_types() -> list[tuple[dict[str, float], int]]:
     ]
 
 
-def scaling_config(config: Config) -> ScalingConfig:
+def scaling_config(config: Config, resizes: bool = False) -> ScalingConfig:
     """Ray's ScalingConfig: a GPU each where the cluster has or may get any, else an equal share of its CPUs."""
     from ray.train import ScalingConfig
 
@@ -273,13 +389,17 @@ def scaling_config(config: Config) -> ScalingConfig:
     for name, amount in each.items():
         have = sum(node.get(name, 0) for node in nodes)
         # a cluster that we joined may still grow; one that we started will not, and Ray would wait for ever
-        if amount * config.workers > have and not os.environ.get("RAY_ADDRESS"):
+        least = config.fewest_workers
+        if amount * least > have and not os.environ.get("RAY_ADDRESS"):
             raise ConfigError(
-                f"--scaling.num_workers {config.workers} needs {amount * config.workers:g} {name}, but this machine has "
-                f"{have:g}; use fewer workers, or --scaling.resources_per_worker"
+                f"--scaling.num_workers {least} needs {amount * least:g} {name}, but this machine has {have:g}; use fewer workers, or "
+                "--scaling.resources_per_worker"
             )
     return ScalingConfig(
-        num_workers=config.scaling.num_workers, use_gpu=bool(each.get("GPU")), resources_per_worker=each
+        num_workers=config.scaling.num_workers,
+        elastic_resize_monitor_interval_s=config.scaling.elastic_resize_monitor_interval_s if resizes else math.inf,
+        use_gpu=bool(each.get("GPU")),
+        resources_per_worker=each,
     )
 
 
@@ -353,8 +473,9 @@ class Channel:
 
         # on the driver's node: on another it would be lost with that, and all later points with it
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-        self._decisions = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) if decides else None
+        options = {"num_cpus": 0, "scheduling_strategy": here}
+        self._queue = Queue(actor_options=options)
+        self._decisions = Queue(actor_options=options) if decides else None
         self._on_point = on_point
         self._thread = threading.Thread(target=self._drain, name="ray_sql-points", daemon=True)
 
@@ -400,12 +521,12 @@ class Channel:
             return None
 
 
-def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str) -> dict[str, Any]:
+def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str, resizes: bool) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    scaling = scaling_config(config)
+    scaling = scaling_config(config, resizes)
     trainer = TorchTrainer(
         _Guarded(loop),
         train_loop_config=plan,

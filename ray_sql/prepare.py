@@ -286,10 +286,10 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
             f"sharing   up to {rows.together(config)} questions in a row with their schema: {computed:,} tokens to compute an epoch, "
             f"{alone / computed:.1f} times fewer"
         )
-    yield (
-        f"training  {steps} steps of {config.global_batch} examples ({config.train_batch_size} x {config.accumulation} x "
-        f"{config.workers} workers), a checkpoint every {config.save_steps}"
-    )
+    made_of = f"{config.train_batch_size} x {config.accumulation} x {config.workers} workers"
+    if config.elastic:
+        made_of = f"with {config.fewest_workers} to {config.workers} workers alike"
+    yield f"training  {steps} steps of {config.global_batch} examples ({made_of}), a checkpoint every {config.save_steps}"
     if config.evaluate.select_examples:
         every = config.evaluate.eval_steps or config.save_steps
         yield f"          measured on validation questions every {every} steps and at the end, to keep the best"

@@ -2,10 +2,11 @@
 
 `fit` runs on the driver, `train_loop_per_worker` on every worker. They meet in the run's folder: rows and validation questions
 lie there before workers start, checkpoints appear there while they run, and a restarted worker group goes on from the
-newest complete one. At `evaluate.eval_steps` the validation questions are answered by all ranks and judged on rank 0, before the
-checkpoint is saved with what came of it. Ray's `ValidationConfig` would do that in a task of its own beside training; it is not used
-because its verdicts go to Ray's own checkpoint manager (see `checkpoints` for why that is not ours), a crash would leave checkpoints
-that nobody measured, and each task loads the base model anew on a device of its own, where here every rank has it loaded.
+newest complete one, with as many workers as there are then. At `evaluate.eval_steps` a checkpoint is saved, then the validation
+questions are answered by all ranks and judged on rank 0; where a run was cut off in between, it goes on with that. Ray's
+`ValidationConfig` would do that in a task of its own beside training; it is not used because its verdicts go to Ray's own checkpoint
+manager (see `checkpoints` for why that is not ours), a crash would leave checkpoints that nobody measured, and each task loads the base
+model anew on a device of its own, where here every rank has it loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,10 @@ START_FILE = "inputs/start"
 """Which checkpoint the run was told to go on from, once it has been done."""
 HALVINGS_FILE = "inputs/halvings"
 """How often this run had to halve its forward passes to find memory: no setting, for the adapter is the same."""
+ASKING = 100
+"""Training takes so many times as long as asking whether to save at once ..."""
+SECONDS_UNASKED = 5.0
+"""... unless that is longer ago than this. Ray itself looks every five seconds for nodes that are to be taken away."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -61,15 +67,23 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
         _rewind(config, start_from)
     plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
     halvings = int(checkpoints.read_text(f"{run_dir}/{HALVINGS_FILE}") or 0)
-    while (outcome := _attempt({**plan, "halvings": halvings}, config, on_point, decides)) is None:
-        halvings += 1
-        most = rows.per_pass(config, halvings)
-        checkpoints.write_text(f"{run_dir}/{HALVINGS_FILE}", str(halvings))
-        _noting(on_point)(
-            f"out of memory: on from the last checkpoint with up to {most} examples in a forward pass, not {2 * most}, and more "
-            "passes in a step"
+    try:
+        while (outcome := _attempt({**plan, "halvings": halvings}, config, on_point, decides)) is None:
+            halvings += 1
+            most = rows.per_pass(config, halvings)
+            checkpoints.write_text(f"{run_dir}/{HALVINGS_FILE}", str(halvings))
+            _noting(on_point)(
+                f"out of memory: on from the last checkpoint with up to {most} examples in a forward pass, not {2 * most}, and more "
+                "passes in a step"
+            )
+            free_memory()
+    except (KeyboardInterrupt, SystemExit):
+        done = checkpoints.complete(run_dir)
+        kept = (
+            f"{Path(done[-1].uri).name} is saved: the same command goes on from there" if done else "no checkpoint yet"
         )
-        free_memory()
+        _noting(on_point)(f"stopped; {kept}")
+        raise
     if outcome["failure"]:
         raise TrainingError(outcome["failure"])
     return FitResult(outcome["step"], keep_best(run_dir, _noting(on_point)), time.monotonic() - started)
@@ -80,7 +94,7 @@ def _attempt(
 ) -> dict[str, Any] | None:
     """What rank 0 returned; None where memory was full and forward passes can be halved once more."""
     try:
-        return cluster.run_workers(train_loop_per_worker, plan, config, on_point, config.run_dir, decides)
+        return cluster.run_workers(train_loop_per_worker, plan, config, on_point, config.run_dir, decides, resizes=True)
     except Exception as error:  # in this process it is torch's own, from workers a TrainingError
         if not cluster.out_of_memory(error) or rows.per_pass(config, plan["halvings"]) == 1:
             raise
@@ -212,6 +226,9 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             plan["emit"](cluster.mark(stage, at))
 
     mark("workers", entered)
+    if config.elastic and context.get_world_rank() == 0:
+        bounds = f"{config.fewest_workers} to {config.workers}"
+        plan["emit"]({"kind": "note", "text": f"training with {context.get_world_size()} of {bounds} workers"})
     mark("imports of the training stack")
     folder = models.here(plan["model_folder"], config)
     base = models.load_base(folder, config, cluster.claim_device(config))
@@ -220,14 +237,16 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
         data = rows.read(checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", local / "rows.parquet"))
-        resume_from = _resume(config, plan["start_from"], local, plan["emit"])
-        done = checkpoints.read(str(resume_from)) if resume_from else None
-        if done and done.step >= config.steps(len(data)):
-            return asdict(trainer.Outcome(done.step, done.step, None))  # only what follows training was cut off
+        resume_from, done = _resume(config, plan["start_from"], local, plan["emit"])
+        owed = done is not None and _owed(done, config, len(data))
+        step, steps = done.step if done else 0, config.steps(len(data))
+        notice = _Notice(plan["stopping"])
+        if (step >= steps and not owed) or notice.told_to_stop():  # else only what follows training was cut off
+            return asdict(trainer.Outcome(step, steps, None))
         together = _together(base, data, config, plan["emit"])
         judge = _Validation(config, tokenizer, together, local)
         mark("shared rows tried")
-        reporter = _Reporter(config, judge, plan["emit"], data, context.get_world_rank())
+        reporter = _Reporter(config, judge, notice, plan["emit"], data, context.get_world_rank())
         outcome = trainer.train(
             base,
             tokenizer,
@@ -239,6 +258,8 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             on_log=reporter.on_log,
             on_save=reporter.on_save,
             halvings=plan["halvings"],
+            on_step=notice,
+            on_begin=reporter.measure if owed else None,
         )
     return asdict(outcome)
 
@@ -265,26 +286,29 @@ def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, e
     return 1
 
 
-def _resume(config: Config, start_from: str | None, scratch: Path, emit: cluster.OnPoint) -> Path | None:
-    """The newest checkpoint of this run that is complete and not damaged, else the one the user named, as a local folder; the same one
-    on all ranks."""
+def _resume(
+    config: Config, start_from: str | None, scratch: Path, emit: cluster.OnPoint
+) -> tuple[Path | None, Checkpoint | None]:
+    """The newest checkpoint of this run that is complete and not damaged, else the one the user named, as a local folder, the same one
+    on all ranks; and what is known of it where it is this run's."""
     import ray.train
 
     first = ray.train.get_context().get_world_rank() == 0
     while True:
-        own = checkpoints.complete(config.run_dir) if first else []
-        uri, named = generate.gather_all((own[-1].uri, False) if own else (start_from, True))[0]
+        found = checkpoints.complete(config.run_dir) if first else []
+        own = generate.gather_all(found[-1] if found else None)[0]
+        uri = own.uri if own else start_from
         if uri is None:
-            return None
+            return None, None
         folder = checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
-        if named:
+        if own is None:
             _check_intact(folder, uri)
-            return folder
+            return folder, None
         wrong = next((each for each in generate.gather_all(checkpoints.damaged(folder)) if each), None)
         if wrong is None:
             if first:
                 emit({"kind": "curve", "points": _curve(folder)})
-            return folder
+            return folder, own
         if first:
             _set_aside(uri, wrong, _noting(emit))
 
@@ -295,13 +319,65 @@ def _curve(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
     return [(entry["step"], {name: entry[name] for name in LOGGED if name in entry}) for entry in entries]
 
 
+def _owed(last: Checkpoint, config: Config, examples: int) -> bool:
+    """Whether a checkpoint should have been measured, and the run was cut off before."""
+    asked = bool(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}"))
+    return asked and not last.metrics and config.measured(last.step, examples)
+
+
+class _Notice:
+    """Whether to save now, before the next `save_steps`: the driver was told to stop, or Ray takes away a node that a rank is on.
+
+    All ranks learn of it after the same step. They ask each other as often as costs a hundredth of training, but every few seconds.
+    """
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stops = False
+        self._stopping = stopping
+        self._leaving: set[str] = set()
+        self._next = 0
+        self._asked: tuple[int, float, float] | None = None
+
+    def told_to_stop(self) -> bool:
+        """What rank 0 sees, on all ranks."""
+        return bool(generate.gather_all(self._stopping())[0])
+
+    def __call__(self, step: int) -> bool:
+        """Whether all ranks are to save after this step."""
+        import ray.train
+
+        if step < self._next:
+            return False
+        began = time.monotonic()
+        info = ray.train.get_preemption_info()
+        self.stops, self._next = generate.gather_all((self._stopping(), step + self._pace(step, began)))[0]
+        self._asked = (step, began, time.monotonic() - began)
+        new = (set(info.preempted_node_ids) if info else set()) - self._leaving
+        self._leaving |= new
+        return self.stops or bool(new)
+
+    def _pace(self, step: int, now: float) -> int:
+        """After how many steps to ask again."""
+        if self._asked is None:
+            return 1
+        before, then, took = self._asked
+        each = max((now - then) / (step - before), 1e-6)
+        return max(1, min(math.ceil(ASKING * took / each), int(SECONDS_UNASKED / each)))
+
+
 class _Reporter:
     """What happens at a log and at a save: points to the driver, validation, the checkpoint to storage."""
 
     def __init__(
-        self, config: Config, judge: _Validation, emit: cluster.OnPoint, data: Sequence[rows.Row], rank: int
+        self,
+        config: Config,
+        judge: _Validation,
+        notice: _Notice,
+        emit: cluster.OnPoint,
+        data: Sequence[rows.Row],
+        rank: int,
     ) -> None:
-        self._config, self._judge, self._emit, self._rank = config, judge, emit, rank
+        self._config, self._judge, self._notice, self._emit, self._rank = config, judge, notice, emit, rank
         self._examples = len(data)
         self._tokens = sum(len(row.input_ids) for row in data) / len(data)
         self._last: tuple[int, float] | None = None
@@ -321,28 +397,45 @@ class _Reporter:
         import ray.train
 
         started = time.monotonic()
-        problem, go_on = "", True
-        try:
-            go_on = self._save(step, folder, model)
-        except RaySqlError as error:
-            problem = str(error)
-        # a rank that leaves alone would let the others wait for it forever
-        said = generate.gather_all((problem, go_on))
-        if problems := [text for text, _ in said if text]:
-            raise TrainingError(problems[0])
+        self._together(lambda: self._save(step, folder))  # first: it must be complete before anything that takes long
+        go_on = self.measure(step, model)
         ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
         if self._last is not None:  # time spent here is not training time
             self._last = (self._last[0], self._last[1] + time.monotonic() - started)
+        return go_on and not self._notice.stops
+
+    def measure(self, step: int, model: PreTrainedModel) -> bool:
+        """Add to this step's checkpoint what it is measured at, if it is to be and there is time, and say that it is there; False on
+        all ranks if training should stop."""
+        return self._together(lambda: self._measure(step, model))
+
+    def _together(self, part: Callable[[], bool]) -> bool:
+        """Whether all ranks' parts are for going on. A rank that leaves alone would let the others wait for it forever."""
+        problem, go_on = "", True
+        try:
+            go_on = part()
+        except RaySqlError as error:
+            problem = str(error)
+        said = generate.gather_all((problem, go_on))
+        if problems := [text for text, _ in said if text]:
+            raise TrainingError(problems[0])
         return all(each for _, each in said)
 
-    def _save(self, step: int, folder: Path, model: PreTrainedModel) -> bool:
+    def _save(self, step: int, folder: Path) -> bool:
+        if self._rank == 0:
+            checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
+            checkpoints.save(folder, self._config.run_dir, step, {})
+        return True
+
+    def _measure(self, step: int, model: PreTrainedModel) -> bool:
         """Whether to go on after this checkpoint, as far as this rank knows."""
-        judged = self._judge(model) if self._config.measured(step, self._examples) else None
+        wanted = self._config.measured(step, self._examples) and not self._notice.stops
+        judged = self._judge(model) if wanted else None
         if self._rank != 0:
             return True
-        checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
+        if judged:
+            checkpoints.score(f"{self._config.run_dir}/checkpoint-{step}", judged)
         scores = judged or {"objective": None, "tie_break": None, "metrics": {}}
-        checkpoints.save(folder, self._config.run_dir, step, scores)
         checkpoints.prune(self._config.run_dir)
         point = {"kind": "validation", "step": step, "values": scores["metrics"]}
         return self._emit({**point, "objective": scores["objective"], "tie_break": scores["tie_break"]}) is not False

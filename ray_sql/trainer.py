@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import safe_globals
 from trl import SFTConfig, SFTTrainer
 
 from ray_sql import cluster, linear, models
@@ -34,6 +35,10 @@ OnLog = Callable[[int, int, dict[str, float]], None]
 """(step, steps in all, values)"""
 OnSave = Callable[[int, Path, "PreTrainedModel"], bool | None]
 """(step, local checkpoint folder, live model); called on every rank, False (on all alike) stops training"""
+OnStep = Callable[[int], bool]
+"""(step); called on every rank after every step, True (on all alike) saves a checkpoint there"""
+OnBegin = Callable[[int, "PreTrainedModel"], bool | None]
+"""(step, live model); called on every rank when a checkpoint, if any, is loaded; as OnSave"""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,18 @@ def train(
     on_log: OnLog,
     on_save: OnSave,
     halvings: int = 0,
+    on_step: OnStep | None = None,
+    on_begin: OnBegin | None = None,
 ) -> Outcome:
     """Train an adapter on `rows`, up to `together` of a database in one; `scratch` is a local folder for checkpoints on their way
-    to `on_save`, which must be done with them when it returns. After `halvings` a forward pass holds that much less, and a step has
-    more of them."""
-    watch = _Watch(on_log, on_save, scratch, limit=divergence_limit(len(tokenizer)))
+    to `on_save`, which must be done with them when it returns. `resume_from` is a folder of this rank's own. After `halvings` a
+    forward pass holds that much less, and a step has more of them."""
+    watch = _Watch(on_log, on_save, on_step, on_begin, scratch, limit=divergence_limit(len(tokenizer)))
     trainer = build(base, tokenizer, rows, config, together, scratch, halvings)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
+    if resume_from:
+        fit_random_state(resume_from, trainer.args.process_index, trainer.args.world_size)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return Outcome(trainer.state.global_step, trainer.state.max_steps, watch.failure)
 
@@ -250,9 +259,28 @@ def divergence_limit(vocabulary: int) -> float:
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that mypy can follow
     """Passes logs and saves on, and stops a run whose loss is no number or exploding."""
 
-    def __init__(self, on_log: OnLog, on_save: OnSave, scratch: Path, limit: float) -> None:
-        self._on_log, self._on_save, self._scratch, self._limit = on_log, on_save, scratch, limit
+    def __init__(
+        self,
+        on_log: OnLog,
+        on_save: OnSave,
+        on_step: OnStep | None,
+        on_begin: OnBegin | None,
+        scratch: Path,
+        limit: float,
+    ) -> None:
+        self._on_log, self._on_save, self._on_step, self._on_begin = on_log, on_save, on_step, on_begin
+        self._scratch, self._limit = scratch, limit
         self.failure: str | None = None
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if self._on_begin and self._on_begin(state.global_step, model) is False:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._on_step and self._on_step(state.global_step):
+            control.should_save = True
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
@@ -300,3 +328,18 @@ def _gather_random_states(folder: Path) -> None:
         for rank, state in enumerate(states):
             if state is not None:
                 (folder / f"rng_state_{rank}.pth").write_bytes(state)
+
+
+def fit_random_state(folder: Path, rank: int, world: int) -> None:
+    """Give a rank the random state that transformers looks for in a checkpoint, whatever the number of ranks that saved it: its own, or
+    rank 0's, as at the start of a run all ranks have the same."""
+    names = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth"]
+    found = [folder / name for name in (*names, "rng_state_0.pth", "rng_state.pth") if (folder / name).is_file()]
+    if not found:
+        return
+    with safe_globals():
+        state = torch.load(found[0], weights_only=True)
+    if (cuda := state.get("cuda")) is not None:  # one process keeps one GPU's, several keep those of all GPUs they see
+        each = cuda if isinstance(cuda, list) else [cuda]
+        state["cuda"] = each[0] if world == 1 else (each * torch.cuda.device_count())[: torch.cuda.device_count()]
+    torch.save(state, folder / names[0])

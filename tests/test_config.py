@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql.config import Config, EvaluateConfig, load
+from ray_sql.config import Config, EvaluateConfig, SweepConfig, load
 from ray_sql.errors import ConfigError
 
 REQUIRED = ["--model_name", "m", "--output_name", "o", "--task_type", "sql"]
@@ -247,6 +247,7 @@ def test_a_change_is_validated_and_keeps_all_else_and_the_tokens() -> None:
         "--train_batch_size 2 --grad_accum_steps 4",
         "--scaling.num_workers 2 --grad_accum_steps 4",
         "--train.global_batch_size 8",
+        "--scaling.num_workers 1,2 --grad_accum_steps 4 --scaling.elastic_resize_monitor_interval_s 5",
         "--tracking.uri http://x --read_token hf_x",
     ],
 )
@@ -284,6 +285,44 @@ def test_a_global_batch_decides_the_accumulation_or_is_refused_with_the_numbers(
     message = refusal("--train.global_batch_size", "8", "--grad_accum_steps", "3")
     assert "needs grad_accum_steps 8, but 3 was given" in message
     assert settings("--train.global_batch_size", "8", "--grad_accum_steps", "8").global_batch == 8
+
+
+def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
+    for given in (
+        settings("--scaling.num_workers", "1,4", "--train.global_batch_size", "24"),
+        settings("--config", yaml_file(tmp_path, "scaling: {num_workers: [1, 4]}\ntrain: {global_batch_size: 24}\n")),
+    ):
+        assert given.scaling.num_workers == (1, 4) and given.elastic
+        assert (given.fewest_workers, given.workers, given.global_batch) == (1, 4, 24)
+        assert load(Config, ["--config", yaml_file(tmp_path, json.dumps(given.public()))]).scaling == given.scaling
+    most = settings("--scaling.num_workers", "1,2", "--train_batch_size", "2", "--grad_accum_steps", "3")
+    assert most.global_batch == 2 * 3 * 2, "that of the largest number of workers"
+    fixed = settings("--scaling.num_workers", "4")
+    assert not fixed.elastic and fixed.fewest_workers == fixed.workers == 4
+
+
+@pytest.mark.parametrize("bounds", ["4,1", "2,2", "0,2", "1,2,3", "a,2", "1.5", "-1"])
+def test_bounds_that_are_none_are_refused_with_an_example(bounds: str) -> None:
+    message = refusal("--scaling.num_workers", bounds)
+    assert message.startswith(f"--scaling.num_workers: '{bounds}' given; ") and message.endswith("first: 1,4")
+
+
+def test_a_batch_that_not_every_number_of_workers_divides_is_refused_with_one_that_is() -> None:
+    message = refusal("--scaling.num_workers", "1,4", "--train_batch_size", "2", "--grad_accum_steps", "8")
+    assert "a step of 64 examples does not divide by train_batch_size 2 x 3 workers" in message
+    assert "set train.global_batch_size to a multiple of 24, as 72, or narrow the bounds" in message
+    near = settings("--scaling.num_workers", "1,4", "--train_batch_size", "2", "--train.global_batch_size", "72")
+    assert near.global_batch == 72
+    message = refusal("--scaling.num_workers", "2,5", "--train.global_batch_size", "20")
+    assert "train_batch_size 1 x 3 workers" in message and "a multiple of 60, as 60" in message
+    message = refusal("--scaling.num_workers", "1,2", "--train.global_batch_size", "8", "--grad_accum_steps", "4")
+    assert "leave it unset" in message
+
+
+def test_a_sweeps_trials_have_a_fixed_number_of_workers() -> None:
+    flags = ["--model_name", "m", "--output_name", "o", "--task_type", "sql", "--scaling.num_workers", "1,2"]
+    with pytest.raises(ConfigError, match=r"scaling.num_workers 1,2: a sweep .* give one"):
+        load(SweepConfig, flags)
 
 
 def test_steps_count_every_epochs_last_smaller_batch() -> None:

@@ -14,8 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ray_sql.config.road import build, merge, nested
 
@@ -127,8 +137,11 @@ class TrainSection(Section):
 
 
 class ScalingSection(Section):
-    num_workers: int = Field(1, ge=0)
-    """Training processes, one GPU each where there are GPUs; 0 trains inside this process without starting Ray."""
+    num_workers: Annotated[int | tuple[int, int], NoDecode] = 1
+    """Training processes, one GPU each where there are GPUs; 0 trains inside this process without starting Ray. `1,4` (in YAML
+    `[1, 4]`) trains on as many as the cluster has at the time, within these bounds."""
+    elastic_resize_monitor_interval_s: float = Field(60.0, gt=0)
+    """Between two such bounds: seconds between two looks at whether the cluster has room for more workers."""
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; by default if the cluster has any, or its autoscaler may add some."""
     resources_per_worker: dict[str, float] | None = None
@@ -137,6 +150,21 @@ class ScalingSection(Section):
     """Restarts from the last checkpoint after a worker or node is lost; -1 is unlimited."""
     storage_path: str | None = None
     """Shared folder or URI (`s3://…`) where runs live on a cluster; by default output_dir on this machine."""
+
+    @field_validator("num_workers", mode="wrap")
+    @classmethod
+    def _read_bounds(cls, given: Any, validated: ValidatorFunctionWrapHandler) -> int | tuple[int, int]:
+        """A number, or two: `1,4` of a command line, a list in YAML and JSON."""
+        words = given.split(",") if isinstance(given, str) and "," in given else given
+        try:
+            bounds: int | tuple[int, int] = validated(words)
+        except ValidationError:
+            bounds = -1
+        if bounds < 0 if isinstance(bounds, int) else not 1 <= bounds[0] < bounds[1]:
+            raise ValueError(
+                "input should be greater than or equal to 0, or two bounds from 1 up, the smaller first: 1,4"
+            )
+        return bounds
 
 
 class EvaluateSection(Section):
@@ -385,13 +413,13 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_global_batch(self) -> Self:
-        wanted, micro = self.train.global_batch_size, self.train_batch_size * max(1, self.scaling.num_workers)
-        if wanted is None:
+        wanted, micro = self.train.global_batch_size, self.train_batch_size * self.workers
+        if wanted is None or self.elastic:
             return self
         if wanted % micro:
             raise ValueError(
                 f"train.global_batch_size {wanted} does not divide by train_batch_size {self.train_batch_size} x "
-                f"{max(1, self.scaling.num_workers)} workers = {micro}: choose a multiple of {micro}"
+                f"{self.workers} workers = {micro}: choose a multiple of {micro}"
             )
         if "grad_accum_steps" in self.model_fields_set and self.grad_accum_steps != wanted // micro:
             raise ValueError(
@@ -400,22 +428,53 @@ class Config(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_elastic_batch(self) -> Self:
+        sizes = range(self.fewest_workers, self.workers + 1)
+        odd = [str(size) for size in sizes if self.global_batch % (self.train_batch_size * size)]
+        if self.elastic and odd:
+            every = self.train_batch_size * math.lcm(*sizes)
+            near = max(1, round(self.global_batch / every)) * every
+            raise ValueError(
+                f"scaling.num_workers {sizes[0]},{sizes[-1]}: a step of {self.global_batch} examples does not divide by "
+                f"train_batch_size {self.train_batch_size} x {', '.join(odd)} workers: set train.global_batch_size to a multiple "
+                f"of {every}, as {near}, or narrow the bounds"
+            )
+        if self.elastic and self.train.global_batch_size and "grad_accum_steps" in self.model_fields_set:
+            raise ValueError(
+                f"scaling.num_workers {sizes[0]},{sizes[-1]}: with train.global_batch_size {self.train.global_batch_size}, "
+                "grad_accum_steps follows from the number of workers: leave it unset"
+            )
+        return self
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change during the run."""
+        return isinstance(self.scaling.num_workers, tuple)
+
     @property
     def workers(self) -> int:
-        """Training processes, counting this one when Ray is not used."""
-        return max(1, self.scaling.num_workers)
+        """Training processes, counting this one when Ray is not used; of an elastic run, the most."""
+        bounds = self.scaling.num_workers
+        return bounds[1] if isinstance(bounds, tuple) else max(1, bounds)
+
+    @property
+    def fewest_workers(self) -> int:
+        """With how many workers a run can train; `workers`, unless it is elastic."""
+        bounds = self.scaling.num_workers
+        return bounds[0] if isinstance(bounds, tuple) else self.workers
 
     @property
     def accumulation(self) -> int:
-        """How many times `train_batch_size` examples make each worker's part of an optimizer step."""
+        """How many times `train_batch_size` examples make each of `workers`' part of an optimizer step."""
         if self.train.global_batch_size is None:
             return self.grad_accum_steps
         return self.train.global_batch_size // (self.train_batch_size * self.workers)
 
     @property
     def global_batch(self) -> int:
-        """Examples per optimizer step."""
-        return self.train_batch_size * self.accumulation * self.workers
+        """Examples per optimizer step, with however many workers."""
+        return self.train.global_batch_size or self.train_batch_size * self.grad_accum_steps * self.workers
 
     def steps_per_epoch(self, examples: int) -> int:
         """Optimizer steps of a pass over so many examples; a last, smaller one counts."""
@@ -573,6 +632,15 @@ class SweepConfig(CheckConfig):
     def _check_resume(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with the study that overwrite removes: leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_fixed_workers(self) -> Self:
+        if self.elastic:
+            raise ValueError(
+                f"scaling.num_workers {self.fewest_workers},{self.workers}: a sweep counts how many trials fit by what one takes, so "
+                "its trials have a fixed number of workers: give one"
+            )
         return self
 
     @model_validator(mode="after")
