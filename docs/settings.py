@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ray_sql.config import Config, EvaluateConfig, SweepConfig, describe
+from ray_sql.config import CheckConfig, Config, EvaluateConfig, SweepConfig, describe
 
 INTRO = """# Settings
 
@@ -16,7 +16,7 @@ def page() -> str:
     """The whole page as Markdown."""
     rows = describe(Config)
     parts = [INTRO, *_table(rows)]
-    for job, kind in (("evaluate", EvaluateConfig), ("tune", SweepConfig)):
+    for job, kind in (("evaluate", EvaluateConfig), ("tune", SweepConfig), ("check", CheckConfig)):
         own = [row for row in describe(kind) if row not in rows]
         parts += ["", f"What `python -m jobs.{job}` takes besides, or takes otherwise:", "", *_table(own)]
     return "\n".join([*parts, ""])

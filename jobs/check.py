@@ -1,8 +1,9 @@
-"""Before a GPU is rented: resolve the settings, read the data, estimate memory, reach every store, verify the tokens.
+"""Before a GPU is rented: resolve the settings, read the data, ask every node, estimate memory, reach every store, verify the tokens.
 
     python -m jobs.check --config jobs/configs/spider-sql.yaml
 
 Takes the settings of jobs.finetune, jobs.tune and jobs.pipeline. One line per check: `ok`, or what to do; exit code 2 if any fails.
+With `--replay` it checks nothing, and sends MLflow what a run that has ended kept while no server answered.
 """
 
 from ray_sql import cli
@@ -10,10 +11,10 @@ from ray_sql.config import CheckConfig
 
 
 def check(config: CheckConfig) -> None:
-    """Run every check, the cheap ones first, for every task."""
+    """Run every check, the cheap ones first, for every task; or send what was kept."""
     from ray_sql import check
 
-    check.run(config)
+    (check.replay if config.replay else check.run)(config)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ WORKER_ENVIRONMENT = {
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Where `ray up` leaves the cluster's description on its head, on which jobs run."""
+KNOCK_SECONDS = 5.0
+"""How long a cluster may take to answer at all."""
 MANY = 1000
 """Nodes of a type that has no limit."""
 
@@ -258,8 +260,36 @@ def _init_ray() -> None:
         # workers' own output stays in Ray's logs and dashboard: what matters comes through the channel, and their errors as errors
         # never `auto` unasked: a cluster that was killed leaves its address behind, and Ray would try it for many minutes
         address = os.environ.get("RAY_ADDRESS") or "local"
+        _knock(address)
         ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
         _OURS.set()
+
+
+def _knock(address: str) -> None:
+    """Raise in seconds, not in minutes as Ray does, where no cluster answers at an address (`ConnectionError`), or where it refuses this
+    process's token (`ConfigError`)."""
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.exceptions import AuthenticationError
+
+    place = None if "://" in address else canonicalize_bootstrap_address(address)
+    if place is None:  # this machine, or an address that only Ray's own client reads
+        return
+    try:
+        with init_grpc_channel(
+            place
+        ) as channel:  # first: where no cluster is, Ray's client waits, and then ends the process
+            grpc.channel_ready_future(channel).result(timeout=KNOCK_SECONDS)
+        ray._raylet.GcsClient(address=place)
+    except grpc.FutureTimeoutError:
+        raise ConnectionError(f"nothing of Ray's in {KNOCK_SECONDS:.0f} s") from None
+    except AuthenticationError:
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: the cluster refuses this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the token that its nodes were started with"
+        ) from None
 
 
 def leave_ray() -> None:
@@ -299,21 +329,21 @@ class Room:
 
 
 def room(config: Config) -> Room:
-    """What a training takes, and how often that fits into the cluster (with all that its autoscaler may add), or this machine."""
+    """What a training takes at least, and how often that fits into the cluster (with all that its autoscaler may add), or this machine."""
     nodes = capacity()
     each = per_worker(config, nodes)
-    holding = [node for node in nodes if _holds(node, each)]
-    workers = sum(_holds(node, each) for node in holding)
-    scarce = min(each, key=lambda name: sum(_holds(node, {name: each[name]}) for node in nodes))
+    holding = [node for node in nodes if holds(node, each)]
+    workers = sum(holds(node, each) for node in holding)
+    scarce = min(each, key=lambda name: sum(holds(node, {name: each[name]}) for node in nodes))
     have = f"{sum(node.get(scarce, 0) for node in nodes):g} {scarce} here"
     if len(nodes) > 1:
         largest = max(node.get(scarce, 0) for node in nodes)
         have = f"{workers} workers of {each[scarce]:g} {scarce} fit on {len(nodes)} nodes (the largest has {largest:g})"
-        need = f"{config.workers} a trial"
+        need = f"{config.fewest_workers} a trial"
     else:
-        need = f"{each[scarce] * config.workers:g} a trial ({config.workers} x {each[scarce]:g})"
-    at_once = workers // config.workers
-    needs = {name: amount * config.workers for name, amount in each.items()}
+        need = f"{each[scarce] * config.fewest_workers:g} a trial ({config.fewest_workers} x {each[scarce]:g})"
+    at_once = workers // config.fewest_workers
+    needs = {name: amount * config.fewest_workers for name, amount in each.items()}
     return Room(at_once, len(holding), each, needs, f"{have} / {need} = {at_once}")
 
 
@@ -334,16 +364,23 @@ def per_worker(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[str
     }
 
 
-def _holds(node: Mapping[str, float], each: Mapping[str, float]) -> int:
+def holds(node: Mapping[str, float], each: Mapping[str, float]) -> int:
     """How many workers fit on a node; 1.0 // 0.2 is 4."""
     return min(int(node.get(name, 0) / amount + 1e-9) for name, amount in each.items())
+
+
+def joins() -> bool:
+    """Whether there is a Ray that `start_ray` joins; else it starts one on this machine."""
+    import ray
+
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or ray.is_initialized()
 
 
 def capacity() -> list[dict[str, float]]:
     """Ray's resources of every node that the cluster has or its autoscaler may add; of this machine where no Ray runs and none is named."""
     import ray
 
-    if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+    if not joins():
         import torch
 
         return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]

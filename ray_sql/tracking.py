@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -120,6 +121,7 @@ class Run:
                 self._spool.write_text("".join(f"{line}\n" for line in left), encoding="utf-8")
             if not left:
                 self._spool.unlink()
+                shutil.rmtree(self._spool.with_suffix(""), ignore_errors=True)  # the files that its records named
             return len(left)
 
     def _replay_one(self, line: str) -> bool:
@@ -257,12 +259,32 @@ def close(uri: str | None, experiment: str, run_id: str | None, own: Mapping[str
 
 
 def replay(uri: str | None, spool: Path) -> int:
-    """Send what an earlier run left in its spool; returns how many records are still there."""
+    """Send what an earlier run left in its spool; returns how many records are still there.
+
+    Raises `StoreError` if the store does not answer, or is not the one that the records are for.
+    """
     if not spool.exists():
         return 0
     left = again(uri, "", spool)
     left.open()
+    runs = waiting(spool)
+    if runs and not any(
+        _exists(left._client, run_id) for run_id in runs
+    ):  # it would refuse them all, and they would be gone
+        raise StoreError(
+            f"--tracking.uri {without_password(left.uri)}: has no run {runs.pop()}, whose records wait in {spool}; give the place "
+            "where it was recorded, or remove the file if it was deleted there"
+        )
     return left.replay()
+
+
+def waiting(spool: Path) -> set[str]:
+    """The ids of the runs whose records wait in a spool."""
+    runs = set()
+    for line in spool.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the process was killed while it wrote this line
+            runs.add(json.loads(line)[0])
+    return {run_id for run_id in runs if " " not in run_id}
 
 
 def disabled(spool: Path) -> Run:

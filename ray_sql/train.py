@@ -40,6 +40,8 @@ ASKING = 100
 """Training takes so many times as long as asking whether to save at once ..."""
 SECONDS_UNASKED = 5.0
 """... unless that is longer ago than this. Ray itself looks every five seconds for nodes that are to be taken away."""
+GAUGES = {"loss": "Training loss", "examples_per_second": "Examples trained on, all workers together"}
+"""Points that Ray shows too, as `ray_sql_<name>`: Ray puts `ray_` before every metric."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -260,6 +262,7 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             halvings=plan["halvings"],
             on_step=notice,
             on_begin=reporter.measure if owed else None,
+            on_note=reporter.on_note,
         )
     return asdict(outcome)
 
@@ -381,10 +384,13 @@ class _Reporter:
         self._examples = len(data)
         self._tokens = sum(len(row.input_ids) for row in data) / len(data)
         self._last: tuple[int, float] | None = None
+        self._gauges = _gauges(config) if rank == 0 else {}
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
-        kept: dict[str, float] = {name: values[name] for name in LOGGED if name in values}
+        kept: dict[str, float] = {
+            name: value for name, value in values.items() if name in LOGGED or name.startswith(("time/", "memory/"))
+        }
         kept["epoch"] = step / self._config.steps_per_epoch(self._examples)
         if self._last is not None and now > self._last[1]:
             per_second = (step - self._last[0]) / (now - self._last[1]) * self._config.global_batch
@@ -392,6 +398,12 @@ class _Reporter:
             kept |= {"examples_per_second": per_second, "tokens_per_second": per_second * self._tokens}
         self._last = (step, now)
         self._emit({"kind": "train", "step": step, "steps": steps, "values": kept})
+        for name, gauge in self._gauges.items():
+            if name in kept:
+                gauge.set(kept[name])
+
+    def on_note(self, text: str) -> None:
+        self._emit({"kind": "note", "text": text})
 
     def on_save(self, step: int, folder: Path, model: PreTrainedModel) -> bool:
         import ray.train
@@ -439,6 +451,19 @@ class _Reporter:
         checkpoints.prune(self._config.run_dir)
         point = {"kind": "validation", "step": step, "values": scores["metrics"]}
         return self._emit({**point, "objective": scores["objective"], "tie_break": scores["tie_break"]}) is not False
+
+
+def _gauges(config: Config) -> dict[str, Any]:
+    """Metrics of Ray by our names, for its dashboard and Prometheus; none where training runs without Ray."""
+    import ray
+    from ray.util.metrics import Gauge
+
+    if not ray.is_initialized():
+        return {}
+    made = {name: Gauge(f"sql_{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
+    for gauge in made.values():
+        gauge.set_default_tags({"run": config.output_name})
+    return made
 
 
 class _Validation:

@@ -27,6 +27,7 @@ from ray_sql import cluster, linear, models
 from ray_sql.config import Config
 from ray_sql.errors import ModelError
 from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, collate, model_inputs, passes
+from ray_sql.timing import StepClock, Stragglers, memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +40,8 @@ OnStep = Callable[[int], bool]
 """(step); called on every rank after every step, True (on all alike) saves a checkpoint there"""
 OnBegin = Callable[[int, "PreTrainedModel"], bool | None]
 """(step, live model); called on every rank when a checkpoint, if any, is loaded; as OnSave"""
+OnNote = Callable[[str], None]
+"""A line for people"""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ def train(
     halvings: int = 0,
     on_step: OnStep | None = None,
     on_begin: OnBegin | None = None,
+    on_note: OnNote = print,
 ) -> Outcome:
     """Train an adapter on `rows`, up to `together` of a database in one; `scratch` is a local folder for checkpoints on their way
     to `on_save`, which must be done with them when it returns. `resume_from` is a folder of this rank's own. After `halvings` a
     forward pass holds that much less, and a step has more of them."""
-    watch = _Watch(on_log, on_save, on_step, on_begin, scratch, limit=divergence_limit(len(tokenizer)))
     trainer = build(base, tokenizer, rows, config, together, scratch, halvings)
+    limit = divergence_limit(len(tokenizer))
+    watch = _Watch(on_log, on_save, on_step, on_begin, on_note, scratch, limit, trainer.clock)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     if resume_from:
@@ -88,6 +93,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
     def __init__(self, steps: Steps, **given: Any) -> None:
         super().__init__(**given)
         self._steps = steps
+        self.clock = StepClock(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """One item an optimizer step: this rank's part of it."""
@@ -97,6 +103,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
         self, epoch_iterator: Iterator[Step], num_batches: int, device: Any
     ) -> tuple[list[Step], None]:
         """The next steps; a step knows itself how many labels it has."""
+        self.clock.enter("data")
         return list(islice(epoch_iterator, num_batches)), None
 
     def training_step(
@@ -110,10 +117,14 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
         for number, made in enumerate(inputs.passes, start=1):
             waits = number < len(inputs.passes)  # gradients are exchanged once, after the last pass
             with self.accelerator.no_sync(model) if waits else nullcontext():
+                self.clock.enter("forward")
+                self.clock.count(made.input_ids.numel())
                 with self.compute_loss_context_manager():
                     loss = completion_loss(model, made.to(self.args.device), self.model) * share
+                self.clock.enter("backward")
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.clock.enter("optimizer")
         return total
 
     def floating_point_ops(self, inputs: Step) -> int:
@@ -244,6 +255,7 @@ def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=gpu,
+        ddp_broadcast_buffers=False,  # none of them ever changes; the ranks would wait for each other before every pass
         ddp_find_unused_parameters=False,  # every LoRA weight is used; the search for others costs a pass over the graph
         router_aux_loss_coef=0.0,  # the loss is the answers' alone, also of a mixture of experts
         report_to="none",
@@ -257,7 +269,7 @@ def divergence_limit(vocabulary: int) -> float:
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that mypy can follow
-    """Passes logs and saves on, and stops a run whose loss is no number or exploding."""
+    """Passes logs and saves on, with where the time went, and stops a run whose loss is no number or exploding."""
 
     def __init__(
         self,
@@ -265,11 +277,14 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
         on_save: OnSave,
         on_step: OnStep | None,
         on_begin: OnBegin | None,
+        on_note: OnNote,
         scratch: Path,
         limit: float,
+        clock: StepClock,
     ) -> None:
         self._on_log, self._on_save, self._on_step, self._on_begin = on_log, on_save, on_step, on_begin
-        self._scratch, self._limit = scratch, limit
+        self._on_note, self._scratch, self._limit, self._clock = on_note, scratch, limit, clock
+        self._stragglers = Stragglers()
         self.failure: str | None = None
 
     def on_train_begin(
@@ -279,6 +294,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._clock.enter("report")
         if self._on_step and self._on_step(state.global_step):
             control.should_save = True
 
@@ -293,8 +309,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             self.failure = _divergence(state.global_step, loss, norm, args)
             control.should_training_stop = True
             control.should_save = False
+        reading = self._clock.read()
+        note = self._stragglers.look(reading)
         if state.is_world_process_zero:
-            self._on_log(state.global_step, state.max_steps, values)
+            if note:
+                self._on_note(note)
+            self._on_log(state.global_step, state.max_steps, values | reading.metrics() | memory(args.device))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if any(not torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):

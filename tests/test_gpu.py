@@ -7,6 +7,7 @@ Needs torch, transformers, peft, trl and bitsandbytes; no network, no Ray and no
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray_sql import generate, models, trainer
 from ray_sql.generate import plain
 from ray_sql.rows import attention
 from ray_sql.rows.probe import why_not_share
+from ray_sql.timing import StepClock
 from tests.test_share import family, gradients, relative_error, some_rows
 
 pytestmark = [
@@ -164,3 +166,20 @@ def test_answers_on_a_gpu_are_those_of_one_by_one_decoding(make_config: Any, tmp
     for together in (None, 1, 5):
         said = generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24)
         assert [one.raw for one in said] == alone
+
+
+def test_the_phases_of_a_step_are_its_time_on_the_device() -> None:
+    clock, square = StepClock(torch.device("cuda")), torch.rand(4096, 4096, device="cuda")
+    square @ square
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for phase, times in (("forward", 20), ("backward", 40), ("report", 0)):
+        clock.enter(phase)  # type: ignore[arg-type]
+        for _ in range(times):
+            square @ square
+    queued = time.perf_counter() - begun
+    seconds = clock.read().seconds
+    whole = time.perf_counter() - begun
+    assert queued < 0.5 * whole, "nothing was waited for"
+    assert sum(seconds.values()) == pytest.approx(whole, rel=0.1)
+    assert seconds["backward"] == pytest.approx(2 * seconds["forward"], rel=0.2)

@@ -224,11 +224,11 @@ def test_evaluate_compares_two_scored_files(run: Run, spider_folder: Path, tmp_p
 def test_check_says_ok_line_by_line(run: Run, flags: list[str]) -> None:
     code, out, err = run("check", *flags)
     assert code == 0, out + err
-    assert sum(line.startswith("ok ") for line in out.splitlines()) == 8
+    assert sum(line.startswith("ok ") for line in out.splitlines()) == 9
     code, out, err = run("check", *changed(flags, lora_DOT_r="50000000"))
     assert code == 2
-    assert "FAIL  memory" in out
-    assert "1 of 9 checks failed" in err
+    assert "FAIL  memory" in out and "FAIL  disk" in out
+    assert "2 of 9 checks failed" in err
 
 
 def _no_database(folder: Path) -> None:

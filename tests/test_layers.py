@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "ray_sql"
 
 ORDER = [
     "errors", "config", "schema", "data", "linking", "prompts", "linear", "models", "rows", "execution", "metrics", "tracking", "timeline",
-    "display", "checkpoints", "cluster", "generate", "evaluate", "compare", "plots", "report", "prepare", "measure", "trainer", "train",
-    "publish", "finetune", "tune", "check", "cli",
+    "display", "checkpoints", "cluster", "generate", "evaluate", "compare", "plots", "report", "prepare", "measure", "timing", "trainer",
+    "train", "publish", "finetune", "tune", "check", "cli",
 ]  # fmt: skip
 """Every module may import only those before it (data belongs to the pipeline in this order, too)."""
 

@@ -30,8 +30,8 @@ from mlflow.tracking import MlflowClient
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ray_sql import checkpoints
+from tests.mlflow_server import Server, free_port
 from tests.test_cluster_files import LEFT
-from tests.test_tracking import Server, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

@@ -2,14 +2,9 @@
 
 import json
 import logging
-import os
-import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ import pytest
 from ray_sql import tracking
 from ray_sql.errors import StoreError
 from ray_sql.tracking import Run
+from tests.mlflow_server import Server, free_port
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +239,6 @@ def test_the_default_store_is_an_absolute_file_in_the_folder_of_the_job(tmp_path
     assert tracking.absolute_uri("http://host:5000") == "http://host:5000"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_store_that_does_not_answer_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StoreError) as caught:
@@ -282,47 +272,6 @@ def test_the_password_of_a_server_that_does_not_answer_is_not_repeated(
 
 
 # A real server, killed and started again
-
-
-class Server:
-    def __init__(self, folder: Path) -> None:
-        self.port, self._folder = free_port(), folder
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-        ]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        log = (self._folder / "server.log").open("ab")
-        quick = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quick, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError((self._folder / "server.log").read_text()[-2000:])
-
-    def kill(self) -> None:
-        """Its whole process group: the server keeps workers."""
-        if self._process is not None:
-            os.killpg(self._process.pid, 9)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture

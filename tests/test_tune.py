@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from ray_sql import checkpoints, cluster, prepare, tracking, trainer, tune
-from ray_sql.config import Config, SweepConfig, load
+from ray_sql import check, checkpoints, cluster, finetune, prepare, tracking, trainer, tune
+from ray_sql.config import CheckConfig, Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tune import champion, search, space, study, sweep
 from ray_sql.tune.study import Measure, Study, Trial
@@ -372,6 +372,38 @@ def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
     run.log(2, {"objective": 0.5})
     run.end("FINISHED")
     assert run.run_id == "" and len(sweep._spool(config, Trial(0, {})).read_text().splitlines()) == 3
+
+
+def test_what_trials_kept_for_mlflow_is_sent_on_request(
+    make_config: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    config = one(make_config, **store)
+    parent = tracking.start(
+        {}, name="sweep", uri=config.tracking.uri, experiment="ray_sql", tags={}, spool=finetune.spool(config)
+    )
+    parent.end("FINISHED")
+    begun = study.begin(config)
+    begun.ask(0, {})
+    begun.mlflow_run_id = parent.run_id
+    begun.change(0, state="finished")
+    run = sweep._child(
+        config.changed({"tracking.uri": "http://127.0.0.1:9"}), space.read(config), begun.trials[0], parent
+    )
+    run.log(2, {"objective": 0.5})
+    run.end("FINISHED")
+    assert sweep._spool(config, begun.trials[0]).is_file()
+    check.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
+    assert "all that was recorded of sweep is in MLflow" in capfd.readouterr().out
+    assert not sweep._spool(config, begun.trials[0]).exists()
+    client = MlflowClient(config.tracking.uri)
+    family = {found.info.run_id: found for found in client.search_runs(["1"])}
+    (child,) = (found for key, found in family.items() if key != parent.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert (child.info.status, child.data.metrics) == ("FINISHED", {"objective": 0.5})
+    assert study.load(config).trials[0].mlflow_run_id == child.info.run_id  # type: ignore[union-attr]
 
 
 def test_a_win_needs_the_paired_test(make_config: Any) -> None:
@@ -798,9 +830,6 @@ def test_a_dry_run_shows_the_space_and_the_arithmetic_and_starts_nothing(
 
 
 def test_a_sweep_is_checked_task_by_task(make_config: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    from ray_sql import check
-    from ray_sql.config import CheckConfig
-
     given = make_config(CheckConfig, **(SWEEP | {"task_type": "sql,schema"}))
     study.begin(given.studies()[0]).save()
     check.run(given)

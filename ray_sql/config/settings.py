@@ -594,8 +594,8 @@ class PublishConfig(Config):
     task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
 
 
-class CheckConfig(Config):
-    """Settings of a run or of a sweep: both can be checked, for one task or several."""
+class TasksConfig(Config):
+    """Settings for one task or several."""
 
     task_type: tuple[Task, ...] = Field(min_length=1)  # type: ignore[assignment]
     """`sql`, `schema`, or both (`sql,schema`): a study each, one after the other."""
@@ -609,7 +609,8 @@ class CheckConfig(Config):
     def studies(self) -> list[Config]:
         """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`, and a
         repository, `<hub.repo_id>-<task>`."""
-        given = self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token", "resume"})
+        own = set(type(self).model_fields) - set(Config.model_fields)
+        given = self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token", *own})
         given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
         return [
             build(Config, merge(given, self._named(task)), {"changes": {"task_type": task}}) for task in self.task_type
@@ -622,7 +623,14 @@ class CheckConfig(Config):
         return named | ({"hub": {"repo_id": f"{self.hub.repo_id}-{task}"}} if self.hub.repo_id else {})
 
 
-class SweepConfig(CheckConfig):
+class CheckConfig(TasksConfig):
+    """Settings of a run or of a sweep: both can be checked."""
+
+    replay: bool = False
+    """Check nothing: send MLflow what a run or a sweep that has ended kept while no server answered."""
+
+
+class SweepConfig(TasksConfig):
     """Settings of a sweep: those of a run, which its trials change, for one task or several."""
 
     resume: bool = False

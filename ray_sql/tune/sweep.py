@@ -52,6 +52,18 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
+def replay(config: Config) -> list[Path]:
+    """Send MLflow what a study and its settled trials kept while it did not answer; returns the files that still wait."""
+    own, study = finetune.spool(config), load(config)
+    tracking.replay(config.tracking.uri, own)
+    trials = []
+    if study:
+        parent = tracking.again(config.tracking.uri, study.mlflow_run_id or "", own)
+        _replay(config, space.read(config), study, parent)
+        trials = [_spool(config, trial) for trial in study.trials]
+    return [spool for spool in (own, *trials) if spool.exists()]
+
+
 def dry_run(config: SweepConfig) -> None:
     """Show what a sweep would do: one rendered example, the space, how many trials at a time and why, and the plan."""
     for one in config.studies():

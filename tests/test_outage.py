@@ -1,0 +1,108 @@
+"""A training run while its MLflow server dies: nothing is lost, nothing is there twice, and the run does not care."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import check, finetune
+from ray_sql.config import CheckConfig, Config
+from ray_sql.errors import StoreError
+from tests.mlflow_server import Server
+
+pytestmark = pytest.mark.slow
+STEPS = 8
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")):
+        monkeypatch.setenv(name, value)
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def settings(server: Server) -> dict[str, Any]:
+    given = {"train.max_steps": STEPS, "save_steps": 4, "evaluate.select_examples": 2, "evaluate.limit": 2}
+    return given | {"tracking.enabled": True, "tracking.uri": server.uri}
+
+
+def at_steps(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], None]]) -> None:
+    """Let something happen in a run just before the point of a step is recorded."""
+
+    class Eventful(finetune.Points):
+        def __call__(self, point: dict[str, Any]) -> None:
+            if point["kind"] == "train" and point["step"] in happens:
+                happens[point["step"]]()
+            super().__call__(point)
+
+    monkeypatch.setattr(finetune, "Points", Eventful)
+
+
+def recorded(server: Server, run_id: str) -> Any:
+    """The run in MLflow, after making sure that it is whole: parameters, every point once, table, figures and files."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server.uri)
+    run = client.get_run(run_id)
+    assert [one.info.run_id for one in client.search_runs([run.info.experiment_id])] == [run_id], "one run and no other"
+    assert (run.info.status, run.data.params["lora.r"]) == ("FINISHED", "4")
+    for key in run.data.metrics:
+        steps = [point.step for point in client.get_metric_history(run_id, key)]
+        assert len(steps) == len(set(steps)), f"{key} is there twice"
+    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, STEPS + 1))
+    assert [point.step for point in client.get_metric_history(run_id, "validation/n")] == [4, 8]
+    assert {"tuned/dev/n", "base/dev/n", "time/forward"} <= set(run.data.metrics)
+    files = {file.path for file in client.list_artifacts(run_id)}
+    assert {"adapter", "config.json", "metrics.json", "predictions.jsonl", "report.html", "figures"} <= files
+    assert [file.path for file in client.list_artifacts(run_id, "adapter") if "safetensors" in file.path]
+    assert client.list_artifacts(run_id, "figures")
+    table = json.loads(Path(client.download_artifacts(run_id, "predictions.json")).read_text())
+    assert len(table["data"]) == 4, "two questions, asked of two models"
+    return run
+
+
+def test_a_server_that_is_killed_and_comes_back_has_every_point_once(
+    make_config: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_steps(monkeypatch, {3: server.kill, 6: server.start})
+    config = make_config(**settings(server))
+    metrics = finetune.run(config)
+    recorded(server, metrics["mlflow_run_id"])
+    assert not list((config.cache / "spool").iterdir())
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_a_server_that_stays_away_missed_is_sent_later(
+    make_config: Any,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    remote: bool,
+) -> None:
+    given = settings(server) | ({"scaling.storage_path": (tmp_path / "store").as_uri()} if remote else {})
+    at_steps(monkeypatch, {3: server.kill})
+    metrics = finetune.run(make_config(**given))  # what ends without an exception ends with exit code 0
+    again = make_config(CheckConfig, **given | {"task_type": "sql", "replay": True})
+    (one,) = again.studies()
+    assert type(one) is Config and finetune.spool(one).is_file()
+    with pytest.raises(StoreError, match="no MLflow server answers there"):
+        check.replay(again)
+
+    server.start()
+    with pytest.raises(StoreError, match=f"has no run {metrics['mlflow_run_id']}, whose records wait in"):
+        check.replay(again.changed({"tracking.uri": f"sqlite:///{tmp_path}/elsewhere.db"}))
+    assert finetune.spool(one).is_file(), "nothing was thrown away"
+    check.replay(again)
+    assert "all that was recorded of run is in MLflow" in capfd.readouterr().out
+    recorded(server, metrics["mlflow_run_id"])
+    assert not list((one.cache / "spool").iterdir()), "what was kept for MLflow is gone"
+    check.replay(again)
+    assert "nothing of run waits for MLflow" in capfd.readouterr().out

@@ -1,0 +1,141 @@
+"""Where a step's time goes, and which rank keeps the others waiting."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from ray_sql import cluster, prepare, train
+from ray_sql.timing import Reading, StepClock, Stragglers, slowest
+
+PHASES = ["time/data", "time/forward", "time/backward", "time/optimizer", "time/report"]
+
+
+def test_the_phases_of_a_clock_are_all_the_time_there_is() -> None:
+    clock, begun = StepClock(torch.device("cpu")), time.perf_counter()
+    assert clock.read() == Reading(0, {}, 0, 0)
+    for _ in range(2):
+        clock.enter("forward")
+        clock.count(100)
+        time.sleep(0.02)
+        clock.enter("backward")
+        time.sleep(0.01)
+        clock.enter("report")
+    first = clock.read()
+    time.sleep(0.03)
+    second = clock.read()
+    assert (first.steps, first.passes, first.tokens) == (2, 2, 200) and second.steps == 0
+    assert first.seconds["forward"] >= 0.04 > first.seconds["backward"] >= 0.02
+    assert list(second.seconds) == ["report"] and second.seconds["report"] >= 0.03, "a phase that is under way goes on"
+    whole = sum(first.seconds.values()) + sum(second.seconds.values())
+    assert whole == pytest.approx(time.perf_counter() - begun, abs=0.01)
+    assert first.metrics()["time/forward"] == first.seconds["forward"] / 2
+
+
+@pytest.mark.parametrize(
+    "paces,expected",
+    [
+        ([(1.0, 0.1)], (0, 1.0)),
+        ([(1.0, 0.1), (1.6, 0.16)], (1, 1.6)),
+        ([(3.0, 0.3), (1.0, 0.1), (2.0, 0.2)], (0, 2.0)),
+        ([(1.0, 0.1), (2.0, 0.1)], (1, 1.0)),  # fewer and longer passes
+        ([(0.0, 0.0), (0.0, 0.0)], (0, 1.0)),
+    ],
+)
+def test_the_slowest_rank_is_slow_by_pass_and_by_token(
+    paces: list[tuple[float, float]], expected: tuple[int, float]
+) -> None:
+    rank, times = slowest(paces)
+    assert (rank, times) == (expected[0], pytest.approx(expected[1]))
+
+
+def test_one_process_has_no_straggler() -> None:
+    found = Stragglers()
+    assert [found.look(Reading(10, {"forward": 9.0 * n}, 10, 100)) for n in range(4)] == [None] * 4
+
+
+def test_every_point_says_where_the_time_went(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 7, "train.logging_steps": 3, "evaluate.select_examples": 0})
+    prepared = prepare.prepare(config)
+    prepare.write_inputs(prepared, config)
+    points: list[tuple[int, float, dict[str, float]]] = []
+
+    def on_point(point: dict[str, Any]) -> None:
+        if point["kind"] == "train":
+            points.append((point["step"], time.perf_counter(), point["values"]))
+
+    train.fit(config, prepared.model_folder, on_point)
+    assert [step for step, _, _ in points] == [1, 3, 6]
+    for _, _, values in points:
+        assert all(values[phase] > 0 for phase in PHASES) and values["memory/process_gib"] > 0.1
+    for (before, then, _), (step, now, values) in pairwise(points):
+        whole = sum(values[phase] for phase in PHASES)
+        assert whole == pytest.approx((now - then) / (step - before), rel=0.1, abs=0.005)
+
+
+@pytest.fixture
+def ray_with_metrics() -> Iterator[str]:
+    """A Ray of the test's own that shows its metrics at once; where they are read."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _system_config={"metrics_report_interval_ms": 200})
+    (node,) = ray.nodes()
+    yield f"http://127.0.0.1:{node['MetricsExportPort']}"
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_with_metrics: str, slow: bool) -> None:
+    def loop(plan: dict[str, Any]) -> dict[str, Any]:
+        """As a function in a function, its code goes to the workers."""
+        import time
+
+        import ray.train
+
+        from ray_sql import train, trainer
+
+        loss = trainer.completion_loss
+
+        def sleeping(*given: Any) -> Any:
+            time.sleep(0.3)
+            return loss(*given)
+
+        if plan["slow"] and ray.train.get_context().get_world_rank() == 1:
+            trainer.completion_loss = sleeping  # type: ignore[assignment]
+        try:
+            return train.train_loop_per_worker(plan)
+        finally:
+            trainer.completion_loss = loss
+
+    config = make_config(
+        **{"scaling.num_workers": 2, "train.max_steps": 36, "train.logging_steps": 5, "evaluate.select_examples": 0}
+    )
+    prepared = prepare.prepare(config)
+    prepare.write_inputs(prepared, config)
+    notes, last, shown = [], {}, ""
+
+    def on_point(point: dict[str, Any]) -> None:
+        nonlocal last, shown
+        if point["kind"] == "note":
+            notes.append(point["text"])
+        if point["kind"] == "train":
+            last = point["values"]
+            shown = urllib.request.urlopen(ray_with_metrics, timeout=10).read().decode()
+
+    plan = {"config": config.for_workers(), "model_folder": prepared.model_folder, "start_from": None, "slow": slow}
+    cluster.run_workers(loop, plan, config, on_point, config.run_dir)
+    if not slow:
+        assert notes == []
+        return
+    (note,) = notes
+    assert note.startswith("rank 1 on ") and " times as slowly as the others" in note
+    assert last["time/backward"] > 0.2 > last["time/forward"], "on rank 0 the wait is in the exchange of gradients"
+    assert "ray_sql_loss{" in shown and 'run="run"' in shown
