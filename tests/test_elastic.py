@@ -258,7 +258,7 @@ def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:
 
 
 def test_workers_that_do_not_end_are_not_waited_for(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "PATIENCE", 0.5)
+    monkeypatch.setattr(cluster.stop, "PATIENCE", 0.5)
 
     def busy(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)

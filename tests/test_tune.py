@@ -165,7 +165,7 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
 def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "capacity", lambda: [{"CPU": 64.0, "GPU": 4.0}])
+    monkeypatch.setattr(cluster.resources, "capacity", lambda: [{"CPU": 64.0, "GPU": 4.0}])
     two = one(make_config, **{"scaling.num_workers": 2})
     room = cluster.room(two)
     assert (room.at_once, room.needs, room.unit) == (2, {"GPU": 2}, ("GPU", 2))
@@ -183,7 +183,9 @@ def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
 
 
 def test_a_worker_must_fit_on_a_node(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "capacity", lambda: [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}])
+    monkeypatch.setattr(
+        cluster.resources, "capacity", lambda: [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}]
+    )
     both = one(make_config, **{"scaling.resources_per_worker": {"GPU": 2}})
     room = cluster.room(both)
     assert (room.at_once, room.nodes) == (2, 2), "not 6 GPU / 2 = 3: a GPU is left over on each"
@@ -224,7 +226,7 @@ def test_gpus_that_the_autoscaler_may_add_are_decided_on_once(
         "head_node_type: head\nmax_workers: 8\navailable_node_types:\n  head: {resources: {CPU: 2}}\n"
         "  gpu: {resources: {CPU: 8, GPU: 1}, max_workers: 2}\n"
     )
-    monkeypatch.setattr(cluster, "BOOTSTRAP", str(file))
+    monkeypatch.setattr(cluster.resources, "BOOTSTRAP", str(file))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert cluster.capacity()[1:] == [{"CPU": 8, "GPU": 1}] * 2
 

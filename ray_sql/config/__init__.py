@@ -5,19 +5,10 @@ Defaults < YAML files (`--config a.yaml`, repeatable) < environment (`HF_TOKEN`,
 unvalidated. Importing this package loads no torch, ray or mlflow.
 """
 
+from ray_sql.config.jobs import CheckConfig, EvaluateConfig, PublishConfig, SweepConfig
 from ray_sql.config.load import C, load
 from ray_sql.config.road import build, describe, names
-from ray_sql.config.settings import (
-    CheckConfig,
-    Config,
-    EvaluateConfig,
-    PublishConfig,
-    SweepConfig,
-    Task,
-    absolute,
-    passwordless,
-    without_password,
-)
+from ray_sql.config.settings import Config, Task, absolute, passwordless, without_password
 
 __all__ = [
     "C",

@@ -254,7 +254,7 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
 
         def note(reason: str) -> None:
             if _rank() == 0:
-                plan["emit"]({"kind": "note", "text": f"every prompt is computed whole: {reason}"})
+                plan["emit"](cluster.note(f"every prompt is computed whole: {reason}"))
 
         return answer_together(
             model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say, on_whole=note

@@ -1,0 +1,32 @@
+"""Work on a cluster: Ray joined or started (`start`), what it has (`resources`), a function run on N workers (`workers`), what they say
+on the way (`channel`), how they end when the driver is told to stop (`stop`), and what a worker computes on (`device`)."""
+
+from ray_sql.cluster.channel import Channel, OnPoint, Point, Sender, mark, note
+from ray_sql.cluster.device import claim_device, keep_freed_memory, on_gpu
+from ray_sql.cluster.resources import Room, capacity, holds, per_worker, room, scaling_config
+from ray_sql.cluster.start import begin_ray, joins, leave_ray, start_ray
+from ray_sql.cluster.workers import out_of_memory, run_workers
+
+__all__ = [
+    "Channel",
+    "OnPoint",
+    "Point",
+    "Room",
+    "Sender",
+    "begin_ray",
+    "capacity",
+    "claim_device",
+    "holds",
+    "joins",
+    "keep_freed_memory",
+    "leave_ray",
+    "mark",
+    "note",
+    "on_gpu",
+    "out_of_memory",
+    "per_worker",
+    "room",
+    "run_workers",
+    "scaling_config",
+    "start_ray",
+]

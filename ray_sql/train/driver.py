@@ -1,0 +1,115 @@
+"""The driver's side: workers started on what lies in the run's folder, again with smaller passes where memory is full, and the best
+checkpoint's adapter taken."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_sql import checkpoints, cluster, rows
+from ray_sql.checkpoints import Checkpoint
+from ray_sql.config import Config
+from ray_sql.errors import TrainingError
+from ray_sql.train.loop import train_loop_per_worker
+from ray_sql.train.resume import rewind, set_aside_damaged, starting_point
+
+log = logging.getLogger(__name__)
+
+HALVINGS_FILE = "inputs/halvings"
+"""How often this run had to halve its forward passes to find memory: no setting, for the adapter is the same."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished training run: its last step and its best checkpoint, whose adapter lies in `<run_dir>/adapter`."""
+
+    steps: int
+    best: Checkpoint
+    seconds: float
+
+
+def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: bool = False) -> FitResult:
+    """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
+
+    Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
+    its last checkpoint with half as many examples in a forward pass, and twice as many passes, as often as they can be halved. Raises
+    `TrainingError` where the loss diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
+    """
+    started = time.monotonic()
+    run_dir = config.run_dir
+    start_from = starting_point(config, json.loads(checkpoints.read_text(f"{run_dir}/contract.json") or "{}"))
+    if start_from:
+        rewind(config, start_from)
+    plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
+
+    def say(text: str) -> None:
+        on_point(cluster.note(text))
+
+    try:
+        outcome = _in_memory(plan, config, on_point, decides)
+    except (KeyboardInterrupt, SystemExit):
+        done = checkpoints.complete(run_dir)
+        kept = (
+            f"{Path(done[-1].uri).name} is saved: the same command goes on from there" if done else "no checkpoint yet"
+        )
+        say(f"stopped; {kept}")
+        raise
+    if outcome["failure"]:
+        raise TrainingError(outcome["failure"])
+    return FitResult(outcome["step"], keep_best(run_dir, say), time.monotonic() - started)
+
+
+def _in_memory(plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoint, decides: bool) -> dict[str, Any]:
+    """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
+    record = f"{config.run_dir}/{HALVINGS_FILE}"
+    halvings = int(checkpoints.read_text(record) or 0)
+    while True:
+        try:
+            full = {**plan, "halvings": halvings}
+            return cluster.run_workers(
+                train_loop_per_worker, full, config, on_point, config.run_dir, decides, resizes=True
+            )
+        except Exception as error:  # in this process it is torch's own, from workers a TrainingError
+            if not cluster.out_of_memory(error) or rows.per_pass(config, halvings) == 1:
+                raise
+        halvings += 1
+        checkpoints.write_text(record, str(halvings))
+        most = rows.per_pass(config, halvings)
+        said = f"on from the last checkpoint with up to {most} examples in a forward pass, not {2 * most}, and more passes in a step"
+        on_point(cluster.note(f"out of memory: {said}"))
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what a failed attempt held in this process."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def keep_best(run_dir: str, say: Callable[[str], object] = log.warning) -> Checkpoint:
+    """Copy the adapter of a run's best checkpoint that is not damaged to `<run_dir>/adapter`; returns that checkpoint."""
+    while (best := checkpoints.best(checkpoints.complete(run_dir))) is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = checkpoints.fetch(best.uri, Path(scratch) / "best")
+            if wrong := checkpoints.damaged(folder):
+                set_aside_damaged(best.uri, wrong, say)
+                continue
+            for file in folder.iterdir():
+                if file.name not in ADAPTER_FILES:
+                    file.unlink()
+            for name in ("config.json", "contract.json"):  # an adapter carries its recipe wherever it is copied to
+                checkpoints.fetch_file(f"{run_dir}/{name}", folder / name)
+            checkpoints.put(folder, f"{run_dir}/adapter")
+        return best
+    raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")

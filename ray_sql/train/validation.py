@@ -1,0 +1,57 @@
+"""What a checkpoint is measured at, to choose between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import checkpoints, evaluate, generate, rows
+from ray_sql.config import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Validation:
+    """The loss on a fixed set of validation examples and, unless the loss alone chooses, their questions answered and judged; each
+    rank does its share, and rank 0 has the result."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, scratch: Path) -> None:
+        self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
+        source, self._rows = f"{config.run_dir}/{rows.VALIDATION_FILE}", []
+        if checkpoints.exists(source):
+            self._rows = rows.read(checkpoints.fetch_file(source, scratch / "validation.parquet"))
+        # nothing is timed here: the other ranks would wait, and it chooses nothing
+        self._config = config.changed({"evaluate.ves_iterations": 0})
+        self._tokenizer, self._together = tokenizer, together
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        """What orders the checkpoint and its metrics, on rank 0; None on other ranks, and where there is nothing to validate on."""
+        if not self._questions:
+            return None
+        measured = {"validation/n": float(len(self._questions))}
+        if self._rows:
+            measured["validation/loss"] = self._loss(model)
+        if self._config.tune.objective == "eval_loss":
+            objective = -measured["validation/loss"] if self._rows else None
+            return {"objective": objective, "tie_break": None, "metrics": measured}
+        answers = generate.answer_together(model, self._tokenizer, self._questions, self._config)
+        if answers is None:
+            return None
+        scores = evaluate.summarise(evaluate.score(self._questions, answers, self._config), self._config)
+        objective, tie_break = evaluate.objective(scores)
+        metrics = measured | evaluate.flat(scores, "validation")
+        return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
+
+    def _loss(self, model: PreTrainedModel) -> float:
+        """The mean over all ranks' answer tokens."""
+        import ray.train
+
+        from ray_sql import trainer
+
+        context, pad = ray.train.get_context(), self._tokenizer.pad_token_id
+        rank, world = context.get_world_rank(), context.get_world_size()
+        parts = generate.gather_all(
+            trainer.held_out_loss(model, self._rows, self._config, self._together, rank, world, pad)
+        )
+        return float(sum(total for total, _ in parts) / sum(labels for _, labels in parts))
