@@ -35,8 +35,9 @@ from typing import Any
 
 import psutil
 
-from ray_sql import checkpoints, cli, finetune, train
+from ray_sql import checkpoints, cli, finetune
 from ray_sql.config import Config, load
+from ray_sql.train import driver
 
 STEPS, SAVE = 16, 4
 MOMENTS = {
@@ -483,7 +484,7 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
 
     finetune.Points = Noting  # type: ignore[misc]
     if full:
-        train.train_loop_per_worker = partial(without_memory, moment=full)
+        driver.train_loop_per_worker = partial(without_memory, moment=full)  # type: ignore[assignment]
     cli.main(finetune.run, Config, [], **settings)
 
 

@@ -186,7 +186,10 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
     checkpoints.write_text(f"{run_dir}/contract.json", json.dumps(prepared.contract, indent=2) + "\n")
     checkpoints.write_text(f"{run_dir}/{DATA_FILE}", prepared.corpus.fingerprint(TRAINED_ON))
     checkpoints.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
-    checkpoints.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(prepared.validation(config)))
+    asked = prepared.validation(config)
+    if config.scaling.storage_path:  # else workers are on this machine, and read the databases where they are
+        asked = generate.carry(asked, run_dir)
+    checkpoints.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(asked))
     if held_out := prepared.validation_rows(config):
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
             rows.write(held_out, Path(scratch) / "rows.parquet")

@@ -3,7 +3,18 @@ questions (`shared`), as one-by-one greedy decoding would answer them; beams and
 
 from ray_sql.generate.answers import VERSION, answer, answer_loop_per_worker, answer_together, gather_all, spread
 from ray_sql.generate.kept import Kept
-from ray_sql.generate.questions import VALIDATION_FILE, Answer, Question, check_window, dump, gold, parse, questions
+from ray_sql.generate.questions import (
+    VALIDATION_FILE,
+    Answer,
+    Question,
+    carry,
+    check_window,
+    dump,
+    gold,
+    parse,
+    questions,
+    unpack,
+)
 from ray_sql.generate.vllm import check as check_backend
 
 __all__ = [
@@ -15,6 +26,7 @@ __all__ = [
     "answer",
     "answer_loop_per_worker",
     "answer_together",
+    "carry",
     "check_backend",
     "check_window",
     "dump",
@@ -23,4 +35,5 @@ __all__ = [
     "parse",
     "questions",
     "spread",
+    "unpack",
 ]

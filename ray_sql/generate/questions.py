@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_sql import models, prompts
+from ray_sql import checkpoints, models, prompts
 from ray_sql.config import Config, passwordless
 from ray_sql.data import Corpus, Example
 from ray_sql.linking import LinkError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 VALIDATION_FILE = "inputs/validation.jsonl"
 """Where a run's validation questions lie in its folder."""
+DATABASES = "inputs/databases"
+"""Where the databases lie that they are executed on, if the workers may see no others."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,24 @@ def gold(example: Example, corpus: Corpus, config: Config) -> str:
         return json.dumps(prompts.gold_links(example, corpus.schemas))
     except LinkError:
         return ""
+
+
+def carry(asked: Sequence[Question], run_dir: str) -> list[Question]:
+    """The questions with copies of their SQLite databases in the run's folder, which workers on other machines can read."""
+    carried: dict[str, str] = {}
+    for question in asked:
+        file = question.database
+        if file and "://" not in file and file not in carried:
+            carried[file] = f"{run_dir}/{DATABASES}/{question.db_id}.sqlite"
+            checkpoints.put(Path(file), carried[file])
+    return [replace(one, database=carried.get(one.database or "", one.database)) for one in asked]
+
+
+def unpack(asked: Sequence[Question], scratch: Path) -> list[Question]:
+    """The questions with those databases that were carried in local files."""
+    there = {one.database for one in asked if one.database and f"/{DATABASES}/" in one.database}
+    local = {uri: str(checkpoints.fetch_file(uri, scratch / Path(uri).name)) for uri in there}
+    return [replace(one, database=local.get(one.database or "", one.database)) for one in asked]
 
 
 def dump(asked: Iterable[Question]) -> str:

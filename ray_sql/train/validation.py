@@ -17,7 +17,11 @@ class Validation:
     rank does its share, and rank 0 has the result."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, scratch: Path) -> None:
+        import ray.train
+
         self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
+        if ray.train.get_context().get_world_rank() == 0:  # the one that executes
+            self._questions = generate.unpack(self._questions, scratch)
         source, self._rows = f"{config.run_dir}/{rows.VALIDATION_FILE}", []
         if checkpoints.exists(source):
             self._rows = rows.read(checkpoints.fetch_file(source, scratch / "validation.parquet"))
