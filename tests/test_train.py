@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,21 @@ def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config:
     fit(again, repeated)
     assert repeated.order == [], "training is over: nothing is trained again, and no checkpoint is removed"
     assert checkpoints.complete(config.run_dir)[-1].step == 6
+
+
+def test_workers_read_nothing_but_the_runs_folder(make_config: Any, spider_folder: Path, tmp_path: Path) -> None:
+    """As on another machine: the dataset, its databases included, is gone once the run's folder is laid out."""
+    dataset = shutil.copytree(spider_folder, tmp_path / "dataset")
+    config = make_config(
+        **{"dataset_id": str(dataset), "scaling.storage_path": (tmp_path / "store").as_uri(), "train.max_steps": 1}
+    )
+    prepared = prepare.prepare(config)
+    prepare.write_inputs(prepared, config)
+    shutil.rmtree(dataset)
+    shutil.rmtree(config.cache)
+    result = train.fit(config, prepared.model_folder, Curve())
+    assert result.best.metrics["validation/n"] == len(prepared.validation(config)) > 0
+    assert result.best.metrics["validation/gold_errors"] == 0
 
 
 @pytest.mark.parametrize("remote", [False, True])
