@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -77,13 +78,15 @@ def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Che
 def damaged(folder: Path) -> str | None:
     """The first file of a checkpoint fetched to `folder` that is not as it was saved; None where all are, or where the marker, of an
     earlier version, has no checksums."""
+    if not (folder / MARKER).is_file():
+        return MARKER
     checksums = json.loads((folder / MARKER).read_text()).get("checksums", {})
     return next((name for name, known in checksums.items() if _checksum(folder / name) != known), None)
 
 
 def set_aside(uri: str) -> None:
     """Take the marker from a checkpoint: from now on it is passed over like one that was never completed. Its files stay to be looked
-    at, until its step is saved again."""
+    at, until later ones are complete."""
     remove(f"{uri}/{MARKER}")
 
 
@@ -127,12 +130,15 @@ def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
 
 
 def prune(run_dir: str) -> None:
-    """Remove all complete checkpoints but the best, the last, and the one before it, should the last turn out to be damaged."""
+    """Remove all checkpoints but the best, the last, and the one before it, should the last turn out to be damaged; and what was left
+    half-written, or set aside, before those."""
     found = complete(run_dir)
     top = best(found)
-    for checkpoint in found[:-2]:
-        if top is None or checkpoint.step != top.step:
-            remove(checkpoint.uri)
+    kept = {one.step for one in (*found[-2:], *([top] if top else []))}
+    for info in _listed(run_dir):
+        step = re.fullmatch(r"checkpoint-(\d+)", info.base_name)
+        if found and step and int(step[1]) < found[-1].step and int(step[1]) not in kept:
+            remove(f"{run_dir}/{info.base_name}")
 
 
 def fetch(uri: str, target: Path) -> Path:
@@ -187,6 +193,13 @@ def exists(uri: str) -> bool:
     filesystem, path = open_store(uri)
     kind = _persist(uri, lambda: filesystem.get_file_info(path)).type
     return bool(_listed(uri)) if kind == pafs.FileType.Directory else bool(kind == pafs.FileType.File)
+
+
+def size(uri: str) -> int | None:
+    """Bytes of a file; None where there is none."""
+    filesystem, path = open_store(uri)
+    found = _persist(uri, lambda: filesystem.get_file_info(path)).size
+    return None if found is None else int(found)
 
 
 def remove(uri: str) -> None:

@@ -4,6 +4,12 @@ Everything else keeps its traceback, because everything else is our bug.
 """
 
 
+def last_line(error: BaseException) -> str:
+    """What an error of others comes down to, for a message of ours: of a chain of tracebacks, the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
 class RaySqlError(Exception):
     """Something the user can fix; the message says what, where and the way out."""
 
@@ -26,6 +32,10 @@ class ContractError(RaySqlError):
 
 class TrainingError(RaySqlError):
     """A training run that cannot go on: a diverging loss, a worker lost for good."""
+
+
+class OutOfMemory(TrainingError):
+    """A forward pass for which a worker has no memory."""
 
 
 class StoreError(RaySqlError):

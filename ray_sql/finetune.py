@@ -408,13 +408,16 @@ class Points:
             return
         if point["kind"] == "curve":
             for step, logged in point["points"]:
-                self._record.log(step, _named(logged))
+                self._record.log(step, tracking.named(logged))
+            if point["step"] <= self._newest:
+                self._display.line(f"the workers were restarted and go on from step {point['step']}")
+            self._newest = point["step"]
             return
-        values = _named(point["values"])
+        values = tracking.named(point["values"])
         if point["kind"] == "train":
             self._first_step()
             if point["step"] <= self._newest:
-                self._display.line(f"the workers were restarted and go on from step {point['step'] - 1}")
+                self._display.line("the workers were restarted and begin again: there was no checkpoint yet")
             self._newest = point["step"]
             self._display.train(point["step"], point["steps"], point["values"])
         else:
@@ -445,10 +448,6 @@ class Points:
         """Write out what TensorBoard still holds."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _named(values: Mapping[str, float]) -> dict[str, float]:
-    return {name if "/" in name else f"train/{name}": value for name, value in values.items()}
 
 
 def _scores(values: Mapping[str, float]) -> str:

@@ -95,6 +95,14 @@ def here(folder: str, config: Config) -> str:
     )
 
 
+def load_here(
+    folder: str, config: Config, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that the driver has in `folder`, loaded on this node, and its tokenizer."""
+    place = here(folder, config)
+    return load_base(place, config, device), load_tokenizer(place)
+
+
 def revision_of(contract: str | None, config: Config) -> str | None:
     """The revision of the base model that a contract.json names, if it is one over the same base model."""
     named = json.loads(contract or "{}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import checkpoints, data, evaluate, generate, models, prompts, rows
+from ray_sql import checkpoints, cluster, data, evaluate, generate, models, prompts, rows
 from ray_sql.config import Config, passwordless
 from ray_sql.data import Corpus
 from ray_sql.errors import ConfigError, DataError, StoreError
@@ -187,7 +187,7 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
     checkpoints.write_text(f"{run_dir}/{DATA_FILE}", prepared.corpus.fingerprint(TRAINED_ON))
     checkpoints.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
     asked = prepared.validation(config)
-    if config.scaling.storage_path:  # else workers are on this machine, and read the databases where they are
+    if config.scaling.storage_path or cluster.address():  # else workers are on this machine, where the databases are
         asked = generate.carry(asked, run_dir)
     checkpoints.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(asked))
     if held_out := prepared.validation_rows(config):

@@ -11,6 +11,7 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -140,8 +141,12 @@ def slowest(paces: Sequence[tuple[float, float]]) -> tuple[int, float]:
     return rank, times[rank]
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """GiB that this process has taken: at most so far of a GPU's memory, now of a machine's."""
+def use(device: torch.device) -> dict[str, float]:
+    """GiB that this process has taken, at most so far of a GPU's memory, now of a machine's; and how busy its GPU was, in per cent of
+    the last second or so."""
     if device.type == "cuda":
-        return {"memory/gpu_gib": torch.cuda.max_memory_allocated(device) / GIB}
+        found = {"memory/gpu_gib": torch.cuda.max_memory_allocated(device) / GIB}
+        with suppress(ModuleNotFoundError, RuntimeError):  # no NVML, or one that does not tell
+            found["gpu/utilization"] = float(torch.cuda.utilization(device))
+        return found
     return {"memory/process_gib": psutil.Process(os.getpid()).memory_info().rss / GIB}

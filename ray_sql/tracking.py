@@ -258,6 +258,11 @@ def close(uri: str | None, experiment: str, run_id: str | None, own: Mapping[str
         _end_children(client, known, "KILLED")
 
 
+def named(values: Mapping[str, float]) -> dict[str, float]:
+    """A point's values by the names that MLflow shows them under: `loss` is `train/loss`, what has a group of its own keeps it."""
+    return {name if "/" in name else f"train/{name}": value for name, value in values.items()}
+
+
 def replay(uri: str | None, spool: Path) -> int:
     """Send what an earlier run left in its spool; returns how many records are still there.
 

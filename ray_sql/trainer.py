@@ -27,7 +27,7 @@ from ray_sql import cluster, linear, models
 from ray_sql.config import Config
 from ray_sql.errors import ModelError
 from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, attention, collate, model_inputs, passes
-from ray_sql.timing import StepClock, Stragglers, memory
+from ray_sql.timing import StepClock, Stragglers, use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +104,8 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
     ) -> tuple[list[Step], None]:
         """The next steps; a step knows itself how many labels it has."""
         self.clock.enter("data")
+        if self.control.should_training_stop:  # as decided before the first step: transformers looks after a step only
+            return [], None
         return list(islice(epoch_iterator, num_batches)), None
 
     def training_step(
@@ -146,7 +148,14 @@ def completion_loss(model: torch.nn.Module, made: Pass, config_of: PreTrainedMod
 
 
 def held_out_loss(
-    model: PreTrainedModel, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    config: Config,
+    together: int,
+    rank: int,
+    world: int,
+    pad: int,
+    halvings: int = 0,
 ) -> tuple[float, int]:
     """One rank's part of the loss over rows that are not trained on, without dropout: (sum over its answers' tokens, how many)."""
     training, total, labels = model.training, 0.0, 0
@@ -154,7 +163,7 @@ def held_out_loss(
     try:
         autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
         with torch.no_grad(), autocast:
-            for shared in passes(rows, config, together, rank, world):
+            for shared in passes(rows, config, together, rank, world, halvings):
                 made = collate(shared, pad)
                 total += float(completion_loss(model, made.to(model.device), model))
                 labels += int((made.labels != IGNORED).sum())
@@ -314,7 +323,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
         if state.is_world_process_zero:
             if note:
                 self._on_note(note)
-            self._on_log(state.global_step, state.max_steps, values | reading.metrics() | memory(args.device))
+            self._on_log(state.global_step, state.max_steps, values | reading.metrics() | use(args.device))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if any(not torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):

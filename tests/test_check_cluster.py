@@ -75,7 +75,7 @@ def test_the_smallest_gpu_and_the_fullest_disk_decide(make_config: Any) -> None:
     assert "no node with room for a worker is up yet" in nodes.memory(config, prepared, found[:1])
     with pytest.raises(ConfigError, match=r"GiB needed .*; 0\.0 GiB on the GPU of b; lower --train_batch_size"):
         nodes.memory(config, prepared, [*found[:2], machine("b", gpus=(2**18,))])
-    assert "3 checkpoints take up to" in nodes.disk(config, prepared, found)
+    assert "4 checkpoints take up to" in nodes.disk(config, prepared, found)
     with pytest.raises(StoreError, match=r"on b has 9.5e-07; make room, or set TMPDIR"):
         nodes.disk(config, prepared, [*found, machine("b", scratch=2**10)])
     with pytest.raises(StoreError, match=r"run has 9.5e-07 GiB; make room, or choose another --scaling.storage_path"):
@@ -118,7 +118,7 @@ def test_every_node_is_asked(cluster: Any, flags: dict[str, str]) -> None:
     assert said["state API"] == "answers"
     assert said["resources"].startswith("workers of 1 CPU: 2 workers of 1 CPU fit on 2 nodes")
     assert said["storage"].startswith("2 nodes write to ") and said["packages"].endswith(" on 2 nodes")
-    assert "GiB on the worker's share of memory of " in said["memory"] and "3 checkpoints take up to" in said["disk"]
+    assert "GiB on the worker's share of memory of " in said["memory"] and "4 checkpoints take up to" in said["disk"]
     assert not list(Path(flags["output_dir"]).iterdir()), "no probe is left behind"
 
 

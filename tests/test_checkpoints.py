@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent; the best and the last survive; what cannot be written is one line."""
+"""A checkpoint is complete or absent; the best and the last two survive; what cannot be written is one line."""
 
 import json
 from pathlib import Path
@@ -210,6 +210,24 @@ def test_pruning_keeps_the_last_two_where_nothing_was_measured(local: Path, run_
         save(local, run_dir, step)
     checkpoints.prune(run_dir)
     assert steps(run_dir) == [2, 3]
+
+
+def test_pruning_removes_what_is_half_written_or_set_aside_but_not_what_is_being_saved(
+    local: Path, run_dir: str
+) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(local, run_dir, step)
+    checkpoints.set_aside(f"{run_dir}/checkpoint-2")
+    for step in (3, 5):  # cut off, and still on its way
+        Path(run_dir, f"checkpoint-{step}", checkpoints.MARKER).unlink()
+    Path(run_dir, "checkpoint-notes").mkdir()
+    checkpoints.prune(run_dir)
+    assert sorted(path.name for path in Path(run_dir).iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-4",
+        "checkpoint-5",
+        "checkpoint-notes",
+    ]
 
 
 def test_texts_files_and_folders_are_put_read_and_removed(local: Path, run_dir: str, tmp_path: Path) -> None:

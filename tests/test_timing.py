@@ -130,7 +130,13 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_w
             last = point["values"]
             shown = urllib.request.urlopen(ray_with_metrics, timeout=10).read().decode()
 
-    plan = {"config": config.for_workers(), "model_folder": prepared.model_folder, "start_from": None, "slow": slow}
+    plan = {
+        "config": config.for_workers(),
+        "model_folder": prepared.model_folder,
+        "start_from": None,
+        "halvings": 0,
+        "slow": slow,
+    }
     cluster.run_workers(loop, plan, config, on_point, config.run_dir)
     if not slow:
         assert notes == []

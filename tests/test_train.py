@@ -18,7 +18,7 @@ import torch
 
 from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, train, trainer
 from ray_sql.config import Config
-from ray_sql.errors import ConfigError, ContractError, ModelError, StoreError, TrainingError
+from ray_sql.errors import ConfigError, ContractError, ModelError, OutOfMemory, StoreError, TrainingError
 from tests.conftest import make_model
 
 
@@ -192,11 +192,12 @@ def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
 def test_what_a_full_memory_says_is_known() -> None:
     assert cluster.out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert cluster.out_of_memory(MemoryError())
-    assert cluster.out_of_memory(TrainingError("the workers failed; the last time with: OutOfMemoryError: killed"))
-    assert not cluster.out_of_memory(TrainingError("the loss diverged"))
-    behind = TrainingError("the workers failed; the last time with: connection reset by peer")
+    assert cluster.out_of_memory(OutOfMemory("worker 1 found none"))
+    behind = RuntimeError("connection reset by peer")
     behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
     assert cluster.out_of_memory(behind)
+    killed = TrainingError("the workers failed: a node was low on memory; how to address the out of memory issue")
+    assert not cluster.out_of_memory(killed), "Ray's monitor ended a process, perhaps for a neighbour's sake"
 
 
 def flip_a_byte(file: Path) -> None:
@@ -473,8 +474,30 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
 
     config = make_config(**{"scaling.num_workers": 2, "scaling.max_failures": 5})
     with pytest.raises(
-        TrainingError, match=r"out of memory: .*Tried to allocate 2.00 GiB; lower --train_batch_size"
+        TrainingError, match=r"worker 0 is out of memory: .*Tried to allocate 2.00 GiB; lower --eval_batch"
     ) as caught:
         cluster.run_workers(full_on_rank_0, {"tried": str(tmp_path / "tried")}, config, lambda _: None, config.run_dir)
     assert cluster.out_of_memory(caught.value)
     assert sorted((tmp_path / "tried").read_text().split()) == ["0", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_what_one_rank_lacks_ends_the_run_with_its_reason(make_config: Any, ray_local: None) -> None:
+    def loads_on_rank_0_alone(plan: dict[str, Any]) -> dict[str, Any]:
+        """As a function in a function, its code goes to the workers."""
+        import ray.train
+
+        from ray_sql import generate
+        from ray_sql.errors import ModelError
+
+        def load() -> None:
+            if ray.train.get_context().get_world_rank() == 1:
+                raise ModelError("the model is not on this node")
+
+        generate.agreed(load)
+        return {}
+
+    config = make_config(**{"scaling.num_workers": 2})
+    with pytest.raises(ModelError, match="the model is not on this node"):
+        cluster.run_workers(loads_on_rank_0_alone, {}, config, lambda _: None, config.run_dir)

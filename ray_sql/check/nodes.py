@@ -25,7 +25,7 @@ from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.prepare import Prepared
 
 GIB = 2**30
-ANSWER_SECONDS = 120.0
+ANSWER_SECONDS = checkpoints.PATIENCE + 60
 """How long a node may take to start a worker and look around."""
 PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes")
 """Whose versions decide what is trained, or whether what one node writes another can read."""
@@ -98,8 +98,9 @@ def look(name: str, resources: Mapping[str, float], probe: str) -> Node:
     """What the machine that this runs on has; the driver has put a file `driver` into the folder `probe`."""
     import psutil
 
-    sees, problem, free = checkpoints.exists(f"{probe}/driver"), "", None
+    sees, problem, free = False, "", None
     try:
+        sees = checkpoints.exists(f"{probe}/driver")
         checkpoints.write_text(f"{probe}/{name}", "x" * 4096)
         free = None if "://" in probe else shutil.disk_usage(probe).free
         if not sees:  # the driver will not find it to remove it
@@ -193,7 +194,7 @@ def room(config: Config) -> str:
 
 def storage(config: Config, nodes: Sequence[Node]) -> str:
     """Every node writes to the run's place and sees there what this machine wrote: a folder of the same name is not one folder."""
-    blind = [node.name for node in nodes if not node.sees]
+    blind = [node.name for node in nodes if not node.sees and not node.problem]
     if blind:
         raise StoreError(
             f"{config.run_dir} is another folder on {', '.join(blind)}: what this machine wrote is not seen there; give "

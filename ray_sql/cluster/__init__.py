@@ -4,15 +4,17 @@ on the way (`channel`), how they end when the driver is told to stop (`stop`), a
 from ray_sql.cluster.channel import Channel, OnPoint, Point, Sender, mark, note
 from ray_sql.cluster.device import claim_device, keep_freed_memory, on_gpu
 from ray_sql.cluster.resources import Room, capacity, holds, per_worker, room, scaling_config
-from ray_sql.cluster.start import begin_ray, joins, leave_ray, start_ray
-from ray_sql.cluster.workers import out_of_memory, run_workers
+from ray_sql.cluster.start import address, begin_ray, joins, leave_ray, start_ray
+from ray_sql.cluster.workers import MORE_MEMORY, out_of_memory, run_workers
 
 __all__ = [
+    "MORE_MEMORY",
     "Channel",
     "OnPoint",
     "Point",
     "Room",
     "Sender",
+    "address",
     "begin_ray",
     "capacity",
     "claim_device",

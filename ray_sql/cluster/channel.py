@@ -47,11 +47,19 @@ class Sender:
         try:
             self._queue.put_nowait(point)
             if self._decisions is not None and point["kind"] == "validation":
-                return bool(self._decisions.get())
+                return self._decided(point["step"])
         except RayError as error:
             self._lost = True
             log.warning("progress can no longer be sent to the driver: %s", error)
         return None
+
+    def _decided(self, step: int) -> bool:
+        """What the driver says of this step; what it said to a worker that died before it heard it is passed over."""
+        assert self._decisions is not None
+        while True:
+            of, go_on = self._decisions.get()
+            if of == step:
+                return bool(go_on)
 
 
 class Channel:
@@ -103,7 +111,7 @@ class Channel:
                 return
             decision = self._take(point)
             if self._decisions is not None and point["kind"] == "validation":
-                self._decisions.put(decision is not False)
+                self._decisions.put((point["step"], decision is not False))
 
     def _take(self, point: Point) -> bool | None:
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_sql.cluster.start import joins, start_ray
+from ray_sql.cluster.start import address, joins, start_ray
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError
 
@@ -113,7 +113,7 @@ def _node_types() -> list[tuple[dict[str, float], int]]:
     if told is not None and told.node_group_configs:
         return [(dict(group.resources), group.max_count) for group in told.node_group_configs]
     file = Path(BOOTSTRAP).expanduser()
-    if not (os.environ.get("RAY_ADDRESS") and file.is_file()):
+    if not (address() and file.is_file()):
         return []
     import yaml
 
@@ -137,7 +137,7 @@ def scaling_config(config: Config, resizes: bool = False) -> ScalingConfig:
         have = sum(node.get(name, 0) for node in nodes)
         # a cluster that we joined may still grow; one that we started will not, and Ray would wait for ever
         least = config.fewest_workers
-        if amount * least > have and not os.environ.get("RAY_ADDRESS"):
+        if amount * least > have and not address():
             raise ConfigError(
                 f"--scaling.num_workers {least} needs {amount * least:g} {name}, but this machine has {have:g}; use fewer workers, or "
                 "--scaling.resources_per_worker"

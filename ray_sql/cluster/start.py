@@ -26,11 +26,17 @@ _OURS = threading.Event()
 """Set while there is a Ray that this process started or joined itself."""
 
 
+def address() -> str | None:
+    """The cluster that RAY_ADDRESS names; None where this process is to start a Ray of its own."""
+    named = os.environ.get("RAY_ADDRESS")
+    return None if named in (None, "", "local") else named
+
+
 def joins() -> bool:
     """Whether there is a Ray that `start_ray` joins; else it starts one on this machine."""
     import ray
 
-    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or ray.is_initialized()
+    return address() is not None or ray.is_initialized()
 
 
 def begin_ray() -> Future[None]:
@@ -45,12 +51,11 @@ def start_ray() -> None:
     try:
         begin_ray().result()
     except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        if not address:
+        if not address():
             raise
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"RAY_ADDRESS {address}: no Ray cluster answers there ({reason}); correct it, or unset it to start Ray here"
+            f"RAY_ADDRESS {address()}: no Ray cluster answers there ({reason}); correct it, or unset it to start Ray here"
         ) from None
     finally:
         _BEGUN.clear()  # asked again, it looks again: Ray may have been shut down since
@@ -70,13 +75,12 @@ def _init_ray() -> None:
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM" not in record.getMessage())
         # workers' own output stays in Ray's logs and dashboard: what matters comes through the channel, and their errors as errors
         # never `auto` unasked: a cluster that was killed leaves its address behind, and Ray would try it for many minutes
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        _knock(address)
-        ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
+        _knock(place := address() or "local")
+        ray.init(place, logging_level=logging.WARNING, log_to_driver=False)
         _OURS.set()
 
 
-def _knock(address: str) -> None:
+def _knock(named: str) -> None:
     """Raise in seconds, not in minutes as Ray does, where no cluster answers at an address (`ConnectionError`), or where it refuses this
     process's token (`ConfigError`)."""
     import grpc
@@ -85,7 +89,7 @@ def _knock(address: str) -> None:
     from ray._private.services import canonicalize_bootstrap_address
     from ray.exceptions import AuthenticationError
 
-    place = None if "://" in address else canonicalize_bootstrap_address(address)
+    place = None if "://" in named else canonicalize_bootstrap_address(named)
     if place is None:  # this machine, or an address that only Ray's own client reads
         return
     try:
@@ -98,7 +102,7 @@ def _knock(address: str) -> None:
         raise ConnectionError(f"nothing of Ray's in {KNOCK_SECONDS:.0f} s") from None
     except AuthenticationError:
         raise ConfigError(
-            f"RAY_ADDRESS {address}: the cluster refuses this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            f"RAY_ADDRESS {named}: the cluster refuses this process's token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to the token that its nodes were started with"
         ) from None
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_sql.cluster.channel import OnPoint, note
+from ray_sql.errors import last_line
 
 PATIENCE = 45.0
 """Seconds that workers have to save and end once this process was told to stop: less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
@@ -101,8 +102,3 @@ def beside_signals(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
     threading.Thread(target=run, name="ray_sql-fit", daemon=True).start()
     return result.result()
-
-
-def last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -16,9 +16,9 @@ from ray_sql import errors
 from ray_sql.cluster.channel import Channel, OnPoint, Point, Shown, mark
 from ray_sql.cluster.resources import scaling_config
 from ray_sql.cluster.start import start_ray
-from ray_sql.cluster.stop import ClusterEvent, beside_signals, ending_in_order, last_line
+from ray_sql.cluster.stop import ClusterEvent, beside_signals, ending_in_order
 from ray_sql.config import Config
-from ray_sql.errors import RaySqlError, StoreError, TrainingError
+from ray_sql.errors import OutOfMemory, RaySqlError, StoreError, TrainingError, last_line
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 WORKER_ENVIRONMENT = {
@@ -26,8 +26,14 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-FULL_MEMORY = ("out of memory", "can't allocate memory")
-"""How CUDA and torch's CPU allocator say that memory is full."""
+FULL_MEMORY = ("out of memory", "can't allocate memory", "outofmemory", "memoryerror")
+"""How CUDA, torch's CPU allocator and Python say that memory is full."""
+
+
+MORE_MEMORY = (
+    "lower --eval_batch_size, --evaluate.max_new_tokens or --rows.max_length, or use --train.gradient_checkpointing"
+)
+"""What is left to do where forward passes are as small as they get."""
 
 
 def run_workers(
@@ -54,7 +60,7 @@ def run_workers(
     begun = threading.Event()
 
     def passed_on(point: Point) -> bool | None:
-        if point["kind"] == "train":
+        if point["kind"] in ("train", "curve"):  # from here on there is something to save, or saved
             begun.set()
         return on_point(point)
 
@@ -85,7 +91,7 @@ def run_workers(
 def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str, resizes: bool) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     scaling = scaling_config(config, resizes)
     trainer = TorchTrainer(
@@ -104,11 +110,8 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str, resizes
     try:
         returned = dict(trainer.fit().return_value)
     except TrainingFailedError as error:
-        if out_of_memory(error):
-            raise TrainingError(
-                f"out of memory: {last_line(error)}; lower --train_batch_size, --rows.examples_per_row or --rows.max_length, or use "
-                "--train.gradient_checkpointing"
-            ) from error
+        if isinstance(error, ControllerError) and out_of_memory(error):
+            raise OutOfMemory(f"{last_line(error)}; {MORE_MEMORY}") from error
         raise TrainingError(
             f"the workers failed, restarts included; the last time with: {last_line(error)}. Run the same "
             "command again to go on from the last checkpoint; more restarts: --scaling.max_failures"
@@ -121,27 +124,34 @@ def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str, resizes
 
 def _once_without_memory() -> Any:
     """A callback of Ray Train that ends a run whose memory is full, on whichever rank: Ray would restart the workers, as often as it may,
-    to find it full again. Raising is the one way to say so; that a node's memory was full (Ray's monitor) may be a neighbour's doing."""
+    to find it full again. Raising is the one way to say so. A process that is gone is Ray's to restart, also where its monitor killed it
+    because the node's memory was full: that may be a neighbour's doing."""
     from ray.train import UserCallback
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     class OnceWithoutMemory(UserCallback):  # type: ignore[misc]  # ray is not followed by mypy
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in sorted(worker_exceptions.items()):
-                said = [line.strip() for line in str(error).splitlines() if any(s in line.lower() for s in FULL_MEMORY)]
-                if said or isinstance(error, MemoryError):
-                    raise MemoryError(f"worker {rank}: {said[-1] if said else error}")
+                if not isinstance(error, WorkerHealthCheckFailedError) and out_of_memory(error):
+                    said = [line.strip() for line in str(error).splitlines() if _says_full(line)]
+                    raise MemoryError(f"worker {rank} is out of memory: {said[-1] if said else last_line(error)}")
 
     return OnceWithoutMemory()
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was full, on a GPU or a node, in this process or in any worker: in the error, or in what it came from."""
+    """Whether memory was full, on a GPU or a machine, in this process or in any worker: in the error, or in what it came from."""
     while error is not None:
-        text = f"{type(error).__name__} {error}".lower()
-        if isinstance(error, MemoryError) or any(sign in text for sign in (*FULL_MEMORY, "outofmemory")):
+        if isinstance(error, RaySqlError):
+            return isinstance(error, OutOfMemory)
+        if isinstance(error, MemoryError) or _says_full(f"{type(error).__name__} {error}"):
             return True
         error = error.__cause__
     return False
+
+
+def _says_full(text: str) -> bool:
+    return any(sign in text.lower() for sign in FULL_MEMORY)
 
 
 class _Guarded:

@@ -1,7 +1,15 @@
 """Questions → answers with a base model and, where given, its adapter: each database's schema computed once and shared by its
 questions (`shared`), as one-by-one greedy decoding would answer them; beams and other models in plain batches (`plain`)."""
 
-from ray_sql.generate.answers import VERSION, answer, answer_loop_per_worker, answer_together, gather_all, spread
+from ray_sql.generate.answers import (
+    VERSION,
+    agreed,
+    answer,
+    answer_loop_per_worker,
+    answer_together,
+    gather_all,
+    spread,
+)
 from ray_sql.generate.kept import Kept
 from ray_sql.generate.questions import (
     VALIDATION_FILE,
@@ -23,6 +31,7 @@ __all__ = [
     "Answer",
     "Kept",
     "Question",
+    "agreed",
     "answer",
     "answer_loop_per_worker",
     "answer_together",

@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_sql import checkpoints, cluster, models
 from ray_sql.config import Config
+from ray_sql.errors import RaySqlError
 from ray_sql.generate import plain, shared, vllm
 from ray_sql.generate.ends import Ends
 from ray_sql.generate.kept import Kept
@@ -18,6 +19,7 @@ from ray_sql.generate.questions import Answer, Question, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 OnAnswer = Callable[[int, Answer], None]
 """Called with each answer as it comes, and the place of its question among those asked."""
@@ -217,6 +219,19 @@ def gather_all(value: Any) -> list[Any]:
     return parts
 
 
+def agreed(make: Callable[[], T]) -> T:
+    """What `make` returns; where it fails on one rank, that rank's error on all: one that left alone would let the others wait."""
+    problem: RaySqlError | None = None
+    try:
+        made = make()
+    except RaySqlError as error:
+        problem = error
+    for each in gather_all(problem):
+        if each:
+            raise each
+    return made
+
+
 def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     """One worker's part of answering `plan["questions"]` with each of `plan["models"]`; rank 0 returns all answers by model.
 
@@ -243,9 +258,7 @@ def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
-    folder = models.here(plan["model_folder"], config)
-    model = models.load_base(folder, config, cluster.claim_device(config))
-    tokenizer = models.load_tokenizer(folder)
+    model, tokenizer = agreed(lambda: models.load_here(plan["model_folder"], config, cluster.claim_device(config)))
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
         nonlocal model

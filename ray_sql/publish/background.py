@@ -82,6 +82,8 @@ class Checkpoints:
         if checkpoint is None:
             raise FileNotFoundError(f"checkpoint-{step} is not there any more")
         folder = Path(self._copies.name) / f"checkpoint-{step}"
+        if folder.exists():  # measured when the run went on, and told of again
+            return
         folder.mkdir()
         for name in (*ADAPTER_FILES, "contract.json"):
             checkpoints.fetch_file(f"{checkpoint.uri}/{name}", folder / name)

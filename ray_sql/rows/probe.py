@@ -48,9 +48,15 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
 
 
 def _fault(model: PreTrainedModel, longest: int, row: int) -> str | None:
+    import torch
+
     try:
         difference = _difference(model, longest, row)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # each architecture fails in its own way; a row of one example is right for all
+        if "can't allocate memory" in str(error):  # torch's CPU allocator has no error of its own
+            raise
         return f"it does not take a shared row ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
     if not difference < TOLERANCE:
         return f"a shared row gives other logits than a separate one (relative difference {difference:.2g}): not attention by a mask"

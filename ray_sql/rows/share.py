@@ -127,15 +127,16 @@ def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
     return sum(row.tokens for row in shared), sum(len(one.input_ids) for row in shared for one in row.examples)
 
 
-def heaviest_pass(rows: Sequence[Row], config: Config) -> int:
+def heaviest_pass(rows: Sequence[Row], config: Config, halvings: int = 0) -> int:
     """Tokens of the largest forward pass of the run's first epoch, padding included, on one worker."""
-    return max(len(one) * max(row.tokens for row in one) for step in _first_epoch(rows, config) for one in step)
+    steps = _first_epoch(rows, config, halvings)
+    return max(len(one) * max(row.tokens for row in one) for step in steps for one in step)
 
 
-def _first_epoch(rows: Sequence[Row], config: Config) -> list[list[list[Shared]]]:
+def _first_epoch(rows: Sequence[Row], config: Config, halvings: int = 0) -> list[list[list[Shared]]]:
     """Forward passes by step."""
     steps = plan(rows, config, together(config), config.steps_per_epoch(len(rows)))
-    return [passes([rows[index] for index in step], config, together(config), 0, 1) for step in steps]
+    return [passes([rows[index] for index in step], config, together(config), 0, 1, halvings) for step in steps]
 
 
 def epoch_order(databases: Sequence[str], together: int, draw: random.Random) -> list[int]:
@@ -178,9 +179,9 @@ def common_prefix(sequences: Sequence[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def per_pass(config: Config, halvings: int = 0) -> int:
-    """Most examples in a forward pass as the settings say, after so many halvings."""
-    return max(1, max(together(config), config.train_batch_size) >> halvings)
+def per_pass(config: Config, together: int, halvings: int = 0) -> int:
+    """Most examples in a forward pass where up to `together` share a row, after so many halvings."""
+    return max(1, max(together, config.train_batch_size) >> halvings)
 
 
 def passes(

@@ -16,7 +16,7 @@ from typing import Any
 from ray_sql import checkpoints, cluster, rows
 from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
-from ray_sql.errors import TrainingError
+from ray_sql.errors import OutOfMemory, TrainingError, last_line
 from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import rewind, set_aside_damaged, starting_point
 
@@ -70,20 +70,32 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
 def _in_memory(plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoint, decides: bool) -> dict[str, Any]:
     """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
     record = f"{config.run_dir}/{HALVINGS_FILE}"
-    halvings = int(checkpoints.read_text(record) or 0)
+    halvings, together = int(checkpoints.read_text(record) or 0), rows.together(config)
+
+    def heard(point: cluster.Point) -> bool | None:
+        nonlocal together
+        if point["kind"] != "rows":
+            return on_point(point)
+        together = point["together"]
+        return None
+
     while True:
         try:
             full = {**plan, "halvings": halvings}
             return cluster.run_workers(
-                train_loop_per_worker, full, config, on_point, config.run_dir, decides, resizes=True
+                train_loop_per_worker, full, config, heard, config.run_dir, decides, resizes=True
             )
-        except Exception as error:  # in this process it is torch's own, from workers a TrainingError
-            if not cluster.out_of_memory(error) or rows.per_pass(config, halvings) == 1:
+        except Exception as error:  # in this process it is torch's own, from workers ours
+            before = rows.per_pass(config, together, halvings)
+            if not cluster.out_of_memory(error):
                 raise
+            if before == 1:
+                why = str(error) if isinstance(error, OutOfMemory) else f"{last_line(error)}; {cluster.MORE_MEMORY}"
+                raise OutOfMemory(f"out of memory with one example in a forward pass: {why}") from error
         halvings += 1
         checkpoints.write_text(record, str(halvings))
-        most = rows.per_pass(config, halvings)
-        said = f"on from the last checkpoint with up to {most} examples in a forward pass, not {2 * most}, and more passes in a step"
+        now = rows.per_pass(config, together, halvings)
+        said = f"on from the last checkpoint with up to {now} examples in a forward pass, not {before}, and more passes in a step"
         on_point(cluster.note(f"out of memory: {said}"))
         free_memory()
 

@@ -40,9 +40,8 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         bounds = f"{config.fewest_workers} to {config.workers}"
         plan["emit"](cluster.note(f"training with {context.get_world_size()} of {bounds} workers"))
     mark("imports of the training stack")
-    folder = models.here(plan["model_folder"], config)
-    base = models.load_base(folder, config, cluster.claim_device(config))
-    tokenizer = models.load_tokenizer(folder)
+    device = cluster.claim_device(config)
+    base, tokenizer = generate.agreed(lambda: models.load_here(plan["model_folder"], config, device))
     mark("model")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
@@ -53,8 +52,10 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         notice = Notice(plan["stopping"])
         if (step >= steps and not unmeasured) or notice.told_to_stop():  # else only what follows training was cut off
             return asdict(trainer.Outcome(step, steps, None))
-        together = _together(base, data, config, plan["emit"])
-        judge = Validation(config, tokenizer, together, local)
+        together = _together(base, data, config, plan["halvings"], plan["emit"])
+        if context.get_world_rank() == 0:
+            plan["emit"]({"kind": "rows", "together": together})
+        judge = Validation(config, tokenizer, together, plan["halvings"], local)
         mark("shared rows tried")
         reporter = Reporter(config, judge, notice, plan["emit"], data, context.get_world_rank())
         outcome = trainer.train(
@@ -75,7 +76,9 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     return asdict(outcome)
 
 
-def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, emit: cluster.OnPoint) -> int:
+def _together(
+    base: PreTrainedModel, data: Sequence[rows.Row], config: Config, halvings: int, emit: cluster.OnPoint
+) -> int:
     """How many questions share a row: as the settings say, where this model allows it."""
     import ray.train
 
@@ -84,7 +87,7 @@ def _together(base: PreTrainedModel, data: Sequence[rows.Row], config: Config, e
     wanted = rows.together(config)
     if wanted == 1:
         return 1
-    reason = why_not_share(base, max(len(row.input_ids) for row in data), rows.heaviest_pass(data, config))
+    reason = why_not_share(base, max(len(row.input_ids) for row in data), rows.heaviest_pass(data, config, halvings))
     reason = next((each for each in generate.gather_all(reason) if each), None)  # all ranks must lay steps out alike
     if reason is None:
         return wanted

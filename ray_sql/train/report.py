@@ -42,7 +42,9 @@ class Reporter:
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         now = time.monotonic()
         kept: dict[str, float] = {
-            name: value for name, value in values.items() if name in LOGGED or name.startswith(("time/", "memory/"))
+            name: value
+            for name, value in values.items()
+            if name in LOGGED or name.startswith(("time/", "memory/", "gpu/"))
         }
         kept["epoch"] = step / self._config.steps_per_epoch(self._examples)
         if self._last is not None and now > self._last[1]:
@@ -64,7 +66,7 @@ class Reporter:
         started = time.monotonic()
         self._together(lambda: self._save(step, folder))  # first: it must be complete before anything that takes long
         go_on = self.measure(step, model)
-        ray.train.report({"step": step})  # a barrier: no rank trains on before the checkpoint is safe
+        ray.train.report({"step": step})  # what Ray's dashboard shows of the run
         if self._last is not None:  # time spent here is not training time
             self._last = (self._last[0], self._last[1] + time.monotonic() - started)
         return go_on and not self._notice.stops

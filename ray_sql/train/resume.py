@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,12 @@ def resume(
             return None, None
         folder = checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
         if own is None:
-            _check_intact(folder, uri)
+            generate.agreed(partial(_check_intact, folder, uri))
             return folder, None
-        wrong = next((each for each in generate.gather_all(checkpoints.damaged(folder)) if each), None)
+        wrong = next((each for each in generate.gather_all(_wrong(uri, folder)) if each), None)
         if wrong is None:
             if first:
-                emit({"kind": "curve", "points": _curve(folder)})
+                emit({"kind": "curve", "step": own.step, "points": _curve(folder, found)})
             return folder, own
         if first:
             set_aside_damaged(uri, wrong, lambda text: emit(cluster.note(text)))
@@ -125,10 +126,17 @@ def set_aside_damaged(uri: str, wrong: str, say: Callable[[str], object]) -> Non
     say(f"{Path(uri).name} is damaged ({wrong} is not as it was saved): set aside for the one before")
 
 
-def _curve(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, values) of all that was logged up to a checkpoint: a driver that was killed may have taken some of it with it."""
-    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], {name: entry[name] for name in LOGGED if name in entry}) for entry in entries]
+def _wrong(uri: str, folder: Path) -> str | None:
+    """A file of a checkpoint that is damaged in storage: what came wrong over the network comes right the second time."""
+    return checkpoints.damaged(folder) and checkpoints.damaged(checkpoints.fetch(uri, folder))
+
+
+def _curve(newest: Path, found: Sequence[Checkpoint]) -> list[tuple[int, Mapping[str, float]]]:
+    """(step, values) of all that was logged and measured up to the newest checkpoint: a driver that was killed may have taken some of
+    it with it."""
+    entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    logged = [(entry["step"], {name: entry[name] for name in LOGGED if name in entry}) for entry in entries]
+    return logged + [(one.step, one.metrics) for one in found if one.metrics]
 
 
 def owed(last: Checkpoint, config: Config, examples: int) -> bool:

@@ -16,7 +16,9 @@ class Validation:
     """The loss on a fixed set of validation examples and, unless the loss alone chooses, their questions answered and judged; each
     rank does its share, and rank 0 has the result."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, scratch: Path) -> None:
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, halvings: int, scratch: Path
+    ) -> None:
         import ray.train
 
         self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
@@ -27,7 +29,7 @@ class Validation:
             self._rows = rows.read(checkpoints.fetch_file(source, scratch / "validation.parquet"))
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
-        self._tokenizer, self._together = tokenizer, together
+        self._tokenizer, self._together, self._halvings = tokenizer, together, halvings
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
         """What orders the checkpoint and its metrics, on rank 0; None on other ranks, and where there is nothing to validate on."""
@@ -55,7 +57,6 @@ class Validation:
 
         context, pad = ray.train.get_context(), self._tokenizer.pad_token_id
         rank, world = context.get_world_rank(), context.get_world_size()
-        parts = generate.gather_all(
-            trainer.held_out_loss(model, self._rows, self._config, self._together, rank, world, pad)
-        )
+        part = trainer.held_out_loss(model, self._rows, self._config, self._together, rank, world, pad, self._halvings)
+        parts = generate.gather_all(part)
         return float(sum(total for total, _ in parts) / sum(labels for _, labels in parts))

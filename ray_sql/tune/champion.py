@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_sql.errors import TrainingError
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
 from ray_sql.tune import space
-from ray_sql.tune.study import FILE, Study, Trial, name
+from ray_sql.tune.study import FILE, Measure, Study, Trial, name
 
 ALIAS = "champion"
 ALPHA = 0.05
@@ -27,10 +28,8 @@ def crown(
     config: Config, study: Study, prepared: Prepared, record: tracking.Run, facts: Mapping[str, Any], display: Display
 ) -> dict[str, Any]:
     """Measure and register the best trial of a study; returns what `metrics.json` holds. Raises `TrainingError` if there is none."""
-    best = study.best()
-    if best is None or best.best is None:
-        reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
-        raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
+    best = _best(study)
+    assert best.best
     chosen = _settings(config, best)
     adapter = _take(chosen, study, best)
     measured = _measure(chosen, study, prepared, adapter, display)
@@ -60,6 +59,23 @@ def crown(
     return metrics
 
 
+def _best(study: Study) -> Trial:
+    """The best trial, its adapter taken from its checkpoints once more: a driver may have been killed while the trial copied it. One
+    whose best checkpoint turns out to be damaged counts by what is left of it."""
+    while (best := study.best()) and best.best:
+        left = None
+        with suppress(TrainingError):  # nothing is left
+            left = train.keep_best(study.folder(best.number))
+        if left and left.step == best.best.step:
+            return best
+        counts = left and left.objective is not None
+        study.change(
+            best.number, best=Measure(left.step, left.objective, left.tie_break, left.metrics) if counts else None
+        )
+    reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
+    raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
+
+
 def judge(measured: Measured, config: Config) -> tuple[bool, str]:
     """Whether the best trial wins on the held-out questions, and why: it must beat the base model, and the default settings must not
     beat it, by the paired test."""
@@ -86,16 +102,10 @@ def _take(chosen: Config, study: Study, trial: Trial) -> str:
     """Copy the adapter of a trial's best checkpoint to the study's folder, with the recipe of a run of its own; returns where it is."""
     checkpoints.write_text(f"{chosen.run_dir}/config.json", json.dumps(chosen.public(), indent=2) + "\n")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        folder = checkpoints.fetch(_adapter(study, trial), Path(scratch) / "adapter")
+        folder = checkpoints.fetch(f"{study.folder(trial.number)}/adapter", Path(scratch) / "adapter")
         checkpoints.fetch_file(f"{chosen.run_dir}/config.json", folder / "config.json")
         checkpoints.put(folder, f"{chosen.run_dir}/adapter")
     return f"{chosen.run_dir}/adapter"
-
-
-def _adapter(study: Study, trial: Trial) -> str:
-    """Where a trial's best adapter is, taken from its checkpoints again: a driver may have been killed while the trial copied it."""
-    train.keep_best(study.folder(trial.number))
-    return f"{study.folder(trial.number)}/adapter"
 
 
 def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, display: Display) -> Measured:
@@ -113,7 +123,8 @@ def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, dis
     others = {model: rows for model, rows in found.items() if model != "tuned"}
     if first.best and first.number != study.best().number:  # type: ignore[union-attr]
         alone = _settings(chosen, first).changed({"evaluate.baseline": False})
-        others["default"] = answers(alone, _adapter(study, first))["tuned"]
+        train.keep_best(study.folder(first.number))
+        others["default"] = answers(alone, f"{study.folder(first.number)}/adapter")["tuned"]
     return {**others, "tuned": found["tuned"]}
 
 

@@ -111,7 +111,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
             return
         points = point["points"] if point["kind"] == "curve" else [(point["step"], point["values"])]
         for step, logged in points:
-            values = {key if "/" in key else f"train/{key}": value for key, value in logged.items()}
+            values = tracking.named(logged)
             if point.get("objective") is not None:
                 values["objective"] = point["objective"]
             self._runs[number].log(step, values)
