@@ -18,15 +18,11 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.mlflow_server import Server
 from ray_sql import checkpoints, cli, finetune
 from ray_sql.config import Config, load
 from ray_sql.train import driver
@@ -182,7 +179,7 @@ def report(results: list[dict[str, Any]]) -> None:
     for one in results:
         print(
             f"| {one['fault']} | {one['moment']} | {'yes' if one['survived'] else '**no**'} | {one['steps_repeated']} | "
-            f"{one['largest_difference']:.1e} | {one['seconds']:.0f} |"
+            f"{one['largest_difference'] or 0:.1e} | {one['seconds']:.0f} |"
         )
     largest = max((one["largest_difference"] for one in results), default=None)
     survived = sum(one["survived"] for one in results)
@@ -256,6 +253,7 @@ class Run:
         uri = f"sqlite:///{self.folder.parent / 'mlflow.db'}"
         if self.fault == "MLflow killed":
             self.server = Server(self.folder)
+            self.server.start()
             uri = self.server.uri
         given = {
             **SETTINGS,
@@ -320,7 +318,7 @@ class Run:
         if not self._waits(lambda: self.points()[-1]["step"] >= step):
             return False
         folder = Path(self.config.run_dir, f"checkpoint-{step}")
-        while kind == "save" and not folder.exists():
+        while kind == "save" and not folder.exists() and self._process.poll() is None:
             pass  # it takes milliseconds: no time to sleep
         return kind == "step" or not (folder / checkpoints.MARKER).exists()
 
@@ -334,7 +332,6 @@ class Run:
         try:
             code = self._process.wait(PATIENCE)
             if code == 0 and finetune.spool(self.config).exists() and self.server:
-                self.server.answers()
                 self.start()  # a finished run is shown, and what waits for MLflow is sent
                 code = self._process.wait(PATIENCE)
             return code
@@ -359,43 +356,6 @@ class Run:
                 return False
             time.sleep(0.01)
         return True
-
-
-class Server:
-    """A real `mlflow server` with a database of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.uri, self._folder = f"http://127.0.0.1:{self._port}", folder
-        self.start()
-        self.answers()
-
-    def start(self) -> None:
-        """Start it, again on the same port and database."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        with (self._folder / "mlflow.txt").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-    def kill(self) -> None:
-        """SIGKILL to the server and the processes it started."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def answers(self) -> None:
-        """Wait until it does."""
-        started = time.monotonic()
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-                return
-            except (OSError, urllib.error.URLError):
-                if time.monotonic() - started > PATIENCE:
-                    raise
-                time.sleep(0.2)
 
 
 def worker_killed(run: Run) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.mlflow_server import free_port
 from ray_sql import check, prepare
 from ray_sql.check import nodes
 from ray_sql.errors import ConfigError, StoreError
-from tests.mlflow_server import free_port
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.mlflow_server import Server
 from ray_sql import check, finetune
 from ray_sql.config import CheckConfig, Config
 from ray_sql.errors import StoreError
-from tests.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
 STEPS = 8

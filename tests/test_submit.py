@@ -29,8 +29,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from benchmarks.mlflow_server import Server, free_port
 from ray_sql import checkpoints
-from tests.mlflow_server import Server, free_port
 from tests.test_cluster_files import LEFT
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.mlflow_server import Server, free_port
 from ray_sql import tracking
 from ray_sql.errors import StoreError
 from ray_sql.tracking import Run
-from tests.mlflow_server import Server, free_port
 
 
 @pytest.fixture(scope="module")

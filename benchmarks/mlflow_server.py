@@ -1,4 +1,4 @@
-"""A real MLflow server that a test starts, kills, and starts again on the same records."""
+"""A real MLflow server that is started, killed, and started again on the same records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 
 def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -26,6 +27,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Start it, and wait until it answers."""
         command = [
             sys.executable,
             "-m",
