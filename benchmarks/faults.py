@@ -320,7 +320,7 @@ class Run:
         folder = Path(self.config.run_dir, f"checkpoint-{step}")
         while kind == "save" and not folder.exists() and self._process.poll() is None:
             pass  # it takes milliseconds: no time to sleep
-        return kind == "step" or not (folder / checkpoints.MARKER).exists()
+        return kind == "step" or (folder.exists() and not (folder / checkpoints.MARKER).exists())
 
     def notices(self) -> None:
         """Wait until the run has said what happens to it, or is over."""
