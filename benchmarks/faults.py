@@ -312,6 +312,7 @@ class Run:
     def comes_to(self, moment: str) -> bool:
         """Wait for a moment; False if it is over already, or the run is."""
         kind, step = MOMENTS[moment]
+        assert self._process
         if not self._waits(lambda: bool(self.points())):
             return False
         self.worker = self.nodes.workers()[0]
@@ -444,7 +445,7 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
 
     finetune.Points = Noting  # type: ignore[misc]
     if full:
-        driver.train_loop_per_worker = partial(without_memory, moment=full)  # type: ignore[assignment]
+        driver.train_loop_per_worker = partial(without_memory, moment=full)  # type: ignore[attr-defined]
     cli.main(finetune.run, Config, [], **settings)
 
 

@@ -136,7 +136,7 @@ def _curve(newest: Path, found: Sequence[Checkpoint]) -> list[tuple[int, Mapping
     it with it."""
     entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     logged = [(entry["step"], {name: entry[name] for name in LOGGED if name in entry}) for entry in entries]
-    return logged + [(one.step, one.metrics) for one in found if one.metrics]
+    return [*logged, *((one.step, one.metrics) for one in found if one.metrics)]
 
 
 def owed(last: Checkpoint, config: Config, examples: int) -> bool:

@@ -68,10 +68,10 @@ def _best(study: Study) -> Trial:
             left = train.keep_best(study.folder(best.number))
         if left and left.step == best.best.step:
             return best
-        counts = left and left.objective is not None
-        study.change(
-            best.number, best=Measure(left.step, left.objective, left.tie_break, left.metrics) if counts else None
-        )
+        measured = None
+        if left and left.objective is not None:
+            measured = Measure(left.step, left.objective, left.tie_break, dict(left.metrics))
+        study.change(best.number, best=measured)
     reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
     raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
 
