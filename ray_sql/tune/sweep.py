@@ -308,7 +308,7 @@ def _child(config: Config, axes: Space, trial: Trial, parent: tracking.Run) -> t
     own = settings(config, axes.settings(trial.point), trial.number)
     return tracking.start(
         own.public(),
-        name=f"{config.output_name} {name(trial.number)}",
+        name=f"{name(trial.number)} of {config.output_name}",  # in this order: MLflow shows the first words
         uri=config.tracking.uri,
         experiment=config.tracking.experiment,
         tags={"task_type": config.task_type},
