@@ -189,6 +189,11 @@ def exists(uri: str) -> bool:
     return bool(_listed(uri)) if kind == pafs.FileType.Directory else bool(kind == pafs.FileType.File)
 
 
+def names(uri: str) -> list[str]:
+    """The names of the files and folders in a folder; none where it is not there."""
+    return sorted(info.base_name for info in _listed(uri))
+
+
 def remove(uri: str) -> None:
     """Remove a file or folder of storage if it is there."""
     import pyarrow.fs as pafs

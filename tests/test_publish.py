@@ -501,9 +501,7 @@ def test_a_connection_that_falls_silent_counts_as_cut_and_nothing_is_committed_t
     assert repo.tags == {RUN_ID: commit.oid} and set(FILES) < set(commit.files)
 
 
-def test_a_commit_that_comes_between_is_built_upon(
-    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
-) -> None:
+def test_a_commit_that_comes_between_is_built_upon(stand_in: stand_ins.Hub, run_dir: Path, publication: Any) -> None:
     repo = stand_in.add("me/run", {"notes.md": b"first"})
     stand_in.fail("POST .*/preupload/", 1.0, times=1)
 
