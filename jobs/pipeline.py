@@ -16,9 +16,9 @@ def pipeline(config: SweepConfig) -> None:
     from ray_sql import tune
 
     if config.dry_run:
-        return tune.dry_run(config)
-    tune.run(config if config.overwrite else config.changed({"resume": True}))
-    return None
+        tune.dry_run(config)
+    else:
+        tune.run(config if config.overwrite else config.changed({"resume": True}))
 
 
 if __name__ == "__main__":
