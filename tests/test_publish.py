@@ -528,6 +528,22 @@ def test_a_hub_that_says_nothing_is_given_up(
         push(publication())
 
 
+def test_a_failure_of_xet_is_one_of_the_hub(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where hf_xet is installed, the client sends large files through it; the stand-in does not speak that."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(
+        StoreError, match=r"the commit failed 5 times, at last with .*xet-write-token.*; nothing is lost"
+    ) as said:
+        push(publication())
+    assert "\n" not in str(said.value) and WRITER not in str(said.value)
+    assert not stand_in.repos["me/run"].pushed() and stand_in.count("xet-write-token") >= 5
+
+
 def test_a_refusal_is_not_tried_again(stand_in: stand_ins.Hub, run_dir: Path, publication: Any) -> None:
     stand_in.fail("POST .*/commit/", 403)
     with pytest.raises(ConfigError, match=r"the token may not write there \(HTTP 403\)"):
