@@ -158,7 +158,7 @@ def report(found: list[Checkpoint]) -> None:
 
 def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
     """The checkpoint that each way chooses in every group, and all their held-out answers side by side."""
-    by_answers = [max(group, key=lambda one: (one.objective, one.tie_break, -one.step)) for group in groups]
+    by_answers = [max(group, key=_rank(group)) for group in groups]
     by_loss = [min(group, key=lambda one: one.loss) for group in groups]
     pairs = [pair for a, b in zip(by_answers, by_loss, strict=True) for pair in zip(a.right, b.right, strict=True)]
     alone = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
@@ -171,6 +171,12 @@ def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
         # several trials answer the same questions, which the test takes for different ones
         **({"mcnemar_p": mcnemar(*alone)} if len(groups) == 1 else {}),
     }
+
+
+def _rank(group: list[Checkpoint]) -> Callable[[Checkpoint], tuple[float, float, int, int]]:
+    """As a sweep ranks: of equal checkpoints those of the earlier trial, and of these the later."""
+    trials = [one.trial for one in group]
+    return lambda one: (one.objective, one.tie_break, -trials.index(one.trial), one.step)
 
 
 def accuracy(chosen: list[Checkpoint]) -> str:

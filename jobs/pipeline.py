@@ -4,7 +4,8 @@
     ray job submit --working-dir . -- python -m jobs.pipeline --config jobs/configs/pipeline.yaml
 
 Takes the settings of jobs.tune. What an earlier attempt completed is passed over and what it began goes on, so that the same command
-is given again after a crash, with more trials, or with a token that was missing. `--dry_run` shows the plan of every task.
+is given again after a crash, with more trials, or with a token that was missing (without `--overwrite`, which begins anew).
+`--dry_run` shows the plan of every task.
 """
 
 from ray_sql import cli
@@ -16,9 +17,9 @@ def pipeline(config: SweepConfig) -> None:
     from ray_sql import tune
 
     if config.dry_run:
-        return tune.dry_run(config)
-    tune.run(config if config.overwrite else config.changed({"resume": True}))
-    return None
+        tune.dry_run(config)
+    else:
+        tune.run(config if config.overwrite else config.changed({"resume": True}))
 
 
 if __name__ == "__main__":

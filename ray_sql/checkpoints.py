@@ -202,6 +202,11 @@ def size(uri: str) -> int | None:
     return None if found is None else int(found)
 
 
+def names(uri: str) -> list[str]:
+    """The names of the files and folders in a folder; none where it is not there."""
+    return sorted(info.base_name for info in _listed(uri))
+
+
 def remove(uri: str) -> None:
     """Remove a file or folder of storage if it is there."""
     import pyarrow.fs as pafs

@@ -67,6 +67,8 @@ def run(config: Config) -> dict[str, Any]:
         for line in prepare.plan(prepared, config):
             display.line(line)
         timeline.mark("data")
+        if config.overwrite and config.tracking.enabled:
+            _close_earlier(config)
         prepare.write_inputs(prepared, config)
         record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
         timeline.mark("run folder and MLflow run")
@@ -134,6 +136,12 @@ def begin(config: Config, prepared: Prepared, start: Any, own: Mapping[str, str]
     for split in ("train", *config.split):
         record.dataset(f"{config.dataset_id[:480]}: {split}", prepared.corpus.fingerprint(), config.dataset_id, split)
     return record
+
+
+def _close_earlier(config: Config) -> None:
+    """End in MLflow what a run of this name left running there: nobody goes on with it."""
+    if text := checkpoints.read_text(f"{config.run_dir}/{RUN_FILE}"):
+        tracking.close(config.tracking.uri, config.tracking.experiment, json.loads(text)["mlflow_run_id"], {})
 
 
 def spool(config: Config) -> Path:
@@ -274,6 +282,7 @@ def _here(config: Config) -> Path:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
+    prepare.clear(config.run_dir)
     if checkpoints.exists(f"{config.run_dir}/contract.json"):
         raise ConfigError(f"{config.run_dir} holds a training run; give the evaluation an --output_name of its own")
     with Display() as display:

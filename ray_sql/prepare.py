@@ -30,6 +30,8 @@ DATA_FILE = "inputs/data_fingerprint"
 """Where a run keeps the fingerprint of its data, so that the same name never continues on other data."""
 FINISHED_FILE = "inputs/finished"
 """Written last of all: with it, a run of this name is shown and not gone on with."""
+REMOVED_FILE = "removed-by-ray_sql"
+"""Written before a run's folder is removed, and removed last: what it lies beside is no run any more, whatever it looks like."""
 SCORING = (
     "split",
     "evaluate.semantics",
@@ -181,7 +183,7 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
     """
     run_dir = config.run_dir
     if config.overwrite:
-        checkpoints.remove(run_dir)
+        remove(run_dir)
     checkpoints.write_text(f"{run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
     checkpoints.write_text(f"{run_dir}/contract.json", json.dumps(prepared.contract, indent=2) + "\n")
     checkpoints.write_text(f"{run_dir}/{DATA_FILE}", prepared.corpus.fingerprint(TRAINED_ON))
@@ -196,6 +198,24 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
             checkpoints.put(Path(scratch) / "rows.parquet", f"{run_dir}/{rows.VALIDATION_FILE}")
     if prepared.gold_errors:
         checkpoints.write_text(f"{run_dir}/gold_errors.jsonl", evaluate.dump(prepared.gold_errors))
+
+
+def remove(run_dir: str) -> None:
+    """Remove the folder of a run or a study, which takes a while: should it be cut off, `clear` comes to its end."""
+    if not checkpoints.exists(run_dir):
+        return
+    checkpoints.write_text(f"{run_dir}/{REMOVED_FILE}", "")
+    checkpoints.remove(f"{run_dir}/{FINISHED_FILE}")  # at once: with it, the run could be published
+    for name in checkpoints.names(run_dir):
+        if name != REMOVED_FILE:
+            checkpoints.remove(f"{run_dir}/{name}")
+    checkpoints.remove(run_dir)
+
+
+def clear(run_dir: str) -> None:
+    """Finish a removal that was cut off; asked before a folder is taken for a run or a study."""
+    if checkpoints.exists(f"{run_dir}/{REMOVED_FILE}"):
+        remove(run_dir)
 
 
 def copy_inputs(source: str, config: Config) -> None:
@@ -216,6 +236,7 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     Raises `ConfigError` if the name holds a run of other settings, `StoreError` if it holds something else.
     """
     run_dir = config.run_dir
+    clear(run_dir)
     saved = checkpoints.read_text(f"{run_dir}/config.json")
     if config.overwrite and saved is not None and checkpoints.exists(f"{run_dir}/contract.json"):
         return None

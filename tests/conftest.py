@@ -141,6 +141,28 @@ def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
     return folder
 
 
+def removal_cut_off(run_dir: str, after: int) -> bool:
+    """Remove a run's folder, killed after so many deletions; False where there were no more."""
+    from ray_sql import checkpoints, prepare
+
+    left, remove = after, checkpoints.remove
+
+    def killed(uri: str) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        remove(uri)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "remove", killed)
+        try:
+            prepare.remove(run_dir)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
 @pytest.fixture
 def ray_local() -> Iterator[None]:
     """A Ray of the test's own; never the one that something else on this machine runs."""

@@ -5,8 +5,9 @@
         subprocess.run(..., env=os.environ | stand_in.environment(home))
 
 Repositories live in memory, with their commits, branches, tags and large files; what is private is shown to those who may see it only.
-`fail` makes requests fail as the Hub and networks do: with a status, or with a connection that is cut before or after the work was done.
-The client's other road for large files, Xet, is switched off by `environment`, as a user may do: the regular one is spoken here.
+`fail` makes requests fail as the Hub and networks do: with a status, with a connection that is cut before or after the work was done, or
+that falls silent after it. The client's other road for large files, Xet, is switched off by `environment`, as a user may do: the regular
+one is spoken here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 LARGE = (".safetensors", ".bin", ".gguf")
-Cut = Literal["before", "after"]
+Cut = Literal["before", "after", "silent"]
 
 WRITER, READER, FINE, FINE_ELSEWHERE = (
     "hf_planted_writer",
@@ -115,11 +116,14 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.settled: list[str] = []
+        """Requests that were carried out or refused, whether or not anybody still waited for the answer."""
         self._faults: list[Fault] = []
         self.lock = threading.RLock()
 
     def fail(self, match: str, what: int | Cut | float, times: int = 10**6, **headers: str) -> None:
-        """Answer matching requests with a status, cut their connection before or after the work, or (a float) be slow by seconds."""
+        """Answer matching requests with a status, cut their connection before or after the work, say nothing after it, or (a float)
+        begin the work so many seconds late."""
         self._faults.append(
             Fault(match, what, times, {name.replace("_", "-"): value for name, value in headers.items()})
         )
@@ -216,9 +220,14 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             found = refused.status, {"error": refused.message}, {k: v for k, v in headers.items() if v}
+        self.hub.settled.append(request)
+        if fault is not None and fault.what == "silent":
+            with suppress(ConnectionError):
+                self.connection.recv(1)  # until the client gives up
         if fault is not None:
             self._cut()
-        else:
+            return
+        with suppress(ConnectionError):  # whoever asked may have given up
             self._answer(*found)
 
     def _cut(self) -> None:
@@ -340,6 +349,8 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = (item := json.loads(line))["key"], item["value"]
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit", repo.branches[branch]) != repo.branches[branch]:
+                    raise _Refused(412, message="A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":

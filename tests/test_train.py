@@ -5,6 +5,7 @@ Everything is real: TRL, PEFT, 4-bit NF4 on the CPU, Ray Train; only the model i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,10 +17,10 @@ import psutil
 import pytest
 import torch
 
-from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, train, trainer
+from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, tracking, train, trainer
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, ContractError, ModelError, OutOfMemory, StoreError, TrainingError
-from tests.conftest import make_model
+from tests.conftest import make_model, removal_cut_off
 
 
 class Curve:
@@ -404,6 +405,45 @@ def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> N
     Path(config.run_dir, "metrics.json").write_text("{}")
     prepare.write_inputs(prepare.prepare(anew), anew)
     assert not os.path.exists(f"{config.run_dir}/metrics.json")
+
+
+def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: Any) -> None:
+    config = make_config()
+    prepared, adapter = prepare.prepare(config), f"{config.run_dir}/adapter/adapter_model.safetensors"
+    for after in itertools.count():
+        prepare.write_inputs(prepared, config)
+        for file in (adapter, f"{config.run_dir}/metrics.json", f"{config.run_dir}/{prepare.FINISHED_FILE}"):
+            checkpoints.write_text(file, "{}")
+        assert prepare.earlier_run(config) == {}, "a finished run"
+        if not removal_cut_off(config.run_dir, after):
+            break
+        assert os.path.exists(config.run_dir)
+        assert after == 0 or not os.path.exists(f"{config.run_dir}/{prepare.FINISHED_FILE}"), "it cannot be published"
+        again = config.changed({"learning_rate": 0.5, "overwrite": after % 2 == 0})
+        assert prepare.earlier_run(again) is None and not os.path.exists(config.run_dir)
+    assert after > 3 and not os.path.exists(config.run_dir)
+
+
+def test_overwriting_a_run_that_was_killed_ends_it_in_mlflow(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = make_config(**{"train.max_steps": 1, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 1})
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(finetune.train, "fit", stopped)
+        killed.setattr(tracking.Run, "end", lambda *_: None)  # a process that is killed says nothing any more
+        finetune.run(config)
+    (left,) = MlflowClient(uri).search_runs(["1"])
+    assert left.info.status == "RUNNING"
+    finetune.run(config.changed({"overwrite": True}))
+    status = {run.info.run_id: run.info.status for run in MlflowClient(uri).search_runs(["1"])}
+    assert status.pop(left.info.run_id) == "KILLED" and list(status.values()) == ["FINISHED"]
+
+
+def stopped(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_finished_run_is_not_shown_as_if_it_were_scored_otherwise(make_config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from ray_sql.config import CheckConfig, Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tune import champion, search, space, study, sweep
 from ray_sql.tune.study import Measure, Study, Trial
+from tests.conftest import removal_cut_off
 
 SWEEP = {
     "output_name": "sweep",
@@ -365,6 +367,82 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
     for overwrite in (True, False):
         with pytest.raises(StoreError, match="is no study"):
             sweep._study(config.changed({"overwrite": overwrite}), resume=False)
+
+
+def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config: Any) -> None:
+    config = one(make_config)
+    prepared, point = prepare.prepare(config), space.read(config).start()
+    for after in itertools.count():
+        prepare.write_inputs(prepared, config)
+        begun = study.begin(config)
+        begun.ask(0, point)
+        begun.finished = True
+        begun.save()
+        for file in ("adapter/adapter_model.safetensors", "trials/trial-000/config.json", prepare.FINISHED_FILE):
+            checkpoints.write_text(f"{config.run_dir}/{file}", "{}")
+        assert study.load(config) == begun
+        if not removal_cut_off(config.run_dir, after):
+            break
+        again = config.changed({"overwrite": after % 2 == 0})
+        assert sweep._study(again, resume=True).trials == [] and not os.path.exists(config.run_dir)
+    assert after > 3 and not os.path.exists(config.run_dir)
+
+
+def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(make_config: Any, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    config = one(make_config, **store)
+    away, axes = config.changed({"tracking.uri": "http://127.0.0.1:9"}), space.read(config)
+
+    def begun(known: Study) -> tracking.Run:
+        for number in range(2):
+            known.ask(number, axes.start())
+        place = {"uri": config.tracking.uri, "experiment": config.tracking.experiment, "spool": finetune.spool(config)}
+        record = tracking.start({}, name="sweep", tags={}, own=known.tags, **place)  # type: ignore[arg-type]
+        known.mlflow_run_id = record.run_id
+        known.save()
+        return record
+
+    def measured(under: Config, trial: Trial, parent: tracking.Run, objective: float) -> tracking.Run:
+        run = sweep._child(under, axes, trial, parent)
+        run.log(2, {"objective": objective})
+        return run
+
+    old = study.begin(config)
+    first = begun(old)
+    running = measured(config, old.trials[0], first, 0.1)
+    measured(away, old.trials[1], first, 0.2)  # began while MLflow was away, so that only its file knows of it
+    sweep._remove(config)
+    client = MlflowClient(config.tracking.uri)
+    assert {run.info.run_id: run.info.status for run in client.search_runs(["1"])} == {
+        first.run_id: "KILLED",
+        running.run_id: "KILLED",
+    }
+
+    new = sweep._study(config, resume=False)
+    second = begun(new)
+    for trial in new.trials:
+        measured(config, trial, second, 0.7).end("FINISHED")
+    found = {run.info.run_id: run for run in client.search_runs(["1"])}
+    assert len(found) == 5 and found[running.run_id].data.metrics == {"objective": 0.1}
+    children = [run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == second.run_id]
+    assert [(run.info.status, run.data.metrics) for run in children] == [("FINISHED", {"objective": 0.7})] * 2
+    assert not any(sweep._spool(config, trial).exists() for trial in new.trials)
+
+
+def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(make_config: Any, tmp_path: Path) -> None:
+    store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    config = one(make_config, **store)
+    begun = study.begin(config)
+    begun.ask(0, space.read(config).start())
+    trial = begun.change(0, state="running")
+    away = config.changed({"tracking.uri": "http://127.0.0.1:9"})
+    sweep._child(away, space.read(config), trial, tracking.disabled(Path())).log(2, {"objective": 0.5})
+    kept = sweep._spool(config, trial).read_text()
+    with pytest.raises(StoreError, match=r"records of trial-000 wait for the study to go on: .*--resume"):
+        check.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
+    assert sweep._spool(config, trial).read_text() == kept and "0.5" in kept
 
 
 def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:

@@ -2,7 +2,7 @@
 
 The client retries an upload of large files by itself, but not the calls around it (2.4); here every call is tried again, a bounded number
 of times, after an answer or an accident that may pass. A push that was cut off is simply done again: the client compares what is there
-with what it has, so that nothing is sent or committed twice.
+with what it has, and a commit names the one before it, so that nothing is committed twice.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT = 120.0
 TIMEOUT = 120.0
 """Seconds of silence after which a connection counts as cut; the client's default is to wait for ever."""
-PASSING = {408, 429, 500, 502, 503, 504}
-"""Answers after which another try may succeed."""
+PASSING = {408, 412, 429, 500, 502, 503, 504}
+"""Answers after which another try may succeed; 412: another commit came first."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
@@ -105,9 +105,13 @@ class Hub:
     def _commit(self, files: Mapping[str, Path | bytes], message: str, branch: str) -> str:
         from huggingface_hub import CommitOperationAdd
 
+        # Asked at every try: a try given up may be carried out while this one is under way, and only one of two with the same parent is.
+        parent = self.api.model_info(self.repo_id, revision=branch).sha
         # made anew at every try: they remember what the repository held, which a commit whose answer was lost has changed
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-        commit = self.api.create_commit(self.repo_id, operations, commit_message=message, revision=branch)
+        commit = self.api.create_commit(
+            self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
+        )
         return str(commit.oid)
 
     def _tag(self, name: str, commit: str) -> None:
@@ -124,11 +128,11 @@ class Hub:
 
     def license_of(self, model: str) -> License:
         """The licence fields that the Hub has for a model; none where it has none, or does not show that model."""
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         try:
             card = _attempt(f"reading {model}", lambda: self.api.model_info(model)).card_data
-        except (HfHubHTTPError, StoreError):
+        except (HfHubHTTPError, HFValidationError, StoreError):
             return {}
         fields = ("license", "license_name", "license_link")
         return {name: str(value) for name in fields if card and (value := getattr(card, name))}

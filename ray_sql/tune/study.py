@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ray_sql import checkpoints
+from ray_sql import checkpoints, prepare
 from ray_sql.config import Config, without_password
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tune.space import Point
@@ -134,6 +134,7 @@ def load(config: Config) -> Study | None:
 
     Raises `ConfigError` if it is of other settings, `StoreError` if the folder holds something else.
     """
+    prepare.clear(config.run_dir)
     text = checkpoints.read_text(f"{config.run_dir}/{FILE}")
     if text is None:
         check_free(config)
@@ -151,6 +152,7 @@ def load(config: Config) -> Study | None:
 def check_free(config: Config) -> None:
     """Raise `StoreError` if the folder of `config` holds something that is no study; inputs from which nothing was trained may go."""
     run_dir = config.run_dir
+    prepare.clear(run_dir)
     if checkpoints.exists(f"{run_dir}/{FILE}") or not checkpoints.exists(run_dir):
         return
     trained = checkpoints.complete(run_dir) or checkpoints.exists(f"{run_dir}/adapter")

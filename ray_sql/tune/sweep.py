@@ -18,7 +18,7 @@ from ray_sql import checkpoints, cluster, finetune, prepare, publish, tracking
 from ray_sql.cluster import Room
 from ray_sql.config import Config, SweepConfig
 from ray_sql.display import Display
-from ray_sql.errors import ConfigError, RaySqlError
+from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.prepare import Prepared
 from ray_sql.tune import champion, page, space
 from ray_sql.tune.space import Space, shown
@@ -37,9 +37,8 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     Raises `RaySqlError` for what the user can fix.
     """
     studies = config.studies()
-    for (
-        one
-    ) in studies:  # what is wrong with the second, or could not be published, should be known before the first has run
+    # what is wrong with the second, or could not be published, should be known before the first has run
+    for one in studies:
         space.read(one)
         if one.publish:
             publish.check(one)
@@ -53,13 +52,21 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
 
 
 def replay(config: Config) -> list[Path]:
-    """Send MLflow what a study and its settled trials kept while it did not answer; returns the files that still wait."""
+    """Send MLflow what a study and its settled trials kept while it did not answer; returns the files that still wait.
+
+    Raises `StoreError` where trials that were cut off kept something, too: they have to go on first.
+    """
     own, study = finetune.spool(config), load(config)
     tracking.replay(config.tracking.uri, own)
     trials = []
     if study:
         parent = tracking.again(config.tracking.uri, study.mlflow_run_id or "", own)
         _replay(config, space.read(config), study, parent)
+        cut_off = [one for one in study.trials if one.state not in SETTLED and _spool(config, one).exists()]
+        if cut_off:
+            raise StoreError(
+                f"records of {', '.join(name(one.number) for one in cut_off)} wait for the study to go on: give its command with --resume"
+            )
         trials = [_spool(config, trial) for trial in study.trials]
     return [spool for spool in (own, *trials) if spool.exists()]
 
@@ -202,7 +209,7 @@ def _remove(config: Config) -> None:
     if config.tracking.enabled and earlier:
         own = {"study": earlier.get("id", "")}
         tracking.close(config.tracking.uri, config.tracking.experiment, earlier["mlflow_run_id"], own)
-    checkpoints.remove(config.run_dir)
+    prepare.remove(config.run_dir)
 
 
 def _recorded(
@@ -358,7 +365,7 @@ def _record_study(
         [
             {
                 "trial": t.number,
-                **t.point,
+                **{axis.replace(".", "/"): value for axis, value in t.point.items()},  # the UI takes a dot for a path
                 "steps": t.steps,
                 "objective": t.best and t.best.objective,
                 "state": t.state,
