@@ -33,8 +33,15 @@ PATIENCE = 120.0
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 FINAL |= {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
 """Errors that another try would meet again: no room, no right, not there."""
-REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "UNAUTHENTICATED")
-"""The same in the words of object stores, whose errors have no number."""
+REFUSED = (
+    "is a directory",
+    "ACCESS_DENIED",
+    "NO_SUCH_BUCKET",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "UNAUTHENTICATED",
+)
+"""The same in the words of pyarrow and of object stores, where errors have no number."""
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ def test_workers_come_and_go_and_the_curve_stays(make_config: Any, nodes: Any, t
     thread.join(200)
     fit(make_config(output_name="whole", grad_accum_steps=8, **settings), whole)
     farthest = max(abs(loss - whole.losses[step]) for step, loss, _ in log.points)
-    print(f"workers {log.sizes}, {len(log.order) - STEPS} of {STEPS} steps repeated, losses differ by up to {farthest:.1e}")
+    print(
+        f"workers {log.sizes}, {len(log.order) - STEPS} of {STEPS} steps repeated, losses differ by up to {farthest:.1e}"
+    )
     assert log.sizes == [1, 2, 1]
     assert len(log.order) - STEPS <= 2 * 6, "what was repeated, at two restarts"
     assert sorted(log.losses) == whole.order == list(range(1, STEPS + 1))
