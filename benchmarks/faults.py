@@ -179,9 +179,9 @@ def report(results: list[dict[str, Any]]) -> None:
     for one in results:
         print(
             f"| {one['fault']} | {one['moment']} | {'yes' if one['survived'] else '**no**'} | {one['steps_repeated']} | "
-            f"{one['largest_difference'] or 0:.1e} | {one['seconds']:.0f} |"
+            f"{'no point' if (far := one['largest_difference']) is None else format(far, '.1e')} | {one['seconds']:.0f} |"
         )
-    largest = max((one["largest_difference"] for one in results), default=None)
+    largest = max((far for one in results if (far := one["largest_difference"]) is not None), default=None)
     survived = sum(one["survived"] for one in results)
     print(json.dumps({"survived": survived, "of": len(results), "largest_difference": largest}))
 

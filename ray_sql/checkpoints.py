@@ -166,6 +166,15 @@ def fetch_file(uri: str, target: Path) -> Path:
     return target
 
 
+def put_once(local: Path, uri: str) -> None:
+    """`put` a large file, unless it lies there already as it is; its checksum is written beside it, and last."""
+    record, checksum = f"{uri}.checksum", _checksum(local)
+    if read_text(record) != checksum:
+        remove(record)
+        put(local, uri)
+        write_text(record, str(checksum))
+
+
 def put(local: Path, uri: str) -> None:
     """Copy a local file or folder to storage, replacing what is there."""
     remove(uri)
@@ -200,13 +209,6 @@ def exists(uri: str) -> bool:
     filesystem, path = open_store(uri)
     kind = _persist(uri, lambda: filesystem.get_file_info(path)).type
     return bool(_listed(uri)) if kind == pafs.FileType.Directory else bool(kind == pafs.FileType.File)
-
-
-def size(uri: str) -> int | None:
-    """Bytes of a file; None where there is none."""
-    filesystem, path = open_store(uri)
-    found = _persist(uri, lambda: filesystem.get_file_info(path)).size
-    return None if found is None else int(found)
 
 
 def names(uri: str) -> list[str]:

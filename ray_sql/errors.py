@@ -3,6 +3,9 @@
 Everything else keeps its traceback, because everything else is our bug.
 """
 
+FULL_MEMORY = ("out of memory", "can't allocate memory", "outofmemory", "memoryerror")
+"""How CUDA, torch's CPU allocator and Python say that memory is full."""
+
 
 def last_line(error: BaseException) -> str:
     """What an error of others comes down to, for a message of ours: of a chain of tracebacks, the end."""
@@ -40,3 +43,19 @@ class OutOfMemory(TrainingError):
 
 class StoreError(RaySqlError):
     """A folder, tracking server or Hub that cannot be reached or written."""
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was full, on a GPU or a machine, in this process or in any worker: in the error, or in what it came from."""
+    while error is not None:
+        if isinstance(error, RaySqlError):
+            return isinstance(error, OutOfMemory)
+        if isinstance(error, MemoryError) or says_full(f"{type(error).__name__} {error}"):
+            return True
+        error = error.__cause__
+    return False
+
+
+def says_full(text: str) -> bool:
+    """Whether a message is about full memory."""
+    return any(sign in text.lower() for sign in FULL_MEMORY)

@@ -430,6 +430,7 @@ class Points:
             self._newest = point["step"]
             self._display.train(point["step"], point["steps"], point["values"])
         else:
+            self._newest = max(self._newest, point["step"])
             self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
             if self.on_checkpoint:
                 self.on_checkpoint(point["step"])

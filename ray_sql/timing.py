@@ -146,7 +146,9 @@ def use(device: torch.device) -> dict[str, float]:
     the last second or so."""
     if device.type == "cuda":
         found = {"memory/gpu_gib": torch.cuda.max_memory_allocated(device) / GIB}
-        with suppress(ModuleNotFoundError, RuntimeError):  # no NVML, or one that does not tell
+        with suppress(
+            Exception
+        ):  # NVML is not there, or has errors of its own where it may not tell, as in part of a GPU
             found["gpu/utilization"] = float(torch.cuda.utilization(device))
         return found
     return {"memory/process_gib": psutil.Process(os.getpid()).memory_info().rss / GIB}

@@ -19,7 +19,7 @@ import torch
 
 from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, tracking, train, trainer
 from ray_sql.config import Config
-from ray_sql.errors import ConfigError, ContractError, ModelError, OutOfMemory, StoreError, TrainingError
+from ray_sql.errors import ConfigError, ContractError, ModelError, OutOfMemory, StoreError, TrainingError, out_of_memory
 from tests.conftest import make_model, removal_cut_off
 
 
@@ -191,14 +191,14 @@ def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
 
 
 def test_what_a_full_memory_says_is_known() -> None:
-    assert cluster.out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert cluster.out_of_memory(MemoryError())
-    assert cluster.out_of_memory(OutOfMemory("worker 1 found none"))
+    assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(OutOfMemory("worker 1 found none"))
     behind = RuntimeError("connection reset by peer")
     behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
-    assert cluster.out_of_memory(behind)
+    assert out_of_memory(behind)
     killed = TrainingError("the workers failed: a node was low on memory; how to address the out of memory issue")
-    assert not cluster.out_of_memory(killed), "Ray's monitor ended a process, perhaps for a neighbour's sake"
+    assert not out_of_memory(killed), "Ray's monitor ended a process, perhaps for a neighbour's sake"
 
 
 def flip_a_byte(file: Path) -> None:
@@ -517,7 +517,7 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
         TrainingError, match=r"worker 0 is out of memory: .*Tried to allocate 2.00 GiB; lower --eval_batch"
     ) as caught:
         cluster.run_workers(full_on_rank_0, {"tried": str(tmp_path / "tried")}, config, lambda _: None, config.run_dir)
-    assert cluster.out_of_memory(caught.value)
+    assert out_of_memory(caught.value)
     assert sorted((tmp_path / "tried").read_text().split()) == ["0", "1"]
 
 

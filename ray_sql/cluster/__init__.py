@@ -5,7 +5,7 @@ from ray_sql.cluster.channel import Channel, OnPoint, Point, Sender, mark, note
 from ray_sql.cluster.device import claim_device, keep_freed_memory, on_gpu
 from ray_sql.cluster.resources import Room, capacity, holds, per_worker, room, scaling_config
 from ray_sql.cluster.start import address, begin_ray, joins, leave_ray, start_ray
-from ray_sql.cluster.workers import MORE_MEMORY, out_of_memory, run_workers
+from ray_sql.cluster.workers import MORE_MEMORY, run_workers
 
 __all__ = [
     "MORE_MEMORY",
@@ -25,7 +25,6 @@ __all__ = [
     "mark",
     "note",
     "on_gpu",
-    "out_of_memory",
     "per_worker",
     "room",
     "run_workers",

@@ -18,7 +18,7 @@ from ray_sql.cluster.resources import scaling_config
 from ray_sql.cluster.start import start_ray
 from ray_sql.cluster.stop import ClusterEvent, beside_signals, ending_in_order
 from ray_sql.config import Config
-from ray_sql.errors import OutOfMemory, RaySqlError, StoreError, TrainingError, last_line
+from ray_sql.errors import OutOfMemory, RaySqlError, StoreError, TrainingError, last_line, out_of_memory, says_full
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 WORKER_ENVIRONMENT = {
@@ -26,10 +26,6 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-FULL_MEMORY = ("out of memory", "can't allocate memory", "outofmemory", "memoryerror")
-"""How CUDA, torch's CPU allocator and Python say that memory is full."""
-
-
 MORE_MEMORY = (
     "lower --eval_batch_size, --evaluate.max_new_tokens or --rows.max_length, or use --train.gradient_checkpointing"
 )
@@ -133,25 +129,10 @@ def _once_without_memory() -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in sorted(worker_exceptions.items()):
                 if not isinstance(error, WorkerHealthCheckFailedError) and out_of_memory(error):
-                    said = [line.strip() for line in str(error).splitlines() if _says_full(line)]
+                    said = [line.strip() for line in str(error).splitlines() if says_full(line)]
                     raise MemoryError(f"worker {rank} is out of memory: {said[-1] if said else last_line(error)}")
 
     return OnceWithoutMemory()
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was full, on a GPU or a machine, in this process or in any worker: in the error, or in what it came from."""
-    while error is not None:
-        if isinstance(error, RaySqlError):
-            return isinstance(error, OutOfMemory)
-        if isinstance(error, MemoryError) or _says_full(f"{type(error).__name__} {error}"):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _says_full(text: str) -> bool:
-    return any(sign in text.lower() for sign in FULL_MEMORY)
 
 
 class _Guarded:

@@ -277,7 +277,7 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
 
 
 def _ask_vllm(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
-    engine = vllm.Engine(models.here(plan["model_folder"], config), adapter, config)
+    engine = agreed(lambda: vllm.Engine(models.here(plan["model_folder"], config), adapter, config))
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
         def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:

@@ -106,8 +106,7 @@ def carry(asked: Sequence[Question], run_dir: str) -> list[Question]:
         file = question.database
         if file and "://" not in file and file not in carried:
             carried[file] = f"{run_dir}/{DATABASES}/{question.db_id}.sqlite"
-            if checkpoints.size(carried[file]) != Path(file).stat().st_size:  # a run that goes on has them already
-                checkpoints.put(Path(file), carried[file])
+            checkpoints.put_once(Path(file), carried[file])
     return [replace(one, database=carried.get(one.database or "", one.database)) for one in asked]
 
 

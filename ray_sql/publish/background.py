@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -84,9 +85,10 @@ class Checkpoints:
         folder = Path(self._copies.name) / f"checkpoint-{step}"
         if folder.exists():  # measured when the run went on, and told of again
             return
-        folder.mkdir()
-        for name in (*ADAPTER_FILES, "contract.json"):
-            checkpoints.fetch_file(f"{checkpoint.uri}/{name}", folder / name)
+        with tempfile.TemporaryDirectory(dir=self._copies.name) as scratch:
+            for name in (*ADAPTER_FILES, "contract.json"):
+                checkpoints.fetch_file(f"{checkpoint.uri}/{name}", Path(scratch) / name)
+            shutil.copytree(scratch, folder)
         self._pushing.submit(self._guarded, step, self._push)
 
     def _push(self, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ray_sql.errors import out_of_memory
 from ray_sql.rows import attention
 from ray_sql.rows.share import Shared, collate, model_inputs
 from ray_sql.rows.tokenise import Row
@@ -48,14 +49,10 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
 
 
 def _fault(model: PreTrainedModel, longest: int, row: int) -> str | None:
-    import torch
-
     try:
         difference = _difference(model, longest, row)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # each architecture fails in its own way; a row of one example is right for all
-        if "can't allocate memory" in str(error):  # torch's CPU allocator has no error of its own
+        if out_of_memory(error):
             raise
         return f"it does not take a shared row ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
     if not difference < TOLERANCE:

@@ -16,7 +16,7 @@ from typing import Any
 from ray_sql import checkpoints, cluster, rows
 from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
-from ray_sql.errors import OutOfMemory, TrainingError, last_line
+from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
 from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import rewind, set_aside_damaged, starting_point
 
@@ -87,7 +87,7 @@ def _in_memory(plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoin
             )
         except Exception as error:  # in this process it is torch's own, from workers ours
             before = rows.per_pass(config, together, halvings)
-            if not cluster.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if before == 1:
                 why = str(error) if isinstance(error, OutOfMemory) else f"{last_line(error)}; {cluster.MORE_MEMORY}"

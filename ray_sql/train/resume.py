@@ -45,13 +45,13 @@ def starting_point(config: Config, contract: Mapping[str, Any], steps: int | Non
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoints.fetch(uri, Path(scratch))
-        _check_intact(folder, name)
+        _check_intact(uri, folder, name)
         check_resumable(folder, contract, config, name)
     return uri
 
 
-def _check_intact(checkpoint: Path, name: str) -> None:
-    if wrong := checkpoints.damaged(checkpoint):
+def _check_intact(uri: str, folder: Path, name: str) -> None:
+    if wrong := _wrong(uri, folder):
         raise ModelError(f"--prev_checkpoint {name}: is damaged ({wrong} is not as it was saved); give another one")
 
 
@@ -109,7 +109,7 @@ def resume(
             return None, None
         folder = checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
         if own is None:
-            generate.agreed(partial(_check_intact, folder, uri))
+            generate.agreed(partial(_check_intact, uri, folder, uri))
             return folder, None
         wrong = next((each for each in generate.gather_all(_wrong(uri, folder)) if each), None)
         if wrong is None:

@@ -60,20 +60,27 @@ def crown(
 
 
 def _best(study: Study) -> Trial:
-    """The best trial, its adapter taken from its checkpoints once more: a driver may have been killed while the trial copied it. One
-    whose best checkpoint turns out to be damaged counts by what is left of it."""
+    """The best trial, its adapter in its folder."""
     while (best := study.best()) and best.best:
-        left = None
-        with suppress(TrainingError):  # nothing is left
-            left = train.keep_best(study.folder(best.number))
-        if left and left.step == best.best.step:
+        if _taken(study, best):
             return best
-        measured = None
-        if left and left.objective is not None:
-            measured = Measure(left.step, left.objective, left.tie_break, dict(left.metrics))
-        study.change(best.number, best=measured)
     reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
     raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
+
+
+def _taken(study: Study, trial: Trial) -> bool:
+    """Take a trial's adapter from its checkpoints once more: a driver may have been killed while the trial copied it. False where its best
+    checkpoint turns out to be damaged; from then on it counts by what is left of it."""
+    left = None
+    with suppress(TrainingError):  # nothing is left
+        left = train.keep_best(study.folder(trial.number))
+    if left and trial.best and left.step == trial.best.step:
+        return True
+    measured = None
+    if left and left.objective is not None:
+        measured = Measure(left.step, left.objective, left.tie_break, dict(left.metrics))
+    study.change(trial.number, best=measured)
+    return False
 
 
 def judge(measured: Measured, config: Config) -> tuple[bool, str]:
@@ -111,6 +118,8 @@ def _take(chosen: Config, study: Study, trial: Trial) -> str:
 def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, display: Display) -> Measured:
     """Judged answers of the base model, of the first trial (the default settings) where that is another, and of the best."""
     asked = prepared.questions(chosen)
+    while study.trials[0].best and not _taken(study, study.trials[0]):
+        pass
     first = study.trials[0]
 
     def answers(config: Config, adapter: str) -> Measured:
@@ -123,7 +132,6 @@ def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, dis
     others = {model: rows for model, rows in found.items() if model != "tuned"}
     if first.best and first.number != study.best().number:  # type: ignore[union-attr]
         alone = _settings(chosen, first).changed({"evaluate.baseline": False})
-        train.keep_best(study.folder(first.number))
         others["default"] = answers(alone, f"{study.folder(first.number)}/adapter")["tuned"]
     return {**others, "tuned": found["tuned"]}
 
