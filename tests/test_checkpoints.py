@@ -245,6 +245,19 @@ def test_texts_files_and_folders_are_put_read_and_removed(local: Path, run_dir: 
     assert not checkpoints.exists(f"{run_dir}/adapter")
 
 
+def test_what_lies_there_already_is_not_put_again_unless_it_has_changed(
+    run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, uri, written = tmp_path / "shop.sqlite", f"{run_dir}/inputs/shop.sqlite", []
+    put = checkpoints.put
+    monkeypatch.setattr(checkpoints, "put", lambda local, to: (written.append(to), put(local, to)))
+    for content, times in ((b"1 row ", 1), (b"1 row ", 1), (b"2 rows", 2)):
+        source.write_bytes(content)
+        checkpoints.put_once(source, uri)
+        assert checkpoints.fetch_file(uri, tmp_path / "copy").read_bytes() == content
+        assert len(written) == times
+
+
 def test_a_place_that_cannot_be_written_is_named_at_once_with_the_way_out(
     local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

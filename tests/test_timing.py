@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import cluster, prepare, train
+from ray_sql import cluster, prepare, timing, train
 from ray_sql.timing import Reading, StepClock, Stragglers, slowest
 
 PHASES = ["time/data", "time/forward", "time/backward", "time/optimizer", "time/report"]
@@ -145,3 +145,17 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_w
     assert note.startswith("rank 1 on ") and " times as slowly as the others" in note
     assert last["time/backward"] > 0.2 > last["time/forward"], "on rank 0 the wait is in the exchange of gradients"
     assert "ray_sql_loss{" in shown and 'run="run"' in shown
+
+
+@pytest.mark.parametrize(("told", "found"), [(42, {"memory/gpu_gib", "gpu/utilization"}), (None, {"memory/gpu_gib"})])
+def test_a_gpu_that_does_not_tell_how_busy_it_is_keeps_no_run_from_training(
+    monkeypatch: pytest.MonkeyPatch, told: int | None, found: set[str]
+) -> None:
+    def utilization(_: Any) -> int:
+        if told is None:
+            raise Exception("NVML's errors have no other base")
+        return told
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    assert set(timing.use(torch.device("cuda"))) == found
