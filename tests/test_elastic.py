@@ -94,6 +94,14 @@ def told(number: int, *steps: int) -> Log:
     return Log(lambda step: os.kill(os.getpid(), number) if step in steps else None)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as on a terminal: what a shell starts in its background ignores it, and so does all that is started there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def as_a_job() -> Iterator[None]:
     """SIGTERM as every job takes it."""
