@@ -46,6 +46,7 @@ def flags(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> dict[str, st
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_an_address_where_no_cluster_is_costs_seconds(flags: dict[str, str]) -> None:
     code, out, err, seconds = job(flags, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert code == 2, out + err

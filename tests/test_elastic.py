@@ -216,6 +216,7 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint_behind(make_config: Any, nodes
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_two_workers_that_are_told_to_stop_save_at_the_same_step(
     make_config: Any, ray_local: None, as_a_job: None
 ) -> None:

@@ -90,6 +90,7 @@ def test_another_question_limit_or_adapter_has_its_own_answers(small: Any, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_evaluation_goes_on_where_it_ended(
     make_config: Any, tiny_model: Path, spider_folder: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_killed_evaluation_goes_on_where_it_ended(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_two_workers_answer_as_one_process(small: Any, tiny_model: Path, tmp_path: Path, ray_local: None) -> None:
     here, _ = ask(small(), tiny_model)
     both, points = ask(small(**{"scaling.num_workers": 2, "cache_dir": str(tmp_path / "other")}), tiny_model)

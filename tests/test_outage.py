@@ -79,6 +79,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_point_once(
 
 
 @pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.cluster
 def test_what_a_server_that_stays_away_missed_is_sent_later(
     make_config: Any,
     server: Server,

@@ -104,6 +104,7 @@ def test_an_interrupted_run_resumes_with_the_unbroken_curve(make_config: Any) ->
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(make_config: Any, ray_local: None) -> None:
     settings = {"train.max_steps": 6, "save_steps": 2, "lora.lora_dropout": 0.1, "learning_rate": 1e-2}
     whole = Curve()
@@ -125,6 +126,7 @@ def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(make_config:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_relative_output_dir_means_the_drivers_folder(
     make_config: Any, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
