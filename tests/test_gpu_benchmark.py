@@ -11,6 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.cluster  # no cluster, but most of a minute of the gate's time
 def test_a_rehearsal_gives_every_figure() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--quick", "--parts", "gradients,checkpointing"],
