@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train and measure a small model on this machine's CPU (9 minu
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not cluster and not gpu and not browser"
 
-test-cluster: $(STAMP)  ## run the tests that start a cluster
+test-cluster: $(STAMP)  ## run the tests that start a cluster, or take most of a minute
 	$(BIN)/python -m pytest -m cluster
 
 lint: $(STAMP)  ## check style and types
