@@ -16,15 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from typing import Any
 import psutil
 
 from benchmarks.mlflow_server import Server
+from benchmarks.ray_cluster import ray_cluster
 from ray_sql import checkpoints, cli, finetune
 from ray_sql.config import Config, load
 from ray_sql.train import driver
@@ -111,7 +110,8 @@ def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
     names = [("nothing", ""), *chosen]
     if all((place(folder, *name) / "result.json").is_file() for name in names):
         return [kept(folder, *name) for name in chosen]
-    with machines() as nodes:
+    with ray_cluster(num_cpus=0, **SMALL) as cluster:
+        nodes = Nodes(cluster)
         for number, (fault, moment) in enumerate(names):
             if not (place(folder, fault, moment) / "result.json").is_file():
                 result = trial(folder, nodes, fault, moment)
@@ -189,11 +189,8 @@ def report(results: list[dict[str, Any]]) -> None:
 class Nodes:
     """A head without CPUs, where drivers are, and two nodes of one CPU each."""
 
-    def __init__(self, temporary: str) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": temporary, **SMALL})
-        self.address = self._cluster.address
+    def __init__(self, cluster: Any) -> None:
+        self._cluster, self.address = cluster, cluster.address
         self.complete()
 
     def complete(self) -> None:
@@ -209,10 +206,6 @@ class Nodes:
         children = [one for raylet in raylets if raylet.poll() is None for one in psutil.Process(raylet.pid).children()]
         return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
 
-    def shutdown(self) -> None:
-        """End them all."""
-        self._cluster.shutdown()
-
 
 SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 
@@ -221,19 +214,6 @@ def _raylet(node: Any) -> subprocess.Popen[bytes]:
     (raylet,) = node.all_processes["raylet"]
     started: subprocess.Popen[bytes] = raylet.process
     return started
-
-
-@contextmanager
-def machines() -> Iterator[Nodes]:
-    """A cluster with a token of its own."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    temporary = tempfile.mkdtemp(prefix="faults-")
-    nodes = Nodes(temporary)
-    try:
-        yield nodes
-    finally:
-        nodes.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Run:

@@ -6,7 +6,6 @@ import functools
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.mlflow_server import free_port
+from benchmarks.ray_cluster import ray_cluster
 from ray_sql import check, prepare
 from ray_sql.check import nodes
 from ray_sql.errors import ConfigError, StoreError
@@ -86,27 +86,18 @@ def test_the_smallest_gpu_and_the_fullest_disk_decide(make_config: Any) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A head and one more node on this machine, with a dashboard and a token of their own; jobs join it."""
-    from ray._private.authentication_test_utils import reset_auth_token_state
-    from ray.cluster_utils import Cluster
-
-    # not in pytest's folder: its name is too long for Ray's sockets
-    with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray-") as session:
+    """A head and one more node on this machine, with a dashboard; jobs join it."""
+    dashboard = {
+        "include_dashboard": True,
+        "dashboard_port": free_port(),
+        "dashboard_agent_listen_port": free_port(),
+    }
+    with pytest.MonkeyPatch.context() as environment:
         environment.chdir(tmp_path_factory.mktemp("nodes"))
-        environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
-        reset_auth_token_state()  # Ray reads the variables once, and may have done so
-        dashboard = {
-            "include_dashboard": True,
-            "dashboard_port": free_port(),
-            "dashboard_agent_listen_port": free_port(),
-        }
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": session, **dashboard})
-        found.add_node(num_cpus=1)
-        environment.setenv("RAY_ADDRESS", found.address)
-        yield found
-        found.shutdown()
-    reset_auth_token_state()
+        with ray_cluster(num_cpus=1, **dashboard) as found:
+            found.add_node(num_cpus=1)
+            environment.setenv("RAY_ADDRESS", found.address)
+            yield found
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pytest
 import torch
 from transformers import Trainer
 
+from benchmarks.ray_cluster import ray_cluster
 from ray_sql import checkpoints, cli, cluster, prepare, train, trainer
 from ray_sql.config import Config
 
@@ -114,20 +114,14 @@ def as_a_job() -> Iterator[None]:
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster of the test's own, with a head on which no worker fits."""
     import ray
-    from ray._private.authentication import authentication_token_setup
-    from ray.cluster_utils import Cluster
 
-    authentication_token_setup.enable_token_auth_by_default()
-    authentication_token_setup.ensure_token_if_auth_enabled()
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # so long it waits for a node that is gone
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # its sockets' names must be short
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder})
+    with ray_cluster(num_cpus=0) as made:
         monkeypatch.setenv("RAY_ADDRESS", made.address)
         ray.init(made.address, logging_level="ERROR", log_to_driver=False)  # now: this process belongs to the head
         yield made
         ray.shutdown()
-        made.shutdown()
 
 
 def wait_for(seen: Callable[[], bool], thread: threading.Thread, seconds: float = 200) -> None:

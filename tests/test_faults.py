@@ -5,8 +5,6 @@ Three trials of `benchmarks.faults`, which has all of them: real processes of a 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,7 @@ from tests.test_train import Curve, fit, flip_a_byte
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
-@pytest.fixture
-def environment() -> Iterator[None]:
-    """What the benchmark sets for its cluster is gone afterwards."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def test_a_run_survives_and_repeats_the_unbroken_curve(tmp_path: Path, environment: None) -> None:
+def test_a_run_survives_and_repeats_the_unbroken_curve(tmp_path: Path) -> None:
     chosen = [
         ("worker killed", "during a save"),
         ("node killed", "between two"),
