@@ -5,8 +5,8 @@
 Every trial is a fine-tuning run of its own on a Ray cluster of a head and two nodes, all on this machine: 4-bit NF4 on the CPU, computed in
 float32 and without dropout so that curves compare, a Llama of random weights, a database and its questions made here. The faults are
 real: processes are killed with SIGKILL, an allocation larger than any memory is asked of torch in the worker, the storage is a link that
-leads to itself for some seconds (the kernel refuses every access to it), a byte is changed in a file, `mlflow server` is killed and
-started again. A run has survived when it ends with exit code 0 and MLflow has each point of its curve once; steps are repeated when the
+leads to itself for some seconds (the kernel refuses every access to it), or a small file system of its own that is filled up (root may
+mount one), a byte is changed in a file, `mlflow server` is killed and started again. Where a driver ends, the same command is given again. A run has survived when it ends with exit code 0 and MLflow has each point of its curve once; steps are repeated when the
 driver sees them again. Trials are kept in the folder: what it has is not run again. Then a table, and as the last line one JSON object:
 `survived` of `of`, and `largest_difference`, by which a loss, repeated steps included, differs from the unbroken run's.
 """
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         for moment in moments
         if arguments.only in f"{fault} {moment}" and (not arguments.quick or moment == "between two")
     ]
+    if os.geteuid():
+        print("left out: disk full, whose file system of its own only root can mount")
+        chosen = [(fault, moment) for fault, moment in chosen if fault != "disk full"]
     report(trials(arguments.folder.resolve(), chosen))
 
 
@@ -110,8 +113,7 @@ def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
     names = [("nothing", ""), *chosen]
     if all((place(folder, *name) / "result.json").is_file() for name in names):
         return [kept(folder, *name) for name in chosen]
-    with ray_cluster(num_cpus=0, **SMALL) as cluster:
-        nodes = Nodes(cluster)
+    with closing(Nodes()) as nodes:
         for number, (fault, moment) in enumerate(names):
             if not (place(folder, fault, moment) / "result.json").is_file():
                 result = trial(folder, nodes, fault, moment)
@@ -189,9 +191,30 @@ def report(results: list[dict[str, Any]]) -> None:
 class Nodes:
     """A head without CPUs, where drivers are, and two nodes of one CPU each."""
 
-    def __init__(self, cluster: Any) -> None:
-        self._cluster, self.address = cluster, cluster.address
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._stack = ExitStack()
+        self._cluster = self._stack.enter_context(ray_cluster(num_cpus=0, **SMALL))
         self.complete()
+
+    @property
+    def address(self) -> str:
+        """Where drivers find the head."""
+        return str(self._cluster.address)
+
+    def close(self) -> None:
+        """End them all."""
+        self._stack.close()
+
+    def lose(self) -> None:
+        """SIGKILL to all processes of all of them, and other machines in their place."""
+        for node in (self._cluster.head_node, *self._cluster.worker_nodes):
+            _kill(psutil.Process(_raylet(node).pid))
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        self.close()
+        self._start()
 
     def complete(self) -> None:
         """Replace the nodes that were killed."""
@@ -216,6 +239,13 @@ def _raylet(node: Any) -> subprocess.Popen[bytes]:
     return started
 
 
+def _kill(parent: psutil.Process) -> None:
+    """SIGKILL to a process and all that it started."""
+    for process in (parent, *parent.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 class Run:
     """One fine-tuning run, whose command may be given several times."""
 
@@ -230,6 +260,8 @@ class Run:
     def __enter__(self) -> Run:
         (self.folder / "behind").mkdir(parents=True)
         self.store.symlink_to(self.folder / "behind")
+        if self.fault == "disk full":
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", self.folder / "behind"], check=True)
         uri = f"sqlite:///{self.folder.parent / 'mlflow.db'}"
         if self.fault == "MLflow killed":
             self.server = Server(self.folder)
@@ -255,6 +287,8 @@ class Run:
             self.kill()
         if self.server:
             self.server.kill()
+        if self.fault == "disk full":
+            subprocess.run(["umount", "--lazy", self.folder / "behind"], check=True)
 
     def start(self) -> None:
         """Give the command, again where it was given before."""
@@ -350,15 +384,32 @@ def node_killed(run: Run) -> None:
     assert run.worker
     raylet = run.worker.parent()
     assert raylet
-    for process in (run.worker, raylet, *raylet.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    run.worker.kill()
+    _kill(raylet)
 
 
 def driver_killed(run: Run) -> None:
     """SIGKILL to the driver, and the same command again."""
     run.kill()
     run.start()
+
+
+def head_killed(run: Run) -> None:
+    """The head is lost with the driver on it and all nodes; the same command is given on a new cluster that sees the same folder."""
+    run.kill()
+    run.nodes.lose()
+    run.start()
+
+
+def disk_full(run: Run) -> None:
+    """Something else fills the disk: the run ends, and the same command is given once there is room."""
+    filler = run.folder / "behind" / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(2**20))
+    if run.end() == 2:  # for the user to fix
+        filler.unlink()
+        run.start()
 
 
 def storage_fails(run: Run) -> None:
@@ -398,8 +449,10 @@ FAULTS: dict[str, tuple[Callable[[Run], None], tuple[str, ...]]] = {
     "worker killed": (worker_killed, tuple(MOMENTS)),
     "node killed": (node_killed, tuple(MOMENTS)),
     "driver killed": (driver_killed, tuple(MOMENTS)),
+    "head killed": (head_killed, tuple(MOMENTS)),
     "out of memory": (lambda run: None, tuple(MOMENTS)),  # see `without_memory`
     "storage fails": (storage_fails, tuple(MOMENTS)),
+    "disk full": (disk_full, tuple(MOMENTS)),
     "checkpoint damaged": (checkpoint_damaged, tuple(MOMENTS)[1:]),
     "MLflow killed": (mlflow_killed, tuple(MOMENTS)),
 }
@@ -407,6 +460,7 @@ FAULTS: dict[str, tuple[Callable[[Run], None], tuple[str, ...]]] = {
 SAYS = {
     "out of memory": "out of memory",
     "storage fails": "storage fails",
+    "disk full": "No space left on device",
     "checkpoint damaged": "is damaged",
     "MLflow killed": "stopped answering",
 }
