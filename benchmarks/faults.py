@@ -2,12 +2,13 @@
 
     python -m benchmarks.faults out/faults          (--quick: every fault once; --only WORD: trials that have it in their name)
 
-Every trial is a fine-tuning run of its own on a Ray cluster of a head and two nodes, all on this machine: 4-bit NF4 on the CPU, computed in
-float32 and without dropout so that curves compare, a Llama of random weights, a database and its questions made here. The faults are
+Every trial is a fine-tuning run of its own on a Ray cluster of a head and two nodes, all on this machine: 4-bit NF4 on the CPU, computed
+in float32 and without dropout so that curves compare, a Llama of random weights, a database and its questions made here. The faults are
 real: processes are killed with SIGKILL, an allocation larger than any memory is asked of torch in the worker, the storage is a link that
 leads to itself for some seconds (the kernel refuses every access to it), or a small file system of its own that is filled up (root may
-mount one), a byte is changed in a file, `mlflow server` is killed and started again. Where a driver ends, the same command is given again. A run has survived when it ends with exit code 0 and MLflow has each point of its curve once; steps are repeated when the
-driver sees them again. Trials are kept in the folder: what it has is not run again. Then a table, and as the last line one JSON object:
+mount one), a byte is changed in a file, `mlflow server` is killed and started again. Where a driver ends, the same command is given
+again. A run has survived when it ends with exit code 0 and MLflow has each point of its curve once; steps are repeated when the driver
+sees them again. Trials are kept in the folder: what it has is not run again. Then a table, and as the last line one JSON object:
 `survived` of `of`, and `largest_difference`, by which a loss, repeated steps included, differs from the unbroken run's.
 """
 
