@@ -6,8 +6,8 @@
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
 
 Every run sees the same examples once, from the same base model, with the same settings; only the seed and the number of questions
-in a row differ. In a batch of 8 a row of 8 makes every step one database's, and rows of 4 two databases'; plain rows mix all. The
-examples are 40 questions each of 12 of Spider's training databases, drawn once among those whose prompts are short (what is asked here
+in a row differ. In a batch of 8 a row of 8 makes every step one database's (and rows of 4, with `--together 4`, two databases'); plain
+rows mix all. The examples are 40 questions each of 12 of Spider's training databases, drawn once among those whose prompts are short (what is asked here
 does not depend on their length, what it costs does); 15 others of each are asked at the end and judged by executing their SQL, and every
 run of a seed is compared with its plain one question by question (McNemar). A run whose answers are in
 the folder is not repeated. The last line is one JSON object.
@@ -36,7 +36,7 @@ from ray_sql.config import Config, load
 from ray_sql.generate import Answer
 from ray_sql.metrics import mcnemar, wilson_interval
 
-SEEDS, TOGETHER, BATCH = (1, 2, 3), (1, 4, 8), 8
+SEEDS, TOGETHER, BATCH = (1, 2, 3), (1, 8), 8
 TRAINED, ASKED = 40, 15
 """Questions of a database that are trained on, and others that are asked."""
 SETTINGS: dict[str, Any] = {
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--phase", choices=["prepare", "train", "score"], help="only this one")
     parser.add_argument("--databases", type=int, default=12, help="training databases")
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
+    parser.add_argument("--together", type=int, nargs="+", default=TOGETHER, help="questions in a row; 1 is plain rows")
     parser.add_argument("--run", help="train only this run, `seed-together`")
     parser.add_argument("--quick", action="store_true", help="one database, one seed: to see that it works")
     arguments = parser.parse_args(argv)
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.run:
             train(arguments.folder, arguments.run)
         else:
-            train_all(arguments.folder, SEEDS[:1] if arguments.quick else SEEDS, arguments.jobs)
+            train_all(arguments.folder, SEEDS[:1] if arguments.quick else SEEDS, arguments.together, arguments.jobs)
     if arguments.phase in (None, "score"):
         score(arguments.folder)
 
@@ -121,9 +122,9 @@ def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[
     return [draw.sample(by_database[name], count) for name in draw.sample(large, databases)]
 
 
-def train_all(folder: Path, seeds: tuple[int, ...], jobs: int) -> None:
+def train_all(folder: Path, seeds: Sequence[int], questions: Sequence[int], jobs: int) -> None:
     """Every run in a process of its own, `jobs` at a time."""
-    runs = [f"{seed}-{together}" for seed, together in product(seeds, TOGETHER)]
+    runs = [f"{seed}-{together}" for seed, together in product(seeds, questions)]
     models.resolve(settings())  # converted once, not by every process
 
     def one(run: str) -> None:
@@ -208,10 +209,9 @@ def score(folder: Path) -> None:
     )
     print("|---|---|---|---|---|")
     summary = []
-    for together in TOGETHER:
+    for together in sorted({together for _, together in right}):
         runs = {seed: verdicts for (seed, each), verdicts in sorted(right.items()) if each == together}
-        if runs:
-            summary.append(_summary(together, runs, right))
+        summary.append(_summary(together, runs, right))
     print(json.dumps({"runs": summary}))
 
 
