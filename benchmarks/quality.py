@@ -5,12 +5,12 @@
     python -m benchmarks.quality out/quality --phase train                             needs a GPU, and it needs neither Spider
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
 
-Every run sees the same examples once, from the same base model, with the same settings; only the seed and the number of questions
-in a row differ. In a batch of 8 a row of 8 makes every step one database's (and rows of 4, with `--together 4`, two databases'); plain
-rows mix all. The examples are 40 questions each of 12 of Spider's training databases, drawn once among those whose prompts are short (what is asked here
-does not depend on their length, what it costs does); 15 others of each are asked at the end and judged by executing their SQL, and every
-run of a seed is compared with its plain one question by question (McNemar). A run whose answers are in
-the folder is not repeated. The last line is one JSON object.
+Every run sees the same examples once, from the same base model, with the same settings; only the seed and the number of questions in a
+row differ. In a batch of 8 a row of 8 makes every step one database's (and rows of 4, with `--together 4`, two databases'); plain rows
+mix all. The examples are 40 questions each of 12 of Spider's training databases, drawn once among those whose prompts are short (what is
+asked here does not depend on their length, what it costs does); 15 others of each are asked at the end and judged by executing their SQL,
+and every run of a seed is compared with its plain one question by question (McNemar). A run whose answers are in the folder is not
+repeated. The last line is one JSON object.
 """
 
 from __future__ import annotations
