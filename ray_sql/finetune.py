@@ -7,6 +7,7 @@ again, and a finished one is shown, not repeated.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
 from ray_sql.timeline import Timeline
 from ray_sql.train import FitResult
+
+log = logging.getLogger(__name__)
 
 ARTIFACTS = (
     *("config.json", "contract.json", "metrics.json", "predictions.jsonl", "gold_errors.jsonl", "report.html"),
@@ -401,6 +404,7 @@ class Points:
         self._config, self._record, self._display = config, record, display
         self._timeline = timeline
         self._writer: Any = None
+        self._gaps = False
         self._newest = -1
         self.on_checkpoint: Callable[[int], None] | None = None
 
@@ -447,17 +451,24 @@ class Points:
     def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         if "://" in self._config.run_dir:
             return  # TensorBoard writes local files only; MLflow has the same points
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(f"{self._config.run_dir}/logs")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+                self._writer = SummaryWriter(f"{self._config.run_dir}/logs")
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:  # a writer that failed once fails for good
+            self._writer = None
+            if not self._gaps:
+                log.warning("TensorBoard's logs lack some points (%s); MLflow has them", error)
+            self._gaps = True
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # as above
+                self._writer.close()
 
 
 def _scores(values: Mapping[str, float]) -> str:

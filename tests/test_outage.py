@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.mlflow_server import Server
-from ray_sql import check, finetune
+from ray_sql import check, finetune, tracking
 from ray_sql.config import CheckConfig, Config
+from ray_sql.display import Display
 from ray_sql.errors import StoreError
 
 pytestmark = pytest.mark.slow
@@ -107,3 +110,39 @@ def test_what_a_server_that_stays_away_missed_is_sent_later(
     assert not list((one.cache / "spool").iterdir()), "what was kept for MLflow is gone"
     check.replay(again)
     assert "nothing of run waits for MLflow" in capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread says it, too
+def test_storage_that_fails_costs_tensorboard_some_points_and_not_the_run(
+    make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config()
+    points, folder = finetune.Points(config, tracking.disabled(Path()), Display()), Path(config.run_dir)
+
+    def train(step: int) -> None:
+        points({"kind": "train", "step": step, "steps": 1000, "values": {"loss": 1.0}})
+
+    train(1)
+    while not any(b"loss" in file.read_bytes() for file in folder.glob("logs/*")):
+        time.sleep(0.01)
+    folder.rename(tmp_path / "away")
+    folder.symlink_to(folder)  # the kernel refuses every access to it
+    step = 1
+    while "TensorBoard's logs lack some points" not in caplog.text:  # its thread writes later
+        step += 1
+        train(step)
+        assert step < 500
+        time.sleep(0.01)
+    train(501)
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    train(502)
+    points.close()
+    assert caplog.text.count("TensorBoard's logs lack some points") == 1
+    seen = [
+        event.step
+        for file in sorted(folder.glob("logs/*"))
+        for event in EventFileLoader(str(file)).Load()
+        if event.step
+    ]
+    assert {1, 502} <= set(seen) and 501 not in seen
