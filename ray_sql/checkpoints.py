@@ -314,8 +314,8 @@ def open_store(uri: str) -> tuple[Any, str]:
     import pyarrow as pa
     import pyarrow.fs as pafs
 
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+    try:  # as patiently as any access: of a bucket without a region in its URI, the network is asked for it
+        filesystem, path = _persist(uri, lambda: pafs.FileSystem.from_uri(uri))
     except (pa.ArrowInvalid, OSError) as error:
         raise StoreError(f"{uri}: not a storage that can be opened ({' '.join(str(error).split())[:200]})") from None
     return filesystem, path

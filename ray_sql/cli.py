@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_sql import cluster
-from ray_sql.config import C, Config, load
+from ray_sql.config import C, Config, load, without_password
 from ray_sql.errors import RaySqlError
 
 TOKENS = {"--read_token", "--write_token"}
@@ -27,11 +27,7 @@ def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None =
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that runs are closed on the way out
     config = None
-    for flag in {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)} & TOKENS:
-        print(
-            f"warning: {flag} shows in the process list, the shell's history and Ray's list of jobs; HF_TOKEN in the environment does not",
-            file=sys.stderr,
-        )
+    _warn(sys.argv[1:] if argv is None else argv)
     try:
         config = load(kind, argv, **overrides)
         job(config)
@@ -52,6 +48,19 @@ def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None =
         raise SystemExit(2) from None
     finally:
         cluster.leave_ray()  # at the interpreter's exit its processes would die under it
+
+
+def _warn(words: Sequence[str]) -> None:
+    """Say of secrets on the command line where they show, and where they would not."""
+    shows = "shows in the process list, the shell's history, and Ray's list and log of jobs"
+    for flag in sorted({word.partition("=")[0] for word in words} & TOKENS):
+        print(f"warning: {flag} {shows}; HF_TOKEN in the environment does not", file=sys.stderr)
+    for word in words:
+        if without_password(word) != word:
+            print(
+                f"warning: the password in {without_password(word)} {shows}; give it in the environment (docs/cluster.md, Tokens)",
+                file=sys.stderr,
+            )
 
 
 def _full_or_closed(error: OSError, config: Config) -> bool:

@@ -396,7 +396,7 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
 
 
 class Points:
-    """What workers say, passed on to the display, MLflow and TensorBoard, each step once."""
+    """What workers say, passed on to the display, MLflow and TensorBoard; MLflow has each step once, whatever is repeated."""
 
     def __init__(
         self, config: Config, record: tracking.Run, display: Display, timeline: Timeline | None = None

@@ -84,12 +84,13 @@ def here(folder: str, config: Config) -> str:
     Raises `ModelError` where it is neither.
     """
     place = Path(folder)
-    if (place / "config.json").is_file():
-        return folder
     if place == _demo_folder(config.cache):
         return str(demo_model(config.cache))
-    if place.parent.name == "snapshots":  # the Hub's cache names it after the revision, and fetches under a lock
+    if place.parts[-3:-1] == (f"models--{config.model_name.replace('/', '--')}", "snapshots"):
+        # asked for even if it is there: its small files come first, and a fetch that is under way, or was cut off, lacks the weights
         return _snapshot(config, place.name)
+    if (place / "config.json").is_file():
+        return folder
     raise ModelError(
         f"--model_name {config.model_name}: {folder} is not on every node; put it where all see it, or give a Hub id"
     )
@@ -119,7 +120,8 @@ def _snapshot(config: Config, revision: str | None) -> str:
     except Exception as error:  # a dozen kinds, from a malformed id to a cut connection; all mean the same to the user
         raise ModelError(
             f"--model_name {config.model_name}{f' at {revision}' if revision else ''}: neither a local folder nor a model that the "
-            f"Hub gives ({type(error).__name__}); check the name, the network and --read_token, or give a folder or `demo`"
+            f"Hub gives ({type(error).__name__}); check the name, the network and --read_token (on a cluster's other nodes "
+            "HF_TOKEN), or give a folder or `demo`"
         ) from None
 
 

@@ -377,7 +377,9 @@ def _exists(client: Any, run_id: str) -> bool:
 
     try:
         found = client.get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise  # a server that fails for a moment has not lost the run
         return False  # another store than last time: begin a new one
     return bool(found.info.lifecycle_stage == "active")  # one that was deleted takes nothing any more
 

@@ -381,10 +381,19 @@ def test_only_what_is_saved_can_be_measured() -> None:
 
 
 def test_a_password_is_written_down_in_no_form(make_config: Any) -> None:
-    for password in ("secret", "se/cr:et"):
+    for password in ("secret", "se/cr:et", "se@cr@et"):
         url = f"postgresql://reader:{password}@host/shop"
         public = make_config(**{"data.databases": url, "tracking.uri": f"mysql://u:{password}@host/m"}).public()
         assert public["data"]["databases"] == "postgresql://reader@host/shop", (
             "given back, libpq looks for the password"
         )
         assert public["tracking"]["uri"] == "mysql://u:***@host/m"
+
+
+def test_keys_in_a_storage_address_are_refused_and_not_repeated(make_config: Any) -> None:
+    for name in ("scaling.storage_path", "output_dir", "prev_checkpoint"):
+        with pytest.raises(ConfigError, match="keys do not belong into an address") as refused:
+            make_config(**{name: "s3://AKIA:se/cr@et@bucket/runs"})
+        assert name in str(refused.value) and "se/cr" not in str(refused.value)
+    for place in ("s3://bucket/runs", "gs://anonymous@bucket/runs", "hdfs://me@name:8020/user/me@corp"):
+        assert make_config(**{"scaling.storage_path": place}).run_dir == f"{place}/run"

@@ -110,6 +110,11 @@ def test_a_model_of_the_hub_keeps_its_revision_and_is_fetched_where_it_is_not(ti
         there = ask(stand_in, tmp_path / "b", f"print(json.dumps(models.here({folder!r}, config)))")
         assert there.startswith(str(tmp_path / "b")) and Path(there).name == first
         assert (Path(there) / "config.json").read_bytes() == files["config.json"]
+        (
+            weights := Path(there) / "model.safetensors"
+        ).unlink()  # as a fetch leaves it that was cut off, or is under way
+        there = ask(stand_in, tmp_path / "b", f"print(json.dumps(models.here({there!r}, config)))")
+        assert weights.read_bytes() == files["model.safetensors"] and Path(there) == weights.parent
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(make_config: Any, tmp_path: Path) -> None:

@@ -796,6 +796,26 @@ def test_a_run_that_is_stopped_does_not_wait_for_queued_checkpoints(
     assert len(stand_in.repos["me/run"].pushed(background.BRANCH)) < 10
 
 
+def test_a_run_that_is_stopped_does_not_wait_long_for_a_hub_that_does_not_answer(
+    stand_in: stand_ins.Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "LAST_PUSH", 0.5)
+    (whole,) = run_dir.glob("checkpoint-*")
+    stand_in.fail(".*/commit/", 6.0)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        publish.beside_training(as_trained(run_dir, **{"hub.push_checkpoints": "all"})) as pushed,
+    ):
+        save_checkpoint(whole, run_dir, 10, None)
+        assert pushed
+        pushed(10)
+        while not stand_in.count("/commit/"):
+            time.sleep(0.01)
+        started = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 3
+
+
 def test_the_pages_commands_publish(stand_in: stand_ins.Hub, run_dir: Path, tmp_path: Path) -> None:
     run_dir.rename(run_dir.parent / "demo")
     page = (ROOT / "docs" / "publish.md").read_text().replace("\\\n", " ")

@@ -120,6 +120,17 @@ def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     assert relative_error(shared[1], alone[1]) < 1e-5
 
 
+def test_attention_weights_that_are_not_kept_are_computed_again(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
+    folder, data = family("llama", tmp_path / "model"), some_rows()
+    kept = gradients(folder, data, config, 8, tmp_path)
+    monkeypatch.setattr(attention, "KEPT", 0)
+    again = gradients(folder, data, config, 8, tmp_path)
+    assert again[0] == kept[0] and relative_error(again[1], kept[1]) < 1e-7
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, kind: str) -> None:
     model = models.load_base(str(family(kind, tmp_path)), make_config(**{"quantization.load_in_4bit": False}))

@@ -270,6 +270,8 @@ def test_a_stopped_job_ends_in_order(stopped: Stopped) -> None:
     assert (stopped.info.status, stopped.info.driver_exit_code) == (JobStatus.STOPPED, None)
     assert "Traceback" not in stopped.log and "error: " not in stopped.log
     assert 0 < stopped.step < STEPS and steps(stopped.log)[0] == 1
+    assert stopped.step == steps(stopped.log)[-1], "the last step that was made is the one that was saved"
+    assert f"stopped; checkpoint-{stopped.step} is saved: the same command goes on from there" in stopped.log
     assert list(stopped.runs.values()) == ["KILLED"]
 
 

@@ -134,6 +134,7 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_w
         "config": config.for_workers(),
         "model_folder": prepared.model_folder,
         "start_from": None,
+        "driver": None,
         "halvings": 0,
         "slow": slow,
     }

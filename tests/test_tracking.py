@@ -1,5 +1,6 @@
 """MLflow holds one run per training run, each point once, whatever restarts; an outage of its server costs the run nothing."""
 
+import http.server
 import json
 import logging
 import socketserver
@@ -364,3 +365,23 @@ def test_a_run_that_is_not_required_begins_when_its_store_is_back(
         assert [(one.info.status, one.data.params) for one in found] == [("FINISHED", {"seed": "14"})]
     finally:
         server.kill()
+
+
+def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socketserver.TCPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = MlflowClient(f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(MlflowException, match="503"):
+            tracking._exists(client, "a" * 32)
+        server.shutdown()

@@ -20,6 +20,7 @@ import torch
 from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, tracking, train, trainer
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, ContractError, ModelError, OutOfMemory, StoreError, TrainingError, out_of_memory
+from ray_sql.train.resume import take_over
 from tests.conftest import make_model, removal_cut_off
 
 
@@ -53,6 +54,28 @@ def adapter_weights(config: Config) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(f"{config.run_dir}/adapter/adapter_model.safetensors")
+
+
+def test_a_run_that_was_taken_over_ends_without_saving(make_config: Any) -> None:
+    config = make_config(**{"train.max_steps": 6, "save_steps": 2, "evaluate.select_examples": 0})
+
+    def another(step: int) -> None:
+        if step == 3:
+            take_over(config.run_dir)
+
+    with pytest.raises(TrainingError, match="taken over by the same command given again"):
+        fit(config, Curve(another))
+    assert [one.step for one in checkpoints.complete(config.run_dir)] == [2]
+    assert fit(config, Curve()).steps == 6
+
+
+def test_a_folder_that_workers_do_not_see_is_named(make_config: Any) -> None:
+    config = make_config()
+    prepared = prepare.prepare(config)
+    prepare.write_inputs(prepared, config)
+    checkpoints.remove(f"{config.run_dir}/{rows.FILE}")  # as on a node where the folder of that name is another one
+    with pytest.raises(ConfigError, match=r"is not on .*, where a worker runs: give --scaling.storage_path"):
+        train.fit(config, prepared.model_folder, lambda _: None)
 
 
 def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model: Path) -> None:

@@ -27,7 +27,18 @@ from ray_sql.prepare import Prepared
 GIB = 2**30
 ANSWER_SECONDS = checkpoints.PATIENCE + 60
 """How long a node may take to start a worker and look around."""
-PACKAGES = ("ray", "torch", "transformers", "trl", "peft", "bitsandbytes")
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+)
 """Whose versions decide what is trained, or whether what one node writes another can read."""
 KEPT = 4
 """Checkpoints that lie there at once: the best, the last two, and the one that is being written."""

@@ -161,6 +161,21 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_places(self) -> Self:
+        places = {
+            "scaling.storage_path": self.scaling.storage_path,
+            "output_dir": self.output_dir,
+            "prev_checkpoint": self.prev_checkpoint,
+        }
+        for name, place in places.items():
+            if place != without_password(place):
+                raise ValueError(
+                    f"{name} {without_password(place)}: keys do not belong into an address, which is logged and saved; give them in the "
+                    "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or the nodes a role"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_eval_steps(self) -> Self:
         every = self.evaluate.eval_steps
         if every and every % self.save_steps:
@@ -322,15 +337,19 @@ class Config(BaseSettings):
         return build(type(self), merge(given, nested(changes)), {"changes": nested(changes)})
 
 
+_PASSWORD = r"(://[^:/@\s]*):(?!\d+(?:[/?#\s]|$))(?:[^/?#\s]*@|[^@\s]*@)"
+"""In a URI, up to the password's end: the last @ before the path, or the first where a password holds a slash; a port is none."""
+
+
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    masked = uri and re.sub(r"(://[^:/@]*):[^@\s]*@", r"\1:***@", uri)
+    masked = uri and re.sub(_PASSWORD, r"\1:***@", uri)
     return masked and re.sub(r"([?&]password=)[^&\s]*", r"\1***", masked)
 
 
 def passwordless(uri: str | None) -> str | None:
     """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
-    bare = uri and re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", uri)
+    bare = uri and re.sub(_PASSWORD, r"\1@", uri)
     return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
 
 

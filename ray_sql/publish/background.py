@@ -11,7 +11,8 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from ray_sql.train import ADAPTER_FILES
 log = logging.getLogger(__name__)
 
 BRANCH = "checkpoints"
+LAST_PUSH = 10.0
+"""Seconds that a run which is being stopped gives the push under way: whoever stops it kills it in the end."""
 
 
 @contextmanager
@@ -56,6 +59,7 @@ class Checkpoints:
         self._copies = tempfile.TemporaryDirectory(prefix="ray_sql-")
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-copy")
         self._pushing = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-push")
+        self._pushes: list[Future[None]] = []
         for checkpoint in checkpoints.complete(config.run_dir):
             self(checkpoint.step)
 
@@ -69,9 +73,11 @@ class Checkpoints:
         self._copying.submit(self._guarded, step, self._copy)
 
     def close(self, wait: bool = True) -> None:
-        """Wait for what is under way, and, unless the run is being stopped, for what is queued."""
-        for executor in (self._copying, self._pushing):
-            executor.shutdown(wait=True, cancel_futures=not wait)
+        """Wait for what is under way and queued; of a run that is being stopped, only for the push under way, and not for long."""
+        self._copying.shutdown(wait=True, cancel_futures=not wait)
+        self._pushing.shutdown(wait=wait, cancel_futures=not wait)
+        if not wait:
+            futures.wait([push for push in self._pushes if not push.cancelled()], timeout=LAST_PUSH)
         self._copies.cleanup()
 
     def _copy(self, step: int) -> None:
@@ -89,7 +95,7 @@ class Checkpoints:
             for name in (*ADAPTER_FILES, "contract.json"):
                 checkpoints.fetch_file(f"{checkpoint.uri}/{name}", Path(scratch) / name)
             shutil.copytree(scratch, folder)
-        self._pushing.submit(self._guarded, step, self._push)
+        self._pushes.append(self._pushing.submit(self._guarded, step, self._push))
 
     def _push(self, step: int) -> None:
         folder = Path(self._copies.name) / f"checkpoint-{step}"

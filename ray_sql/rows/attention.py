@@ -35,6 +35,9 @@ SPANS = "shared_spans"
 """The keyword argument of a model's forward that carries `Spans`."""
 AT_ONCE = 8
 """Questions computed together on a CPU: fewer make many small products, more compute pairs of tokens that do not see each other."""
+KEPT = 2**24
+"""Attention weights of a part and layer that are kept for the backward pass on a CPU; where there are more, as of a schema of 2,000
+tokens, they are computed again: over 30 layers a schema of 4,000 took 14 GiB."""
 TRIED = (200, 328)
 """Lengths of the rows that FlexAttention is tried on: the second makes it compile for any length."""
 TOLERANCE = 0.05
@@ -222,15 +225,21 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]  # torch is not fo
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
-        scores = query @ key.transpose(1, 2)
-        scores.view(len(key), -1, *bias.shape).add_(bias)
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(query, key, value, weights)
+        weights = _weights(query, key, bias)
+        ctx.save_for_backward(query, key, value, bias, None if weights.numel() > KEPT else weights)
         return weights @ value
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
+        query, key, value, bias, weights = ctx.saved_tensors
+        if weights is None:
+            weights = _weights(query, key, bias)
         for_weights = gradient @ value.transpose(1, 2)
         for_scores = torch.ops.aten._softmax_backward_data(for_weights, weights, -1, weights.dtype)
         return for_scores @ key, for_scores.transpose(1, 2) @ query, weights.transpose(1, 2) @ gradient, None
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    scores = query @ key.transpose(1, 2)
+    scores.view(len(key), -1, *bias.shape).add_(bias)
+    return scores.softmax(-1)

@@ -18,7 +18,7 @@ from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
 from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
 from ray_sql.train.loop import train_loop_per_worker
-from ray_sql.train.resume import rewind, set_aside_damaged, starting_point
+from ray_sql.train.resume import rewind, set_aside_damaged, starting_point, take_over
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
     if start_from:
         rewind(config, start_from)
     plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
+    plan["driver"] = take_over(run_dir)
 
     def say(text: str) -> None:
         on_point(cluster.note(text))

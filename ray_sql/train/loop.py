@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import checkpoints, cluster, generate, models, rows
 from ray_sql.config import Config
-from ray_sql.errors import ModelError
+from ray_sql.errors import ConfigError, ModelError
 from ray_sql.train.notice import Notice
 from ray_sql.train.report import Reporter
 from ray_sql.train.resume import owed, resume
@@ -45,7 +46,7 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     mark("model")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
-        data = rows.read(checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", local / "rows.parquet"))
+        data = rows.read(_inputs(config, local / "rows.parquet"))
         resume_from, done = resume(config, plan["start_from"], local, plan["emit"])
         unmeasured = done is not None and owed(done, config, len(data))
         step, steps = done.step if done else 0, config.steps(len(data))
@@ -57,7 +58,7 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             plan["emit"]({"kind": "rows", "together": together})
         judge = Validation(config, tokenizer, together, plan["halvings"], local)
         mark("shared rows tried")
-        reporter = Reporter(config, judge, notice, plan["emit"], data, context.get_world_rank())
+        reporter = Reporter(config, judge, notice, plan["emit"], data, context.get_world_rank(), plan["driver"])
         outcome = trainer.train(
             base,
             tokenizer,
@@ -74,6 +75,17 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             on_note=reporter.on_note,
         )
     return asdict(outcome)
+
+
+def _inputs(config: Config, target: Path) -> Path:
+    """The rows that the driver has put into the run's folder."""
+    try:
+        return checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", target)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{config.run_dir} is not on {platform.node()}, where a worker runs: give --scaling.storage_path a folder that all nodes "
+            "share, or an s3:// or gs:// URI"
+        ) from None
 
 
 def _together(

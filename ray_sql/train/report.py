@@ -11,7 +11,7 @@ from ray_sql import checkpoints, cluster, generate, rows
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError, TrainingError
 from ray_sql.train.notice import Notice
-from ray_sql.train.resume import LOGGED
+from ray_sql.train.resume import LOGGED, check_owned
 from ray_sql.train.validation import Validation
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ class Reporter:
         emit: cluster.OnPoint,
         data: Sequence[rows.Row],
         rank: int,
+        driver: str | None,
     ) -> None:
         self._config, self._judge, self._notice, self._emit, self._rank = config, judge, notice, emit, rank
-        self._examples = len(data)
+        self._examples, self._driver = len(data), driver
         self._tokens = sum(len(row.input_ids) for row in data) / len(data)
         self._last: tuple[int, float] | None = None
         self._gauges = _gauges(config) if rank == 0 else {}
@@ -90,6 +91,7 @@ class Reporter:
 
     def _save(self, step: int, folder: Path) -> bool:
         if self._rank == 0:
+            check_owned(self._config.run_dir, self._driver)
             checkpoints.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
             checkpoints.save(folder, self._config.run_dir, step, {})
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,28 @@ from typing import Any
 from ray_sql import checkpoints, cluster, generate, prompts
 from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
-from ray_sql.errors import ModelError
+from ray_sql.errors import ModelError, TrainingError
 
 START_FILE = "inputs/start"
 """Which checkpoint the run was told to go on from, once it has been done."""
+DRIVER_FILE = "inputs/driver"
+"""Which driver the run belongs to: the one that was started last."""
 LOGGED = ("loss", "grad_norm", "learning_rate")
+
+
+def take_over(run_dir: str) -> str:
+    """Make this driver the one that the run belongs to, and return its name; workers of one before end at their next checkpoint."""
+    name = uuid.uuid4().hex
+    checkpoints.write_text(f"{run_dir}/{DRIVER_FILE}", name)
+    return name
+
+
+def check_owned(run_dir: str, driver: str | None) -> None:
+    """Raise `TrainingError` if the run was taken over by another driver: two would write, and prune, the same checkpoints."""
+    if checkpoints.read_text(f"{run_dir}/{DRIVER_FILE}") != driver:
+        raise TrainingError(
+            f"{run_dir} was taken over by the same command given again, which goes on with it; this one ends without saving"
+        )
 
 
 def starting_point(config: Config, contract: Mapping[str, Any], steps: int | None = None) -> str | None:
