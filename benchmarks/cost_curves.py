@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(points: list[Point], rounds: int) -> dict[Point, float]:
     """Examples a second at every point."""
-    config = settings()
+    # a step takes no more examples than the global batch
+    config = settings().changed({"grad_accum_steps": max(point.questions for point in points)})
     folder, _ = models.resolve(config)
     chance = random.Random(0)
     made = {point: examples(point, chance) for point in points}
