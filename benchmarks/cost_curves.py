@@ -108,7 +108,7 @@ def table(rows: str, columns: str, rates: dict[int, dict[int, float]]) -> str:
 
 
 def draw(by_length: dict[int, dict[int, float]], by_questions: dict[int, float], file: Path) -> None:
-    """Both tables as curves on logarithmic axes."""
+    """Both tables as curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -120,6 +120,8 @@ def draw(by_length: dict[int, dict[int, float]], by_questions: dict[int, float],
     left.legend()
     right.plot(list(by_questions), list(by_questions.values()), marker="o")
     _axes(right, f"questions in a row, schema of {LENGTH} tokens", list(by_questions))
+    right.set_yscale("linear")
+    right.set_ylim(bottom=0)
     figure.savefig(file)
 
 
