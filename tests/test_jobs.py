@@ -6,11 +6,13 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,31 @@ def test_a_run_does_not_go_on_with_other_data(run: Run, flags: list[str], tmp_pa
     code, _, err = run("finetune", *given)
     assert code == 2
     assert "run on other data" in err and "--overwrite" in err
+
+
+@pytest.mark.slow
+@pytest.mark.cluster  # no cluster, but most of a minute of the gate's time
+def test_a_run_ends_in_order_where_ray_is_told_to_stop_with_it(flags: list[str], tmp_path: Path) -> None:
+    store = tmp_path / "mlflow.db"
+    given = changed(
+        flags, scaling_DOT_num_workers="1", train_DOT_max_steps="5000", tracking_DOT_uri=f"sqlite:///{store}"
+    )
+    given.remove("--no-tracking.enabled")
+    command = [sys.executable, "-m", "jobs.finetune", *given, "--output_dir", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        job = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        while "training: 1/" not in log.read_text():
+            assert job.poll() is None, log.read_text()
+            time.sleep(0.1)
+        os.killpg(job.pid, signal.SIGTERM)  # as `timeout`, Slurm and systemd do: Ray's own processes, too
+        assert job.wait(timeout=40) == 128 + signal.SIGTERM
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert "Ray does not answer" in log.read_text() and "Traceback" not in log.read_text()
+    assert sqlite3.connect(store).execute("SELECT status FROM runs").fetchall() == [("KILLED",)]
 
 
 def test_finetune_for_schema_linking(run: Run, flags: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray_sql.cluster.channel import OnPoint, note
@@ -17,6 +17,10 @@ from ray_sql.errors import last_line
 PATIENCE = 45.0
 """Seconds that workers have to save and end once this process was told to stop: less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
 ours, with time left to close the records."""
+
+
+REACH_SECONDS = 5.0
+"""Seconds that Ray has to take note of it."""
 
 
 class ClusterEvent:
@@ -58,8 +62,11 @@ def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event
     def end(number: int) -> None:
         patience = f"for at most {PATIENCE:.0f} s; once more stops at once"
         on_point(note(f"told to stop: a checkpoint is saved first, {patience}"))
-        told.set()
-        if not ended.wait(PATIENCE):
+        if not _reaches(told):
+            on_point(note("Ray does not answer (was all of this machine told to stop?): there will be no checkpoint"))
+        else:
+            ended.wait(PATIENCE)
+        if not ended.is_set():
             os.kill(os.getpid(), number)
 
     def receive(number: int, frame: object) -> None:
@@ -85,6 +92,19 @@ def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event
             restore()
     if received:
         signal.raise_signal(received[0])
+
+
+def _reaches(told: threading.Event | ClusterEvent) -> bool:
+    """Set `told`; False where that fails, or hangs, because Ray is gone: Ray ends this process a minute later, whatever it is at."""
+    done = threading.Event()
+
+    def tell() -> None:
+        with suppress(Exception):  # Ray's own errors have no common base
+            told.set()
+            done.set()
+
+    threading.Thread(target=tell, name="ray_sql-tell", daemon=True).start()
+    return done.wait(REACH_SECONDS)
 
 
 def beside_signals(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
