@@ -40,6 +40,8 @@ REFUSED = (
     "INVALID_ACCESS_KEY_ID",
     "SIGNATURE_DOES_NOT_MATCH",
     "UNAUTHENTICATED",
+    "' not found",
+    "Unable to load lib",
 )
 """The same in the words of pyarrow and of object stores, where errors have no number."""
 

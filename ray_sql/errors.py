@@ -37,6 +37,10 @@ class TrainingError(RaySqlError):
     """A training run that cannot go on: a diverging loss, a worker lost for good."""
 
 
+class TakenOver(TrainingError):
+    """A run that another driver, of the same command, goes on with."""
+
+
 class OutOfMemory(TrainingError):
     """A forward pass for which a worker has no memory."""
 

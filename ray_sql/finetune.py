@@ -22,7 +22,7 @@ from rich.table import Table
 from ray_sql import checkpoints, cluster, data, measure, plots, prepare, publish, report, tracking, train
 from ray_sql.config import Config, EvaluateConfig, absolute, without_password
 from ray_sql.display import Display, percent
-from ray_sql.errors import ConfigError, DataError
+from ray_sql.errors import ConfigError, DataError, TakenOver
 from ray_sql.generate import Question
 from ray_sql.measure import Measured
 from ray_sql.prepare import Prepared
@@ -75,15 +75,19 @@ def run(config: Config) -> dict[str, Any]:
         prepare.write_inputs(prepared, config)
         record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
         timeline.mark("run folder and MLflow run")
-        status: tracking.Status = "FAILED"
+        status: tracking.Status | None = "FAILED"
         try:
             metrics = _train_and_measure(config, prepared, asked, record, display, timeline)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
+        except TakenOver:
+            status = None  # the run in MLflow is the other driver's now
+            raise
         finally:
-            record.end(status)
+            if status:
+                record.end(status)
         show(metrics, config, display)
         if config.publish:  # the run is over by now: whatever happens here, it is kept
             record.tag({"hub_url": publish.publish(config, config.run_dir, display)})

@@ -249,13 +249,15 @@ def again(uri: str | None, run_id: str, spool: Path) -> Run:
 
 def close(uri: str | None, experiment: str, run_id: str | None, own: Mapping[str, str]) -> None:
     """Mark a run that was cut off, and its children, as killed: nobody will go on with them."""
-    client = _client(check(uri))
-    filed = client.get_experiment_by_name(experiment)
-    known = run_id if run_id and _exists(client, run_id) else filed and _search(client, filed.experiment_id, own)
-    if known:
-        if client.get_run(known).info.status == "RUNNING":
-            client.set_terminated(known, "KILLED")
-        _end_children(client, known, "KILLED")
+    place = check(uri)
+    with _refusing(place):
+        client = _client(place)
+        filed = client.get_experiment_by_name(experiment)
+        known = run_id if run_id and _exists(client, run_id) else filed and _search(client, filed.experiment_id, own)
+        if known:
+            if client.get_run(known).info.status == "RUNNING":
+                client.set_terminated(known, "KILLED")
+            _end_children(client, known, "KILLED")
 
 
 def named(values: Mapping[str, float]) -> dict[str, float]:
@@ -273,9 +275,9 @@ def replay(uri: str | None, spool: Path) -> int:
     left = again(uri, "", spool)
     left.open()
     runs = waiting(spool)
-    if runs and not any(
-        _exists(left._client, run_id) for run_id in runs
-    ):  # it would refuse them all, and they would be gone
+    with _refusing(left.uri):
+        there = any(_exists(left._client, run_id) for run_id in runs)
+    if runs and not there:  # it would refuse them all, and they would be gone
         raise StoreError(
             f"--tracking.uri {without_password(left.uri)}: has no run {runs.pop()}, whose records wait in {spool}; give the place "
             "where it was recorded, or remove the file if it was deleted there"

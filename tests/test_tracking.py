@@ -384,4 +384,6 @@ def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(monkeypatch: pyte
         client = MlflowClient(f"http://127.0.0.1:{server.server_address[1]}")
         with pytest.raises(MlflowException, match="503"):
             tracking._exists(client, "a" * 32)
+        with pytest.raises(StoreError, match="MLflow cannot use it"):
+            tracking.close(client.tracking_uri, "experiment", "a" * 32, {})
         server.shutdown()

@@ -19,7 +19,7 @@ PATIENCE = 45.0
 ours, with time left to close the records."""
 
 
-REACH_SECONDS = 5.0
+REACH_SECONDS = 15.0
 """Seconds that Ray has to take note of it."""
 
 
@@ -96,15 +96,17 @@ def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event
 
 def _reaches(told: threading.Event | ClusterEvent) -> bool:
     """Set `told`; False where that fails, or hangs, because Ray is gone: Ray ends this process a minute later, whatever it is at."""
-    done = threading.Event()
+    over, reached = threading.Event(), threading.Event()
 
     def tell() -> None:
         with suppress(Exception):  # Ray's own errors have no common base
             told.set()
-            done.set()
+            reached.set()
+        over.set()
 
     threading.Thread(target=tell, name="ray_sql-tell", daemon=True).start()
-    return done.wait(REACH_SECONDS)
+    over.wait(REACH_SECONDS)
+    return reached.is_set()
 
 
 def beside_signals(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:

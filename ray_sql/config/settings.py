@@ -337,19 +337,29 @@ class Config(BaseSettings):
         return build(type(self), merge(given, nested(changes)), {"changes": nested(changes)})
 
 
-_PASSWORD = r"(://[^:/@\s]*):(?!\d+(?:[/?#\s]|$))(?:[^/?#\s]*@|[^@\s]*@)"
-"""In a URI, up to the password's end: the last @ before the path, or the first where a password holds a slash; a port is none."""
+def _hidden(uri: str, instead: str) -> str:
+    """`uri`, or a text with URIs in it, with another word in place of `:password`."""
+
+    def hide(found: re.Match[str]) -> str:
+        scheme, user, rest = found.groups()
+        if scheme in {"http", "https", "hdfs"} and re.match(r"\d+(?:[/?#]|$)", rest):
+            return found[0]  # a port
+        # up to the last @ before the path; of a password that holds a slash, up to the first, or, where no host follows, the last
+        password = re.match(r"[^/?#]*@", rest) or re.match(r".*@" if scheme in {"s3", "gs"} else r"[^@]*@", rest)
+        return f"{scheme}{user}{instead}@{rest[password.end() :]}" if password else found[0]
+
+    return re.sub(r"([\w+.-]*)(://[^:/@\s\[]*):(\S*)", hide, uri)
 
 
 def without_password(uri: str | None) -> str | None:
     """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    masked = uri and re.sub(_PASSWORD, r"\1:***@", uri)
+    masked = uri and _hidden(uri, ":***")
     return masked and re.sub(r"([?&]password=)[^&\s]*", r"\1***", masked)
 
 
 def passwordless(uri: str | None) -> str | None:
     """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
-    bare = uri and re.sub(_PASSWORD, r"\1@", uri)
+    bare = uri and _hidden(uri, "")
     return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
 
 

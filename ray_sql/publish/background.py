@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 BRANCH = "checkpoints"
 LAST_PUSH = 10.0
-"""Seconds that a run which is being stopped gives the push under way: whoever stops it kills it in the end."""
+"""Seconds that a run which is being stopped gives the push under way before it closes its records. Its process lasts as long as the
+push, but whoever stops it may kill it then."""
 
 
 @contextmanager

@@ -41,15 +41,16 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
 
     Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
     its last checkpoint with half as many examples in a forward pass, and twice as many passes, as often as they can be halved. Raises
-    `TrainingError` where the loss diverges or the workers cannot be kept alive, `ModelError` for a wrong checkpoint.
+    `TrainingError` where the loss diverges or the workers cannot be kept alive, `TakenOver` where the same command was given again
+    meanwhile, `ModelError` for a wrong checkpoint.
     """
     started = time.monotonic()
     run_dir = config.run_dir
     start_from = starting_point(config, json.loads(checkpoints.read_text(f"{run_dir}/contract.json") or "{}"))
+    driver = take_over(run_dir)  # before anything is rewound, which the workers of another one would save again
     if start_from:
         rewind(config, start_from)
-    plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from}
-    plan["driver"] = take_over(run_dir)
+    plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from, "driver": driver}
 
     def say(text: str) -> None:
         on_point(cluster.note(text))

@@ -46,7 +46,7 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     mark("model")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
-        data = rows.read(_inputs(config, local / "rows.parquet"))
+        data = generate.agreed(lambda: rows.read(_inputs(config, local / "rows.parquet")))
         resume_from, done = resume(config, plan["start_from"], local, plan["emit"])
         unmeasured = done is not None and owed(done, config, len(data))
         step, steps = done.step if done else 0, config.steps(len(data))

@@ -79,14 +79,15 @@ class Reporter:
 
     def _together(self, part: Callable[[], bool]) -> bool:
         """Whether all ranks' parts are for going on. A rank that leaves alone would let the others wait for it forever."""
-        problem, go_on = "", True
+        problem: RaySqlError | None = None
+        go_on = True
         try:
             go_on = part()
         except RaySqlError as error:
-            problem = str(error)
+            problem = error
         said = generate.gather_all((problem, go_on))
-        if problems := [text for text, _ in said if text]:
-            raise TrainingError(problems[0])
+        if problems := [each for each, _ in said if each]:
+            raise problems[0] if isinstance(problems[0], TrainingError) else TrainingError(str(problems[0]))
         return all(each for _, each in said)
 
     def _save(self, step: int, folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from ray_sql import checkpoints, cluster, generate, prompts
 from ray_sql.checkpoints import Checkpoint
 from ray_sql.config import Config
-from ray_sql.errors import ModelError, TrainingError
+from ray_sql.errors import ModelError, TakenOver
 
 START_FILE = "inputs/start"
 """Which checkpoint the run was told to go on from, once it has been done."""
@@ -30,9 +30,9 @@ def take_over(run_dir: str) -> str:
 
 
 def check_owned(run_dir: str, driver: str | None) -> None:
-    """Raise `TrainingError` if the run was taken over by another driver: two would write, and prune, the same checkpoints."""
+    """Raise `TakenOver` if the run was taken over by another driver: two would write, and prune, the same checkpoints."""
     if checkpoints.read_text(f"{run_dir}/{DRIVER_FILE}") != driver:
-        raise TrainingError(
+        raise TakenOver(
             f"{run_dir} was taken over by the same command given again, which goes on with it; this one ends without saving"
         )
 
