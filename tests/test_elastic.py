@@ -167,7 +167,8 @@ def test_workers_come_and_go_and_the_curve_stays(make_config: Any, nodes: Any, t
     resized = len(log.order)
     wait_for(lambda: len(log.order) >= resized + 5, thread)
     nodes.remove_node(second, allow_graceful=False)
-    thread.join(200)
+    thread.join(600)
+    assert not thread.is_alive()
     fit(make_config(output_name="whole", grad_accum_steps=8, **settings), whole)
     farthest = max(abs(loss - whole.losses[step]) for step, loss, _ in log.points)
     print(
