@@ -15,7 +15,8 @@ from benchmarks.mlflow_server import Server
 from ray_sql import check, finetune, tracking
 from ray_sql.config import CheckConfig, Config
 from ray_sql.display import Display
-from ray_sql.errors import StoreError
+from ray_sql.errors import StoreError, TakenOver
+from ray_sql.train.resume import take_over
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -110,6 +111,22 @@ def test_what_a_server_that_stays_away_missed_is_sent_later(
     assert not list((one.cache / "spool").iterdir()), "what was kept for MLflow is gone"
     check.replay(again)
     assert "nothing of run waits for MLflow" in capfd.readouterr().out
+
+
+def test_a_run_that_was_taken_over_leaves_its_mlflow_run_to_the_other(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    given = {"train.max_steps": STEPS, "save_steps": 4, "evaluate.select_examples": 0, "evaluate.limit": 2}
+    config = make_config(**given, **{"tracking.enabled": True, "tracking.uri": uri})
+    at_steps(monkeypatch, {6: lambda: take_over(config.run_dir) and None})
+    with pytest.raises(TakenOver, match="taken over by the same command given again"):
+        finetune.run(config)
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(config.tracking.experiment).experiment_id])
+    assert run.info.status == "RUNNING"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread says it, too
