@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from benchmarks.training_speed import Bench, settings
+from benchmarks.training_speed import Bench, our_step, settings
 from ray_sql import models
 from ray_sql.rows import Row
 
@@ -77,7 +77,7 @@ def measure(points: list[Point], rounds: int) -> dict[Point, float]:
     chance = random.Random(0)
     made = {point: examples(point, chance) for point in points}
     bench = Bench(config, folder, [made[points[0]]], ("ours 1",))
-    steps = {each: bench.our_step(each) for each in {point.questions for point in points}}
+    steps = {each: our_step(bench.ours, config, each) for each in {point.questions for point in points}}
     seconds: dict[Point, list[float]] = {point: [] for point in points}
     for number in range(rounds + 1):
         for point in chance.sample(points, len(points)):

@@ -135,14 +135,14 @@ class Bench:
         self._tokenizer = models.load_tokenizer(folder)
         self.steps: dict[str, Callable[[Sequence[Row]], None]] = {}
         if any(variant.startswith("ours") for variant in variants):
-            self._ours = self._our_trainer(folder)
+            self.ours = self._our_trainer(folder)
         if "plain" in variants:
             self.steps["plain"] = self._peer(folder, packing=False)
         if "packing" in variants:
             self.steps["packing"] = self._peer(folder, packing=True)
         for variant in variants:
             if variant.startswith("ours"):
-                self.steps[variant] = self.our_step(int(variant.split()[1]))
+                self.steps[variant] = our_step(self.ours, config, int(variant.split()[1]))
 
     def run(self) -> dict[str, list[float]]:
         """Seconds an example of every variant in every round, after a short one to warm up."""
@@ -161,27 +161,12 @@ class Bench:
 
     def share_of_peak(self, seconds: dict[str, list[float]], variant: str, peak: float) -> float:
         """Share of the machine's matrix multiplication speed that a variant reaches, counting every distinct token once."""
-        work = sum(useful_flops(self._ours.model, examples) / len(examples) for examples in self.rounds)
+        work = sum(useful_flops(self.ours.model, examples) / len(examples) for examples in self.rounds)
         return work / sum(seconds[variant]) / peak
 
     def _our_trainer(self, folder: str) -> Any:
         base = models.load_base(folder, self.config)
         return trainer.build(base, self._tokenizer, self.rounds[0], self.config, STEP, Path(self._scratch.name))
-
-    def our_step(self, together: int) -> Callable[[Sequence[Row]], None]:
-        """One optimizer step of this project's trainer over examples, up to `together` of a database in a row."""
-        built = self._ours
-        optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
-        model = built.accelerator.prepare_model(built.model)
-        limited = self.config.changed({"rows.row_length": 10**6})
-
-        def step(examples: Sequence[Row]) -> None:
-            batch = rows.Steps(examples, limited, together, 0, 1, self._tokenizer.pad_token_id)[0]
-            built.training_step(model, batch)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
 
     def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[Row]], None]:
         """TRL's own trainer, loss and collator over the same tokens."""
@@ -246,6 +231,22 @@ class Bench:
         if packing:
             examples = pack_dataset(examples, PACKED_LENGTH, "bfd")
         return [built.data_collator([example]) for example in examples]
+
+
+def our_step(built: trainer.StepTrainer, config: Config, together: int) -> Callable[[Sequence[Row]], None]:
+    """One optimizer step of this project's trainer over examples, up to `together` of a database in a row."""
+    optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+    model = built.accelerator.prepare_model(built.model)
+    limited = config.changed({"rows.row_length": 10**6})
+    pad = built.processing_class.pad_token_id
+
+    def step(examples: Sequence[Row]) -> None:
+        batch = rows.Steps(examples, limited, together, 0, 1, pad)[0]
+        built.training_step(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def useful_flops(model: Any, examples: Sequence[Row]) -> float:
