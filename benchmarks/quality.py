@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ray_sql.config import Config, load
 from ray_sql.generate import Answer
 from ray_sql.metrics import mcnemar, wilson_interval
 
-SEEDS, TOGETHER, BATCH = (1, 2, 3), (1, 8), 8
+TOGETHER, PASS = (1, 8), 8
 TRAINED, ASKED = 40, 15
 """Questions of a database that are trained on, and others that are asked."""
 SETTINGS: dict[str, Any] = {
@@ -60,6 +60,26 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, order=True)
+class Run:
+    """What sets one training apart from another."""
+
+    seed: int
+    together: int
+    batch: int
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        """Its files' name."""
+        return f"{self.seed}-{self.together}-{self.batch}-{self.epochs}"
+
+    @classmethod
+    def parse(cls, name: str) -> Run:
+        """The run of that name."""
+        return cls(*map(int, name.split("-")))
+
+
 def main(argv: list[str] | None = None) -> None:
     """The phases asked for, or all three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,16 +88,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--databases", type=int, default=12, help="training databases")
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
     parser.add_argument("--together", type=int, nargs="+", default=TOGETHER, help="questions in a row; 1 is plain rows")
-    parser.add_argument("--run", help="train only this run, `seed-together`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--batch", type=int, default=PASS, help="examples in a step, a multiple of 8")
+    parser.add_argument("--epochs", type=int, default=1, help="how often every example is seen")
+    parser.add_argument("--run", help="train only this run, `seed-together-batch-epochs`")
     parser.add_argument("--quick", action="store_true", help="one database, one seed: to see that it works")
     arguments = parser.parse_args(argv)
     if arguments.phase in (None, "prepare"):
         prepare(arguments.folder, 1 if arguments.quick else arguments.databases)
     if arguments.phase in (None, "train"):
         if arguments.run:
-            train(arguments.folder, arguments.run)
+            train(arguments.folder, Run.parse(arguments.run))
         else:
-            train_all(arguments.folder, SEEDS[:1] if arguments.quick else SEEDS, arguments.together, arguments.jobs)
+            seeds = [1] if arguments.quick else arguments.seeds
+            runs = [Run(*each, arguments.batch, arguments.epochs) for each in product(seeds, arguments.together)]
+            train_all(arguments.folder, runs, arguments.jobs)
     if arguments.phase in (None, "score"):
         score(arguments.folder)
 
@@ -108,6 +133,7 @@ def prepare(folder: Path, databases: int) -> None:
     questions = generate.questions(asked, "held-out", corpus, tokenizer, config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.parquet").write_bytes(file.read_bytes())
+    (folder / "held-out.parquet").write_bytes(rows.prepare(asked, corpus.schemas, tokenizer, config)[0].read_bytes())
     (folder / "questions.jsonl").write_text(generate.dump(questions))
     print(f"{audit.line()}; {len(questions)} questions")
 
@@ -122,45 +148,46 @@ def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[
     return [draw.sample(by_database[name], count) for name in draw.sample(large, databases)]
 
 
-def train_all(folder: Path, seeds: Sequence[int], questions: Sequence[int], jobs: int) -> None:
+def train_all(folder: Path, runs: Sequence[Run], jobs: int) -> None:
     """Every run in a process of its own, `jobs` at a time."""
-    runs = [f"{seed}-{together}" for seed, together in product(seeds, questions)]
     models.resolve(settings())  # converted once, not by every process
 
-    def one(run: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.quality", str(folder), "--phase", "train", "--run", run]
+    def one(run: Run) -> None:
+        command = [sys.executable, "-m", "benchmarks.quality", str(folder), "--phase", "train", "--run", run.name]
         if subprocess.run(command, check=False).returncode:
-            print(f"{run}: failed", flush=True)
+            print(f"{run.name}: failed", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, runs))
 
 
-def train(folder: Path, run: str) -> None:
-    """One run: its answers to all questions, in `<folder>/<run>.jsonl`."""
+def train(folder: Path, run: Run) -> None:
+    """One run: its answers to all questions, in `<folder>/<name>.jsonl`."""
     import torch
 
     from ray_sql import trainer
 
-    target = folder / f"{run}.jsonl"
+    target = folder / f"{run.name}.jsonl"
     if target.is_file():
         return
-    seed, together = map(int, run.split("-"))
-    # plain rows as wide as the batch: one padded pass is faster than eight
-    config = settings(seed=seed, train_batch_size=BATCH, grad_accum_steps=1)
+    # plain rows eight at a time: one padded pass is faster than eight
+    config = settings(seed=run.seed, train_batch_size=PASS, grad_accum_steps=run.batch // PASS, num_epochs=run.epochs)
     examples = rows.read(folder / "rows.parquet")
     asked = generate.parse((folder / "questions.jsonl").read_text())
     model_folder, _ = models.resolve(config)
     tokenizer = models.load_tokenizer(model_folder)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    started, curve, said, trained = time.monotonic(), {}, [], 0.0
+    held_out = rows.read(folder / "held-out.parquet")
+    started, curve, said, trained, loss = time.monotonic(), {}, [], 0.0, 0.0
 
     def on_log(step: int, steps: int, values: dict[str, float]) -> None:
         curve[step] = values.get("loss")
 
     def on_save(step: int, local: Path, model: Any) -> None:
-        nonlocal trained
+        nonlocal trained, loss
         trained = time.monotonic() - started
+        total, labels = trainer.held_out_loss(model, held_out, config, PASS, 0, 1, tokenizer.pad_token_id)
+        loss = total / labels
         said.extend(
             generate.answer(
                 model,
@@ -176,17 +203,18 @@ def train(folder: Path, run: str) -> None:
             tokenizer,
             examples,
             config,
-            together=together,
+            together=run.together,
             scratch=Path(scratch),
             resume_from=None,
             on_log=on_log,
             on_save=on_save,
         )
     target.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in said))
-    (folder / f"{run}.json").write_text(json.dumps({"curve": curve, "training_seconds": trained}))
-    last = [loss for loss in curve.values() if loss is not None][-5:]
+    (folder / f"{run.name}.json").write_text(
+        json.dumps({"curve": curve, "training_seconds": trained, "held_out_loss": loss})
+    )
     print(
-        f"{run}: {len(examples)} examples in {trained:.0f} s, loss at the end {sum(last) / len(last):.3f}, answered after "
+        f"{run.name}: {len(examples)} examples in {trained:.0f} s, held-out loss {loss:.3f}, answered after "
         f"{time.monotonic() - started:.0f} s",
         flush=True,
     )
@@ -198,37 +226,57 @@ def score(folder: Path) -> None:
 
     config = settings()
     asked = generate.parse((folder / "questions.jsonl").read_text())
-    right: dict[tuple[int, int], list[bool]] = {}
-    for file in sorted(folder.glob("?-?.jsonl")):
+    right: dict[Run, list[bool]] = {}
+    loss: dict[Run, float] = {}
+    for file in sorted(folder.glob("*-*-*-*.jsonl")):
         answers = [Answer(**json.loads(line)) for line in file.read_text().splitlines()]
         verdicts = [row["verdict"] for row in evaluate.score(asked, answers, config)]
-        seed, together = map(int, file.stem.split("-"))
-        right[seed, together] = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
+        run = Run.parse(file.stem)
+        right[run] = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
+        loss[run] = json.loads(file.with_suffix(".json").read_text())["held_out_loss"]
     print(
-        "| questions a row | execution accuracy by seed | pooled [95 % interval] | right alone, plain alone | McNemar p |"
+        "| batch | epochs | questions a row | held-out loss by seed | execution accuracy by seed | pooled [95 % interval] "
+        "| right alone, plain alone | McNemar p |\n|---|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|")
-    summary = []
-    for together in sorted({together for _, together in right}):
-        runs = {seed: verdicts for (seed, each), verdicts in sorted(right.items()) if each == together}
-        summary.append(_summary(together, runs, right))
-    print(json.dumps({"runs": summary}))
+    kinds = sorted({(run.batch, run.epochs, run.together) for run in right})
+    print(
+        json.dumps(
+            {"runs": [_summary(Run(0, together, batch, epochs), right, loss) for batch, epochs, together in kinds]}
+        )
+    )
 
 
-def _summary(together: int, runs: dict[int, list[bool]], right: dict[tuple[int, int], list[bool]]) -> dict[str, Any]:
-    """One line of the table: accuracy, and the paired test against the plain runs of the same seeds."""
-    hits, n = sum(map(sum, runs.values())), sum(map(len, runs.values()))
+def _summary(kind: Run, right: dict[Run, list[bool]], loss: dict[Run, float]) -> dict[str, Any]:
+    """One line of the table: all seeds of one kind of run, and the paired test against the plain runs of the same seeds."""
+    runs = sorted(run for run in right if replace(run, seed=0) == kind)
+    hits, n = sum(sum(right[run]) for run in runs), sum(len(right[run]) for run in runs)
     interval = wilson_interval(hits, n)
-    by_seed = [sum(run) / len(run) for run in runs.values()]
-    pairs = [pair for seed, run in runs.items() if (seed, 1) in right for pair in zip(right[seed, 1], run, strict=True)]
-    plain, shared = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    p = mcnemar(plain, shared)
+    pairs = [
+        pair
+        for run in runs
+        if (plain := replace(run, together=1)) in right
+        for pair in zip(right[plain], right[run], strict=True)
+    ]
+    plain_alone, alone = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    p = mcnemar(plain_alone, alone)
+    by_seed = [sum(right[run]) / len(right[run]) for run in runs]
     print(
-        f"| {together} | {', '.join(f'{100 * share:.1f}' for share in by_seed)} % | {100 * hits / n:.1f} % "
+        f"| {kind.batch} | {kind.epochs} | {kind.together} | {', '.join(f'{loss[run]:.3f}' for run in runs)} "
+        f"| {', '.join(f'{100 * share:.1f}' for share in by_seed)} % | {100 * hits / n:.1f} % "
         f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {n} | "
-        + (f"{shared}, {plain} | {p:.2g} |" if together > 1 else "| |")
+        + (f"{alone}, {plain_alone} | {p:.2g} |" if kind.together > 1 else "| |")
     )
-    return {"together": together, "by_seed": by_seed, "n": n, "alone": shared, "plain_alone": plain, "mcnemar_p": p}
+    return {
+        "together": kind.together,
+        "batch": kind.batch,
+        "epochs": kind.epochs,
+        "held_out_loss": [loss[run] for run in runs],
+        "by_seed": by_seed,
+        "n": n,
+        "alone": alone,
+        "plain_alone": plain_alone,
+        "mcnemar_p": p,
+    }
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def make_config(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> Iterat
         "lora.r": 4,
         "lora.lora_alpha": 8,
         "grad_accum_steps": 2,
+        "rows.examples_per_row": 8,
         "train.logging_steps": 1,
         "train.bf16": False,
         "data.split_by": "question",

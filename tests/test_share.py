@@ -15,7 +15,7 @@ from ray_sql import models, rows, trainer
 from ray_sql.data import load
 from ray_sql.rows import Row, Steps, attention, passes, plan, share
 from ray_sql.rows.probe import why_not_share
-from ray_sql.rows.share import common_prefix, epoch_order, visible
+from ray_sql.rows.share import common_prefix, epoch_order, together, visible
 from tests.conftest import make_model
 
 FAMILIES = {
@@ -216,6 +216,21 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
     )
     alone = epoch_order(databases, 1, random.Random(0))
     assert sum(databases[one] != databases[two] for one, two in pairwise(alone)) > 5
+
+
+@pytest.mark.parametrize(("batch", "shared"), [(1, 1), (4, 1), (8, 2), (16, 4), (32, 8), (256, 8)])
+def test_auto_leaves_room_in_a_step_for_four_databases(make_config: Any, batch: int, shared: int) -> None:
+    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": "auto"})) == shared
+    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == 32
+
+
+def test_a_databases_groups_are_spread_over_the_epoch() -> None:
+    databases = ["a"] * 64 + ["b"] * 16
+    for seed in range(20):
+        order = epoch_order(databases, 4, random.Random(seed))
+        groups = [databases[order[start]] for start in range(0, 80, 4)]
+        fourths = [groups[start : start + 5].count("b") for start in range(0, 20, 5)]
+        assert max(fourths) <= 2, f"four of twenty groups are b's, one placed in each fourth: {groups}"
 
 
 def test_rows_hold_one_database_and_no_more_than_they_may() -> None:

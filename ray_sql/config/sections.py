@@ -47,7 +47,8 @@ class RowsSection(Section):
     too_long: Literal["error", "trim_schema", "drop"] = "error"
     """What to do with a longer training example: refuse, leave out tables its SQL does not use, or drop it and say so."""
     examples_per_row: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Questions on one database that share its schema in one row, at the same loss; `auto` is 8 where the model allows it, 1 is off."""
+    """Questions on one database that share its schema in one row, at the same loss; 1 is off. `auto` is a quarter of the examples of an
+    optimizer step, 8 at most, so that a step still mixes databases; 1 where the model does not allow more."""
     row_length: int = Field(4096, ge=16)
     """Longest shared row in tokens; what does not fit starts another."""
 

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 PADDING = -1
 """The segment of a token that only fills a batch."""
 AUTO = 8
-"""Questions that share a row where `rows.examples_per_row` is `auto` and the model allows it."""
+"""Most questions that share a row where `rows.examples_per_row` is `auto`."""
+MIXED = 4
+"""Databases, at least, that a step is to see where `rows.examples_per_row` is `auto`: after as many examples, steps of one or two
+had a higher loss on new questions than steps of any, steps of four had not (`benchmarks.quality`)."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Steps:
 def plan(rows: Sequence[Row], config: Config, together: int, limit: int | None = None) -> list[list[int]]:
     """The examples of the run's optimizer steps (the first `limit` of them), as indices into `rows`; the same for any number of workers.
 
-    An epoch visits every example once, groups of `together` on one database after each other; which ones, and in which order the
-    groups come, is drawn anew for every epoch. The step that ends an epoch may be smaller.
+    An epoch visits every example once, groups of `together` on one database after each other (`epoch_order`); which ones, and in
+    which order the groups come, is drawn anew for every epoch. The step that ends an epoch may be smaller.
     """
     databases = [row.db_id for row in rows]
     size = config.global_batch
@@ -118,7 +121,8 @@ def plan(rows: Sequence[Row], config: Config, together: int, limit: int | None =
 
 def together(config: Config) -> int:
     """How many questions share a row as the settings say; a model may still not allow it."""
-    return AUTO if config.rows.examples_per_row == "auto" else config.rows.examples_per_row
+    wanted = config.rows.examples_per_row
+    return max(1, min(AUTO, config.global_batch // MIXED)) if wanted == "auto" else wanted
 
 
 def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
@@ -140,22 +144,28 @@ def _first_epoch(rows: Sequence[Row], config: Config, halvings: int = 0) -> list
 
 
 def epoch_order(databases: Sequence[str], together: int, draw: random.Random) -> list[int]:
-    """Every index into `databases` once, in a random order of groups of `together`.
+    """Every index into `databases` once, in a random order of groups of `together`; where that is 1, in any order.
 
     A group is of one database, or of what is left of several. All but the last are full, so that steps of a multiple of `together`
-    never cut one in two, which would compute its schema twice.
+    never cut one in two, which would compute its schema twice. A database's n groups are spread over the epoch, one at a
+    random place in each n-th of it, so that steps that follow each other are of different databases.
     """
+    shuffled = draw.sample(range(len(databases)), len(databases))
+    if together == 1:
+        return shuffled
     members: dict[str, list[int]] = defaultdict(list)
-    for index in draw.sample(range(len(databases)), len(databases)):
+    for index in shuffled:
         members[databases[index]].append(index)
     rest = [indices[len(indices) - len(indices) % together :] for _, indices in sorted(members.items())]
     draw.shuffle(rest)
     left = list(chain.from_iterable(rest))
-    whole = [indices[: len(indices) - len(indices) % together] for _, indices in sorted(members.items())]
-    whole.append(left[: len(left) - len(left) % together])
-    groups = [indices[start : start + together] for indices in whole for start in range(0, len(indices), together)]
-    draw.shuffle(groups)
-    return [*chain.from_iterable(groups), *left[len(left) - len(left) % together :]]
+    placed: list[tuple[float, list[int]]] = []
+    for indices in (*(members[name] for name in sorted(members)), left):
+        count = len(indices) // together
+        groups = [indices[start : start + together] for start in range(0, count * together, together)]
+        placed += [((number + draw.random()) / count, group) for number, group in enumerate(groups)]
+    last = left[len(left) - len(left) % together :]
+    return [*chain.from_iterable(group for _, group in sorted(placed)), *last]
 
 
 def share(examples: Sequence[Row], together: int, row_length: int, at_least: int = 1) -> list[Shared]:
