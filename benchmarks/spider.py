@@ -25,6 +25,7 @@ CUT: dict[str, Any] = {
     "prompt.serializer": "compact",
     "rows.max_length": 768,
     "rows.too_long": "drop",
+    "rows.examples_per_row": 8,  # time is short here
     "lora.r": 16,
     "lora.lora_alpha": 32,
     "lora.lora_dropout": 0.0,  # on a CPU its random numbers cost time

@@ -53,7 +53,7 @@ def fresh() -> None:
 
 
 def compare(
-    folder: Path, config: Any, scratch: Path, prepare: Any = attention.install
+    folder: Path, config: Any, scratch: Path, prepare: Any = attention.install, shared_by: int = 8
 ) -> tuple[float, float, list[str]]:
     """Relative error of the loss and of the LoRA gradients of shared rows against separate ones, and the attention used."""
     used = []
@@ -64,7 +64,7 @@ def compare(
 
     data = some_rows(**LONG)
     (loss, alone), (shared_loss, shared) = (
-        gradients(folder, data, config, together, scratch, "cuda:0", remember) for together in (1, 8)
+        gradients(folder, data, config, together, scratch, "cuda:0", remember) for together in (1, shared_by)
     )
     return abs(shared_loss / loss - 1), relative_error(shared, alone), used
 
@@ -81,6 +81,20 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     assert why_not_share(base, 330, 450) is None
     loss, error, used = compare(folder, config, tmp_path, prepare)
     print(f"{kind} {used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
+    assert loss < 1e-5 and error < 1e-5
+
+
+@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+def test_a_pass_of_several_shared_rows_has_them_too(make_config: Any, tmp_path: Path, prepare: Any) -> None:
+    settings = {
+        "quantization.load_in_4bit": False,
+        "lora.lora_dropout": 0,
+        "train_batch_size": 6,
+        "grad_accum_steps": 2,
+    }
+    folder = family("qwen2", tmp_path / "model", **SHAPES["qwen2"])
+    loss, error, used = compare(folder, make_config(**settings), tmp_path, prepare, shared_by=2)
+    print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 1e-5 and error < 1e-5
 
 

@@ -106,6 +106,22 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     assert relative_error(shared[1], alone[1]) < 1e-5
 
 
+@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["by-parts", "mask"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "phi3"])
+def test_a_pass_of_several_shared_rows_has_them_too(
+    make_config: Any, tmp_path: Path, kind: str, prepare: Callable[[Any], None]
+) -> None:
+    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 6, "grad_accum_steps": 2})
+    folder, data = family(kind, tmp_path / "model"), some_rows(11)
+    made = passes(data, config, 2, 0, 1)
+    assert [len(each) for each in made] == [3, 3], "shared rows of several lengths and a plain one"
+    assert sorted(bool(row.prefix) for each in made for row in each) == [False] + [True] * 5
+    alone = gradients(folder, data, config, 1, tmp_path)
+    shared = gradients(folder, data, config, 2, tmp_path, prepare=prepare)
+    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
+    assert relative_error(shared[1], alone[1]) < 1e-5
+
+
 @pytest.mark.parametrize("task", ["sql", "schema"])
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     make_config: Any, tiny_model: Path, tmp_path: Path, task: str
@@ -135,7 +151,7 @@ def test_attention_weights_that_are_not_kept_are_computed_again(
 def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, kind: str) -> None:
     model = models.load_base(str(family(kind, tmp_path)), make_config(**{"quantization.load_in_4bit": False}))
     attention.use_mask(model)
-    made = rows.collate(share(some_rows(9, databases=1), 9, 10_000), pad=0)
+    made = rows.collate(share(some_rows(9, databases=2), 9, 10_000), pad=0)
     inputs = rows.model_inputs(made, model)
     with torch.no_grad():  # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
         masked, flexed, unmasked = (

@@ -32,14 +32,15 @@ NAME = "ray_sql_shared_rows"
 MASKED = "ray_sql_masked_rows"
 """The name of SDPA with a mask, for a model on a GPU whose shared rows FlexAttention cannot compute."""
 SPANS = "shared_spans"
-"""The keyword argument of a model's forward that carries `Spans`."""
+"""The keyword argument of a model's forward that carries each row's `Spans`."""
 AT_ONCE = 8
 """Questions computed together on a CPU: fewer make many small products, more compute pairs of tokens that do not see each other."""
 KEPT = 2**24
 """Attention weights of a part and layer that are kept for the backward pass on a CPU; where there are more, as of a schema of 2,000
 tokens, they are computed again: those of a schema of 4,000 and 32 questions would be 14 GiB over SmolLM2's 30 layers, by count."""
-TRIED = (200, 328)
-"""Lengths of the rows that FlexAttention is tried on: the second makes it compile for any length."""
+TRIED = ((1, 200), (1, 328), (2, 328), (3, 200))
+"""Rows, and their length, that FlexAttention is tried on: the second length makes it compile for any, and so do three rows for any
+number of several."""
 TOLERANCE = 0.05
 """Relative difference of attention, and of its gradients, that arithmetic explains."""
 RECOMPILE_LIMIT = 64
@@ -48,8 +49,9 @@ RECOMPILE_LIMIT = 64
 
 @dataclass(frozen=True)
 class Spans:
-    """A shared row's parts: `lengths` in tokens, the prefix first, then a few questions each; `biases` `[own, seen]` are added to a
-    part's scores, 0 where a token sees another and -inf where not (the tokens seen are the prefix's, then the part's own)."""
+    """A row's parts: `lengths` in tokens, the prefix (or the whole of a plain row) first, then a few questions each, without padding;
+    `biases` `[own, seen]` are added to a part's scores, 0 where a token sees another and -inf where not (the tokens seen are the
+    prefix's, then the part's own)."""
 
     lengths: list[int]
     biases: list[torch.Tensor]
@@ -57,7 +59,7 @@ class Spans:
 
 def spans(segments: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> Spans:
     """The parts of one row, from its `segments` `[length]` and who sees whom in it, `[length, length]`."""
-    counts = torch.bincount(segments).tolist()
+    counts = torch.bincount(segments[segments >= 0]).tolist()
     prefix, questions = counts[0], counts[1:]
     lengths = [prefix, *(sum(questions[start : start + AT_ONCE]) for start in range(0, len(questions), AT_ONCE))]
     ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -67,14 +69,14 @@ def spans(segments: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def block_mask(segments: torch.Tensor) -> BlockMask:
-    """Who sees whom in one row of `segments` `[1, length]`, as FlexAttention takes it, on their device."""
-    segment = segments[0]
+    """Who sees whom in rows of `segments` `[rows, length]`, as FlexAttention takes it, on their device."""
 
-    def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (query >= key) & ((segment[key] == 0) | (segment[key] == segment[query]))
+    def seen(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        segment = segments[row, key]
+        return (query >= key) & ((segment == 0) | (segment == segments[row, query]))
 
-    length = len(segment)
-    return create_block_mask(seen, B=1, H=None, Q_LEN=length, KV_LEN=length, device=segment.device)
+    rows, length = segments.shape
+    return create_block_mask(seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=segments.device)
 
 
 def install(model: PreTrainedModel) -> None:
@@ -115,24 +117,26 @@ def _attention(
     """transformers' attention function: `[rows, heads, tokens, head size]` in, `[rows, tokens, heads, head size]` out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    parts: Spans | None = options.pop(SPANS, None)
+    parts: list[Spans] | None = options.pop(SPANS, None)
     plain = not options.get("dropout") and options.get("position_bias") is None
     if plain and isinstance(attention_mask, BlockMask):
         return _flex(query, key, value, attention_mask, options.get("scaling")).transpose(1, 2).contiguous(), None
     if plain and parts is not None:
-        return _by_parts(query, key, value, parts, options.get("scaling")), None
+        rows = zip(query, key, value, parts, strict=True)
+        return torch.stack([_by_parts(*row, options.get("scaling")) for row in rows]), None
     if isinstance(attention_mask, BlockMask):
-        attention_mask = create_mask(attention_mask.mask_mod, 1, 1, query.shape[2], key.shape[2], query.device)
+        attention_mask = create_mask(attention_mask.mask_mod, len(query), 1, query.shape[2], key.shape[2], query.device)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
 
 def _by_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Spans, scaling: float | None
 ) -> torch.Tensor:
+    """One row's attention: `[heads, tokens, head size]` in, `[tokens, heads, head size]` out, 0 where it is padded."""
     scale = scaling or query.shape[-1] ** -0.5
-    dtype = parts.biases[0].dtype
+    dtype, tokens = parts.biases[0].dtype, sum(parts.lengths)
     queries, keys, values = (
-        whole.squeeze(0).to(dtype).split(parts.lengths, dim=1) for whole in (query * scale, key, value)
+        whole[:, :tokens].to(dtype).split(parts.lengths, dim=1) for whole in (query * scale, key, value)
     )
     outputs = []
     for number, bias in enumerate(parts.biases):
@@ -140,7 +144,8 @@ def _by_parts(
         # heads that share a key are rows of one product, so that keys need not be repeated
         grouped = queries[number].reshape(len(seen[0]), -1, query.shape[-1])
         outputs.append(_Attend.apply(grouped, *seen, bias).reshape(*queries[number].shape[:2], -1))
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
+    out = torch.cat(outputs, dim=1).transpose(0, 1)
+    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[1] - tokens))
 
 
 def _flex(
@@ -186,7 +191,7 @@ def _flex_fits(model: PreTrainedModel) -> bool:
 def _flex_works(heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether FlexAttention compiles on `device` and gives what SDPA gives, gradients included."""
     try:
-        difference = max(_difference(length, heads, shared, size, dtype, device) for length in TRIED)
+        difference = max(_difference(*tried, heads, shared, size, dtype, device) for tried in TRIED)
     except Exception as error:  # no compiler, no kernel for this head size, an old GPU: each fails in its own way
         log.warning(
             "shared rows are computed with a mask: FlexAttention failed (%s: %.300s)", type(error).__name__, error
@@ -197,18 +202,21 @@ def _flex_works(heads: int, shared: int, size: int, dtype: torch.dtype, device: 
     return difference < TOLERANCE
 
 
-def _difference(length: int, heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Largest relative difference between FlexAttention and SDPA with a mask, of outputs and gradients, on a random row."""
+def _difference(
+    rows: int, length: int, heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Largest relative difference between FlexAttention and SDPA with a mask, of outputs and gradients, on random rows."""
     draw = torch.Generator(device).manual_seed(0)
 
     def some(count: int) -> torch.Tensor:  # laid out as layers lay it out, for a kernel is compiled for a layout
-        made = torch.randn(1, length, count, size, generator=draw, device=device, dtype=dtype)
+        made = torch.randn(rows, length, count, size, generator=draw, device=device, dtype=dtype)
         return made.transpose(1, 2).requires_grad_()
 
     given, upstream = [some(heads), some(shared), some(shared)], some(heads).detach()
-    segments = torch.arange(length, device=device).sub(length // 2).clamp(min=0).div(9, rounding_mode="floor")[None]
+    prefixes = torch.arange(rows, device=device)[:, None] * 7 + length // 2  # another in every row
+    segments = (torch.arange(length, device=device) - prefixes).clamp(min=0).div(9, rounding_mode="floor")
     mask = block_mask(segments)
-    dense = create_mask(mask.mask_mod, 1, 1, length, length, device)
+    dense = create_mask(mask.mask_mod, rows, 1, length, length, device)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         key, value = (each.repeat_interleave(heads // shared, dim=1) for each in given[1:])
         wanted = torch.nn.functional.scaled_dot_product_attention(given[0], key, value, attn_mask=dense)

@@ -52,7 +52,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: one shared row, or plain rows padded to one length. All four tensors are `[rows, length]`, int64.
+    """One forward pass: rows, shared or plain, padded to one length. All four tensors are `[rows, length]`, int64.
 
     `segments` is 0 for a prefix or a plain row, 1, 2, … for the questions after a prefix, and `PADDING`; `labels` are `IGNORED` but
     on answers.
@@ -199,8 +199,8 @@ def passes(
 ) -> list[list[Shared]]:
     """The forward passes of one rank in a step over `examples`, longest first, the ranks' shares about equal in tokens.
 
-    A pass holds one shared row, or up to `train_batch_size` plain ones; half as many, and so on, after `halvings`. A rank is left
-    without a pass only if there are fewer examples than ranks.
+    A pass holds rows of up to `train_batch_size` examples together, or one row with more; half as many, and so on, after `halvings`.
+    A rank is left without a pass only if there are fewer examples than ranks.
     """
     together, batch = max(1, together >> halvings), max(1, config.train_batch_size >> halvings)
     rows = sorted(share(examples, together, config.rows.row_length, world), key=lambda one: -one.tokens)
@@ -213,7 +213,7 @@ def passes(
             mine.append(row)
     made: list[list[Shared]] = []
     for row in mine:
-        if made and not row.prefix and not made[-1][0].prefix and len(made[-1]) < batch:
+        if made and sum(len(one.examples) for one in (*made[-1], row)) <= batch:
             made[-1].append(row)
         else:
             made.append([row])
@@ -252,7 +252,9 @@ def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
     if implementation == "eager":  # it adds the mask to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     if implementation == attention.NAME:
-        inputs[attention.SPANS] = attention.spans(made.segments[0], seen[0], model.dtype)
+        inputs[attention.SPANS] = [
+            attention.spans(*each, model.dtype) for each in zip(made.segments, seen, strict=True)
+        ]
     return inputs | {"attention_mask": mask}
 
 
