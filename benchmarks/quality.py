@@ -1,16 +1,18 @@
 """Whether sharing rows costs quality: the same examples, plain and shared, on real Spider over several seeds.
 
-    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality                          (--quick: a few examples, one seed)
+    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --together 1 2 4 8       (--quick: a few examples, one seed)
+    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --batch 32 --epochs 2
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase prepare          the three phases apart: only the second
     python -m benchmarks.quality out/quality --phase train                             needs a GPU, and it needs neither Spider
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
 
-Every run sees the same examples once, from the same base model, with the same settings; only the seed and the number of questions in a
-row differ. In a batch of 8 a row of 8 makes every step one database's (and rows of 4, with `--together 4`, two databases'); plain rows
-mix all. The examples are 40 questions each of 12 of Spider's training databases, drawn once among those whose prompts are short (what is
-asked here does not depend on their length, what it costs does); 15 others of each are asked at the end and judged by executing their SQL,
-and every run of a seed is compared with its plain one question by question (McNemar). A run whose answers are in the folder is not
-repeated. The last line is one JSON object.
+Every run sees the same examples as often, from the same base model, with the same settings; only the seed and the number of questions
+in a row differ, and with it which examples meet in a step: in a batch of 8, rows of 8 make every step one database's, rows of 4 two
+databases', rows of 2 four databases'; plain rows mix all. The examples are 40 questions each of 12 of Spider's training databases, drawn
+once among those whose prompts are short (what is asked here does not depend on their length, what it costs does); 15 others of each are
+asked at the end and judged by executing their SQL, and every run of a seed is compared with its plain one question by question
+(McNemar). Their gold answers' loss, without dropout, tells runs apart more finely. A run whose answers are in the folder is not repeated,
+and the table is of all runs there. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ray_sql import data, generate, models, rows
@@ -220,63 +223,71 @@ def train(folder: Path, run: Run) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a run came to: the mean loss on an answer's tokens, which questions were answered rightly, seconds of training."""
+
+    loss: float
+    right: list[bool]
+    seconds: float
+
+
 def score(folder: Path) -> None:
     """Judge every run's answers, and compare shared with plain ones."""
     from ray_sql import evaluate
 
     config = settings()
     asked = generate.parse((folder / "questions.jsonl").read_text())
-    right: dict[Run, list[bool]] = {}
-    loss: dict[Run, float] = {}
+    found: dict[Run, Scored] = {}
     for file in sorted(folder.glob("*-*-*-*.jsonl")):
         answers = [Answer(**json.loads(line)) for line in file.read_text().splitlines()]
         verdicts = [row["verdict"] for row in evaluate.score(asked, answers, config)]
-        run = Run.parse(file.stem)
-        right[run] = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
-        loss[run] = json.loads(file.with_suffix(".json").read_text())["held_out_loss"]
+        right = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
+        measured = json.loads(file.with_suffix(".json").read_text())
+        found[Run.parse(file.stem)] = Scored(measured["held_out_loss"], right, measured["training_seconds"])
     print(
-        "| batch | epochs | questions a row | held-out loss by seed | execution accuracy by seed | pooled [95 % interval] "
-        "| right alone, plain alone | McNemar p |\n|---|---|---|---|---|---|---|---|"
+        "| batch | epochs | questions a row | seconds of training | held-out loss by seed | execution accuracy by seed "
+        "| pooled [95 % interval] | right alone, plain alone | McNemar p |\n|---|---|---|---|---|---|---|---|---|"
     )
-    kinds = sorted({(run.batch, run.epochs, run.together) for run in right})
-    print(
-        json.dumps(
-            {"runs": [_summary(Run(0, together, batch, epochs), right, loss) for batch, epochs, together in kinds]}
-        )
-    )
+    kinds = sorted({(run.batch, run.epochs, run.together) for run in found})
+    lines = [_line(Run(0, together, batch, epochs), found) for batch, epochs, together in kinds]
+    print(json.dumps({"runs": lines}))
 
 
-def _summary(kind: Run, right: dict[Run, list[bool]], loss: dict[Run, float]) -> dict[str, Any]:
-    """One line of the table: all seeds of one kind of run, and the paired test against the plain runs of the same seeds."""
-    runs = sorted(run for run in right if replace(run, seed=0) == kind)
-    hits, n = sum(sum(right[run]) for run in runs), sum(len(right[run]) for run in runs)
+def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
+    """One line of the table: all seeds of one kind of run, and the paired test against their plain runs."""
+    runs = sorted(run for run in found if replace(run, seed=0) == kind)
+    hits, n = sum(sum(found[run].right) for run in runs), sum(len(found[run].right) for run in runs)
     interval = wilson_interval(hits, n)
     pairs = [
-        pair
-        for run in runs
-        if (plain := replace(run, together=1)) in right
-        for pair in zip(right[plain], right[run], strict=True)
+        pair for run in runs if (plain := _plain(run, found)) for pair in zip(plain, found[run].right, strict=True)
     ]
     plain_alone, alone = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    p = mcnemar(plain_alone, alone)
-    by_seed = [sum(right[run]) / len(right[run]) for run in runs]
-    print(
-        f"| {kind.batch} | {kind.epochs} | {kind.together} | {', '.join(f'{loss[run]:.3f}' for run in runs)} "
-        f"| {', '.join(f'{100 * share:.1f}' for share in by_seed)} % | {100 * hits / n:.1f} % "
-        f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {n} | "
-        + (f"{alone}, {plain_alone} | {p:.2g} |" if kind.together > 1 else "| |")
-    )
-    return {
-        "together": kind.together,
-        "batch": kind.batch,
-        "epochs": kind.epochs,
-        "held_out_loss": [loss[run] for run in runs],
-        "by_seed": by_seed,
+    line = {
+        **{name: value for name, value in asdict(kind).items() if name != "seed"},
+        "seconds": median(found[run].seconds for run in runs),
+        "held_out_loss": [found[run].loss for run in runs],
+        "by_seed": [sum(found[run].right) / len(found[run].right) for run in runs],
         "n": n,
         "alone": alone,
         "plain_alone": plain_alone,
-        "mcnemar_p": p,
+        "mcnemar_p": mcnemar(plain_alone, alone),
     }
+    print(
+        f"| {kind.batch} | {kind.epochs} | {kind.together} | {line['seconds']:.0f} "
+        f"| {', '.join(f'{loss:.3f}' for loss in line['held_out_loss'])} "
+        f"| {', '.join(f'{100 * share:.1f}' for share in line['by_seed'])} % | {100 * hits / n:.1f} % "
+        f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {n} | "
+        + (f"{alone}, {plain_alone} | {line['mcnemar_p']:.2g} |" if pairs and kind.together > 1 else "| |")
+    )
+    return line
+
+
+def _plain(run: Run, found: dict[Run, Scored]) -> list[bool] | None:
+    """Which questions the plain run of the same seed and batch got right: that of as many epochs, or where there is none, of one."""
+    same, once = replace(run, together=1), replace(run, together=1, epochs=1)
+    plain = found.get(same) or found.get(once)
+    return plain.right if plain else None
 
 
 if __name__ == "__main__":

@@ -100,7 +100,13 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
 
     from ray_sql import trainer
 
-    layout = {"train_batch_size": BATCH, "grad_accum_steps": 1, "num_epochs": epochs, "seed": 1}
+    layout = {
+        "train_batch_size": BATCH,
+        "grad_accum_steps": 1,
+        "rows.examples_per_row": BATCH,
+        "num_epochs": epochs,
+        "seed": 1,
+    }
     config = settings(**layout).changed({"learning_rate": rate, "lora.r": rank, "lora.lora_alpha": 2 * rank})
     config = config.changed({"save_steps": -(-config.steps(len(made.trained)) // CHECKPOINTS)})
     model_folder, _ = models.resolve(config)

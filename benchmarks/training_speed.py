@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     report(bench, seconds, memory, peak)
     print()
     print(profile(bench, "ours 8"))
+    alone = sum(products_seconds(bench.ours.model, examples) / EXAMPLES for examples in rounds)
+    print(
+        f"\nthe products of ours 32 alone, each shape by itself, take {alone / sum(seconds['ours 32']):.2f} of its time and reach "
+        f"{bench.share_of_peak({'ours 32': [alone]}, 'ours 32', peak):.2f} of the peak"
+    )
     ratio = {name: spread(seconds, slow, fast)[1] for name, slow, fast in RATIOS}
     print(
         json.dumps(
@@ -262,18 +267,42 @@ def useful_flops(model: Any, examples: Sequence[Row]) -> float:
     return float(unique * (4 * frozen + 6 * lora) + labels * 4 * head)
 
 
+def products_seconds(model: Any, examples: Sequence[Row]) -> float:
+    """Seconds of the matrix products that `useful_flops` counts for a step, each shape by itself: what is left of a step if nothing
+    but its products took time."""
+    tokens = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
+    labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
+    dtype = models.compute_dtype(settings())
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    counted = Counter((m.in_features, m.out_features, m.r["default"]) for m in layers)
+
+    def seconds(products: Sequence[tuple[int, int, int]]) -> float:
+        return sum(_fastest(*(torch.randn(*each).to(dtype) for each in ((m, k), (k, n)))) for m, k, n in products)
+
+    total = 0.0
+    for (wide, out, rank), count in counted.items():
+        frozen = [(tokens, wide, out), (tokens, out, wide)]
+        lora = [(tokens, wide, rank), (tokens, rank, out), (tokens, out, rank), (tokens, rank, wide)]
+        total += count * seconds([*frozen, *lora, (rank, tokens, wide), (rank, tokens, out)])
+    vocabulary, hidden = model.get_output_embeddings().weight.shape
+    return total + seconds([(labels, hidden, vocabulary), (labels, vocabulary, hidden)])
+
+
+def _fastest(a: torch.Tensor, b: torch.Tensor, times: int = 7) -> float:
+    """Seconds of `a @ b`, the shortest of a few after one that warms up."""
+    took = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        a @ b
+        took.append(time.perf_counter() - started)
+    return min(took[1:])
+
+
 def matmul_peak() -> float:
     """FLOP/s of the largest of a few square matrix multiplications, in the type that training computes in."""
     dtype = models.compute_dtype(settings())
-    best = 0.0
-    for size in (1024, 2048, 3072):
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        a @ b
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ b
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+    sizes = (1024, 2048, 3072)
+    return max(2 * n**3 / _fastest(*(torch.randn(n, n).to(dtype) for _ in range(2))) for n in sizes)
 
 
 def own_peak() -> float:
