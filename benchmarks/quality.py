@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", help="train only this run, `seed-together-batch-epochs`")
     parser.add_argument("--quick", action="store_true", help="one database, one seed: to see that it works")
     arguments = parser.parse_args(argv)
+    if arguments.batch % PASS:
+        parser.error(f"--batch {arguments.batch} is no multiple of {PASS}")
     if arguments.phase in (None, "prepare"):
         prepare(arguments.folder, 1 if arguments.quick else arguments.databases)
     if arguments.phase in (None, "train"):
@@ -212,10 +214,11 @@ def train(folder: Path, run: Run) -> None:
             on_log=on_log,
             on_save=on_save,
         )
-    target.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in said))
-    (folder / f"{run.name}.json").write_text(
-        json.dumps({"curve": curve, "training_seconds": trained, "held_out_loss": loss})
-    )
+    curves = {"curve": curve, "training_seconds": trained, "held_out_loss": loss}
+    (folder / f"{run.name}.json").write_text(json.dumps(curves))
+    target.write_text(
+        "".join(json.dumps(asdict(answer)) + "\n" for answer in said)
+    )  # last: with it the run is complete
     print(
         f"{run.name}: {len(examples)} examples in {trained:.0f} s, held-out loss {loss:.3f}, answered after "
         f"{time.monotonic() - started:.0f} s",

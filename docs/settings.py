@@ -23,7 +23,7 @@ def page() -> str:
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    lines = [f"| `{name}` | {kind} | {default} | {text} |" for name, kind, default, text in rows]
+    lines = [f"| `{name}` | {kind} | {default} | {' '.join(text.split())} |" for name, kind, default, text in rows]
     return ["| setting | values | default | meaning |", "|---|---|---|---|", *lines]
 
 

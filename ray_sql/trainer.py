@@ -122,7 +122,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
                 self.clock.enter("forward")
                 self.clock.count(made.input_ids.numel())
                 with self.compute_loss_context_manager():
-                    loss = completion_loss(model, made.to(self.args.device), self.model) * share
+                    loss = completion_loss(model, made, self.model) * share
                 self.clock.enter("backward")
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -137,13 +137,15 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
 def completion_loss(model: torch.nn.Module, made: Pass, config_of: PreTrainedModel) -> torch.Tensor:
     """Cross entropy summed over the labels of a pass, with logits only at places that have one in some row.
 
-    In this task that is a tenth to a fifth of the tokens, and the vocabulary is the widest matrix of a small model.
+    In this task a tenth to a fifth of a row's tokens have one, and the vocabulary is the widest matrix of a small model. Rows of a
+    pass of several do not have theirs at the same places.
     """
     targets = torch.nn.functional.pad(made.labels[:, 1:], (0, 1), value=IGNORED)
     keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    wanted, keep = (each.to(config_of.device, non_blocking=True) for each in (targets[:, keep], keep))
     logits = model(**model_inputs(made, config_of), use_cache=False, logits_to_keep=keep).logits
     return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 
@@ -165,7 +167,7 @@ def held_out_loss(
         with torch.no_grad(), autocast:
             for shared in passes(rows, config, together, rank, world, halvings):
                 made = collate(shared, pad)
-                total += float(completion_loss(model, made.to(model.device), model))
+                total += float(completion_loss(model, made, model))
                 labels += int((made.labels != IGNORED).sum())
     finally:
         model.train(training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray_sql import models, rows, trainer
 from ray_sql.data import load
 from ray_sql.rows import Row, Steps, attention, passes, plan, share
 from ray_sql.rows.probe import why_not_share
-from ray_sql.rows.share import common_prefix, epoch_order, together, visible
+from ray_sql.rows.share import common_prefix, epoch_order, padded, per_pass, together, visible
 from tests.conftest import make_model
 
 FAMILIES = {
@@ -122,14 +123,16 @@ def test_a_pass_of_several_shared_rows_has_them_too(
     assert relative_error(shared[1], alone[1]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
 @pytest.mark.parametrize("task", ["sql", "schema"])
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
-    make_config: Any, tiny_model: Path, tmp_path: Path, task: str
+    make_config: Any, tmp_path: Path, task: str, kind: str
 ) -> None:
     config = make_config(task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2})
     corpus = load(config)
-    made, _ = rows.build(corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(tiny_model)), config)
-    alone, shared = (gradients(tiny_model, made, config, together, tmp_path) for together in (1, 8))
+    folder = family(kind, tmp_path / "model")
+    made, _ = rows.build(corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(folder)), config)
+    alone, shared = (gradients(folder, made, config, together, tmp_path) for together in (1, 8))
     computed, alone_computed = rows.tokens(made, config)
     assert computed < 0.8 * alone_computed, "schemas are shared"
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
@@ -162,29 +165,37 @@ def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, 
     assert float((unmasked - masked).norm() / masked.norm()) > 0.05, "a mask that nobody heeds shows"
 
 
-def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path, kind: str) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": True})
-    folder, data = family("llama", tmp_path / "model"), some_rows()
+    folder, data = family(kind, tmp_path / "model"), some_rows()
     alone, shared = (gradients(folder, data, config, together, tmp_path) for together in (1, 8))
     assert shared[0] == pytest.approx(alone[0], rel=2e-2)
     assert relative_error(shared[1], alone[1]) < 2e-2
 
 
-def test_two_ranks_halves_of_a_step_add_up_to_the_whole(make_config: Any, tmp_path: Path) -> None:
-    config = make_config(
-        **{"lora.lora_dropout": 0, "grad_accum_steps": 4, "scaling.num_workers": 2, "train_batch_size": 1}
-    )
-    folder, data = family("llama", tmp_path / "model"), some_rows(8)
+@pytest.mark.parametrize("batch", [1, 4], ids=["row-a-pass", "rows-a-pass"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+def test_two_ranks_halves_of_a_step_add_up_to_the_whole(
+    make_config: Any, tmp_path: Path, kind: str, batch: int
+) -> None:
+    parts = {"train_batch_size": batch, "grad_accum_steps": 4 // batch, "scaling.num_workers": 2}
+    config = make_config(**{"lora.lora_dropout": 0, **parts})
+    folder, data = family(kind, tmp_path / "model"), some_rows(8)
     built = trainer.build(
         models.load_base(str(folder), config), models.load_tokenizer(str(folder)), data, config, 8, tmp_path
     )
+    torch.manual_seed(1)
+    for name, weight in built.model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
+            weight.data.normal_(std=0.05)
     wanted = Steps(data, config, 1, 0, 1, pad=0)[0]
     found = []
-    for steps in ([Steps(data, config, 8, rank, 2, pad=0)[0] for rank in (0, 1)], [wanted]):
+    for steps in ([Steps(data, config, 8 // batch, rank, 2, pad=0)[0] for rank in (0, 1)], [wanted]):
         built.model.zero_grad()
         for step in steps:
             built.training_step(built.model, step)
-        found.append({name: w.grad.clone() for name, w in built.model.named_parameters() if "lora_B" in name})
+        found.append({name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad})
     assert relative_error(*found) < 1e-5
 
 
@@ -234,10 +245,10 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
     assert sum(databases[one] != databases[two] for one, two in pairwise(alone)) > 5
 
 
-@pytest.mark.parametrize(("batch", "shared"), [(1, 1), (4, 1), (8, 2), (16, 4), (32, 8), (256, 8)])
+@pytest.mark.parametrize(("batch", "shared"), [(1, 1), (4, 1), (8, 2), (9, 1), (16, 4), (32, 8), (36, 6), (256, 8)])
 def test_auto_leaves_room_in_a_step_for_four_databases(make_config: Any, batch: int, shared: int) -> None:
     assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": "auto"})) == shared
-    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == 32
+    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == min(batch, 32)
 
 
 def test_a_databases_groups_are_spread_over_the_epoch() -> None:
@@ -276,15 +287,44 @@ def test_a_trimmed_schema_does_not_cost_the_others_their_prefix() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_share_a_step_about_equally(make_config: Any, world: int) -> None:
+@pytest.mark.parametrize(("batch", "shared"), [(2, 8), (8, 2), (16, 2)])
+def test_ranks_share_a_step_about_equally(make_config: Any, world: int, batch: int, shared: int) -> None:
     data = some_rows(16, databases=2)
-    config = make_config(**{"train_batch_size": 2})
-    shares = [passes(data, config, 8, rank, world) for rank in range(world)]
+    config = make_config(**{"train_batch_size": batch})
+    shares = [passes(data, config, shared, rank, world) for rank in range(world)]
     seen = [row.id for each in shares for rows_ in each for one in rows_ for row in one.examples]
     assert sorted(seen) == sorted(row.id for row in data)
     loads = [sum(one.tokens for rows_ in each for one in rows_) for each in shares]
     assert min(loads) > 0.5 * max(loads)
-    assert all(len(rows_) == 1 or all(not one.prefix for one in rows_) for each in shares for rows_ in each)
+    held = [sum(len(one.examples) for one in rows_) for each in shares for rows_ in each if len(rows_) > 1]
+    assert all(examples <= batch for examples in held) and bool(held) == (batch > shared)
+    assert sum(map(len, shares)) <= world * -(-len(data) // (world * max(batch, shared))) + world
+
+
+@pytest.mark.parametrize(("batch", "shared"), [(8, 2), (32, 8), (1, 8), (8, 1)])
+def test_every_halving_makes_the_largest_pass_smaller(make_config: Any, batch: int, shared: int) -> None:
+    data = some_rows(32, databases=4, schema=400)
+    config = make_config(
+        **{"train_batch_size": batch, "grad_accum_steps": 32 // batch, "rows.examples_per_row": shared}
+    )
+    computed, sizes = [], []
+    for halvings in range(per_pass(config, shared).bit_length()):
+        made = passes(data, config, shared, 0, 1, halvings)
+        computed.append(max(map(padded, made)))
+        sizes.append(max(sum(len(row.examples) for row in one) for one in made))
+    assert sizes == [max(batch, shared) >> halvings for halvings in range(len(sizes))] and sizes[-1] == 1
+    assert computed == sorted(computed, reverse=True)
+    if batch > shared:
+        assert computed[1] < 0.6 * computed[0], "rows go first"
+
+
+def test_rows_of_very_different_lengths_are_passes_of_their_own(make_config: Any) -> None:
+    long, short = (
+        some_rows(4, databases=1, schema=300),
+        [replace(row, db_id="other") for row in some_rows(1, schema=40)],
+    )
+    made = passes([*long, *short], make_config(**{"train_batch_size": 8}), 4, 0, 1)
+    assert [len(one) for one in made] == [1, 1], "padding would be most of it"
 
 
 def test_a_question_sees_the_prefix_and_itself() -> None:
@@ -298,6 +338,14 @@ def test_a_question_sees_the_prefix_and_itself() -> None:
         [1, 1, 0, 0, 1, 1, 0],
         [1, 1, 0, 0, 0, 0, 1],
     ]
+
+
+def test_positions_of_a_shared_row_are_those_of_its_examples(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=60, n_embd=32, n_layer=1, n_head=2))
+    assert why_not_share(model, 60, 480) is None, "a row may be longer than the model's last position"
 
 
 def test_a_sliding_window_shorter_than_an_example_is_refused(make_config: Any, tmp_path: Path) -> None:
@@ -329,5 +377,5 @@ def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
 def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:
     base = models.load_base(str(tiny_model), make_config())
     forward = base.forward
-    base.forward = lambda input_ids, position_ids=None, **_: forward(input_ids=input_ids, position_ids=position_ids)
+    base.forward = lambda attention_mask=None, shared_spans=None, **given: forward(**given)
     assert "gives other logits" in (why_not_share(base, 60, 120) or "")

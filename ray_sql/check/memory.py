@@ -6,8 +6,9 @@ from ray_sql import models, rows
 from ray_sql.config import Config
 
 
-def memory_estimate(config: Config, model_folder: str, tokens: int, gpu: bool) -> float:
-    """Bytes one worker needs: weights, adapter with gradient and two Adam moments, activations and logits of a pass of `tokens`.
+def memory_estimate(config: Config, model_folder: str, tokens: int, gpu: bool, rows_in_pass: int = 1) -> float:
+    """Bytes one worker needs: weights, adapter with gradient and two Adam moments, activations and logits of a pass of `tokens` in
+    `rows_in_pass` rows of one length.
 
     Activations follow Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16 bits, without the
     attention matrix, which SDPA does not keep. With checkpointing one layer's worth and every layer's input stay.
@@ -27,11 +28,12 @@ def memory_estimate(config: Config, model_folder: str, tokens: int, gpu: bool) -
     given = config.train.gradient_checkpointing
     checkpointed = gpu if given is None else given
     per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
-    # on a CPU the attention of shared rows keeps its matrix (rows/attention.py): at most every pair of a pass's tokens
+    # on a CPU the attention of shared rows keeps its matrix (rows/attention.py): at most every pair of a row's tokens
     matrices = 0 if gpu or rows.together(config) == 1 else (1 if checkpointed else layers)
-    attention = matrices * shape.num_attention_heads * tokens**2 * each
+    attention = matrices * shape.num_attention_heads * tokens**2 / rows_in_pass * each
+    kept = 0.2 if rows_in_pass == 1 else 0.3  # places with a logit: where any of a pass's rows has a label
     trained = 16 * adapter_weights(config, model_folder)
-    return float(weights + trained + tokens * per_token + attention + 0.2 * tokens * vocabulary * 6)
+    return float(weights + trained + tokens * per_token + attention + kept * tokens * vocabulary * 6)
 
 
 def _itemsize(config: Config, gpu: bool) -> int:
@@ -52,14 +54,16 @@ def adapter_weights(config: Config, model_folder: str) -> int:
     return int(shape.num_hidden_layers * config.lora.r * (8 * hidden + 3 * (hidden + inner)))
 
 
-def largest_pass(config: Config, model_folder: str, have: float, gpu: bool) -> int:
+def largest_pass(config: Config, model_folder: str, have: float, gpu: bool, rows_in_pass: int = 1) -> int:
     """Tokens of the largest forward pass that fits into `have` bytes; 0 where not even the model does."""
+
+    def holds(tokens: int) -> bool:
+        return memory_estimate(config, model_folder, tokens, gpu, rows_in_pass) <= have
+
     fits, beyond = 0, 1
-    while beyond < 2**24 and memory_estimate(config, model_folder, beyond, gpu) <= have:
+    while beyond < 2**24 and holds(beyond):
         fits, beyond = beyond, 2 * beyond
     while beyond - fits > 1:
         middle = (fits + beyond) // 2
-        fits, beyond = (
-            (middle, beyond) if memory_estimate(config, model_folder, middle, gpu) <= have else (fits, middle)
-        )
+        fits, beyond = (middle, beyond) if holds(middle) else (fits, middle)
     return fits

@@ -233,13 +233,15 @@ def packages_equal(config: Config, nodes: Sequence[Node]) -> str:
 def memory(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> str:
     """Estimated memory of one worker against what it has on the node that has least, and how much larger a pass may become."""
     data = rows.read(prepared.rows_file)
-    tokens, longest = rows.heaviest_pass(data, config), max(len(row.input_ids) for row in data)
+    count, length = rows.heaviest_pass(data, config)
+    tokens, longest = count * length, max(len(row.input_ids) for row in data)
     each = cluster.per_worker(config, cluster.capacity()) if config.scaling.num_workers else {}
     gpu = bool(each.get("GPU")) or (not each and bool(nodes[0].gpus) and config.scaling.use_gpu is not False)
     shares = [(share, node.name) for node in nodes if (share := _share(node, each, gpu, config)) is not None]
-    need = memory_estimate(config, prepared.model_folder, tokens, gpu)
+    need = memory_estimate(config, prepared.model_folder, tokens, gpu, count)
     kind = "GPU" if gpu else "worker's share of memory"
     text = f"about {need / GIB:.1f} GiB needed for the largest pass, {tokens} tokens"
+    text += f" in {count} rows" if count > 1 else ""
     if not shares:
         return f"{text}; no node with room for a worker is up yet to compare with"
     have, name = min(shares)
@@ -248,7 +250,9 @@ def memory(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> str:
         raise ConfigError(
             f"{text}; lower --train_batch_size, --rows.row_length or --rows.max_length, or use --train.gradient_checkpointing"
         )
-    most = largest_pass(config, prepared.model_folder, have, gpu)
+    most = largest_pass(config, prepared.model_folder, have, gpu, count)
+    if count > 1:
+        return f"{text}, which holds one of {most}: --train_batch_size {config.train_batch_size * most // tokens}"
     return f"{text}, which holds one of {most}: --rows.row_length {most}, or --train_batch_size {most // longest} of unshared rows"
 
 

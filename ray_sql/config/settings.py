@@ -64,7 +64,7 @@ class Config(BaseSettings):
     seed: int = 14
     """Seed of everything random: split, order, adapter, dropout."""
     train_batch_size: int = Field(1, ge=1)
-    """Examples per forward pass and worker; a row that shares its schema among more (rows.examples_per_row) is a pass of its own."""
+    """Most examples in a forward pass of a worker, in one row or several; a row that more examples share is a pass by itself."""
     eval_batch_size: int = Field(1, ge=1)
     """Whole prompts computed together when generating with beams, or with a model that cannot share a schema's computation."""
     grad_accum_steps: int = Field(8, ge=1)

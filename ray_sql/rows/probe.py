@@ -68,26 +68,26 @@ def _slides(config: object) -> bool:
 
 
 def _difference(model: PreTrainedModel, longest: int, row: int) -> float:
-    """Relative difference of the second question's logits in a shared row from those in a row of its own."""
+    """Relative difference of the last question's logits in a shared row from those in a row of its own."""
     import torch
 
-    draw = torch.Generator().manual_seed(0)
-    lengths = (max(8, longest - OWN), max(OWN, row - longest), OWN)
     vocabulary = model.config.get_text_config().vocab_size
-    prefix, first, second = (torch.randint(vocabulary, (length,), generator=draw).tolist() for length in lengths)
-    rows = tuple(Row("", "", prefix + own, len(prefix) + 1) for own in (first, second))
+    draw = torch.Generator().manual_seed(0)
+    prefix = torch.randint(vocabulary, (max(OWN, longest - OWN),), generator=draw).tolist()
+    others = max(1, (row - len(prefix)) // OWN - 1)  # of an example's length each: positions are those of examples
+    own = torch.randint(vocabulary, (others + 1, OWN), generator=draw).tolist()
+    rows = tuple(Row("", "", prefix + each, len(prefix) + 1) for each in own)
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            together = _logits(model, Shared(rows, len(prefix)))[-len(second) :]
-            alone = _logits(model, Shared(rows[1:], 0))[-len(second) :]
+            together, alone = _logits(model, Shared(rows, len(prefix))), _logits(model, Shared(rows[-1:], 0))
     finally:
         model.train(training)
     return float((together - alone).norm() / alone.norm())
 
 
 def _logits(model: PreTrainedModel, row: Shared) -> torch.Tensor:
-    """Logits of one row, `[tokens, vocabulary]` in float32."""
-    made = collate([row], pad=0).to(model.device)
-    return model(**model_inputs(made, model), use_cache=False).logits[0].float()
+    """Logits of a row's last question, `[tokens, vocabulary]` in float32."""
+    inputs = model_inputs(collate([row], pad=0), model)
+    return model(**inputs, use_cache=False, logits_to_keep=OWN).logits[0].float()

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 
 PADDING = -1
 """The segment of a token that only fills a batch."""
+PADDED = 1.5
+"""How many times the tokens of its rows a pass may compute, padding included."""
 AUTO = 8
 """Most questions that share a row where `rows.examples_per_row` is `auto`."""
 MIXED = 4
-"""Databases, at least, that a step is to see where `rows.examples_per_row` is `auto`: after as many examples, steps of one or two
-had a higher loss on new questions than steps of any, steps of four had not (`benchmarks.quality`)."""
+"""Rows, at least, in a step of one worker where `rows.examples_per_row` is `auto`, most of them on different databases: in batches of
+8, steps of one or two databases had a higher loss on new questions than steps of any, steps of four had not (`benchmarks.quality`)."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +122,36 @@ def plan(rows: Sequence[Row], config: Config, together: int, limit: int | None =
 
 
 def together(config: Config) -> int:
-    """How many questions share a row as the settings say; a model may still not allow it."""
-    wanted = config.rows.examples_per_row
-    return max(1, min(AUTO, config.global_batch // MIXED)) if wanted == "auto" else wanted
+    """How many questions share a row as the settings say, no more than a step has; a model may still not allow it.
+
+    `auto` divides the step, so that no group of one database is cut in two by its end.
+    """
+    size, wanted = config.global_batch, config.rows.examples_per_row
+    if wanted != "auto":
+        return min(wanted, size)
+    return max(each for each in range(1, AUTO + 1) if size % each == 0 and (each == 1 or each * MIXED <= size))
 
 
 def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
-    """How many tokens the run's first epoch computes on one worker, and how many it would with one example a row."""
-    shared = [row for step in _first_epoch(rows, config) for one in step for row in one]
-    return sum(row.tokens for row in shared), sum(len(one.input_ids) for row in shared for one in row.examples)
+    """How many tokens, padding included, the run's first epoch computes on one worker, and how many one example a row has."""
+    made = [one for step in _first_epoch(rows, config) for one in step]
+    return sum(map(padded, made)), sum(len(row.input_ids) for one in made for each in one for row in each.examples)
 
 
-def heaviest_pass(rows: Sequence[Row], config: Config, halvings: int = 0) -> int:
-    """Tokens of the largest forward pass of the run's first epoch, padding included, on one worker."""
-    steps = _first_epoch(rows, config, halvings)
-    return max(len(one) * max(row.tokens for row in one) for step in steps for one in step)
+def heaviest_pass(rows: Sequence[Row], config: Config, halvings: int = 0) -> tuple[int, int]:
+    """The largest forward pass of the run's first epoch on one worker: its rows, and the tokens that each of them is padded to."""
+    made = [one for step in _first_epoch(rows, config, halvings) for one in step]
+    return max(((len(one), max(row.tokens for row in one)) for one in made), key=lambda size: (size[0] * size[1], size))
+
+
+def longest_row(rows: Sequence[Row], config: Config, halvings: int = 0) -> int:
+    """Tokens of the longest row, shared or not, of the run's first epoch on one worker."""
+    return max(row.tokens for step in _first_epoch(rows, config, halvings) for one in step for row in one)
+
+
+def padded(rows: Sequence[Shared]) -> int:
+    """How many tokens a pass over these rows computes."""
+    return len(rows) * max(row.tokens for row in rows)
 
 
 def _first_epoch(rows: Sequence[Row], config: Config, halvings: int = 0) -> list[list[list[Shared]]]:
@@ -199,10 +216,12 @@ def passes(
 ) -> list[list[Shared]]:
     """The forward passes of one rank in a step over `examples`, longest first, the ranks' shares about equal in tokens.
 
-    A pass holds rows of up to `train_batch_size` examples together, or one row with more; half as many, and so on, after `halvings`.
-    A rank is left without a pass only if there are fewer examples than ranks.
+    A pass holds rows of up to `train_batch_size` examples together, not of very different lengths, or one row with more; half as
+    many, and so on, after `halvings`: first fewer rows, which costs nothing, then fewer questions in a row. A rank is left without
+    a pass only if there are fewer examples than ranks.
     """
-    together, batch = max(1, together >> halvings), max(1, config.train_batch_size >> halvings)
+    batch = max(1, config.train_batch_size >> halvings)
+    together = min(together, per_pass(config, together, halvings))
     rows = sorted(share(examples, together, config.rows.row_length, world), key=lambda one: -one.tokens)
     mine: list[Shared] = []
     load = [0] * world
@@ -213,11 +232,15 @@ def passes(
             mine.append(row)
     made: list[list[Shared]] = []
     for row in mine:
-        if made and sum(len(one.examples) for one in (*made[-1], row)) <= batch:
+        if made and _fits([*made[-1], row], batch):
             made[-1].append(row)
         else:
             made.append([row])
     return made
+
+
+def _fits(rows: Sequence[Shared], batch: int) -> bool:
+    return sum(len(row.examples) for row in rows) <= batch and padded(rows) <= PADDED * sum(row.tokens for row in rows)
 
 
 def collate(rows: Sequence[Shared], pad: int) -> Pass:
@@ -235,14 +258,17 @@ def collate(rows: Sequence[Shared], pad: int) -> Pass:
 
 
 def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
-    """What `model` is called with to compute the rows of a pass."""
+    """What `model` is called with, on its device, to compute the rows of a pass."""
     import torch
 
     from ray_sql.rows import attention
 
-    if not (made.segments > 0).any():  # plain rows: causal order and, where there is any, the padding say everything
+    # asked before the pass is moved: a GPU's answer would have to be waited for
+    shared, whole = bool((made.segments > 0).any()), bool((made.segments == 0).all())
+    made = made.to(model.device)
+    if not shared:  # plain rows: causal order and, where there is any, the padding say everything
         inputs = {"input_ids": made.input_ids}
-        return inputs if (made.segments == 0).all() else inputs | {"attention_mask": (made.segments == 0).long()}
+        return inputs if whole else inputs | {"attention_mask": (made.segments == 0).long()}
     inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids}
     implementation = model.config._attn_implementation
     if implementation == attention.NAME and made.segments.is_cuda:

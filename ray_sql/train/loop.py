@@ -99,7 +99,7 @@ def _together(
     wanted = rows.together(config)
     if wanted == 1:
         return 1
-    reason = why_not_share(base, max(len(row.input_ids) for row in data), rows.heaviest_pass(data, config, halvings))
+    reason = why_not_share(base, max(len(row.input_ids) for row in data), rows.longest_row(data, config, halvings))
     reason = next((each for each in generate.gather_all(reason) if each), None)  # all ranks must lay steps out alike
     if reason is None:
         return wanted
