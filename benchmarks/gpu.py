@@ -13,8 +13,8 @@ the same round. The variants:
     padded 8      TRL, 8 a pass, padded to the longest (examples of a round are of about one length: grouping by length at its best)
     packing       TRL's best-fit-decreasing packing to 4096 tokens; FlashAttention where flash-attn is installed, else SDPA
     packing flex  the same through transformers' FlexAttention
-    ours N        shared rows of N questions, FlexAttention; `mask`: SDPA with a mask; `expanded`: 4-bit weights expanded once, not at
-                  every call; `compiled`: every decoder layer through torch.compile
+    ours N        shared rows of N questions, FlexAttention, a row a pass or four of them in `one pass`; `mask`: SDPA with a mask;
+                  `expanded`: 4-bit weights expanded once, not at every call; `compiled`: every decoder layer through torch.compile
 
 `share of peak` counts the multiplications that distinct tokens of a step need, attention's left out, against the fastest bfloat16
 product of two 8192 x 8192 matrices. Peak memory is that of a variant's own model, gradients, optimizer and activations. Each part
@@ -69,7 +69,7 @@ WARM_UP = 3
 """Rounds before those that count: kernels are compiled in the first for one length, in the second for any."""
 PACKED_LENGTH = 4096
 TRL = ("plain", "padded 8", "packing", "packing flex")
-OURS = ("ours 8", "ours 16", "ours 32")
+OURS = ("ours 2 one pass", "ours 8", "ours 8 one pass", "ours 16", "ours 32")
 PARTS: dict[str, tuple[str, ...]] = {
     "checkpointing": (*TRL, *OURS, "ours 8 mask", "ours 32 mask", "ours 8 expanded", "ours 32 expanded"),
     "no checkpointing": ("plain", "packing", *OURS, "ours 32 mask", "ours 8 expanded", "ours 32 expanded"),
@@ -370,7 +370,9 @@ class Bench:
             for each in made:
                 built.training_step(built.prepared, each, num_items_in_batch=items)
         else:
-            step = rows.Steps(work, self._config, int(variant.split()[1]), 0, 1, self._tokenizer.pad_token_id)[0]
+            batch = len(work) if "one pass" in variant else 1
+            config = self._config.changed({"train_batch_size": batch, "grad_accum_steps": EXAMPLES // batch})
+            step = rows.Steps(work, config, int(variant.split()[1]), 0, 1, self._tokenizer.pad_token_id)[0]
             built.training_step(built.prepared, step)
         built.optimizer.step()
         built.optimizer.zero_grad()
@@ -385,7 +387,10 @@ def kind(variant: str) -> str:
 
 def size(variant: str) -> int:
     """How many examples of a round a variant takes."""
-    return STEP if variant in TRL else max(STEP, int(variant.split()[1]))
+    if variant in TRL:
+        return STEP
+    together = int(variant.split()[1])
+    return 4 * together if "one pass" in variant else max(STEP, together)
 
 
 def columns(examples: Sequence[Row]) -> dict[str, list[list[int]]]:

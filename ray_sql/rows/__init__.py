@@ -2,6 +2,7 @@
 forward pass computes (`share`), where the model allows it (`probe`, `attention`: imported by those who compute, they load torch)."""
 
 from ray_sql.rows.share import (
+    AUTO,
     Pass,
     Shared,
     Step,
@@ -34,6 +35,7 @@ from ray_sql.rows.tokenise import (
 )
 
 __all__ = [
+    "AUTO",
     "FILE",
     "IGNORED",
     "VALIDATION_FILE",

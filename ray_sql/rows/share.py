@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 PADDING = -1
 """The segment of a token that only fills a batch."""
-PADDED = 1.5
+PADDED = 1.25
 """How many times the tokens of its rows a pass may compute, padding included."""
 AUTO = 8
 """Most questions that share a row where `rows.examples_per_row` is `auto`."""
 MIXED = 4
-"""Rows, at least, in a step of one worker where `rows.examples_per_row` is `auto`, most of them on different databases: in batches of
+"""Rows, at least, in a step where `rows.examples_per_row` is `auto`, most of them on different databases: in batches of
 8, steps of one or two databases had a higher loss on new questions than steps of any, steps of four had not (`benchmarks.quality`)."""
 
 
