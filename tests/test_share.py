@@ -245,8 +245,10 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
     assert sum(databases[one] != databases[two] for one, two in pairwise(alone)) > 5
 
 
-@pytest.mark.parametrize(("batch", "shared"), [(1, 1), (4, 1), (8, 2), (9, 1), (16, 4), (32, 8), (36, 6), (256, 8)])
-def test_auto_leaves_room_in_a_step_for_four_databases(make_config: Any, batch: int, shared: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "shared"), [(1, 1), (4, 2), (8, 2), (9, 3), (13, 1), (16, 4), (32, 4), (36, 6), (64, 8), (256, 8)]
+)
+def test_auto_leaves_a_step_as_many_rows_as_a_row_has_questions(make_config: Any, batch: int, shared: int) -> None:
     assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": "auto"})) == shared
     assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == min(batch, 32)
 

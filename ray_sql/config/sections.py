@@ -47,8 +47,8 @@ class RowsSection(Section):
     too_long: Literal["error", "trim_schema", "drop"] = "error"
     """What to do with a longer training example: refuse, leave out tables its SQL does not use, or drop it and say so."""
     examples_per_row: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Questions on one database that share its schema in one row, at the same loss; 1 is off. `auto` is a quarter of the examples of an
-    optimizer step, 8 at most, so that a step still mixes databases; 1 where the model does not allow more."""
+    """Questions on one database that share its schema in one row, at the same loss; 1 is off. `auto` is no more than an optimizer step
+    then has rows, so that the step mixes databases: 2 of a step of 8, 4 of 16 or 32, 8 of 64; 1 where the model allows no more."""
     row_length: int = Field(4096, ge=16)
     """Longest shared row in tokens; what does not fit starts another."""
 

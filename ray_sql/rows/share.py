@@ -34,9 +34,6 @@ PADDED = 1.25
 """How many times the tokens of its rows a pass may compute, padding included."""
 AUTO = 8
 """Most questions that share a row where `rows.examples_per_row` is `auto`."""
-MIXED = 4
-"""Rows, at least, in a step where `rows.examples_per_row` is `auto`, most of them on different databases: in batches of
-8, steps of one or two databases had a higher loss on new questions than steps of any, steps of four had not (`benchmarks.quality`)."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +121,14 @@ def plan(rows: Sequence[Row], config: Config, together: int, limit: int | None =
 def together(config: Config) -> int:
     """How many questions share a row as the settings say, no more than a step has; a model may still not allow it.
 
-    `auto` divides the step, so that no group of one database is cut in two by its end.
+    `auto` is no more than a step then has rows: after as many examples, rows of 2 in steps of 8 and of 4 in steps of 32 answered as
+    many new questions as plain rows, rows of 8 fewer (`benchmarks.quality`). It divides the step, so that the step's end cuts no
+    group of one database in two.
     """
     size, wanted = config.global_batch, config.rows.examples_per_row
     if wanted != "auto":
         return min(wanted, size)
-    return max(each for each in range(1, AUTO + 1) if size % each == 0 and (each == 1 or each * MIXED <= size))
+    return max(each for each in range(1, AUTO + 1) if size % each == 0 and each * each <= size)
 
 
 def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
