@@ -2,8 +2,8 @@
 
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --together 1 2 4 8       (--quick: a few examples, one seed)
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --batch 32 --epochs 2
-    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase prepare          the three phases apart: only the second
-    python -m benchmarks.quality out/quality --phase train                             needs a GPU, and it needs neither Spider
+    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase prepare          the three phases apart: the second
+    python -m benchmarks.quality out/quality --phase train                             is faster on a GPU and needs neither Spider
     RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
 
 Every run sees the same examples as often, from the same base model, with the same settings; only the seed and the number of questions
@@ -175,7 +175,7 @@ def train(folder: Path, run: Run) -> None:
     target = folder / f"{run.name}.jsonl"
     if target.is_file():
         return
-    # plain rows eight at a time: one padded pass is faster than eight
+    # plain rows up to eight at a time: one padded pass is faster than eight
     config = settings(seed=run.seed, train_batch_size=PASS, grad_accum_steps=run.batch // PASS, num_epochs=run.epochs)
     examples = rows.read(folder / "rows.parquet")
     asked = generate.parse((folder / "questions.jsonl").read_text())

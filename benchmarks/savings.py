@@ -3,8 +3,8 @@
     RAY_SQL_SHARED=… python -m benchmarks.savings                   (--quick: two rounds of four variants)
 
 Examples, model and adapter are those of `benchmarks.training_speed`; a round is one optimizer step over 8 questions on one database with
-every variant, in an order drawn anew. A ratio above 1 is what the step would take longer without the saving. The last line is one JSON
-object.
+every variant, in an order drawn anew. A ratio above 1 is what the step takes longer without the saving, or with what is added ("with").
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -160,8 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     ratios = {name: spread(seconds, name, AS_IT_IS) for name in seconds}
     print("| the step | seconds, median | against the step as it is |\n|---|---|---|")
     for name, (low, middle, high) in ratios.items():
-        took = sorted(seconds[name])[len(seconds[name]) // 2]
-        print(f"| {name} | {took:.2f} | {middle:.2f}x ({low:.2f} to {high:.2f}) |")
+        print(f"| {name} | {median(seconds[name]):.2f} | {middle:.2f}x ({low:.2f} to {high:.2f}) |")
     print(
         json.dumps({"rounds": arguments.rounds, "ratios": {name: round(each[1], 3) for name, each in ratios.items()}})
     )

@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds = bench.run()
     memory = {} if arguments.quick else {variant: peak_memory(variant) for variant in variants}
     report(bench, seconds, memory, peak)
-    print()
-    print(profile(bench, "ours 8"))
+    for variant in ("ours 8", "ours 32"):
+        print(f"\n{profile(bench, variant)}")
     alone = sum(products_seconds(bench.ours.model, examples) / EXAMPLES for examples in rounds)
     print(
         f"\nthe products of ours 32 alone, each shape by itself, take {alone / sum(seconds['ours 32']):.2f} of its time and reach "
@@ -366,7 +366,7 @@ def profile(bench: Bench, variant: str) -> str:
 
 KINDS = {
     "matrix multiplication": ("mm", "linear", "bmm"),
-    "attention": ("attention", "softmax"),
+    "attention kernels and softmax": ("attention", "softmax"),
     "copies and casts": (
         "copy",
         "_to_copy",

@@ -310,11 +310,13 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
             f"sharing   up to {rows.together(config)} questions in a row with their schema: {computed:,} tokens to compute an epoch, "
             f"{alone / computed:.1f} times fewer"
         )
-    if config.rows.examples_per_row == "auto" and rows.together(config) < rows.AUTO:
-        yield (
-            f"          so that a step mixes databases: larger steps share more, and so does --rows.examples_per_row {rows.AUTO}, "
-            "which learns faster and less from an example"
-        )
+        if config.rows.examples_per_row == "auto" and rows.together(config) < (
+            most := min(rows.AUTO, config.global_batch)
+        ):
+            yield (
+                f"          so that a step mixes databases: larger steps share more, and so does --rows.examples_per_row {most}, "
+                "faster an epoch and less accurate after as many"
+            )
     made_of = f"{config.train_batch_size} x {config.accumulation} x {config.workers} workers"
     if config.elastic:
         made_of = f"with {config.fewest_workers} to {config.workers} workers alike"

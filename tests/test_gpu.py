@@ -16,7 +16,7 @@ import torch
 
 from ray_sql import generate, models, trainer
 from ray_sql.generate import plain
-from ray_sql.rows import attention
+from ray_sql.rows import attention, passes
 from ray_sql.rows.probe import why_not_share
 from ray_sql.timing import StepClock
 from tests.test_share import family, gradients, relative_error, some_rows
@@ -92,10 +92,12 @@ def test_a_pass_of_several_shared_rows_has_them_too(make_config: Any, tmp_path: 
         "train_batch_size": 6,
         "grad_accum_steps": 2,
     }
-    folder = family("qwen2", tmp_path / "model", **SHAPES["qwen2"])
-    loss, error, used = compare(folder, make_config(**settings), tmp_path, prepare, shared_by=2)
+    config, folder = make_config(**settings), family("qwen2", tmp_path / "model", **SHAPES["qwen2"])
+    assert [len(one) for one in passes(some_rows(**LONG), config, 2, 0, 1)] == [3, 3]
+    loss, error, used = compare(folder, config, tmp_path, prepare, shared_by=2)
     print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 1e-5 and error < 1e-5
+    assert used[-1] == (attention.NAME if prepare is attention.install else attention.MASKED)
 
 
 def test_flex_attention_is_what_a_gpu_uses(make_config: Any, tmp_path: Path) -> None:

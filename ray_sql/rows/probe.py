@@ -18,7 +18,7 @@ TOLERANCE = 0.05
 
 
 OWN = 8
-"""Tokens of the question that is compared."""
+"""Tokens of each question's own."""
 
 
 def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
