@@ -613,7 +613,7 @@ def test_a_trial_without_memory_says_why_and_scores_worst(make_config: Any, monk
         raise RuntimeError("CUDA out of memory, whatever the layout")
 
     monkeypatch.setattr(trainer, "train", never)
-    trial = Alone(one(make_config))
+    trial = Alone(one(make_config, **{"grad_accum_steps": 8}))
     (result,) = trial.steps()
     assert result["done"]
     assert result["failure"].startswith(
