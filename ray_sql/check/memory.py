@@ -31,7 +31,7 @@ def memory_estimate(config: Config, model_folder: str, tokens: int, gpu: bool, r
     # on a CPU the attention of shared rows keeps its matrix (rows/attention.py): at most every pair of a row's tokens
     matrices = 0 if gpu or rows.together(config) == 1 else (1 if checkpointed else layers)
     attention = matrices * shape.num_attention_heads * tokens**2 / rows_in_pass * each
-    kept = min(1.0, 0.05 + 0.15 * rows_in_pass)  # places with a logit: where any of a pass's rows has a label
+    kept = min(1.0, 0.05 + 0.15 * rows_in_pass)  # places with a logit, where any of a pass's rows has a label: assumed
     trained = 16 * adapter_weights(config, model_folder)
     return float(weights + trained + tokens * per_token + attention + kept * tokens * vocabulary * 6)
 

@@ -141,8 +141,8 @@ def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
 
 def heaviest_pass(rows: Sequence[Row], config: Config, halvings: int = 0) -> tuple[int, int]:
     """The largest forward pass of the run's first epoch on one worker: its rows, and the tokens that each of them is padded to."""
-    made = [one for step in _first_epoch(rows, config, halvings) for one in step]
-    return max(((len(one), max(row.tokens for row in one)) for one in made), key=lambda size: (size[0] * size[1], size))
+    heaviest = max((one for step in _first_epoch(rows, config, halvings) for one in step), key=padded)
+    return len(heaviest), max(row.tokens for row in heaviest)
 
 
 def longest_row(rows: Sequence[Row], config: Config, halvings: int = 0) -> int:
