@@ -166,7 +166,7 @@ def epoch_order(databases: Sequence[str], together: int, draw: random.Random) ->
 
     A group is of one database, or of what is left of several. All but the last are full, so that steps of a multiple of `together`
     never cut one in two, which would compute its schema twice. A database's n groups are spread over the epoch, one at a
-    random place in each n-th of it, so that steps that follow each other are of different databases.
+    random place in each n-th of it, so that steps that follow each other are mostly of different databases.
     """
     shuffled = draw.sample(range(len(databases)), len(databases))
     if together == 1:
