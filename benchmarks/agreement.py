@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_sql.execution import Executor
-from ray_sql.linking import gold_links
+from ray_sql.data.linking import gold_links
+from ray_sql.database import Executor, Schema, read_tables_json
 from ray_sql.metrics import Pair, Semantics, Verdict, exact_set_match, hardness, judge_many
-from ray_sql.schema import Schema, read_tables_json
 
 Row = dict[str, Any]
 JUDGEMENTS: dict[str, tuple[Semantics, bool]] = {
@@ -67,11 +66,16 @@ def settled(row: Row, column: str) -> bool:
     return row[column] is not None and column not in left_out
 
 
-def compare_execution(executor: Executor, rows: Sequence[Row], databases: Path, column: str) -> Agreement:
+def compare_execution(
+    executor: Executor, rows: Sequence[Row], databases: Path, column: str
+) -> Agreement:
     """Judge every settled row of one column under its semantics."""
     semantics, keep_distinct = JUDGEMENTS[column]
     compared = [row for row in rows if settled(row, column)]
-    pairs = [Pair(database_file(databases, row["db_id"]), row["gold"], row["predicted"]) for row in compared]
+    pairs = [
+        Pair(database_file(databases, row["db_id"]), row["gold"], row["predicted"])
+        for row in compared
+    ]
     verdicts = judge_many(executor, pairs, semantics=semantics, keep_distinct=keep_distinct)
     unequal = [
         (row, verdict)
@@ -86,16 +90,22 @@ def compare_execution(executor: Executor, rows: Sequence[Row], databases: Path, 
 def compare_hardness(rows: Iterable[Row], queries: Sequence[Row]) -> Agreement:
     """Grade every dev query from its SQL alone."""
     grades = [(row["question_id"], row["hardness"]) for row in rows]
-    differing = tuple(str(place) for place, grade in grades if hardness(queries[place]["query"]) != grade)
+    differing = tuple(
+        str(place) for place, grade in grades if hardness(queries[place]["query"]) != grade
+    )
     return Agreement("hardness", len(grades), len(grades) - len(differing), (), differing)
 
 
-def compare_links(rows: Sequence[Row], queries: Sequence[Row], schemas: Mapping[str, Schema]) -> Agreement:
+def compare_links(
+    rows: Sequence[Row], queries: Sequence[Row], schemas: Mapping[str, Schema]
+) -> Agreement:
     """Find the tables and columns of every dev query; where Spider's parser is known to err, the corrected columns count."""
     differing = []
     for number, (row, query) in enumerate(zip(rows, queries, strict=True)):
         links = gold_links(query["query"], schemas[row["db_id"]])
-        columns = sorted(f"{table}.{column}".lower() for table, names in links.items() for column in names)
+        columns = sorted(
+            f"{table}.{column}".lower() for table, names in links.items() for column in names
+        )
         wanted = row["columns_corrected" if row["known_parser_error"] else "columns"]
         if (sorted(table.lower() for table in links), columns) != (row["tables"], wanted):
             differing.append(str(number))
@@ -108,9 +118,12 @@ def compare_exact_set(rows: Sequence[Row], schemas: Mapping[str, Schema]) -> Agr
     differing = tuple(
         row["id"]
         for row in compared
-        if exact_set_match(row["gold"], row["predicted"], schemas[row["db_id"]]) != bool(row["exact_set_match"])
+        if exact_set_match(row["gold"], row["predicted"], schemas[row["db_id"]])
+        != bool(row["exact_set_match"])
     )
-    return Agreement("exact_set_match", len(compared), len(compared) - len(differing), (), differing)
+    return Agreement(
+        "exact_set_match", len(compared), len(compared) - len(differing), (), differing
+    )
 
 
 def is_refusal(verdict: Verdict) -> bool:
@@ -132,31 +145,51 @@ def table(agreements: Sequence[Agreement]) -> str:
     for found in agreements:
         lines += [f"{found.column}: refused on purpose: {row}" for row in found.refused]
         reasons = OFFICIAL_MISTAKES if found.column == "exact_set_match" else {}
-        lines += [f"{found.column}: DIFFERS: {row}: {reasons.get(row, 'unexplained')}" for row in found.differing]
+        lines += [
+            f"{found.column}: DIFFERS: {row}: {reasons.get(row, 'unexplained')}"
+            for row in found.differing
+        ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, print the table, and one JSON object as the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="every mutation, but one prediction in five")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="every mutation, but one prediction in five"
+    )
     quick = parser.parse_args(argv).quick
     if "RAY_SQL_SHARED" not in os.environ:
-        sys.exit("RAY_SQL_SHARED is not set: it names the folder that holds data/agreement and data/spider")
+        sys.exit(
+            "RAY_SQL_SHARED is not set: it names the folder that holds data/agreement and data/spider"
+        )
     data = Path(os.environ["RAY_SQL_SHARED"]) / "data"
     rows = read(data / "agreement" / "execution.jsonl")
     if quick:
         rows = [row for row in rows if "kind" in row or int(row["id"][1:]) % 5 == 0]
     started = time.monotonic()
     with Executor() as executor:
-        agreements = [compare_execution(executor, rows, data / "spider" / "database", name) for name in JUDGEMENTS]
+        agreements = [
+            compare_execution(executor, rows, data / "spider" / "database", name)
+            for name in JUDGEMENTS
+        ]
     schemas = read_tables_json(data / "spider" / "tables.json")
     agreements.append(compare_exact_set(rows, schemas))
     queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
     agreements.append(compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries))
     agreements.append(compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas))
     print(table(agreements))
-    print(json.dumps({"quick": quick, "seconds": round(time.monotonic() - started, 1), **by_column(agreements)}))
+    print(
+        json.dumps(
+            {
+                "quick": quick,
+                "seconds": round(time.monotonic() - started, 1),
+                **by_column(agreements),
+            }
+        )
+    )
 
 
 def by_column(agreements: Sequence[Agreement]) -> dict[str, dict[str, Any]]:

@@ -49,10 +49,16 @@ class Point(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="steps at every point")
     parser.add_argument("--figure", type=Path, help="where to draw the curves, e.g. curves.svg")
-    parser.add_argument("--quick", action="store_true", help="one round of schemas up to 1,000 tokens and rows up to 8")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one round of schemas up to 1,000 tokens and rows up to 8",
+    )
     arguments = parser.parse_args(argv)
     lengths, together, questions = LENGTHS, TOGETHER, QUESTIONS
     if arguments.quick:
@@ -60,13 +66,23 @@ def main(argv: list[str] | None = None) -> None:
     points = [Point(length, each) for each in together for length in lengths]
     points += [Point(LENGTH, each) for each in questions]
     rate = measure(list(dict.fromkeys(points)), 1 if arguments.quick else arguments.rounds)
-    by_length = {each: {length: rate[Point(length, each)] for length in lengths} for each in together}
+    by_length = {
+        each: {length: rate[Point(length, each)] for length in lengths} for each in together
+    }
     by_questions = {each: rate[Point(LENGTH, each)] for each in questions}
     print(table("questions a row", "schema, tokens", by_length))
     print(table("schema, tokens", "questions a row", {LENGTH: by_questions}))
     if arguments.figure:
         draw(by_length, by_questions, arguments.figure)
-    print(json.dumps({"by_schema_length": by_length, "by_questions": by_questions, "threads": torch.get_num_threads()}))
+    print(
+        json.dumps(
+            {
+                "by_schema_length": by_length,
+                "by_questions": by_questions,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
 
 
 def measure(points: list[Point], rounds: int) -> dict[Point, float]:
@@ -77,7 +93,9 @@ def measure(points: list[Point], rounds: int) -> dict[Point, float]:
     chance = random.Random(0)
     made = {point: examples(point, chance) for point in points}
     bench = Bench(config, folder, [made[points[0]]], ("ours 1",))
-    steps = {each: our_step(bench.ours, config, each) for each in {point.questions for point in points}}
+    steps = {
+        each: our_step(bench.ours, config, each) for each in {point.questions for point in points}
+    }
     seconds: dict[Point, list[float]] = {point: [] for point in points}
     for number in range(rounds + 1):
         for point in chance.sample(points, len(points)):
@@ -96,25 +114,41 @@ def examples(point: Point, chance: random.Random) -> list[Row]:
     schema = [chance.randrange(1000, 40_000) for _ in range(point.schema)]
     count = point.questions if point.questions > 1 else SEPARATE
     own = [[chance.randrange(1000, 40_000) for _ in range(OWN + ANSWER)] for _ in range(count)]
-    return [Row(str(number), "schema", schema + each, point.schema + OWN) for number, each in enumerate(own)]
+    return [
+        Row(str(number), "schema", schema + each, point.schema + OWN)
+        for number, each in enumerate(own)
+    ]
 
 
 def table(rows: str, columns: str, rates: dict[int, dict[int, float]]) -> str:
     """Examples a second, as RESULTS.md has them."""
     head = list(next(iter(rates.values())))
-    lines = [f"| {rows} \\ {columns} | {' | '.join(f'{each:,}' for each in head)} |", "|---" * (len(head) + 1) + "|"]
-    lines += [f"| {name:,} | {' | '.join(f'{rate:.2f}' for rate in line.values())} |" for name, line in rates.items()]
+    lines = [
+        f"| {rows} \\ {columns} | {' | '.join(f'{each:,}' for each in head)} |",
+        "|---" * (len(head) + 1) + "|",
+    ]
+    lines += [
+        f"| {name:,} | {' | '.join(f'{rate:.2f}' for rate in line.values())} |"
+        for name, line in rates.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
-def draw(by_length: dict[int, dict[int, float]], by_questions: dict[int, float], file: Path) -> None:
+def draw(
+    by_length: dict[int, dict[int, float]], by_questions: dict[int, float], file: Path
+) -> None:
     """Both tables as curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for each, curve in by_length.items():
-        left.plot(list(curve), list(curve.values()), marker="o", label=f"{each} a row" if each > 1 else "one a row")
+        left.plot(
+            list(curve),
+            list(curve.values()),
+            marker="o",
+            label=f"{each} a row" if each > 1 else "one a row",
+        )
     _axes(left, "schema, tokens", list(next(iter(by_length.values()))))
     left.set_ylabel("examples / s")
     left.legend()

@@ -33,8 +33,9 @@ import psutil
 
 from benchmarks.mlflow_server import Server
 from benchmarks.ray_cluster import ray_cluster
-from ray_sql import checkpoints, cli, finetune
+from ray_sql import cli, finetune
 from ray_sql.config import Config, load
+from ray_sql.store import checkpoints, storage
 from ray_sql.train import driver
 
 STEPS, SAVE = 16, 4
@@ -89,9 +90,13 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run what the folder does not have yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where trials are kept")
-    parser.add_argument("--quick", action="store_true", help="every fault once, between two checkpoints")
+    parser.add_argument(
+        "--quick", action="store_true", help="every fault once, between two checkpoints"
+    )
     parser.add_argument("--only", default="", help="trials with this in their name")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -102,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         (fault, moment)
         for fault, (_, moments) in FAULTS.items()
         for moment in moments
-        if arguments.only in f"{fault} {moment}" and (not arguments.quick or moment == "between two")
+        if arguments.only in f"{fault} {moment}"
+        and (not arguments.quick or moment == "between two")
     ]
     if os.geteuid():
         print("left out: disk full, whose file system of its own only root can mount")
@@ -123,7 +129,9 @@ def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
                 result = trial(folder, nodes, fault, moment)
                 print(f"{number}/{len(chosen)} {fault}, {moment}: {json.dumps(result)}", flush=True)
                 if not moment and not result["survived"]:
-                    raise RuntimeError(f"the unbroken run failed; see {place(folder, fault, moment) / 'log.txt'}")
+                    raise RuntimeError(
+                        f"the unbroken run failed; see {place(folder, fault, moment) / 'log.txt'}"
+                    )
     return [kept(folder, *name) for name in chosen]
 
 
@@ -157,21 +165,28 @@ def trial(folder: Path, nodes: Nodes, fault: str, moment: str) -> dict[str, Any]
     else:
         raise RuntimeError(f"{fault}, {moment}: the moment was missed three times")
     result |= {"fault": fault, "moment": moment, "seconds": round(time.monotonic() - started, 1)}
-    checkpoints.write_whole(run.folder / "result.json", json.dumps(result, indent=1))
+    storage.write_whole(run.folder / "result.json", json.dumps(result, indent=1))
     return result
 
 
 def outcome(folder: Path, run: Run, code: int | None) -> dict[str, Any]:
     """Whether a run survived, and how its curve compares with the unbroken one."""
     seen = [point for point in run.points() if "loss" in point]
-    unbroken = {point["step"]: point["loss"] for point in Run(place(folder, "nothing", ""), run.nodes).points()}
+    unbroken = {
+        point["step"]: point["loss"]
+        for point in Run(place(folder, "nothing", ""), run.nodes).points()
+    }
     steps = {point["step"] for point in seen}
     recorded = run.recorded() if code == 0 else []
     said = SAYS.get(run.fault, "") in run.log.read_text()
     largest = max((abs(point["loss"] - unbroken[point["step"]]) for point in seen), default=None)
     near = largest is not None and largest < TOLERANCE
     return {
-        "survived": code == 0 and steps == set(unbroken) and recorded == sorted(unbroken) and said and near,
+        "survived": code == 0
+        and steps == set(unbroken)
+        and recorded == sorted(unbroken)
+        and said
+        and near,
         "exit_code": code,
         "starts": run.starts,
         "steps_repeated": len(seen) - len(steps),
@@ -183,13 +198,17 @@ def outcome(folder: Path, run: Run, code: int | None) -> dict[str, Any]:
 
 def report(results: list[dict[str, Any]]) -> None:
     """The table, and the sums."""
-    print("\n| fault | moment | survived | steps repeated | largest difference | seconds |\n|---|---|---|---|---|---|")
+    print(
+        "\n| fault | moment | survived | steps repeated | largest difference | seconds |\n|---|---|---|---|---|---|"
+    )
     for one in results:
         print(
             f"| {one['fault']} | {one['moment']} | {'yes' if one['survived'] else '**no**'} | {one['steps_repeated']} | "
             f"{'no point' if (far := one['largest_difference']) is None else format(far, '.1e')} | {one['seconds']:.0f} |"
         )
-    largest = max((far for one in results if (far := one["largest_difference"]) is not None), default=None)
+    largest = max(
+        (far for one in results if (far := one["largest_difference"]) is not None), default=None
+    )
     survived = sum(one["survived"] for one in results)
     print(json.dumps({"survived": survived, "of": len(results), "largest_difference": largest}))
 
@@ -224,7 +243,9 @@ class Nodes:
 
     def complete(self) -> None:
         """Replace the nodes that were killed."""
-        for node in [node for node in self._cluster.worker_nodes if _raylet(node).poll() is not None]:
+        for node in [
+            node for node in self._cluster.worker_nodes if _raylet(node).poll() is not None
+        ]:
             self._cluster.remove_node(node, allow_graceful=False)
         while len(self._cluster.worker_nodes) < 2:
             self._cluster.add_node(num_cpus=1, **SMALL)
@@ -232,7 +253,12 @@ class Nodes:
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
         raylets = [_raylet(node) for node in self._cluster.worker_nodes]
-        children = [one for raylet in raylets if raylet.poll() is None for one in psutil.Process(raylet.pid).children()]
+        children = [
+            one
+            for raylet in raylets
+            if raylet.poll() is None
+            for one in psutil.Process(raylet.pid).children()
+        ]
         return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
@@ -257,7 +283,11 @@ class Run:
 
     def __init__(self, folder: Path, nodes: Nodes, fault: str = "", moment: str = "") -> None:
         self.folder, self.nodes, self.fault, self.moment = folder, nodes, fault, moment
-        self.log, self.store, self._points = folder / "log.txt", folder / "store", folder / "points.jsonl"
+        self.log, self.store, self._points = (
+            folder / "log.txt",
+            folder / "store",
+            folder / "points.jsonl",
+        )
         self.starts = 0
         self.server: Server | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -267,7 +297,10 @@ class Run:
         (self.folder / "behind").mkdir(parents=True)
         self.store.symlink_to(self.folder / "behind")
         if self.fault == "disk full":
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", self.folder / "behind"], check=True)
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=64m", "none", self.folder / "behind"],
+                check=True,
+            )
         uri = f"sqlite:///{self.folder.parent / 'mlflow.db'}"
         if self.fault == "MLflow killed":
             self.server = Server(self.folder)
@@ -364,7 +397,9 @@ class Run:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(self.config.tracking.uri)
-        known = json.loads(checkpoints.read_text(f"{self.config.run_dir}/{finetune.RUN_FILE}") or "")["mlflow_run_id"]
+        known = json.loads(storage.read_text(f"{self.config.run_dir}/{finetune.RUN_FILE}") or "")[
+            "mlflow_run_id"
+        ]
         if client.get_run(known).info.status != "FINISHED":
             return []
         return sorted(point.step for point in client.get_metric_history(known, "train/loss"))
@@ -429,7 +464,9 @@ def storage_fails(run: Run) -> None:
 def checkpoint_damaged(run: Run) -> None:
     """The driver is killed, a byte of the newest complete checkpoint changed, and the command given again."""
     run.kill()
-    psutil.wait_procs([run.worker] if run.worker else [], timeout=PATIENCE)  # it may still be saving
+    psutil.wait_procs(
+        [run.worker] if run.worker else [], timeout=PATIENCE
+    )  # it may still be saving
     file = Path(checkpoints.complete(run.config.run_dir)[-1].uri, "optimizer.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -480,12 +517,14 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
         def __call__(self, point: dict[str, Any]) -> None:
             if point["kind"] == "train":
                 with open(points, "a") as stream:
-                    stream.write(json.dumps({"step": point["step"], "loss": point["values"]["loss"]}) + "\n")
+                    stream.write(
+                        json.dumps({"step": point["step"], "loss": point["values"]["loss"]}) + "\n"
+                    )
             super().__call__(point)
 
     finetune.Points = Noting  # type: ignore[misc]
     if full:
-        driver.train_loop_per_worker = partial(without_memory, moment=full)  # type: ignore[attr-defined]
+        driver.train_loop_per_worker = partial(without_memory, moment=full)
     cli.main(finetune.run, Config, [], **settings)
 
 
@@ -493,10 +532,12 @@ def without_memory(plan: dict[str, Any], moment: tuple[str, int]) -> dict[str, A
     """`train_loop_per_worker` where torch finds no memory at a moment, unless forward passes were halved."""
     import torch
 
-    from ray_sql import checkpoints, train, trainer
+    from ray_sql import train
+    from ray_sql.store import storage
+    from ray_sql.train import trainer
 
     kind, at = moment
-    step, checksum = trainer.StepTrainer.training_step, checkpoints._checksum
+    step, checksum = trainer.StepTrainer.training_step, storage.checksum
 
     def full(*_: Any) -> None:
         if plan["halvings"] == 0:
@@ -513,7 +554,7 @@ def without_memory(plan: dict[str, Any], moment: tuple[str, int]) -> dict[str, A
         return checksum(file)
 
     trainer.StepTrainer.training_step = training_step  # type: ignore[assignment, method-assign]
-    checkpoints._checksum = while_saving
+    storage.checksum = while_saving
     return train.train_loop_per_worker(plan)
 
 
@@ -532,7 +573,10 @@ def make_data(folder: Path) -> None:
         for column in columns
         for question, query in (
             (f"Show the {column} of every {table}.", f"SELECT {column} FROM {table}"),
-            (f"How many different values has {column} of {table}?", f"SELECT COUNT(DISTINCT {column}) FROM {table}"),
+            (
+                f"How many different values has {column} of {table}?",
+                f"SELECT COUNT(DISTINCT {column}) FROM {table}",
+            ),
             (f"What is the largest {column} of a {table}?", f"SELECT MAX({column}) FROM {table}"),
             (f"List {table} by {column}.", f"SELECT * FROM {table} ORDER BY {column}"),
         )
@@ -559,8 +603,15 @@ def make_model(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|pad|>", eos_token="<|end|>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096, **shape)).save_pretrained(folder)
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096, **shape)
+    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":

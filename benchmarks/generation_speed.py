@@ -37,7 +37,7 @@ import torch
 
 from ray_sql import cluster, data, generate, models
 from ray_sql.config import Config, load
-from ray_sql.generate import Answer, Question, plain
+from ray_sql.generate import Answer, Question, hf_generate
 
 PER_DATABASE = (1, 8, 32)
 """Questions of a database in a round."""
@@ -47,16 +47,31 @@ ROUND = 64
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds at each number of questions a database")
-    parser.add_argument("--per_database", type=int, nargs="+", default=PER_DATABASE, help="questions of a database")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts that `generate` answers together")
-    parser.add_argument("--adapter", help="folder of an adapter over the demo's model")
-    parser.add_argument("--max_new_tokens", type=int, help="by default what evaluate.max_new_tokens is")
-    parser.add_argument(
-        "--exact", type=int, default=2, help="questions of a round whose answers are compared in float32"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one round of 4, 8 and 32 questions, 32 new tokens")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds at each number of questions a database"
+    )
+    parser.add_argument(
+        "--per_database", type=int, nargs="+", default=PER_DATABASE, help="questions of a database"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="prompts that `generate` answers together"
+    )
+    parser.add_argument("--adapter", help="folder of an adapter over the demo's model")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="by default what evaluate.max_new_tokens is"
+    )
+    parser.add_argument(
+        "--exact",
+        type=int,
+        default=2,
+        help="questions of a round whose answers are compared in float32",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of 4, 8 and 32 questions, 32 new tokens"
+    )
     arguments = parser.parse_args(argv)
     config = settings(arguments.max_new_tokens or (32 if arguments.quick else None))
     rounds, exact = (1, 2) if arguments.quick else (arguments.rounds, arguments.exact)
@@ -65,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     measured = {}
     for each in arguments.per_database:
         size = max(4 if arguments.quick else ROUND, each)
-        measured[each] = [bench.round(asked, exact) for asked in draw(bench.asked, each, size, rounds)]
+        measured[each] = [
+            bench.round(asked, exact) for asked in draw(bench.asked, each, size, rounds)
+        ]
     report(measured)
     found = {each: median(one["ratio"] for one in made) for each, made in measured.items()}
     every = [one for made in measured.values() for one in made]
@@ -74,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
             {
                 "vs_batched": round(found[max(found)], 2),
                 **{f"vs_batched_{each}": round(ratio, 2) for each, ratio in found.items()},
-                "equal_float32": sum(one["exact_equal"] for one in every) / max(1, sum(one["exact"] for one in every)),
-                f"equal_{bench.dtype}": round(sum(one["equal"] for one in every) / sum(one["n"] for one in every), 3),
+                "equal_float32": sum(one["exact_equal"] for one in every)
+                / max(1, sum(one["exact"] for one in every)),
+                f"equal_{bench.dtype}": round(
+                    sum(one["equal"] for one in every) / sum(one["n"] for one in every), 3
+                ),
                 "batch_size": arguments.batch_size,
                 "max_new_tokens": config.evaluate.max_new_tokens,
                 "adapter": arguments.adapter is not None,
@@ -120,7 +140,11 @@ def draw(asked: Sequence[Question], each: int, size: int, rounds: int) -> Iterat
     for number in range(rounds):
         # as many other databases a round as there are among the longest half; after them, other questions of the same
         first = number * count % max(1, max(count, len(longest) // 2) - count + 1)
-        yield [one for questions in longest[first : first + count] for one in chance.sample(questions, each)]
+        yield [
+            one
+            for questions in longest[first : first + count]
+            for one in chance.sample(questions, each)
+        ]
 
 
 class Bench:
@@ -136,7 +160,9 @@ class Bench:
         self.asked = [
             question
             for split in config.split
-            for question in generate.questions(corpus.splits[split], split, corpus, self._tokenizer, config)
+            for question in generate.questions(
+                corpus.splits[split], split, corpus, self._tokenizer, config
+            )
         ]
         self._model = self._load(config)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
@@ -170,7 +196,9 @@ class Bench:
             "ratio": seconds["batched"] / seconds["ours"],
             "equal": _equal(said["batched"], said["ours"]),
             "exact": len(few),
-            "exact_equal": _equal(self.batched(few, model=self._exact, size=1), self.ours(few, model=self._exact)),
+            "exact_equal": _equal(
+                self.batched(few, model=self._exact, size=1), self.ours(few, model=self._exact)
+            ),
             "own_equal": _equal(other, [said["batched"][place] for place in places]),
         }
         print(
@@ -180,7 +208,9 @@ class Bench:
         )
         return made
 
-    def batched(self, asked: Sequence[Question], model: Any = None, size: int | None = None) -> list[Answer]:
+    def batched(
+        self, asked: Sequence[Question], model: Any = None, size: int | None = None
+    ) -> list[Answer]:
         """transformers' `generate`, prompts of similar length together."""
         size = size or self._batch_size
         order = sorted(range(len(asked)), key=lambda number: -len(asked[number].input_ids))
@@ -188,7 +218,7 @@ class Bench:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             prompts = [asked[number].input_ids for number in batch]
-            answers = plain.answer_batch(
+            answers = hf_generate.answer_batch(
                 model or self._model, self._tokenizer, prompts, self.config.evaluate.max_new_tokens
             )
             said |= dict(zip(batch, answers, strict=True))
@@ -221,8 +251,12 @@ def report(measured: dict[int, list[dict[str, Any]]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for each, rounds in measured.items():
         n, exact = sum(one["n"] for one in rounds), sum(one["exact"] for one in rounds)
-        prompts, answers = ([length for one in rounds for length in one[key]] for key in ("prompts", "answers"))
-        rate = {name: n / sum(one["seconds"][name] for one in rounds) for name in ("batched", "ours")}
+        prompts, answers = (
+            [length for one in rounds for length in one[key]] for key in ("prompts", "answers")
+        )
+        rate = {
+            name: n / sum(one["seconds"][name] for one in rounds) for name in ("batched", "ours")
+        }
         ratios = sorted(one["ratio"] for one in rounds)
         print(
             f"| {each} | {n}, {max(one['databases'] for one in rounds)} a round | {min(prompts)} to {max(prompts)} (median "
@@ -235,7 +269,11 @@ def report(measured: dict[int, list[dict[str, Any]]]) -> None:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
 
 
 if __name__ == "__main__":

@@ -39,9 +39,11 @@ from typing import Any
 import torch
 
 from benchmarks.training_speed import spread, useful_flops
-from ray_sql import linear, models, rows, trainer
+from ray_sql import models, rows
 from ray_sql.config import Config, load
-from ray_sql.rows import Row, attention
+from ray_sql.models import cpu_linear, packed_attention
+from ray_sql.rows import Row
+from ray_sql.train import trainer
 
 SHAPE = {
     "hidden_size": 1536,
@@ -71,28 +73,53 @@ PACKED_LENGTH = 4096
 TRL = ("plain", "padded 8", "packing", "packing flex")
 OURS = ("ours 2 one pass", "ours 8", "ours 8 one pass", "ours 16", "ours 32")
 PARTS: dict[str, tuple[str, ...]] = {
-    "checkpointing": (*TRL, *OURS, "ours 8 mask", "ours 32 mask", "ours 8 expanded", "ours 32 expanded"),
-    "no checkpointing": ("plain", "packing", *OURS, "ours 32 mask", "ours 8 expanded", "ours 32 expanded"),
+    "checkpointing": (
+        *TRL,
+        *OURS,
+        "ours 8 mask",
+        "ours 32 mask",
+        "ours 8 expanded",
+        "ours 32 expanded",
+    ),
+    "no checkpointing": (
+        "plain",
+        "packing",
+        *OURS,
+        "ours 32 mask",
+        "ours 8 expanded",
+        "ours 32 expanded",
+    ),
     "compiled": ("ours 8", "ours 32", "ours 8 compiled", "ours 32 compiled"),
 }
 """Variants measured against each other in one process; all but the first part keep activations."""
-QUICK = {"checkpointing": ("plain", "packing", "ours 8", "ours 32"), "no checkpointing": ("plain", "packing", "ours 8")}
+QUICK = {
+    "checkpointing": ("plain", "packing", "ours 8", "ours 32"),
+    "no checkpointing": ("plain", "packing", "ours 8"),
+}
 SECONDS = {"gradients": 150, "checkpointing": 260, "no checkpointing": 110, "compiled": 90}
 """How long a part may take at most; what it has measured by then counts."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=6, help="rounds of 32 examples")
-    parser.add_argument("--seconds", type=float, default=420, help="how long all parts together may take")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="how long all parts together may take"
+    )
     parser.add_argument("--quick", action="store_true", help="two rounds of few variants")
     parser.add_argument(
-        "--tiny", action="store_true", help="a miniature of everything, to rehearse on a machine without a GPU"
+        "--tiny",
+        action="store_true",
+        help="a miniature of everything, to rehearse on a machine without a GPU",
     )
     parser.add_argument("--parts", default="", help="which parts, by comma; by default all")
     parser.add_argument("--tests", type=int, help="exit status of the GPU tests, for the last line")
-    parser.add_argument("--one", nargs=3, metavar=("PART", "FOLDER", "FILE"), help="one part, in this process")
+    parser.add_argument(
+        "--one", nargs=3, metavar=("PART", "FOLDER", "FILE"), help="one part, in this process"
+    )
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available() and not arguments.tiny:
         sys.exit("benchmarks.gpu: no GPU here; --tiny rehearses without one")
@@ -105,7 +132,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def all_parts(arguments: argparse.Namespace) -> None:
     """Every part in a process of its own, then the tables and the last line."""
-    chosen = arguments.parts.split(",") if arguments.parts else ["gradients", *(QUICK if arguments.quick else PARTS)]
+    chosen = (
+        arguments.parts.split(",")
+        if arguments.parts
+        else ["gradients", *(QUICK if arguments.quick else PARTS)]
+    )
     found: dict[str, Any] = {}
     until = time.monotonic() + arguments.seconds
     with tempfile.TemporaryDirectory() as scratch:
@@ -121,7 +152,9 @@ def all_parts(arguments: argparse.Namespace) -> None:
     print(json.dumps(summary(found, arguments.tests)))
 
 
-def run_part(part: str, folder: Path, file: Path, arguments: argparse.Namespace, limit: float) -> dict[str, Any]:
+def run_part(
+    part: str, folder: Path, file: Path, arguments: argparse.Namespace, limit: float
+) -> dict[str, Any]:
     """What a part wrote in at most `limit` seconds, whether or not it came to its end."""
     if limit < 10:
         return {"ended": "no time left"}
@@ -140,7 +173,9 @@ def run_part(part: str, folder: Path, file: Path, arguments: argparse.Namespace,
 
 def one_part(part: str, folder: str, file: str, arguments: argparse.Namespace) -> None:
     """Measure one part and write what is known after every round."""
-    rounds = draw_rounds(WARM_UP + (2 if arguments.quick else arguments.rounds), folder, 10 if arguments.tiny else 1)
+    rounds = draw_rounds(
+        WARM_UP + (2 if arguments.quick else arguments.rounds), folder, 10 if arguments.tiny else 1
+    )
     if part == "gradients":
         Path(file).write_text(json.dumps(gradient_errors(folder, rounds[0][:STEP])))
         return
@@ -171,7 +206,9 @@ def make_model(folder: Path, shape: Mapping[str, Any]) -> None:
     models.quiet()
     torch.manual_seed(0)
     with torch.device(device()):
-        config = AutoConfig.for_model("qwen2", pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape)
+        config = AutoConfig.for_model(
+            "qwen2", pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape
+        )
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     clear_peak(empty=True)
 
@@ -215,7 +252,9 @@ def draw_rounds(count: int, folder: str, divisor: int) -> list[list[Row]]:
 class Bench:
     """A part's trainers, one for each kind of model, and the step that each variant makes of a round."""
 
-    def __init__(self, part: str, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]) -> None:
+    def __init__(
+        self, part: str, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]
+    ) -> None:
         self._part, self._folder, self._rounds = part, folder, rounds
         self._config = settings(folder, train={"gradient_checkpointing": part == "checkpointing"})
         self._tokenizer = models.load_tokenizer(folder)
@@ -239,13 +278,25 @@ class Bench:
                     self.variants.remove(variant)
                 elif number > 0:
                     seconds[variant].append(taken[0] / len(chosen))
-                    flops[variant].append(useful_flops(self._trainer(variant).model, chosen) / len(chosen))
+                    flops[variant].append(
+                        useful_flops(self._trainer(variant).model, chosen) / len(chosen)
+                    )
                     memory[variant] = max(memory[variant], taken[1])
-            said = "  ".join(f"{variant} {each[-1] * 1e3:.1f}" for variant, each in seconds.items() if each)
+            said = "  ".join(
+                f"{variant} {each[-1] * 1e3:.1f}" for variant, each in seconds.items() if each
+            )
             what = f"round {number}" if number > 0 else "warm-up"
             print(f"{what}, {len(examples[0].input_ids)} tokens, ms an example: {said}", flush=True)
-            known = {"seconds": seconds, "flops": flops, "memory": memory, "failed": self._failed, "peak": peak}
-            file.write_text(json.dumps(known | {"gpu": gpu(), "attention": self._attention("packing")}))
+            known = {
+                "seconds": seconds,
+                "flops": flops,
+                "memory": memory,
+                "failed": self._failed,
+                "peak": peak,
+            }
+            file.write_text(
+                json.dumps(known | {"gpu": gpu(), "attention": self._attention("packing")})
+            )
 
     def profile(self, variant: str) -> str:
         """How much of a step's time the GPU computes, and the kernels that take most of it."""
@@ -261,10 +312,14 @@ class Bench:
         events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
         busy = sum(event.self_device_time_total for event in events) / 1e6
         lines = [
-            f"{100 * e.self_device_time_total / 1e6 / busy:4.0f} %  {e.count:6} x {e.key[:90]}" for e in events[:10]
+            f"{100 * e.self_device_time_total / 1e6 / busy:4.0f} %  {e.count:6} x {e.key[:90]}"
+            for e in events[:10]
         ]
         wall = taken[0] if taken else math.nan
-        return f"{variant}: the GPU computes {busy:.2f} of {wall:.2f} s a step, most of it in\n" + "\n".join(lines)
+        return (
+            f"{variant}: the GPU computes {busy:.2f} of {wall:.2f} s a step, most of it in\n"
+            + "\n".join(lines)
+        )
 
     def _measured(self, variant: str, examples: Sequence[Row]) -> tuple[float, float] | None:
         """Seconds and peak GiB of one step; None, and a line that says why, where it fails."""
@@ -279,9 +334,7 @@ class Bench:
             taken = time.perf_counter() - started
             own = self._own[kind(variant)]
             return taken, (peak_bytes() - before + own) / 2**30
-        except (
-            Exception
-        ) as error:  # a variant that cannot run here (no memory, no kernel) must not take the others with it
+        except Exception as error:  # a variant that cannot run here (no memory, no kernel) must not take the others with it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         gc.collect()  # of a forward pass that broke off, checkpointing's hooks live on in its frames, and would catch other tensors
         self._failed[variant] = reason
@@ -307,10 +360,16 @@ class Bench:
     def _ours(self, of: str) -> Any:
         base = models.load_base(self._folder, self._config, device())
         if of == "expanded":
-            linear.dequantise_once(base, models.compute_dtype(self._config))
-        built = trainer.build(base, self._tokenizer, self._rounds[0], self._config, STEP, Path(self._scratch.name))
+            cpu_linear.dequantise_once(base, models.compute_dtype(self._config))
+        built = trainer.build(
+            base, self._tokenizer, self._rounds[0], self._config, STEP, Path(self._scratch.name)
+        )
         if of == "compiled":
-            for layer in (each for each in built.model.modules() if type(each).__name__.endswith("DecoderLayer")):
+            for layer in (
+                each
+                for each in built.model.modules()
+                if type(each).__name__.endswith("DecoderLayer")
+            ):
                 layer.compile(dynamic=True)
         print(f"{of}: attention {built.model.config._attn_implementation}", flush=True)
         built.fast = built.model.config._attn_implementation
@@ -351,28 +410,38 @@ class Bench:
 
         if "flex" in variant:
             return "flex_attention"
-        return "flash_attention_2" if "packing" in variant and is_flash_attn_2_available() else "sdpa"
+        return (
+            "flash_attention_2" if "packing" in variant and is_flash_attn_2_available() else "sdpa"
+        )
 
     def _arrange(self, variant: str, built: Any) -> None:
         if kind(variant) == "trl":
             built.model.set_attn_implementation(self._attention(variant))
         elif "mask" in variant:
-            attention.use_mask(built.model)
+            packed_attention.use_mask(built.model)
         else:
             built.model.set_attn_implementation(built.fast)
 
     def _step(self, variant: str, built: Any, work: Sequence[Any]) -> None:
         """One optimizer step; `work` is `batches`' for a variant of TRL, else examples."""
         if kind(variant) == "trl":
-            collate = packed_collator(self._tokenizer) if "packing" in variant else built.data_collator
+            collate = (
+                packed_collator(self._tokenizer) if "packing" in variant else built.data_collator
+            )
             made = [collate(batch) for batch in work]
-            items = torch.tensor(sum(int((each["labels"][:, 1:] != -100).sum()) for each in made), device=device())
+            items = torch.tensor(
+                sum(int((each["labels"][:, 1:] != -100).sum()) for each in made), device=device()
+            )
             for each in made:
                 built.training_step(built.prepared, each, num_items_in_batch=items)
         else:
             batch = len(work) if "one pass" in variant else 1
-            config = self._config.changed({"train_batch_size": batch, "grad_accum_steps": EXAMPLES // batch})
-            step = rows.Steps(work, config, int(variant.split()[1]), 0, 1, self._tokenizer.pad_token_id)[0]
+            config = self._config.changed(
+                {"train_batch_size": batch, "grad_accum_steps": EXAMPLES // batch}
+            )
+            step = rows.Steps(
+                work, config, int(variant.split()[1]), 0, 1, self._tokenizer.pad_token_id
+            )[0]
             built.training_step(built.prepared, step)
         built.optimizer.step()
         built.optimizer.zero_grad()
@@ -395,7 +464,10 @@ def size(variant: str) -> int:
 
 def columns(examples: Sequence[Row]) -> dict[str, list[list[int]]]:
     """Examples as TRL's collator takes them."""
-    return {"input_ids": [row.input_ids for row in examples], "labels": [row.labels for row in examples]}
+    return {
+        "input_ids": [row.input_ids for row in examples],
+        "labels": [row.labels for row in examples],
+    }
 
 
 def batches(variant: str, examples: Sequence[Row]) -> list[list[dict[str, Any]]]:
@@ -425,24 +497,42 @@ def gradient_errors(folder: str, examples: Sequence[Row]) -> dict[str, float]:
         config = settings(folder, train={"bf16": bf16}, lora={"lora_dropout": 0.0})
         base = models.load_base(folder, config, device())
         with tempfile.TemporaryDirectory() as scratch:
-            built = trainer.build(base, models.load_tokenizer(folder), examples, config, STEP, Path(scratch))
-        model, fast = built.accelerator.prepare_model(built.model), built.model.config._attn_implementation
+            built = trainer.build(
+                base, models.load_tokenizer(folder), examples, config, STEP, Path(scratch)
+            )
+        model, fast = (
+            built.accelerator.prepare_model(built.model),
+            built.model.config._attn_implementation,
+        )
         draw = torch.Generator().manual_seed(0)
         for name, weight in built.model.named_parameters():
-            if weight.requires_grad:  # lora_B is zero at first, which would hide every gradient of lora_A
+            if (
+                weight.requires_grad
+            ):  # lora_B is zero at first, which would hide every gradient of lora_A
                 scale = 0.02 if "lora_B" in name else weight.shape[1] ** -0.5
                 weight.data = torch.randn(weight.shape, generator=draw).mul(scale).to(weight)
-        for name, together in (("separate", 1), (fast, STEP), (attention.MASKED, STEP)):
-            if name == attention.MASKED:
-                attention.use_mask(built.model)
+        for name, together in (("separate", 1), (fast, STEP), (packed_attention.MASKED, STEP)):
+            if name == packed_attention.MASKED:
+                packed_attention.use_mask(built.model)
             built.model.zero_grad()
             built.training_step(model, rows.Steps(examples, config, together, 0, 1, 0)[0])
-            gradient = torch.cat([w.grad.flatten().float().cpu() for w in built.model.parameters() if w.requires_grad])
+            gradient = torch.cat(
+                [
+                    w.grad.flatten().float().cpu()
+                    for w in built.model.parameters()
+                    if w.requires_grad
+                ]
+            )
             found[f"{'bf16' if bf16 else 'fp32'} {name.removeprefix('ray_sql_')}"] = gradient
-            error = float((gradient - found["fp32 separate"]).norm() / found["fp32 separate"].norm())
+            error = float(
+                (gradient - found["fp32 separate"]).norm() / found["fp32 separate"].norm()
+            )
             print(f"{'bf16' if bf16 else 'fp32'} {name}: gradients off by {error:.2g}", flush=True)
     exact = found.pop("fp32 separate")
-    return {name: float(f"{float((each - exact).norm() / exact.norm()):.2g}") for name, each in found.items()}
+    return {
+        name: float(f"{float((each - exact).norm() / exact.norm()):.2g}")
+        for name, each in found.items()
+    }
 
 
 def matmul_peak() -> float:
@@ -489,8 +579,16 @@ def gpu() -> str:
 def table(part: str, found: Mapping[str, Any]) -> str:
     """A part's rows of RESULTS.md."""
     seconds = {variant: each for variant, each in found["seconds"].items() if each}
-    against = [variant for variant in ("plain", "packing") if variant in seconds] or list(seconds)[:1]
-    head = ["variant", "examples/s", *(f"vs {of} (spread)" for of in against), "share of peak", "peak memory, GiB"]
+    against = [variant for variant in ("plain", "packing") if variant in seconds] or list(seconds)[
+        :1
+    ]
+    head = [
+        "variant",
+        "examples/s",
+        *(f"vs {of} (spread)" for of in against),
+        "share of peak",
+        "peak memory, GiB",
+    ]
     lines = [
         f"{part}: {found['gpu']}, {found['peak'] / 1e12:.0f} TFLOP/s in bfloat16 products, packing with {found['attention']}",
         f"| {' | '.join(head)} |",
@@ -498,14 +596,18 @@ def table(part: str, found: Mapping[str, Any]) -> str:
     ]
     for variant, each in seconds.items():
         cells = [
-            "{1:.2f}x ({0:.2f} to {2:.2f})".format(*spread(shortest(seconds, of, variant), of, variant))
+            "{1:.2f}x ({0:.2f} to {2:.2f})".format(
+                *spread(shortest(seconds, of, variant), of, variant)
+            )
             for of in against
         ]
         share = sum(found["flops"][variant]) / sum(each) / found["peak"]
         lines.append(
             f"| {variant} | {len(each) / sum(each):.1f} | {' | '.join(cells)} | {share:.2f} | {found['memory'][variant]:.1f} |"
         )
-    return "\n".join([*lines, *(f"{variant} failed: {reason}" for variant, reason in found["failed"].items())])
+    return "\n".join(
+        [*lines, *(f"{variant} failed: {reason}" for variant, reason in found["failed"].items())]
+    )
 
 
 def shortest(seconds: Mapping[str, list[float]], *variants: str) -> dict[str, list[float]]:
@@ -523,10 +625,15 @@ def summary(found: Mapping[str, Any], tests: int | None) -> dict[str, Any]:
             {
                 variant: {
                     "examples_per_second": round(len(made) / sum(made), 2),
-                    "share_of_peak": round(sum(each["flops"][variant]) / sum(made) / each["peak"], 4),
+                    "share_of_peak": round(
+                        sum(each["flops"][variant]) / sum(made) / each["peak"], 4
+                    ),
                     "peak_gib": round(each["memory"][variant], 2),
                     "ratios": {
-                        of: [round(one, 2) for one in spread(shortest(seconds, of, variant), of, variant)]
+                        of: [
+                            round(one, 2)
+                            for one in spread(shortest(seconds, of, variant), of, variant)
+                        ]
                         for of in ("plain", "packing")
                         if of in seconds
                     },

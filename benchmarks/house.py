@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ray_sql"
@@ -35,7 +36,7 @@ def functions_that_take_config() -> list[str]:
     for path, node in _nodes(ast.FunctionDef, ast.AsyncFunctionDef):
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         notes = [ast.unparse(each.annotation) for each in arguments if each.annotation]
-        if any(re.search(r"\b(?:\w*Config)\b(?!Dict)", note) and _is_tree(note) for note in notes):
+        if any(map(_is_tree, notes)):
             found.append(_place(path, node))
     return found
 
@@ -66,12 +67,9 @@ def top_level_names() -> list[str]:
 
 def own_imports_in_functions() -> list[str]:
     """Imports of this package inside functions."""
-    found = []
-    for path, function in _nodes(ast.FunctionDef, ast.AsyncFunctionDef):
-        for node in ast.walk(function):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ray_sql":
-                found.append(_place(path, node))
-    return sorted(set(found))
+    functions = _nodes(ast.FunctionDef, ast.AsyncFunctionDef)
+    inside = ((path, node) for path, function in functions for node in ast.walk(function))
+    return sorted({_place(path, node) for path, node in inside if _is_own_import(node)})
 
 
 def conditional_expressions() -> list[str]:
@@ -94,8 +92,12 @@ def long_sentences(page: Path, most: int = 35) -> tuple[int, int]:
     text = re.sub(r"```.*?```", "\n\n", page.read_text(), flags=re.DOTALL)
     text = re.sub(r"<[^>]+>|!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.)\s)|\n(?=#)|(?<=\n)(?=\|)", text)
-    prose = [" ".join(block.split()) for block in blocks if not block.strip().startswith(("|", "#"))]
-    sentences = [one for block in prose for one in re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(])", block) if one]
+    prose = [
+        " ".join(block.split()) for block in blocks if not block.strip().startswith(("|", "#"))
+    ]
+    sentences = [
+        one for block in prose for one in re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(])", block) if one
+    ]
     counted = [len(one.split()) for one in sentences if len(one.split()) > 2]
     return sum(count > most for count in counted), len(counted)
 
@@ -109,31 +111,46 @@ def measure() -> dict[str, float]:
         "kind_dispatches": len(kind_dispatches()),
         "top_level_names": len(top_level_names()),
         "own_imports_in_functions": len(own_imports_in_functions()),
-        "conditional_expressions_per_1000_lines": round(1000 * len(conditional_expressions()) / lines(), 1),
+        "conditional_expressions_per_1000_lines": round(
+            1000 * len(conditional_expressions()) / lines(), 1
+        ),
         "readme_lines": readme_lines(),
         "readme_long_sentences_percent": round(100 * long / sentences, 1),
         "lines": lines(),
     }
 
 
-def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
+def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, Any]]:
     for path in files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, kinds):
                 yield path, node
 
 
+def _is_own_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ray_sql"
+
+
 def _is_tree(note: str) -> bool:
-    trees = {"Config", "EvaluateConfig", "SweepConfig", "CheckConfig", "PublishConfig", "TasksConfig"}
+    trees = {
+        "Config",
+        "EvaluateConfig",
+        "SweepConfig",
+        "CheckConfig",
+        "PublishConfig",
+        "TasksConfig",
+    }
     return bool(trees & set(re.findall(r"\w+", note)))
 
 
 def _is_path(node: ast.JoinedStr) -> bool:
     """Whether an f-string is a path and no sentence: it has no spaces."""
-    return " " not in "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+    return " " not in "".join(
+        str(part.value) for part in node.values if isinstance(part, ast.Constant)
+    )
 
 
-def _place(path: Path, node: ast.AST) -> str:
+def _place(path: Path, node: Any) -> str:
     name = getattr(node, "name", "")
     return f"{path.relative_to(ROOT)}:{node.lineno} {name}".strip()
 
@@ -142,7 +159,9 @@ def main() -> None:
     """Print the counts, or with `--where` the places behind one of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--where", help="list the places of one count")
-    parser.add_argument("--quick", action="store_true", help="nothing is left out: it takes seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="nothing is left out: it takes seconds"
+    )
     given = parser.parse_args()
     if given.where:
         for place in globals()[given.where]():

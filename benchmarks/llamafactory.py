@@ -23,7 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training_speed import EXAMPLES, PACKED_LENGTH, STEP, Bench, draw_rounds, settings, spread
+from benchmarks.training_speed import (
+    EXAMPLES,
+    PACKED_LENGTH,
+    STEP,
+    Bench,
+    draw_rounds,
+    settings,
+    spread,
+)
 from ray_sql import models
 from ray_sql.config import Config
 from ray_sql.rows import Row
@@ -38,7 +46,9 @@ class Peer:
     def __init__(self, python: Path, config: Config, folder: str) -> None:
         script = Path(__file__).with_name("llamafactory_peer.py")
         command = [str(python), "-P", str(script)]  # without -P this file would be the package
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         given = {
             "model": folder,
             "variants": ["plain", "packing"],
@@ -66,8 +76,12 @@ class Peer:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, required=True, help="the Python for which llamafactory is installed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--python", type=Path, required=True, help="the Python for which llamafactory is installed"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of 32 examples")
     parser.add_argument("--quick", action="store_true", help="one round")
     arguments = parser.parse_args(argv)
@@ -76,10 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     rounds = list(draw_rounds(config, folder, 1 if arguments.quick else arguments.rounds))
     bench = Bench(config, folder, rounds, ("ours 8", "ours 32"))
     seconds = run(bench, Peer(arguments.python, config, folder))
-    print("| variant | examples/s | against LLaMA-Factory, one a pass | against its packing |\n|---|---|---|---|")
+    print(
+        "| variant | examples/s | against LLaMA-Factory, one a pass | against its packing |\n|---|---|---|---|"
+    )
     for variant in TAKES:
         rate = len(rounds) / sum(seconds[variant])
-        cells = ["{1:.1f}x ({0:.1f} to {2:.1f})".format(*spread(seconds, of, variant)) for of in ("plain", "packing")]
+        cells = [
+            "{1:.1f}x ({0:.1f} to {2:.1f})".format(*spread(seconds, of, variant))
+            for of in ("plain", "packing")
+        ]
         print(f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} |")
     ratios = {
         f"{ours} against {peer}": round(spread(seconds, peer, ours)[1], 2)

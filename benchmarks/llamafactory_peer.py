@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-if not importlib.util.find_spec("torchaudio"):  # imported by LLaMA-Factory's readers of sound; its wheels need CUDA
+if not importlib.util.find_spec(
+    "torchaudio"
+):  # imported by LLaMA-Factory's readers of sound; its wheels need CUDA
     sys.modules["torchaudio"] = importlib.util.module_from_spec(ModuleSpec("torchaudio", None))
 
 from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
@@ -31,7 +33,9 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 class Packing(PackedSupervisedDatasetProcessor):  # type: ignore[misc]
     """Its packing, of examples that are tokens already."""
 
-    def _encode_data_example(self, prompt: Any, response: Any, **_: Any) -> tuple[list[int], list[int]]:
+    def _encode_data_example(
+        self, prompt: Any, response: Any, **_: Any
+    ) -> tuple[list[int], list[int]]:
         return prompt[0], response[0]
 
 
@@ -102,7 +106,9 @@ def build(given: dict[str, Any], variant: str, scratch: str) -> Any:
     )
     packing = Packing(template=template, data_args=data_args, **module)
     model = trainer.accelerator.prepare_model(model)
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [w for w in model.parameters() if w.requires_grad], lr=1e-5, fused=True
+    )
 
     def step(examples: list[dict[str, list[int]]]) -> dict[str, float]:
         features = (
@@ -110,12 +116,21 @@ def build(given: dict[str, Any], variant: str, scratch: str) -> Any:
             if packed
             else [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in examples]
         )
-        labelled = torch.tensor(sum(sum(token != -100 for token in e["labels"][1:]) for e in examples))
+        labelled = torch.tensor(
+            sum(sum(token != -100 for token in e["labels"][1:]) for e in examples)
+        )
         started = time.perf_counter()
-        losses = [trainer.training_step(model, collate([each]), num_items_in_batch=labelled) for each in features]
+        losses = [
+            trainer.training_step(model, collate([each]), num_items_in_batch=labelled)
+            for each in features
+        ]
         optimizer.step()
         optimizer.zero_grad()
-        return {"seconds": time.perf_counter() - started, "loss": float(sum(losses)), "passes": len(features)}
+        return {
+            "seconds": time.perf_counter() - started,
+            "loss": float(sum(losses)),
+            "passes": len(features),
+        }
 
     return step
 

@@ -44,7 +44,9 @@ class Server:
         command += ["--artifacts-destination", str(self._folder / "artifacts")]
         log = (self._folder / "server.log").open("ab")
         quick = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quick, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=quick, start_new_session=True
+        )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:

@@ -85,17 +85,29 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     """The phases asked for, or all three."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where inputs and predictions are kept")
     parser.add_argument("--phase", choices=["prepare", "train", "score"], help="only this one")
     parser.add_argument("--databases", type=int, default=12, help="training databases")
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
-    parser.add_argument("--together", type=int, nargs="+", default=TOGETHER, help="questions in a row; 1 is plain rows")
+    parser.add_argument(
+        "--together",
+        type=int,
+        nargs="+",
+        default=TOGETHER,
+        help="questions in a row; 1 is plain rows",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--batch", type=int, default=PASS, help="examples in a step, a multiple of 8")
+    parser.add_argument(
+        "--batch", type=int, default=PASS, help="examples in a step, a multiple of 8"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="how often every example is seen")
     parser.add_argument("--run", help="train only this run, `seed-together-batch-epochs`")
-    parser.add_argument("--quick", action="store_true", help="one database, one seed: to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="one database, one seed: to see that it works"
+    )
     arguments = parser.parse_args(argv)
     if arguments.batch % PASS:
         parser.error(f"--batch {arguments.batch} is no multiple of {PASS}")
@@ -106,7 +118,10 @@ def main(argv: list[str] | None = None) -> None:
             train(arguments.folder, Run.parse(arguments.run))
         else:
             seeds = [1] if arguments.quick else arguments.seeds
-            runs = [Run(*each, arguments.batch, arguments.epochs) for each in product(seeds, arguments.together)]
+            runs = [
+                Run(*each, arguments.batch, arguments.epochs)
+                for each in product(seeds, arguments.together)
+            ]
             train_all(arguments.folder, runs, arguments.jobs)
     if arguments.phase in (None, "score"):
         score(arguments.folder)
@@ -129,7 +144,8 @@ def prepare(folder: Path, databases: int) -> None:
     short = [
         example
         for example in corpus.splits["train"]
-        if len(rows.encode(example, corpus.schemas, tokenizer, config).input_ids) <= config.rows.max_length
+        if len(rows.encode(example, corpus.schemas, tokenizer, config).input_ids)
+        <= config.rows.max_length
     ]
     chosen = drawn(short, databases, TRAINED + ASKED)
     trained = [example for examples in chosen for example in examples[:TRAINED]]
@@ -138,7 +154,9 @@ def prepare(folder: Path, databases: int) -> None:
     questions = generate.questions(asked, "held-out", corpus, tokenizer, config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.parquet").write_bytes(file.read_bytes())
-    (folder / "held-out.parquet").write_bytes(rows.prepare(asked, corpus.schemas, tokenizer, config)[0].read_bytes())
+    (folder / "held-out.parquet").write_bytes(
+        rows.prepare(asked, corpus.schemas, tokenizer, config)[0].read_bytes()
+    )
     (folder / "questions.jsonl").write_text(generate.dump(questions))
     print(f"{audit.line()}; {len(questions)} questions")
 
@@ -158,7 +176,16 @@ def train_all(folder: Path, runs: Sequence[Run], jobs: int) -> None:
     models.resolve(settings())  # converted once, not by every process
 
     def one(run: Run) -> None:
-        command = [sys.executable, "-m", "benchmarks.quality", str(folder), "--phase", "train", "--run", run.name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.quality",
+            str(folder),
+            "--phase",
+            "train",
+            "--run",
+            run.name,
+        ]
         if subprocess.run(command, check=False).returncode:
             print(f"{run.name}: failed", flush=True)
 
@@ -170,13 +197,18 @@ def train(folder: Path, run: Run) -> None:
     """One run: its answers to all questions, in `<folder>/<name>.jsonl`."""
     import torch
 
-    from ray_sql import trainer
+    from ray_sql.train import trainer
 
     target = folder / f"{run.name}.jsonl"
     if target.is_file():
         return
     # plain rows up to eight at a time: one padded pass is faster than eight
-    config = settings(seed=run.seed, train_batch_size=PASS, grad_accum_steps=run.batch // PASS, num_epochs=run.epochs)
+    config = settings(
+        seed=run.seed,
+        train_batch_size=PASS,
+        grad_accum_steps=run.batch // PASS,
+        num_epochs=run.epochs,
+    )
     examples = rows.read(folder / "rows.parquet")
     asked = generate.parse((folder / "questions.jsonl").read_text())
     model_folder, _ = models.resolve(config)
@@ -191,15 +223,12 @@ def train(folder: Path, run: Run) -> None:
     def on_save(step: int, local: Path, model: Any) -> None:
         nonlocal trained, loss
         trained = time.monotonic() - started
-        total, labels = trainer.held_out_loss(model, held_out, config, PASS, 0, 1, tokenizer.pad_token_id)
+        total, labels = trainer.held_out_loss(
+            model, held_out, config, PASS, 0, 1, tokenizer.pad_token_id
+        )
         loss = total / labels
         said.extend(
-            generate.answer(
-                model,
-                tokenizer,
-                asked,
-                max_new_tokens=config.evaluate.max_new_tokens,
-            )
+            generate.answer(model, tokenizer, asked, max_new_tokens=config.evaluate.max_new_tokens)
         )
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -237,17 +266,19 @@ class Scored:
 
 def score(folder: Path) -> None:
     """Judge every run's answers, and compare shared with plain ones."""
-    from ray_sql import evaluate
+    from ray_sql.evaluate import scoring
 
     config = settings()
     asked = generate.parse((folder / "questions.jsonl").read_text())
     found: dict[Run, Scored] = {}
     for file in sorted(folder.glob("*-*-*-*.jsonl")):
         answers = [Answer(**json.loads(line)) for line in file.read_text().splitlines()]
-        verdicts = [row["verdict"] for row in evaluate.score(asked, answers, config)]
+        verdicts = [row["verdict"] for row in scoring.score(asked, answers, config)]
         right = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
         measured = json.loads(file.with_suffix(".json").read_text())
-        found[Run.parse(file.stem)] = Scored(measured["held_out_loss"], right, measured["training_seconds"])
+        found[Run.parse(file.stem)] = Scored(
+            measured["held_out_loss"], right, measured["training_seconds"]
+        )
     print(
         "| batch | epochs | questions a row | seconds of training | held-out loss by seed | execution accuracy by seed "
         "| pooled [95 % interval] | right alone, plain alone | McNemar p |\n|---|---|---|---|---|---|---|---|---|"
@@ -263,7 +294,10 @@ def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
     hits, n = sum(sum(found[run].right) for run in runs), sum(len(found[run].right) for run in runs)
     interval = wilson_interval(hits, n)
     pairs = [
-        pair for run in runs if (plain := _plain(run, found)) for pair in zip(plain, found[run].right, strict=True)
+        pair
+        for run in runs
+        if (plain := _plain(run, found))
+        for pair in zip(plain, found[run].right, strict=True)
     ]
     plain_alone, alone = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     line = {
@@ -281,7 +315,11 @@ def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
         f"| {', '.join(f'{loss:.3f}' for loss in line['held_out_loss'])} "
         f"| {', '.join(f'{100 * share:.1f}' for share in line['by_seed'])} % | {100 * hits / n:.1f} % "
         f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {n} | "
-        + (f"{alone}, {plain_alone} | {line['mcnemar_p']:.2g} |" if pairs and kind.together > 1 else "| |")
+        + (
+            f"{alone}, {plain_alone} | {line['mcnemar_p']:.2g} |"
+            if pairs and kind.together > 1
+            else "| |"
+        )
     )
     return line
 

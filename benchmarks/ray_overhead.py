@@ -53,7 +53,8 @@ class Turns:
 
 def loop(plan: dict[str, Any]) -> dict[str, Any]:
     """Train, and return the seconds of every step; on a Ray worker or in a process of its own."""
-    from ray_sql import data, models, rows, trainer
+    from ray_sql import data, models, rows
+    from ray_sql.train import trainer
 
     config, me = Config(**plan["config"]), plan["me"]
     if me == RAY:
@@ -64,7 +65,10 @@ def loop(plan: dict[str, Any]) -> dict[str, Any]:
     folder, _ = models.resolve(config)
     tokenizer = models.load_tokenizer(folder)
     corpus = data.load(config)
-    examples = [rows.encode(example, corpus.schemas, tokenizer, config) for example in corpus.splits["train"]]
+    examples = [
+        rows.encode(example, corpus.schemas, tokenizer, config)
+        for example in corpus.splits["train"]
+    ]
     turns, seconds = Turns(plan["folder"], me), []
     started = 0.0
 
@@ -97,7 +101,9 @@ def loop(plan: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=40, help="steps of each")
     parser.add_argument("--quick", action="store_true", help="6 steps")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
@@ -114,9 +120,9 @@ def main(argv: list[str] | None = None) -> None:
         command = [sys.executable, "-m", "benchmarks.ray_overhead", "--bare", str(file)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bare:
             try:
-                under_ray = cluster.run_workers(loop, {**plan, "me": RAY}, config, lambda _: None, f"{folder}/run")[
-                    "seconds"
-                ]
+                under_ray = cluster.run_workers(
+                    loop, {**plan, "me": RAY}, config, lambda _: None, f"{folder}/run"
+                )["seconds"]
                 out, _ = bare.communicate()
             finally:
                 bare.kill()

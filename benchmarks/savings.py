@@ -27,9 +27,11 @@ from typing import Any
 import torch
 
 from benchmarks.training_speed import STEP, draw_rounds, our_step, settings, spread
-from ray_sql import cluster, models, trainer
+from ray_sql import cluster, models
 from ray_sql.config import Config
-from ray_sql.rows import IGNORED, Row, attention, model_inputs
+from ray_sql.models import packed_attention
+from ray_sql.rows import IGNORED, Row, model_inputs
+from ray_sql.train import trainer
 
 AS_IT_IS = "as it is"
 
@@ -126,9 +128,11 @@ def one_thread() -> Iterator[None]:
 VARIANTS = (
     Variant(AS_IT_IS),
     Variant("schema computed for every question", together=1),
-    Variant("SDPA with a mask, not by parts", to_model=attention.use_mask),
+    Variant("SDPA with a mask, not by parts", to_model=packed_attention.use_mask),
     Variant("logits at every token", during=every_logit),
-    Variant("4-bit weights expanded at every call, and PEFT's forward", to_base=expanded_at_every_call),
+    Variant(
+        "4-bit weights expanded at every call, and PEFT's forward", to_base=expanded_at_every_call
+    ),
     Variant("PEFT's forward of a layer and its adapter", to_model=of_peft),
     Variant("torch's dropout", to_model=of_torch),
     Variant("float32", changes={"train.bf16": False}),
@@ -141,13 +145,19 @@ VARIANTS = (
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=8, help="rounds that count")
-    parser.add_argument("--only", nargs="+", help="words of the variants wanted, besides the step as it is")
+    parser.add_argument(
+        "--only", nargs="+", help="words of the variants wanted, besides the step as it is"
+    )
     parser.add_argument("--quick", action="store_true", help="two rounds of four variants")
     arguments = parser.parse_args(argv)
     variants = [
-        v for v in VARIANTS if not arguments.only or v.name == AS_IT_IS or any(w in v.name for w in arguments.only)
+        v
+        for v in VARIANTS
+        if not arguments.only or v.name == AS_IT_IS or any(w in v.name for w in arguments.only)
     ]
     if arguments.quick:
         variants, arguments.rounds = variants[:4], 2
@@ -156,14 +166,22 @@ def main(argv: list[str] | None = None) -> None:
     cluster.keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         examples = [drawn[:STEP] for drawn in draw_rounds(config, folder, arguments.rounds + 2)]
-        steps = {v.name: step_of(v, config.changed(v.changes), folder, examples[0], Path(scratch)) for v in variants}
+        steps = {
+            v.name: step_of(v, config.changed(v.changes), folder, examples[0], Path(scratch))
+            for v in variants
+        }
         seconds = run(steps, examples)
     ratios = {name: spread(seconds, name, AS_IT_IS) for name in seconds}
     print("| the step | seconds, median | against the step as it is |\n|---|---|---|")
     for name, (low, middle, high) in ratios.items():
         print(f"| {name} | {median(seconds[name]):.2f} | {middle:.2f}x ({low:.2f} to {high:.2f}) |")
     print(
-        json.dumps({"rounds": arguments.rounds, "ratios": {name: round(each[1], 3) for name, each in ratios.items()}})
+        json.dumps(
+            {
+                "rounds": arguments.rounds,
+                "ratios": {name: round(each[1], 3) for name, each in ratios.items()},
+            }
+        )
     )
 
 
@@ -179,13 +197,17 @@ def step_of(
 
 
 def _within(
-    during: Callable[[], AbstractContextManager[None]], step: Callable[..., None], examples: Sequence[Row]
+    during: Callable[[], AbstractContextManager[None]],
+    step: Callable[..., None],
+    examples: Sequence[Row],
 ) -> None:
     with during():
         step(examples)
 
 
-def run(steps: dict[str, Callable[..., None]], rounds: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
+def run(
+    steps: dict[str, Callable[..., None]], rounds: Sequence[Sequence[Row]]
+) -> dict[str, list[float]]:
     """Seconds of every variant's step in every round, after two that warm up and compile."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     draw = random.Random(1)

@@ -80,11 +80,17 @@ def passes(batch: int, gpus: int) -> tuple[int, ...]:
     )
     examples = [
         Row(
-            str(number), f"db{number // TOGETHER}", [number // TOGETHER] * SCHEMA + [-number, -number], SCHEMA + OWN - 1
+            str(number),
+            f"db{number // TOGETHER}",
+            [number // TOGETHER] * SCHEMA + [-number, -number],
+            SCHEMA + OWN - 1,
         )
         for number in range(batch)
     ]
-    return tuple(sum(len(row.examples) for row in one) for one in rows.passes(examples, config, TOGETHER, 0, gpus))
+    return tuple(
+        sum(len(row.examples) for row in one)
+        for one in rows.passes(examples, config, TOGETHER, 0, gpus)
+    )
 
 
 def pass_seconds(questions: int) -> float:
@@ -98,7 +104,16 @@ def step(batch: int, gpus: int, network: str, r: int) -> Step:
     made = passes(batch, gpus)
     computing, exchanging = sum(map(pass_seconds, made)), sent(r, gpus) / NETWORKS[network]
     alone = sum(map(pass_seconds, passes(batch, 1)))
-    return Step(batch, gpus, network, r, made, computing, exchanging, alone / (computing + exchanging) / gpus)
+    return Step(
+        batch,
+        gpus,
+        network,
+        r,
+        made,
+        computing,
+        exchanging,
+        alone / (computing + exchanging) / gpus,
+    )
 
 
 def plan() -> list[Step]:
@@ -106,7 +121,9 @@ def plan() -> list[Step]:
     steps = []
     for batch in (64, 2048):
         steps += [step(batch, 1, "NVLink", 64), step(batch, 8, "NVLink", 64)]
-        steps += [step(batch, 64, network, r) for network in ("100 Gb/s", "25 Gb/s") for r in (64, 16)]
+        steps += [
+            step(batch, 64, network, r) for network in ("100 Gb/s", "25 Gb/s") for r in (64, 16)
+        ]
     return steps
 
 
@@ -117,10 +134,15 @@ def bytes_table(ranks: Sequence[int] = (64, 16)) -> str:
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for r in ranks:
-        times = (sent(r, gpus) / NETWORKS[name] for name, gpus in (("NVLink", 8), ("100 Gb/s", 64), ("25 Gb/s", 64)))
+        times = (
+            sent(r, gpus) / NETWORKS[name]
+            for name, gpus in (("NVLink", 8), ("100 Gb/s", 64), ("25 Gb/s", 64))
+        )
         size = lora_parameters(r)
         shown = " | ".join(f"{1e3 * seconds:.1f} ms" for seconds in times)
-        lines.append(f"| {r} | {size:,} | {size * BYTES / 1e6:.1f} | {sent(r, 64) / 1e6:.1f} | {shown} |")
+        lines.append(
+            f"| {r} | {size:,} | {size * BYTES / 1e6:.1f} | {sent(r, 64) / 1e6:.1f} | {shown} |"
+        )
     return "\n".join(lines)
 
 
@@ -143,7 +165,9 @@ def steps_table() -> str:
 def main() -> None:
     """Print the tables and the JSON object."""
     print(f"{bytes_table()}\n\n{steps_table()}\n")
-    ranks = {r: {"parameters": lora_parameters(r), "bytes": lora_parameters(r) * BYTES} for r in (64, 16)}
+    ranks = {
+        r: {"parameters": lora_parameters(r), "bytes": lora_parameters(r) * BYTES} for r in (64, 16)
+    }
     steps = [asdict(one) | {"seconds": one.seconds} for one in plan()]
     print(json.dumps({"lora": ranks, "steps": steps}))
 

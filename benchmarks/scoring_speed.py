@@ -31,8 +31,8 @@ from typing import Any
 
 from ray_sql import data
 from ray_sql.config import Config, load
-from ray_sql.execution import Executor, Limits
-from ray_sql.execution.pool import GRACE_SECONDS
+from ray_sql.database import Executor, Limits
+from ray_sql.database.pool import GRACE_SECONDS
 from ray_sql.metrics import Pair, Verdict, judge
 
 PROCESSES = (1, 2)
@@ -77,7 +77,15 @@ class Measurement:
 
 def demo_pairs(cache: str) -> list[Pair]:
     """Every question of the demo, its gold query judged against itself."""
-    config = load(Config, [], model_name="demo", output_name="x", task_type="sql", dataset_id="demo", cache_dir=cache)
+    config = load(
+        Config,
+        [],
+        model_name="demo",
+        output_name="x",
+        task_type="sql",
+        dataset_id="demo",
+        cache_dir=cache,
+    )
     corpus = data.load_split(config, ("train", "seen", "unseen"))
     examples = [example for split in corpus.splits.values() for example in split]
     return [Pair(Path(corpus.databases[one.db_id]), one.gold, one.gold) for one in examples]
@@ -97,7 +105,9 @@ def mutate(sql: str, chance: random.Random) -> str:
 def with_runaways(pairs: Sequence[Pair], chance: random.Random) -> list[Pair]:
     """The same pairs with 1 % of the predictions replaced."""
     changed = list(pairs)
-    for number, place in enumerate(chance.sample(range(len(pairs)), round(len(pairs) * RUNAWAY_SHARE))):
+    for number, place in enumerate(
+        chance.sample(range(len(pairs)), round(len(pairs) * RUNAWAY_SHARE))
+    ):
         # The comment makes each a query of its own, so that none is answered from memory.
         runaway = f"{RUNAWAYS[number % len(RUNAWAYS)]} -- {number}"
         changed[place] = Pair(pairs[place].database, pairs[place].gold, runaway)
@@ -122,9 +132,15 @@ def not_stopped(pairs: Sequence[Pair], measurement: Measurement, latest: float) 
     """Runaway queries that ended otherwise than by a limit, and any pair that took longer than limits allow."""
     runaway = [place for place, pair in enumerate(pairs) if pair.predicted.startswith(RUNAWAYS)]
     ended = [(pairs[place].predicted, measurement.verdicts[place]) for place in runaway]
-    found = [f"{sql}: {verdict.verdict}, {verdict.error}" for sql, verdict in ended if not by_a_limit(verdict)]
+    found = [
+        f"{sql}: {verdict.verdict}, {verdict.error}"
+        for sql, verdict in ended
+        if not by_a_limit(verdict)
+    ]
     if measurement.longest > latest:
-        found.append(f"a pair took {measurement.longest:.2f} s; limit and grace allow {latest:.2f} s")
+        found.append(
+            f"a pair took {measurement.longest:.2f} s; limit and grace allow {latest:.2f} s"
+        )
     return found
 
 
@@ -135,7 +151,9 @@ def by_a_limit(verdict: Verdict) -> bool:
 
 def summary(pairs: Sequence[Pair], runs: dict[int, list[Measurement]]) -> dict[str, Any]:
     """One set's figures for machines."""
-    per_minute = {n: round(median(60 * len(pairs) / run.seconds for run in each)) for n, each in runs.items()}
+    per_minute = {
+        n: round(median(60 * len(pairs) / run.seconds for run in each)) for n, each in runs.items()
+    }
     ratios = [one.seconds / two.seconds for one, two in zip(runs[1], runs[2], strict=True)]
     return {
         "pairs": len(pairs),
@@ -143,13 +161,17 @@ def summary(pairs: Sequence[Pair], runs: dict[int, list[Measurement]]) -> dict[s
         "verdicts": dict(Counter(verdict.verdict for verdict in runs[1][0].verdicts)),
         "pairs_per_minute": {str(n): rate for n, rate in per_minute.items()},
         "two_over_one": round(median(ratios), 2),
-        "longest_pair_seconds": round(max(run.longest for each in runs.values() for run in each), 2),
+        "longest_pair_seconds": round(
+            max(run.longest for each in runs.values() for run in each), 2
+        ),
     }
 
 
 def table(sets: dict[str, dict[str, Any]]) -> str:
     """The figures for reading."""
-    lines = [f"{'set':10}{'pairs':>8}{'1 process':>12}{'2 processes':>14}{'ratio':>8}{'longest s':>12}"]
+    lines = [
+        f"{'set':10}{'pairs':>8}{'1 process':>12}{'2 processes':>14}{'ratio':>8}{'longest s':>12}"
+    ]
     for name, found in sets.items():
         rates = found["pairs_per_minute"]
         lines.append(
@@ -171,7 +193,9 @@ def machine() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Measure, print the table, and one JSON object as the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--seconds", type=float, default=1.0, help="limit of one query")
     arguments = parser.parse_args(argv)
@@ -181,8 +205,14 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     with tempfile.TemporaryDirectory() as cache:
         gold = demo_pairs(cache)
         changed = mutated(gold, random.Random(14))
-        sets = {"gold": gold, "mutated": changed, "runaway": with_runaways(changed, random.Random(14))}
-        runs: dict[str, dict[int, list[Measurement]]] = {name: {n: [] for n in PROCESSES} for name in sets}
+        sets = {
+            "gold": gold,
+            "mutated": changed,
+            "runaway": with_runaways(changed, random.Random(14)),
+        }
+        runs: dict[str, dict[int, list[Measurement]]] = {
+            name: {n: [] for n in PROCESSES} for name in sets
+        }
         order, chance = [(name, n) for name in sets for n in PROCESSES], random.Random()
         for _ in range(1 if arguments.quick else 5):
             for name, n in chance.sample(order, len(order)):
@@ -196,9 +226,24 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     ]
     found = {name: summary(pairs, runs[name]) for name, pairs in sets.items()}
     say("\n".join([table(found), *problems]))
-    result = {"quick": arguments.quick, "limit_seconds": limits.seconds, "latest_seconds": latest, **found}
+    result = {
+        "quick": arguments.quick,
+        "limit_seconds": limits.seconds,
+        "latest_seconds": latest,
+        **found,
+    }
     seconds = round(time.monotonic() - started, 1)
-    say(json.dumps({**result, **machine(), "load_before": load_before, "problems": problems, "seconds": seconds}))
+    say(
+        json.dumps(
+            {
+                **result,
+                **machine(),
+                "load_before": load_before,
+                "problems": problems,
+                "seconds": seconds,
+            }
+        )
+    )
     if problems:
         sys.exit(1)
 

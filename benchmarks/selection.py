@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import drawn, settings
-from ray_sql import data, evaluate, generate, models, rows
+from ray_sql import data, generate, models, rows
 from ray_sql.config import Config
+from ray_sql.evaluate import scoring
 from ray_sql.generate import Question
 from ray_sql.metrics import mcnemar, wilson_interval
 
@@ -51,9 +52,13 @@ class Checkpoint:
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the trials' measurements are kept")
-    parser.add_argument("--quick", action="store_true", help="one trial on two databases: to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="one trial on two databases: to see that it works"
+    )
     arguments = parser.parse_args(argv)
     if not os.environ.get("RAY_SQL_SHARED"):
         parser.error("RAY_SQL_SHARED is not set: it names a folder with Spider in data/spider")
@@ -88,8 +93,13 @@ def prepare(databases: int) -> Material:
     tokenizer = models.load_tokenizer(models.resolve(config)[0])
     chosen = drawn(corpus.splits["train"], databases, TRAINED + CHOOSING + HELD_OUT)
     first, second = TRAINED, TRAINED + CHOOSING
-    parts = [[e for each in chosen for e in each[a:b]] for a, b in ((0, first), (first, second), (second, None))]
-    trained, choosing = (rows.build(part, corpus.schemas, tokenizer, config)[0] for part in parts[:2])
+    parts = [
+        [e for each in chosen for e in each[a:b]]
+        for a, b in ((0, first), (first, second), (second, None))
+    ]
+    trained, choosing = (
+        rows.build(part, corpus.schemas, tokenizer, config)[0] for part in parts[:2]
+    )
     asked = [generate.questions(part, "train", corpus, tokenizer, config) for part in parts[1:]]
     return Material(trained, asked[0], choosing, asked[1])
 
@@ -98,7 +108,7 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
     """Train at a point, and measure at `CHECKPOINTS` steps."""
     import torch
 
-    from ray_sql import trainer
+    from ray_sql.train import trainer
 
     layout = {
         "train_batch_size": BATCH,
@@ -107,7 +117,9 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
         "num_epochs": epochs,
         "seed": 1,
     }
-    config = settings(**layout).changed({"learning_rate": rate, "lora.r": rank, "lora.lora_alpha": 2 * rank})
+    config = settings(**layout).changed(
+        {"learning_rate": rate, "lora.r": rank, "lora.lora_alpha": 2 * rank}
+    )
     config = config.changed({"save_steps": -(-config.steps(len(made.trained)) // CHECKPOINTS)})
     model_folder, _ = models.resolve(config)
     tokenizer = models.load_tokenizer(model_folder)
@@ -117,11 +129,21 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
 
     def on_save(step: int, local: Path, model: Any) -> None:
         together, pad = rows.together(config), tokenizer.pad_token_id
-        total, labels = trainer.held_out_loss(model, made.choosing_rows, config, together, 0, 1, pad)
-        ask: Callable[[list[Question]], list[evaluate.Row]] = partial(judged, model, tokenizer, config)
-        objective, tie_break = evaluate.objective(evaluate.summarise(ask(made.choosing), config))
-        right = [row["verdict"] == "correct" for row in ask(made.held_out) if row["verdict"] != "gold_error"]
-        measured.append(Checkpoint(f"{rate:g}, {rank}", step, total / labels, objective, tie_break, right))
+        total, labels = trainer.held_out_loss(
+            model, made.choosing_rows, config, together, 0, 1, pad
+        )
+        ask: Callable[[list[Question]], list[scoring.Row]] = partial(
+            judged, model, tokenizer, config
+        )
+        objective, tie_break = scoring.objective(scoring.summarise(ask(made.choosing), config))
+        right = [
+            row["verdict"] == "correct"
+            for row in ask(made.held_out)
+            if row["verdict"] != "gold_error"
+        ]
+        measured.append(
+            Checkpoint(f"{rate:g}, {rank}", step, total / labels, objective, tie_break, right)
+        )
         print(
             f"rate {rate:g}, rank {rank}, step {step} after {time.monotonic() - started:.0f} s: loss {total / labels:.3f}, "
             f"to choose by {100 * objective:.1f} %, held out {100 * sum(right) / len(right):.1f} %",
@@ -143,10 +165,12 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
     return measured
 
 
-def judged(model: Any, tokenizer: Any, config: Config, asked: list[Question]) -> list[evaluate.Row]:
+def judged(model: Any, tokenizer: Any, config: Config, asked: list[Question]) -> list[scoring.Row]:
     """The model's answers with their verdicts."""
-    answers = generate.answer(model, tokenizer, asked, max_new_tokens=config.evaluate.max_new_tokens)
-    return list(evaluate.score(asked, answers, config))
+    answers = generate.answer(
+        model, tokenizer, asked, max_new_tokens=config.evaluate.max_new_tokens
+    )
+    return list(scoring.score(asked, answers, config))
 
 
 def report(found: list[Checkpoint]) -> None:
@@ -154,7 +178,9 @@ def report(found: list[Checkpoint]) -> None:
     print("| rate, rank | step | loss | accuracy that chooses | held-out accuracy |")
     print("|---|---|---|---|---|")
     for one in found:
-        print(f"| {one.trial} | {one.step} | {one.loss:.3f} | {100 * one.objective:.1f} % | {accuracy([one])} |")
+        print(
+            f"| {one.trial} | {one.step} | {one.loss:.3f} | {100 * one.objective:.1f} % | {accuracy([one])} |"
+        )
     trials = list(dict.fromkeys(one.trial for one in found))
     within = [[one for one in found if one.trial == name] for name in trials]
     result: dict[str, Any] = {"over_all": compared([found]), "within_trials": compared(within)}
@@ -166,10 +192,17 @@ def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
     """The checkpoint that each way chooses in every group, and all their held-out answers side by side."""
     by_answers = [max(group, key=_rank(group)) for group in groups]
     by_loss = [min(group, key=lambda one: one.loss) for group in groups]
-    pairs = [pair for a, b in zip(by_answers, by_loss, strict=True) for pair in zip(a.right, b.right, strict=True)]
+    pairs = [
+        pair
+        for a, b in zip(by_answers, by_loss, strict=True)
+        for pair in zip(a.right, b.right, strict=True)
+    ]
     alone = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     return {
-        "by_answers": [accuracy(by_answers), *(f"{one.trial}: step {one.step}" for one in by_answers)],
+        "by_answers": [
+            accuracy(by_answers),
+            *(f"{one.trial}: step {one.step}" for one in by_answers),
+        ],
         "by_loss": [accuracy(by_loss), *(f"{one.trial}: step {one.step}" for one in by_loss)],
         "n": len(pairs),
         "only_by_answers": alone[0],

@@ -42,9 +42,13 @@ QUICK = {"data.limit": 24, "evaluate.limit": 16}
 
 def main(argv: list[str] | None = None) -> None:
     """Train, measure, and print what RESULTS.md quotes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task_type", choices=["sql", "schema"], default="sql")
-    parser.add_argument("--quick", action="store_true", help="a few examples only, to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few examples only, to see that it works"
+    )
     parser.add_argument("--output_dir", default="out")
     arguments = parser.parse_args(argv)
     shared = os.environ.get("RAY_SQL_SHARED")
@@ -62,14 +66,32 @@ def main(argv: list[str] | None = None) -> None:
     )
     metrics = finetune.run(config)
     key = "execution_accuracy" if arguments.task_type == "sql" else "strict_recall"
-    keep = (key, "interval", "n", "valid_sql", "exact_match", "table_f1", "column_f1", "unparsable", "gold_errors")
+    keep = (
+        key,
+        "interval",
+        "n",
+        "valid_sql",
+        "exact_match",
+        "table_f1",
+        "column_f1",
+        "unparsable",
+        "gold_errors",
+    )
     result = {
-        model: {split: {k: scores[k] for k in keep if k in scores} for split, scores in metrics[model].items()}
+        model: {
+            split: {k: scores[k] for k in keep if k in scores}
+            for split, scores in metrics[model].items()
+        }
         for model in ("base", "tuned")
     }
     print(
         json.dumps(
-            {**result, "compared": metrics["compared"], "steps": metrics["steps"], "seconds": metrics["seconds"]}
+            {
+                **result,
+                "compared": metrics["compared"],
+                "steps": metrics["steps"],
+                "seconds": metrics["seconds"],
+            }
         )
     )
 

@@ -22,8 +22,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ray_sql import checkpoints, data, models, prepare, rows, train, tune
+from ray_sql import data, models, rows, train, tune
 from ray_sql.config import Config, SweepConfig, load
+from ray_sql.finetune import prepare
+from ray_sql.store import storage
 from ray_sql.tune import study
 
 RATES = [3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
@@ -62,13 +64,18 @@ SETTINGS: dict[str, Any] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Grid and sweep of every seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where models, grids and sweeps are kept")
     parser.add_argument("--quick", action="store_true", help="one seed, every other rate and rank")
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     rates, ranks = (RATES[1::2], RANKS[::2]) if arguments.quick else (RATES, RANKS)
-    found = [one(arguments.folder.resolve(), seed, rates, ranks) for seed in (SEEDS[:1] if arguments.quick else SEEDS)]
+    found = [
+        one(arguments.folder.resolve(), seed, rates, ranks)
+        for seed in (SEEDS[:1] if arguments.quick else SEEDS)
+    ]
     below = [each["points_below_grid_best"] for each in found]
     print(
         json.dumps(
@@ -99,7 +106,9 @@ def one(folder: Path, seed: int, rates: list[float], ranks: list[int]) -> dict[s
     result = {
         "seed": seed,
         "share_of_passes": round(steps / (len(grid) * config.train.max_steps), 3),
-        "points_below_grid_best": round(scores[-1] - held_out(config, prepared, f"{config.run_dir}/adapter"), 2),
+        "points_below_grid_best": round(
+            scores[-1] - held_out(config, prepared, f"{config.run_dir}/adapter"), 2
+        ),
         "chosen": [best.point["learning_rate"], best.point["lora.r"]],
         "chosen_in_grid": chosen["score"],
         "grid_chosen_by_loss": by_loss["score"],
@@ -114,14 +123,22 @@ def one(folder: Path, seed: int, rates: list[float], ranks: list[int]) -> dict[s
 
 def settings(place: Path, seed: int, rates: list[float], ranks: list[int]) -> Config:
     """The settings of a seed: the start of the sweep is the grid's rate a third of the way up and its largest rank."""
-    start = {"learning_rate": rates[len(rates) // 3], "lora.r": ranks[-1], "lora.lora_alpha": 2 * ranks[-1]}
+    start = {
+        "learning_rate": rates[len(rates) // 3],
+        "lora.r": ranks[-1],
+        "lora.lora_alpha": 2 * ranks[-1],
+    }
     axes = {"learning_rate": {"choice": rates}, "lora.r": {"choice": ranks}}
     places = {"output_name": "sweep", "output_dir": str(place), "cache_dir": str(place / "cache")}
     model = place / "model"
     if not (model / "config.json").is_file():
         make_model(model, seed)
     return load(
-        Config, [], **(SETTINGS | start | places | {"model_name": str(model), "seed": seed, "tune.space": axes})
+        Config,
+        [],
+        **(
+            SETTINGS | start | places | {"model_name": str(model), "seed": seed, "tune.space": axes}
+        ),
     )
 
 
@@ -132,21 +149,41 @@ def make_model(folder: Path, seed: int) -> None:
     from tokenizers.models import BPE
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = load(Config, [], model_name="m", output_name="o", task_type="sql", dataset_id="demo", split=["seen"])
+    config = load(
+        Config,
+        [],
+        model_name="m",
+        output_name="o",
+        task_type="sql",
+        dataset_id="demo",
+        split=["seen"],
+    )
     examples = data.load(config).splits["train"]
     made = Tokenizer(BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=["<|pad|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=1500,
+        special_tokens=["<|pad|>", "<|end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    made.train_from_iterator([f"{example.question}\n{example.gold}" for example in examples], learner)
+    made.train_from_iterator(
+        [f"{example.question}\n{example.gold}" for example in examples], learner
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|pad|>", eos_token="<|end|>")
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096, **shape)).save_pretrained(folder)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096, **shape)
+    ).save_pretrained(folder)
 
 
 def trained_grid(
@@ -157,7 +194,12 @@ def trained_grid(
     for number, (rate, rank) in enumerate(points):
         if key(rate, rank) in known:
             continue
-        changes = {"learning_rate": rate, "lora.r": rank, "lora.lora_alpha": 2 * rank, "output_name": f"grid-{number}"}
+        changes = {
+            "learning_rate": rate,
+            "lora.r": rank,
+            "lora.lora_alpha": 2 * rank,
+            "output_name": f"grid-{number}",
+        }
         own = config.changed(changes | {"overwrite": True})
         prepare.write_inputs(prepared, own)
         fitted = train.fit(own, prepared.model_folder, lambda point: None)
@@ -165,8 +207,8 @@ def trained_grid(
             "loss": -(fitted.best.objective or 0.0),
             "score": held_out(own, prepared, f"{own.run_dir}/adapter"),
         }
-        checkpoints.remove(own.run_dir)
-        checkpoints.write_whole(file, json.dumps(known, indent=1))
+        storage.remove(own.run_dir)
+        storage.write_whole(file, json.dumps(known, indent=1))
     return known
 
 
@@ -179,7 +221,9 @@ def held_out(config: Config, prepared: prepare.Prepared, adapter: str) -> float:
     """The share of the held-out answers' tokens that a model with this adapter predicts, in per cent."""
     import torch
 
-    model = models.load_adapter(models.load_base(prepared.model_folder, config), Path(adapter)).eval()
+    model = models.load_adapter(
+        models.load_base(prepared.model_folder, config), Path(adapter)
+    ).eval()
     right = total = 0
     for example in prepared.corpus.splits["seen"]:
         row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)

@@ -33,9 +33,10 @@ from typing import Any
 
 import torch
 
-from ray_sql import cluster, data, models, rows, trainer
+from ray_sql import cluster, data, models, rows
 from ray_sql.config import Config, load
 from ray_sql.rows import Row
+from ray_sql.train import trainer
 
 EXAMPLES = 32
 """Examples of a round, all on one database."""
@@ -48,12 +49,18 @@ PACKED_LENGTH = 2048
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=8, help="rounds of 32 examples")
     parser.add_argument(
-        "--quick", action="store_true", help="two rounds of plain, packing, ours 8 and ours 32; no memory"
+        "--quick",
+        action="store_true",
+        help="two rounds of plain, packing, ours 8 and ours 32; no memory",
     )
-    parser.add_argument("--only", choices=VARIANTS, help="one round of one variant, to measure its memory")
+    parser.add_argument(
+        "--only", choices=VARIANTS, help="one round of one variant, to measure its memory"
+    )
     arguments = parser.parse_args(argv)
     config = settings()
     folder, _ = models.resolve(config)
@@ -81,7 +88,9 @@ def main(argv: list[str] | None = None) -> None:
             {**{name: round(value, 2) for name, value in ratio.items()}}
             | {
                 "gradient_relative_error": gradient_error(config, folder, rounds[0][:8]),
-                "share_of_peak": round(max(bench.share_of_peak(seconds, v, peak) for v in variants), 3),
+                "share_of_peak": round(
+                    max(bench.share_of_peak(seconds, v, peak) for v in variants), 3
+                ),
                 "rounds": len(rounds),
                 "threads": torch.get_num_threads(),
                 "dtype": str(models.compute_dtype(config)),
@@ -91,7 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-RATIOS = (("vs_plain", "plain", "ours 8"), ("vs_packing", "packing", "ours 8"), ("vs_plain_32", "plain", "ours 32"))
+RATIOS = (
+    ("vs_plain", "plain", "ours 8"),
+    ("vs_packing", "packing", "ours 8"),
+    ("vs_plain_32", "plain", "ours 32"),
+)
 
 
 def size(variant: str) -> int:
@@ -125,7 +138,9 @@ def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[Row]]:
         by_database[example.db_id].append(example)
     large = {name: examples for name, examples in by_database.items() if len(examples) >= EXAMPLES}
     draw = random.Random(0)
-    for name in draw.choices(list(large), weights=[len(examples) for examples in large.values()], k=count):
+    for name in draw.choices(
+        list(large), weights=[len(examples) for examples in large.values()], k=count
+    ):
         chosen = draw.sample(large[name], EXAMPLES)
         yield [rows.encode(example, corpus.schemas, tokenizer, config) for example in chosen]
 
@@ -133,7 +148,9 @@ def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[Row]]:
 class Bench:
     """The variants' trainers, and the step each makes of a round."""
 
-    def __init__(self, config: Config, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]) -> None:
+    def __init__(
+        self, config: Config, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]
+    ) -> None:
         self.config, self.rounds, self.variants = config, rounds, variants
         cluster.keep_freed_memory()
         self._scratch = tempfile.TemporaryDirectory()
@@ -160,18 +177,26 @@ class Bench:
                 self.steps[variant](chosen)
                 if number:
                     seconds[variant].append((time.perf_counter() - started) / len(chosen))
-            said = "  ".join(f"{variant} {each[-1]:.2f}" for variant, each in seconds.items() if each)
-            print(f"round {number} of {len(self.rounds)}, seconds an example: {said}", file=sys.stderr)
+            said = "  ".join(
+                f"{variant} {each[-1]:.2f}" for variant, each in seconds.items() if each
+            )
+            print(
+                f"round {number} of {len(self.rounds)}, seconds an example: {said}", file=sys.stderr
+            )
         return seconds
 
     def share_of_peak(self, seconds: dict[str, list[float]], variant: str, peak: float) -> float:
         """Share of the machine's matrix multiplication speed that a variant reaches, counting every distinct token once."""
-        work = sum(useful_flops(self.ours.model, examples) / len(examples) for examples in self.rounds)
+        work = sum(
+            useful_flops(self.ours.model, examples) / len(examples) for examples in self.rounds
+        )
         return work / sum(seconds[variant]) / peak
 
     def _our_trainer(self, folder: str) -> Any:
         base = models.load_base(folder, self.config)
-        return trainer.build(base, self._tokenizer, self.rounds[0], self.config, STEP, Path(self._scratch.name))
+        return trainer.build(
+            base, self._tokenizer, self.rounds[0], self.config, STEP, Path(self._scratch.name)
+        )
 
     def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[Row]], None]:
         """TRL's own trainer, loss and collator over the same tokens."""
@@ -217,7 +242,9 @@ class Bench:
             peft_config=LoraConfig(task_type="CAUSAL_LM", **self.config.lora.model_dump()),
         )
         model = built.accelerator.prepare_model(built.model)
-        optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+        optimizer = torch.optim.AdamW(
+            [w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True
+        )
 
         def step(examples: Sequence[Row]) -> None:
             made = self._batches(built, peer(examples), packing)
@@ -238,9 +265,13 @@ class Bench:
         return [built.data_collator([example]) for example in examples]
 
 
-def our_step(built: trainer.StepTrainer, config: Config, together: int) -> Callable[[Sequence[Row]], None]:
+def our_step(
+    built: trainer.StepTrainer, config: Config, together: int
+) -> Callable[[Sequence[Row]], None]:
     """One optimizer step of this project's trainer over examples, up to `together` of a database in a row."""
-    optimizer = torch.optim.AdamW([w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True
+    )
     model = built.accelerator.prepare_model(built.model)
     limited = config.changed({"rows.row_length": 10**6})
     pad = built.processing_class.pad_token_id
@@ -262,7 +293,11 @@ def useful_flops(model: Any, examples: Sequence[Row]) -> float:
     lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
     head = model.get_output_embeddings().weight.numel()
     # peft's wrapper has the same name as the 4-bit layer in it
-    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")]
+    layers = [
+        m
+        for m in model.modules()
+        if type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")
+    ]
     frozen = sum(m.in_features * m.out_features for m in layers)
     return float(unique * (4 * frozen + 6 * lora) + labels * 4 * head)
 
@@ -277,12 +312,20 @@ def products_seconds(model: Any, examples: Sequence[Row]) -> float:
     counted = Counter((m.in_features, m.out_features, m.r["default"]) for m in layers)
 
     def seconds(products: Sequence[tuple[int, int, int]]) -> float:
-        return sum(_fastest(*(torch.randn(*each).to(dtype) for each in ((m, k), (k, n)))) for m, k, n in products)
+        return sum(
+            _fastest(*(torch.randn(*each).to(dtype) for each in ((m, k), (k, n))))
+            for m, k, n in products
+        )
 
     total = 0.0
     for (wide, out, rank), count in counted.items():
         frozen = [(tokens, wide, out), (tokens, out, wide)]
-        lora = [(tokens, wide, rank), (tokens, rank, out), (tokens, out, rank), (tokens, rank, wide)]
+        lora = [
+            (tokens, wide, rank),
+            (tokens, rank, out),
+            (tokens, out, rank),
+            (tokens, rank, wide),
+        ]
         total += count * seconds([*frozen, *lora, (rank, tokens, wide), (rank, tokens, out)])
     vocabulary, hidden = model.get_output_embeddings().weight.shape
     return total + seconds([(labels, hidden, vocabulary), (labels, vocabulary, hidden)])
@@ -329,18 +372,25 @@ def spread(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float
     return ratios[0], median(ratios), ratios[-1]
 
 
-def report(bench: Bench, seconds: dict[str, list[float]], memory: dict[str, float], peak: float) -> None:
+def report(
+    bench: Bench, seconds: dict[str, list[float]], memory: dict[str, float], peak: float
+) -> None:
     """The table of RESULTS.md."""
     lengths = [len(row.input_ids) for examples in bench.rounds for row in examples]
     print(
         f"{len(bench.rounds)} rounds of {EXAMPLES} examples, {min(lengths)} to {max(lengths)} tokens (median {median(lengths):.0f}); "
         f"matrix multiplication peak {peak / 1e9:.0f} GFLOP/s\n"
     )
-    print("| variant | examples/s | vs plain (spread) | vs packing (spread) | share of peak | peak memory, GiB |")
+    print(
+        "| variant | examples/s | vs plain (spread) | vs packing (spread) | share of peak | peak memory, GiB |"
+    )
     print("|---|---|---|---|---|---|")
     for variant in bench.variants:
         rate = len(bench.rounds) / sum(seconds[variant])
-        cells = ["{1:.1f}x ({0:.1f} to {2:.1f})".format(*spread(seconds, of, variant)) for of in ("plain", "packing")]
+        cells = [
+            "{1:.1f}x ({0:.1f} to {2:.1f})".format(*spread(seconds, of, variant))
+            for of in ("plain", "packing")
+        ]
         gib = f"{memory[variant]:.1f}" if variant in memory else "not run"
         print(
             f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} | {bench.share_of_peak(seconds, variant, peak):.2f} | {gib} |"
@@ -359,9 +409,12 @@ def profile(bench: Bench, variant: str) -> str:
         kinds[_kind(event.key)] += event.self_cpu_time_total
     whole = sum(kinds.values())
     lines = [
-        f"| {kind} | {100 * each / whole:.0f} % |" for kind, each in sorted(kinds.items(), key=lambda item: -item[1])
+        f"| {kind} | {100 * each / whole:.0f} % |"
+        for kind, each in sorted(kinds.items(), key=lambda item: -item[1])
     ]
-    return "\n".join([f"| operation in a round of {variant} | share of the time |", "|---|---|", *lines])
+    return "\n".join(
+        [f"| operation in a round of {variant} | share of the time |", "|---|---|", *lines]
+    )
 
 
 KINDS = {
@@ -381,13 +434,27 @@ KINDS = {
         "zero",
     ),
     "dropout": ("dropout", "bernoulli"),
-    "elementwise": ("mul", "add", "silu", "neg", "pow", "mean", "rsqrt", "div", "sub", "sum", "native"),
+    "elementwise": (
+        "mul",
+        "add",
+        "silu",
+        "neg",
+        "pow",
+        "mean",
+        "rsqrt",
+        "div",
+        "sub",
+        "sum",
+        "native",
+    ),
     "optimizer": ("adam", "norm"),
 }
 
 
 def _kind(name: str) -> str:
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+    return next(
+        (kind for kind, words in KINDS.items() if any(word in name for word in words)), "other"
+    )
 
 
 def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> float:
@@ -396,7 +463,9 @@ def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> floa
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         base = models.load_base(folder, exact)
-        built = trainer.build(base, models.load_tokenizer(folder), examples, exact, STEP, Path(scratch))
+        built = trainer.build(
+            base, models.load_tokenizer(folder), examples, exact, STEP, Path(scratch)
+        )
         torch.manual_seed(0)
         for name, weight in built.model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
@@ -404,9 +473,17 @@ def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> floa
         for together in (1, len(examples)):
             built.model.zero_grad()
             built.training_step(built.model, rows.Steps(examples, exact, together, 0, 1, 0)[0])
-            found.append({name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad})
+            found.append(
+                {
+                    name: w.grad.clone()
+                    for name, w in built.model.named_parameters()
+                    if w.requires_grad
+                }
+            )
     alone, together_ = found
-    return float(f"{max(float((together_[name] - grad).norm() / grad.norm()) for name, grad in alone.items()):.2g}")
+    return float(
+        f"{max(float((together_[name] - grad).norm() / grad.norm()) for name, grad in alone.items()):.2g}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,20 @@ def page() -> str:
     parts = [INTRO, *_table(rows)]
     for job, kind in (("evaluate", EvaluateConfig), ("tune", SweepConfig), ("check", CheckConfig)):
         own = [row for row in describe(kind) if row not in rows]
-        parts += ["", f"What `python -m jobs.{job}` takes besides, or takes otherwise:", "", *_table(own)]
+        parts += [
+            "",
+            f"What `python -m jobs.{job}` takes besides, or takes otherwise:",
+            "",
+            *_table(own),
+        ]
     return "\n".join([*parts, ""])
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    lines = [f"| `{name}` | {kind} | {default} | {' '.join(text.split())} |" for name, kind, default, text in rows]
+    lines = [
+        f"| `{name}` | {kind} | {default} | {' '.join(text.split())} |"
+        for name, kind, default, text in rows
+    ]
     return ["| setting | values | default | meaning |", "|---|---|---|---|", *lines]
 
 

@@ -12,9 +12,9 @@ from ray_sql.config import CheckConfig
 
 def check(config: CheckConfig) -> None:
     """Run every check, the cheap ones first, for every task; or send what was kept."""
-    from ray_sql import check
+    from ray_sql import preflight
 
-    (check.replay if config.replay else check.run)(config)
+    (preflight.replay if config.replay else preflight.run)(config)
 
 
 if __name__ == "__main__":

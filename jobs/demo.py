@@ -23,7 +23,10 @@ def demo(config: Config) -> None:
     metrics = finetune.run(config)
     models = [name for name in ("base", "tuned") if name in metrics]
     brief = {
-        model: {s: {k: v[k] for k in ("execution_accuracy", "interval", "n")} for s, v in metrics[model].items()}
+        model: {
+            s: {k: v[k] for k in ("execution_accuracy", "interval", "n")}
+            for s, v in metrics[model].items()
+        }
         for model in models
     }
     Path(config.run_dir, "summary.json").write_text(
@@ -33,4 +36,8 @@ def demo(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(demo, Config, ["--config", str(resources.files("jobs") / "configs" / "demo.yaml"), *sys.argv[1:]])
+    cli.main(
+        demo,
+        Config,
+        ["--config", str(resources.files("jobs") / "configs" / "demo.yaml"), *sys.argv[1:]],
+    )

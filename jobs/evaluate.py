@@ -14,7 +14,7 @@ from ray_sql.config import EvaluateConfig
 def evaluate(config: EvaluateConfig) -> None:
     """Score, or compare, what the settings name."""
     if config.compare:
-        from ray_sql import compare
+        from ray_sql.evaluate import compare
 
         compare.run(config)
     else:

@@ -19,13 +19,17 @@ _TOLD: list[int] = []
 """The signal that ended this process, if one did."""
 
 
-def main(job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> None:
+def main(
+    job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None = None, **overrides: Any
+) -> None:
     """Run `job` with its settings. Exit code 0 when done, 2 for what the user can fix, 1 (with a traceback) for our bugs.
 
     A full disk, and a cache that cannot be written, are for the user to fix wherever they are met.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that runs are closed on the way out
+    signal.signal(
+        signal.SIGTERM, _terminated
+    )  # as an exception, so that runs are closed on the way out
     config = None
     _warn(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,6 +76,8 @@ def _full_or_closed(error: OSError, config: Config) -> bool:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not break into what the first has set off
+    signal.signal(
+        number, signal.SIG_IGN
+    )  # a second one must not break into what the first has set off
     _TOLD.append(number)
     raise SystemExit(128 + number)

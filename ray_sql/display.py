@@ -40,7 +40,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.console.is_terminal:
             self._below = ""  # what stays was printed as lines
@@ -65,13 +68,20 @@ class Display:
         """A point of the training curve."""
         parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
         parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
-        speeds = {"examples/s": values.get("examples_per_second"), "tokens/s": values.get("tokens_per_second")}
+        speeds = {
+            "examples/s": values.get("examples_per_second"),
+            "tokens/s": values.get("tokens_per_second"),
+        }
         parts += [
-            f"{speed:,.{int(unit == 'examples/s')}f} {unit}" for unit, speed in speeds.items() if speed is not None
+            f"{speed:,.{int(unit == 'examples/s')}f} {unit}"
+            for unit, speed in speeds.items()
+            if speed is not None
         ]
         self.update("training", step, steps, "  ".join(parts), every=0)
 
-    def update(self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS) -> None:
+    def update(
+        self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS
+    ) -> None:
         """How far a stage is; `every` is the least time between two plain lines."""
         now = time.monotonic()
         first, already = self._started.setdefault(stage, (now, done))
@@ -84,8 +94,14 @@ class Display:
         if done < total and now - self._said.get(stage, first) < every:
             return
         self._said[stage] = now
-        left = f"  {_clock((now - first) / (done - already) * (total - done))} left" if already < done < total else ""
-        self.console.print(f"{stage}: {done}/{total}{left}{'  ' + note if note else ''}", markup=False)
+        left = (
+            f"  {_clock((now - first) / (done - already) * (total - done))} left"
+            if already < done < total
+            else ""
+        )
+        self.console.print(
+            f"{stage}: {done}/{total}{left}{'  ' + note if note else ''}", markup=False
+        )
 
 
 def _clock(seconds: float) -> str:
@@ -99,4 +115,6 @@ def percent(share: float, interval: Any = None, n: int = 1) -> str:
     if n == 0:
         return "not scored"
     text = f"{100 * share:.1f} %"
-    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return (
+        text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    )

@@ -40,9 +40,19 @@ class Run:
     """
 
     def __init__(
-        self, uri: str, spool: Path, begin: Callable[[Run], tuple[Any, str]] | None = None, waiting: str = ""
+        self,
+        uri: str,
+        spool: Path,
+        begin: Callable[[Run], tuple[Any, str]] | None = None,
+        waiting: str = "",
     ) -> None:
-        self.uri, self.run_id, self._spool, self._begin, self._waiting = uri, "", spool, begin, waiting
+        self.uri, self.run_id, self._spool, self._begin, self._waiting = (
+            uri,
+            "",
+            spool,
+            begin,
+            waiting,
+        )
         self._client: Any = None
         self._logged: set[tuple[str, int]] = set()
         self._stored: set[tuple[str, int]] = set()
@@ -60,7 +70,11 @@ class Run:
 
     def log(self, step: int, values: Mapping[str, float], replace: bool = False) -> None:
         """Metrics of one step; a key whose step was logged already is skipped, as after a restart, unless it is to `replace` that."""
-        new = {key: float(value) for key, value in values.items() if replace or (key, step) not in self._logged}
+        new = {
+            key: float(value)
+            for key, value in values.items()
+            if replace or (key, step) not in self._logged
+        }
         self._logged |= {(key, step) for key in new}
         points = [(key, value, int(time.time() * 1000), step) for key, value in new.items()]
         for start in range(0, len(points), BATCH):
@@ -94,7 +108,9 @@ class Run:
         """Name the data of a split as an input of the run."""
         self._send("dataset", [name, digest, source, split])
 
-    def register(self, model: str, folder: str, tags: Mapping[str, str], alias: str, won: bool) -> None:
+    def register(
+        self, model: str, folder: str, tags: Mapping[str, str], alias: str, won: bool
+    ) -> None:
         """A version of a registered model from the run's artifact folder, one a folder, with these tags. If it has `won`, `alias` is put
         on it, unless that is on a version whose tag `score` is higher and whose tag `measured_on` is the same; else it loses `alias`."""
         self._send("version", [model, folder, dict(tags), alias, won])
@@ -121,7 +137,9 @@ class Run:
                 self._spool.write_text("".join(f"{line}\n" for line in left), encoding="utf-8")
             if not left:
                 self._spool.unlink()
-                shutil.rmtree(self._spool.with_suffix(""), ignore_errors=True)  # the files that its records named
+                shutil.rmtree(
+                    self._spool.with_suffix(""), ignore_errors=True
+                )  # the files that its records named
             return len(left)
 
     def _replay_one(self, line: str) -> bool:
@@ -135,7 +153,9 @@ class Run:
             return False
         if run_id and run_id == self._waiting:
             run_id = self.run_id
-            if kind == "metrics":  # kept when nobody could say which points an earlier attempt had sent
+            if (
+                kind == "metrics"
+            ):  # kept when nobody could say which points an earlier attempt had sent
                 values = [point for point in values if (point[0], point[3]) not in self._stored]
         if run_id == self.run_id and kind == "metrics":
             self._logged |= {(point[0], point[3]) for point in values}
@@ -170,7 +190,9 @@ class Run:
             action()
         except Exception as error:  # whatever MLflow's backend raises: an outage of the record must not end the run
             if _is_final(error):
-                log.warning("MLflow at %s refused a record: %s", without_password(self.uri), _reason(error))
+                log.warning(
+                    "MLflow at %s refused a record: %s", without_password(self.uri), _reason(error)
+                )
                 return True
             if not self._warned:
                 log.warning(
@@ -253,7 +275,11 @@ def close(uri: str | None, experiment: str, run_id: str | None, own: Mapping[str
     with _refusing(place):
         client = _client(place)
         filed = client.get_experiment_by_name(experiment)
-        known = run_id if run_id and _exists(client, run_id) else filed and _search(client, filed.experiment_id, own)
+        known = (
+            run_id
+            if run_id and _exists(client, run_id)
+            else filed and _search(client, filed.experiment_id, own)
+        )
         if known:
             if client.get_run(known).info.status == "RUNNING":
                 client.set_terminated(known, "KILLED")
@@ -320,7 +346,9 @@ def check(uri: str | None) -> str:
     elif parts.scheme == "sqlite":
         folder = Path(uri.removeprefix("sqlite:///")).parent
         if not os.access(folder, os.W_OK):
-            raise StoreError(f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written")
+            raise StoreError(
+                f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written"
+            )
     with _refusing(uri):
         _client(uri).search_experiments(max_results=1)
     return uri
@@ -343,7 +371,9 @@ def _refusing(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise StoreError(f"--tracking.uri {without_password(uri)}: MLflow cannot use it: {_reason(error)}") from None
+        raise StoreError(
+            f"--tracking.uri {without_password(uri)}: MLflow cannot use it: {_reason(error)}"
+        ) from None
 
 
 def absolute_uri(uri: str | None) -> str:
@@ -359,7 +389,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -383,7 +417,9 @@ def _exists(client: Any, run_id: str) -> bool:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise  # a server that fails for a moment has not lost the run
         return False  # another store than last time: begin a new one
-    return bool(found.info.lifecycle_stage == "active")  # one that was deleted takes nothing any more
+    return bool(
+        found.info.lifecycle_stage == "active"
+    )  # one that was deleted takes nothing any more
 
 
 def _search(client: Any, experiment_id: str, own: Mapping[str, str] | None) -> str | None:
@@ -393,7 +429,9 @@ def _search(client: Any, experiment_id: str, own: Mapping[str, str] | None) -> s
     return str(found[0].info.run_id) if found else None
 
 
-def _create(client: Any, experiment_id: str, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+def _create(
+    client: Any, experiment_id: str, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]
+) -> str:
     from mlflow.entities import Param, RunTag
 
     created = client.create_run(experiment_id, run_name=name, tags=dict(tags))
@@ -416,10 +454,14 @@ def _send_metrics(client: Any, run_id: str, *points: Sequence[Any]) -> None:
     client.log_batch(run_id, metrics=[Metric(*point) for point in points])
 
 
-def _send_dataset(client: Any, run_id: str, name: str, digest: str, source: str, split: str) -> None:
+def _send_dataset(
+    client: Any, run_id: str, name: str, digest: str, source: str, split: str
+) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    described = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
+    described = Dataset(
+        name=name, digest=digest, source_type="local", source=json.dumps({"uri": source})
+    )
     client.log_inputs(run_id, [DatasetInput(described, [InputTag("mlflow.data.context", split)])])
 
 
@@ -430,7 +472,9 @@ def _send_artifact(client: Any, run_id: str, path: str, folder: str) -> None:
 
 def _send_table(client: Any, run_id: str, columns: Mapping[str, list[Any]], file: str) -> None:
     """MLflow adds the rows to those of a table that is there; here they take their place."""
-    if file in {one.path for one in client.list_artifacts(run_id, str(Path(file).parent).strip("."))}:
+    if file in {
+        one.path for one in client.list_artifacts(run_id, str(Path(file).parent).strip("."))
+    }:
         rows = list(zip(*columns.values(), strict=True))
         client.log_text(run_id, json.dumps({"columns": list(columns), "data": rows}), file)
     else:
@@ -444,7 +488,13 @@ def _end_children(client: Any, run_id: str, status: str) -> None:
 
 
 def _send_version(
-    client: Any, run_id: str, model: str, folder: str, tags: Mapping[str, str], alias: str, won: bool
+    client: Any,
+    run_id: str,
+    model: str,
+    folder: str,
+    tags: Mapping[str, str],
+    alias: str,
+    won: bool,
 ) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -458,12 +508,18 @@ def _send_version(
     own = [
         version for version in known if version.source == source
     ]  # of an attempt that was cut off, or measured otherwise
-    version = own[0] if own else client.create_model_version(model, source, run_id=run_id, tags=dict(tags))
+    version = (
+        own[0]
+        if own
+        else client.create_model_version(model, source, run_id=run_id, tags=dict(tags))
+    )
     for key, value in tags.items() if own else ():
         client.set_model_version_tag(model, version.version, key, value)
     holder = str(client.get_registered_model(model).aliases.get(alias))
     rival: Mapping[str, str] = next((one.tags for one in known if str(one.version) == holder), {})
-    kept = rival.get("measured_on") == tags["measured_on"] and float(rival["score"]) > float(tags["score"])
+    kept = rival.get("measured_on") == tags["measured_on"] and float(rival["score"]) > float(
+        tags["score"]
+    )
     if won and not kept:
         client.set_registered_model_alias(model, alias, version.version)
     elif not won and holder == str(version.version):

@@ -21,11 +21,16 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")  # a pull request must not fail by the luck of another's draw
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 for variable in ("HF_TOKEN", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(variable, None)
 
-from ray_sql.config import Config, load  # noqa: E402  (the environment above is read while libraries are imported)
+# the environment above is read while libraries are imported
+from ray_sql.config import Config, load  # noqa: E402
 
 ENDED: list[int] = []
 """With which exit code the tests have ended."""
@@ -87,7 +92,9 @@ def shared() -> Path:
     return Path(place)
 
 
-def make_spider_folder(folder: Path, databases: tuple[str, ...] = ("shop", "store", "kiosk")) -> Path:
+def make_spider_folder(
+    folder: Path, databases: tuple[str, ...] = ("shop", "store", "kiosk")
+) -> Path:
     """A folder in Spider's format: three databases of one make, their questions in train, and one more database in dev."""
     for db_id in (*databases, "mall"):
         place = folder / "database" / db_id
@@ -96,7 +103,9 @@ def make_spider_folder(folder: Path, databases: tuple[str, ...] = ("shop", "stor
         connection.executescript(SHOP)
         connection.close()
     (folder / "tables.json").write_text("[]")
-    rows = [{"db_id": db_id, "question": q, "query": sql} for db_id in databases for q, sql in QUESTIONS]
+    rows = [
+        {"db_id": db_id, "question": q, "query": sql} for db_id in databases for q, sql in QUESTIONS
+    ]
     (folder / "train_spider.json").write_text(json.dumps(rows[:-2]))
     (folder / "train_others.json").write_text(json.dumps(rows[-2:]))
     (folder / "dev.json").write_text(
@@ -131,21 +140,33 @@ def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([SHOP, *(f"{q}\n```sql\n{sql}\n```" for q, sql in QUESTIONS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.train_from_iterator(
+        [SHOP, *(f"{q}\n```sql\n{sql}\n```" for q, sql in QUESTIONS)] * 4, trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4} | shape
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=2048, **sizes)).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    } | shape
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(fast), max_position_embeddings=2048, **sizes)
+    ).save_pretrained(folder)
     return folder
 
 
 def removal_cut_off(run_dir: str, after: int) -> bool:
     """Remove a run's folder, killed after so many deletions; False where there were no more."""
-    from ray_sql import checkpoints, prepare
+    from ray_sql.finetune import prepare
+    from ray_sql.store import storage
 
-    left, remove = after, checkpoints.remove
+    left, remove = after, storage.remove
 
     def killed(uri: str) -> None:
         nonlocal left
@@ -155,7 +176,7 @@ def removal_cut_off(run_dir: str, after: int) -> bool:
         remove(uri)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "remove", killed)
+        patch.setattr(storage, "remove", killed)
         try:
             prepare.remove(run_dir)
         except KeyboardInterrupt:

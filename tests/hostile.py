@@ -821,7 +821,15 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
         "SELECT json_extract('" + "[" * 900 + "]" * 900 + "', '" + "$" + "[0]" * 900 + "')",
         "SELECT json_extract('" + '{"a":' * 900 + "1" + "}" * 900 + "', '$" + ".a" * 900 + "')",
         "SELECT count(*) FROM json_tree('" + "[" * 900 + "]" * 900 + "')",
-        "SELECT json_patch('" + '{"a":' * 900 + "1" + "}" * 900 + "', '" + '{"a":' * 900 + "2" + "}" * 900 + "')",
+        "SELECT json_patch('"
+        + '{"a":' * 900
+        + "1"
+        + "}" * 900
+        + "', '"
+        + '{"a":' * 900
+        + "2"
+        + "}" * 900
+        + "')",
         "SELECT '" + "a" * 9_000 + "' LIKE '" + "%a" * 4_000 + "'",
         "SELECT '" + "a" * 100 + "' GLOB '" + "[" * 15_000 + "'",
         "SELECT * FROM note WHERE note MATCH '" + "pen OR " * 2_000 + "ink'",
@@ -833,9 +841,12 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
     ]
     stopped = [
         f"SELECT count(*) FROM {wide}",
-        f"SELECT count(*) FROM {wide} WHERE " + " AND ".join(f"b{place}.i <> b{place + 1}.i" for place in range(59)),
-        "SELECT count(*) FROM " + ", ".join(f"json_each('[1,2,3,4,5,6,7,8]') j{place}" for place in range(20)),
-        "SELECT count(*) FROM " + ", ".join(f"(VALUES (1),(2),(3),(4)) v{place}" for place in range(40)),
+        f"SELECT count(*) FROM {wide} WHERE "
+        + " AND ".join(f"b{place}.i <> b{place + 1}.i" for place in range(59)),
+        "SELECT count(*) FROM "
+        + ", ".join(f"json_each('[1,2,3,4,5,6,7,8]') j{place}" for place in range(20)),
+        "SELECT count(*) FROM "
+        + ", ".join(f"(VALUES (1),(2),(3),(4)) v{place}" for place in range(40)),
         # A result's names are part of its size.
         'WITH t("' + "n" * 15_000 + '") AS (SELECT 1) SELECT ' + ", ".join(["*"] * 200) + " FROM t",
         "SELECT count(value) FROM json_each('[' || replace(hex(zeroblob(100000)), '0', '1,') || '1]') a, big b, big c",
@@ -856,7 +867,11 @@ def _random_pieces() -> dict[str, tuple[Outcome, list[str]]]:
     lines = [line for block in REFUSED.values() for line in block.split("\n") if line]
     glued = []
     for _ in range(40):
-        words = [word for line in chance.sample(lines, 4) for word in line.split()[chance.randint(0, 2) :][:4]]
+        words = [
+            word
+            for line in chance.sample(lines, 4)
+            for word in line.split()[chance.randint(0, 2) :][:4]
+        ]
         glued.append(" ".join(words))
     return {"cut and mixed": ("any", glued)}
 
@@ -877,5 +892,7 @@ def corpus() -> list[Hostile]:
         if line
     ]
     for made in (_text_tricks(), _deep(), _random_pieces()):
-        found += [Hostile(kind, outcome, sql) for kind, (outcome, each) in made.items() for sql in each]
+        found += [
+            Hostile(kind, outcome, sql) for kind, (outcome, each) in made.items() for sql in each
+        ]
     return found

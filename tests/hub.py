@@ -42,12 +42,22 @@ WRITER, READER, FINE, FINE_ELSEWHERE = (
 
 def _account(token: dict[str, Any]) -> dict[str, Any]:
     orgs = [{"name": "team", "roleInOrg": "write"}, {"name": "watched", "roleInOrg": "read"}]
-    return {"type": "user", "name": "me", "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
+    return {
+        "type": "user",
+        "name": "me",
+        "orgs": orgs,
+        "auth": {"type": "access_token", "accessToken": token},
+    }
 
 
 def _fine(entity: str) -> dict[str, Any]:
-    scope = {"entity": {"type": "user", "name": entity}, "permissions": ["repo.content.read", "repo.write"]}
-    return _account({"displayName": "fine", "role": "fineGrained", "fineGrained": {"scoped": [scope]}})
+    scope = {
+        "entity": {"type": "user", "name": entity},
+        "permissions": ["repo.content.read", "repo.write"],
+    }
+    return _account(
+        {"displayName": "fine", "role": "fineGrained", "fineGrained": {"scoped": [scope]}}
+    )
 
 
 ACCOUNTS = {
@@ -125,7 +135,12 @@ class Hub:
         """Answer matching requests with a status, cut their connection before or after the work, say nothing after it, or (a float)
         begin the work so many seconds late."""
         self._faults.append(
-            Fault(match, what, times, {name.replace("_", "-"): value for name, value in headers.items()})
+            Fault(
+                match,
+                what,
+                times,
+                {name.replace("_", "-"): value for name, value in headers.items()},
+            )
         )
 
     def heal(self) -> None:
@@ -219,7 +234,11 @@ class _Handler(BaseHTTPRequestHandler):
                 found = self._route(path, parse_qs(parts.query), body)
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
-            found = refused.status, {"error": refused.message}, {k: v for k, v in headers.items() if v}
+            found = (
+                refused.status,
+                {"error": refused.message},
+                {k: v for k, v in headers.items() if v},
+            )
         self.hub.settled.append(request)
         if fault is not None and fault.what == "silent":
             with suppress(ConnectionError):
@@ -244,7 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _answer(self, status: int, content: Any = None, headers: dict[str, str] | None = None) -> None:
+    def _answer(
+        self, status: int, content: Any = None, headers: dict[str, str] | None = None
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
@@ -256,7 +277,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[Any, ...]:
         for method, pattern, action in _ROUTES:
             if self.command in method.split("|") and (match := re.fullmatch(pattern, path)):
-                return action(self, *(unquote(part or "") for part in match.groups()), body=body, query=query)
+                return action(
+                    self, *(unquote(part or "") for part in match.groups()), body=body, query=query
+                )
         raise _Refused(404, message=f"no such endpoint here: {self.command} {path}")
 
     def _token(self) -> str | None:
@@ -290,23 +313,36 @@ class _Handler(BaseHTTPRequestHandler):
         wanted, token = json.loads(body), self._token()
         repo_id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         if token in (None, READER) or repo_id.split("/")[0] not in ("me", "team"):
-            raise _Refused(403, message="You don't have the rights to create a model under this namespace")
+            raise _Refused(
+                403, message="You don't have the rights to create a model under this namespace"
+            )
         answer = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repos:
             return 409, answer | {"error": "You already created this model repo"}
-        self.hub.add(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, wanted.get("visibility") == "private")
+        self.hub.add(
+            repo_id,
+            {".gitattributes": b"*.safetensors filter=lfs\n"},
+            wanted.get("visibility") == "private",
+        )
         return 200, answer
 
     def info(self, repo_id: str, revision: str, **_: Any) -> tuple[Any, ...]:
         commit, repo = self._revision(repo_id, revision or "main"), self._repo(repo_id)
         card = _front_matter(commit.files.get("README.md", b"").decode())
         files = [{"rfilename": path} for path in sorted(commit.files)]
-        return 200, {"id": repo_id, "sha": commit.oid, "private": repo.private, "siblings": files, "cardData": card}
+        return 200, {
+            "id": repo_id,
+            "sha": commit.oid,
+            "private": repo.private,
+            "siblings": files,
+            "cardData": card,
+        }
 
     def tree(self, repo_id: str, revision: str, **_: Any) -> tuple[Any, ...]:
         files = self._revision(repo_id, revision).files
         return 200, [
-            {"type": "file", "path": path, "size": len(data), "oid": _git(data)} for path, data in files.items()
+            {"type": "file", "path": path, "size": len(data), "oid": _git(data)}
+            for path, data in files.items()
         ]
 
     def preupload(self, repo_id: str, revision: str, body: bytes, **_: Any) -> tuple[Any, ...]:
@@ -327,7 +363,9 @@ class _Handler(BaseHTTPRequestHandler):
         for one in json.loads(body)["objects"]:
             upload = {"upload": {"href": f"{self.hub.endpoint}/storage/{one['oid']}"}}
             verify = {"verify": {"href": f"{self.hub.endpoint}/{repo_id}/verify"}}
-            objects.append(one if one["oid"] in self.hub.large else one | {"actions": upload | verify})
+            objects.append(
+                one if one["oid"] in self.hub.large else one | {"actions": upload | verify}
+            )
         return 200, {"transfer": "basic", "objects": objects}
 
     def upload(self, oid: str, body: bytes, **_: Any) -> tuple[Any, ...]:
@@ -350,7 +388,9 @@ class _Handler(BaseHTTPRequestHandler):
             if key == "header":
                 message = value["summary"]
                 if value.get("parentCommit", repo.branches[branch]) != repo.branches[branch]:
-                    raise _Refused(412, message="A commit has happened since. Please refresh and try again.")
+                    raise _Refused(
+                        412, message="A commit has happened since. Please refresh and try again."
+                    )
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
@@ -386,15 +426,30 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(repo_id)
 
         def listed(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
-            return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid} for n, oid in refs.items()]
+            return [
+                {"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid}
+                for n, oid in refs.items()
+            ]
 
-        return 200, {"branches": listed("heads", repo.branches), "converts": [], "tags": listed("tags", repo.tags)}
+        return 200, {
+            "branches": listed("heads", repo.branches),
+            "converts": [],
+            "tags": listed("tags", repo.tags),
+        }
 
     def validate(self, body: bytes, **_: Any) -> tuple[Any, ...]:
         card = _front_matter(json.loads(body)["content"])
-        for name, kind in (("base_model", str), ("license", str), ("tags", list), ("model-index", list)):
+        for name, kind in (
+            ("base_model", str),
+            ("license", str),
+            ("tags", list),
+            ("model-index", list),
+        ):
             if name in card and not isinstance(card[name], kind):
-                return 400, {"errors": [{"message": f'"{name}" must be a {kind.__name__}'}], "warnings": []}
+                return 400, {
+                    "errors": [{"message": f'"{name}" must be a {kind.__name__}'}],
+                    "warnings": [],
+                }
         return 200, {"errors": [], "warnings": []}
 
     def resolve(self, repo_id: str, revision: str, path: str, **_: Any) -> tuple[Any, ...]:

@@ -17,12 +17,13 @@ from benchmarks.agreement import (
     compare_links,
     read,
 )
-from ray_sql.execution import Executor
+from ray_sql.database import Executor, read_tables_json
 from ray_sql.metrics.spider_grammar import read_query
 from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
-from ray_sql.schema import read_tables_json
 
-pytestmark = pytest.mark.skipif("RAY_SQL_SHARED" not in os.environ, reason="needs the reference data: RAY_SQL_SHARED")
+pytestmark = pytest.mark.skipif(
+    "RAY_SQL_SHARED" not in os.environ, reason="needs the reference data: RAY_SQL_SHARED"
+)
 
 # What may be refused though officially right: empty text, several statements, and anything that is no query.
 NO_QUERY = ("err_blank_or_stub", "multi_", "stmt_")
@@ -99,10 +100,16 @@ class Names:
     def query(self, tree: dict[str, Any]) -> SpiderQuery:
         distinct, selected = tree["select"]
         direction, keys = tree["orderBy"] or ("", [])
-        combined = [(word, self.query(tree[word])) for word in ("intersect", "union", "except") if tree[word]]
+        combined = [
+            (word, self.query(tree[word]))
+            for word in ("intersect", "union", "except")
+            if tree[word]
+        ]
         return SpiderQuery(
             distinct=distinct,
-            select=tuple((self.AGGREGATES[aggregate], self.term(term)) for aggregate, term in selected),
+            select=tuple(
+                (self.AGGREGATES[aggregate], self.term(term)) for aggregate, term in selected
+            ),
             tables=tuple(
                 self.query(table) if kind == "sql" else self.tables[table]
                 for kind, table in tree["from"]["table_units"]
@@ -123,7 +130,9 @@ class Names:
 
     def term(self, tree: list[Any]) -> Term:
         operation, left, right = tree
-        return Term(self.OPERATIONS[operation], self.unit(left), None if right is None else self.unit(right))
+        return Term(
+            self.OPERATIONS[operation], self.unit(left), None if right is None else self.unit(right)
+        )
 
     def conditions(self, tree: list[Any]) -> Conditions:
         return Conditions(tuple(self.condition(item) for item in tree[::2]), tuple(tree[1::2]))
@@ -132,4 +141,6 @@ class Names:
         negated, comparison, term, *values = tree
         word = self.COMPARISONS[comparison]
         nested = [self.query(value) if isinstance(value, dict) else None for value in values]
-        return Condition(negated, word, self.term(term), tuple(nested if word == "between" else nested[:1]))
+        return Condition(
+            negated, word, self.term(term), tuple(nested if word == "between" else nested[:1])
+        )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_sql.execution import Rows
+from ray_sql.database import Rows
 from ray_sql.metrics import bird_match, r_ves, soft_f1, ves_reward
 
 cells = st.sampled_from([None, 0, 1, 1.0, 2.5, "a", "b", b"a"])
@@ -20,7 +20,17 @@ def tables(draw: st.DrawFn, least_rows: int = 0) -> Rows:
 
 @pytest.mark.parametrize(
     ("ratio", "reward"),
-    [(50, 1.25), (2, 1.25), (1.99, 1), (1, 1), (0.99, 0.75), (0.5, 0.75), (0.49, 0.5), (0.25, 0.5), (0.24, 0.25)],
+    [
+        (50, 1.25),
+        (2, 1.25),
+        (1.99, 1),
+        (1, 1),
+        (0.99, 0.75),
+        (0.5, 0.75),
+        (0.49, 0.5),
+        (0.25, 0.5),
+        (0.24, 0.25),
+    ],
 )
 def test_the_reward_is_a_grade_of_how_much_faster_than_gold(ratio: float, reward: float) -> None:
     assert ves_reward([ratio, ratio], [1, 1]) == ves_reward([ratio], [1]) == reward
@@ -40,8 +50,12 @@ def test_an_outlier_is_left_out() -> None:
     assert ves_reward([0.9, 100], [1, 1]) == 1.25
 
 
-@pytest.mark.parametrize("times", [([], []), ([1], [1, 1]), ([0], [1]), ([1], [0]), ([1], [-1]), ([float("nan")], [1])])
-def test_times_that_cannot_be_compared_are_a_mistake_of_the_caller(times: tuple[list[float], list[float]]) -> None:
+@pytest.mark.parametrize(
+    "times", [([], []), ([1], [1, 1]), ([0], [1]), ([1], [0]), ([1], [-1]), ([float("nan")], [1])]
+)
+def test_times_that_cannot_be_compared_are_a_mistake_of_the_caller(
+    times: tuple[list[float], list[float]],
+) -> None:
     with pytest.raises(ValueError, match="time"):
         ves_reward(*times)
 
@@ -67,14 +81,30 @@ def test_the_score_is_the_mean_root_of_the_rewards_in_per_cent() -> None:
         (((1, "a"),), (("a", 1),), 1),  # columns in any order
         (((1,), (2,)), ((2,), (1,)), 0),  # rows in this order only
         (((1,), (1,), (2,)), ((1,), (2,), (2,)), 1),  # duplicates are dropped
-        (((1, "a"),), ((1, "b"),), 1 / 2),  # half found, half added, half missed: precision and recall 1/2
-        (((1, "a"),), ((1,),), 2 / 3),  # half found, nothing added, half missed: precision 1, recall 1/2
+        (
+            ((1, "a"),),
+            ((1, "b"),),
+            1 / 2,
+        ),  # half found, half added, half missed: precision and recall 1/2
+        (
+            ((1, "a"),),
+            ((1,),),
+            2 / 3,
+        ),  # half found, nothing added, half missed: precision 1, recall 1/2
         (((1,),), ((1, "a"),), 2 / 3),  # one found, one added: precision 1/2, recall 1
         (((1,), (2,)), ((1,),), 2 / 3),  # a row missed
         (((1,),), ((1,), (2,)), 2 / 3),  # a row too many
-        (((1,),), ((1, 1.0),), 1),  # a value found twice counts twice: 2 of 1, nothing added, nothing missed
+        (
+            ((1,),),
+            ((1, 1.0),),
+            1,
+        ),  # a value found twice counts twice: 2 of 1, nothing added, nothing missed
         # 1 + 1 + 1/2 found, nothing added, 1/2 missed, and a last row of each: precision 1, recall 2.5 / 3
-        ((("pen", 3), ("ink", 5), ("nib", 7)), ((3, "pen"), (5, "ink"), ("nib",)), 2 * (2.5 / 3) / (1 + 2.5 / 3)),
+        (
+            (("pen", 3), ("ink", 5), ("nib", 7)),
+            ((3, "pen"), (5, "ink"), ("nib",)),
+            2 * (2.5 / 3) / (1 + 2.5 / 3),
+        ),
     ],
 )
 def test_soft_f1_by_hand(gold: Rows, predicted: Rows, score: float) -> None:
@@ -83,7 +113,10 @@ def test_soft_f1_by_hand(gold: Rows, predicted: Rows, score: float) -> None:
 
 def soft_f1_by_counting(gold: Rows, predicted: Rows) -> float:
     """The same from whole counts, row by row, as 2 tp / (2 tp + fp + fn)."""
-    kept = [[row for place, row in enumerate(rows) if row not in rows[:place]] for rows in (gold, predicted)]
+    kept = [
+        [row for place, row in enumerate(rows) if row not in rows[:place]]
+        for rows in (gold, predicted)
+    ]
     tp = fp = fn = 0.0
     for place in range(max(map(len, kept))):
         ours, theirs = (rows[place] if place < len(rows) else None for rows in kept)

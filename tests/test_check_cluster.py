@@ -15,14 +15,17 @@ import pytest
 
 from benchmarks.mlflow_server import free_port
 from benchmarks.ray_cluster import ray_cluster
-from ray_sql import check, prepare
-from ray_sql.check import nodes
+from ray_sql import preflight
 from ray_sql.errors import ConfigError, StoreError
+from ray_sql.finetune import prepare
+from ray_sql.preflight import nodes
 
 ROOT = Path(__file__).parent.parent
 
 
-def job(flags: dict[str, str], folder: Path = ROOT, **environment: str) -> tuple[int, str, str, float]:
+def job(
+    flags: dict[str, str], folder: Path = ROOT, **environment: str
+) -> tuple[int, str, str, float]:
     """`python -m jobs.check` as a user runs it: exit code, output, errors, and seconds."""
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     begun = time.monotonic()
@@ -40,7 +43,12 @@ def job(flags: dict[str, str], folder: Path = ROOT, **environment: str) -> tuple
 @pytest.fixture
 def flags(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> dict[str, str]:
     """The flags of a run of seconds with one worker."""
-    given = {"model_name": tiny_model, "output_name": "run", "task_type": "sql", "dataset_id": spider_folder}
+    given = {
+        "model_name": tiny_model,
+        "output_name": "run",
+        "task_type": "sql",
+        "dataset_id": spider_folder,
+    }
     places = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"}
     return {name: str(value) for name, value in (given | places).items()} | {"lora.r": "4"}
 
@@ -51,7 +59,10 @@ def test_an_address_where_no_cluster_is_costs_seconds(flags: dict[str, str]) -> 
     code, out, err, seconds = job(flags, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert code == 2, out + err
     (line,) = (line for line in out.splitlines() if line.startswith("FAIL"))
-    assert line.startswith("FAIL  cluster: RAY_ADDRESS 127.0.0.1:") and "no Ray cluster answers there" in line
+    assert (
+        line.startswith("FAIL  cluster: RAY_ADDRESS 127.0.0.1:")
+        and "no Ray cluster answers there" in line
+    )
     assert "ok    lengths" in out, "what needs no cluster is checked all the same"
     assert "1 of 7 checks failed" in err and "Traceback" not in err
     alone = job(flags)
@@ -60,8 +71,16 @@ def test_an_address_where_no_cluster_is_costs_seconds(flags: dict[str, str]) -> 
 
 
 def machine(name: str, **own: Any) -> nodes.Node:
-    given = {"resources": {"CPU": 8.0, "GPU": 1.0}, "sees": True, "problem": "", "packages": {}, "memory": 2**34}
-    return nodes.Node(name, **(given | {"gpus": (2**34,), "scratch": 2**40, "storage": 2**40} | own))
+    given = {
+        "resources": {"CPU": 8.0, "GPU": 1.0},
+        "sees": True,
+        "problem": "",
+        "packages": {},
+        "memory": 2**34,
+    }
+    return nodes.Node(
+        name, **(given | {"gpus": (2**34,), "scratch": 2**40, "storage": 2**40} | own)
+    )
 
 
 def test_the_smallest_gpu_and_the_fullest_disk_decide(make_config: Any) -> None:
@@ -71,15 +90,20 @@ def test_the_smallest_gpu_and_the_fullest_disk_decide(make_config: Any) -> None:
     text = nodes.memory(config, prepared, found)
     assert "8.0 GiB on the GPU of b, which holds one of " in text
     most = int(text.split("which holds one of ")[1].split(":")[0])
-    estimate = functools.partial(check.memory_estimate, config, prepared.model_folder, gpu=True)
+    estimate = functools.partial(preflight.memory_estimate, config, prepared.model_folder, gpu=True)
     assert estimate(tokens=most) <= 2**33 < estimate(tokens=most + 1)
     assert "no node with room for a worker is up yet" in nodes.memory(config, prepared, found[:1])
-    with pytest.raises(ConfigError, match=r"GiB needed .*; 0\.0 GiB on the GPU of b; lower --train_batch_size"):
+    with pytest.raises(
+        ConfigError, match=r"GiB needed .*; 0\.0 GiB on the GPU of b; lower --train_batch_size"
+    ):
         nodes.memory(config, prepared, [*found[:2], machine("b", gpus=(2**18,))])
     assert "4 checkpoints take up to" in nodes.disk(config, prepared, found)
     with pytest.raises(StoreError, match=r"on b has 9.5e-07; make room, or set TMPDIR"):
         nodes.disk(config, prepared, [*found, machine("b", scratch=2**10)])
-    with pytest.raises(StoreError, match=r"run has 9.5e-07 GiB; make room, or choose another --scaling.storage_path"):
+    with pytest.raises(
+        StoreError,
+        match=r"run has 9.5e-07 GiB; make room, or choose another --scaling.storage_path",
+    ):
         nodes.disk(config, prepared, [*found, machine("b", storage=2**10)])
     assert "where they are kept" not in nodes.disk(config, prepared, [machine("a", storage=None)])
 
@@ -105,22 +129,34 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_every_node_is_asked(cluster: Any, flags: dict[str, str]) -> None:
     code, out, err, _ = job(flags | {"scaling.num_workers": "2"})
     assert code == 0, out + err
-    said = dict(line.removeprefix("ok    ").split(": ", 1) for line in out.splitlines() if line.startswith("ok "))
+    said = dict(
+        line.removeprefix("ok    ").split(": ", 1)
+        for line in out.splitlines()
+        if line.startswith("ok ")
+    )
     assert said["cluster"].endswith(f":{cluster.address.rpartition(':')[2]} answers, 2 nodes")
     assert said["state API"] == "answers"
     assert said["resources"].startswith("workers of 1 CPU: 2 workers of 1 CPU fit on 2 nodes")
-    assert said["storage"].startswith("2 nodes write to ") and said["packages"].endswith(" on 2 nodes")
-    assert "GiB on the worker's share of memory of " in said["memory"] and "4 checkpoints take up to" in said["disk"]
+    assert said["storage"].startswith("2 nodes write to ") and said["packages"].endswith(
+        " on 2 nodes"
+    )
+    assert (
+        "GiB on the worker's share of memory of " in said["memory"]
+        and "4 checkpoints take up to" in said["disk"]
+    )
     assert not list(Path(flags["output_dir"]).iterdir()), "no probe is left behind"
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_token_that_the_cluster_refuses_costs_seconds(cluster: Any, flags: dict[str, str]) -> None:
+def test_a_token_that_the_cluster_refuses_costs_seconds(
+    cluster: Any, flags: dict[str, str]
+) -> None:
     code, out, _, _ = job(flags, RAY_AUTH_TOKEN="f" * 32)
     assert code == 2
     assert (
-        f"FAIL  cluster: RAY_ADDRESS {cluster.address}: the cluster refuses this process's token; set RAY_AUTH_" in out
+        f"FAIL  cluster: RAY_ADDRESS {cluster.address}: the cluster refuses this process's token; set RAY_AUTH_"
+        in out
     )
 
 
@@ -135,11 +171,19 @@ def test_a_node_that_differs_is_named(cluster: Any, flags: dict[str, str], tmp_p
     places = {"scaling.storage_path": "/proc/self/cwd/runs", "scaling.num_workers": "7"}
     code, out, err, _ = job(flags | places, folder=tmp_path)
     assert code == 2
-    failed = dict(line.removeprefix("FAIL  ").split(": ", 1) for line in out.splitlines() if line.startswith("FAIL"))
+    failed = dict(
+        line.removeprefix("FAIL  ").split(": ", 1)
+        for line in out.splitlines()
+        if line.startswith("FAIL")
+    )
     assert set(failed) == {"resources", "storage", "packages"}, out + err
     node = f"-{other.node_id[:6]}"
-    assert failed["packages"].count(" has ") == 1 and f"{node} has peft 0.0.1, not " in failed["packages"]
+    assert (
+        failed["packages"].count(" has ") == 1
+        and f"{node} has peft 0.0.1, not " in failed["packages"]
+    )
     assert "--scaling.num_workers 7 asks for more than there is" in failed["resources"]
     assert (
-        node in failed["storage"] and "give --scaling.storage_path a folder that all nodes share" in failed["storage"]
+        node in failed["storage"]
+        and "give --scaling.storage_path a folder that all nodes share" in failed["storage"]
     )

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_sql import checkpoints
-from ray_sql.checkpoints import Checkpoint
 from ray_sql.errors import StoreError
+from ray_sql.store import checkpoints, storage
+from ray_sql.store.checkpoints import Checkpoint
 
 
 @pytest.fixture
@@ -27,9 +27,17 @@ def local(tmp_path: Path) -> Path:
 
 
 def save(
-    local: Path, run_dir: str, step: int, objective: float | None = None, tie_break: float | None = None
+    local: Path,
+    run_dir: str,
+    step: int,
+    objective: float | None = None,
+    tie_break: float | None = None,
 ) -> Checkpoint:
-    scores = {} if objective is None else {"objective": objective, "tie_break": tie_break, "metrics": {"n": 4.0}}
+    scores = (
+        {}
+        if objective is None
+        else {"objective": objective, "tie_break": tie_break, "metrics": {"n": 4.0}}
+    )
     return checkpoints.save(local, run_dir, step, scores)
 
 
@@ -40,8 +48,13 @@ def steps(run_dir: str) -> list[int]:
 def test_what_was_saved_comes_back_whole(local: Path, run_dir: str, tmp_path: Path) -> None:
     saved = save(local, run_dir, 10, 0.5, 0.75)
     assert checkpoints.complete(run_dir) == [saved] == [checkpoints.read(saved.uri)]
-    assert (saved.step, saved.objective, saved.tie_break, saved.metrics) == (10, 0.5, 0.75, {"n": 4.0})
-    fetched = checkpoints.fetch(saved.uri, tmp_path / "fetched" / "here")
+    assert (saved.step, saved.objective, saved.tie_break, saved.metrics) == (
+        10,
+        0.5,
+        0.75,
+        {"n": 4.0},
+    )
+    fetched = storage.fetch(saved.uri, tmp_path / "fetched" / "here")
     for file in ("adapter.bin", "deep/state.json"):
         assert (fetched / file).read_bytes() == (local / file).read_bytes()
 
@@ -63,7 +76,9 @@ def test_saving_a_step_again_replaces_it(local: Path, run_dir: str) -> None:
     assert not Path(saved.uri, "deep", "state.json").exists()
 
 
-def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(local: Path, run_dir: str) -> None:
+def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(
+    local: Path, run_dir: str
+) -> None:
     for step in (1, 2):
         save(local, run_dir, step)
     newest = Path(run_dir, "checkpoint-2")
@@ -72,18 +87,22 @@ def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(local: Path
     for file, content in whole.items():
         for damage in (content[: len(content) // 2], b"", None):
             file.unlink() if damage is None else file.write_bytes(damage)
-            assert steps(run_dir) == [1], f"{file.name} {'missing' if damage is None else len(damage)}"
+            assert steps(run_dir) == [1], (
+                f"{file.name} {'missing' if damage is None else len(damage)}"
+            )
         file.write_bytes(content)
     assert steps(run_dir) == [1, 2] and marker in whole
 
 
-def test_changed_bytes_are_found_in_what_was_fetched(local: Path, run_dir: str, tmp_path: Path) -> None:
+def test_changed_bytes_are_found_in_what_was_fetched(
+    local: Path, run_dir: str, tmp_path: Path
+) -> None:
     saved = save(local, run_dir, 1)
-    assert checkpoints.damaged(checkpoints.fetch(saved.uri, tmp_path / "intact")) is None
+    assert checkpoints.damaged(storage.fetch(saved.uri, tmp_path / "intact")) is None
     file = Path(saved.uri, "deep", "state.json")
     file.write_text("[]")
     assert checkpoints.complete(run_dir) == [saved], "its size is as it was"
-    fetched = checkpoints.fetch(saved.uri, tmp_path / "changed")
+    fetched = storage.fetch(saved.uri, tmp_path / "changed")
     assert checkpoints.damaged(fetched) == "deep/state.json"
     (fetched / "adapter.bin").unlink()
     assert checkpoints.damaged(fetched) == "adapter.bin"
@@ -102,7 +121,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_valid(
     del known["checksums"]
     marker.write_text(json.dumps(known))
     assert checkpoints.complete(run_dir) == [saved]
-    assert checkpoints.damaged(checkpoints.fetch(saved.uri, tmp_path / "fetched")) is None
+    assert checkpoints.damaged(storage.fetch(saved.uri, tmp_path / "fetched")) is None
 
 
 def test_a_damaged_marker_is_no_marker(local: Path, run_dir: str) -> None:
@@ -138,15 +157,19 @@ class Outage:
         self._point_to(self._behind)
 
 
-def test_storage_that_fails_for_a_while_is_waited_for(local: Path, tmp_path: Path, caplog: Any) -> None:
+def test_storage_that_fails_for_a_while_is_waited_for(
+    local: Path, tmp_path: Path, caplog: Any
+) -> None:
     outage = Outage(tmp_path)
     save(local, outage.run_dir, 1)
     for number, access in enumerate(
         (
             lambda: save(local, outage.run_dir, 2),
             lambda: steps(outage.run_dir) == [1, 2] or pytest.fail("it has both"),
-            lambda: checkpoints.fetch(f"{outage.run_dir}/checkpoint-2", tmp_path / "fetched"),
-            lambda: checkpoints.read_text(f"{outage.run_dir}/none") is None or pytest.fail("there is none"),
+            lambda: storage.fetch(f"{outage.run_dir}/checkpoint-2", tmp_path / "fetched"),
+            lambda: (
+                storage.read_text(f"{outage.run_dir}/none") is None or pytest.fail("there is none")
+            ),
         ),
         start=1,
     ):
@@ -156,13 +179,19 @@ def test_storage_that_fails_for_a_while_is_waited_for(local: Path, tmp_path: Pat
     assert checkpoints.damaged(tmp_path / "fetched") is None
 
 
-def test_storage_that_never_answers_is_named(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.0)
+def test_storage_that_never_answers_is_named(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
     outage = Outage(tmp_path)
     outage.begin()
-    with pytest.raises(StoreError, match=r"store/run/checkpoint-1: cannot be written .*; free space"):
+    with pytest.raises(
+        StoreError, match=r"store/run/checkpoint-1: cannot be written .*; free space"
+    ):
         save(local, outage.run_dir, 1)
-    with pytest.raises(StoreError, match=r"store/run: cannot be read .*; run the same command again"):
+    with pytest.raises(
+        StoreError, match=r"store/run: cannot be read .*; run the same command again"
+    ):
         steps(outage.run_dir)
 
 
@@ -187,7 +216,9 @@ def made(step: int, objective: float | None, tie_break: float | None = None) -> 
         ([made(1, 0.0), made(2, None)], 1),
     ],
 )
-def test_the_best_has_the_highest_objective_then_tie_break_then_step(found: list[Checkpoint], step: int) -> None:
+def test_the_best_has_the_highest_objective_then_tie_break_then_step(
+    found: list[Checkpoint], step: int
+) -> None:
     best = checkpoints.best(reversed(found))
     assert best and best.step == step
 
@@ -230,31 +261,33 @@ def test_pruning_removes_what_is_half_written_or_set_aside_but_not_what_is_being
     ]
 
 
-def test_texts_files_and_folders_are_put_read_and_removed(local: Path, run_dir: str, tmp_path: Path) -> None:
-    assert checkpoints.read_text(f"{run_dir}/a.json") is None and not checkpoints.exists(run_dir)
-    checkpoints.write_text(f"{run_dir}/a.json", "é\n")
-    assert checkpoints.read_text(f"{run_dir}/a.json") == "é\n" and checkpoints.exists(run_dir)
-    checkpoints.put(local, f"{run_dir}/adapter")
-    checkpoints.put(local / "adapter.bin", f"{run_dir}/inputs/one.bin")
-    target = checkpoints.fetch_file(f"{run_dir}/inputs/one.bin", tmp_path / "one.bin")
+def test_texts_files_and_folders_are_put_read_and_removed(
+    local: Path, run_dir: str, tmp_path: Path
+) -> None:
+    assert storage.read_text(f"{run_dir}/a.json") is None and not storage.exists(run_dir)
+    storage.write_text(f"{run_dir}/a.json", "é\n")
+    assert storage.read_text(f"{run_dir}/a.json") == "é\n" and storage.exists(run_dir)
+    storage.put(local, f"{run_dir}/adapter")
+    storage.put(local / "adapter.bin", f"{run_dir}/inputs/one.bin")
+    target = storage.fetch_file(f"{run_dir}/inputs/one.bin", tmp_path / "one.bin")
     assert target.read_bytes() == (local / "adapter.bin").read_bytes()
-    checkpoints.put(local / "deep", f"{run_dir}/adapter")
+    storage.put(local / "deep", f"{run_dir}/adapter")
     assert [file.name for file in Path(run_dir, "adapter").iterdir()] == ["state.json"]
-    checkpoints.remove(f"{run_dir}/adapter")
-    checkpoints.remove(f"{run_dir}/adapter")
-    assert not checkpoints.exists(f"{run_dir}/adapter")
+    storage.remove(f"{run_dir}/adapter")
+    storage.remove(f"{run_dir}/adapter")
+    assert not storage.exists(f"{run_dir}/adapter")
 
 
 def test_what_lies_there_already_is_not_put_again_unless_it_has_changed(
     run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, uri, written = tmp_path / "shop.sqlite", f"{run_dir}/inputs/shop.sqlite", []
-    put = checkpoints.put
-    monkeypatch.setattr(checkpoints, "put", lambda local, to: (written.append(to), put(local, to)))
+    put = storage.put
+    monkeypatch.setattr(storage, "put", lambda local, to: (written.append(to), put(local, to)))
     for content, times in ((b"1 row ", 1), (b"1 row ", 1), (b"2 rows", 2)):
         source.write_bytes(content)
-        checkpoints.put_once(source, uri)
-        assert checkpoints.fetch_file(uri, tmp_path / "copy").read_bytes() == content
+        storage.put_once(source, uri)
+        assert storage.fetch_file(uri, tmp_path / "copy").read_bytes() == content
         assert len(written) == times
 
 
@@ -263,10 +296,10 @@ def test_a_place_that_cannot_be_written_is_named_at_once_with_the_way_out(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     place = str(tmp_path / "file" / "run")
-    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: pytest.fail("waiting makes no room"))
+    monkeypatch.setattr(storage.time, "sleep", lambda _: pytest.fail("waiting makes no room"))
     for write in (
-        lambda: checkpoints.write_text(f"{place}/config.json", "{}"),
-        lambda: checkpoints.put(local, f"{place}/adapter"),
+        lambda: storage.write_text(f"{place}/config.json", "{}"),
+        lambda: storage.put(local, f"{place}/adapter"),
         lambda: save(local, place, 1),
     ):
         with pytest.raises(StoreError) as caught:
@@ -277,13 +310,15 @@ def test_a_place_that_cannot_be_written_is_named_at_once_with_the_way_out(
 
 def test_a_scheme_that_no_storage_has_is_refused() -> None:
     with pytest.raises(StoreError, match=r"^carrier-pigeon://x: not a storage"):
-        checkpoints.open_store("carrier-pigeon://x")
+        storage.open_store("carrier-pigeon://x")
 
 
-def test_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_paths_become_absolute_and_uris_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.absolute_uri("out/x") == str(tmp_path / "out" / "x")
-    assert checkpoints.absolute_uri("s3://bucket/x") == "s3://bucket/x"
+    assert storage.absolute_uri("out/x") == str(tmp_path / "out" / "x")
+    assert storage.absolute_uri("s3://bucket/x") == "s3://bucket/x"
 
 
 def test_a_marker_says_what_a_reader_needs(local: Path, run_dir: str) -> None:

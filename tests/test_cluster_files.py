@@ -55,7 +55,9 @@ def shell(config: dict[str, Any]) -> list[str]:
 
 def calls(program: str, text: str) -> list[list[str]]:
     """The arguments of every call of `program` in shell text, one list a call."""
-    found = re.findall(rf"(?:^|[\s/(;])(?:{program}) ([^;|&()<>\n]+)", text.replace("\\\n", " "), re.MULTILINE)
+    found = re.findall(
+        rf"(?:^|[\s/(;])(?:{program}) ([^;|&()<>\n]+)", text.replace("\\\n", " "), re.MULTILINE
+    )
     return [shlex.split(one, comments=True) for one in found]
 
 
@@ -72,7 +74,9 @@ def test_ray_takes_the_cluster_files(file: str) -> None:
     config = read(file)
     assert {"head_setup_commands", "max_workers", "available_node_types"} <= set(prepared(config))
     with pytest.raises(jsonschema.ValidationError, match="idle_minutes"):
-        prepared({**config, "idle_minutes": 5})  # the schema is strict: what is misspelt above would have been found
+        prepared(
+            {**config, "idle_minutes": 5}
+        )  # the schema is strict: what is misspelt above would have been found
 
 
 def test_the_local_file_passes_all_that_ray_up_does_before_it_logs_in() -> None:
@@ -110,10 +114,14 @@ def test_every_command_parses(file: str) -> None:
 def test_ray_starts_with_what_ray_start_takes(file: str) -> None:
     config = read(file)
     starts = {kind: "\n".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker")}
-    made = {kind: [parse(ray, words) for words in calls("ray", text)] for kind, text in starts.items()}
+    made = {
+        kind: [parse(ray, words) for words in calls("ray", text)] for kind, text in starts.items()
+    }
     head, worker = made["head"][-1], made["worker"][-1]  # after `ray stop`
     assert head["head"] and head["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
-    assert head["dashboard_host"] == "0.0.0.0", "Ray Tune's clean-up asks the dashboard from other nodes"
+    assert head["dashboard_host"] == "0.0.0.0", (
+        "Ray Tune's clean-up asks the dashboard from other nodes"
+    )
     assert worker["address"] == f"$RAY_HEAD_IP:{head['port']}"
 
 
@@ -125,7 +133,9 @@ def test_mlflow_keeps_its_records_on_the_shared_folder(file: str) -> None:
     given = parse(mlflow, words)
     assert given["backend_store_uri"].startswith("sqlite:////shared/") and given["workers"] == "1"
     assert given["artifacts_destination"].startswith("/shared/")
-    assert f"MLFLOW_TRACKING_URI=http://{given['host']}:{given['port']}" in (ROOT / file).read_text()
+    assert (
+        f"MLFLOW_TRACKING_URI=http://{given['host']}:{given['port']}" in (ROOT / file).read_text()
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -135,7 +145,9 @@ def test_nodes_install_this_package_with_the_tested_versions(file: str) -> None:
     assert words[words.index("--constraint") + 1] == "~/ray_sql/constraints.txt"
     assert fnmatch(f"~/ray_sql/ray_sql-{__version__}-py3-none-any.whl", words[-1])
     assert config["file_mounts"]["~/ray_sql"] == "dist"
-    assert "--wheel-dir dist" in PAGE and "cp constraints.txt dist" in PAGE, "the page says how dist/ is made"
+    assert "--wheel-dir dist" in PAGE and "cp constraints.txt dist" in PAGE, (
+        "the page says how dist/ is made"
+    )
 
 
 def test_the_token_reaches_every_node() -> None:
@@ -147,17 +159,32 @@ def test_the_token_reaches_every_node() -> None:
     for kind in ("head", "worker"):
         options = container["run_options"] + container.get(f"{kind}_run_options", [])
         started = docker.docker_start_cmds(
-            "ubuntu", container["image"], aws["file_mounts"], "c", options, "n", "/home/ray", "docker"
+            "ubuntu",
+            container["image"],
+            aws["file_mounts"],
+            "c",
+            options,
+            "n",
+            "/home/ray",
+            "docker",
         )
         words = shlex.split(started)
-        assert "RAY_AUTH_MODE=token" in words and "/shared:/shared" in words and "HF_HOME=/shared/huggingface" in words
+        assert (
+            "RAY_AUTH_MODE=token" in words
+            and "/shared:/shared" in words
+            and "HF_HOME=/shared/huggingface" in words
+        )
         assert any(word.endswith(":/home/ray/.ray/auth_token") for word in words)
         [command] = [one for one in local[f"{kind}_start_ray_commands"] if "ray start" in one]
-        assert {"RAY_AUTH_MODE=token", "HF_HOME=/shared/huggingface"} <= set(command.partition("ray start")[0].split())
+        assert {"RAY_AUTH_MODE=token", "HF_HOME=/shared/huggingface"} <= set(
+            command.partition("ray start")[0].split()
+        )
 
 
 def test_images_have_the_tested_ray_and_python() -> None:
-    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=3.")
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "requires-python"
+    ].removeprefix(">=3.")
     image = f"rayproject/ray:{RAY}-py3{python}-gpu"
     assert read("cluster.yaml")["docker"]["image"] == image
     assert f"\nFROM {image}\n" in (ROOT / "Dockerfile").read_text()
@@ -165,10 +192,16 @@ def test_images_have_the_tested_ray_and_python() -> None:
 
 def test_the_dockerfile_copies_what_the_package_is_made_of() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    copied = [word for line in re.findall(r"^COPY --chown=ray (.+)$", text, re.MULTILINE) for word in line.split()[:-1]]
+    copied = [
+        word
+        for line in re.findall(r"^COPY --chown=ray (.+)$", text, re.MULTILINE)
+        for word in line.split()[:-1]
+    ]
     assert {"pyproject.toml", "constraints.txt", "ray_sql", "jobs"} <= set(copied)
     assert all((ROOT / word).exists() for word in copied)
-    assert (ROOT / tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["readme"]).name in copied
+    assert (
+        ROOT / tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["readme"]
+    ).name in copied
 
 
 JOB = {
@@ -178,7 +211,14 @@ JOB = {
 }  # fmt: skip
 """Fields of RayJobSpec in KubeRay's API reference (ray.io/v1)."""
 CLUSTER = {
-    *("authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "headGroupSpec", "rayVersion", "workerGroupSpecs"),
+    *(
+        "authOptions",
+        "autoscalerOptions",
+        "enableInTreeAutoscaling",
+        "headGroupSpec",
+        "rayVersion",
+        "workerGroupSpecs",
+    )
 }
 GROUP = {"groupName", "maxReplicas", "minReplicas", "rayStartParams", "replicas", "template"}
 
@@ -188,7 +228,11 @@ def test_the_rayjob_is_one_and_runs_a_command_that_parses() -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    assert set(spec) <= JOB and set(cluster) <= CLUSTER and all(set(group) <= GROUP for group in groups)
+    assert (
+        set(spec) <= JOB
+        and set(cluster) <= CLUSTER
+        and all(set(group) <= GROUP for group in groups)
+    )
     assert cluster["rayVersion"] == RAY and cluster["authOptions"] == {"mode": "token"}
     assert spec["backoffLimit"] == 0 and spec["activeDeadlineSeconds"], (
         "a failed run is not repeated, and none for ever"
@@ -198,22 +242,34 @@ def test_the_rayjob_is_one_and_runs_a_command_that_parses() -> None:
     python, module, job_name, *flags = shlex.split(spec["entrypoint"])
     assert (python, module, job_name) == ("python", "-m", "jobs.finetune")
     config = load(Config, [flag.replace(workdir, str(ROOT)) for flag in flags])
-    assert config.scaling.use_gpu and config.workers <= cluster["workerGroupSpecs"][0]["maxReplicas"]
+    assert (
+        config.scaling.use_gpu and config.workers <= cluster["workerGroupSpecs"][0]["maxReplicas"]
+    )
     for place in (config.run_dir, config.dataset_id, config.cache_dir):
-        assert place.startswith("/shared/"), "what must outlive the pods lies where all of them see it"
+        assert place.startswith("/shared/"), (
+            "what must outlive the pods lies where all of them see it"
+        )
 
 
 def test_every_pod_of_the_rayjob_has_image_token_and_shared_folder() -> None:
     cluster = yaml.safe_load((ROOT / "jobs" / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
-    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    pods = [
+        group["template"]["spec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
     assert len({pod["containers"][0]["image"] for pod in pods}) == 1
     for pod in pods:
         [container] = pod["containers"]
         environment = {one["name"]: one for one in container["env"]}
-        assert "secretKeyRef" in environment["HF_TOKEN"]["valueFrom"] and "value" not in environment["HF_TOKEN"]
+        assert (
+            "secretKeyRef" in environment["HF_TOKEN"]["valueFrom"]
+            and "value" not in environment["HF_TOKEN"]
+        )
         assert environment["HF_HOME"]["value"].startswith("/shared/")
         mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-        assert mounted == {"shared": "/shared"} and {volume["name"] for volume in pod["volumes"]} == set(mounted)
+        assert mounted == {"shared": "/shared"} and {
+            volume["name"] for volume in pod["volumes"]
+        } == set(mounted)
 
 
 LEFT = (
@@ -229,7 +285,13 @@ LEFT = (
         "old/last.ckpt",
         "mlartifacts/a/x",
     ),
-    *("data/spider/dev.json", "model/model.safetensors", "model/model.gguf", ".git/config", ".venv/bin/python"),
+    *(
+        "data/spider/dev.json",
+        "model/model.safetensors",
+        "model/model.gguf",
+        ".git/config",
+        ".venv/bin/python",
+    ),
     *(
         "ray_sql/__pycache__/x.pyc",
         ".pytest_cache/x",
@@ -278,7 +340,10 @@ def test_nothing_big_or_secret_travels_with_a_job(tmp_path: Path, with_gitignore
         (folder / name).write_text("x")
     package = tmp_path / "package.zip"
     create_package(
-        str(folder), package, include_gitignore=with_gitignore, excludes=get_runtime_env_default_excludes()
+        str(folder),
+        package,
+        include_gitignore=with_gitignore,
+        excludes=get_runtime_env_default_excludes(),
     )  # as ray job submit does
     with zipfile.ZipFile(package) as archive:
         travels = {name for name in archive.namelist() if not name.endswith("/")}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_sql import compare
 from ray_sql.config import EvaluateConfig, load
 from ray_sql.errors import ConfigError, DataError
+from ray_sql.evaluate import compare
 from ray_sql.metrics import mcnemar, resolvable_difference
 
 Row = dict[str, Any]
@@ -67,7 +67,9 @@ def test_every_number_agrees_with_the_rows(run: Any) -> None:
     result, text, out = run(rows("ccccwwwwee"), rows("cccwccccce")[::-1])
     assert (result["n"], result["accuracy_a"], result["accuracy_b"]) == (10, 0.4, 0.8)
     assert (result["only_a"], result["only_b"], result["difference"]) == (1, 5, 0.4)
-    assert result["mcnemar_p"] == mcnemar(1, 5) and result["resolvable_difference"] == resolvable_difference(10, 6)
+    assert result["mcnemar_p"] == mcnemar(1, 5) and result[
+        "resolvable_difference"
+    ] == resolvable_difference(10, 6)
     for side in ("a", "b"):
         low, high = result[f"interval_{side}"]
         assert low < result[f"accuracy_{side}"] < high
@@ -75,13 +77,18 @@ def test_every_number_agrees_with_the_rows(run: Any) -> None:
     assert low <= 0.4 <= high
     for name in ("by_split", "by_hardness", "by_database"):
         for field in ("n", "only_a", "only_b"):
-            assert sum(group[field] for group in result[name].values()) == result[field], (name, field)
+            assert sum(group[field] for group in result[name].values()) == result[field], (
+                name,
+                field,
+            )
     assert list(result["by_hardness"]) == ["easy", "hard"]
     assert [(one["id"], one["right"]) for one in result["discordant"]] == [
         ("3", "a"), *((str(n), "b") for n in range(4, 9)),
     ]  # fmt: skip
     assert result["metric"] == "execution_accuracy"
-    assert "no significant difference at this size: 10 questions resolve about " in result["verdict"]
+    assert (
+        "no significant difference at this size: 10 questions resolve about " in result["verdict"]
+    )
     assert result["verdict"] in text and result["verdict"] in out
     assert "Question 3?" in text and "Question 0?" not in text, "only where they differ"
     assert "SELECT wrong    ◄ other rows" in text and "(none)    ◄ other rows" in text
@@ -91,7 +98,12 @@ def test_every_number_agrees_with_the_rows(run: Any) -> None:
 def test_failing_gold_and_questions_of_one_file_are_left_out_and_counted(run: Any) -> None:
     a, b = rows("gccww"), rows("cgcwc")
     result, text, _ = run([*a, row(7, "correct"), row(8, "correct")], [*b, row(9, "wrong")])
-    assert (result["n"], result["gold_errors"], result["only_in_a"], result["only_in_b"]) == (3, 2, 2, 1)
+    assert (result["n"], result["gold_errors"], result["only_in_a"], result["only_in_b"]) == (
+        3,
+        2,
+        2,
+        1,
+    )
     assert "left out: 2 only in A\nleft out: 1 only in B\nleft out: 2 whose gold fails" in text
 
 
@@ -105,21 +117,30 @@ def test_the_same_id_in_two_splits_is_two_questions(run: Any) -> None:
 
 def test_a_clear_difference_is_called_one_and_one_database_is_not_enough_for_it(run: Any) -> None:
     result, _, _ = run(rows("w" * 40), rows("c" * 20 + "w" * 20))
-    assert result["verdict"].startswith("B is significantly better, by 50.0 points (McNemar p = 1.9e-06)")
+    assert result["verdict"].startswith(
+        "B is significantly better, by 50.0 points (McNemar p = 1.9e-06)"
+    )
     assert "not on every choice" not in result["verdict"]
     result, _, _ = run(rows("c" * 20 + "w" * 20), rows("w" * 40))
     assert result["verdict"].startswith("A is significantly better, by 50.0 points")
     one = [row(n, "correct", db_id="alone" if n < 10 else f"db{n}") for n in range(40)]
-    other = [one_row | {"verdict": "wrong" if n < 10 else "correct"} for n, one_row in enumerate(one)]
+    other = [
+        one_row | {"verdict": "wrong" if n < 10 else "correct"} for n, one_row in enumerate(one)
+    ]
     result, _, _ = run(one, other)
     assert (
-        "A is significantly better" in result["verdict"] and "but not on every choice of databases" in result["verdict"]
+        "A is significantly better" in result["verdict"]
+        and "but not on every choice of databases" in result["verdict"]
     )
 
 
 def test_two_files_that_agree_resolve_what_their_size_allows(run: Any) -> None:
     result, text, _ = run(rows("cw" * 20), rows("cw" * 20))
-    assert result["mcnemar_p"] == 1.0 and result["discordant"] == [] and "difference_clustered_interval" not in result
+    assert (
+        result["mcnemar_p"] == 1.0
+        and result["discordant"] == []
+        and "difference_clustered_interval" not in result
+    )
     assert "40 questions resolve about 19.6 points" in text
     assert "4 questions are too few to resolve any difference" in run(rows("cwcw"), rows("wwcw"))[1]
 
@@ -129,8 +150,14 @@ def test_links_are_compared_by_exact_match_and_by_strict_recall(run: Any) -> Non
         return row(number, verdict, hardness=None, error_kind=kind, linking={"hallucinated": 0})
 
     kinds = {"correct": "none", "wrong": "missing names"}
-    a = [links(n, verdict, kinds[verdict]) for n, verdict in enumerate(["correct", "wrong", "wrong"])]
-    b = [links(0, "wrong", "extra names"), links(1, "wrong", "extra names"), links(2, "wrong", "missing names")]
+    a = [
+        links(n, verdict, kinds[verdict]) for n, verdict in enumerate(["correct", "wrong", "wrong"])
+    ]
+    b = [
+        links(0, "wrong", "extra names"),
+        links(1, "wrong", "extra names"),
+        links(2, "wrong", "missing names"),
+    ]
     result, text, _ = run(a, b)
     assert result["metric"] == "exact_match" and (result["only_a"], result["only_b"]) == (1, 0)
     assert (result["strict_recall"]["only_a"], result["strict_recall"]["only_b"]) == (0, 1)
@@ -138,15 +165,20 @@ def test_links_are_compared_by_exact_match_and_by_strict_recall(run: Any) -> Non
     assert list(result["by_hardness"]) == ["unknown"]
 
 
-def test_what_measure_writes_can_be_compared(run: Any, make_config: Any, spider_folder: Path, tmp_path: Path) -> None:
-    from ray_sql import evaluate, measure
+def test_what_measure_writes_can_be_compared(
+    run: Any, make_config: Any, spider_folder: Path, tmp_path: Path
+) -> None:
     from ray_sql.display import Display
+    from ray_sql.evaluate import measure, scoring
 
     files = {}
-    for name, sql in (("a", "SELECT COUNT(*) FROM customer"), ("b", "SELECT MAX(price) FROM product")):
+    for name, sql in (
+        ("a", "SELECT COUNT(*) FROM customer"),
+        ("b", "SELECT MAX(price) FROM product"),
+    ):
         (tmp_path / f"{name}.sql").write_text(f"{sql}\n" * 8)
         config = make_config(EvaluateConfig, predictions_file=str(tmp_path / f"{name}.sql"))
-        files[name] = evaluate.dump(measure.of_file(config, Display())["file"]).splitlines()
+        files[name] = scoring.dump(measure.of_file(config, Display())["file"]).splitlines()
     result, _, _ = run(files["a"], files["b"])
     assert (result["n"], result["only_a"], result["only_b"]) == (8, 1, 1)
 
@@ -167,7 +199,9 @@ def test_what_measure_writes_can_be_compared(run: Any, make_config: Any, spider_
         ([row(0, "correct", linking={})], "a.jsonl holds answers of task sql, "),
     ],
 )  # fmt: skip
-def test_what_cannot_be_compared_is_one_line_that_says_why(run: Any, b: list[Row | str], message: str) -> None:
+def test_what_cannot_be_compared_is_one_line_that_says_why(
+    run: Any, b: list[Row | str], message: str
+) -> None:
     with pytest.raises(DataError) as caught:
         run([row(0, "correct")], b)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -181,11 +215,16 @@ def test_files_scored_under_two_semantics_are_refused(run: Any, write: Any, tmp_
     files = [write("a.jsonl", rows("c")), write("other/b.jsonl", rows("w"))]
     config = load(EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path)])
     with pytest.raises(
-        DataError, match=r"a\.jsonl was scored under semantics spider, .*b\.jsonl under bird; score one"
+        DataError,
+        match=r"a\.jsonl was scored under semantics spider, .*b\.jsonl under bird; score one",
     ):
         compare.run(config)
-    write("other/metrics.json", [{"tuned": {"dev": {"semantics": "spider", "keep_distinct": True}}}])
-    with pytest.raises(DataError, match=r"b\.jsonl under spider --evaluate\.keep_distinct; score one"):
+    write(
+        "other/metrics.json", [{"tuned": {"dev": {"semantics": "spider", "keep_distinct": True}}}]
+    )
+    with pytest.raises(
+        DataError, match=r"b\.jsonl under spider --evaluate\.keep_distinct; score one"
+    ):
         compare.run(config)
     write("other/metrics.json", ["{half"])
     assert compare.run(config)["n"] == 1
@@ -216,7 +255,15 @@ def test_flags_that_cannot_go_together_are_refused(flags: list[str], message: st
         load(EvaluateConfig, flags)
 
 
-def test_a_dry_run_writes_nothing(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_nothing(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [write("a.jsonl", rows("c")), write("b.jsonl", rows("w"))]
-    config = load(EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path / "out"), "--dry_run"])
-    assert compare.run(config) == {} and "would compare" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    config = load(
+        EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    )
+    assert (
+        compare.run(config) == {}
+        and "would compare" in capsys.readouterr().out
+        and not (tmp_path / "out").exists()
+    )

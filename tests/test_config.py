@@ -36,11 +36,22 @@ def test_the_original_command_line_means_what_it_meant() -> None:
     config = load(Config, flags)
     assert config.read_token and config.read_token.get_secret_value() == "hf_r"
     assert config.write_token and config.write_token.get_secret_value() == "hf_w"
-    assert (config.dataset_id, config.prev_checkpoint) == ("NESPED-GEN/spider_selector_schemaReduzido", None)
-    assert (config.seed, config.train_batch_size, config.eval_batch_size, config.grad_accum_steps) == (14, 1, 1, 8)
+    assert (config.dataset_id, config.prev_checkpoint) == (
+        "NESPED-GEN/spider_selector_schemaReduzido",
+        None,
+    )
+    assert (
+        config.seed,
+        config.train_batch_size,
+        config.eval_batch_size,
+        config.grad_accum_steps,
+    ) == (14, 1, 1, 8)
     assert (config.learning_rate, config.num_epochs, config.save_steps) == (1e-4, 1, 250)
     assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout) == (64, 128, 0.1)
-    assert (config.lora.target_modules, config.quantization.bnb_4bit_quant_type) == ("all-linear", "nf4")
+    assert (config.lora.target_modules, config.quantization.bnb_4bit_quant_type) == (
+        "all-linear",
+        "nf4",
+    )
     assert config.quantization.load_in_4bit and not config.quantization.bnb_4bit_use_double_quant
 
 
@@ -60,7 +71,12 @@ def test_all_nine_optional_flags_of_the_original_are_read() -> None:
 
 
 def test_a_setting_that_takes_several_takes_them_as_words_too() -> None:
-    for flags in (["seen", "unseen"], ["seen,unseen"], ["seen", "--split", "unseen"], ['["seen", "unseen"]']):
+    for flags in (
+        ["seen", "unseen"],
+        ["seen,unseen"],
+        ["seen", "--split", "unseen"],
+        ['["seen", "unseen"]'],
+    ):
         config = settings("--split", *flags, "--dry_run", "--seed", "3")
         assert (config.split, config.dry_run, config.seed) == (("seen", "unseen"), True, 3)
     assert "--no_such: unknown flag" in refusal("--split", "seen", "--no_such")
@@ -70,14 +86,21 @@ def test_a_setting_that_takes_several_takes_them_as_words_too() -> None:
 def test_defaults_give_way_to_yaml_yaml_to_the_environment_and_the_environment_to_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = yaml_file(tmp_path, "lora: {r: 8, lora_alpha: 9}\ntracking: {uri: sqlite:///file.db}\nseed: 3\n")
+    file = yaml_file(
+        tmp_path, "lora: {r: 8, lora_alpha: 9}\ntracking: {uri: sqlite:///file.db}\nseed: 3\n"
+    )
     assert settings().tracking.uri is None
     assert settings("--config", file).tracking.uri == "sqlite:///file.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment:5000")
     assert settings("--config", file).tracking.uri == "http://environment:5000"
     config = settings("--config", file, "--tracking.uri", "http://flag:5000", "--lora.r", "32")
     assert config.tracking.uri == "http://flag:5000"
-    assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout, config.seed) == (32, 9, 0.1, 3)
+    assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout, config.seed) == (
+        32,
+        9,
+        0.1,
+        3,
+    )
 
 
 def test_a_later_file_lies_over_an_earlier_one_key_by_key(tmp_path: Path) -> None:
@@ -89,13 +112,22 @@ def test_a_later_file_lies_over_an_earlier_one_key_by_key(tmp_path: Path) -> Non
 
 
 def test_lists_switches_and_maps_are_read_from_flags() -> None:
-    config = settings("--split", "seen,unseen", "--no-tracking.enabled", "--dry_run", "--data.columns", "question=q")
+    config = settings(
+        "--split",
+        "seen,unseen",
+        "--no-tracking.enabled",
+        "--dry_run",
+        "--data.columns",
+        "question=q",
+    )
     assert config.split == ("seen", "unseen")
     assert config.dry_run and not config.tracking.enabled
     assert config.data.columns == {"question": "q"}
 
 
-def test_a_section_without_settings_is_empty_and_one_with_a_value_is_explained(tmp_path: Path) -> None:
+def test_a_section_without_settings_is_empty_and_one_with_a_value_is_explained(
+    tmp_path: Path,
+) -> None:
     file = yaml_file(tmp_path, "evaluate:\n# semantics: bird\nlora:\n  r: 8\n")
     assert settings("--config", file).evaluate == settings().evaluate
     assert "lora: 8 given, but it is a section; set lora.r, lora.lora_alpha" in refusal(
@@ -104,22 +136,34 @@ def test_a_section_without_settings_is_empty_and_one_with_a_value_is_explained(t
 
 
 @pytest.mark.parametrize(
-    "words", ["--num_epochs inf", "--learning_rate nan", "--evaluate.timeout inf", "--train.max_steps 0"]
+    "words",
+    ["--num_epochs inf", "--learning_rate nan", "--evaluate.timeout inf", "--train.max_steps 0"],
 )
 def test_numbers_that_mean_nothing_are_refused(words: str) -> None:
     message = refusal(*words.split())
     assert message.startswith(words.split()[0]) and "\n" not in message
 
 
-@pytest.mark.parametrize("words", ["--tracking.enabled false", "--tracking.enabled=False", "--no-tracking.enabled"])
+@pytest.mark.parametrize(
+    "words", ["--tracking.enabled false", "--tracking.enabled=False", "--no-tracking.enabled"]
+)
 def test_a_switch_is_turned_off_in_whichever_way_one_writes_it(words: str) -> None:
     config = settings(*words.split(), "--overwrite", "true", "--dry_run", "--train.bf16", "false")
-    assert (config.tracking.enabled, config.overwrite, config.dry_run, config.train.bf16) == (False, True, True, False)
+    assert (config.tracking.enabled, config.overwrite, config.dry_run, config.train.bf16) == (
+        False,
+        True,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
     ("flag", "nearest"),
-    [("--learning_rat", "--learning_rate"), ("--lora.rr", "--lora.r"), ("--max_length", "--rows.max_length")],
+    [
+        ("--learning_rat", "--learning_rate"),
+        ("--lora.rr", "--lora.r"),
+        ("--max_length", "--rows.max_length"),
+    ],
 )
 def test_an_unknown_flag_is_refused_with_the_nearest_known_one(flag: str, nearest: str) -> None:
     message = refusal(flag, "1")
@@ -163,7 +207,9 @@ def test_a_bad_value_is_named_by_its_file_and_key(tmp_path: Path) -> None:
     assert any(line.startswith(f"{file}: seed: None given; ") for line in lines)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("lora: [", "not valid YAML"), ("- 1\n", "must hold `setting: value`")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("lora: [", "not valid YAML"), ("- 1\n", "must hold `setting: value`")]
+)
 def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, reason: str) -> None:
     file = yaml_file(tmp_path, text)
     message = refusal("--config", file)
@@ -171,7 +217,9 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, reaso
 
 
 def test_a_missing_file_and_a_missing_flag_are_named(tmp_path: Path) -> None:
-    assert refusal("--config", str(tmp_path / "no.yaml")).startswith(f"--config {tmp_path}/no.yaml: cannot be read")
+    assert refusal("--config", str(tmp_path / "no.yaml")).startswith(
+        f"--config {tmp_path}/no.yaml: cannot be read"
+    )
     with pytest.raises(ConfigError, match=r"^--task_type is required: "):
         load(Config, ["--model_name", "m", "--output_name", "o"])
 
@@ -182,13 +230,29 @@ def test_settings_that_contradict_each_other_are_refused_with_both() -> None:
     with pytest.raises(ConfigError, match="schema_form tables shows the answer"):
         load(
             Config,
-            ["--model_name", "m", "--output_name", "o", "--task_type", "schema", "--prompt.schema_form", "tables"],
+            [
+                "--model_name",
+                "m",
+                "--output_name",
+                "o",
+                "--task_type",
+                "schema",
+                "--prompt.schema_form",
+                "tables",
+            ],
         )
 
 
 def test_the_resolved_settings_can_be_fed_back(tmp_path: Path) -> None:
     config = settings(
-        "--lora.r", "8", "--split", "a,b", "--data.columns", "query=sql", "--train.global_batch_size", "6"
+        "--lora.r",
+        "8",
+        "--split",
+        "a,b",
+        "--data.columns",
+        "query=sql",
+        "--train.global_batch_size",
+        "6",
     )
     (tmp_path / "config.json").write_text(json.dumps(config.public()))
     again = load(Config, ["--config", str(tmp_path / "config.json")])
@@ -196,7 +260,9 @@ def test_the_resolved_settings_can_be_fed_back(tmp_path: Path) -> None:
     assert again.identity() == config.identity()
 
 
-def test_a_run_of_a_given_global_batch_can_be_fed_back_with_another_number_of_workers(tmp_path: Path) -> None:
+def test_a_run_of_a_given_global_batch_can_be_fed_back_with_another_number_of_workers(
+    tmp_path: Path,
+) -> None:
     config = settings("--train.global_batch_size", "8")
     file = yaml_file(tmp_path, json.dumps(config.public()), "config.json")
     again = load(Config, ["--config", file, "--scaling.num_workers", "2"])
@@ -207,7 +273,14 @@ def test_a_run_of_a_given_global_batch_can_be_fed_back_with_another_number_of_wo
 def test_no_token_is_ever_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
     config = settings(f"--{token}", "hf_flag")
-    shown = [config.public(), config, repr(config), config.model_dump(), config.model_dump_json(), vars(config)]
+    shown = [
+        config.public(),
+        config,
+        repr(config),
+        config.model_dump(),
+        config.model_dump_json(),
+        vars(config),
+    ]
     shown += [config.changed({"seed": 2}), config.identity()]
     assert not [text for text in map(str, shown) if "hf_flag" in text or "hf_environment" in text]
     assert getattr(config, token).get_secret_value() == "hf_flag"
@@ -278,10 +351,15 @@ def test_what_shapes_the_adapter_changes_the_identity(flags: str) -> None:
 
 
 def test_a_global_batch_decides_the_accumulation_or_is_refused_with_the_numbers() -> None:
-    config = settings("--train.global_batch_size", "12", "--train_batch_size", "2", "--scaling.num_workers", "3")
+    config = settings(
+        "--train.global_batch_size", "12", "--train_batch_size", "2", "--scaling.num_workers", "3"
+    )
     assert (config.accumulation, config.global_batch) == (2, 12)
     message = refusal("--train.global_batch_size", "10", "--train_batch_size", "4")
-    assert "10 does not divide by train_batch_size 4 x 1 workers = 4" in message and "multiple of 4" in message
+    assert (
+        "10 does not divide by train_batch_size 4 x 1 workers = 4" in message
+        and "multiple of 4" in message
+    )
     message = refusal("--train.global_batch_size", "8", "--grad_accum_steps", "3")
     assert "needs grad_accum_steps 8, but 3 was given" in message
     assert settings("--train.global_batch_size", "8", "--grad_accum_steps", "8").global_batch == 8
@@ -290,12 +368,20 @@ def test_a_global_batch_decides_the_accumulation_or_is_refused_with_the_numbers(
 def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
     for given in (
         settings("--scaling.num_workers", "1,4", "--train.global_batch_size", "24"),
-        settings("--config", yaml_file(tmp_path, "scaling: {num_workers: [1, 4]}\ntrain: {global_batch_size: 24}\n")),
+        settings(
+            "--config",
+            yaml_file(tmp_path, "scaling: {num_workers: [1, 4]}\ntrain: {global_batch_size: 24}\n"),
+        ),
     ):
         assert given.scaling.num_workers == (1, 4) and given.elastic
         assert (given.fewest_workers, given.workers, given.global_batch) == (1, 4, 24)
-        assert load(Config, ["--config", yaml_file(tmp_path, json.dumps(given.public()))]).scaling == given.scaling
-    most = settings("--scaling.num_workers", "1,2", "--train_batch_size", "2", "--grad_accum_steps", "3")
+        assert (
+            load(Config, ["--config", yaml_file(tmp_path, json.dumps(given.public()))]).scaling
+            == given.scaling
+        )
+    most = settings(
+        "--scaling.num_workers", "1,2", "--train_batch_size", "2", "--grad_accum_steps", "3"
+    )
     assert most.global_batch == 2 * 3 * 2, "that of the largest number of workers"
     fixed = settings("--scaling.num_workers", "4")
     assert not fixed.elastic and fixed.fewest_workers == fixed.workers == 4
@@ -304,23 +390,40 @@ def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bounds", ["4,1", "2,2", "0,2", "1,2,3", "a,2", "1.5", "-1"])
 def test_bounds_that_are_none_are_refused_with_an_example(bounds: str) -> None:
     message = refusal("--scaling.num_workers", bounds)
-    assert message.startswith(f"--scaling.num_workers: '{bounds}' given; ") and message.endswith("first: 1,4")
+    assert message.startswith(f"--scaling.num_workers: '{bounds}' given; ") and message.endswith(
+        "first: 1,4"
+    )
 
 
 def test_a_batch_that_not_every_number_of_workers_divides_is_refused_with_one_that_is() -> None:
-    message = refusal("--scaling.num_workers", "1,4", "--train_batch_size", "2", "--grad_accum_steps", "8")
+    message = refusal(
+        "--scaling.num_workers", "1,4", "--train_batch_size", "2", "--grad_accum_steps", "8"
+    )
     assert "a step of 64 examples does not divide by train_batch_size 2 x 3 workers" in message
     assert "set train.global_batch_size to a multiple of 24, as 72, or narrow the bounds" in message
-    near = settings("--scaling.num_workers", "1,4", "--train_batch_size", "2", "--train.global_batch_size", "72")
+    near = settings(
+        "--scaling.num_workers", "1,4", "--train_batch_size", "2", "--train.global_batch_size", "72"
+    )
     assert near.global_batch == 72
     message = refusal("--scaling.num_workers", "2,5", "--train.global_batch_size", "20")
     assert "train_batch_size 1 x 3 workers" in message and "a multiple of 60, as 60" in message
-    message = refusal("--scaling.num_workers", "1,2", "--train.global_batch_size", "8", "--grad_accum_steps", "4")
+    message = refusal(
+        "--scaling.num_workers", "1,2", "--train.global_batch_size", "8", "--grad_accum_steps", "4"
+    )
     assert "leave it unset" in message
 
 
 def test_a_sweeps_trials_have_a_fixed_number_of_workers() -> None:
-    flags = ["--model_name", "m", "--output_name", "o", "--task_type", "sql", "--scaling.num_workers", "1,2"]
+    flags = [
+        "--model_name",
+        "m",
+        "--output_name",
+        "o",
+        "--task_type",
+        "sql",
+        "--scaling.num_workers",
+        "1,2",
+    ]
     with pytest.raises(ConfigError, match=r"scaling.num_workers 1,2: a sweep .* give one"):
         load(SweepConfig, flags)
 
@@ -332,7 +435,9 @@ def test_steps_count_every_epochs_last_smaller_batch() -> None:
     assert settings("--train_batch_size", "4", "--scaling.num_workers", "2").steps(1) == 1
 
 
-def test_folders_are_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_folders_are_absolute_and_uris_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert settings().run_dir == str(tmp_path / "out" / "o")
     assert settings("--scaling.storage_path", "s3://b/runs/").run_dir == "s3://b/runs/o"
@@ -340,19 +445,26 @@ def test_folders_are_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_an_evaluation_needs_a_model_or_a_file() -> None:
-    assert load(EvaluateConfig, ["--output_name", "o", "--predictions_file", "p.jsonl"]).task_type == "sql"
+    assert (
+        load(EvaluateConfig, ["--output_name", "o", "--predictions_file", "p.jsonl"]).task_type
+        == "sql"
+    )
     with pytest.raises(ConfigError, match="give --predictions_file, or --model_name"):
         load(EvaluateConfig, ["--output_name", "o"])
 
 
 def run_python(*arguments: str) -> "subprocess.CompletedProcess[str]":
     root = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=True
+    )
 
 
 def test_settings_load_no_heavy_library() -> None:
     heavy = ("torch", "ray", "mlflow", "transformers", "datasets", "peft")
-    code = f"import ray_sql.config, ray_sql.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import ray_sql.config, ray_sql.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    )
     assert run_python("-c", code).stdout.strip() == "[]"
 
 
@@ -365,7 +477,13 @@ def test_help_documents_every_section_within_a_second() -> None:
         # processor time: what a person waits on an idle machine, whatever else runs on this one
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1
-    for words in ("--learning_rate", "Peak learning rate.", "--lora.r", "--tracking.uri", "--prompt.serializer"):
+    for words in (
+        "--learning_rate",
+        "Peak learning rate.",
+        "--lora.r",
+        "--tracking.uri",
+        "--prompt.serializer",
+    ):
         assert words in text
     assert os.fspath(Path.home()) not in text
 
@@ -375,7 +493,9 @@ def test_only_what_is_saved_can_be_measured() -> None:
     assert "eval_steps 250 is no multiple of save_steps 100" in message and message.endswith(
         "use 200, or save_steps 50"
     )
-    config = settings("--save_steps", "10", "--evaluate.eval_steps", "20", "--train.max_steps", "45")
+    config = settings(
+        "--save_steps", "10", "--evaluate.eval_steps", "20", "--train.max_steps", "45"
+    )
     assert [step for step in (10, 20, 30, 40, 45) if config.measured(step, 100)] == [20, 40, 45]
     assert settings("--save_steps", "10").measured(10, 10_000)
 
@@ -383,7 +503,9 @@ def test_only_what_is_saved_can_be_measured() -> None:
 def test_a_password_is_written_down_in_no_form(make_config: Any) -> None:
     for password in ("secret", "se/cr:et", "se@cr@et"):
         url = f"postgresql://reader:{password}@host/shop"
-        public = make_config(**{"data.databases": url, "tracking.uri": f"mysql://u:{password}@host/m"}).public()
+        public = make_config(
+            **{"data.databases": url, "tracking.uri": f"mysql://u:{password}@host/m"}
+        ).public()
         assert public["data"]["databases"] == "postgresql://reader@host/shop", (
             "given back, libpq looks for the password"
         )
@@ -397,7 +519,12 @@ def test_keys_in_a_storage_address_are_refused_and_not_repeated(make_config: Any
         assert f"{name} s3://AKIA:***@bucket/runs" in str(refused.value)
     assert without_password("mysql://u:123/abc@h/db") == "mysql://u:***@h/db"
     assert (
-        without_password("no http://[::1]:5000/a@b, http://h:5000/a@b") == "no http://[::1]:5000/a@b, http://h:5000/a@b"
+        without_password("no http://[::1]:5000/a@b, http://h:5000/a@b")
+        == "no http://[::1]:5000/a@b, http://h:5000/a@b"
     )
-    for place in ("s3://bucket/runs", "gs://anonymous@bucket/runs", "hdfs://me@name:8020/user/me@corp"):
+    for place in (
+        "s3://bucket/runs",
+        "gs://anonymous@bucket/runs",
+        "hdfs://me@name:8020/user/me@corp",
+    ):
         assert make_config(**{"scaling.storage_path": place}).run_dir == f"{place}/run"

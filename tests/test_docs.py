@@ -15,7 +15,11 @@ from ray_sql.config import CheckConfig, Config, EvaluateConfig, PublishConfig, S
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 YAMLS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "RESULTS.md",
+]
 KINDS = {
     "check": CheckConfig,
     "evaluate": EvaluateConfig,
@@ -28,11 +32,16 @@ JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem !=
 
 def commands() -> list[tuple[str, list[str]]]:
     """Every `python -m jobs.…` command in the pages and in the jobs' own docstrings, as (job, arguments)."""
-    texts = [page.read_text() for page in PAGES] + [(ROOT / "jobs" / f"{job}.py").read_text() for job in JOBS]
+    texts = [page.read_text() for page in PAGES] + [
+        (ROOT / "jobs" / f"{job}.py").read_text() for job in JOBS
+    ]
     found = []
     for text in texts:
         text = text.replace("\\\n", " ")
-        found += [(job, shlex.split(rest)) for job, rest in re.findall(r"python -m jobs\.(\w+)([^\n`)#]*)", text)]
+        found += [
+            (job, shlex.split(rest))
+            for job, rest in re.findall(r"python -m jobs\.(\w+)([^\n`)#]*)", text)
+        ]
     return found
 
 
@@ -59,7 +68,9 @@ def test_commands_in_the_pages_parse() -> None:
     for job, arguments in found:
         if not arguments or "--help" in arguments or "…" in " ".join(arguments):
             continue
-        words = [str(ROOT / word) if word.startswith("jobs/configs/") else word for word in arguments]
+        words = [
+            str(ROOT / word) if word.startswith("jobs/configs/") else word for word in arguments
+        ]
         words = [word for word in words if word not in ("…", "...")]
         existing = "--config" not in words or Path(words[words.index("--config") + 1]).is_file()
         base = [] if existing else ["--model_name", "m", "--output_name", "o", "--task_type", "sql"]
@@ -81,7 +92,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     assert block, "the README shows the tree"
     shown = set(re.findall(r"^  (\w+)(?:\.py|/)", block.group(1), re.MULTILINE))
     package = {
-        path.stem for path in (ROOT / "ray_sql").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+        path.stem
+        for path in (ROOT / "ray_sql").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
     assert package - {"__init__"} <= shown
     assert shown <= package | {"configs", "demo_data"} | set(JOBS)

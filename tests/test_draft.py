@@ -7,7 +7,7 @@ import pytest
 from test_shared_generation import build, one_by_one, several, told
 
 from ray_sql import generate
-from ray_sql.generate import shared
+from ray_sql.generate import decoder
 from ray_sql.generate.draft import Draft
 from ray_sql.models import load_tokenizer
 
@@ -19,7 +19,10 @@ from ray_sql.models import load_tokenizer
         ([1, 2, 3], []),  # nothing was alike
         ([1, 2, 3, 1], [2, 3, 1, 2]),  # what followed the last 1, and then the same again
         ([1, 2, 3, 9, 2, 3], [9, 2, 3, 9]),
-        ([5, 2, 3, 7, 2, 3, 8, 5, 2, 3], [7, 2, 3, 8]),  # three tokens alike tell more than the two seen last
+        (
+            [5, 2, 3, 7, 2, 3, 8, 5, 2, 3],
+            [7, 2, 3, 8],
+        ),  # three tokens alike tell more than the two seen last
         ([4, 4], [4, 4, 4, 4]),
     ],
 )
@@ -28,7 +31,9 @@ def test_a_guess_is_what_came_last_time(tokens: list[int], guess: list[int]) -> 
     assert Draft(tokens).guess(0) == []
 
 
-def test_what_repeats_itself_is_answered_in_fewer_passes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_repeats_itself_is_answered_in_fewer_passes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     tokenizer = load_tokenizer(str(tiny_model))
@@ -36,17 +41,21 @@ def test_what_repeats_itself_is_answered_in_fewer_passes(tiny_model: Path, monke
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "proj" in name:
-                weight.mul_(0.02)  # hardly changes what it is given, and so says the same again and again
+                weight.mul_(
+                    0.02
+                )  # hardly changes what it is given, and so says the same again and again
     asked = several(len(tokenizer))[:6]
     alone = one_by_one(model, tokenizer, asked, 40)
     assert max(length for _, _, length in alone) == 40
     passes: list[Any] = []
-    forward = shared._Decoder._forward
+    forward = decoder._Decoder._forward
     monkeypatch.setattr(
-        shared._Decoder, "_forward", lambda *args, **given: (passes.append(1), forward(*args, **given))[1]
+        decoder._Decoder,
+        "_forward",
+        lambda *args, **given: (passes.append(1), forward(*args, **given))[1],
     )
     assert told(generate.answer(model, tokenizer, asked, max_new_tokens=40)) == alone
     guessed = len(passes)
-    monkeypatch.setattr(shared, "GUESS", 0)
+    monkeypatch.setattr(decoder, "GUESS", 0)
     assert told(generate.answer(model, tokenizer, asked, max_new_tokens=40)) == alone
     assert 3 * guessed < 2 * (len(passes) - guessed)

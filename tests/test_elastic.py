@@ -21,8 +21,11 @@ import torch
 from transformers import Trainer
 
 from benchmarks.ray_cluster import ray_cluster
-from ray_sql import checkpoints, cli, cluster, prepare, train, trainer
+from ray_sql import cli, cluster, train
 from ray_sql.config import Config
+from ray_sql.finetune import prepare
+from ray_sql.store import checkpoints
+from ray_sql.train import trainer
 
 SETTINGS = {
     "train.max_steps": 8,
@@ -78,7 +81,9 @@ class Log:
         if point["kind"] == "validation":
             self.saved.append((point["step"], point["objective"]))
         if point["kind"] == "train":
-            self.points.append((point["step"], point["values"]["loss"], point["values"]["learning_rate"]))
+            self.points.append(
+                (point["step"], point["values"]["loss"], point["values"]["learning_rate"])
+            )
             if self._at:
                 self._at(point["step"])
 
@@ -116,10 +121,14 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import ray
 
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # so long it waits for a node that is gone
+    monkeypatch.setenv(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30"
+    )  # so long it waits for a node that is gone
     with ray_cluster(num_cpus=0) as made:
         monkeypatch.setenv("RAY_ADDRESS", made.address)
-        ray.init(made.address, logging_level="ERROR", log_to_driver=False)  # now: this process belongs to the head
+        ray.init(
+            made.address, logging_level="ERROR", log_to_driver=False
+        )  # now: this process belongs to the head
         yield made
         ray.shutdown()
 
@@ -139,7 +148,9 @@ def beside(config: Config, log: Log) -> threading.Thread:
     return thread
 
 
-def test_a_checkpoint_that_was_to_be_measured_is_when_the_run_goes_on(make_config: Any, as_a_job: None) -> None:
+def test_a_checkpoint_that_was_to_be_measured_is_when_the_run_goes_on(
+    make_config: Any, as_a_job: None
+) -> None:
     whole, first, second, third = Log(), told(signal.SIGTERM, 3), told(signal.SIGTERM, 7), Log()
     fit(make_config(output_name="whole", **SETTINGS), whole)
     config = make_config(output_name="stopped", **SETTINGS)
@@ -155,11 +166,17 @@ def test_a_checkpoint_that_was_to_be_measured_is_when_the_run_goes_on(make_confi
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_workers_come_and_go_and_the_curve_stays(make_config: Any, nodes: Any, tmp_path: Path) -> None:
+def test_workers_come_and_go_and_the_curve_stays(
+    make_config: Any, nodes: Any, tmp_path: Path
+) -> None:
     whole, log = Log(), Log()
     settings = ON_NODES | {"train.max_steps": STEPS, "save_steps": 5}
     nodes.add_node(num_cpus=1)
-    elastic = {"scaling.num_workers": (1, 2), "scaling.elastic_resize_monitor_interval_s": 1, "grad_accum_steps": 4}
+    elastic = {
+        "scaling.num_workers": (1, 2),
+        "scaling.elastic_resize_monitor_interval_s": 1,
+        "grad_accum_steps": 4,
+    }
     thread = beside(make_config(output_name="elastic", **settings | elastic), log)
     wait_for(lambda: len(log.order) >= 5, thread)
     second = nodes.add_node(num_cpus=1)
@@ -178,7 +195,9 @@ def test_workers_come_and_go_and_the_curve_stays(make_config: Any, nodes: Any, t
     assert len(log.order) - STEPS <= 2 * 6, "what was repeated, at two restarts"
     assert sorted(log.losses) == whole.order == list(range(1, STEPS + 1))
     assert log.rates == whole.rates
-    assert log.losses == pytest.approx(whole.losses, abs=1e-4), "the same examples, in the same steps"
+    assert log.losses == pytest.approx(whole.losses, abs=1e-4), (
+        "the same examples, in the same steps"
+    )
 
 
 @pytest.mark.slow
@@ -190,13 +209,20 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint_behind(make_config: Any, nodes
 
     there = {one.node_id: one for one in (nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1))}
     log = Log()
-    settings = {"scaling.num_workers": 1, "scaling.max_failures": 0, "train.max_steps": 60, "save_steps": 1000}
+    settings = {
+        "scaling.num_workers": 1,
+        "scaling.max_failures": 0,
+        "train.max_steps": 60,
+        "save_steps": 1000,
+    }
     thread = beside(make_config(**ON_NODES | settings | {"grad_accum_steps": 8}), log)
     wait_for(lambda: len(log.order) >= 3, thread)
     free = ray._private.state.available_resources_per_node()
     (busy,) = (node for node in there if not free[node].get("CPU"))
     soon = int(1000 * (time.time() + 20))
-    assert GcsClient(address=nodes.address).drain_node(busy, DRAIN_NODE_REASON_PREEMPTION, "spot", soon)[0]
+    assert GcsClient(address=nodes.address).drain_node(
+        busy, DRAIN_NODE_REASON_PREEMPTION, "spot", soon
+    )[0]
     wait_for(lambda: bool(log.saved), thread)
     saved, _ = log.saved[0]
     wait_for(lambda: log.order[-1] > saved, thread)
@@ -204,7 +230,9 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint_behind(make_config: Any, nodes
     thread.join(120)
     once = log.order.index(saved + 1)
     again = log.order.index(saved + 1, once + 1)
-    assert log.order == [*range(1, log.order[again - 1] + 1), *range(saved + 1, 61)], "went on from the checkpoint"
+    assert log.order == [*range(1, log.order[again - 1] + 1), *range(saved + 1, 61)], (
+        "went on from the checkpoint"
+    )
     before = {step: loss for step, loss, _ in log.points[once:again]}
     assert before == pytest.approx({step: log.losses[step] for step in before}, abs=1e-6)
     assert log.saved[1:] == [(60, None)]
@@ -241,12 +269,16 @@ def test_a_run_that_is_told_to_stop_saves_first_and_repeats_no_step(
         fit(config, first)
     if number == signal.SIGTERM:
         assert caught.value.code == 143
-    assert first.order == [1, 2, 3] and first.saved == [(3, None)], "saved at the end of the step it was in, unmeasured"
+    assert first.order == [1, 2, 3] and first.saved == [(3, None)], (
+        "saved at the end of the step it was in, unmeasured"
+    )
     assert first.notes[-1] == "stopped; checkpoint-3 is saved: the same command goes on from there"
     fit(config, second)
     assert second.order == [4, 5, 6, 7, 8]
     assert first.losses | second.losses == pytest.approx(whole.losses, abs=1e-6)
-    assert dict(second.saved) == pytest.approx(dict(whole.saved)), "what was to be measured is, and comes out the same"
+    assert dict(second.saved) == pytest.approx(dict(whole.saved)), (
+        "what was to be measured is, and comes out the same"
+    )
 
 
 def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:
@@ -265,7 +297,9 @@ def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_workers_that_do_not_end_are_not_waited_for(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_do_not_end_are_not_waited_for(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cluster.stop, "PATIENCE", 0.5)
 
     def busy(step: int) -> None:
@@ -279,12 +313,15 @@ def test_workers_that_do_not_end_are_not_waited_for(make_config: Any, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("saved_by", "rank", "world", "own"), [(1, 0, 2, 0), (1, 1, 2, 0), (2, 0, 1, 0), (2, 1, 3, 1), (2, 2, 3, 0)]
+    ("saved_by", "rank", "world", "own"),
+    [(1, 0, 2, 0), (1, 1, 2, 0), (2, 0, 1, 0), (2, 1, 3, 1), (2, 2, 3, 0)],
 )
 def test_every_rank_finds_a_random_state_whoever_saved_the_checkpoint(
     tmp_path: Path, saved_by: int, rank: int, world: int, own: int
 ) -> None:
-    for seed, name in enumerate(["rng_state.pth"] if saved_by == 1 else ["rng_state_0.pth", "rng_state_1.pth"]):
+    for seed, name in enumerate(
+        ["rng_state.pth"] if saved_by == 1 else ["rng_state_0.pth", "rng_state_1.pth"]
+    ):
         state = {
             "python": random.Random(seed).getstate(),
             "numpy": np.random.RandomState(seed).get_state(),
@@ -292,7 +329,9 @@ def test_every_rank_finds_a_random_state_whoever_saved_the_checkpoint(
         }
         torch.save(state, tmp_path / name)
     trainer.fit_random_state(tmp_path, rank, world)
-    asks = SimpleNamespace(args=SimpleNamespace(world_size=world, process_index=rank, parallel_mode=None))
+    asks = SimpleNamespace(
+        args=SimpleNamespace(world_size=world, process_index=rank, parallel_mode=None)
+    )
     with torch.random.fork_rng():
         Trainer._load_rng_state(asks, str(tmp_path))
         drawn = torch.rand(3)
@@ -309,7 +348,9 @@ def test_a_gpus_random_state_has_the_form_that_one_rank_or_several_read(
     assert torch.load(tmp_path / "rng_state_1.pth")["cuda"] == [one, one]
     torch.save({"cuda": [several] * 4}, tmp_path / "rng_state_0.pth")
     trainer.fit_random_state(tmp_path, 0, 2)
-    assert torch.load(tmp_path / "rng_state_0.pth")["cuda"] == [several, several], "fewer GPUs here than there"
+    assert torch.load(tmp_path / "rng_state_0.pth")["cuda"] == [several, several], (
+        "fewer GPUs here than there"
+    )
     (tmp_path / "rng_state.pth").unlink()
     trainer.fit_random_state(tmp_path, 0, 1)
     assert torch.load(tmp_path / "rng_state.pth")["cuda"] == several

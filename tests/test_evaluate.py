@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from conftest import QUESTIONS
 
-from ray_sql import data, evaluate, generate, prepare
+from ray_sql import data, generate
 from ray_sql.data import Corpus, Example
 from ray_sql.errors import DataError
+from ray_sql.evaluate import scoring
+from ray_sql.finetune import prepare
 from ray_sql.generate import Answer, Question
 from ray_sql.models import load_tokenizer
 
@@ -29,17 +31,25 @@ def said(text: str | None, language: str = "sql") -> Answer:
     return Answer("" if text is None else f"```{language}\n{text}\n```", 10, 5, 0.1)
 
 
-def ask(gold: str, hardness: str | None = None, database: str | None = None, db_id: str = "mall") -> Question:
+def ask(
+    gold: str, hardness: str | None = None, database: str | None = None, db_id: str = "mall"
+) -> Question:
     return Question("0", "dev", db_id, "?", gold, hardness, database, [1])
 
 
 @pytest.mark.parametrize("semantics", ["spider", "bird", "strict"])
-def test_gold_as_answers_scores_all(corpus: Corpus, tokenizer: Any, make_config: Any, semantics: str) -> None:
+def test_gold_as_answers_scores_all(
+    corpus: Corpus, tokenizer: Any, make_config: Any, semantics: str
+) -> None:
     config = make_config(**{"evaluate.semantics": semantics})
     asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-    judged = evaluate.score(asked, [said(one.gold) for one in asked], config)
-    scores = evaluate.summarise(judged, config)
-    assert (scores["execution_accuracy"], scores["n"], scores["correct"]) == (1.0, len(QUESTIONS), len(QUESTIONS))
+    judged = scoring.score(asked, [said(one.gold) for one in asked], config)
+    scores = scoring.summarise(judged, config)
+    assert (scores["execution_accuracy"], scores["n"], scores["correct"]) == (
+        1.0,
+        len(QUESTIONS),
+        len(QUESTIONS),
+    )
     assert (scores["valid_sql"], scores["gold_errors"], scores["errors"]) == (1.0, 0, {})
     assert scores["semantics"] == semantics
     assert [row["predicted"] for row in judged] == [one.gold for one in asked]
@@ -48,8 +58,8 @@ def test_gold_as_answers_scores_all(corpus: Corpus, tokenizer: Any, make_config:
 def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     config = make_config(task_type="schema")
     asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-    judged = evaluate.score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
-    scores = evaluate.summarise(judged, config)
+    judged = scoring.score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
+    scores = scoring.summarise(judged, config)
     for name in (
         "strict_recall",
         "exact_match",
@@ -60,7 +70,12 @@ def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_co
         "column_f1_macro",
     ):
         assert scores[name] == 1.0, name
-    assert (scores["n"], scores["hallucinated_names"], scores["unparsable"], scores["errors"]) == (8, 0, 0, {})
+    assert (scores["n"], scores["hallucinated_names"], scores["unparsable"], scores["errors"]) == (
+        8,
+        0,
+        0,
+        {},
+    )
 
 
 @pytest.fixture
@@ -77,20 +92,34 @@ def judged(corpus: Corpus, make_config: Any) -> list[dict[str, Any]]:
         ("SELECT 1", "SELECT 1", "easy", None),
     ]
     asked = [ask(gold, hardness, database) for gold, _, hardness, database in cases]
-    return evaluate.score(asked, [said(answer) for _, answer, _, _ in cases], make_config())
+    return scoring.score(asked, [said(answer) for _, answer, _, _ in cases], make_config())
 
 
 def test_every_answer_has_its_verdict_and_reason(judged: list[dict[str, Any]]) -> None:
     verdicts = ["correct", "correct", "wrong", "error", "error", "gold_error", "gold_error"]
     assert [row["verdict"] for row in judged] == verdicts
-    kinds = ["none", "none", "wrong rows", "no such column", "unparsable", "gold error", "gold error"]
+    kinds = [
+        "none",
+        "none",
+        "wrong rows",
+        "no such column",
+        "unparsable",
+        "gold error",
+        "gold error",
+    ]
     assert [row["error_kind"] for row in judged] == kinds
-    assert "nom" in judged[3]["error"] and "nowhere" in judged[5]["error"] and "no database" in judged[6]["error"]
+    assert (
+        "nom" in judged[3]["error"]
+        and "nowhere" in judged[5]["error"]
+        and "no database" in judged[6]["error"]
+    )
     assert judged[4]["predicted"] is None and judged[0]["error"] is None
 
 
-def test_failing_gold_is_counted_apart_and_all_numbers_agree(judged: list[dict[str, Any]], make_config: Any) -> None:
-    scores = evaluate.summarise(judged, make_config())
+def test_failing_gold_is_counted_apart_and_all_numbers_agree(
+    judged: list[dict[str, Any]], make_config: Any
+) -> None:
+    scores = scoring.summarise(judged, make_config())
     assert (scores["n"], scores["correct"], scores["gold_errors"]) == (5, 2, 2)
     assert (scores["execution_accuracy"], scores["valid_sql"]) == (2 / 5, 3 / 5)
     assert list(scores["by_hardness"]) == ["easy", "hard", "odd"]
@@ -108,34 +137,45 @@ def test_failing_gold_is_counted_apart_and_all_numbers_agree(judged: list[dict[s
 def test_an_interval_clustered_by_database_is_there_where_databases_differ(
     judged: list[dict[str, Any]], make_config: Any
 ) -> None:
-    assert "clustered_interval" not in evaluate.summarise(judged, make_config()), "one database"
+    assert "clustered_interval" not in scoring.summarise(judged, make_config()), "one database"
     rows = [row | {"db_id": name} for name, share in (("a", 2), ("b", 3)) for row in judged[:share]]
-    scores = evaluate.summarise(rows, make_config())
+    scores = scoring.summarise(rows, make_config())
     assert scores["clustered_interval"] == [2 / 3, 1.0] and scores["execution_accuracy"] == 4 / 5
     links = make_config(task_type="schema")
     answers = [("a", '{"customer": ["name", "city"]}'), ("b", '{"customer": ["name"]}')]
     asked = [ask(json.dumps(GOLD), db_id=db_id) for db_id, _ in answers]
-    scores = evaluate.summarise(evaluate.score(asked, [said(one, "json") for _, one in answers], links), links)
+    scores = scoring.summarise(
+        scoring.score(asked, [said(one, "json") for _, one in answers], links), links
+    )
     assert scores["clustered_interval"] == [0.0, 1.0] and scores["strict_recall"] == 0.5
 
 
-def test_hardness_is_graded_where_the_dataset_has_none(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
+def test_hardness_is_graded_where_the_dataset_has_none(
+    corpus: Corpus, tokenizer: Any, make_config: Any
+) -> None:
     for task in ("sql", "schema"):
         config = make_config(task_type=task)
         asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-        judged = evaluate.score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
+        judged = scoring.score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
         levels = {row["hardness"] for row in judged}
-        assert levels <= set(evaluate.HARDNESS) - {"unknown"} and len(levels) > 1
-        scores = evaluate.summarise(judged, config)
+        assert levels <= set(scoring.HARDNESS) - {"unknown"} and len(levels) > 1
+        scores = scoring.summarise(judged, config)
         assert set(scores["by_hardness"]) == levels and set(scores["by_database"]) == {"mall"}
         for group in (*scores["by_hardness"].values(), *scores["by_database"].values()):
-            assert group["interval"][0] <= group["strict_recall" if task == "schema" else "execution_accuracy"]
+            assert (
+                group["interval"][0]
+                <= group["strict_recall" if task == "schema" else "execution_accuracy"]
+            )
 
 
 def test_gold_that_does_not_run_is_found(corpus: Corpus, make_config: Any) -> None:
     place = corpus.databases["mall"]
-    golds = [("a", place, "SELECT 1"), ("b", place, "SELECT x FROM nowhere"), ("c", place, "DELETE FROM sale")]
-    found = evaluate.failing_gold(golds, make_config())
+    golds = [
+        ("a", place, "SELECT 1"),
+        ("b", place, "SELECT x FROM nowhere"),
+        ("c", place, "DELETE FROM sale"),
+    ]
+    found = scoring.failing_gold(golds, make_config())
     assert [row["id"] for row in found] == ["b", "c"]
     assert "nowhere" in found[0]["error"] and found[0]["gold"] == "SELECT x FROM nowhere"
 
@@ -178,7 +218,7 @@ def test_links_are_judged_by_name(
     corpus: Corpus, make_config: Any, answer: str | None, verdict: str, kind: str
 ) -> None:
     config = make_config(task_type="schema")
-    (row,) = evaluate.score([ask(json.dumps(GOLD))], [said(answer, "json")], config, corpus.schemas)
+    (row,) = scoring.score([ask(json.dumps(GOLD))], [said(answer, "json")], config, corpus.schemas)
     assert (row["verdict"], row["error_kind"]) == (verdict, kind)
 
 
@@ -186,8 +226,10 @@ def test_linking_scores_count_names_over_all_questions(corpus: Corpus, make_conf
     config = make_config(task_type="schema")
     answers = ['{"customer": ["name", "city"]}', '{"customer": ["name", "shoe"], "hat": []}', None]
     asked = [ask(json.dumps(GOLD)) for _ in answers] + [ask("")]
-    judged = evaluate.score(asked, [said(one, "json") for one in [*answers, "{}"]], config, corpus.schemas)
-    scores = evaluate.summarise(judged, config)
+    judged = scoring.score(
+        asked, [said(one, "json") for one in [*answers, "{}"]], config, corpus.schemas
+    )
+    scores = scoring.summarise(judged, config)
     assert (scores["n"], scores["gold_errors"], judged[-1]["verdict"]) == (3, 1, "gold_error")
     assert scores["strict_recall"] == scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["interval"][0] < scores["strict_recall"] < scores["interval"][1]
@@ -202,34 +244,48 @@ def test_linking_scores_count_names_over_all_questions(corpus: Corpus, make_conf
         low, high = scores[f"{name}_interval"]
         assert 0 <= low <= scores[name] <= high <= 1 and low < high, name
     # gold 6 columns, predicted 4, shared 3; gold 3 tables, predicted 3, shared 2
-    assert (scores["column_recall"], scores["column_precision"], scores["column_f1"]) == (3 / 6, 3 / 4, 6 / 10)
+    assert (scores["column_recall"], scores["column_precision"], scores["column_f1"]) == (
+        3 / 6,
+        3 / 4,
+        6 / 10,
+    )
     assert scores["table_recall"] == scores["table_precision"] == pytest.approx(2 / 3)
-    assert (scores["hallucinated_names"], scores["questions_hallucinating"], scores["unparsable"]) == (2, 1 / 3, 1 / 3)
+    assert (
+        scores["hallucinated_names"],
+        scores["questions_hallucinating"],
+        scores["unparsable"],
+    ) == (2, 1 / 3, 1 / 3)
     assert scores["errors"] == {"missing names": 1, "unparsable": 1}
 
 
 @pytest.mark.parametrize("task", ["sql", "schema"])
 def test_a_split_without_usable_gold_has_a_score_of_none(make_config: Any, task: str) -> None:
     config = make_config(task_type=task)
-    judged = evaluate.score([ask("")], [said("x")], config)
-    scores = evaluate.summarise(judged, config)
+    judged = scoring.score([ask("")], [said("x")], config)
+    scores = scoring.summarise(judged, config)
     assert (scores["n"], scores["gold_errors"], scores["interval"]) == (0, 1, [0.0, 1.0])
-    assert evaluate.objective(scores) == (0.0, 0.0)
+    assert scoring.objective(scores) == (0.0, 0.0)
 
 
 def test_databases_on_which_no_gold_runs_are_an_error(corpus: Corpus, make_config: Any) -> None:
     asked = [ask("SELECT x FROM nowhere", "easy", corpus.databases["mall"]), ask("SELECT 1")]
-    with pytest.raises(DataError, match=r"nothing can be scored.* \(1 in all\), as that of 0 on mall: no such table"):
-        evaluate.score(asked, [said("SELECT 1")] * 2, make_config())
+    with pytest.raises(
+        DataError,
+        match=r"nothing can be scored.* \(1 in all\), as that of 0 on mall: no such table",
+    ):
+        scoring.score(asked, [said("SELECT 1")] * 2, make_config())
 
 
 def test_models_are_ordered_by_the_tasks_metric_then_by_the_tie_break() -> None:
-    sql = [{"execution_accuracy": a, "valid_sql": v} for a, v in ((0.5, 0.7), (0.2, 0.9), (0.5, 0.6))]
-    assert sorted(sql, key=evaluate.objective) == [sql[1], sql[2], sql[0]]
-    links = [
-        {"strict_recall": r, "column_f1": f, "column_precision": 1} for r, f in ((0.3, 0.4), (0.1, 0.9), (0.3, 0.2))
+    sql = [
+        {"execution_accuracy": a, "valid_sql": v} for a, v in ((0.5, 0.7), (0.2, 0.9), (0.5, 0.6))
     ]
-    assert sorted(links, key=evaluate.objective) == [links[1], links[2], links[0]]
+    assert sorted(sql, key=scoring.objective) == [sql[1], sql[2], sql[0]]
+    links = [
+        {"strict_recall": r, "column_f1": f, "column_precision": 1}
+        for r, f in ((0.3, 0.4), (0.1, 0.9), (0.3, 0.2))
+    ]
+    assert sorted(links, key=scoring.objective) == [links[1], links[2], links[0]]
 
 
 def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
@@ -240,23 +296,31 @@ def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
 
     place = corpus.databases["mall"]
     asked = [ask("SELECT 1", level, place) for level in ("easy", "très dur!", "a+b", "x (y)")]
-    scores = evaluate.summarise(evaluate.score(asked, [said("SELECT 1")] * 4, make_config()), make_config())
-    metrics = evaluate.flat(scores, "tuned/my split#1")
+    scores = scoring.summarise(
+        scoring.score(asked, [said("SELECT 1")] * 4, make_config()), make_config()
+    )
+    metrics = scoring.flat(scores, "tuned/my split#1")
     for name, value in metrics.items():
         _validate_metric_name(name)
         assert isinstance(Metric(name, value, 0, 0).value, float)
-    assert metrics["tuned/my split_1/execution_accuracy"] == 1.0 == metrics["tuned/my split_1/easy/execution_accuracy"]
+    assert (
+        metrics["tuned/my split_1/execution_accuracy"]
+        == 1.0
+        == metrics["tuned/my split_1/easy/execution_accuracy"]
+    )
     assert len([name for name in metrics if name.endswith("/execution_accuracy")]) == 5
     assert not [name for name in metrics if "mall" in name or "interval" in name]
 
 
 def test_predictions_are_written_one_a_line(judged: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = [judged[0] | {"question": "a\u2028b\nc — é"}, *judged[1:]]
-    (tmp_path / "p.jsonl").write_text(evaluate.dump(rows), encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(scoring.dump(rows), encoding="utf-8")
     assert data.read_records(tmp_path / "p.jsonl") == rows
 
 
-def test_exact_set_match_is_a_second_score_where_the_schema_is_known(corpus: Corpus, make_config: Any) -> None:
+def test_exact_set_match_is_a_second_score_where_the_schema_is_known(
+    corpus: Corpus, make_config: Any
+) -> None:
     place = corpus.databases["mall"]
     cases = [
         (
@@ -270,17 +334,24 @@ def test_exact_set_match_is_a_second_score_where_the_schema_is_known(corpus: Cor
         ("SELECT x FROM nowhere", "SELECT x FROM nowhere", "hard"),  # failing gold is not counted
     ]
     asked = [ask(gold, hardness, place) for gold, _, hardness in cases]
-    judged = evaluate.score(asked, [said(one) for _, one, _ in cases], make_config(), corpus.schemas)
+    judged = scoring.score(asked, [said(one) for _, one, _ in cases], make_config(), corpus.schemas)
     assert [row["exact_set_match"] for row in judged] == [True, False, False, False, False]
     assert [row["verdict"] for row in judged[:2]] == ["wrong", "correct"]
-    scores = evaluate.summarise(judged, make_config())
-    assert (scores["exact_set_match"], scores["exact_set_match_n"], scores["exact_set_unread"]) == (1 / 4, 4, 3)
+    scores = scoring.summarise(judged, make_config())
+    assert (scores["exact_set_match"], scores["exact_set_match_n"], scores["exact_set_unread"]) == (
+        1 / 4,
+        4,
+        3,
+    )
     assert scores["exact_set_match_interval"][0] < 1 / 4 < scores["exact_set_match_interval"][1]
     assert [group["exact_set_match"] for group in scores["by_hardness"].values()] == [1 / 2, 0]
-    metrics = evaluate.flat(scores, "tuned/dev")
-    assert (metrics["tuned/dev/exact_set_match"], metrics["tuned/dev/easy/exact_set_match"]) == (1 / 4, 1 / 2)
-    without = evaluate.summarise(
-        evaluate.score(asked, [said(one) for _, one, _ in cases], make_config()), make_config()
+    metrics = scoring.flat(scores, "tuned/dev")
+    assert (metrics["tuned/dev/exact_set_match"], metrics["tuned/dev/easy/exact_set_match"]) == (
+        1 / 4,
+        1 / 2,
+    )
+    without = scoring.summarise(
+        scoring.score(asked, [said(one) for _, one, _ in cases], make_config()), make_config()
     )
     assert not [key for key in without if "exact_set" in key]
 
@@ -288,28 +359,52 @@ def test_exact_set_match_is_a_second_score_where_the_schema_is_known(corpus: Cor
 def test_soft_f1_is_measured_under_birds_rule(corpus: Corpus, make_config: Any) -> None:
     place = corpus.databases["mall"]
     cases = [
-        ("SELECT name, city FROM customer ORDER BY id", "SELECT name FROM customer ORDER BY id", 2 / 3),
+        (
+            "SELECT name, city FROM customer ORDER BY id",
+            "SELECT name FROM customer ORDER BY id",
+            2 / 3,
+        ),
         ("SELECT title FROM product", "SELECT title FROM product", 1),
         ("SELECT title FROM product", "SELECT nothing FROM product", 0),
     ]
     config = make_config(**{"evaluate.semantics": "bird"})
-    judged = evaluate.score(
-        [ask(gold, "easy", place) for gold, _, _ in cases], [said(one) for _, one, _ in cases], config
+    judged = scoring.score(
+        [ask(gold, "easy", place) for gold, _, _ in cases],
+        [said(one) for _, one, _ in cases],
+        config,
     )
-    assert [row["soft_f1"] for row in judged] == pytest.approx([share for *_, share in cases], abs=1e-4)
-    assert evaluate.summarise(judged, config)["soft_f1"] == pytest.approx(5 / 9, abs=1e-4)
-    assert "soft_f1" not in evaluate.score([ask("SELECT 1", "easy", place)], [said("SELECT 1")], make_config())[0]
+    assert [row["soft_f1"] for row in judged] == pytest.approx(
+        [share for *_, share in cases], abs=1e-4
+    )
+    assert scoring.summarise(judged, config)["soft_f1"] == pytest.approx(5 / 9, abs=1e-4)
+    assert (
+        "soft_f1"
+        not in scoring.score([ask("SELECT 1", "easy", place)], [said("SELECT 1")], make_config())[0]
+    )
 
 
 def test_right_queries_are_timed_against_their_gold(corpus: Corpus, make_config: Any) -> None:
     place = corpus.databases["mall"]
     slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000) SELECT MAX(i) FROM n"
-    cases = [(slow, "SELECT 100000"), ("SELECT 100000", slow), ("SELECT 1", "SELECT 2"), ("SELECT 1", "SELECT")]
-    asked, answers = [ask(gold, "easy", place) for gold, _ in cases], [said(one) for _, one in cases]
+    cases = [
+        (slow, "SELECT 100000"),
+        ("SELECT 100000", slow),
+        ("SELECT 1", "SELECT 2"),
+        ("SELECT 1", "SELECT"),
+    ]
+    asked, answers = (
+        [ask(gold, "easy", place) for gold, _ in cases],
+        [said(one) for _, one in cases],
+    )
     config = make_config(**{"evaluate.semantics": "bird", "evaluate.ves_iterations": 3})
-    judged = evaluate.score(asked, answers, config)
-    assert [row["ves_reward"] for row in judged] == [1.25, 0.25, 0, 0]  # faster, slower, wrong, not SQL
+    judged = scoring.score(asked, answers, config)
+    assert [row["ves_reward"] for row in judged] == [
+        1.25,
+        0.25,
+        0,
+        0,
+    ]  # faster, slower, wrong, not SQL
     # R-VES takes the mean of the rewards' roots
-    assert evaluate.summarise(judged, config)["r_ves"] == pytest.approx((1.25**0.5 + 0.25**0.5) / 4)
+    assert scoring.summarise(judged, config)["r_ves"] == pytest.approx((1.25**0.5 + 0.25**0.5) / 4)
     untimed = make_config(**{"evaluate.semantics": "bird"})
-    assert "r_ves" not in evaluate.summarise(evaluate.score(asked, answers, untimed), untimed)
+    assert "r_ves" not in scoring.summarise(scoring.score(asked, answers, untimed), untimed)

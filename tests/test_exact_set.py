@@ -2,13 +2,15 @@
 
 import pytest
 
+from ray_sql.database import Column, ForeignKey, Schema, Table
 from ray_sql.metrics import exact_set_match
 from ray_sql.metrics.spider_grammar import read_query
-from ray_sql.schema import Column, ForeignKey, Schema, Table
 
 
 def table(name: str, columns: str, *keys: ForeignKey) -> Table:
-    return Table(name, tuple(Column(column, "text") for column in columns.split()), foreign_keys=keys)
+    return Table(
+        name, tuple(Column(column, "text") for column in columns.split()), foreign_keys=keys
+    )
 
 
 BAKERY = Schema(
@@ -31,7 +33,10 @@ SAME = {
         'SELECT name FROM baker WHERE city = "B"',
     ),
     "distinct": ("SELECT DISTINCT name FROM baker", "SELECT name FROM baker"),
-    "distinct in an aggregate": ("SELECT count(DISTINCT city) FROM baker", "SELECT count(city) FROM baker"),
+    "distinct in an aggregate": (
+        "SELECT count(DISTINCT city) FROM baker",
+        "SELECT count(city) FROM baker",
+    ),
     "conditions in any order": (
         "SELECT name FROM baker WHERE age > 1 AND city = 'A'",
         "SELECT name FROM baker WHERE city = 'A' AND age > 1",
@@ -41,12 +46,18 @@ SAME = {
         "SELECT baker.name FROM baker JOIN cake ON baker.id = cake.id",
     ),
     "bare and qualified columns": (f"SELECT T2.title {JOINED}", f"SELECT title {JOINED}"),
-    "tables in any order": (f"SELECT title {JOINED}", "SELECT title FROM cake JOIN baker ON cake.baker_id = baker.id"),
+    "tables in any order": (
+        f"SELECT title {JOINED}",
+        "SELECT title FROM cake JOIN baker ON cake.baker_id = baker.id",
+    ),
     "no join condition": (f"SELECT title {JOINED}", "SELECT title FROM baker JOIN cake"),
     "columns of a foreign key": (f"SELECT T1.id {JOINED}", f"SELECT T2.baker_id {JOINED}"),
     "a limit's number": ("SELECT name FROM baker LIMIT 1", "SELECT name FROM baker LIMIT 5"),
     "offset": ("SELECT name FROM baker LIMIT 1", "SELECT name FROM baker LIMIT 1 OFFSET 2"),
-    "ascending by default": ("SELECT name FROM baker ORDER BY age", "SELECT name FROM baker ORDER BY age ASC"),
+    "ascending by default": (
+        "SELECT name FROM baker ORDER BY age",
+        "SELECT name FROM baker ORDER BY age ASC",
+    ),
     "one direction for all keys": (
         "SELECT name FROM baker ORDER BY age DESC, name DESC",
         "SELECT name FROM baker ORDER BY age, name DESC",
@@ -56,9 +67,15 @@ SAME = {
         "SELECT name FROM baker WHERE age > 1 OR city = 'A' AND name = 'B'",
     ),
     "a second statement": ("SELECT name FROM baker", "SELECT name FROM baker; DROP TABLE baker"),
-    "prose after a semicolon": ("SELECT name FROM baker", "SELECT name FROM baker; that is what was asked."),
+    "prose after a semicolon": (
+        "SELECT name FROM baker",
+        "SELECT name FROM baker; that is what was asked.",
+    ),
     "a pair of parentheses": ("SELECT name FROM baker", "(SELECT name FROM baker)"),
-    "operators apart": ("SELECT name FROM baker WHERE age >= 1", "SELECT name FROM baker WHERE age > = 1"),
+    "operators apart": (
+        "SELECT name FROM baker WHERE age >= 1",
+        "SELECT name FROM baker WHERE age > = 1",
+    ),
     "an alias defined twice": (
         "SELECT T1.id FROM baker AS T1 EXCEPT SELECT T1.baker_id FROM cake AS T1",
         "SELECT cake.id FROM baker EXCEPT SELECT cake.baker_id FROM cake",
@@ -89,15 +106,24 @@ DIFFERENT = {
     "count of rows and of values": ("SELECT count(*) FROM baker", "SELECT count(name) FROM baker"),
     "an operation": ("SELECT price - cost FROM cake", "SELECT price + cost FROM cake"),
     "an operation's sides": ("SELECT price - cost FROM cake", "SELECT cost - price FROM cake"),
-    "a comparison": ("SELECT name FROM baker WHERE age > 1", "SELECT name FROM baker WHERE age >= 1"),
+    "a comparison": (
+        "SELECT name FROM baker WHERE age > 1",
+        "SELECT name FROM baker WHERE age >= 1",
+    ),
     "a condition": ("SELECT name FROM baker WHERE age > 1", "SELECT name FROM baker"),
-    "NOT": ("SELECT name FROM baker WHERE city LIKE 'A%'", "SELECT name FROM baker WHERE city NOT LIKE 'A%'"),
+    "NOT": (
+        "SELECT name FROM baker WHERE city LIKE 'A%'",
+        "SELECT name FROM baker WHERE city NOT LIKE 'A%'",
+    ),
     "AND and OR": (
         "SELECT name FROM baker WHERE age > 1 AND city = 'A'",
         "SELECT name FROM baker WHERE age > 1 OR city = 'A'",
     ),
     "a table": ("SELECT baker.name FROM baker", f"SELECT T1.name {JOINED}"),
-    "OR in a join": (f"SELECT title {JOINED}", "SELECT title FROM baker JOIN cake ON age = 1 OR age = 2"),
+    "OR in a join": (
+        f"SELECT title {JOINED}",
+        "SELECT title FROM baker JOIN cake ON age = 1 OR age = 2",
+    ),
     "a key to group by": (
         "SELECT count(*) FROM baker GROUP BY city",
         "SELECT count(*) FROM baker GROUP BY name",
@@ -110,9 +136,15 @@ DIFFERENT = {
         "SELECT city FROM baker GROUP BY city HAVING count(*) > 1",
         "SELECT city FROM baker GROUP BY city HAVING avg(age) > 1",
     ),
-    "a direction": ("SELECT name FROM baker ORDER BY age", "SELECT name FROM baker ORDER BY age DESC"),
+    "a direction": (
+        "SELECT name FROM baker ORDER BY age",
+        "SELECT name FROM baker ORDER BY age DESC",
+    ),
     "no order": ("SELECT name FROM baker ORDER BY age", "SELECT name FROM baker"),
-    "a limit": ("SELECT name FROM baker ORDER BY age LIMIT 1", "SELECT name FROM baker ORDER BY age"),
+    "a limit": (
+        "SELECT name FROM baker ORDER BY age LIMIT 1",
+        "SELECT name FROM baker ORDER BY age",
+    ),
     "a set operation": (
         "SELECT id FROM baker UNION SELECT baker_id FROM cake",
         "SELECT id FROM baker INTERSECT SELECT baker_id FROM cake",
@@ -121,8 +153,14 @@ DIFFERENT = {
         "SELECT id FROM baker EXCEPT SELECT baker_id FROM cake",
         "SELECT baker_id FROM cake EXCEPT SELECT id FROM baker",
     ),
-    "one side only": ("SELECT id FROM baker UNION SELECT baker_id FROM cake", "SELECT id FROM baker"),
-    "a column whose foreign key joins a table that is not there": ("SELECT id FROM baker", "SELECT baker_id FROM cake"),
+    "one side only": (
+        "SELECT id FROM baker UNION SELECT baker_id FROM cake",
+        "SELECT id FROM baker",
+    ),
+    "a column whose foreign key joins a table that is not there": (
+        "SELECT id FROM baker",
+        "SELECT baker_id FROM cake",
+    ),
     "distinct in a nested query": (
         "SELECT name FROM baker WHERE id IN (SELECT baker_id FROM cake)",
         "SELECT name FROM baker WHERE id IN (SELECT DISTINCT baker_id FROM cake)",
@@ -214,13 +252,16 @@ def test_what_spiders_parser_rejects_matches_nothing(sql: str) -> None:
 
 def test_an_order_after_a_set_operation_belongs_to_its_last_query() -> None:
     query = read_query(
-        "SELECT id FROM baker UNION SELECT id FROM cake EXCEPT SELECT id FROM cake ORDER BY cost LIMIT 1", BAKERY
+        "SELECT id FROM baker UNION SELECT id FROM cake EXCEPT SELECT id FROM cake ORDER BY cost LIMIT 1",
+        BAKERY,
     )
     assert query is not None and not query.order
     assert query.combined is not None and query.combined[0] == "union"
     second = query.combined[1]
     assert second.combined is not None and second.combined[0] == "except" and not second.order
-    assert [key.left.column for key in second.combined[1].order] == ["cake.cost"] and second.combined[1].limited
+    assert [key.left.column for key in second.combined[1].order] == [
+        "cake.cost"
+    ] and second.combined[1].limited
 
 
 def test_long_and_deep_queries_get_a_verdict() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ray_sql.database import Executor, Limits, QueryResult, Rows
 from ray_sql.errors import DataError
-from ray_sql.execution import Executor, Limits, QueryResult, Rows
 
 LIMITS = Limits(seconds=0.5, rows=1000, bytes=2**20, memory=2**29, sql_length=20_000)
 LATEST = LIMITS.seconds + 2
@@ -153,9 +153,15 @@ def run_safely(executor: Executor, folder: Path, sql: str) -> QueryResult:
 
 
 @pytest.mark.parametrize("sql", FORBIDDEN)
-def test_what_is_not_one_read_only_query_is_refused(executor: Executor, folder: Path, sql: str) -> None:
+def test_what_is_not_one_read_only_query_is_refused(
+    executor: Executor, folder: Path, sql: str
+) -> None:
     result = run_safely(executor, folder, sql)
-    assert result.status == "error" and result.error is not None and result.error.startswith("refused: ")
+    assert (
+        result.status == "error"
+        and result.error is not None
+        and result.error.startswith("refused: ")
+    )
 
 
 @pytest.mark.parametrize("sql", EXHAUSTING, ids=lambda sql: sql[:60])
@@ -166,9 +172,15 @@ def test_what_asks_for_too_much_is_stopped(executor: Executor, folder: Path, sql
 
 
 @pytest.mark.parametrize("sql", MALFORMED, ids=lambda sql: ascii(sql)[:60])
-def test_a_mistaken_query_is_an_error_of_its_own(executor: Executor, folder: Path, sql: str) -> None:
+def test_a_mistaken_query_is_an_error_of_its_own(
+    executor: Executor, folder: Path, sql: str
+) -> None:
     result = run_safely(executor, folder, sql)
-    assert result.status == "error" and result.error is not None and not result.error.startswith("refused")
+    assert (
+        result.status == "error"
+        and result.error is not None
+        and not result.error.startswith("refused")
+    )
 
 
 def test_a_query_gives_rows_names_and_readable_text(executor: Executor, database: Path) -> None:
@@ -176,7 +188,11 @@ def test_a_query_gives_rows_names_and_readable_text(executor: Executor, database
     assert result.status == "ok" and result.error is None
     assert result.columns == ("id", "name", "cost", "x'00ff'")
     # The third name is no UTF-8: its broken byte is left out.
-    assert result.rows == ((1, "pen", 1.5, b"\0\xff"), (2, "ink", None, b"\0\xff"), (3, "ca", 2.0, b"\0\xff"))
+    assert result.rows == (
+        (1, "pen", 1.5, b"\0\xff"),
+        (2, "ink", None, b"\0\xff"),
+        (3, "ca", 2.0, b"\0\xff"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +214,9 @@ def test_every_form_of_reading_is_allowed(executor: Executor, database: Path, sq
 
 def test_full_text_tables_can_be_searched(executor: Executor, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "words.sqlite") as connection:
-        connection.executescript("CREATE VIRTUAL TABLE note USING fts5(text); INSERT INTO note VALUES ('ink and pen')")
+        connection.executescript(
+            "CREATE VIRTUAL TABLE note USING fts5(text); INSERT INTO note VALUES ('ink and pen')"
+        )
     connection.close()
     found = executor.run(tmp_path / "words.sqlite", "SELECT text FROM note WHERE note MATCH 'pen'")
     assert found.rows == (("ink and pen",),)
@@ -213,25 +231,33 @@ def test_limits_hold_to_the_row_and_to_the_byte(executor: Executor, database: Pa
     assert executor.run(database, "SELECT zeroblob(500), 1 FROM big LIMIT 2", few).status == "error"
 
 
-def test_a_worker_out_of_memory_still_serves_the_next_query(executor: Executor, database: Path) -> None:
+def test_a_worker_out_of_memory_still_serves_the_next_query(
+    executor: Executor, database: Path
+) -> None:
     large = Limits(seconds=10, rows=10**6, bytes=2**31, memory=2**28)
     greedy = executor.run(database, "SELECT randomblob(1000000) FROM big LIMIT 1000", large)
     assert greedy.error == "too large: out of memory"
-    assert [executor.run(database, f"SELECT {number}").rows for number in range(4)] == [((n,),) for n in range(4)]
+    assert [executor.run(database, f"SELECT {number}").rows for number in range(4)] == [
+        ((n,),) for n in range(4)
+    ]
 
 
 def test_results_come_in_the_order_of_the_questions(executor: Executor, database: Path) -> None:
     done: list[tuple[int, int]] = []
     queries = [(database, ENDLESS if number == 3 else f"SELECT {number}") for number in range(20)]
     results = executor.run_many(queries, progress=lambda count, total: done.append((count, total)))
-    assert [result.rows for result in results if result.status == "ok"] == [((n,),) for n in range(20) if n != 3]
+    assert [result.rows for result in results if result.status == "ok"] == [
+        ((n,),) for n in range(20) if n != 3
+    ]
     assert results[3].status == "timeout"
     assert done == [(count, 20) for count in range(1, 21)]
 
 
 def test_queries_run_side_by_side(database: Path) -> None:
     with Executor(4, Limits(seconds=1)) as executor:
-        executor.run_many([(database, f"SELECT {number}, count(*) FROM big") for number in range(8)])
+        executor.run_many(
+            [(database, f"SELECT {number}, count(*) FROM big") for number in range(8)]
+        )
         started = time.monotonic()
         results = executor.run_many([(database, f"{ENDLESS} -- {number}") for number in range(4)])
         assert [result.status for result in results] == ["timeout"] * 4
@@ -287,11 +313,15 @@ def test_a_worker_that_dies_gives_a_crash_and_is_replaced(lone: Lone, database: 
     killer.start()
     result = lone.executor.run(database, ENDLESS, Limits(seconds=20))
     killer.join()
-    assert result.status == "crash" and result.error is not None and result.error.startswith("crash: ")
+    assert (
+        result.status == "crash" and result.error is not None and result.error.startswith("crash: ")
+    )
     assert lone.rows(database, "SELECT 1") == ((1,),)
 
 
-def test_a_worker_that_died_between_queries_is_not_blamed_on_the_next(lone: Lone, database: Path) -> None:
+def test_a_worker_that_died_between_queries_is_not_blamed_on_the_next(
+    lone: Lone, database: Path
+) -> None:
     lone.worker.kill()
     psutil.wait_procs([lone.worker], timeout=5)
     assert lone.rows(database, "SELECT 1") == ((1,),)
@@ -310,11 +340,13 @@ def test_workers_hold_no_secret_of_the_parent(
 
 def test_workers_end_when_their_parent_is_killed(database: Path) -> None:
     script = (
-        "import sys, psutil\nfrom pathlib import Path\nfrom ray_sql.execution import Executor\n"
+        "import sys, psutil\nfrom pathlib import Path\nfrom ray_sql.database import Executor\n"
         f"Executor(1).run(Path({str(database)!r}), 'SELECT 1')\n"
         "print(psutil.Process().children()[0].pid, flush=True)\nsys.stdin.read()"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     worker = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
@@ -322,7 +354,9 @@ def test_workers_end_when_their_parent_is_killed(database: Path) -> None:
     assert psutil.wait_procs([worker], timeout=5)[1] == []
 
 
-def test_a_mistyped_path_is_a_user_error_and_creates_nothing(executor: Executor, tmp_path: Path) -> None:
+def test_a_mistyped_path_is_a_user_error_and_creates_nothing(
+    executor: Executor, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"shpo\.sqlite"):
         executor.run(tmp_path / "shpo.sqlite", "SELECT 1")
     assert list(tmp_path.iterdir()) == []
@@ -333,7 +367,9 @@ def test_a_mistyped_path_is_a_user_error_and_creates_nothing(executor: Executor,
             executor.run_many([(tmp_path / name, "SELECT 1")])
 
 
-def test_odd_paths_are_opened_as_they_are(executor: Executor, database: Path, tmp_path: Path) -> None:
+def test_odd_paths_are_opened_as_they_are(
+    executor: Executor, database: Path, tmp_path: Path
+) -> None:
     odd = tmp_path / "a b?mode=rwc#%41é'.sqlite"
     shutil.copy(database, odd)
     assert executor.run(odd, "SELECT count(*) FROM item").rows == ((3,),)
@@ -358,7 +394,9 @@ def test_a_write_ahead_log_is_read_and_left_alone(executor: Executor, tmp_path: 
         executor.run(tmp_path / "crashed" / "log.sqlite", count)
 
 
-def test_what_a_crash_left_in_a_write_ahead_log_is_read_and_left_alone(executor: Executor, tmp_path: Path) -> None:
+def test_what_a_crash_left_in_a_write_ahead_log_is_read_and_left_alone(
+    executor: Executor, tmp_path: Path
+) -> None:
     writer = sqlite3.connect(tmp_path / "log.sqlite", isolation_level=None)
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("CREATE TABLE t (a)")
@@ -412,5 +450,5 @@ def test_a_closed_executor_says_so(database: Path) -> None:
 
 def test_importing_execution_is_light() -> None:
     heavy = "{'torch', 'ray', 'transformers', 'sqlglot', 'pandas', 'numpy'}"
-    script = f"import sys, ray_sql.execution; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    script = f"import sys, ray_sql.database; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import faults
-from ray_sql import checkpoints
+from ray_sql.store import checkpoints
 from tests.test_train import Curve, fit, flip_a_byte
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -32,8 +32,18 @@ def test_a_run_survives_and_repeats_the_unbroken_curve(tmp_path: Path) -> None:
 def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(
     make_config: Any, ray_local: None
 ) -> None:
-    settings = {"train.max_steps": 4, "save_steps": 2, "scaling.num_workers": 2, "evaluate.select_examples": 0}
-    config, first, second, notes = make_config(**settings, **{"lora.lora_dropout": 0}), Curve(), Curve(), []
+    settings = {
+        "train.max_steps": 4,
+        "save_steps": 2,
+        "scaling.num_workers": 2,
+        "evaluate.select_examples": 0,
+    }
+    config, first, second, notes = (
+        make_config(**settings, **{"lora.lora_dropout": 0}),
+        Curve(),
+        Curve(),
+        [],
+    )
 
     def on_point(point: dict[str, Any]) -> None:
         second(point)
@@ -42,7 +52,11 @@ def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(
     fit(config, first)
     flip_a_byte(Path(config.run_dir, "checkpoint-4", "optimizer.pt"))
     fit(config, on_point)
-    assert [text for text in notes if "checkpoint-4 is damaged (optimizer.pt is not as it was saved)" in text] == notes
+    assert [
+        text
+        for text in notes
+        if "checkpoint-4 is damaged (optimizer.pt is not as it was saved)" in text
+    ] == notes
     assert len(notes) == 1 and second.order == [3, 4]
     assert second.losses == pytest.approx({step: first.losses[step] for step in (3, 4)}, abs=1e-4)
     assert [one.step for one in checkpoints.complete(config.run_dir)] == [2, 4]

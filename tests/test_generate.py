@@ -68,7 +68,9 @@ def told(answers: list[Answer]) -> list[tuple[str, int, int]]:
     return [(answer.raw, answer.prompt_tokens, answer.new_tokens) for answer in answers]
 
 
-def ask(model: Any, tokenizer: Any, asked: list[Question], batch_size: int, limit: int = 12) -> list[Answer]:
+def ask(
+    model: Any, tokenizer: Any, asked: list[Question], batch_size: int, limit: int = 12
+) -> list[Answer]:
     return generate.answer(model, tokenizer, asked, together=batch_size, max_new_tokens=limit)
 
 
@@ -77,7 +79,8 @@ def test_a_batch_answers_as_one_by_one(make_config: Any, model: Any, tokenizer: 
     corpus: Corpus = data.load(config)
     asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     asked += [
-        question(tokenizer, text) for text in ("S", "SELECT name FROM customer WHERE city = ", "customer product")
+        question(tokenizer, text)
+        for text in ("S", "SELECT name FROM customer WHERE city = ", "customer product")
     ]
     assert len({len(one.input_ids) for one in asked}) > 5
     alone = ask(model, tokenizer, asked, batch_size=1)
@@ -85,7 +88,9 @@ def test_a_batch_answers_as_one_by_one(make_config: Any, model: Any, tokenizer: 
         assert told(ask(model, tokenizer, asked, batch_size)) == told(alone)
     assert len({answer.raw for answer in alone}) > 1
     assert [answer.prompt_tokens for answer in alone] == [len(one.input_ids) for one in asked]
-    assert {answer.new_tokens for answer in alone} <= set(range(1, 13)) and all(answer.seconds > 0 for answer in alone)
+    assert {answer.new_tokens for answer in alone} <= set(range(1, 13)) and all(
+        answer.seconds > 0 for answer in alone
+    )
 
 
 def test_an_answer_ends_at_its_closing_fence(parrot: Any, tokenizer: Any) -> None:
@@ -114,10 +119,17 @@ def test_an_answer_without_an_end_is_cut_at_the_limit(parrot: Any, tokenizer: An
 
 def test_each_answer_of_a_batch_has_its_own_end(parrot: Any, tokenizer: Any) -> None:
     model = parrot(
-        [" customer", "```", "sql", "```"], [" product", " name", "<|end|>"], [" sale", " FROM", " city", " FROM"]
+        [" customer", "```", "sql", "```"],
+        [" product", " name", "<|end|>"],
+        [" sale", " FROM", " city", " FROM"],
     )
-    asked = [question(tokenizer, text) for text in ("a longer question on a customer", " product", "the sale")]
-    assert told(ask(model, tokenizer, asked, 3, limit=6)) == told(ask(model, tokenizer, asked, 1, limit=6))
+    asked = [
+        question(tokenizer, text)
+        for text in ("a longer question on a customer", " product", "the sale")
+    ]
+    assert told(ask(model, tokenizer, asked, 3, limit=6)) == told(
+        ask(model, tokenizer, asked, 1, limit=6)
+    )
     assert [answer.new_tokens for answer in ask(model, tokenizer, asked, 3, limit=6)] == [3, 1, 6]
 
 
@@ -132,24 +144,37 @@ def test_asking_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
 def test_progress_counts_every_question_once(model: Any, tokenizer: Any) -> None:
     seen: list[tuple[int, int]] = []
     asked = [question(tokenizer, "a customer")] * 5
-    generate.answer(model, tokenizer, asked, together=2, max_new_tokens=1, progress=lambda *point: seen.append(point))
+    generate.answer(
+        model,
+        tokenizer,
+        asked,
+        together=2,
+        max_new_tokens=1,
+        progress=lambda *point: seen.append(point),
+    )
     assert seen == [(done, 5) for done in range(1, 6)]
     assert ask(model, tokenizer, [], 2) == []
 
 
 @pytest.mark.parametrize("task", ["sql", "schema"])
-def test_questions_survive_their_journey_as_text(make_config: Any, tokenizer: Any, task: str) -> None:
+def test_questions_survive_their_journey_as_text(
+    make_config: Any, tokenizer: Any, task: str
+) -> None:
     config = make_config(task_type=task)
     corpus = data.load(config)
     odd = [e.__class__(**{**vars(e), "question": "a\u2028b\nc"}) for e in corpus.splits["dev"]]
     asked = generate.questions(odd, "dev", corpus, tokenizer, config)
     assert generate.parse(generate.dump(asked)) == asked
     assert asked[0].database == corpus.databases["mall"]
-    assert asked[0].gold == ("SELECT COUNT(*) FROM customer" if task == "sql" else '{"customer": []}')
+    assert asked[0].gold == (
+        "SELECT COUNT(*) FROM customer" if task == "sql" else '{"customer": []}'
+    )
 
 
 def test_gold_that_cannot_be_linked_is_asked_all_the_same(make_config: Any, tokenizer: Any) -> None:
     config = make_config(task_type="schema")
     corpus = data.load(config)
     broken = data.Example("0", "mall", "Who?", "SELECT x FROM nowhere")
-    assert [one.gold for one in generate.questions([broken], "dev", corpus, tokenizer, config)] == [""]
+    assert [one.gold for one in generate.questions([broken], "dev", corpus, tokenizer, config)] == [
+        ""
+    ]

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import generate, models, trainer
-from ray_sql.generate import plain
-from ray_sql.rows import attention, passes
+from ray_sql import generate, models
+from ray_sql.generate import hf_generate
+from ray_sql.models import packed_attention
+from ray_sql.rows import passes
 from ray_sql.rows.probe import why_not_share
-from ray_sql.timing import StepClock
+from ray_sql.train import trainer
+from ray_sql.train.step_clock import StepClock
 from tests.test_share import family, gradients, relative_error, some_rows
 
 pytestmark = [
@@ -49,11 +51,15 @@ def fresh() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.compiler.reset()
-    attention._flex_works.cache_clear()
+    packed_attention._flex_works.cache_clear()
 
 
 def compare(
-    folder: Path, config: Any, scratch: Path, prepare: Any = attention.install, shared_by: int = 8
+    folder: Path,
+    config: Any,
+    scratch: Path,
+    prepare: Any = packed_attention.install,
+    shared_by: int = 8,
 ) -> tuple[float, float, list[str]]:
     """Relative error of the loss and of the LoRA gradients of shared rows against separate ones, and the attention used."""
     used = []
@@ -64,17 +70,22 @@ def compare(
 
     data = some_rows(**LONG)
     (loss, alone), (shared_loss, shared) = (
-        gradients(folder, data, config, together, scratch, "cuda:0", remember) for together in (1, shared_by)
+        gradients(folder, data, config, together, scratch, "cuda:0", remember)
+        for together in (1, shared_by)
     )
     return abs(shared_loss / loss - 1), relative_error(shared, alone), used
 
 
 @pytest.mark.parametrize("kind", sorted(SHAPES))
-@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+@pytest.mark.parametrize(
+    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["flex", "mask"]
+)
 def test_shared_rows_have_the_gradients_of_separate_ones(
     make_config: Any, tmp_path: Path, kind: str, prepare: Any
 ) -> None:
-    config = make_config(**{"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 12})
+    config = make_config(
+        **{"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 12}
+    )
     folder = family(kind, tmp_path / "model", **SHAPES[kind])
     base = models.load_base(str(folder), config, "cuda:0")
     prepare(base)
@@ -84,8 +95,12 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     assert loss < 1e-5 and error < 1e-5
 
 
-@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
-def test_a_pass_of_several_shared_rows_has_them_too(make_config: Any, tmp_path: Path, prepare: Any) -> None:
+@pytest.mark.parametrize(
+    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["flex", "mask"]
+)
+def test_a_pass_of_several_shared_rows_has_them_too(
+    make_config: Any, tmp_path: Path, prepare: Any
+) -> None:
     settings = {
         "quantization.load_in_4bit": False,
         "lora.lora_dropout": 0,
@@ -97,18 +112,24 @@ def test_a_pass_of_several_shared_rows_has_them_too(make_config: Any, tmp_path: 
     loss, error, used = compare(folder, config, tmp_path, prepare, shared_by=2)
     print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 1e-5 and error < 1e-5
-    assert used[-1] == (attention.NAME if prepare is attention.install else attention.MASKED)
+    assert used[-1] == (
+        packed_attention.NAME if prepare is packed_attention.install else packed_attention.MASKED
+    )
 
 
 def test_flex_attention_is_what_a_gpu_uses(make_config: Any, tmp_path: Path) -> None:
     for kind, dtype in (("llama", True), ("qwen2", True), ("qwen2", False)):
         config = make_config(**{"train.bf16": dtype})
-        base = models.load_base(str(family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind])), config, "cuda:0")
-        attention.install(base)
-        assert base.config._attn_implementation == attention.NAME, "the log says why not"
+        base = models.load_base(
+            str(family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind])), config, "cuda:0"
+        )
+        packed_attention.install(base)
+        assert base.config._attn_implementation == packed_attention.NAME, "the log says why not"
 
 
-@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+@pytest.mark.parametrize(
+    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["flex", "mask"]
+)
 @pytest.mark.parametrize(
     "settings",
     [{"train.bf16": True}, {"train.bf16": True, "train.gradient_checkpointing": True}],
@@ -118,21 +139,33 @@ def test_in_bfloat16_they_differ_by_rounding(
     make_config: Any, tmp_path: Path, settings: dict[str, Any], prepare: Any
 ) -> None:
     config = make_config(
-        **{"train.gradient_checkpointing": False, "lora.lora_dropout": 0, "grad_accum_steps": 12} | settings
+        **{"train.gradient_checkpointing": False, "lora.lora_dropout": 0, "grad_accum_steps": 12}
+        | settings
     )
-    loss, error, used = compare(family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), config, tmp_path, prepare)
+    loss, error, used = compare(
+        family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), config, tmp_path, prepare
+    )
     print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 2e-2 and error < 2e-2
 
 
-@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["flex", "mask"])
+@pytest.mark.parametrize(
+    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["flex", "mask"]
+)
 def test_over_nf4_with_checkpointing_the_gradients_are_those_of_separate_rows(
     make_config: Any, tmp_path: Path, prepare: Any
 ) -> None:
     config = make_config(
-        **{"train.gradient_checkpointing": True, "lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": False}
+        **{
+            "train.gradient_checkpointing": True,
+            "lora.lora_dropout": 0,
+            "grad_accum_steps": 12,
+            "train.bf16": False,
+        }
     )
-    loss, error, used = compare(family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), config, tmp_path, prepare)
+    loss, error, used = compare(
+        family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), config, tmp_path, prepare
+    )
     print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 1e-5 and error < 1e-5
 
@@ -141,10 +174,12 @@ def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = models.load_base(str(family("llama", tmp_path)), make_config(), "cuda:0")
-    right = attention.block_mask
-    monkeypatch.setattr(attention, "block_mask", lambda segments: right(torch.zeros_like(segments)))
+    right = packed_attention.block_mask
+    monkeypatch.setattr(
+        packed_attention, "block_mask", lambda segments: right(torch.zeros_like(segments))
+    )
     assert why_not_share(base, 330, 450) is None
-    assert base.config._attn_implementation == attention.MASKED
+    assert base.config._attn_implementation == packed_attention.MASKED
 
 
 def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_path: Path) -> None:
@@ -161,23 +196,35 @@ def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_
         scratch=tmp_path / "scratch",
         resume_from=None,
         on_log=lambda step, steps, values: seen.append(values["loss"]),
-        on_save=lambda step, place, model: saved.append((step, sorted(file.name for file in place.iterdir()))),
+        on_save=lambda step, place, model: saved.append(
+            (step, sorted(file.name for file in place.iterdir()))
+        ),
     )
     assert outcome == trainer.Outcome(2, 2, None)
-    assert len(seen) == 2 and all(0 < loss < trainer.divergence_limit(len(tokenizer)) for loss in seen)
+    assert len(seen) == 2 and all(
+        0 < loss < trainer.divergence_limit(len(tokenizer)) for loss in seen
+    )
     assert saved[0][0] == 2 and {"adapter_model.safetensors", "optimizer.pt"} <= set(saved[0][1])
     assert trainer.arguments(config, tmp_path, 2).optim == "paged_adamw_8bit"
 
 
-def test_answers_on_a_gpu_are_those_of_one_by_one_decoding(make_config: Any, tmp_path: Path) -> None:
+def test_answers_on_a_gpu_are_those_of_one_by_one_decoding(
+    make_config: Any, tmp_path: Path
+) -> None:
     config = make_config(**{"quantization.load_in_4bit": False, "train.bf16": False})
     folder = family("qwen2", tmp_path, **SHAPES["qwen2"])
-    model, tokenizer = models.load_base(str(folder), config, "cuda:0"), models.load_tokenizer(str(folder))
-    attention.install(model)
+    model, tokenizer = (
+        models.load_base(str(folder), config, "cuda:0"),
+        models.load_tokenizer(str(folder)),
+    )
+    packed_attention.install(model)
     asked = [
-        generate.Question(row.id, "dev", row.db_id, "", "", None, None, row.input_ids) for row in some_rows(**LONG)
+        generate.Question(row.id, "dev", row.db_id, "", "", None, None, row.input_ids)
+        for row in some_rows(**LONG)
     ]
-    alone = [plain.answer_batch(model, tokenizer, [one.input_ids], 24)[0].raw for one in asked]
+    alone = [
+        hf_generate.answer_batch(model, tokenizer, [one.input_ids], 24)[0].raw for one in asked
+    ]
     assert any(alone)
     for together in (None, 1, 5):
         said = generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24)

@@ -20,7 +20,7 @@ from hostile import REFUSED, SCHEMA, Hostile, corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_sql.execution import Executor, Limits, QueryResult
+from ray_sql.database import Executor, Limits, QueryResult
 
 WORKERS = 2
 LIMITS = Limits(seconds=0.3, rows=1000, bytes=2**20, memory=2**28, sql_length=20_000)
@@ -28,7 +28,9 @@ PATIENT = replace(
     LIMITS, seconds=5
 )  # for what ends by itself, at once: on a busy machine a short limit would come first
 GRACE_SECONDS = 0.3  # less than users get: much of this file's time is waiting for it
-BUSY_SECONDS = 4.0  # what a machine with other work may add to ending a process and starting the next
+BUSY_SECONDS = (
+    4.0  # what a machine with other work may add to ending a process and starting the next
+)
 HARMLESS, ITS_ROWS = "SELECT id, name FROM item ORDER BY id", ((1, "pen"), (2, "ink"), (3, "nib"))
 CORPUS = corpus()
 KINDS = list(dict.fromkeys(one.kind for one in CORPUS))
@@ -60,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (folder / "work").mkdir()
     with pytest.MonkeyPatch.context() as patch, Executor(WORKERS, LIMITS) as executor:
         patch.chdir(folder / "work")  # a relative name would land here
-        patch.setattr("ray_sql.execution.pool.GRACE_SECONDS", GRACE_SECONDS)
+        patch.setattr("ray_sql.database.pool.GRACE_SECONDS", GRACE_SECONDS)
         yield Place(folder, executor)
 
 
@@ -77,19 +79,33 @@ def complaints(
     started = time.monotonic()
     result = place.executor.run(place.database, sql, limits)
     elapsed = time.monotonic() - started
-    found = [] if elapsed < limits.seconds + GRACE_SECONDS + BUSY_SECONDS else [f"took {elapsed:.2f} s"]
+    found = (
+        [] if elapsed < limits.seconds + GRACE_SECONDS + BUSY_SECONDS else [f"took {elapsed:.2f} s"]
+    )
     if place.state() != before:
         found.append(f"files changed: {dict(place.state().items() ^ before.items()).keys()}")
-    size = sum(len(cell) if isinstance(cell, (str, bytes)) else 8 for row in result.rows for cell in row)
+    size = sum(
+        len(cell) if isinstance(cell, (str, bytes)) else 8 for row in result.rows for cell in row
+    )
     if len(result.rows) > LIMITS.rows or max(size, sum(map(len, result.columns))) > LIMITS.bytes:
-        found.append(f"too large an answer: {len(result.rows)} rows, {size} bytes, {len(result.columns)} columns")
+        found.append(
+            f"too large an answer: {len(result.rows)} rows, {size} bytes, {len(result.columns)} columns"
+        )
     if result.status == "ok" and result.error is not None:
         found.append("both an answer and an error")
     if result.status != "ok":
         error = result.error or ""
-        if not error or len(error.splitlines()) != 1 or len(error) > 2000 or result.rows or result.columns:
+        if (
+            not error
+            or len(error.splitlines()) != 1
+            or len(error) > 2000
+            or result.rows
+            or result.columns
+        ):
             found.append(f"no error of one short line: {error[:100]!r} of {len(error)}")
-    after = place.executor.run(place.database, f"{HARMLESS} -- after {sql!a}"[:1000], Limits(seconds=20))
+    after = place.executor.run(
+        place.database, f"{HARMLESS} -- after {sql!a}"[:1000], Limits(seconds=20)
+    )
     if after.rows != ITS_ROWS:
         found.append(f"the next query gave {after}")
     return result, found
@@ -104,7 +120,9 @@ def unlike(one: Hostile, result: QueryResult) -> list[str]:
         "failed": result.status == "error",
         "any": result.status != "crash",
     }
-    return [] if as_asked[one.outcome] else [f"not {one.outcome} but {result.status}: {error[:100]}"]
+    return (
+        [] if as_asked[one.outcome] else [f"not {one.outcome} but {result.status}: {error[:100]}"]
+    )
 
 
 def report(sql: str, found: list[str]) -> list[str]:
@@ -151,7 +169,9 @@ def test_nothing_is_written_to_a_database_with_a_write_ahead_log(tmp_path: Path,
     make_database(tmp_path / "shop.sqlite")
     command = [sys.executable, "-c", WRITER, str(tmp_path / "shop.sqlite")]
     with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as writer,
         Executor(WORKERS, LIMITS) as executor,
     ):
         assert writer.stdout is not None and writer.stdout.readline() == "written\n"
@@ -161,23 +181,27 @@ def test_nothing_is_written_to_a_database_with_a_write_ahead_log(tmp_path: Path,
         before = place.state()
         assert any(path.endswith("-wal") for path in before) == (log == "open")
         statements = [line for block in REFUSED.values() for line in block.split("\n") if line]
-        results = executor.run_many([(place.database, sql.replace("{folder}", str(tmp_path))) for sql in statements])
-        assert [sql for sql, result in zip(statements, results, strict=True) if result.status != "error"] == []
+        results = executor.run_many(
+            [(place.database, sql.replace("{folder}", str(tmp_path))) for sql in statements]
+        )
+        assert [
+            sql for sql, result in zip(statements, results, strict=True) if result.status != "error"
+        ] == []
         assert place.state() == before
         assert executor.run(place.database, "SELECT price FROM item WHERE id = 3").rows == ((3,),)
 
 
 # Words of SQL, names of the schema, pieces of the corpus, and values: enough for what is drawn to be compiled now and then.
-NAMES = (
-    "item sold big note page box cheap id name price i text body rowid rank sqlite_master main.item temp.item x".split()
-)
+NAMES = "item sold big note page box cheap id name price i text body rowid rank sqlite_master main.item temp.item x".split()
 WORDS = (
     "SELECT FROM WHERE GROUP BY ORDER HAVING LIMIT OFFSET UNION ALL EXCEPT INTERSECT JOIN LEFT CROSS ON USING AS DISTINCT "
     "CASE WHEN THEN ELSE END IN LIKE GLOB MATCH BETWEEN IS NOT NULL AND OR EXISTS CAST COLLATE OVER PARTITION WITH RECURSIVE "
     "VALUES INSERT INTO REPLACE UPDATE SET DELETE CREATE TABLE TEMP VIEW INDEX TRIGGER VIRTUAL DROP ALTER RENAME ATTACH DETACH "
     "VACUUM PRAGMA BEGIN COMMIT SAVEPOINT ANALYZE REINDEX EXPLAIN QUERY PLAN RETURNING CONFLICT DO NOTHING IF"
 ).split()
-MARKS = "( ) , ; . * + - / % || < > = == != << >> & | ~ -> ->> ? :a @b $c -- /* */ ' \" ` [ ]".split()
+MARKS = (
+    "( ) , ; . * + - / % || < > = == != << >> & | ~ -> ->> ? :a @b $c -- /* */ ' \" ` [ ]".split()
+)
 CALLS = (
     "abs({0})|max({0}, {1})|hex({0})|zeroblob({0})|randomblob({0})|printf('%*d', {0}, {1})|printf('%s%q', {0}, {1})|char({0}, {1})|"
     "replace({0}, {1}, {0})|instr({0}, {1})|substr({0}, {1})|json_array({0}, {1})|json_extract({0}, '$[0]')|json_group_array({0})|"
@@ -189,7 +213,20 @@ CALLS = (
 
 values = st.one_of(
     st.integers(-(2**63), 2**63 - 1).map(str),
-    st.sampled_from(["0", "1", "1e999", "NULL", "x'00ff'", "'pen'", "'%a%a%a'", "''", "1000000000", "'[1, [2]]'"]),
+    st.sampled_from(
+        [
+            "0",
+            "1",
+            "1e999",
+            "NULL",
+            "x'00ff'",
+            "'pen'",
+            "'%a%a%a'",
+            "''",
+            "1000000000",
+            "'[1, [2]]'",
+        ]
+    ),
     st.text(max_size=8).map(lambda text: "'" + text.replace("'", "''") + "'"),
 )
 names = st.sampled_from(NAMES)
@@ -202,26 +239,54 @@ expressions = st.recursive(
 queries = st.builds(
     "{}SELECT {} FROM item a, big b{} WHERE {} {}".format,
     st.sampled_from(
-        ["", "", "EXPLAIN ", "WITH x AS (SELECT 1) ", "WITH RECURSIVE x(i) AS (VALUES(1) UNION ALL SELECT i FROM x) "]
+        [
+            "",
+            "",
+            "EXPLAIN ",
+            "WITH x AS (SELECT 1) ",
+            "WITH RECURSIVE x(i) AS (VALUES(1) UNION ALL SELECT i FROM x) ",
+        ]
     ),
     expressions,
     st.sampled_from(
-        ["", "", ", sold", ", big c, big d", ", note", ", json_each(a.name)", ", pragma_database_list", ", x"]
+        [
+            "",
+            "",
+            ", sold",
+            ", big c, big d",
+            ", note",
+            ", json_each(a.name)",
+            ", pragma_database_list",
+            ", x",
+        ]
     ),
     st.one_of(st.just("1"), expressions),
-    st.sampled_from(["", "", "LIMIT 5", "ORDER BY 1", "GROUP BY 1", "; DELETE FROM item", "UNION SELECT 1"]),
+    st.sampled_from(
+        ["", "", "LIMIT 5", "ORDER BY 1", "GROUP BY 1", "; DELETE FROM item", "UNION SELECT 1"]
+    ),
 )
 writes = st.builds(
     "{} {} {} {}".format,
     st.sampled_from(
-        ["DELETE FROM", "UPDATE", "INSERT INTO", "DROP TABLE", "PRAGMA", "ATTACH", "CREATE TABLE", "VACUUM INTO"]
+        [
+            "DELETE FROM",
+            "UPDATE",
+            "INSERT INTO",
+            "DROP TABLE",
+            "PRAGMA",
+            "ATTACH",
+            "CREATE TABLE",
+            "VACUUM INTO",
+        ]
     ),
     st.one_of(names, values),
     st.sampled_from(["", "SET price =", "VALUES", "SELECT", "WHERE", "AS", "="]),
     expressions,
 )
 tokens = st.one_of(
-    st.sampled_from([*WORDS, *NAMES, *MARKS]), values, st.sampled_from([one.sql[:200] for one in CORPUS])
+    st.sampled_from([*WORDS, *NAMES, *MARKS]),
+    values,
+    st.sampled_from([one.sql[:200] for one in CORPUS]),
 )
 salads = st.builds(str.join, st.sampled_from([" ", " ", "", "\n"]), st.lists(tokens, max_size=12))
 # Any text at all: with halves of surrogate pairs, NUL and what no font shows.
@@ -229,9 +294,15 @@ noise = st.text(st.characters(exclude_categories=()), max_size=40)
 
 
 @settings(
-    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-@given(st.one_of(queries, writes, salads, noise, st.builds("{}{}{}".format, queries, noise, salads)))
+@given(
+    st.one_of(queries, writes, salads, noise, st.builds("{}{}{}".format, queries, noise, salads))
+)
 def test_sql_drawn_at_random_does_no_harm(place: Place, sql: str) -> None:
     before = place.state()
     result, found = complaints(place, before, sql.replace("{folder}", str(place.folder)))

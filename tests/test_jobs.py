@@ -63,7 +63,9 @@ def changed(flags: list[str], **values: str) -> list[str]:
     return result
 
 
-def test_finetune_writes_exactly_the_documented_files(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_finetune_writes_exactly_the_documented_files(
+    run: Run, flags: list[str], tmp_path: Path
+) -> None:
     code, out, err = run("finetune", *flags)
     assert (code, err) == (0, "")
     place = tmp_path / "out" / "run"
@@ -112,21 +114,30 @@ def test_a_run_does_not_go_on_with_other_data(run: Run, flags: list[str], tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.cluster  # no cluster, but most of a minute of the gate's time
-def test_a_run_ends_in_order_where_ray_is_told_to_stop_with_it(flags: list[str], tmp_path: Path) -> None:
+def test_a_run_ends_in_order_where_ray_is_told_to_stop_with_it(
+    flags: list[str], tmp_path: Path
+) -> None:
     store = tmp_path / "mlflow.db"
     given = changed(
-        flags, scaling_DOT_num_workers="1", train_DOT_max_steps="5000", tracking_DOT_uri=f"sqlite:///{store}"
+        flags,
+        scaling_DOT_num_workers="1",
+        train_DOT_max_steps="5000",
+        tracking_DOT_uri=f"sqlite:///{store}",
     )
     given.remove("--no-tracking.enabled")
     command = [sys.executable, "-m", "jobs.finetune", *given, "--output_dir", str(tmp_path / "out")]
     log = tmp_path / "log"
     with log.open("wb") as stream:
-        job = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
+        job = subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
+        )
     try:
         while "training: 1/" not in log.read_text():
             assert job.poll() is None, log.read_text()
             time.sleep(0.1)
-        os.killpg(job.pid, signal.SIGTERM)  # as `timeout`, Slurm and systemd do: Ray's own processes, too
+        os.killpg(
+            job.pid, signal.SIGTERM
+        )  # as `timeout`, Slurm and systemd do: Ray's own processes, too
         assert job.wait(timeout=40) == 128 + signal.SIGTERM
     finally:
         with suppress(ProcessLookupError):
@@ -144,12 +155,16 @@ def test_finetune_for_schema_linking(run: Run, flags: list[str], tmp_path: Path)
     assert 0 <= metrics["tuned"]["dev"]["unparsable"] <= 1
 
 
-def test_the_original_command_line_works(run: Run, tiny_model: Path, spider_folder: Path, tmp_path: Path) -> None:
+def test_the_original_command_line_works(
+    run: Run, tiny_model: Path, spider_folder: Path, tmp_path: Path
+) -> None:
     line = (
         f"--model_name {tiny_model} --output_name o --read_token hf_rrr --write_token hf_www --task_type sql --dataset_id {spider_folder} "
         "--seed 14 --train_batch_size 1 --eval_batch_size 1 --grad_accum_steps 8 --learning_rate 1e-4 --num_epochs 1 --save_steps 250"
     )
-    code, out, err = run("finetune", *line.split(), "--dry_run", "--cache_dir", str(tmp_path / "cache"))
+    code, out, err = run(
+        "finetune", *line.split(), "--dry_run", "--cache_dir", str(tmp_path / "cache")
+    )
     assert code == 0
     assert "hf_" not in out + err
     for flag in ("--read_token", "--write_token"):
@@ -157,13 +172,19 @@ def test_the_original_command_line_works(run: Run, tiny_model: Path, spider_fold
     assert not (tmp_path / "out").exists(), "a dry run writes nothing but caches"
 
 
-def test_a_password_on_the_command_line_is_warned_of_and_not_repeated(run: Run, flags: list[str]) -> None:
-    _, out, err = run("finetune", *flags, "--dry_run", "--tracking.uri", "http://me:secret@127.0.0.1:1")
+def test_a_password_on_the_command_line_is_warned_of_and_not_repeated(
+    run: Run, flags: list[str]
+) -> None:
+    _, out, err = run(
+        "finetune", *flags, "--dry_run", "--tracking.uri", "http://me:secret@127.0.0.1:1"
+    )
     assert "warning: the password in http://me:***@127.0.0.1:1 shows in the process list" in err
     assert "secret" not in out + err
 
 
-def test_dry_run_shows_prompt_answer_audit_and_plan(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_dry_run_shows_prompt_answer_audit_and_plan(
+    run: Run, flags: list[str], tmp_path: Path
+) -> None:
     code, out, _ = run("finetune", *flags, "--dry_run")
     assert code == 0
     assert "CREATE TABLE" in out
@@ -183,11 +204,21 @@ def test_a_config_json_can_be_fed_back(run: Run, flags: list[str], tmp_path: Pat
     assert "holds a finished run of these settings" in out
 
 
-def test_evaluate_scores_the_adapter_it_is_given(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_evaluate_scores_the_adapter_it_is_given(
+    run: Run, flags: list[str], tmp_path: Path
+) -> None:
     assert run("finetune", *flags)[0] == 0
     first = (tmp_path / "out" / "run" / "predictions.jsonl").read_text()
     adapter = str(tmp_path / "out" / "run" / "adapter")
-    code, _, err = run("evaluate", "--config", f"{adapter}/config.json", "--adapter", adapter, "--output_name", "again")
+    code, _, err = run(
+        "evaluate",
+        "--config",
+        f"{adapter}/config.json",
+        "--adapter",
+        adapter,
+        "--output_name",
+        "again",
+    )
     assert (code, err) == (0, "")
     again = (tmp_path / "out" / "again" / "predictions.jsonl").read_text()
     assert _untimed(first) == _untimed(again)
@@ -207,7 +238,9 @@ def test_evaluate_scores_the_adapter_it_is_given(run: Run, flags: list[str], tmp
     assert not (tmp_path / "out" / "drift").exists()
 
 
-def test_evaluate_scores_gold_as_predictions_at_100_percent(run: Run, spider_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_scores_gold_as_predictions_at_100_percent(
+    run: Run, spider_folder: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "gold.sql"
     file.write_text("".join(f"{sql}\n" for _, sql in QUESTIONS))
     arguments = [
@@ -223,7 +256,9 @@ def test_evaluate_scores_gold_as_predictions_at_100_percent(run: Run, spider_fol
     code, out, _ = run("evaluate", "--predictions_file", str(file), *arguments)
     assert code == 0
     assert (
-        json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"]["execution_accuracy"]
+        json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"][
+            "execution_accuracy"
+        ]
         == 1.0
     )
     assert "100.0 %" in out
@@ -233,20 +268,38 @@ def test_evaluate_scores_gold_as_predictions_at_100_percent(run: Run, spider_fol
     file.write_text(json.dumps({"id": "3", "predicted": "SELECT 1"}) + "\n")
     code, _, _ = run("evaluate", "--predictions_file", str(file), *arguments)
     assert code == 0
-    assert json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"]["correct"] == 0
+    assert (
+        json.loads((tmp_path / "out" / "scores" / "metrics.json").read_text())["file"]["dev"][
+            "correct"
+        ]
+        == 0
+    )
 
 
 def test_evaluate_compares_two_scored_files(run: Run, spider_folder: Path, tmp_path: Path) -> None:
     scored = []
-    for name, sql in (("gold", [sql for _, sql in QUESTIONS]), ("count", ["SELECT COUNT(*) FROM customer"] * 8)):
+    for name, sql in (
+        ("gold", [sql for _, sql in QUESTIONS]),
+        ("count", ["SELECT COUNT(*) FROM customer"] * 8),
+    ):
         (tmp_path / f"{name}.sql").write_text("".join(f"{one}\n" for one in sql))
-        given = ["--predictions_file", f"{name}.sql", "--dataset_id", str(spider_folder), "--output_name", name]
+        given = [
+            "--predictions_file",
+            f"{name}.sql",
+            "--dataset_id",
+            str(spider_folder),
+            "--output_name",
+            name,
+        ]
         assert run("evaluate", *given)[0] == 0
         scored.append(f"out/{name}/predictions.jsonl")
     code, out, err = run("evaluate", "--compare", *scored, "--output_name", "both")
     assert (code, err) == (0, "")
     assert "A is significantly better, by 87.5 points (McNemar p = 0.016)" in out
-    assert sorted(path.name for path in (tmp_path / "out" / "both").iterdir()) == ["compare.json", "compare.txt"]
+    assert sorted(path.name for path in (tmp_path / "out" / "both").iterdir()) == [
+        "compare.json",
+        "compare.txt",
+    ]
     code, _, err = run("evaluate", "--compare", scored[0], "nowhere.jsonl")
     assert code == 2
     assert (
@@ -274,15 +327,21 @@ def _malformed(folder: Path) -> None:
 
 
 def _unknown_db_id(folder: Path) -> None:
-    (folder / "dev.json").write_text(json.dumps([{"db_id": "nowhere", "question": "q", "query": "SELECT 1"}]))
+    (folder / "dev.json").write_text(
+        json.dumps([{"db_id": "nowhere", "question": "q", "query": "SELECT 1"}])
+    )
 
 
 def _missing_column(folder: Path) -> None:
-    (folder / "dev.json").write_text(json.dumps([{"db_id": "mall", "pergunta": "q", "query": "SELECT 1"}]))
+    (folder / "dev.json").write_text(
+        json.dumps([{"db_id": "mall", "pergunta": "q", "query": "SELECT 1"}])
+    )
 
 
 def _not_a_database(folder: Path) -> None:
-    (folder / "database" / "mall" / "mall.sqlite").write_text("this is no database at all, only some text")
+    (folder / "database" / "mall" / "mall.sqlite").write_text(
+        "this is no database at all, only some text"
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,9 +382,18 @@ def test_bad_data_is_one_line_that_names_the_place(
             "7 does not divide by train_batch_size 2 x 1 workers = 2",
         ),
         ({"split": "holdout"}, "--split holdout:"),
-        ({"prev_checkpoint": "checkpoint-9"}, "--prev_checkpoint checkpoint-9: no complete checkpoint"),
-        ({"rows_DOT_max_length": "16"}, "training examples are over --rows.max_length 16, the longest has"),
-        ({"dataset_id": "owner/never-published"}, "neither a local folder nor a Hub dataset that can be read"),
+        (
+            {"prev_checkpoint": "checkpoint-9"},
+            "--prev_checkpoint checkpoint-9: no complete checkpoint",
+        ),
+        (
+            {"rows_DOT_max_length": "16"},
+            "training examples are over --rows.max_length 16, the longest has",
+        ),
+        (
+            {"dataset_id": "owner/never-published"},
+            "neither a local folder nor a Hub dataset that can be read",
+        ),
     ],
 )
 def test_bad_settings_are_one_line_that_names_the_flag(
@@ -335,16 +403,22 @@ def test_bad_settings_are_one_line_that_names_the_flag(
     _refused(run("finetune", *changed(flags, **changes)), message, tmp_path)
 
 
-def test_an_unreachable_mlflow_server_is_refused_before_training(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_an_unreachable_mlflow_server_is_refused_before_training(
+    run: Run, flags: list[str], tmp_path: Path
+) -> None:
     tracked = [flag for flag in flags if flag != "--no-tracking.enabled"]
     started = time.monotonic()
     _refused(
-        run("finetune", *tracked, "--tracking.uri", "http://127.0.0.1:9"), "no MLflow server answers there", tmp_path
+        run("finetune", *tracked, "--tracking.uri", "http://127.0.0.1:9"),
+        "no MLflow server answers there",
+        tmp_path,
     )
     assert time.monotonic() - started < 60
 
 
-def test_an_output_place_that_cannot_be_written_is_refused(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_an_output_place_that_cannot_be_written_is_refused(
+    run: Run, flags: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     code, _, err = run("finetune", *flags, "--output_dir", str(tmp_path / "file"))
     assert code == 2
@@ -354,7 +428,9 @@ def test_an_output_place_that_cannot_be_written_is_refused(run: Run, flags: list
     assert "/proc/none/run" in err
 
 
-def test_gold_queries_that_fail_are_counted_listed_and_kept_out(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_gold_queries_that_fail_are_counted_listed_and_kept_out(
+    run: Run, flags: list[str], tmp_path: Path
+) -> None:
     folder = make_spider_folder(tmp_path / "folder")
     rows = json.loads((folder / "dev.json").read_text())
     rows[0]["query"] = "SELECT colour FROM product"
@@ -364,7 +440,10 @@ def test_gold_queries_that_fail_are_counted_listed_and_kept_out(run: Run, flags:
     assert "queries that do not run: 1 in dev; kept out of the scores" in out
     metrics = json.loads((tmp_path / "out" / "run" / "metrics.json").read_text())
     assert (metrics["tuned"]["dev"]["n"], metrics["tuned"]["dev"]["gold_errors"]) == (7, 1)
-    (row,) = [json.loads(line) for line in (tmp_path / "out" / "run" / "gold_errors.jsonl").read_text().splitlines()]
+    (row,) = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "run" / "gold_errors.jsonl").read_text().splitlines()
+    ]
     assert (row["id"], row["split"]) == ("0", "dev")
     assert "colour" in row["error"]
 
@@ -397,7 +476,12 @@ def test_help_shows_every_setting_with_its_sentence(job: str) -> None:
 def test_the_exit_code_of_a_process_is_2_for_a_user_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.finetune", "--task_type", "sql"]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"COLUMNS": "80"}
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=os.environ | {"COLUMNS": "80"},
     )
     assert done.returncode == 2
     assert "--model_name is required" in done.stderr
@@ -408,4 +492,6 @@ def test_databases_are_never_changed(run: Run, flags: list[str], spider_folder: 
     before = file.read_bytes()
     assert run("finetune", *flags)[0] == 0
     assert file.read_bytes() == before
-    assert sqlite3.connect(f"file:{file}?mode=ro", uri=True).execute("SELECT COUNT(*) FROM customer").fetchone() == (4,)
+    assert sqlite3.connect(f"file:{file}?mode=ro", uri=True).execute(
+        "SELECT COUNT(*) FROM customer"
+    ).fetchone() == (4,)

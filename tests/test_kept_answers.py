@@ -14,22 +14,27 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_sql import data, evaluate, generate, measure
+from ray_sql import data, generate
 from ray_sql.config import EvaluateConfig
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
+from ray_sql.evaluate import measure, scoring
 from ray_sql.generate import Answer, Kept
 from ray_sql.models import load_tokenizer
 
 DISPLAY = Display(Console(file=io.StringIO()))
 
 
-def ask(config: Any, model: Path, adapter: str | None = None) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
+def ask(
+    config: Any, model: Path, adapter: str | None = None
+) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
     """The judged rows by model, and which answers were said while asking."""
     corpus, tokenizer = data.load(config), load_tokenizer(str(model))
     asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     points: list[Any] = []
-    return measure.of_models(config, asked, corpus.schemas, str(model), adapter, DISPLAY, points.append), points
+    return measure.of_models(
+        config, asked, corpus.schemas, str(model), adapter, DISPLAY, points.append
+    ), points
 
 
 def files(config: Any) -> list[Path]:
@@ -59,22 +64,36 @@ def small(make_config: Any) -> Any:
 
 def test_only_what_is_left_is_asked(small: Any, tiny_model: Path) -> None:
     whole, points = ask(small(), tiny_model)
-    assert [(point["done"], point["total"]) for point in points] == [(done, 8) for done in range(1, 9)]
+    assert [(point["done"], point["total"]) for point in points] == [
+        (done, 8) for done in range(1, 9)
+    ]
     (file,) = files(small())
     lines = file.read_text().splitlines()
-    changed = {**json.loads(lines[0]), "raw": "SELECT 1 -- an answer that this model would never give"}
+    changed = {
+        **json.loads(lines[0]),
+        "raw": "SELECT 1 -- an answer that this model would never give",
+    }
     file.write_text(json.dumps(changed) + "\n" + "\n".join(lines[1:5]) + "\n" + lines[5][:20])
     again, points = ask(small(), tiny_model)
     assert [point["done"] for point in points] == [6, 7, 8]
-    assert [row["raw"] for row in again["base"]] == [changed["raw"], *(row["raw"] for row in whole["base"][1:])]
+    assert [row["raw"] for row in again["base"]] == [
+        changed["raw"],
+        *(row["raw"] for row in whole["base"][1:]),
+    ]
 
 
-def test_another_question_limit_or_adapter_has_its_own_answers(small: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_another_question_limit_or_adapter_has_its_own_answers(
+    small: Any, tiny_model: Path, tmp_path: Path
+) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     ask(small(), tiny_model)
-    for changes in ({"evaluate.max_new_tokens": 4}, {"prompt.serializer": "ddl"}, {"evaluate.num_beams": 2}):
+    for changes in (
+        {"evaluate.max_new_tokens": 4},
+        {"prompt.serializer": "ddl"},
+        {"evaluate.num_beams": 2},
+    ):
         _, points = ask(small(**changes), tiny_model)
         assert len(points) == 8
     for seed in (0, 1):
@@ -83,7 +102,9 @@ def test_another_question_limit_or_adapter_has_its_own_answers(small: Any, tiny_
         torch.manual_seed(seed)
         adapter = tmp_path / f"adapter-{seed}"
         base = AutoModelForCausalLM.from_pretrained(tiny_model)
-        get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(adapter)
+        get_peft_model(
+            base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        ).save_pretrained(adapter)
         _, points = ask(small(), tiny_model, str(adapter))
         assert {point["model"] for point in points} == {"tuned"} and len(points) == 8
         assert not ask(small(), tiny_model, str(adapter))[1]
@@ -95,9 +116,7 @@ def test_a_killed_evaluation_goes_on_where_it_ended(
     make_config: Any, tiny_model: Path, spider_folder: Path, tmp_path: Path
 ) -> None:
     flags = f"--model_name {tiny_model} --dataset_id {spider_folder} --output_name run --output_dir {tmp_path / 'out'} "
-    flags += (
-        f"--cache_dir {tmp_path / 'cache'} --scaling.num_workers 0 --evaluate.max_new_tokens 40 --train.bf16 false "
-    )
+    flags += f"--cache_dir {tmp_path / 'cache'} --scaling.num_workers 0 --evaluate.max_new_tokens 40 --train.bf16 false "
     flags += "--evaluate.max_num_seqs 1 --evaluate.processes 1 --tracking.enabled false"
     command = [sys.executable, "-m", "jobs.evaluate", *flags.split()]
     root = Path(__file__).parent.parent
@@ -116,7 +135,10 @@ def test_a_killed_evaluation_goes_on_where_it_ended(
     assert 2 <= len(before) < 8 and not (tmp_path / "out" / "run" / "predictions.jsonl").exists()
     times = {one["question"]: one["seconds"] for one in map(json.loads, before[:2])}
     subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.DEVNULL)
-    after = {one["question"]: one["seconds"] for one in map(json.loads, found[0].read_text().splitlines())}
+    after = {
+        one["question"]: one["seconds"]
+        for one in map(json.loads, found[0].read_text().splitlines())
+    }
     assert sorted(after) == list(range(8)) and {number: after[number] for number in times} == times
     predictions = (tmp_path / "out" / "run" / "predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 8
@@ -124,11 +146,17 @@ def test_a_killed_evaluation_goes_on_where_it_ended(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_two_workers_answer_as_one_process(small: Any, tiny_model: Path, tmp_path: Path, ray_local: None) -> None:
+def test_two_workers_answer_as_one_process(
+    small: Any, tiny_model: Path, tmp_path: Path, ray_local: None
+) -> None:
     here, _ = ask(small(), tiny_model)
-    both, points = ask(small(**{"scaling.num_workers": 2, "cache_dir": str(tmp_path / "other")}), tiny_model)
+    both, points = ask(
+        small(**{"scaling.num_workers": 2, "cache_dir": str(tmp_path / "other")}), tiny_model
+    )
     assert [row["raw"] for row in both["base"]] == [row["raw"] for row in here["base"]]
-    assert sorted(point["done"] for point in points if point["kind"] == "answers") == list(range(1, 9))
+    assert sorted(point["done"] for point in points if point["kind"] == "answers") == list(
+        range(1, 9)
+    )
 
 
 def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Path) -> None:
@@ -138,10 +166,12 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
     bad, good, other = "SELECT x FROM nowhere", "SELECT COUNT(*) FROM customer", "SELECT 7"
     candidates: Sequence[list[str]] = ([bad, good, other], [other, good, bad], [bad, "", bad], [])
     answers = [Answer((each or [bad])[0], 1, 1, 0.0, each) for each in candidates]
-    rows = evaluate.score(asked, answers, config)
+    rows = scoring.score(asked, answers, config)
     assert [row["predicted"] for row in rows] == [good, other, bad, bad]
-    assert [row.get("candidates") for row in rows] == [*candidates[:3], None] and rows[0]["verdict"] == "correct"
-    plain = evaluate.score(asked, answers, make_config(**{"evaluate.num_beams": 3}))
+    assert [row.get("candidates") for row in rows] == [*candidates[:3], None] and rows[0][
+        "verdict"
+    ] == "correct"
+    plain = scoring.score(asked, answers, make_config(**{"evaluate.num_beams": 3}))
     assert [row["predicted"] for row in plain] == [bad, other, bad, bad]
 
 
@@ -149,8 +179,14 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
     ("changes", "reason"),
     [
         ({"evaluate.first_executable": True}, "but evaluate.num_beams is 1"),
-        ({"evaluate.num_beams": 2, "evaluate.backend": "vllm"}, "evaluate.backend vllm answers greedily"),
-        ({"evaluate.ves_iterations": 100}, "ves_iterations 100 times right queries for BIRD's R-VES"),
+        (
+            {"evaluate.num_beams": 2, "evaluate.backend": "vllm"},
+            "evaluate.backend vllm answers greedily",
+        ),
+        (
+            {"evaluate.ves_iterations": 100},
+            "ves_iterations 100 times right queries for BIRD's R-VES",
+        ),
         (
             {"evaluate.ves_iterations": 1, "evaluate.semantics": "bird", "task_type": "schema"},
             "use task_type sql and evaluate.semantics bird",
@@ -161,17 +197,23 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
         ),
     ],
 )
-def test_settings_that_contradict_are_refused(make_config: Any, changes: dict[str, Any], reason: str) -> None:
+def test_settings_that_contradict_are_refused(
+    make_config: Any, changes: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ConfigError, match=reason):
         make_config(**changes)
 
 
-def test_a_missing_vllm_is_one_line_before_anything_is_loaded(make_config: Any, tiny_model: Path) -> None:
+def test_a_missing_vllm_is_one_line_before_anything_is_loaded(
+    make_config: Any, tiny_model: Path
+) -> None:
     from ray_sql import finetune
 
     if __import__("importlib.util").util.find_spec("vllm"):
         pytest.skip("vLLM is installed")
     for kind, job in ((EvaluateConfig, finetune.evaluate), (EvaluateConfig, finetune.run)):
-        with pytest.raises(ConfigError, match=r"vLLM is not installed here; pip install -e '.\[vllm\]'") as caught:
+        with pytest.raises(
+            ConfigError, match=r"vLLM is not installed here; pip install -e '.\[vllm\]'"
+        ) as caught:
             job(make_config(kind, **{"evaluate.backend": "vllm"}))
         assert "\n" not in str(caught.value)

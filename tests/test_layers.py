@@ -26,14 +26,20 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray_sql."):
             found.add((node.module or "").split(".")[1])
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ray_sql.")}
+            found |= {
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("ray_sql.")
+            }
     return found - {"__version__"}
 
 
 def modules() -> dict[str, list[Path]]:
     """Module name → its files: one, or those of its folder."""
     files = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    return files | {path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("*/__init__.py")}
+    return files | {
+        path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("*/__init__.py")
+    }
 
 
 def test_every_module_has_its_place_in_the_order() -> None:
@@ -58,7 +64,7 @@ def test_tracking_knows_no_stage() -> None:
 def test_importing_settings_and_execution_loads_nothing_heavy() -> None:
     heavy = "torch transformers ray mlflow trl peft datasets sqlalchemy"
     code = (
-        "import sys, ray_sql, ray_sql.config, ray_sql.execution, ray_sql.cli\n"
+        "import sys, ray_sql, ray_sql.config, ray_sql.database, ray_sql.cli\n"
         f"print([name for name in '{heavy}'.split() if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_sql.data.linking import (
+    LinkError,
+    format_links,
+    gold_links,
+    parse_links,
+    parse_python_literal,
+)
+from ray_sql.database import Column, Links, Schema, Table, read_tables_json
 from ray_sql.errors import DataError
-from ray_sql.linking import LinkError, format_links, gold_links, parse_links, parse_python_literal
-from ray_sql.schema import Column, Links, Schema, Table, read_tables_json
 
 SHARED = os.environ.get("RAY_SQL_SHARED")
 DATA = Path(SHARED or ".") / "data"
@@ -23,7 +29,12 @@ def table(name: str, columns: str) -> Table:
 
 
 ZOO = Schema(
-    "zoo", (table("Animals", "Id Name Keeper_Id Born"), table("Keepers", "Id Name Boss"), table("order", "Id group"))
+    "zoo",
+    (
+        table("Animals", "Id Name Keeper_Id Born"),
+        table("Keepers", "Id Name Boss"),
+        table("order", "Id group"),
+    ),
 )
 
 
@@ -84,7 +95,9 @@ def test_links_are_the_columns_that_the_query_reads(sql: str, links: Links) -> N
 def test_other_dialects_are_read_too() -> None:
     postgres = 'select distinct on (a."Name") a.born::text from "Animals" a where a.name ilike $1'
     assert gold_links(postgres, ZOO, dialect="postgres") == {"Animals": ["Name", "Born"]}
-    assert gold_links('select `name` from animals where born = "x"', ZOO, "mysql") == {"Animals": ["Name", "Born"]}
+    assert gold_links('select `name` from animals where born = "x"', ZOO, "mysql") == {
+        "Animals": ["Name", "Born"]
+    }
 
 
 def test_an_unknown_table_is_named_with_its_database() -> None:
@@ -194,7 +207,9 @@ def test_any_answer_gives_links_or_none(answer: str) -> None:
         ("{'t': [" + "'a'," * 30_000 + "]}", None),
     ],
 )
-def test_old_label_columns_are_read_as_literals_of_bounded_length(text: str, links: Links | None) -> None:
+def test_old_label_columns_are_read_as_literals_of_bounded_length(
+    text: str, links: Links | None
+) -> None:
     assert parse_python_literal(text) == links
 
 
@@ -213,5 +228,7 @@ def test_all_but_one_train_query_have_links_and_a_hundred_take_less_than_a_secon
             gold_links(row["query"], schemas[row["db_id"]])
         except LinkError as error:
             failed.append((number, str(error)))
-    assert failed == [(3153, "query on tables that the schema of assets_maintenance lacks: ref_company_types")]
+    assert failed == [
+        (3153, "query on tables that the schema of assets_maintenance lacks: ref_company_types")
+    ]
     assert (time.process_time() - start) / len(rows) < 0.01  # measured: 0.002 on one core

@@ -10,11 +10,14 @@ import pytest
 from conftest import QUESTIONS, make_model
 from rich.console import Console
 
-from ray_sql import checkpoints, data, generate, measure, prompts
+from ray_sql import data, generate
 from ray_sql.config import EvaluateConfig
+from ray_sql.data import prompts
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
+from ray_sql.evaluate import measure
 from ray_sql.models import load_tokenizer
+from ray_sql.store import storage
 
 GOLD = [sql for _, sql in QUESTIONS]
 DISPLAY = Display(Console(file=io.StringIO()))
@@ -24,9 +27,13 @@ DISPLAY = Display(Console(file=io.StringIO()))
 def of_file(make_config: Any, tmp_path: Path) -> Any:
     """`of_file(lines, **settings)`: the judged rows and the summary of a predictions file."""
 
-    def run(lines: Sequence[str | dict[str, Any]], name: str = "predictions.jsonl", **settings: Any) -> Any:
+    def run(
+        lines: Sequence[str | dict[str, Any]], name: str = "predictions.jsonl", **settings: Any
+    ) -> Any:
         file = tmp_path / name
-        file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+        file.write_text(
+            "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
+        )
         config = make_config(EvaluateConfig, predictions_file=str(file), **settings)
         measured = measure.of_file(config, DISPLAY)
         return measured["file"], measure.summarise(measured, config)["file"]
@@ -51,7 +58,10 @@ def test_gold_by_id_in_any_order_scores_all(of_file: Any) -> None:
 
 def test_ids_may_be_numbers_and_a_part_of_the_split(of_file: Any) -> None:
     rows, scores = of_file([{"id": 3, "predicted": GOLD[3]}, "", {"id": 5, "predicted": None}])
-    assert [(row["gold"], row["verdict"]) for row in rows] == [(GOLD[3], "correct"), (GOLD[5], "error")]
+    assert [(row["gold"], row["verdict"]) for row in rows] == [
+        (GOLD[3], "correct"),
+        (GOLD[5], "error"),
+    ]
     assert scores["dev"]["n"] == 2
 
 
@@ -62,24 +72,40 @@ def test_lines_without_ids_are_taken_in_order(of_file: Any) -> None:
 
 def test_plain_sql_is_taken_a_line_each_up_to_a_tab(of_file: Any) -> None:
     for name in ("predictions.sql", "predictions.txt"):
-        assert of_file([f"{sql}\tmall" for sql in GOLD], name)[1]["dev"]["execution_accuracy"] == 1.0
+        assert (
+            of_file([f"{sql}\tmall" for sql in GOLD], name)[1]["dev"]["execution_accuracy"] == 1.0
+        )
     rows, scores = of_file(["", *GOLD[1:]], "predictions.sql")  # an empty line is an empty answer
     assert (scores["dev"]["correct"], rows[0]["error_kind"]) == (7, "unparsable")
 
 
 def test_a_line_with_its_own_gold_needs_no_example(of_file: Any) -> None:
-    own = {"db_id": "shop", "gold": "SELECT city FROM customer", "predicted": "SELECT city FROM customer"}
+    own = {
+        "db_id": "shop",
+        "gold": "SELECT city FROM customer",
+        "predicted": "SELECT city FROM customer",
+    }
     rows, scores = of_file([own] * 11)  # more lines than the split has examples
     assert scores["file"]["execution_accuracy"] == 1.0 and scores["file"]["n"] == 11
-    assert rows[0]["db_id"] == "shop" and rows[0]["question"] == "" and rows[0]["hardness"] == "easy"
-    rows, _ = of_file([own | {"id": "0"}, own | {"id": "elsewhere", "split": "mine", "hardness": "odd"}])
-    assert [(row["split"], row["gold"]) for row in rows] == [("dev", own["gold"]), ("mine", own["gold"])]
+    assert (
+        rows[0]["db_id"] == "shop" and rows[0]["question"] == "" and rows[0]["hardness"] == "easy"
+    )
+    rows, _ = of_file(
+        [own | {"id": "0"}, own | {"id": "elsewhere", "split": "mine", "hardness": "odd"}]
+    )
+    assert [(row["split"], row["gold"]) for row in rows] == [
+        ("dev", own["gold"]),
+        ("mine", own["gold"]),
+    ]
     assert rows[1]["hardness"] == "odd"
 
 
 def test_our_own_predictions_can_be_scored_again(of_file: Any, tmp_path: Path) -> None:
     rows, scores = of_file(
-        [{"id": n, "predicted": sql} for n, sql in enumerate([*GOLD[:5], "SELECT", "x", "SELECT 1"])]
+        [
+            {"id": n, "predicted": sql}
+            for n, sql in enumerate([*GOLD[:5], "SELECT", "x", "SELECT 1"])
+        ]
     )
     measure.write(str(tmp_path / "out"), {"file": rows}, scores)
     again, same = of_file((tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
@@ -88,7 +114,10 @@ def test_our_own_predictions_can_be_scored_again(of_file: Any, tmp_path: Path) -
 
 
 def test_what_a_file_says_of_lengths_is_kept(of_file: Any) -> None:
-    lines = [{"id": n, "predicted": sql, "prompt_tokens": 100 + n, "raw": [1]} for n, sql in enumerate(GOLD)]
+    lines = [
+        {"id": n, "predicted": sql, "prompt_tokens": 100 + n, "raw": [1]}
+        for n, sql in enumerate(GOLD)
+    ]
     rows, _ = of_file(lines)
     assert [row["prompt_tokens"] for row in rows] == [*range(100, 100 + len(GOLD))]
     rows, _ = of_file([line | {"prompt_tokens": "many"} for line in lines])
@@ -104,7 +133,10 @@ def test_one_id_in_two_splits_is_told_apart_by_the_split(of_file: Any, make_conf
         for e in corpus.splits[split][:3]
     ]
     rows, scores = of_file(lines, **demo)
-    assert {split: s["execution_accuracy"] for split, s in scores.items()} == {"seen": 1.0, "unseen": 1.0}
+    assert {split: s["execution_accuracy"] for split, s in scores.items()} == {
+        "seen": 1.0,
+        "unseen": 1.0,
+    }
     assert [row["split"] for row in rows] == ["unseen"] * 3 + ["seen"] * 3
     shared_id = {e.id for e in corpus.splits["seen"]} & {e.id for e in corpus.splits["unseen"]}
     if shared_id:
@@ -117,7 +149,11 @@ def test_links_in_a_file_are_scored_as_links(of_file: Any) -> None:
         {"id": 0, "predicted": '{"customer": []}'},
         {"id": 1, "predicted": {"customer": ["name"]}},
     ]
-    lines += [{"id": 2, "predicted": "no JSON"}, {"id": 3, "predicted": None}, {"id": 4, "predicted": [1]}]
+    lines += [
+        {"id": 2, "predicted": "no JSON"},
+        {"id": 3, "predicted": None},
+        {"id": 4, "predicted": [1]},
+    ]
     rows, scores = of_file(lines, task_type="schema")
     assert [row["verdict"] for row in rows] == ["correct", "wrong", "error", "error", "error"]
     assert json.loads(rows[1]["gold"]) == {"customer": ["name", "city"]}
@@ -144,12 +180,16 @@ def test_a_number_of_lines_that_cannot_be_in_order_is_refused(of_file: Any) -> N
     ],
 )
 @pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.txt"])
-def test_a_line_that_cannot_be_used_is_named(of_file: Any, name: str, line: Any, reason: str) -> None:
+def test_a_line_that_cannot_be_used_is_named(
+    of_file: Any, name: str, line: Any, reason: str
+) -> None:
     message = refusal(of_file, [{"id": 0, "predicted": "SELECT 1"}, "", line], name=name)
     assert f"{name}, line 3: " in message and reason in message
 
 
-def test_a_missing_an_empty_and_a_binary_file_are_named(of_file: Any, make_config: Any, tmp_path: Path) -> None:
+def test_a_missing_an_empty_and_a_binary_file_are_named(
+    of_file: Any, make_config: Any, tmp_path: Path
+) -> None:
     assert "is empty; give one prediction a line" in refusal(of_file, [])
     (tmp_path / "predictions.bin").write_bytes(b"\xff\xfe\x00")
     for name in ("predictions.no", "predictions.bin"):
@@ -163,7 +203,13 @@ def test_a_missing_an_empty_and_a_binary_file_are_named(of_file: Any, make_confi
 
 def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_path: Path) -> None:
     def row(split: str, verdict: str) -> dict[str, Any]:
-        return {"split": split, "verdict": verdict, "hardness": "easy", "db_id": "mall", "error_kind": "none"}
+        return {
+            "split": split,
+            "verdict": verdict,
+            "hardness": "easy",
+            "db_id": "mall",
+            "error_kind": "none",
+        }
 
     # the last of split a: gold that failed for the base alone, as a timeout may, says nothing about the two
     base = ["correct", "wrong", "wrong", "error", "gold_error", "gold_error", "wrong"]
@@ -178,16 +224,25 @@ def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_
     assert summary["compared"]["b"]["only_tuned"] == 1
     assert (summary["base"]["a"]["n"], summary["tuned"]["a"]["correct"]) == (4, 3)
     measure.write(str(tmp_path), measured, summary)
-    assert (tmp_path / "predictions.jsonl").read_text() != (tmp_path / "base_predictions.jsonl").read_text()
+    assert (tmp_path / "predictions.jsonl").read_text() != (
+        tmp_path / "base_predictions.jsonl"
+    ).read_text()
     measure.write(str(tmp_path / "base"), {"base": measured["base"]}, summary)
     assert (tmp_path / "base" / "predictions.jsonl").is_file()
 
 
 def test_links_are_compared_by_the_score_that_heads_their_table(make_config: Any) -> None:
     def row(kind: str) -> dict[str, Any]:
-        return {"split": "dev", "verdict": "correct" if kind == "none" else "wrong", "error_kind": kind}
+        return {
+            "split": "dev",
+            "verdict": "correct" if kind == "none" else "wrong",
+            "error_kind": kind,
+        }
 
-    kinds = {"base": ["missing names", "none", "extra names"], "tuned": ["extra names", "extra names", "missing names"]}
+    kinds = {
+        "base": ["missing names", "none", "extra names"],
+        "tuned": ["extra names", "extra names", "missing names"],
+    }
     measured = {name: [row(kind) for kind in each] for name, each in kinds.items()}
     assert measure.paired(measured, "base")[:2] == (1, 1), "strict recall: spare names do no harm"
 
@@ -199,22 +254,28 @@ def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model:
     points: list[Any] = []
 
     def ask() -> Any:
-        return measure.of_models(config, asked, corpus.schemas, str(tiny_model), None, DISPLAY, points.append)
+        return measure.of_models(
+            config, asked, corpus.schemas, str(tiny_model), None, DISPLAY, points.append
+        )
 
     first = ask()["base"]
-    assert [(row["gold"], row["new_tokens"]) for row in first] == [(sql, 3) for sql in GOLD[:3]] and points
+    assert [(row["gold"], row["new_tokens"]) for row in first] == [
+        (sql, 3) for sql in GOLD[:3]
+    ] and points
     points.clear()
     again = ask()["base"]
     assert [row["raw"] for row in again] == [row["raw"] for row in first] and not points
 
 
-def test_an_adapter_of_another_contract_is_refused(make_config: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_contract_is_refused(
+    make_config: Any, tiny_model: Path, tmp_path: Path
+) -> None:
     adapter = tmp_path / "run" / "adapter"
     config = make_config(EvaluateConfig, adapter=str(adapter))
     with pytest.raises(ContractError, match=r"holds no contract.json; give the adapter folder"):
         measure.check_adapter(config, str(tiny_model), None)
     trained = prompts.contract(make_config(), load_tokenizer(str(tiny_model)), None)
-    checkpoints.write_text(f"{adapter}/contract.json", json.dumps(trained))
+    storage.write_text(f"{adapter}/contract.json", json.dumps(trained))
     measure.check_adapter(config, str(tiny_model), None)
     other = make_model(tmp_path / "other")
     tokenizer = load_tokenizer(str(other))

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_sql.database import Executor, Limits, Rows
 from ray_sql.errors import DataError
-from ray_sql.execution import Executor, Limits, Rows
 from ray_sql.metrics import (
     PRF,
     Interval,
@@ -41,7 +41,9 @@ from ray_sql.metrics import (
 
 # Few values, so that random tables often nearly match.
 TABLES = st.integers(1, 4).flatmap(
-    lambda width: st.lists(st.tuples(*[st.sampled_from([0, 1, "0", "a", None])] * width), max_size=5).map(tuple)
+    lambda width: st.lists(
+        st.tuples(*[st.sampled_from([0, 1, "0", "a", None])] * width), max_size=5
+    ).map(tuple)
 )
 
 
@@ -53,13 +55,19 @@ def in_some_column_order(gold: Rows, predicted: Rows, ordered: bool) -> bool:
         return False
     orders = itertools.permutations(range(len(gold[0])))
     tables = ([tuple(row[place] for place in order) for row in predicted] for order in orders)
-    return any(list(gold) == table if ordered else Counter(gold) == Counter(table) for table in tables)
+    return any(
+        list(gold) == table if ordered else Counter(gold) == Counter(table) for table in tables
+    )
 
 
 @settings(max_examples=400, deadline=None)
 @given(TABLES, TABLES, st.booleans())
-def test_spider_match_equals_trying_every_column_order(gold: Rows, predicted: Rows, ordered: bool) -> None:
-    assert spider_match(gold, predicted, ordered=ordered) == in_some_column_order(gold, predicted, ordered)
+def test_spider_match_equals_trying_every_column_order(
+    gold: Rows, predicted: Rows, ordered: bool
+) -> None:
+    assert spider_match(gold, predicted, ordered=ordered) == in_some_column_order(
+        gold, predicted, ordered
+    )
 
 
 @settings(max_examples=400, deadline=None)
@@ -81,18 +89,28 @@ def test_spider_match_sees_through_shuffled_columns_and_one_changed_cell(
 def test_many_alike_columns_take_no_time(width: int) -> None:
     equal: Rows = ((1,) * width,) * 3
     unit: Rows = tuple(tuple(int(row == column) for column in range(width)) for row in range(width))
-    ring: Rows = tuple(tuple(int((column - row) % width in (0, 1)) for column in range(width)) for row in range(width))
+    ring: Rows = tuple(
+        tuple(int((column - row) % width in (0, 1)) for column in range(width))
+        for row in range(width)
+    )
     half = width // 2
     rings: Rows = tuple(
-        tuple(int(row // half == column // half and (column - row) % half in (0, 1)) for column in range(width))
+        tuple(
+            int(row // half == column // half and (column - row) % half in (0, 1))
+            for column in range(width)
+        )
         for row in range(width)
     )
     started = time.perf_counter()
     assert spider_match(equal, equal, ordered=False)
     assert spider_match(unit, unit[::-1], ordered=False)
     assert spider_match(ring, tuple(row[::-1] for row in ring[::-1]), ordered=False)
-    assert not spider_match(ring, rings, ordered=False)  # every column, row and pair of values is as frequent in both
-    assert not spider_match(tuple(row * 4 for row in ring), tuple(row * 4 for row in rings), ordered=False)
+    assert not spider_match(
+        ring, rings, ordered=False
+    )  # every column, row and pair of values is as frequent in both
+    assert not spider_match(
+        tuple(row * 4 for row in ring), tuple(row * 4 for row in rings), ordered=False
+    )
     assert time.perf_counter() - started < 5
 
 
@@ -143,7 +161,11 @@ def test_empty_results_are_equal_whatever_their_columns() -> None:
     [
         ("SELECT DISTINCT a FROM t", "SELECT  a FROM t", "SELECT DISTINCT a FROM t"),
         ("SELECT count(distinct a)", "SELECT count( a)", "SELECT count(distinct a)"),
-        ("SELECT 'distinct' -- distinct", "SELECT 'distinct' -- distinct", "SELECT 'distinct' -- distinct"),
+        (
+            "SELECT 'distinct' -- distinct",
+            "SELECT 'distinct' -- distinct",
+            "SELECT 'distinct' -- distinct",
+        ),
         ("a > = 1 AND b < = '! ='", "a >= 1 AND b <= '!='", "a >= 1 AND b <= '!='"),
         ("year ( curdate() ) - 1", "2020- 1", "2020- 1"),
         ("SELECT 1;; -- done", "SELECT 1;", "SELECT 1;; -- done"),
@@ -194,7 +216,10 @@ def test_hardness_follows_spiders_counts(sql: str, grade: str) -> None:
 
 def test_hardness_survives_deep_nesting() -> None:
     assert hardness("SELECT " + "(" * 3000 + "1" + ")" * 3000) in ("easy", "unknown")
-    assert hardness("SELECT a FROM t WHERE " + " OR ".join(["a = 1"] * 3000)) in ("extra", "unknown")
+    assert hardness("SELECT a FROM t WHERE " + " OR ".join(["a = 1"] * 3000)) in (
+        "extra",
+        "unknown",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -247,25 +272,38 @@ def test_verdicts_and_their_kinds(executor: Executor, shop: Path) -> None:
     found = [(verdict.verdict, classify_error(verdict)) for verdict in verdicts]
     assert found == [(verdict, kind) for *_, verdict, kind in JUDGED]
     assert all((verdict.error is None) == (verdict.verdict == "correct") for verdict in verdicts)
-    assert verdicts[2] == judge(executor, pairs[2], semantics="spider")  # the same results, so the same seconds
+    assert verdicts[2] == judge(
+        executor, pairs[2], semantics="spider"
+    )  # the same results, so the same seconds
     crashed = Verdict("error", "crash: the process that ran the query ended with code -9", 0.0)
     assert classify_error(crashed) == "crash"
 
 
-def test_distinct_is_kept_on_demand_and_by_the_other_semantics(executor: Executor, shop: Path) -> None:
+def test_distinct_is_kept_on_demand_and_by_the_other_semantics(
+    executor: Executor, shop: Path
+) -> None:
     pair = Pair(shop, "SELECT name FROM item", "SELECT DISTINCT name FROM item")
     assert judge(executor, pair, semantics="spider").verdict == "correct"
     assert judge(executor, pair, semantics="spider", keep_distinct=True).verdict == "wrong"
-    assert judge(executor, pair, semantics="bird").verdict == "correct"  # a set has no duplicates anyway
+    assert (
+        judge(executor, pair, semantics="bird").verdict == "correct"
+    )  # a set has no duplicates anyway
     assert judge(executor, pair, semantics="strict").verdict == "wrong"
 
 
 def test_a_test_suite_must_agree_on_every_database(executor: Executor, tmp_path: Path) -> None:
-    for name, price in (("shop/shop", 5), ("shop/neighbour", 0), ("mixed/shop", 5), ("mixed/neighbour", 0)):
+    for name, price in (
+        ("shop/shop", 5),
+        ("shop/neighbour", 0),
+        ("mixed/shop", 5),
+        ("mixed/neighbour", 0),
+    ):
         path = tmp_path / f"{name}.sqlite"
         path.parent.mkdir(exist_ok=True)
         with sqlite3.connect(path) as connection:
-            connection.executescript(f"CREATE TABLE item (price INT); INSERT INTO item VALUES ({price})")
+            connection.executescript(
+                f"CREATE TABLE item (price INT); INSERT INTO item VALUES ({price})"
+            )
         connection.close()
     gold, lucky = "SELECT count(*) FROM item WHERE price > 3", "SELECT count(*) FROM item"
     suite, single = tmp_path / "shop" / "shop.sqlite", tmp_path / "mixed" / "shop.sqlite"
@@ -277,7 +315,9 @@ def test_a_test_suite_must_agree_on_every_database(executor: Executor, tmp_path:
 
 def test_a_missing_database_is_the_users_to_fix(executor: Executor, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
-        judge_many(executor, [Pair(tmp_path / "nowhere.sqlite", "SELECT 1", "SELECT 1")], semantics="bird")
+        judge_many(
+            executor, [Pair(tmp_path / "nowhere.sqlite", "SELECT 1", "SELECT 1")], semantics="bird"
+        )
 
 
 def test_wilson_interval_at_known_points() -> None:
@@ -294,7 +334,9 @@ def test_wilson_interval_at_known_points() -> None:
 
 
 @given(st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
-def test_wilson_interval_holds_the_rate_and_narrows_with_less_confidence(trial: tuple[int, int]) -> None:
+def test_wilson_interval_holds_the_rate_and_narrows_with_less_confidence(
+    trial: tuple[int, int],
+) -> None:
     successes, total = trial
     wide, narrow = wilson_interval(*trial, confidence=0.99), wilson_interval(*trial, confidence=0.5)
     assert 0 <= wide.low <= narrow.low <= successes / total <= narrow.high <= wide.high <= 1
@@ -336,7 +378,9 @@ def test_an_interval_clustered_by_database_holds_the_rate_as_often_as_it_says() 
 
 
 @pytest.mark.parametrize(("questions", "discordant"), [(1034, 186), (184, 40), (200, 20)])
-def test_a_resolvable_difference_is_found_four_times_in_five(questions: int, discordant: int) -> None:
+def test_a_resolvable_difference_is_found_four_times_in_five(
+    questions: int, discordant: int
+) -> None:
     difference, share = resolvable_difference(questions, discordant), discordant / questions
     generator, found = random.Random(2), 0
     for _ in range(400):
@@ -350,8 +394,14 @@ def test_a_resolvable_difference_is_found_four_times_in_five(questions: int, dis
 def test_a_resolvable_difference_at_known_points() -> None:
     # as Connor's formula gives n: (1.96 sqrt(0.2) + 0.8416 sqrt(0.2 - 0.01))^2 / 0.01 = 154.7
     assert isclose(resolvable_difference(155, 31), 0.1, rel_tol=0.01)
-    assert resolvable_difference(1034, 100) < resolvable_difference(1034, 200) < resolvable_difference(100, 20)
-    assert resolvable_difference(1000, 0) == resolvable_difference(1000, 2) > 0.007, "few disagreements promise nothing"
+    assert (
+        resolvable_difference(1034, 100)
+        < resolvable_difference(1034, 200)
+        < resolvable_difference(100, 20)
+    )
+    assert resolvable_difference(1000, 0) == resolvable_difference(1000, 2) > 0.007, (
+        "few disagreements promise nothing"
+    )
     assert resolvable_difference(1, 1) == 1.0
     for questions, discordant in ((0, 0), (5, 6), (5, -1)):
         with pytest.raises(ValueError):

@@ -24,11 +24,15 @@ def layers(model: Any) -> list[Linear4bit]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
-def test_a_layer_multiplies_with_exactly_what_its_4_bits_stand_for(tiny_model: Path, make_config: Any) -> None:
+def test_a_layer_multiplies_with_exactly_what_its_4_bits_stand_for(
+    tiny_model: Path, make_config: Any
+) -> None:
     model = models.load_base(str(tiny_model), make_config())
     x = torch.randn(3, 64)
     for layer in layers(model):
-        expanded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        expanded = bitsandbytes.functional.dequantize_4bit(
+            layer.weight.data, layer.weight.quant_state
+        )
         if layer.in_features == 64:
             assert torch.equal(layer(x), x @ expanded.T.to(x.dtype))
     assert len(layers(model)) == 14, "every linear layer of both blocks is in 4 bits"
@@ -41,7 +45,9 @@ def test_gradients_pass_the_base_model_after_a_forward_in_eval_mode(
 ) -> None:
     """bitsandbytes 0.50.2 repacks 4-bit weights in eval mode for CPUs with AVX512-BF16, and the repacked ones have no backward."""
     model = models.load_base(str(tiny_model), make_config(**{"train.bf16": bf16}))
-    embeddings = model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8]])).detach().requires_grad_()
+    embeddings = (
+        model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8]])).detach().requires_grad_()
+    )
 
     def gradient() -> torch.Tensor:
         embeddings.grad = None
@@ -57,8 +63,12 @@ def test_gradients_pass_the_base_model_after_a_forward_in_eval_mode(
     assert torch.equal(gradient(), before)
 
 
-def test_double_quantisation_and_no_quantisation_load_too(tiny_model: Path, make_config: Any) -> None:
-    double = models.load_base(str(tiny_model), make_config(**{"quantization.bnb_4bit_use_double_quant": True}))
+def test_double_quantisation_and_no_quantisation_load_too(
+    tiny_model: Path, make_config: Any
+) -> None:
+    double = models.load_base(
+        str(tiny_model), make_config(**{"quantization.bnb_4bit_use_double_quant": True})
+    )
     assert all(layer.weight.quant_state.nested for layer in layers(double))
     plain = models.load_base(str(tiny_model), make_config(**{"quantization.load_in_4bit": False}))
     assert not layers(plain)
@@ -72,13 +82,15 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, make_config: Any) 
         models.load_tokenizer(str(tmp_path))
 
 
-def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path, make_config: Any) -> None:
+def test_an_adapter_of_another_model_is_refused(
+    tiny_model: Path, tmp_path: Path, make_config: Any
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     other = models.load_base(str(make_model(tmp_path / "other", hidden_size=32)), make_config())
-    get_peft_model(other, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
-        tmp_path / "a"
-    )
+    get_peft_model(
+        other, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).save_pretrained(tmp_path / "a")
     with pytest.raises(ModelError, match="not an adapter for this base model"):
         models.load_adapter(models.load_base(str(tiny_model), make_config()), tmp_path / "a")
 
@@ -91,19 +103,27 @@ def ask(stand_in: hub.Hub, home: Path, code: str) -> Any:
     )
     environment = os.environ | stand_in.environment(home)
     done = subprocess.run(
-        [sys.executable, "-c", setup + code], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", setup + code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_keeps_its_revision_and_is_fetched_where_it_is_not(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_of_the_hub_keeps_its_revision_and_is_fetched_where_it_is_not(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     files = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
     with hub.running() as stand_in:
         repo = stand_in.add("me/base", files)
         folder, first = ask(stand_in, tmp_path / "a", "print(json.dumps(models.resolve(config)))")
-        newer = repo.commit("main", "main: changed", files | {"config.json": files["config.json"] + b"\n"}).oid
+        newer = repo.commit(
+            "main", "main: changed", files | {"config.json": files["config.json"] + b"\n"}
+        ).oid
         both = "print(json.dumps([models.resolve(config)[1], models.resolve(config, {!r})[1]]))"
         assert ask(stand_in, tmp_path / "a", both.format(first)) == [newer, first]
         (tmp_path / "a").rename(tmp_path / "gone")

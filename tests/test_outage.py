@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.mlflow_server import Server
-from ray_sql import check, finetune, tracking
+from ray_sql import finetune, preflight, tracking
 from ray_sql.config import CheckConfig, Config
 from ray_sql.display import Display
 from ray_sql.errors import StoreError, TakenOver
@@ -24,7 +24,10 @@ STEPS = 8
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")):
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+    ):
         monkeypatch.setenv(name, value)
     server = Server(tmp_path)
     server.start()
@@ -33,7 +36,12 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def settings(server: Server) -> dict[str, Any]:
-    given = {"train.max_steps": STEPS, "save_steps": 4, "evaluate.select_examples": 2, "evaluate.limit": 2}
+    given = {
+        "train.max_steps": STEPS,
+        "save_steps": 4,
+        "evaluate.select_examples": 2,
+        "evaluate.limit": 2,
+    }
     return given | {"tracking.enabled": True, "tracking.uri": server.uri}
 
 
@@ -55,17 +63,30 @@ def recorded(server: Server, run_id: str) -> Any:
 
     client = MlflowClient(server.uri)
     run = client.get_run(run_id)
-    assert [one.info.run_id for one in client.search_runs([run.info.experiment_id])] == [run_id], "one run and no other"
+    assert [one.info.run_id for one in client.search_runs([run.info.experiment_id])] == [run_id], (
+        "one run and no other"
+    )
     assert (run.info.status, run.data.params["lora.r"]) == ("FINISHED", "4")
     for key in run.data.metrics:
         steps = [point.step for point in client.get_metric_history(run_id, key)]
         assert len(steps) == len(set(steps)), f"{key} is there twice"
-    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, STEPS + 1))
+    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(
+        range(1, STEPS + 1)
+    )
     assert [point.step for point in client.get_metric_history(run_id, "validation/n")] == [4, 8]
     assert {"tuned/dev/n", "base/dev/n", "time/forward"} <= set(run.data.metrics)
     files = {file.path for file in client.list_artifacts(run_id)}
-    assert {"adapter", "config.json", "metrics.json", "predictions.jsonl", "report.html", "figures"} <= files
-    assert [file.path for file in client.list_artifacts(run_id, "adapter") if "safetensors" in file.path]
+    assert {
+        "adapter",
+        "config.json",
+        "metrics.json",
+        "predictions.jsonl",
+        "report.html",
+        "figures",
+    } <= files
+    assert [
+        file.path for file in client.list_artifacts(run_id, "adapter") if "safetensors" in file.path
+    ]
     assert client.list_artifacts(run_id, "figures")
     table = json.loads(Path(client.download_artifacts(run_id, "predictions.json")).read_text())
     assert len(table["data"]) == 4, "two questions, asked of two models"
@@ -92,24 +113,30 @@ def test_what_a_server_that_stays_away_missed_is_sent_later(
     capfd: pytest.CaptureFixture[str],
     remote: bool,
 ) -> None:
-    given = settings(server) | ({"scaling.storage_path": (tmp_path / "store").as_uri()} if remote else {})
+    given = settings(server) | (
+        {"scaling.storage_path": (tmp_path / "store").as_uri()} if remote else {}
+    )
     at_steps(monkeypatch, {3: server.kill})
-    metrics = finetune.run(make_config(**given))  # what ends without an exception ends with exit code 0
+    metrics = finetune.run(
+        make_config(**given)
+    )  # what ends without an exception ends with exit code 0
     again = make_config(CheckConfig, **given | {"task_type": "sql", "replay": True})
     (one,) = again.studies()
     assert type(one) is Config and finetune.spool(one).is_file()
     with pytest.raises(StoreError, match="no MLflow server answers there"):
-        check.replay(again)
+        preflight.replay(again)
 
     server.start()
-    with pytest.raises(StoreError, match=f"has no run {metrics['mlflow_run_id']}, whose records wait in"):
-        check.replay(again.changed({"tracking.uri": f"sqlite:///{tmp_path}/elsewhere.db"}))
+    with pytest.raises(
+        StoreError, match=f"has no run {metrics['mlflow_run_id']}, whose records wait in"
+    ):
+        preflight.replay(again.changed({"tracking.uri": f"sqlite:///{tmp_path}/elsewhere.db"}))
     assert finetune.spool(one).is_file(), "nothing was thrown away"
-    check.replay(again)
+    preflight.replay(again)
     assert "all that was recorded of run is in MLflow" in capfd.readouterr().out
     recorded(server, metrics["mlflow_run_id"])
     assert not list((one.cache / "spool").iterdir()), "what was kept for MLflow is gone"
-    check.replay(again)
+    preflight.replay(again)
     assert "nothing of run waits for MLflow" in capfd.readouterr().out
 
 
@@ -119,22 +146,34 @@ def test_a_run_that_was_taken_over_leaves_its_mlflow_run_to_the_other(
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    given = {"train.max_steps": STEPS, "save_steps": 4, "evaluate.select_examples": 0, "evaluate.limit": 2}
+    given = {
+        "train.max_steps": STEPS,
+        "save_steps": 4,
+        "evaluate.select_examples": 0,
+        "evaluate.limit": 2,
+    }
     config = make_config(**given, **{"tracking.enabled": True, "tracking.uri": uri})
     at_steps(monkeypatch, {6: lambda: take_over(config.run_dir) and None})
     with pytest.raises(TakenOver, match="taken over by the same command given again"):
         finetune.run(config)
     client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name(config.tracking.experiment).experiment_id])
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name(config.tracking.experiment).experiment_id]
+    )
     assert run.info.status == "RUNNING"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread says it, too
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's thread says it, too
 def test_storage_that_fails_costs_tensorboard_some_points_and_not_the_run(
     make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config()
-    points, folder = finetune.Points(config, tracking.disabled(Path()), Display()), Path(config.run_dir)
+    points, folder = (
+        finetune.Points(config, tracking.disabled(Path()), Display()),
+        Path(config.run_dir),
+    )
 
     def train(step: int) -> None:
         points({"kind": "train", "step": step, "steps": 1000, "values": {"loss": 1.0}})

@@ -4,13 +4,18 @@ from typing import Any
 
 import pytest
 
-from ray_sql import measure, plots
+from ray_sql.evaluate import measure
 from ray_sql.metrics import wilson_interval
+from ray_sql.report import figures
 
 
 def rows(verdicts: str, **changes: Any) -> list[dict[str, Any]]:
     """`c` correct, `w` wrong, `g` gold error; two databases, prompts of 100 tokens and more."""
-    names = {"c": ("correct", "none"), "w": ("wrong", "wrong rows"), "g": ("gold_error", "gold error")}
+    names = {
+        "c": ("correct", "none"),
+        "w": ("wrong", "wrong rows"),
+        "g": ("gold_error", "gold error"),
+    }
     return [
         {
             "id": str(n), "split": "dev", "db_id": f"db{n % 2}", "hardness": "easy", "verdict": names[letter][0],
@@ -21,20 +26,35 @@ def rows(verdicts: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def drawn(measured: dict[str, list[dict[str, Any]]], make_config: Any) -> dict[str, Any]:
-    return plots.figures({"task_type": "sql", **measure.summarise(measured, make_config())}, measured)
+    return figures.figures(
+        {"task_type": "sql", **measure.summarise(measured, make_config())}, measured
+    )
 
 
 def test_every_figure_of_a_run_with_two_models(make_config: Any) -> None:
     found = drawn({"base": rows("w" * 30), "tuned": rows("cw" * 15)}, make_config)
-    assert list(found) == ["accuracy_dev.png", "databases_dev.png", "prompt_tokens.png", "errors.png"]
+    assert list(found) == [
+        "accuracy_dev.png",
+        "databases_dev.png",
+        "prompt_tokens.png",
+        "errors.png",
+    ]
     for figure in found.values():
         (axes,) = figure.axes
-        assert axes.get_title() and [text.get_text() for text in axes.get_legend().get_texts()] == ["base", "tuned"]
+        assert axes.get_title() and [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "base",
+            "tuned",
+        ]
 
 
-def test_databases_show_their_share_and_interval_and_leave_failing_gold_out(make_config: Any) -> None:
+def test_databases_show_their_share_and_interval_and_leave_failing_gold_out(
+    make_config: Any,
+) -> None:
     (axes,) = drawn({"file": rows("cwcwccgg")}, make_config)["databases_dev.png"].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["db0  (n = 3)", "db1  (n = 3)"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "db0  (n = 3)",
+        "db1  (n = 3)",
+    ]
     points, _, (bars,) = axes.containers[0]
     assert points.get_xdata() == pytest.approx([100, 100 / 3])
     interval = wilson_interval(1, 3)
@@ -42,18 +62,25 @@ def test_databases_show_their_share_and_interval_and_leave_failing_gold_out(make
 
 
 def test_of_many_databases_those_with_most_questions_are_shown(make_config: Any) -> None:
-    many = [one | {"db_id": f"db{n // 2 if n < 20 else n}"} for n, one in enumerate(rows("cw" * 50))]
+    many = [
+        one | {"db_id": f"db{n // 2 if n < 20 else n}"} for n, one in enumerate(rows("cw" * 50))
+    ]
     (axes,) = drawn({"file": many}, make_config)["databases_dev.png"].axes
-    assert len(axes.get_yticklabels()) == plots.MOST_DATABASES and "the 40 of 90 with most" in axes.get_title()
-    assert {f"db{n}  (n = 2)" for n in range(10)} <= {label.get_text() for label in axes.get_yticklabels()}
+    assert (
+        len(axes.get_yticklabels()) == figures.MOST_DATABASES
+        and "the 40 of 90 with most" in axes.get_title()
+    )
+    assert {f"db{n}  (n = 2)" for n in range(10)} <= {
+        label.get_text() for label in axes.get_yticklabels()
+    }
 
 
 def test_prompt_lengths_fall_into_bins_that_hold_every_question(make_config: Any) -> None:
     (axes,) = drawn({"file": rows("cw" * 30 + "g")}, make_config)["prompt_tokens.png"].axes
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels[0] == "100–109\nn = 10" and labels[-1] == "150–159\nn = 10" and len(labels) == 6
-    assert plots.length_edges([]) == [] and plots.length_edges([5] * 50) == [5]
-    assert plots.length_edges([5] * 45 + [6] * 5) == [5], "equal lengths stay together"
+    assert figures.length_edges([]) == [] and figures.length_edges([5] * 50) == [5]
+    assert figures.length_edges([5] * 45 + [6] * 5) == [5], "equal lengths stay together"
 
 
 def test_what_there_is_nothing_of_is_not_drawn(make_config: Any) -> None:

@@ -25,13 +25,14 @@ from typing import Any
 import pytest
 from conftest import QUESTIONS, SHOP
 
-from ray_sql import data, evaluate, finetune, generate, measure, prepare
+from ray_sql import data, finetune, generate
 from ray_sql.config import EvaluateConfig
+from ray_sql.database import Executor, Limits, reflect
 from ray_sql.errors import ConfigError, DataError
-from ray_sql.execution import Executor, Limits
+from ray_sql.evaluate import measure, scoring
+from ray_sql.finetune import prepare
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics import Pair, classify_error, judge
-from ray_sql.schema import reflect
 
 psycopg = pytest.importorskip("psycopg")
 pytestmark = pytest.mark.postgres
@@ -115,7 +116,9 @@ class Server:
 def find_binaries() -> Path | None:
     """The folder of the newest server that is installed; Debian keeps it off the PATH."""
     on_path = shutil.which("initdb")
-    kept = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    kept = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
+    )
     return Path(on_path).resolve().parent if on_path else kept[-1].parent if kept else None
 
 
@@ -228,8 +231,12 @@ FAILED = [
 ]
 
 
-@pytest.mark.parametrize(("statements", "outcome"), [(REFUSED, "refused"), (STOPPED, "stopped"), (FAILED, "failed")])
-def test_hostile_statements_do_no_harm(server: Server, executor: Executor, statements: list[str], outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("statements", "outcome"), [(REFUSED, "refused"), (STOPPED, "stopped"), (FAILED, "failed")]
+)
+def test_hostile_statements_do_no_harm(
+    server: Server, executor: Executor, statements: list[str], outcome: str
+) -> None:
     before, files = server.state(), server.files()
     wrong = []
     for sql in statements:
@@ -245,7 +252,9 @@ def test_hostile_statements_do_no_harm(server: Server, executor: Executor, state
         }
         if not as_asked[outcome]:
             wrong.append((sql[:80], result.status, error[:100]))
-        after = executor.run(server.url("hostile"), f"SELECT count(*), {len(wrong)} FROM item -- {time.monotonic()}")
+        after = executor.run(
+            server.url("hostile"), f"SELECT count(*), {len(wrong)} FROM item -- {time.monotonic()}"
+        )
         assert after.rows == ((3, len(wrong)),), (sql, after)
     assert wrong == []
     assert server.state() == before and server.files() == files and server.busy() == []
@@ -260,20 +269,32 @@ def test_values_are_plain_and_equal_values_are_equal(server: Server, executor: E
     assert cells("SELECT id, name, price, weight, made, sold, code FROM item WHERE id = 1") == (
         *(1, "pen", 1.5, 0.5, "2024-01-02", 1, "p1"),
     )
-    assert cells("SELECT sum(id), avg(id), avg(weight), count(*) FROM item WHERE id < 3") == (3, 1.5, 0.5, 2)
-    assert [type(cell) for cell in cells("SELECT sum(id::bigint), avg(id), max(id)::float8 FROM item")] == [
-        *(int, float, float),
-    ]
+    assert cells("SELECT sum(id), avg(id), avg(weight), count(*) FROM item WHERE id < 3") == (
+        3,
+        1.5,
+        0.5,
+        2,
+    )
+    assert [
+        type(cell) for cell in cells("SELECT sum(id::bigint), avg(id), max(id)::float8 FROM item")
+    ] == [*(int, float, float)]
     numeric, double = cells("SELECT sum(price) / 3 AS a, sum(price)::float8 / 3 AS b FROM item")
     assert numeric == double
-    assert cells("SELECT 'NaN'::float8, 'NaN'::numeric, 'Infinity'::float8, NULL, true, 0.1::real") == (
-        *("NaN", "NaN", float("inf"), None, 1, 0.1),
-    )
+    assert cells(
+        "SELECT 'NaN'::float8, 'NaN'::numeric, 'Infinity'::float8, NULL, true, 0.1::real"
+    ) == (*("NaN", "NaN", float("inf"), None, 1, 0.1),)
     assert cells(
         "SELECT timestamptz '2024-01-02 03:04:05+02', interval '90 minutes', '\\x00ff'::bytea, ARRAY[1, 2]"
     ) == (*("2024-01-02 01:04:05+00", "01:30:00", b"\x00\xff", "{1,2}"),)
-    assert cells("SELECT 12345678901234567890::numeric, -7::numeric, raised(1.5)") == (12345678901234567890, -7, 3.0)
-    assert executor.run(server.url("hostile"), "SELECT id AS a, id AS a FROM item;").columns == ("a", "a")
+    assert cells("SELECT 12345678901234567890::numeric, -7::numeric, raised(1.5)") == (
+        12345678901234567890,
+        -7,
+        3.0,
+    )
+    assert executor.run(server.url("hostile"), "SELECT id AS a, id AS a FROM item;").columns == (
+        "a",
+        "a",
+    )
     many = executor.run(server.url("hostile"), "SELECT i, i::text FROM generate_series(1, 1000) i")
     assert many.rows == tuple((number, str(number)) for number in range(1, 1001))
 
@@ -293,17 +314,23 @@ def test_a_server_that_hangs_is_given_up_at_the_limit(server: Server) -> None:
         assert result.status == "timeout" and "killed" in (result.error or "")
         assert executor.run(server.url("hostile"), "SELECT 2").rows == ((2,),)
     deadline = time.monotonic() + 20
-    while server.busy() and time.monotonic() < deadline:  # the backend itself ends by its own timeout
+    while (
+        server.busy() and time.monotonic() < deadline
+    ):  # the backend itself ends by its own timeout
         time.sleep(0.1)
     assert server.busy() == []
 
 
-def test_a_lock_of_another_session_is_waited_for_no_longer_than_the_limit(server: Server, executor: Executor) -> None:
+def test_a_lock_of_another_session_is_waited_for_no_longer_than_the_limit(
+    server: Server, executor: Executor
+) -> None:
     with psycopg.connect(server.url("hostile")) as other:
         other.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
         result = executor.run(server.url("hostile"), "SELECT name FROM item WHERE id = 2")
         assert result.status == "timeout" and result.seconds < LIMITS.seconds + 1
-    assert executor.run(server.url("hostile"), "SELECT name FROM item WHERE id = 2").rows == (("ink",),)
+    assert executor.run(server.url("hostile"), "SELECT name FROM item WHERE id = 2").rows == (
+        ("ink",),
+    )
 
 
 def test_a_role_without_rights_reads_what_it_may(server: Server, executor: Executor) -> None:
@@ -334,21 +361,30 @@ def test_errors_are_named_as_those_of_sqlite(server: Server, executor: Executor)
 
 def test_what_cannot_be_reached_or_is_no_postgresql_is_said(server: Server, tmp_path: Path) -> None:
     with Executor(1, LIMITS) as executor:
-        with pytest.raises(DataError, match=r"cannot connect to PostgreSQL: .*nowhere.*check the URL"):
+        with pytest.raises(
+            DataError, match=r"cannot connect to PostgreSQL: .*nowhere.*check the URL"
+        ):
             executor.run(server.url("nowhere"), "SELECT 1")
         with pytest.raises(DataError, match=r"cannot connect to PostgreSQL: .*refused"):
             executor.run("postgresql://me:secret@127.0.0.1:9/x", "SELECT 1")
         with pytest.raises(
-            DataError, match=r"^mysql\+pymysql: queries can be executed on SQLite files and on PostgreSQL"
+            DataError,
+            match=r"^mysql\+pymysql: queries can be executed on SQLite files and on PostgreSQL",
         ):
             executor.run("mysql+pymysql://me:secret@host/x", "SELECT 1")
         # one worker serves both kinds in turn
         sqlite3.connect(tmp_path / "x.sqlite").executescript(SHOP).close()
         for _ in range(2):
-            assert executor.run(tmp_path / "x.sqlite", "SELECT count(*) FROM customer").rows == ((4,),)
-            assert executor.run(str(tmp_path / "x.sqlite"), "SELECT max(id) FROM customer").rows == ((4,),)
+            assert executor.run(tmp_path / "x.sqlite", "SELECT count(*) FROM customer").rows == (
+                (4,),
+            )
+            assert executor.run(
+                str(tmp_path / "x.sqlite"), "SELECT max(id) FROM customer"
+            ).rows == ((4,),)
             assert executor.run(server.url("mall"), "SELECT count(*) FROM customer").rows == ((4,),)
-            assert executor.run(server.url("mall").replace("://", "+psycopg://"), "SELECT 5").rows == ((5,),)
+            assert executor.run(
+                server.url("mall").replace("://", "+psycopg://"), "SELECT 5"
+            ).rows == ((5,),)
 
 
 @pytest.fixture
@@ -356,8 +392,14 @@ def questions(server: Server, tmp_path: Path) -> dict[str, str]:
     """Settings of a run on questions of the database `mall`, which is on the server."""
     folder = tmp_path / "questions"
     folder.mkdir()
-    for split, asked in (("train", QUESTIONS), ("dev", QUESTIONS[:6] + [("What fails?", "SELECT x FROM nowhere")])):
-        lines = [json.dumps({"db_id": "mall", "question": question, "query": sql}) for question, sql in asked]
+    for split, asked in (
+        ("train", QUESTIONS),
+        ("dev", QUESTIONS[:6] + [("What fails?", "SELECT x FROM nowhere")]),
+    ):
+        lines = [
+            json.dumps({"db_id": "mall", "question": question, "query": sql})
+            for question, sql in asked
+        ]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     return {"dataset_id": str(folder), "data.databases": server.url("{db_id}")}
 
@@ -367,9 +409,15 @@ def test_the_schema_is_read_with_psycopg_3(server: Server) -> None:
     assert [table.name for table in schema.tables] == ["customer", "product", "sale"]
 
 
-def test_a_predictions_file_is_scored_on_a_server(questions: dict[str, str], make_config: Any, tmp_path: Path) -> None:
+def test_a_predictions_file_is_scored_on_a_server(
+    questions: dict[str, str], make_config: Any, tmp_path: Path
+) -> None:
     predicted = [sql for _, sql in QUESTIONS[:6]] + ["SELECT 1"]
-    predicted[1:4] = ["SELECT upper(name) FROM customer", "SELECT nom FROM customer", "DELETE FROM product"]
+    predicted[1:4] = [
+        "SELECT upper(name) FROM customer",
+        "SELECT nom FROM customer",
+        "DELETE FROM product",
+    ]
     (tmp_path / "p.jsonl").write_text(
         "\n".join(json.dumps({"id": str(n), "predicted": p}) for n, p in enumerate(predicted))
     )
@@ -379,22 +427,33 @@ def test_a_predictions_file_is_scored_on_a_server(questions: dict[str, str], mak
     assert scores["errors"] == {"wrong rows": 1, "no such column": 1, "refused": 1}
 
 
-def test_gold_and_answers_of_a_run_are_judged_on_a_server(questions: dict[str, str], make_config: Any) -> None:
+def test_gold_and_answers_of_a_run_are_judged_on_a_server(
+    questions: dict[str, str], make_config: Any
+) -> None:
     config = make_config(**questions)
     prepared = prepare.prepare(config)
-    assert [(row["split"], row["gold"]) for row in prepared.gold_errors] == [("dev", "SELECT x FROM nowhere")]
+    assert [(row["split"], row["gold"]) for row in prepared.gold_errors] == [
+        ("dev", "SELECT x FROM nowhere")
+    ]
     asked = prepared.questions(config)
-    judged = evaluate.score(asked, [Answer(f"```sql\n{one.gold}\n```", 1, 1, 0.1) for one in asked], config)
+    judged = scoring.score(
+        asked, [Answer(f"```sql\n{one.gold}\n```", 1, 1, 0.1) for one in asked], config
+    )
     assert {row["verdict"] for row in judged} <= {"correct", "gold_error"} and len(judged) == 4
     assert prepared.validation(config) != []
-    assert not [line for line in prepare.plan(prepared, config) if "nothing can be executed" in line]
+    assert not [
+        line for line in prepare.plan(prepared, config) if "nothing can be executed" in line
+    ]
 
 
 def test_a_run_trains_and_measures_on_a_server(questions: dict[str, str], make_config: Any) -> None:
     config = make_config(save_steps=2, **questions)
     metrics = finetune.run(config)
     assert metrics["tuned"]["dev"]["n"] + metrics["tuned"]["dev"]["gold_errors"] == 4
-    rows = [json.loads(line) for line in (Path(config.run_dir) / "predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (Path(config.run_dir) / "predictions.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 4
 
 
@@ -409,19 +468,30 @@ def test_a_password_is_in_no_file_and_workers_that_need_it_are_refused(
     prepared = prepare.prepare(config)
     asked = prepared.questions(config)
     assert "verysecret" in (asked[0].database or "")
-    assert generate.parse(generate.dump(asked))[0] == replace(asked[0], database=open_url.replace("{db_id}", "mall"))
+    assert generate.parse(generate.dump(asked))[0] == replace(
+        asked[0], database=open_url.replace("{db_id}", "mall")
+    )
     prepare.write_inputs(prepared, config)
     for place in (Path(config.run_dir), config.cache):
-        assert not [path for path in place.rglob("*") if path.is_file() and b"verysecret" in path.read_bytes()]
+        assert not [
+            path
+            for path in place.rglob("*")
+            if path.is_file() and b"verysecret" in path.read_bytes()
+        ]
 
 
 def test_other_servers_are_refused_where_sql_is_to_be_scored(make_config: Any) -> None:
     corpus = data.Corpus({"dev": ()}, {}, {"a": "mysql://host/a"})
     with pytest.raises(DataError, match="SQLite files and on PostgreSQL, not on mysql"):
         measure.check_executable(corpus, make_config())
-    measure.check_executable(replace(corpus, databases={"a": "postgresql+psycopg://host/a"}), make_config())
+    measure.check_executable(
+        replace(corpus, databases={"a": "postgresql+psycopg://host/a"}), make_config()
+    )
     assert corpus.executable("a") is None and corpus.executable("b") is None
-    assert replace(corpus, databases={"a": "sqlite:////data/a.sqlite"}).executable("a") == "/data/a.sqlite"
+    assert (
+        replace(corpus, databases={"a": "sqlite:////data/a.sqlite"}).executable("a")
+        == "/data/a.sqlite"
+    )
 
 
 def test_questions_of_a_server_survive_their_file(server: Server) -> None:

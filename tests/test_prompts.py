@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 from conftest import CHAT_TEMPLATE
 
-from ray_sql import data, prompts
+from ray_sql import data
 from ray_sql.config import Config
-from ray_sql.data import Corpus, Example
+from ray_sql.data import Corpus, Example, prompts
 from ray_sql.errors import ContractError, DataError
 from ray_sql.models import load_tokenizer
 
 TURNS = prompts.messages("sql", "customer(id, name)", "How many?", "count the rows")
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + (
-    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + (
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
 )
 REWRITING = (  # shows the earlier turns in another way once there is an answer
     "{% for m in messages %}{% if loop.last or messages[-1]['role'] == 'user' %}<|start|>{{ m['content'] }}<|end|>\n{% endif %}"
@@ -45,7 +48,9 @@ def corpus(make_config: Any) -> Corpus:
 
 def prompt_of(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> str:
     schema = prompts.schema_text(example, corpus.schemas, config)
-    return prompts.render_prompt(tokenizer, prompts.messages(config.task_type, schema, example.question))
+    return prompts.render_prompt(
+        tokenizer, prompts.messages(config.task_type, schema, example.question)
+    )
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
@@ -59,7 +64,9 @@ def test_the_schema_comes_first_and_the_question_last(
     for table in ("customer", "product", "sale"):
         assert text.index(table) < text.index(f"Question: {example.question}")
     after = text.partition(example.question)[2]
-    assert prompts.render_prompt(tokenizer, prompts.messages(config.task_type, "", "")).endswith(after)
+    assert prompts.render_prompt(tokenizer, prompts.messages(config.task_type, "", "")).endswith(
+        after
+    )
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
@@ -67,12 +74,20 @@ def test_questions_on_one_database_share_all_that_stands_before_the_question(
     corpus: Corpus, use_template: Any, make_config: Any, template: str | None
 ) -> None:
     first, second = corpus.splits["dev"][:2]
-    texts = [prompt_of(example, corpus, use_template(template), make_config()) for example in (first, second)]
-    heads = [text.partition(example.question)[0] for text, example in zip(texts, (first, second), strict=True)]
+    texts = [
+        prompt_of(example, corpus, use_template(template), make_config())
+        for example in (first, second)
+    ]
+    heads = [
+        text.partition(example.question)[0]
+        for text, example in zip(texts, (first, second), strict=True)
+    ]
     assert heads[0] == heads[1] and heads[0].endswith("Question: ")
 
 
-def test_a_hint_stands_between_schema_and_question_and_leaves_no_trace_where_there_is_none() -> None:
+def test_a_hint_stands_between_schema_and_question_and_leaves_no_trace_where_there_is_none() -> (
+    None
+):
     content = TURNS[1]["content"]
     assert content == "Schema:\ncustomer(id, name)\n\nHint: count the rows\nQuestion: How many?"
     assert prompts.messages("sql", "s", "q")[1]["content"] == "Schema:\ns\n\nQuestion: q"
@@ -84,25 +99,43 @@ def test_braces_in_a_schema_or_question_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, REWRITING, None])
-def test_a_completion_is_the_answer_and_one_end_of_turn(use_template: Any, template: str | None) -> None:
+def test_a_completion_is_the_answer_and_one_end_of_turn(
+    use_template: Any, template: str | None
+) -> None:
     completion = prompts.render_completion(use_template(template), TURNS, "```sql\nSELECT 1\n```")
     assert completion == "```sql\nSELECT 1\n```<|end|>"
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM])
-def test_prompt_and_completion_are_together_what_the_template_writes(use_template: Any, template: str) -> None:
+def test_prompt_and_completion_are_together_what_the_template_writes(
+    use_template: Any, template: str
+) -> None:
     tokenizer, said = use_template(template), "```sql\nSELECT 'é—ü'\n```"
-    parts = prompts.render_prompt(tokenizer, TURNS), prompts.render_completion(tokenizer, TURNS, said)
-    ids = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    parts = (
+        prompts.render_prompt(tokenizer, TURNS),
+        prompts.render_completion(tokenizer, TURNS, said),
+    )
+    ids = [
+        token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]
+    ]
     system, user = TURNS
     merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
-    turns = [*([merged] if template == NO_SYSTEM else TURNS), {"role": "assistant", "content": said}]
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    turns = [
+        *([merged] if template == NO_SYSTEM else TURNS),
+        {"role": "assistant", "content": said},
+    ]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False).rstrip(
+        "\n"
+    )
 
 
 def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> None:
     text = prompts.render_prompt(use_template(NO_SYSTEM), TURNS)
-    assert text.count("<|start|>") == 2 and prompts.SYSTEM["sql"] in text and text.endswith("<|start|>assistant\n")
+    assert (
+        text.count("<|start|>") == 2
+        and prompts.SYSTEM["sql"] in text
+        and text.endswith("<|start|>assistant\n")
+    )
 
 
 def test_a_model_without_a_template_gets_a_plain_one(use_template: Any) -> None:
@@ -115,7 +148,10 @@ def test_the_answer_of_each_task_is_a_fenced_block(corpus: Corpus) -> None:
     assert prompts.answer("sql", example, corpus.schemas) == (
         "```sql\nSELECT name FROM customer WHERE city = 'a  b'\n```"
     )
-    assert prompts.answer("schema", example, corpus.schemas) == '```json\n{"customer": ["name", "city"]}\n```'
+    assert (
+        prompts.answer("schema", example, corpus.schemas)
+        == '```json\n{"customer": ["name", "city"]}\n```'
+    )
     assert prompts.parse_sql(prompts.answer("sql", example, corpus.schemas)) == (
         "SELECT name FROM customer WHERE city = 'a  b'"
     )
@@ -136,7 +172,9 @@ def test_the_schema_form_shows_only_what_the_gold_needs(corpus: Corpus, make_con
 def test_links_that_cannot_be_had_are_named_by_their_example() -> None:
     with pytest.raises(DataError, match=r"^example 7: no schema of shop .*--data.databases"):
         prompts.gold_links(Example("7", "shop", "?", "SELECT 1"), {})
-    with pytest.raises(DataError, match=r"^example 7: links are neither JSON nor a Python literal: 'oops"):
+    with pytest.raises(
+        DataError, match=r"^example 7: links are neither JSON nor a Python literal: 'oops"
+    ):
         prompts.gold_links(Example("7", "shop", "?", "SELECT 1", links_text="oops"), {})
 
 
@@ -187,9 +225,13 @@ def test_a_long_answer_without_an_end_is_read_in_no_time() -> None:
 # The contract
 
 
-def test_the_contract_of_the_same_settings_is_equal_after_a_round_trip(make_config: Any, tokenizer: Any) -> None:
+def test_the_contract_of_the_same_settings_is_equal_after_a_round_trip(
+    make_config: Any, tokenizer: Any
+) -> None:
     saved = json.loads(json.dumps(prompts.contract(make_config(), tokenizer, "abc")))
-    prompts.check_contract(saved, prompts.contract(make_config(), tokenizer, "abc"), "out/run/adapter")
+    prompts.check_contract(
+        saved, prompts.contract(make_config(), tokenizer, "abc"), "out/run/adapter"
+    )
     assert saved["packages"]["transformers"] and saved["answer_format"] == "fenced sql"
 
 
@@ -218,8 +260,14 @@ def test_a_setting_that_changes_the_prompt_is_refused_by_name(
     with pytest.raises(ContractError) as caught:
         prompts.check_contract(saved, current, "out/run/adapter")
     message = str(caught.value)
-    assert message.startswith(f"out/run/adapter: the adapter was trained with {field} {saved[field]!r}, ")
-    assert repr(current[field]) in message and "--config and its config.json" in message and "\n" not in message
+    assert message.startswith(
+        f"out/run/adapter: the adapter was trained with {field} {saved[field]!r}, "
+    )
+    assert (
+        repr(current[field]) in message
+        and "--config and its config.json" in message
+        and "\n" not in message
+    )
 
 
 @pytest.mark.parametrize("what", ["template", "template text", "tokenizer", "serializer version"])
@@ -236,7 +284,9 @@ def test_code_and_files_that_change_the_prompt_are_refused(
         tokenizer.add_tokens(["SELECT DISTINCT"])
     else:
         monkeypatch.setattr(prompts, "SERIALIZER_VERSION", 99)
-    field = {"tokenizer": "tokenizer_hash", "serializer version": "serializer"}.get(what, "template_hash")
+    field = {"tokenizer": "tokenizer_hash", "serializer version": "serializer"}.get(
+        what, "template_hash"
+    )
     with pytest.raises(ContractError, match=f"trained with {field} "):
         prompts.check_contract(saved, prompts.contract(make_config(), tokenizer, None), "a/adapter")
 
@@ -247,7 +297,9 @@ def test_every_binding_field_is_in_the_contract(make_config: Any, tokenizer: Any
     assert set(prompts.BINDING) <= set(contract)
     for field in prompts.BINDING:
         with pytest.raises(ContractError, match=f"trained with {field} None"):
-            prompts.check_contract({k: v for k, v in contract.items() if k != field}, contract, "a/adapter")
+            prompts.check_contract(
+                {k: v for k, v in contract.items() if k != field}, contract, "a/adapter"
+            )
 
 
 def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
@@ -258,17 +310,29 @@ def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
     turns = prompts.messages("sql", "CREATE TABLE t (a)", "How many?")
     assert prompts.render_prompt(tokenizer, turns).startswith("26 Jul 2024\n")
     dated = prompts.contract(make_config(), tokenizer, None)
-    assert dated["template"]["date"] == "2024-07-26" and dated["template_hash"] != plain["template_hash"]
+    assert (
+        dated["template"]["date"] == "2024-07-26"
+        and dated["template_hash"] != plain["template_hash"]
+    )
 
 
-def test_of_several_chat_templates_it_is_the_default_one(tokenizer: Any, use_template: Any, make_config: Any) -> None:
+def test_of_several_chat_templates_it_is_the_default_one(
+    tokenizer: Any, use_template: Any, make_config: Any
+) -> None:
     turns = prompts.messages("sql", "CREATE TABLE t (a)", "How many?")
-    one, known = prompts.render_prompt(tokenizer, turns), prompts.contract(make_config(), tokenizer, None)
+    one, known = (
+        prompts.render_prompt(tokenizer, turns),
+        prompts.contract(make_config(), tokenizer, None),
+    )
     use_template({"default": CHAT_TEMPLATE, "tool_use": NO_SYSTEM})
     assert prompts.render_prompt(tokenizer, turns) == one
-    assert prompts.contract(make_config(), tokenizer, None)["template_hash"] == known["template_hash"]
+    assert (
+        prompts.contract(make_config(), tokenizer, None)["template_hash"] == known["template_hash"]
+    )
 
 
-@pytest.mark.parametrize("start", ["SELECT\nname", "select name", "WITH x AS (SELECT 1)\nSELECT name"])
+@pytest.mark.parametrize(
+    "start", ["SELECT\nname", "select name", "WITH x AS (SELECT 1)\nSELECT name"]
+)
 def test_a_block_without_a_language_may_begin_with_its_query(start: str) -> None:
     assert prompts.parse_sql(f"```{start} FROM t\n```") == f"{start} FROM t".replace("\n", " ")

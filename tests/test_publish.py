@@ -22,10 +22,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_sql import finetune, measure, prompts, publish
+from ray_sql import finetune, publish
 from ray_sql.config import Config, EvaluateConfig, PublishConfig, load
+from ray_sql.data import prompts
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, StoreError
+from ray_sql.evaluate import measure
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
 from tests import hub as stand_ins
@@ -66,7 +68,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[stand_
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model: Path, spider_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    tiny_model: Path, spider_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A finished run of a random model over two steps, whose adapter is no better than its base."""
     place = tmp_path_factory.mktemp("trained")
     finetune.run(load(Config, [], **settings(tiny_model, spider_folder, place)))
@@ -106,8 +110,13 @@ def unproven(trained: Path, tmp_path: Path) -> Path:
 def run_dir(unproven: Path) -> Path:
     """The same run, had its adapter answered all eight questions, which its base does not."""
     rows = [json.loads(line) for line in (unproven / "predictions.jsonl").read_text().splitlines()]
-    base = [json.loads(line) for line in (unproven / "base_predictions.jsonl").read_text().splitlines()]
-    measured = {"base": base, "tuned": [row | {"verdict": "correct", "predicted": row["gold"]} for row in rows]}
+    base = [
+        json.loads(line) for line in (unproven / "base_predictions.jsonl").read_text().splitlines()
+    ]
+    measured = {
+        "base": base,
+        "tuned": [row | {"verdict": "correct", "predicted": row["gold"]} for row in rows],
+    }
     config = Config(**json.loads((unproven / "config.json").read_text()))
     tracked = {"mlflow_run_id": RUN_ID, "tracking_uri": f"sqlite:///{unproven}/mlflow.db"}
     metrics = json.loads((unproven / "metrics.json").read_text()) | tracked
@@ -120,7 +129,11 @@ def publication(tmp_path: Path) -> Callable[..., PublishConfig]:
     """`publication(**settings)`: the settings of `jobs.publish` for the run in this test's folder."""
 
     def make(**changes: Any) -> PublishConfig:
-        given = {"output_name": "run", "output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+        given = {
+            "output_name": "run",
+            "output_dir": str(tmp_path / "out"),
+            "cache_dir": str(tmp_path / "cache"),
+        }
         return load(PublishConfig, [], **given | {"write_token": WRITER} | changes)
 
     return make
@@ -148,15 +161,23 @@ def test_a_push_is_one_private_commit_of_what_was_measured(
     assert "run: execution accuracy 100.0 % of 8 dev" in commit.message
     assert sorted(repo.files) == [".gitattributes", *FILES]
     local = run_dir / "adapter"
-    assert repo.files["adapter_model.safetensors"] == (local / "adapter_model.safetensors").read_bytes()
-    for name, own in (("contract.json", local / "contract.json"), ("metrics.json", run_dir / "metrics.json")):
+    assert (
+        repo.files["adapter_model.safetensors"]
+        == (local / "adapter_model.safetensors").read_bytes()
+    )
+    for name, own in (
+        ("contract.json", local / "contract.json"),
+        ("metrics.json", run_dir / "metrics.json"),
+    ):
         pushed, saved = json.loads(repo.files[name]), json.loads(own.read_text())
         changed = {key for key in saved if pushed.get(key) != saved[key]}
         assert changed <= {"model_name", "dataset_id", "tracking_uri"}
     assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "tests/tiny"
 
 
-def test_pushing_again_changes_nothing_and_says_so(stand_in: stand_ins.Hub, run_dir: Path, publication: Any) -> None:
+def test_pushing_again_changes_nothing_and_says_so(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
     push(publication())
     before = stand_in.repos["me/run"].pushed()
     _, said = push(publication())
@@ -164,7 +185,9 @@ def test_pushing_again_changes_nothing_and_says_so(stand_in: stand_ins.Hub, run_
     assert stand_in.repos["me/run"].pushed() == before and stand_in.count("PUT") == 1
 
 
-def test_a_later_push_of_the_same_run_moves_its_tag(stand_in: stand_ins.Hub, run_dir: Path, publication: Any) -> None:
+def test_a_later_push_of_the_same_run_moves_its_tag(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
     push(publication())
     push(publication(**{"hub.license": "apache-2.0"}))
     repo = stand_in.repos["me/run"]
@@ -173,7 +196,12 @@ def test_a_later_push_of_the_same_run_moves_its_tag(stand_in: stand_ins.Hub, run
 
 
 def test_nothing_that_is_pushed_names_this_machine(
-    stand_in: stand_ins.Hub, run_dir: Path, publication: Any, trained: Path, tiny_model: Path, spider_folder: Path
+    stand_in: stand_ins.Hub,
+    run_dir: Path,
+    publication: Any,
+    trained: Path,
+    tiny_model: Path,
+    spider_folder: Path,
 ) -> None:
     push(publication())
     for name, data in stand_in.repos["me/run"].files.items():
@@ -190,7 +218,14 @@ def test_the_published_settings_and_contract_fit_each_other(
     folder.mkdir()
     for name in FILES:
         (folder / name).write_bytes(stand_in.repos["me/run"].files[name])
-    given = ["--config", str(folder / "config.json"), "--adapter", str(folder), "--output_name", "again"]
+    given = [
+        "--config",
+        str(folder / "config.json"),
+        "--adapter",
+        str(folder),
+        "--output_name",
+        "again",
+    ]
     config = load(EvaluateConfig, given)
     assert (config.model_name, config.hub.force) == ("tests/tiny", False)
     measure.check_adapter(config, str(tiny_model), None)  # raises where they differ
@@ -208,16 +243,30 @@ def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
     assert (data.base_model, data.license, data.library_name) == ("tests/tiny", "mit", "peft")
     (result,) = data.eval_results
     scores = metrics["tuned"]["dev"]
-    assert (result.metric_type, result.metric_value, result.dataset_split) == ("execution_accuracy", 1.0, "dev")
-    assert result.metric_args["n"] == scores["n"] == 8 and result.metric_args["semantics"] == "spider"
+    assert (result.metric_type, result.metric_value, result.dataset_split) == (
+        "execution_accuracy",
+        1.0,
+        "dev",
+    )
+    assert (
+        result.metric_args["n"] == scores["n"] == 8 and result.metric_args["semantics"] == "spider"
+    )
     assert result.metric_args["interval_95"] == [round(end, 4) for end in scores["interval"]]
-    assert "| dev | **execution accuracy** | 8 | 0.0 % [0.0, 32.4] | 100.0 % [67.6, 100.0] |" in card.text
+    assert (
+        "| dev | **execution accuracy** | 8 | 0.0 % [0.0, 32.4] | 100.0 % [67.6, 100.0] |"
+        in card.text
+    )
     assert f"fingerprint `{metrics['data_fingerprint']}`" in card.text and RUN_ID in card.text
-    assert "alone is right on 8 questions, the base model alone on 0" in card.text and "p = 0.0078" in card.text
+    assert (
+        "alone is right on 8 questions, the base model alone on 0" in card.text
+        and "p = 0.0078" in card.text
+    )
     assert not re.search(r"\{[{%]|[%}]\}", card.text), "nothing of the template is left"
 
 
-def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert on_hub("data/spider") and not on_hub("spider.jsonl") and not on_hub("/data/spider")
     (tmp_path / "data" / "spider").mkdir(parents=True)
@@ -229,14 +278,23 @@ def test_the_card_of_schema_linking(
 ) -> None:
     from huggingface_hub import ModelCard
 
-    given = settings(tiny_model, spider_folder, tmp_path) | {"task_type": "schema", "train.max_steps": 1}
+    given = settings(tiny_model, spider_folder, tmp_path) | {
+        "task_type": "schema",
+        "train.max_steps": 1,
+    }
     metrics = finetune.run(load(Config, [], **given))
     push(publication(**{"hub.force": True}))
     card = ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
     (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("strict_recall", metrics["tuned"]["dev"]["strict_recall"])
+    assert (result.metric_type, result.metric_value) == (
+        "strict_recall",
+        metrics["tuned"]["dev"]["strict_recall"],
+    )
     assert "schema-linking" in card.data.tags and "| dev | **strict recall** | 8 |" in card.text
-    assert "The answer comes in a fenced `json` block." in card.text and "semantics" not in result.metric_args
+    assert (
+        "The answer comes in a fenced `json` block." in card.text
+        and "semantics" not in result.metric_args
+    )
 
 
 def test_the_licence_is_that_of_the_base_model_unless_given(
@@ -244,7 +302,9 @@ def test_the_licence_is_that_of_the_base_model_unless_given(
 ) -> None:
     from huggingface_hub import ModelCard
 
-    stand_in.add("tests/tiny", {"README.md": b"---\nlicense: other\nlicense_name: tiny-license\n---\n"})
+    stand_in.add(
+        "tests/tiny", {"README.md": b"---\nlicense: other\nlicense_name: tiny-license\n---\n"}
+    )
     push(publication())
     card = ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
     assert (card.data.license, card.data.license_name) == (
@@ -267,12 +327,20 @@ def test_the_cards_code_asks_as_training_did(
 
 def run_card(stand_in: stand_ins.Hub, repo_id: str, place: Path) -> Any:
     """Run the code of a repository's card in a process of its own; what it asked with: schema, question, and the prompt's tokens."""
-    code = re.search(r"```python\n(.*?)```", stand_in.repos[repo_id].files["README.md"].decode(), re.DOTALL)
+    code = re.search(
+        r"```python\n(.*?)```", stand_in.repos[repo_id].files["README.md"].decode(), re.DOTALL
+    )
     assert code
     report = "\nprint('\\n' + json.dumps({'schema': schema, 'question': question, 'prompt': inputs['input_ids'][0].tolist()}))"
-    environment = os.environ | stand_in.environment(place / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = (
+        os.environ | stand_in.environment(place / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code.group(1) + report], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", code.group(1) + report],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -296,10 +364,15 @@ def test_the_cards_code_follows_the_models_template(
     for file in (run_dir / "contract.json", run_dir / "adapter" / "contract.json"):
         edit(file, template=json.loads(file.read_text())["template"] | {"turns": turns, **dated})
     push(publication())
-    code = stand_in.repos["me/run"].files["README.md"].decode().split("```python")[1].split("```")[0]
+    code = (
+        stand_in.repos["me/run"].files["README.md"].decode().split("```python")[1].split("```")[0]
+    )
     compile(code, turns, "exec")
     assert ("import re\n" in code and "strftime_now" in code) == (bool(dated) and turns != "plain")
-    assert ('"role": "system"' in code, "Answer:" in code) == (turns == "system and user", turns == "plain")
+    assert ('"role": "system"' in code, "Answer:" in code) == (
+        turns == "system and user",
+        turns == "plain",
+    )
 
 
 @pytest.mark.parametrize("token", [WRITER, FINE])
@@ -320,7 +393,10 @@ def test_a_token_that_may_write_is_taken(
         ({"write_token": "hf_nobody"}, "the token is not accepted"),
         ({"hub.repo_id": "stranger/run"}, "me may not write there; use me/run"),
         ({"hub.repo_id": "watched/run"}, "me may not write there; use me/run"),
-        ({"hub.repo_id": "me/other-base"}, "holds a model over somebody/llama, this run is over tests/tiny"),
+        (
+            {"hub.repo_id": "me/other-base"},
+            "holds a model over somebody/llama, this run is over tests/tiny",
+        ),
         ({"hub.repo_id": "me/no-base"}, "holds a model that names no base model"),
         ({"hub.base_model": None}, "give its name on the Hub with --hub.base_model"),
     ],
@@ -328,7 +404,10 @@ def test_a_token_that_may_write_is_taken(
 def test_what_cannot_be_published_is_refused_before_and_after_training(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any, changes: dict[str, Any], message: str
 ) -> None:
-    stand_in.add("me/other-base", {"model.safetensors": b"", "README.md": b"---\nbase_model: somebody/llama\n---\n"})
+    stand_in.add(
+        "me/other-base",
+        {"model.safetensors": b"", "README.md": b"---\nbase_model: somebody/llama\n---\n"},
+    )
     stand_in.add("me/no-base", {"model.safetensors": b""})
     if "hub.base_model" in changes:
         saved = json.loads((run_dir / "config.json").read_text())
@@ -336,7 +415,9 @@ def test_what_cannot_be_published_is_refused_before_and_after_training(
     before = json.loads((run_dir / "config.json").read_text())
     config = publication(**changes)
     as_trained = load(
-        Config, [], **before | changes | ({"write_token": WRITER} if "write_token" not in changes else {})
+        Config,
+        [],
+        **before | changes | ({"write_token": WRITER} if "write_token" not in changes else {}),
     )
     for refusal in (
         lambda: push(config),
@@ -355,16 +436,24 @@ def _unfinished(run: Path) -> None:
 
 def _no_baseline(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if k not in ("base", "compared")}))
+    (run / "metrics.json").write_text(
+        json.dumps({k: v for k, v in metrics.items() if k not in ("base", "compared")})
+    )
 
 
 def _lucky(run: Path) -> None:
-    edit(run / "metrics.json", compared={"dev": {"only_base": 1, "only_tuned": 4, "mcnemar_p": 0.375}})
+    edit(
+        run / "metrics.json",
+        compared={"dev": {"only_base": 1, "only_tuned": 4, "mcnemar_p": 0.375}},
+    )
 
 
 def _worse_somewhere(run: Path) -> None:
     worse = {"only_base": 9, "only_tuned": 0, "mcnemar_p": 0.0039}
-    edit(run / "metrics.json", compared={"seen": {"only_base": 0, "only_tuned": 90, "mcnemar_p": 0.0}, "dev": worse})
+    edit(
+        run / "metrics.json",
+        compared={"seen": {"only_base": 0, "only_tuned": 90, "mcnemar_p": 0.0}, "dev": worse},
+    )
 
 
 def _other_adapter(run: Path) -> None:
@@ -402,7 +491,11 @@ def _no_contract(run: Path) -> None:
         (_other_adapter, ContractError, "the adapter was trained with template_hash 'another'"),
         (_other_settings, ContractError, "the files are not of one run"),
         (_other_metrics, ContractError, "metrics.json: identity is '000000000000'"),
-        (_other_rank, ContractError, "adapter_config.json: r is 64, but the run's config.json says 4"),
+        (
+            _other_rank,
+            ContractError,
+            "adapter_config.json: r is 64, but the run's config.json says 4",
+        ),
         (_no_contract, ContractError, "adapter/contract.json is missing"),
     ],
 )
@@ -431,7 +524,14 @@ CALLS = [
     "POST /api/validate-yaml",
     "POST .*/preupload/",
 ]
-CALLS += ["POST .*/objects/batch", "PUT /storage/", "POST .*/verify", "POST .*/commit/", "GET .*/refs", "POST .*/tag/"]
+CALLS += [
+    "POST .*/objects/batch",
+    "PUT /storage/",
+    "POST .*/verify",
+    "POST .*/commit/",
+    "GET .*/refs",
+    "POST .*/tag/",
+]
 
 
 @pytest.mark.parametrize("what", [500, 429, "before", "after"])
@@ -449,7 +549,9 @@ def test_an_accident_that_passes_costs_nothing_but_time(
 
 
 @pytest.mark.parametrize("what", [500, 429, "before"])
-@pytest.mark.parametrize("call", ["GET /api/whoami", "PUT /storage/", "POST .*/commit/", "POST .*/tag/"])
+@pytest.mark.parametrize(
+    "call", ["GET /api/whoami", "PUT /storage/", "POST .*/commit/", "POST .*/tag/"]
+)
 def test_a_hub_that_stays_down_leaves_the_adapter_and_the_command_that_pushes_it(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any, call: str, what: Any, tmp_path: Path
 ) -> None:
@@ -465,7 +567,12 @@ def test_a_hub_that_stays_down_leaves_the_adapter_and_the_command_that_pushes_it
     command = shlex.split(message.partition("push it later with: ")[2])
     environment = os.environ | stand_in.environment(tmp_path / "home")
     done = subprocess.run(
-        [sys.executable, *command[1:]], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        [sys.executable, *command[1:]],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     repo = stand_in.repos["me/later"]
@@ -485,7 +592,11 @@ def test_the_hub_is_waited_for_as_long_as_it_asks(
 
 @pytest.mark.parametrize("what", ["silent", 1.5], ids=["answer lost", "carried out late"])
 def test_a_connection_that_falls_silent_counts_as_cut_and_nothing_is_committed_twice(
-    stand_in: stand_ins.Hub, run_dir: Path, publication: Any, monkeypatch: pytest.MonkeyPatch, what: Any
+    stand_in: stand_ins.Hub,
+    run_dir: Path,
+    publication: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    what: Any,
 ) -> None:
     monkeypatch.setattr(hub, "TIMEOUT", 0.5)
     stand_in.fail("POST .*/commit/", what, times=1)
@@ -501,7 +612,9 @@ def test_a_connection_that_falls_silent_counts_as_cut_and_nothing_is_committed_t
     assert repo.tags == {RUN_ID: commit.oid} and set(FILES) < set(commit.files)
 
 
-def test_a_commit_that_comes_between_is_built_upon(stand_in: stand_ins.Hub, run_dir: Path, publication: Any) -> None:
+def test_a_commit_that_comes_between_is_built_upon(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
     repo = stand_in.add("me/run", {"notes.md": b"first"})
     stand_in.fail("POST .*/preupload/", 1.0, times=1)
 
@@ -515,7 +628,11 @@ def test_a_commit_that_comes_between_is_built_upon(stand_in: stand_ins.Hub, run_
     other.start()
     push(publication())
     other.join()
-    assert [commit.message.split(":")[0] for commit in repo.commits] == ["initial commit", "somebody else's", "main"]
+    assert [commit.message.split(":")[0] for commit in repo.commits] == [
+        "initial commit",
+        "somebody else's",
+        "main",
+    ]
     assert repo.files["notes.md"] == b"second" and stand_in.count("POST .*/commit/") == 2
 
 
@@ -537,14 +654,17 @@ def test_a_failure_of_xet_is_one_of_the_hub(
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(
-        StoreError, match=r"the commit failed 5 times, at last with .*xet-write-token.*; nothing is lost"
+        StoreError,
+        match=r"the commit failed 5 times, at last with .*xet-write-token.*; nothing is lost",
     ) as said:
         push(publication())
     assert "\n" not in str(said.value) and WRITER not in str(said.value)
     assert not stand_in.repos["me/run"].pushed() and stand_in.count("xet-write-token") >= 5
 
 
-def test_a_refusal_is_not_tried_again(stand_in: stand_ins.Hub, run_dir: Path, publication: Any) -> None:
+def test_a_refusal_is_not_tried_again(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
     stand_in.fail("POST .*/commit/", 403)
     with pytest.raises(ConfigError, match=r"the token may not write there \(HTTP 403\)"):
         push(publication())
@@ -562,16 +682,27 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
     assert "it alone is right on 0 questions, the adapter alone on 0" in said
     repo = stand_in.repos["me/run-merged"]
     assert len(repo.pushed()) == 1 and repo.private
-    assert {"config.json", "model.safetensors", "tokenizer.json", "contract.json", "metrics.json"} < set(repo.files)
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "contract.json",
+        "metrics.json",
+    } < set(repo.files)
     merged = AutoModelForCausalLM.from_pretrained(unproven / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).float()
     tuned = PeftModel.from_pretrained(base, str(unproven / "adapter"))
     tokens = torch.arange(40)[None]
     with torch.no_grad():
-        difference = (merged(tokens).logits - tuned(tokens).logits).abs().max() / tuned(tokens).logits.abs().max()
+        difference = (merged(tokens).logits - tuned(tokens).logits).abs().max() / tuned(
+            tokens
+        ).logits.abs().max()
     assert difference < 0.02, "the same model, up to bfloat16's rounding"
     card = repo.files["README.md"].decode()
-    assert "On 8 questions the merged model alone is right on 0, the adapter over its base alone on 0 (p = 1)." in card
+    assert (
+        "On 8 questions the merged model alone is right on 0, the adapter over its base alone on 0 (p = 1)."
+        in card
+    )
     asked = run_card(stand_in, "me/run-merged", tmp_path)
     assert asked["prompt"] == trained_prompt(asked, unproven, tiny_model)
 
@@ -579,7 +710,9 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
 def test_a_merged_model_that_falls_behind_its_adapter_is_not_pushed(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any
 ) -> None:
-    with pytest.raises(ModelError, match=r"merged, the model is worse than with its adapter \(McNemar p = 0.0078\)"):
+    with pytest.raises(
+        ModelError, match=r"merged, the model is worse than with its adapter \(McNemar p = 0.0078\)"
+    ):
         push(publication(**{"hub.merge": True}))
     assert list(stand_in.repos) == ["me/run"], "the adapter is published, the merged model is not"
 
@@ -607,7 +740,11 @@ def job(
 @pytest.fixture
 def flags(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> list[str]:
     """The flags of a run of seconds that saves three checkpoints."""
-    given = settings(tiny_model, spider_folder, tmp_path) | {"train.max_steps": 3, "save_steps": 1, "evaluate.limit": 2}
+    given = settings(tiny_model, spider_folder, tmp_path) | {
+        "train.max_steps": 3,
+        "save_steps": 1,
+        "evaluate.limit": 2,
+    }
     del given["tracking.enabled"]
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
@@ -617,20 +754,38 @@ def test_the_token_is_in_nothing_that_a_published_run_writes(
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    given = [*flags, "--write_token", WRITER, "--publish", "--hub.force", "--hub.push_checkpoints", "all"]
+    given = [
+        *flags,
+        "--write_token",
+        WRITER,
+        "--publish",
+        "--hub.force",
+        "--hub.push_checkpoints",
+        "all",
+    ]
     code, out, err = job("finetune", *given, "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
     assert code == 0, err
     run_id = json.loads((tmp_path / "out" / "run" / "run.json").read_text())["mlflow_run_id"]
-    assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).data.tags["hub_url"].endswith("/me/run")
+    assert (
+        MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        .get_run(run_id)
+        .data.tags["hub_url"]
+        .endswith("/me/run")
+    )
     repo = stand_in.repos["me/run"]
     assert run_id in repo.tags and len(repo.pushed()) == 1
     written = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert len(written) > 20
-    for name, data in {**written, "stdout": out.encode(), "stderr": err.encode(), **repo.files}.items():
+    for name, data in {
+        **written,
+        "stdout": out.encode(),
+        "stderr": err.encode(),
+        **repo.files,
+    }.items():
         assert WRITER.encode() not in data, name
-    assert sorted(path for path in repo.at("checkpoints").files if path.endswith(".safetensors")) == [
-        f"checkpoint-{step}/adapter_model.safetensors" for step in (1, 2, 3)
-    ]
+    assert sorted(
+        path for path in repo.at("checkpoints").files if path.endswith(".safetensors")
+    ) == [f"checkpoint-{step}/adapter_model.safetensors" for step in (1, 2, 3)]
 
 
 def test_a_run_whose_push_fails_is_finished_and_pushed_by_the_same_command(
@@ -664,15 +819,33 @@ def test_the_pipeline_publishes_both_tasks_and_goes_on_where_it_stopped(
         "--tune.space",
         space,
     ]
-    given += ["--tune.objective", "eval_loss", "--evaluate.select_examples", "2", "--data.split_by", "question"]
-    given += ["--publish", "--hub.force", "--hub.repo_id", "me/both", "--data.validation_fraction", "0.2"]
+    given += [
+        "--tune.objective",
+        "eval_loss",
+        "--evaluate.select_examples",
+        "2",
+        "--data.split_by",
+        "question",
+    ]
+    given += [
+        "--publish",
+        "--hub.force",
+        "--hub.repo_id",
+        "me/both",
+        "--data.validation_fraction",
+        "0.2",
+    ]
     code, _, err = job("pipeline", *given, "--write_token", READER)
-    assert code == 2 and "may only read" in err and not (tmp_path / "out").exists(), "known before the first trial"
+    assert code == 2 and "may only read" in err and not (tmp_path / "out").exists(), (
+        "known before the first trial"
+    )
     stand_in.fail("POST .*/commit/", 503)
     code, out, err = job("pipeline", *given, "--write_token", WRITER)
     assert code == 2 and err.count("error: ") == 1
     for task in ("sql", "schema"):
-        assert f"--output_name run-{task}" in err, "one task's failure does not keep the other's champion back"
+        assert f"--output_name run-{task}" in err, (
+            "one task's failure does not keep the other's champion back"
+        )
         study = json.loads((tmp_path / "out" / f"run-{task}" / "study.json").read_text())
         assert study["finished"] and len(study["trials"]) == 2
     stand_in.heal()
@@ -682,14 +855,23 @@ def test_the_pipeline_publishes_both_tasks_and_goes_on_where_it_stopped(
     assert [len(stand_in.repos[f"me/both-{task}"].pushed()) for task in ("sql", "schema")] == [1, 1]
 
 
-def test_check_says_whether_a_run_could_be_published(stand_in: stand_ins.Hub, job: Any, flags: list[str]) -> None:
-    code, out, err = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", WRITER)
+def test_check_says_whether_a_run_could_be_published(
+    stand_in: stand_ins.Hub, job: Any, flags: list[str]
+) -> None:
+    code, out, err = job(
+        "check", *flags, "--no-tracking.enabled", "--publish", "--write_token", WRITER
+    )
     assert code == 0, out + err
-    assert "ok    hub: me/run, if there is none, a private one is created, base model tests/tiny" in out
+    assert (
+        "ok    hub: me/run, if there is none, a private one is created, base model tests/tiny"
+        in out
+    )
     stand_in.add("me/run", {"README.md": b"soon"}, False)
     _, out, _ = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", WRITER)
     assert "which holds no model yet; it is public: everybody can read what is pushed there" in out
-    code, out, _ = job("check", *flags, "--no-tracking.enabled", "--publish", "--write_token", READER)
+    code, out, _ = job(
+        "check", *flags, "--no-tracking.enabled", "--publish", "--write_token", READER
+    )
     assert code == 2 and "FAIL  hub: the Hub token of me may only read" in out
 
 
@@ -742,22 +924,32 @@ def test_checkpoints_are_pushed_beside_training_without_holding_it_up(
                 shutil.rmtree(run_dir / "checkpoint-1")
     there = stand_in.repos["me/run"].at("checkpoints")
     assert there
-    found = {int(path.split("-")[1].split("/")[0]) for path in there.files if path.startswith("checkpoint-")}
+    found = {
+        int(path.split("-")[1].split("/")[0])
+        for path in there.files
+        if path.startswith("checkpoint-")
+    }
     assert found >= pushed and (which == "all" or 3 not in found)
-    assert stand_in.repos["me/run"].files.keys() == {".gitattributes"}, "main is for what was measured"
+    assert stand_in.repos["me/run"].files.keys() == {".gitattributes"}, (
+        "main is for what was measured"
+    )
     config_file = json.loads(there.files["checkpoint-2/adapter_config.json"])
     assert config_file["base_model_name_or_path"] == "tests/tiny"
 
 
 def as_trained(run_dir: Path, **changes: Any) -> Config:
     saved = json.loads((run_dir / "config.json").read_text())
-    return load(Config, [], **saved | {"output_dir": str(run_dir.parent), "write_token": WRITER} | changes)
+    return load(
+        Config, [], **saved | {"output_dir": str(run_dir.parent), "write_token": WRITER} | changes
+    )
 
 
 def save_checkpoint(whole: Path, run_dir: Path, step: int, objective: float | None) -> None:
     folder = shutil.copytree(whole, run_dir / f"checkpoint-{step}")
     marker = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps(marker | {"step": step, "objective": objective}))
+    (folder / "checkpoint.json").write_text(
+        json.dumps(marker | {"step": step, "objective": objective})
+    )
 
 
 def test_checkpoints_that_cannot_be_pushed_are_a_warning(
@@ -769,7 +961,9 @@ def test_checkpoints_that_cannot_be_pushed_are_a_warning(
         with publish.beside_training(as_trained(run_dir, **{"hub.push_checkpoints": "all"})):
             pass
         stand_in.heal()
-        assert f"{checkpoint.name} was not pushed" in caplog.messages[-1] and WRITER not in caplog.text
+        assert (
+            f"{checkpoint.name} was not pushed" in caplog.messages[-1] and WRITER not in caplog.text
+        )
     with publish.beside_training(as_trained(run_dir, **{"hub.push_checkpoints": "all"})):
         pass  # another attempt of the run: what an earlier one saved is pushed
     assert [commit.message for commit in stand_in.repos["me/run"].pushed("checkpoints")] == [
@@ -824,7 +1018,9 @@ def test_the_pages_commands_publish(stand_in: stand_ins.Hub, run_dir: Path, tmp_
     environment = os.environ | stand_in.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
     for command in commands:
         words = [sys.executable, *shlex.split(command)[1:]]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
         if "--hub.merge" in command:  # this adapter only pretends to be good
             assert done.returncode == 2 and "merged, the model is worse" in done.stderr
         else:

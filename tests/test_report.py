@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ray_sql import evaluate, measure, plots, report
 from ray_sql.config import EvaluateConfig
+from ray_sql.evaluate import measure, scoring
 from ray_sql.generate import Answer, Question
+from ray_sql.report import figures, html
 
 HOSTILE = r"""$\frac{$ </script><script>alert('x')</script><img src=x onerror=alert(1)> & "quoted" 'SQL'"""
 
@@ -52,7 +53,7 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 def page_of(measured: dict[str, list[dict[str, Any]]], config: Any, task: str = "sql") -> str:
     metrics = {"task_type": task, "dataset_id": "some data", **measure.summarise(measured, config)}
-    return report.page("my run", metrics, measured, plots.figures(metrics, measured))
+    return html.page("my run", metrics, measured, figures.figures(metrics, measured))
 
 
 @pytest.fixture
@@ -75,8 +76,13 @@ def test_the_page_shows_scores_with_n_and_intervals_figures_and_every_question(t
     assert {cell for cell in page.cells if "Question" in cell} >= {
         f"dev {n} · db{n % 2} · easyQuestion {n}?SELECT {n}" for n in (0, 29)
     }
-    assert sum("data-verdict-tuned" in attributes for tag, attributes in page.tags if tag == "tr") == 30
-    filters = [attributes["data-filter"] for _, attributes in page.tags if "data-filter" in attributes]
+    assert (
+        sum("data-verdict-tuned" in attributes for tag, attributes in page.tags if tag == "tr")
+        == 30
+    )
+    filters = [
+        attributes["data-filter"] for _, attributes in page.tags if "data-filter" in attributes
+    ]
     assert filters == ["split", "db_id", "hardness", "verdict-base", "verdict-tuned", "text"]
     alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
     assert alts == ["accuracy dev", "databases dev", "prompt tokens", "errors"]
@@ -84,8 +90,15 @@ def test_the_page_shows_scores_with_n_and_intervals_figures_and_every_question(t
 
 def test_the_page_needs_nothing_but_itself(text: str) -> None:
     tags = Page(text).tags
-    addresses = [value or "" for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")]
-    assert addresses and all(address.startswith("data:image/svg+xml;base64,") for address in addresses)
+    addresses = [
+        value or ""
+        for _, attributes in tags
+        for name, value in attributes.items()
+        if name in ("src", "href")
+    ]
+    assert addresses and all(
+        address.startswith("data:image/svg+xml;base64,") for address in addresses
+    )
     assert not {"link", "iframe", "object", "base"} & {tag for tag, _ in tags}
     assert "url(" not in text and "@import" not in text
 
@@ -100,7 +113,9 @@ def test_the_text_of_data_and_models_is_shown_and_never_run(text: str) -> None:
 
 
 def test_the_same_run_gives_the_same_page(make_config: Any) -> None:
-    assert page_of({"file": questions(25)}, make_config()) == page_of({"file": questions(25)}, make_config())
+    assert page_of({"file": questions(25)}, make_config()) == page_of(
+        {"file": questions(25)}, make_config()
+    )
 
 
 def test_links_have_a_page_too(make_config: Any) -> None:
@@ -108,16 +123,25 @@ def test_links_have_a_page_too(make_config: Any) -> None:
     gold = '{"customer": ["name", "city"]}'
     asked = [Question(str(n), "dev", f"db{n}", "Who?", gold, None, None, [1]) for n in range(3)]
     said = [gold, '{"customer": ["name", "city", "id"]}', "no links at all"]
-    judged = evaluate.score(asked, [Answer(f"```json\n{one}\n```", 10, 5, 0.1) for one in said], config)
+    judged = scoring.score(
+        asked, [Answer(f"```json\n{one}\n```", 10, 5, 0.1) for one in said], config
+    )
     text = page_of({"file": judged}, config, "schema")
-    for shown in ("strict recall", "column F1 (micro / macro)", "extra names", "no links at all", "66.7 %"):
+    for shown in (
+        "strict recall",
+        "column F1 (micro / macro)",
+        "extra names",
+        "no links at all",
+        "66.7 %",
+    ):
         assert shown in text, shown
     assert "hardness" not in [attributes.get("data-filter") for _, attributes in Page(text).tags]
 
 
 def test_a_split_of_failing_gold_has_a_page(make_config: Any) -> None:
     rows = [
-        row | {"verdict": "gold_error", "error_kind": "gold error", "error": "no such table"} for row in questions(2)
+        row | {"verdict": "gold_error", "error_kind": "gold error", "error": "no such table"}
+        for row in questions(2)
     ]
     assert "not scored" in page_of({"file": rows}, make_config())
 
@@ -125,7 +149,12 @@ def test_a_split_of_failing_gold_has_a_page(make_config: Any) -> None:
 def test_it_is_written_into_the_runs_folder(make_config: Any, tmp_path: Path) -> None:
     config = make_config(EvaluateConfig)
     measured = {"file": questions(3)}
-    report.write(config, {"task_type": "sql", "dataset_id": "d", **measure.summarise(measured, config)}, measured, {})
+    html.write(
+        config,
+        {"task_type": "sql", "dataset_id": "d", **measure.summarise(measured, config)},
+        measured,
+        {},
+    )
     assert (tmp_path / "out" / "run" / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
@@ -134,7 +163,10 @@ def test_it_is_written_into_the_runs_folder(make_config: Any, tmp_path: Path) ->
     ("filters", "shown"),
     [
         ("", "30 of 30 questions: base right on 10, tuned right on 29"),
-        ("#verdict-base=wrong&verdict-tuned=correct", "19 of 30 questions: base right on 0, tuned right on 19"),
+        (
+            "#verdict-base=wrong&verdict-tuned=correct",
+            "19 of 30 questions: base right on 0, tuned right on 19",
+        ),
         ("#db_id=db1&text=QUESTION 2", "5 of 30 questions: base right on 2, tuned right on 5"),
         ("#split=dev&text=alert('x')", "1 of 30 questions: base right on 0, tuned right on 0"),
     ],
@@ -144,9 +176,21 @@ def test_filters_work_in_a_browser(text: str, tmp_path: Path, filters: str, show
     if chromium is None:
         pytest.skip("chromium is not installed")
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
     address = (tmp_path / "report.html").as_uri() + filters
-    done = subprocess.run([chromium, *flags, address], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [chromium, *flags, address], capture_output=True, text=True, check=True, timeout=60
+    )
     assert f'<span id="shown">{shown}</span>' in done.stdout
-    visible = [attributes for tag, attributes in Page(done.stdout).tags if tag == "tr" and "hidden" not in attributes]
+    visible = [
+        attributes
+        for tag, attributes in Page(done.stdout).tags
+        if tag == "tr" and "hidden" not in attributes
+    ]
     assert sum("data-split" in attributes for attributes in visible) == int(shown.split()[0])

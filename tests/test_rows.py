@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from conftest import QUESTIONS
 
-from ray_sql import data, generate, prompts, rows
+from ray_sql import data, generate, rows
 from ray_sql.config import Config
-from ray_sql.data import Corpus, Example
+from ray_sql.data import Corpus, Example, prompts
+from ray_sql.database import Schema
 from ray_sql.errors import DataError
+from ray_sql.finetune.prepare import Prepared
 from ray_sql.models import load_tokenizer
-from ray_sql.prepare import Prepared
 from ray_sql.rows import Audit
-from ray_sql.schema import Schema
 
 UNLINKABLE = Example("broken", "shop", "Who?", "SELECT name FROM nowhere")
 
@@ -47,7 +47,10 @@ def test_the_loss_is_on_exactly_the_completion(
     for row, example in zip(read, examples, strict=True):
         learned = [label for label in row.labels if label != -100]
         assert len(row.labels) == len(row.input_ids) and row.labels[-len(learned) :] == learned
-        assert tokenizer.decode(learned) == prompts.answer(config.task_type, example, corpus.schemas) + "<|end|>"
+        assert (
+            tokenizer.decode(learned)
+            == prompts.answer(config.task_type, example, corpus.schemas) + "<|end|>"
+        )
 
 
 @pytest.mark.parametrize("task", ["sql", "schema"])
@@ -71,7 +74,12 @@ def test_rows_keep_the_order_and_the_audit_counts_their_tokens(
     made, audit = rows.build(examples, corpus.schemas, tokenizer, make_config())
     lengths = sorted(len(row.input_ids) for row in made)
     assert [row.id for row in made] == [example.id for example in examples]
-    assert (audit.examples, audit.rows, audit.tokens, audit.longest) == (22, 22, sum(lengths), lengths[-1])
+    assert (audit.examples, audit.rows, audit.tokens, audit.longest) == (
+        22,
+        22,
+        sum(lengths),
+        lengths[-1],
+    )
     assert audit.completion_tokens == sum(len(row.input_ids) - row.prompt_length for row in made)
     assert lengths[9] <= audit.p50 <= lengths[12] and audit.p50 <= audit.p90 <= audit.longest
     assert audit.too_long == audit.trimmed == audit.dropped == 0 and not audit.unlinkable
@@ -86,10 +94,13 @@ def test_a_row_that_is_too_long_is_refused_with_the_numbers_and_the_way_out(
         rows.prepare(examples, schemas, tokenizer, make_config(**{"rows.max_length": longest - 3}))
     message = str(caught.value)
     assert (
-        f"are over --rows.max_length {longest - 3}, the longest has {longest} tokens" in message and "\n" not in message
+        f"are over --rows.max_length {longest - 3}, the longest has {longest} tokens" in message
+        and "\n" not in message
     )
     assert "--rows.too_long trim_schema or drop" in message
-    assert max(lengths_of(corpus, tokenizer, make_config(**{"rows.max_length": longest}))) == longest
+    assert (
+        max(lengths_of(corpus, tokenizer, make_config(**{"rows.max_length": longest}))) == longest
+    )
 
 
 def test_rows_that_are_too_long_can_be_dropped_and_are_counted(
@@ -109,7 +120,10 @@ def test_rows_that_are_too_long_can_be_dropped_and_are_counted(
 def test_trimming_leaves_out_only_tables_that_the_sql_does_not_use(
     corpus: Corpus, tokenizer: Any, make_config: Any
 ) -> None:
-    whole = {row.id: row for row in rows.build(corpus.splits["train"], corpus.schemas, tokenizer, make_config())[0]}
+    whole = {
+        row.id: row
+        for row in rows.build(corpus.splits["train"], corpus.schemas, tokenizer, make_config())[0]
+    }
     limit = min(len(row.input_ids) for row in whole.values()) - 1  # every row must lose a table
     example = Example("two tables", "shop", *QUESTIONS[-1])
     config = make_config(**{"rows.max_length": limit + 20, "rows.too_long": "trim_schema"})
@@ -118,19 +132,26 @@ def test_trimming_leaves_out_only_tables_that_the_sql_does_not_use(
     assert audit.trimmed == audit.too_long > 0 == audit.dropped
     for row, one in zip(made, examples, strict=True):
         prompt, said = (
-            tokenizer.decode(ids) for ids in (row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :])
+            tokenizer.decode(ids)
+            for ids in (row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :])
         )
         assert len(row.input_ids) <= limit + 20
         assert f"Question: {one.question}<|end|>" in prompt
         assert said == prompts.answer("sql", one, corpus.schemas) + "<|end|>"
         schema = prompt.partition("Schema:\n")[2].partition("\n\nQuestion")[0]
         shown = {line.partition("(")[0] for line in schema.splitlines()}
-        assert {table for table in ("customer", "product", "sale") if f" {table}" in one.gold} <= shown
+        assert {
+            table for table in ("customer", "product", "sale") if f" {table}" in one.gold
+        } <= shown
 
 
-def test_trimming_that_cannot_help_is_refused(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
+def test_trimming_that_cannot_help_is_refused(
+    corpus: Corpus, tokenizer: Any, make_config: Any
+) -> None:
     config = make_config(**{"rows.max_length": 20, "rows.too_long": "trim_schema"})
-    with pytest.raises(DataError, match=r"even with only the tables its SQL uses .*--rows.too_long drop"):
+    with pytest.raises(
+        DataError, match=r"even with only the tables its SQL uses .*--rows.too_long drop"
+    ):
         lengths_of(corpus, tokenizer, config)
     own = [replace(corpus.splits["train"][0], schema_text="customer(id, name)" * 9)]
     with pytest.raises(DataError, match="its schema is a text of the dataset"):
@@ -144,17 +165,26 @@ def test_trimming_never_brings_back_what_the_schema_form_left_out(
     form = {"prompt.schema_form": "reduced", "rows.too_long": "trim_schema"}
     length = len(rows.encode(example, corpus.schemas, tokenizer, make_config(**form)).input_ids)
     with pytest.raises(DataError, match="even with only the tables its SQL uses"):
-        rows.build([example], corpus.schemas, tokenizer, make_config(**form, **{"rows.max_length": length - 1}))
+        rows.build(
+            [example],
+            corpus.schemas,
+            tokenizer,
+            make_config(**form, **{"rows.max_length": length - 1}),
+        )
 
 
-@pytest.mark.parametrize("settings", [{"task_type": "schema"}, {"rows.max_length": 30, "rows.too_long": "trim_schema"}])
+@pytest.mark.parametrize(
+    "settings", [{"task_type": "schema"}, {"rows.max_length": 30, "rows.too_long": "trim_schema"}]
+)
 def test_an_example_without_links_is_left_out_and_named(
     corpus: Corpus, tokenizer: Any, make_config: Any, settings: dict[str, Any]
 ) -> None:
     fits = Example("fits", "shop", "?", "SELECT 1 FROM sale", schema_text="")
     config = make_config(**settings)
     if config.task_type == "sql":
-        config = make_config(**settings | {"rows.max_length": len(_only_sale(fits, corpus, tokenizer, config))})
+        config = make_config(
+            **settings | {"rows.max_length": len(_only_sale(fits, corpus, tokenizer, config))}
+        )
     made, audit = rows.build([UNLINKABLE, fits], corpus.schemas, tokenizer, config)
     assert [row.id for row in made] == ["fits"] and audit.unlinkable == ["broken"]
     assert (audit.examples, audit.rows) == (2, 1) and "1 left out because" in audit.line()
@@ -177,9 +207,16 @@ def test_validation_examples_that_could_not_be_trained_on_have_no_part_in_the_lo
     config = make_config(**{"prompt.schema_form": "reduced"})
     fitting = corpus.splits["validation"]
     splits = {**corpus.splits, "validation": [UNLINKABLE, *fitting]}
-    prepared = Prepared(replace(corpus, splits=splits), "", tokenizer, tmp_path, Audit(*[0] * 9, "error"), {}, [])
-    assert {question.id for question in prepared.validation(config)} == {"broken", *(e.id for e in fitting)}
-    assert {row.id for row in prepared.validation_rows(config)} == {example.id for example in fitting}
+    prepared = Prepared(
+        replace(corpus, splits=splits), "", tokenizer, tmp_path, Audit(*[0] * 9, "error"), {}, []
+    )
+    assert {question.id for question in prepared.validation(config)} == {
+        "broken",
+        *(e.id for e in fitting),
+    }
+    assert {row.id for row in prepared.validation_rows(config)} == {
+        example.id for example in fitting
+    }
     assert not prepared.validation_rows(config.changed({"rows.max_length": 16}))
 
 
@@ -190,18 +227,32 @@ def test_the_same_content_is_made_once(corpus: Corpus, tokenizer: Any, make_conf
     examples, config = corpus.splits["train"], make_config()
     first, audit = rows.prepare(examples, corpus.schemas, tokenizer, config)
     stamp = first.stat().st_mtime_ns
-    again = make_config(seed=9, **{"lora.r": 8, "learning_rate": 1, "train_batch_size": 4, "output_name": "other"})
+    again = make_config(
+        seed=9, **{"lora.r": 8, "learning_rate": 1, "train_batch_size": 4, "output_name": "other"}
+    )
     second, same = rows.prepare(examples, corpus.schemas, load_tokenizer(again.model_name), again)
     assert (first, stamp, audit) == (second, second.stat().st_mtime_ns, same)
-    assert [file.suffix for file in first.parent.iterdir() if file.suffix not in (".json", ".parquet")] == []
+    assert [
+        file.suffix for file in first.parent.iterdir() if file.suffix not in (".json", ".parquet")
+    ] == []
 
 
 def changed_question(corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
-    return {"examples": [replace(corpus.splits["train"][0], question="Another?"), *corpus.splits["train"][1:]]}
+    return {
+        "examples": [
+            replace(corpus.splits["train"][0], question="Another?"),
+            *corpus.splits["train"][1:],
+        ]
+    }
 
 
 def changed_schema(corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
-    return {"schemas": {k: Schema(k, s.tables[:-1] if k == "shop" else s.tables) for k, s in corpus.schemas.items()}}
+    return {
+        "schemas": {
+            k: Schema(k, s.tables[:-1] if k == "shop" else s.tables)
+            for k, s in corpus.schemas.items()
+        }
+    }
 
 
 def changed_tokenizer(corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
@@ -214,9 +265,14 @@ def changed_chat_template(corpus: Corpus, tokenizer: Any) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("change", [changed_question, changed_schema, changed_tokenizer, changed_chat_template])
+@pytest.mark.parametrize(
+    "change", [changed_question, changed_schema, changed_tokenizer, changed_chat_template]
+)
 def test_changed_content_makes_other_rows(
-    corpus: Corpus, tokenizer: Any, make_config: Any, change: Callable[[Corpus, Any], dict[str, Any]]
+    corpus: Corpus,
+    tokenizer: Any,
+    make_config: Any,
+    change: Callable[[Corpus, Any], dict[str, Any]],
 ) -> None:
     given: dict[str, Any] = {"examples": corpus.splits["train"], "schemas": corpus.schemas}
     first = rows.cache_key(**given, tokenizer=tokenizer, config=make_config())
@@ -251,7 +307,9 @@ def test_an_edited_template_makes_other_rows(
     examples, config = corpus.splits["train"], make_config()
     before, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
     old = getattr(prompts, text)
-    monkeypatch.setattr(prompts, text, old | {"sql": "Write SQL."} if isinstance(old, dict) else f"{old} ")
+    monkeypatch.setattr(
+        prompts, text, old | {"sql": "Write SQL."} if isinstance(old, dict) else f"{old} "
+    )
     after, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
     assert before != after
     if text != "EVIDENCE":  # no example has a hint

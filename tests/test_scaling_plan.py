@@ -20,14 +20,19 @@ def test_the_pages_tables_are_the_scripts() -> None:
 
 
 def test_speeds_are_those_of_the_results() -> None:
-    text = (ROOT / "benchmarks" / "RESULTS.md").read_text().partition("## A training step on a GPU")[2]
+    text = (
+        (ROOT / "benchmarks" / "RESULTS.md").read_text().partition("## A training step on a GPU")[2]
+    )
     measured = {
-        int(size): float(speed) for size, speed in re.findall(r"^\| (\d+) a row \| ([\d.]+) \|", text, re.MULTILINE)
+        int(size): float(speed)
+        for size, speed in re.findall(r"^\| (\d+) a row \| ([\d.]+) \|", text, re.MULTILINE)
     }
     assert measured == plan.EXAMPLES_PER_SECOND
     shown = {
         int(n): (float(speed), float(seconds))
-        for n, speed, seconds in re.findall(r"^\| (\d+) \| ([\d.]+) \| (0\.\d+) \|$", PAGE, re.MULTILINE)
+        for n, speed, seconds in re.findall(
+            r"^\| (\d+) \| ([\d.]+) \| (0\.\d+) \|$", PAGE, re.MULTILINE
+        )
     }
     assert shown == {size: (speed, round(size / speed, 2)) for size, speed in measured.items()}
 
@@ -49,16 +54,21 @@ def test_weights_are_as_many_as_peft_makes(r: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
         model = get_peft_model(
-            model, LoraConfig(r=r, target_modules=Config.model_fields["lora"].default.target_modules)
+            model,
+            LoraConfig(r=r, target_modules=Config.model_fields["lora"].default.target_modules),
         )
-    assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == plan.lora_parameters(r)
+    assert sum(
+        weight.numel() for weight in model.parameters() if weight.requires_grad
+    ) == plan.lora_parameters(r)
     assert f"{plan.lora_parameters(1):,} x r" in PAGE
 
 
 def test_where_it_bends() -> None:
     assert plan.passes(2048, 64) == (32,) and plan.passes(2048, 8) == (32,) * 8
     assert plan.passes(64, 2) == (32,), "as many GPUs as the batch has full rows"
-    assert plan.passes(64, 8) == (8,) and plan.passes(64, 64) == (1,), "beyond that rows are emptier"
+    assert plan.passes(64, 8) == (8,) and plan.passes(64, 64) == (1,), (
+        "beyond that rows are emptier"
+    )
     seconds = [plan.step(64, gpus, "100 Gb/s", 64).seconds for gpus in (2, 64)]
     assert seconds[0] < seconds[1], "and a step takes longer"
     assert plan.sent(64, 1) == 0

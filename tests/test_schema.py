@@ -14,9 +14,18 @@ from sqlalchemy import URL, text
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
+from ray_sql.database import (
+    Column,
+    ForeignKey,
+    Schema,
+    Table,
+    read_tables_json,
+    reflect,
+    render,
+    restrict,
+)
+from ray_sql.database.reflection import EXAMPLE_ROWS, _engine, _type_text, _url
 from ray_sql.errors import DataError
-from ray_sql.schema import Column, ForeignKey, Schema, Table, read_tables_json, reflect, render, restrict
-from ray_sql.schema.reflection import EXAMPLE_ROWS, _engine, _type_text, _url
 
 SHARED = os.environ.get("RAY_SQL_SHARED")
 SPIDER = Path(SHARED or ".") / "data" / "spider"
@@ -40,20 +49,35 @@ SHOP_SCHEMA = Schema(
     (
         Table(
             "Order",
-            (Column("id", "INTEGER"), Column("customer", "INTEGER", nullable=False), Column("Ship To", "VARCHAR(40)")),
+            (
+                Column("id", "INTEGER"),
+                Column("customer", "INTEGER", nullable=False),
+                Column("Ship To", "VARCHAR(40)"),
+            ),
             ("id",),
             (ForeignKey(("customer",), "people", ("id",)),),
         ),
-        Table("people", (Column("id", "INTEGER"), Column("name", "TEXT"), Column("note", "")), ("id",)),
+        Table(
+            "people", (Column("id", "INTEGER"), Column("name", "TEXT"), Column("note", "")), ("id",)
+        ),
         Table(
             "lines",
-            (Column("order_id", "INTEGER"), Column("pos", "INTEGER"), Column("amount", "DECIMAL(8, 2)")),
+            (
+                Column("order_id", "INTEGER"),
+                Column("pos", "INTEGER"),
+                Column("amount", "DECIMAL(8, 2)"),
+            ),
             ("order_id", "pos"),
             (ForeignKey(("order_id",), "Order", ("id",)),),
         ),
         Table(
             "returns",
-            (Column("order_id", "INTEGER"), Column("pos", "INTEGER"), Column("reason", "TEXT"), Column("day", "DATE")),
+            (
+                Column("order_id", "INTEGER"),
+                Column("pos", "INTEGER"),
+                Column("reason", "TEXT"),
+                Column("day", "DATE"),
+            ),
             (),
             (ForeignKey(("order_id", "pos"), "lines", ("order_id", "pos")),),
         ),
@@ -147,7 +171,9 @@ def shop(tmp_path: Path) -> Path:
 
 def without_nulls(schema: Schema) -> Schema:
     """The schema as far as `ddl` tells it: names, types and keys."""
-    tables = (replace(t, columns=tuple(Column(c.name, c.type) for c in t.columns)) for t in schema.tables)
+    tables = (
+        replace(t, columns=tuple(Column(c.name, c.type) for c in t.columns)) for t in schema.tables
+    )
     return replace(schema, tables=tuple(tables))
 
 
@@ -178,7 +204,10 @@ def test_a_path_and_its_url_read_the_same(shop: Path) -> None:
 def test_a_database_file_is_opened_read_only_and_left_alone(shop: Path) -> None:
     before = shop.read_bytes()
     reflect(shop, "shop", example_values=1)
-    with _engine(_url(shop)).connect() as connection, pytest.raises(OperationalError, match="readonly"):
+    with (
+        _engine(_url(shop)).connect() as connection,
+        pytest.raises(OperationalError, match="readonly"),
+    ):
         connection.execute(text("DELETE FROM people"))
     assert shop.read_bytes() == before
     assert [path.name for path in shop.parent.iterdir()] == [shop.name]
@@ -186,7 +215,8 @@ def test_a_database_file_is_opened_read_only_and_left_alone(shop: Path) -> None:
 
 def test_indexes_of_full_text_search_are_no_tables(tmp_path: Path) -> None:
     path = build(
-        tmp_path / "a.sqlite", "CREATE VIRTUAL TABLE docs USING fts5(title); CREATE TABLE docs_tags (tag TEXT);"
+        tmp_path / "a.sqlite",
+        "CREATE VIRTUAL TABLE docs USING fts5(title); CREATE TABLE docs_tags (tag TEXT);",
     )
     assert reflect(path, "a").table_names == ("docs", "docs_tags")
 
@@ -206,7 +236,9 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         reflect(path, "x")
 
 
-@pytest.mark.parametrize("url", ["oracle+nosuch://me:secret@host/db", "no such://me:secret@host/db"])
+@pytest.mark.parametrize(
+    "url", ["oracle+nosuch://me:secret@host/db", "no such://me:secret@host/db"]
+)
 def test_no_error_about_a_url_shows_its_password(url: str) -> None:
     with pytest.raises(DataError) as caught:
         reflect(url, "x")
@@ -222,20 +254,27 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_types_are_told_in_the_databases_own_words_without_collation() -> None:
     my, pg, lite = (URL.create(name).get_dialect()() for name in ("mysql", "postgresql", "sqlite"))
-    assert _type_text(mysql.VARCHAR(20, charset="utf8mb4", collation="utf8mb4_bin"), my) == "VARCHAR(20)"
+    assert (
+        _type_text(mysql.VARCHAR(20, charset="utf8mb4", collation="utf8mb4_bin"), my)
+        == "VARCHAR(20)"
+    )
     assert _type_text(mysql.ENUM("a", "b"), my) == "ENUM('a','b')"
     assert _type_text(postgresql.VARCHAR(collation="C"), pg) == "VARCHAR"
     assert _type_text(postgresql.ARRAY(postgresql.INTEGER), pg) == "INTEGER[]"
     assert _type_text(sqlite.NUMERIC(4, 2), lite) == "NUMERIC(4, 2)"
 
 
-def test_examples_are_the_most_frequent_short_printable_values_and_ties_go_by_value(shop: Path) -> None:
+def test_examples_are_the_most_frequent_short_printable_values_and_ties_go_by_value(
+    shop: Path,
+) -> None:
     people = reflect(shop, "shop", example_values=2).table("PEOPLE")
     assert people is not None
     assert [column.examples for column in people.columns] == [("1", "2"), ("Bo", "Ada"), ("a",)]
 
 
-def test_examples_come_from_the_first_rows_only_and_survive_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_examples_come_from_the_first_rows_only_and_survive_bytes_that_are_no_text(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "big.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE t (v TEXT, w TEXT)")
@@ -251,7 +290,15 @@ def test_examples_come_from_the_first_rows_only_and_survive_bytes_that_are_no_te
 
 def test_a_schema_survives_json() -> None:
     schema = Schema(
-        "d", (Table("t", (Column("a", "INT", False, ("1", "é")),), ("a",), SHOP_SCHEMA.tables[0].foreign_keys),)
+        "d",
+        (
+            Table(
+                "t",
+                (Column("a", "INT", False, ("1", "é")),),
+                ("a",),
+                SHOP_SCHEMA.tables[0].foreign_keys,
+            ),
+        ),
     )
     assert Schema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
     assert Schema.from_dict(SHOP_SCHEMA.to_dict()) == SHOP_SCHEMA
@@ -277,7 +324,10 @@ def test_full_form_is_the_schema_itself() -> None:
 def test_tables_form_keeps_whole_tables_in_schema_order_and_drops_keys_that_lead_out() -> None:
     kept = restrict(SHOP_SCHEMA, {"LINES": [], "nothing": ["x"], "order": ["id"]}, "tables")
     assert kept.table_names == ("Order", "lines")
-    assert [table.columns for table in kept.tables] == [SHOP_SCHEMA.tables[0].columns, SHOP_SCHEMA.tables[2].columns]
+    assert [table.columns for table in kept.tables] == [
+        SHOP_SCHEMA.tables[0].columns,
+        SHOP_SCHEMA.tables[2].columns,
+    ]
     assert [table.foreign_keys for table in kept.tables] == [(), SHOP_SCHEMA.tables[2].foreign_keys]
 
 
@@ -289,13 +339,20 @@ def test_reduced_form_keeps_linked_columns_primary_keys_and_both_ends_of_joins()
     }
     assert [table.foreign_keys for table in kept.tables] == [(), SHOP_SCHEMA.tables[3].foreign_keys]
     alone = restrict(SHOP_SCHEMA, {"returns": ["reason"]}, "reduced")
-    assert [(table.column_names, table.foreign_keys) for table in alone.tables] == [(("reason",), ())]
+    assert [(table.column_names, table.foreign_keys) for table in alone.tables] == [
+        (("reason",), ())
+    ]
 
 
 def test_a_join_keeps_the_referred_column_even_if_it_is_no_primary_key() -> None:
-    target = Table("city", (Column("id", "INT"), Column("code", "TEXT"), Column("name", "TEXT")), ("id",))
+    target = Table(
+        "city", (Column("id", "INT"), Column("code", "TEXT"), Column("name", "TEXT")), ("id",)
+    )
     source = Table(
-        "shop", (Column("name", "TEXT"), Column("city", "TEXT")), (), (ForeignKey(("city",), "city", ("code",)),)
+        "shop",
+        (Column("name", "TEXT"), Column("city", "TEXT")),
+        (),
+        (ForeignKey(("city",), "city", ("code",)),),
     )
     kept = restrict(Schema("d", (target, source)), {"shop": ["name"], "city": []}, "reduced")
     assert [table.column_names for table in kept.tables] == [("id", "code"), ("name", "city")]
@@ -303,7 +360,11 @@ def test_a_join_keeps_the_referred_column_even_if_it_is_no_primary_key() -> None
 
 def test_no_restriction_leaves_a_table_without_columns_and_no_links_leave_no_tables() -> None:
     assert restrict(SHOP_SCHEMA, {"returns": []}, "reduced").tables[0].column_names == ("order_id",)
-    assert restrict(SHOP_SCHEMA, {}, "reduced").tables == restrict(SHOP_SCHEMA, {}, "tables").tables == ()
+    assert (
+        restrict(SHOP_SCHEMA, {}, "reduced").tables
+        == restrict(SHOP_SCHEMA, {}, "tables").tables
+        == ()
+    )
 
 
 # Text
@@ -326,7 +387,9 @@ def test_the_three_texts_are_as_promised_to_adapters(shop: Path) -> None:
     ],
 )
 def test_compact_types_are_short_and_keep_what_they_do_not_know(declared: str, short: str) -> None:
-    assert render(Schema("d", (Table("t", (Column("c", declared),)),)), "compact") == f"t(c {short})"
+    assert (
+        render(Schema("d", (Table("t", (Column("c", declared),)),)), "compact") == f"t(c {short})"
+    )
 
 
 def test_ddl_of_a_reflected_database_builds_the_same_database(shop: Path, tmp_path: Path) -> None:
@@ -335,15 +398,27 @@ def test_ddl_of_a_reflected_database_builds_the_same_database(shop: Path, tmp_pa
 
 def test_any_word_can_be_a_name_in_the_ddl(tmp_path: Path) -> None:
     odd = {'a "b"', "1st", "é", "%", "a-b", "two words"}
-    words = sqlite.base.SQLiteIdentifierPreparer.reserved_words | postgresql.base.RESERVED_WORDS | odd
-    tables = (Table(word, (Column(word, "TEXT"), Column(f"{word}_2", "TEXT")), (word,)) for word in sorted(words))
+    words = (
+        sqlite.base.SQLiteIdentifierPreparer.reserved_words | postgresql.base.RESERVED_WORDS | odd
+    )
+    tables = (
+        Table(word, (Column(word, "TEXT"), Column(f"{word}_2", "TEXT")), (word,))
+        for word in sorted(words)
+    )
     schema = Schema("words", tuple(tables))
     assert round_trip(schema, tmp_path) == schema
 
 
 def test_schemas_can_be_read_without_importing_a_database_library() -> None:
-    code = "import sys, ray_sql.schema; print({'sqlalchemy', 'sqlglot', 'torch'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    code = (
+        "import sys, ray_sql.database; print({'sqlalchemy', 'sqlglot', 'torch'} & sys.modules.keys())"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 # tables.json
@@ -358,7 +433,17 @@ def entry(**changes: object) -> dict[str, object]:
         + [[0, "Code"], [0, "Year"]]
         + [[1, "Course"], [1, "Year"], [1, "No"]]
         + [[2, "Id"], [2, "Friend"], [2, "Rival"]],
-        "column_types": ["text", "text", "number", "text", "number", "number", "number", "number", "number"],
+        "column_types": [
+            "text",
+            "text",
+            "number",
+            "text",
+            "number",
+            "number",
+            "number",
+            "number",
+            "number",
+        ],
         "primary_keys": [[1, 2], 6],
         "foreign_keys": [[3, 1], [7, 6], [4, 2], [8, 6], [7, 6]],
         **changes,
@@ -422,14 +507,23 @@ def test_ddl_of_every_spider_database_builds_the_same_database(tmp_path: Path) -
 
 
 @needs_spider
-def test_tables_json_agrees_with_every_spider_database_on_names_and_composite_foreign_keys() -> None:
+def test_tables_json_agrees_with_every_spider_database_on_names_and_composite_foreign_keys() -> (
+    None
+):
     def names(schema: Schema) -> dict[str, list[str]]:
-        tables = [t for t in schema.tables if t.name != "sqlite_sequence"]  # two entries list SQLite's own counter
+        tables = [
+            t for t in schema.tables if t.name != "sqlite_sequence"
+        ]  # two entries list SQLite's own counter
         return {t.name.lower(): [c.lower() for c in t.column_names] for t in tables}
 
     def composites(schema: Schema) -> set[tuple[str, ...]]:
-        keys = ((t.name, key) for t in schema.tables for key in t.foreign_keys if len(key.columns) > 1)
-        return {tuple(name.lower() for name in (table, key.ref_table, *key.columns)) for table, key in keys}
+        keys = (
+            (t.name, key) for t in schema.tables for key in t.foreign_keys if len(key.columns) > 1
+        )
+        return {
+            tuple(name.lower() for name in (table, key.ref_table, *key.columns))
+            for table, key in keys
+        }
 
     written = read_tables_json(SPIDER / "tables.json")
     for path in spider_databases():

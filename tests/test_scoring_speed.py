@@ -5,8 +5,16 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.scoring_speed import RUNAWAYS, demo_pairs, measure, mutated, not_stopped, summary, with_runaways
-from ray_sql.execution import Limits
+from benchmarks.scoring_speed import (
+    RUNAWAYS,
+    demo_pairs,
+    measure,
+    mutated,
+    not_stopped,
+    summary,
+    with_runaways,
+)
+from ray_sql.database import Limits
 from ray_sql.metrics import Pair
 
 LIMITS = Limits(seconds=0.3)
@@ -23,7 +31,10 @@ def gold(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
 def test_every_mutation_changes_the_text_and_most_change_the_verdict(gold: list[Pair]) -> None:
     changed = mutated(gold, random.Random(1))
     assert changed == mutated(gold, random.Random(1))
-    assert all(old.predicted != new.predicted and old.gold == new.gold for old, new in zip(gold, changed, strict=True))
+    assert all(
+        old.predicted != new.predicted and old.gold == new.gold
+        for old, new in zip(gold, changed, strict=True)
+    )
     assert {verdict.verdict for verdict in measure(gold, 2, LIMITS).verdicts} == {"correct"}
     found = Counter(verdict.verdict for verdict in measure(changed, 2, LIMITS).verdicts)
     assert min(found["correct"], found["wrong"], found["error"]) >= 20 and found["gold_error"] == 0

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import models, rows, trainer
+from ray_sql import models, rows
 from ray_sql.data import load
-from ray_sql.rows import Row, Steps, attention, passes, plan, share
+from ray_sql.models import packed_attention
+from ray_sql.rows import Row, Steps, passes, plan, share
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, padded, per_pass, together, visible
+from ray_sql.train import trainer
 from tests.conftest import make_model
 
 FAMILIES = {
@@ -37,7 +39,12 @@ def family(kind: str, folder: Path, **shape: Any) -> Path:
 
     make_model(folder)
     vocabulary = len(AutoTokenizer.from_pretrained(folder))
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     made = AutoConfig.for_model(
         kind, vocab_size=vocabulary, max_position_embeddings=2048, **sizes | FAMILIES[kind] | shape
     )
@@ -52,7 +59,9 @@ def some_rows(count: int = 12, databases: int = 2, seed: int = 0, schema: int = 
     schemas = [[draw.randrange(3, 250) for _ in range(schema)] for _ in range(databases)]
     made = []
     for number in range(count):
-        prompt = schemas[number % databases] + [draw.randrange(3, 250) for _ in range(draw.randint(5, 9))]
+        prompt = schemas[number % databases] + [
+            draw.randrange(3, 250) for _ in range(draw.randint(5, 9))
+        ]
         answer = [draw.randrange(3, 250) for _ in range(draw.randint(4, 8))]
         made.append(Row(str(number), f"db{number % databases}", prompt + answer, len(prompt)))
     return made
@@ -65,7 +74,7 @@ def gradients(
     together: int,
     scratch: Path,
     device: str = "cpu",
-    prepare: Callable[[Any], None] = attention.install,
+    prepare: Callable[[Any], None] = packed_attention.install,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradients of the first step, as the trainer computes them with the attention that `prepare` gives the model."""
     torch.manual_seed(0)
@@ -80,7 +89,9 @@ def gradients(
         built.model.activation_checkpointing_enable()
     model = built.accelerator.prepare(built.model)
     loss = built.training_step(model, next(iter(built.get_train_dataloader())))
-    return float(loss), {name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad}
+    return float(loss), {
+        name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad
+    }
 
 
 def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
@@ -98,7 +109,9 @@ def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
 def test_shared_rows_have_the_gradients_of_separate_ones(
     make_config: Any, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    config = make_config(**settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
+    config = make_config(
+        **settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4}
+    )
     folder, data = family(kind, tmp_path / "model"), some_rows()
     assert why_not_share(models.load_base(str(folder), config), 60, 120) is None
     alone = gradients(folder, data, config, 1, tmp_path)
@@ -107,7 +120,9 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     assert relative_error(shared[1], alone[1]) < 1e-5
 
 
-@pytest.mark.parametrize("prepare", [attention.install, attention.use_mask], ids=["by-parts", "mask"])
+@pytest.mark.parametrize(
+    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["by-parts", "mask"]
+)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "phi3"])
 def test_a_pass_of_several_shared_rows_has_them_too(
     make_config: Any, tmp_path: Path, kind: str, prepare: Callable[[Any], None]
@@ -128,10 +143,14 @@ def test_a_pass_of_several_shared_rows_has_them_too(
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     make_config: Any, tmp_path: Path, task: str, kind: str
 ) -> None:
-    config = make_config(task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2})
+    config = make_config(
+        task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2}
+    )
     corpus = load(config)
     folder = family(kind, tmp_path / "model")
-    made, _ = rows.build(corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(folder)), config)
+    made, _ = rows.build(
+        corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(folder)), config
+    )
     alone, shared = (gradients(folder, made, config, together, tmp_path) for together in (1, 8))
     computed, alone_computed = rows.tokens(made, config)
     assert computed < 0.8 * alone_computed, "schemas are shared"
@@ -145,24 +164,30 @@ def test_attention_weights_that_are_not_kept_are_computed_again(
     config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
     folder, data = family("llama", tmp_path / "model"), some_rows()
     kept = gradients(folder, data, config, 8, tmp_path)
-    monkeypatch.setattr(attention, "KEPT", 0)
+    monkeypatch.setattr(packed_attention, "KEPT", 0)
     again = gradients(folder, data, config, 8, tmp_path)
     assert again[0] == kept[0] and relative_error(again[1], kept[1]) < 1e-7
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, kind: str) -> None:
-    model = models.load_base(str(family(kind, tmp_path)), make_config(**{"quantization.load_in_4bit": False}))
-    attention.use_mask(model)
+    model = models.load_base(
+        str(family(kind, tmp_path)), make_config(**{"quantization.load_in_4bit": False})
+    )
+    packed_attention.use_mask(model)
     made = rows.collate(share(some_rows(9, databases=2), 9, 10_000), pad=0)
     inputs = rows.model_inputs(made, model)
-    with torch.no_grad():  # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
+    with (
+        torch.no_grad()
+    ):  # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
         masked, flexed, unmasked = (
             model(**inputs | {"attention_mask": mask}).logits
-            for mask in (inputs["attention_mask"], attention.block_mask(made.segments), None)
+            for mask in (inputs["attention_mask"], packed_attention.block_mask(made.segments), None)
         )
     assert float((flexed - masked).norm() / masked.norm()) < 1e-5
-    assert float((unmasked - masked).norm() / masked.norm()) > 0.05, "a mask that nobody heeds shows"
+    assert float((unmasked - masked).norm() / masked.norm()) > 0.05, (
+        "a mask that nobody heeds shows"
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
@@ -183,7 +208,12 @@ def test_two_ranks_halves_of_a_step_add_up_to_the_whole(
     config = make_config(**{"lora.lora_dropout": 0, **parts})
     folder, data = family(kind, tmp_path / "model"), some_rows(8)
     built = trainer.build(
-        models.load_base(str(folder), config), models.load_tokenizer(str(folder)), data, config, 8, tmp_path
+        models.load_base(str(folder), config),
+        models.load_tokenizer(str(folder)),
+        data,
+        config,
+        8,
+        tmp_path,
     )
     torch.manual_seed(1)
     for name, weight in built.model.named_parameters():
@@ -191,19 +221,31 @@ def test_two_ranks_halves_of_a_step_add_up_to_the_whole(
             weight.data.normal_(std=0.05)
     wanted = Steps(data, config, 1, 0, 1, pad=0)[0]
     found = []
-    for steps in ([Steps(data, config, 8 // batch, rank, 2, pad=0)[0] for rank in (0, 1)], [wanted]):
+    for steps in (
+        [Steps(data, config, 8 // batch, rank, 2, pad=0)[0] for rank in (0, 1)],
+        [wanted],
+    ):
         built.model.zero_grad()
         for step in steps:
             built.training_step(built.model, step)
-        found.append({name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad})
+        found.append(
+            {name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad}
+        )
     assert relative_error(*found) < 1e-5
 
 
-def test_a_rank_without_an_example_exchanges_gradients_of_nothing(make_config: Any, tmp_path: Path) -> None:
+def test_a_rank_without_an_example_exchanges_gradients_of_nothing(
+    make_config: Any, tmp_path: Path
+) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "scaling.num_workers": 2})
     folder, data = family("llama", tmp_path / "model"), some_rows(1)
     built = trainer.build(
-        models.load_base(str(folder), config), models.load_tokenizer(str(folder)), data, config, 8, tmp_path
+        models.load_base(str(folder), config),
+        models.load_tokenizer(str(folder)),
+        data,
+        config,
+        8,
+        tmp_path,
     )
     idle = Steps(data, config, 8, 1, 2, pad=0)[0]
     assert float(built.training_step(built.model, idle)) == 0 and idle.labels > 0
@@ -211,8 +253,13 @@ def test_a_rank_without_an_example_exchanges_gradients_of_nothing(make_config: A
 
 
 @pytest.mark.parametrize("together", [1, 3, 8])
-def test_every_epoch_sees_every_example_once_in_steps_of_the_global_batch(make_config: Any, together: int) -> None:
-    config, data = make_config(**{"grad_accum_steps": 5, "num_epochs": 2}), some_rows(23, databases=3)
+def test_every_epoch_sees_every_example_once_in_steps_of_the_global_batch(
+    make_config: Any, together: int
+) -> None:
+    config, data = (
+        make_config(**{"grad_accum_steps": 5, "num_epochs": 2}),
+        some_rows(23, databases=3),
+    )
     steps = plan(data, config, together)
     assert len(steps) == config.steps(23) == 10
     first, second = ([index for step in half for index in step] for half in (steps[:5], steps[5:]))
@@ -247,11 +294,30 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "shared"),
-    [(1, 1), (4, 2), (8, 2), (9, 3), (13, 3), (14, 2), (16, 4), (32, 4), (36, 6), (64, 8), (256, 8)],
+    [
+        (1, 1),
+        (4, 2),
+        (8, 2),
+        (9, 3),
+        (13, 3),
+        (14, 2),
+        (16, 4),
+        (32, 4),
+        (36, 6),
+        (64, 8),
+        (256, 8),
+    ],
 )
-def test_auto_leaves_a_step_as_many_rows_as_a_row_has_questions(make_config: Any, batch: int, shared: int) -> None:
-    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": "auto"})) == shared
-    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == min(batch, 32)
+def test_auto_leaves_a_step_as_many_rows_as_a_row_has_questions(
+    make_config: Any, batch: int, shared: int
+) -> None:
+    assert (
+        together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": "auto"}))
+        == shared
+    )
+    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == min(
+        batch, 32
+    )
 
 
 def test_a_databases_groups_are_spread_over_the_epoch() -> None:
@@ -260,14 +326,18 @@ def test_a_databases_groups_are_spread_over_the_epoch() -> None:
         order = epoch_order(databases, 4, random.Random(seed))
         groups = [databases[order[start]] for start in range(0, 80, 4)]
         fourths = [groups[start : start + 5].count("b") for start in range(0, 20, 5)]
-        assert max(fourths) <= 2, f"four of twenty groups are b's, one placed in each fourth: {groups}"
+        assert max(fourths) <= 2, (
+            f"four of twenty groups are b's, one placed in each fourth: {groups}"
+        )
 
 
 def test_rows_hold_one_database_and_no_more_than_they_may() -> None:
     data = some_rows(20, databases=3)
     made = share(data, 4, 10_000)
     assert sorted(row.id for one in made for row in one.examples) == sorted(row.id for row in data)
-    assert all(len({row.db_id for row in one.examples}) == 1 and len(one.examples) <= 4 for one in made)
+    assert all(
+        len({row.db_id for row in one.examples}) == 1 and len(one.examples) <= 4 for one in made
+    )
     short = share(data, 4, 80)
     assert all(one.tokens <= 80 for one in short if one.prefix) and len(short) > len(made)
     assert all(one.prefix == 40 for one in made if len(one.examples) > 1)
@@ -291,7 +361,9 @@ def test_a_trimmed_schema_does_not_cost_the_others_their_prefix() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize(("batch", "shared"), [(2, 8), (8, 2), (16, 2)])
-def test_ranks_share_a_step_about_equally(make_config: Any, world: int, batch: int, shared: int) -> None:
+def test_ranks_share_a_step_about_equally(
+    make_config: Any, world: int, batch: int, shared: int
+) -> None:
     data = some_rows(16, databases=2)
     config = make_config(**{"train_batch_size": batch})
     shares = [passes(data, config, shared, rank, world) for rank in range(world)]
@@ -299,24 +371,40 @@ def test_ranks_share_a_step_about_equally(make_config: Any, world: int, batch: i
     assert sorted(seen) == sorted(row.id for row in data)
     loads = [sum(one.tokens for rows_ in each for one in rows_) for each in shares]
     assert min(loads) > 0.5 * max(loads)
-    held = [sum(len(one.examples) for one in rows_) for each in shares for rows_ in each if len(rows_) > 1]
+    held = [
+        sum(len(one.examples) for one in rows_)
+        for each in shares
+        for rows_ in each
+        if len(rows_) > 1
+    ]
     assert all(examples <= batch for examples in held) and bool(held) == (batch > shared)
     assert sum(map(len, shares)) <= world * -(-len(data) // (world * max(batch, shared))) + world
 
 
 @pytest.mark.parametrize(("batch", "shared"), [(8, 2), (32, 8), (1, 8), (8, 1)])
-def test_every_halving_makes_the_largest_pass_smaller(make_config: Any, batch: int, shared: int) -> None:
+def test_every_halving_makes_the_largest_pass_smaller(
+    make_config: Any, batch: int, shared: int
+) -> None:
     data = some_rows(32, databases=4, schema=400)
     config = make_config(
-        **{"train_batch_size": batch, "grad_accum_steps": 32 // batch, "rows.examples_per_row": shared}
+        **{
+            "train_batch_size": batch,
+            "grad_accum_steps": 32 // batch,
+            "rows.examples_per_row": shared,
+        }
     )
     computed, sizes = [], []
     for halvings in range(per_pass(config, shared).bit_length()):
         made = passes(data, config, shared, 0, 1, halvings)
         computed.append(max(map(padded, made)))
         sizes.append(max(sum(len(row.examples) for row in one) for one in made))
-    assert sizes == [max(batch, shared) >> halvings for halvings in range(len(sizes))] and sizes[-1] == 1
-    assert computed == sorted(set(computed), reverse=True), "every pass is smaller than the one before"
+    assert (
+        sizes == [max(batch, shared) >> halvings for halvings in range(len(sizes))]
+        and sizes[-1] == 1
+    )
+    assert computed == sorted(set(computed), reverse=True), (
+        "every pass is smaller than the one before"
+    )
     if batch > shared:
         assert computed[1] < 0.6 * computed[0], "rows go first"
 
@@ -347,14 +435,22 @@ def test_positions_of_a_shared_row_are_those_of_its_examples(tmp_path: Path) -> 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=60, n_embd=32, n_layer=1, n_head=2))
-    assert why_not_share(model, 60, 480) is None, "a row may be longer than the model's last position"
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=60, n_embd=32, n_layer=1, n_head=2)
+    )
+    assert why_not_share(model, 60, 480) is None, (
+        "a row may be longer than the model's last position"
+    )
 
 
-def test_a_sliding_window_shorter_than_an_example_is_refused(make_config: Any, tmp_path: Path) -> None:
+def test_a_sliding_window_shorter_than_an_example_is_refused(
+    make_config: Any, tmp_path: Path
+) -> None:
     config = make_config(**{"quantization.load_in_4bit": False})
     base = models.load_base(str(family("mistral", tmp_path / "model", sliding_window=32)), config)
-    assert "window of 32 tokens, but the longest example has 60" in (why_not_share(base, 60, 120) or "")
+    assert "window of 32 tokens, but the longest example has 60" in (
+        why_not_share(base, 60, 120) or ""
+    )
     assert why_not_share(base, 32, 120) is None
 
 
@@ -362,7 +458,9 @@ def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> Non
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4))
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4)
+    )
     assert why_not_share(model, 60, 120)
 
 
@@ -370,11 +468,13 @@ def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
     make_config: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = models.load_base(str(tiny_model), make_config())
-    monkeypatch.setattr(attention, "spans", lambda *_: 1 / 0)
+    monkeypatch.setattr(packed_attention, "spans", lambda *_: 1 / 0)
     assert why_not_share(base, 60, 120) is None
-    assert base.config._attn_implementation == attention.MASKED
-    attention.install(base)
-    assert base.config._attn_implementation == attention.MASKED, "what failed once is not tried again"
+    assert base.config._attn_implementation == packed_attention.MASKED
+    packed_attention.install(base)
+    assert base.config._attn_implementation == packed_attention.MASKED, (
+        "what failed once is not tried again"
+    )
 
 
 def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:

@@ -7,11 +7,21 @@ from typing import Any
 import pytest
 
 from ray_sql import generate
-from ray_sql.generate import Question, attention, plain, shared
-from ray_sql.models import load_tokenizer
+from ray_sql.generate import Question, decoder, hf_generate
+from ray_sql.models import decode_attention, load_tokenizer
 
-WIDTH = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = WIDTH | {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": 2}
+WIDTH = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = WIDTH | {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
 FAMILIES = {
     "llama": GROUPED,
     "qwen2": GROUPED,
@@ -50,7 +60,9 @@ def adapted(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(2)
-    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")).eval()
+    made = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    ).eval()
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if "lora_" in name:
@@ -73,7 +85,11 @@ def several(vocabulary: int) -> list[Question]:
     asked = [question("many", many + tokens(draw.randrange(1, 12))) for _ in range(9)]
     asked += [asked[3], asked[3]]
     asked += [question("few", few + tokens(length)) for length in (2, 7)]
-    asked += [question("trimmed", few[:10] + tokens(30)), question("trimmed", tokens(5)), question("short", tokens(1))]
+    asked += [
+        question("trimmed", few[:10] + tokens(30)),
+        question("trimmed", tokens(5)),
+        question("short", tokens(1)),
+    ]
     asked += [question("same", few), question("same", few)]
     asked += [question(f"single {number}", tokens(20 + number)) for number in range(4)]
     draw.shuffle(asked)
@@ -84,8 +100,12 @@ def told(answers: list[generate.Answer]) -> list[tuple[str, int, int]]:
     return [(answer.raw, answer.prompt_tokens, answer.new_tokens) for answer in answers]
 
 
-def one_by_one(model: Any, tokenizer: Any, asked: list[Question], limit: int) -> list[tuple[str, int, int]]:
-    return [told(plain.answer_batch(model, tokenizer, [one.input_ids], limit))[0] for one in asked]
+def one_by_one(
+    model: Any, tokenizer: Any, asked: list[Question], limit: int
+) -> list[tuple[str, int, int]]:
+    return [
+        told(hf_generate.answer_batch(model, tokenizer, [one.input_ids], limit))[0] for one in asked
+    ]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "adapter"])
@@ -97,34 +117,52 @@ def test_answers_are_those_of_one_by_one_decoding(tokenizer: Any, family: str, l
     alone = one_by_one(model, tokenizer, asked, 24)
     assert len(set(alone)) > 10
     before = model.config._attn_implementation
-    assert (shared.why_not(model, 80) is None) == (family in SHARES)
+    assert (decoder.why_not(model, 80) is None) == (family in SHARES)
     whole: list[str] = []
     for together in (None, 1, 3, 16):
         answers = generate.answer(
-            model, tokenizer, asked, together=together, batch_size=4, max_new_tokens=24, on_whole=whole.append
+            model,
+            tokenizer,
+            asked,
+            together=together,
+            batch_size=4,
+            max_new_tokens=24,
+            on_whole=whole.append,
         )
         assert told(answers) == alone
-    assert len(whole) == (0 if family in SHARES else 4), "a model that has to compute prompts whole says so"
+    assert len(whole) == (0 if family in SHARES else 4), (
+        "a model that has to compute prompts whole says so"
+    )
     assert model.config._attn_implementation == before
 
 
-def test_answers_are_the_same_without_the_kernel_for_cpus(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_the_same_without_the_kernel_for_cpus(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = several(len(tokenizer))
     model = adapted(build("llama", len(tokenizer)))
     alone = one_by_one(model, tokenizer, asked, 24)
-    monkeypatch.setattr(attention, "_flash", attention._plain)
+    monkeypatch.setattr(decode_attention, "_flash", decode_attention._plain)
     for together in (None, 3):
-        assert told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24)) == alone
+        assert (
+            told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24))
+            == alone
+        )
 
 
 def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
     model = build("llama", len(tokenizer))
-    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 17))  # one token in seventeen ends a turn
+    model.generation_config.eos_token_id = list(
+        range(0, len(tokenizer), 17)
+    )  # one token in seventeen ends a turn
     asked = several(len(tokenizer)) * 2
     alone = one_by_one(model, tokenizer, asked, 60)
     assert len({length for _, _, length in alone}) > 6
     for together in (None, 5):
-        assert told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=60)) == alone
+        assert (
+            told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=60))
+            == alone
+        )
 
 
 def test_room_for_few_tokens_is_enough(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,21 +170,27 @@ def test_room_for_few_tokens_is_enough(tokenizer: Any, monkeypatch: pytest.Monke
     asked = several(len(tokenizer))
     alone = one_by_one(model, tokenizer, asked, 12)
     for tokens in (0, 90, 300):
-        monkeypatch.setattr(shared, "memory", lambda model, tokens=tokens: tokens * shared.token_bytes(model))
+        monkeypatch.setattr(
+            decoder, "memory", lambda model, tokens=tokens: tokens * decoder.token_bytes(model)
+        )
         assert told(generate.answer(model, tokenizer, asked, max_new_tokens=12)) == alone
 
 
-def test_a_prefix_is_computed_once_for_all_its_questions(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_is_computed_once_for_all_its_questions(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("llama", len(tokenizer))
     computed: list[int] = []
-    prefill = shared._Decoder._prefill
+    prefill = decoder._Decoder._prefill
     monkeypatch.setattr(
-        shared._Decoder, "_prefill", lambda self, tokens: computed.append(len(tokens)) or prefill(self, tokens)
+        decoder._Decoder,
+        "_prefill",
+        lambda self, tokens: computed.append(len(tokens)) or prefill(self, tokens),
     )
     schema = list(range(3, 60))
     asked = [question("one", [*schema, 70 + number, 71]) for number in range(20)]
     generate.answer(model, tokenizer, asked, together=4, max_new_tokens=3)
-    assert computed[shared.DRAWS :] == [len(schema)]  # those before are the probe's
+    assert computed[decoder.DRAWS :] == [len(schema)]  # those before are the probe's
 
 
 def test_groups_share_at_least_half_of_every_prompt() -> None:
@@ -158,11 +202,11 @@ def test_groups_share_at_least_half_of_every_prompt() -> None:
         schema[:30] + [301] * 5,
         schema[:20] + [9] * 200,
     ]
-    groups = shared.group(prompts, ["a"] * 5)
+    groups = decoder.group(prompts, ["a"] * 5)
     found = {frozenset(one.questions): one.prefix for one in groups}
     assert found == {frozenset({0, 1}): 100, frozenset({2, 3}): 30, frozenset({4}): 219}
-    assert [one.prefix for one in shared.group(prompts[:2], ["a", "b"])] == [101, 100]
-    assert [one.prefix for one in shared.group([schema, schema], ["a", "a"])] == [99]
+    assert [one.prefix for one in decoder.group(prompts[:2], ["a", "b"])] == [101, 100]
+    assert [one.prefix for one in decoder.group([schema, schema], ["a", "a"])] == [99]
 
 
 @pytest.mark.parametrize(
@@ -175,14 +219,16 @@ def test_groups_share_at_least_half_of_every_prompt() -> None:
         ),
     ],
 )
-def test_what_only_long_prompts_show_is_found_in_the_settings(tokenizer: Any, settings: Any, reason: str) -> None:
+def test_what_only_long_prompts_show_is_found_in_the_settings(
+    tokenizer: Any, settings: Any, reason: str
+) -> None:
     model = build("llama", len(tokenizer))
     model.config.max_position_embeddings = 60
-    assert shared.why_not(model, 80) is None
+    assert decoder.why_not(model, 80) is None
     for name, value in settings.items():
         setattr(model.config, name, value)
-    assert shared.why_not(model, 40) is None
-    assert reason in (shared.why_not(model, 80) or "")
+    assert decoder.why_not(model, 40) is None
+    assert reason in (decoder.why_not(model, 80) or "")
 
 
 def test_bfloat16_answers_too(tokenizer: Any) -> None:
@@ -190,7 +236,7 @@ def test_bfloat16_answers_too(tokenizer: Any) -> None:
 
     model = build("llama", len(tokenizer)).to(torch.bfloat16)
     asked = several(len(tokenizer))
-    assert shared.why_not(model, 80) is None
+    assert decoder.why_not(model, 80) is None
     answers = generate.answer(model, tokenizer, asked, max_new_tokens=8)
     assert [answer.prompt_tokens for answer in answers] == [len(one.input_ids) for one in asked]
 
@@ -213,7 +259,9 @@ def test_beams_are_kept_best_first(tokenizer: Any) -> None:
     greedy = generate.answer(model, tokenizer, asked, max_new_tokens=6)
     found = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3, batch_size=2)
     assert all(answer.candidates == [] for answer in greedy)
-    assert all(len(answer.candidates) == 3 and answer.candidates[0] == answer.raw for answer in found)
+    assert all(
+        len(answer.candidates) == 3 and answer.candidates[0] == answer.raw for answer in found
+    )
     alone = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3)
     assert [one.candidates for one in alone] == [one.candidates for one in found]
     assert any(a.raw != b.raw for a, b in zip(greedy, found, strict=True))
@@ -229,10 +277,14 @@ def test_the_kernel_for_cpus_gives_what_plain_arithmetic_gives(prefix: int) -> N
         return torch.randn(*shape, generator=draw)
 
     query, key, value = some(4, 2, 6, 16), some(4, 2, 9, 16), some(4, 2, 9, 16)
-    bias = torch.zeros(4, 1, 6, 9).masked_fill_(some(4, 1, 6, 9) > 1, torch.finfo(torch.float32).min)
+    bias = torch.zeros(4, 1, 6, 9).masked_fill_(
+        some(4, 1, 6, 9) > 1, torch.finfo(torch.float32).min
+    )
     if prefix:  # seen whole, by all
         query, key, value, bias = query[:1], some(1, 2, prefix, 16), some(1, 2, prefix, 16), None
     for found, wanted in zip(
-        attention._flash(query, key, value, bias, 0.3), attention._plain(query, key, value, bias, 0.3), strict=True
+        decode_attention._flash(query, key, value, bias, 0.3),
+        decode_attention._plain(query, key, value, bias, 0.3),
+        strict=True,
     ):
         torch.testing.assert_close(found, wanted)

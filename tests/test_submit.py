@@ -30,7 +30,7 @@ from mlflow.tracking import MlflowClient
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from benchmarks.mlflow_server import Server, free_port
-from ray_sql import checkpoints
+from ray_sql.store import checkpoints
 from tests.test_cluster_files import LEFT
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -58,13 +58,21 @@ class Head:
         self._token = folder / "token"
         self._token.write_text(SECRETS["RAY_AUTH_TOKEN_PATH"])
         for name in ("ray_sql", "jobs"):
-            shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         for name in (".rayignore", ".gitignore"):
             shutil.copy(ROOT / name, self.project)
-        settings |= {"scaling": {"storage_path": str(self.runs), "resources_per_worker": {"CPU": 1}}}
+        settings |= {
+            "scaling": {"storage_path": str(self.runs), "resources_per_worker": {"CPU": 1}}
+        }
         settings |= {"cache_dir": str(folder / "cache")}
         (self.project / "tiny.yaml").write_text(json.dumps(settings))
-        self.sent = {str(path.relative_to(self.project)) for path in self.project.rglob("*") if path.is_file()}
+        self.sent = {
+            str(path.relative_to(self.project))
+            for path in self.project.rglob("*")
+            if path.is_file()
+        }
         for name in LEFT:
             (self.project / name).parent.mkdir(parents=True, exist_ok=True)
             (self.project / name).write_text("x" * 1000)
@@ -86,13 +94,34 @@ class Head:
 
     def environment(self, **more: str) -> dict[str, str]:
         """What a shell on the head has, without any secret."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "PYTHONPATH"))
+        }
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return kept | {"PATH": path, "HOME": str(self._folder / "home"), "RAY_AUTH_MODE": "token", **more}
+        return kept | {
+            "PATH": path,
+            "HOME": str(self._folder / "home"),
+            "RAY_AUTH_MODE": "token",
+            **more,
+        }
 
     def _launched(self) -> subprocess.Popen[bytes]:
-        ports = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
-        command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--port=0", f"--temp-dir={self.temp}"]
+        ports = (
+            "dashboard-agent-listen-port",
+            "dashboard-agent-grpc-port",
+            "runtime-env-agent-port",
+        )
+        command = [
+            "ray",
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            "--port=0",
+            f"--temp-dir={self.temp}",
+        ]
         command += [f"--dashboard-port={self.address.rpartition(':')[2]}", "--disable-usage-stats"]
         command += [f"--{name}={free_port()}" for name in (*ports, "ray-client-server-port")]
         command += ["--object-store-memory=100000000"]
@@ -100,9 +129,13 @@ class Head:
             "HF_TOKEN": SECRETS["HF_TOKEN"],
             "MLFLOW_TRACKING_USERNAME": "me",
             "MLFLOW_TRACKING_PASSWORD": SECRETS["MLFLOW_TRACKING_PASSWORD"],
-            "MLFLOW_TRACKING_URI": self.mlflow.uri.replace("://", f"://me:{SECRETS['MLFLOW_TRACKING_URI']}@"),
+            "MLFLOW_TRACKING_URI": self.mlflow.uri.replace(
+                "://", f"://me:{SECRETS['MLFLOW_TRACKING_URI']}@"
+            ),
         }
-        given = self.environment(RAY_AUTH_TOKEN_PATH=str(self._token), RAY_JOB_STOP_WAIT_TIME_S="60", **secrets)
+        given = self.environment(
+            RAY_AUTH_TOKEN_PATH=str(self._token), RAY_JOB_STOP_WAIT_TIME_S="60", **secrets
+        )
         with (self._folder / "head.log").open("wb") as log:
             return subprocess.Popen(
                 command, cwd=self._folder, env=given, stdout=log, stderr=log, start_new_session=True
@@ -115,9 +148,14 @@ class Head:
         """Every process of this head by its id, so that nothing else on the machine is touched."""
         if self._process is None or self._process.poll() is not None:
             return
-        ours = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        ours = [
+            psutil.Process(self._process.pid),
+            *psutil.Process(self._process.pid).children(recursive=True),
+        ]
         self._process.terminate()
-        _, alive = psutil.wait_procs(ours, timeout=3)  # Ray itself would drain the node for half a minute
+        _, alive = psutil.wait_procs(
+            ours, timeout=3
+        )  # Ray itself would drain the node for half a minute
         for process in alive:
             process.kill()
         self._process.wait()
@@ -125,7 +163,11 @@ class Head:
     def submit(self, *flags: str) -> str:
         """The id of a job that fine-tunes with `tiny.yaml` and these flags."""
         command = " ".join(["python -m jobs.finetune --config tiny.yaml", *flags])
-        return str(self.client.submit_job(entrypoint=command, runtime_env={"working_dir": str(self.project)}))
+        return str(
+            self.client.submit_job(
+                entrypoint=command, runtime_env={"working_dir": str(self.project)}
+            )
+        )
 
     def wait(self, job: str, until: Callable[[], bool] = lambda: False) -> JobDetails:
         """The job once it has ended, or something else has come true."""
@@ -138,7 +180,9 @@ class Head:
     def files(self) -> Iterator[Path]:
         """Every file that this head and its jobs have left, but the one that holds Ray's token."""
         for folder in (self._folder, self.temp):
-            yield from (path for path in folder.rglob("*") if path.is_file() and path != self._token)
+            yield from (
+                path for path in folder.rglob("*") if path.is_file() and path != self._token
+            )
 
     def states(self, name: str) -> dict[str, str]:
         """MLflow's runs of this name: id and state."""
@@ -197,7 +241,9 @@ class Submitted:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, spider_folder: Path) -> Iterator[Head]:
+def head(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, spider_folder: Path
+) -> Iterator[Head]:
     settings = {
         "model_name": str(tiny_model),
         "task_type": "sql",
@@ -210,7 +256,13 @@ def head(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, spider_fold
         "lora": {"r": 4, "lora_alpha": 8},
         "train": {"max_steps": STEPS, "logging_steps": 1, "bf16": False},
         "data": {"split_by": "question", "validation_fraction": 0.1},
-        "evaluate": {"limit": 2, "max_new_tokens": 64, "select_examples": 2, "processes": 1, "baseline": False},
+        "evaluate": {
+            "limit": 2,
+            "max_new_tokens": 64,
+            "select_examples": 2,
+            "processes": 1,
+            "baseline": False,
+        },
     }
     folder = tmp_path_factory.mktemp("submit")
     (folder / "mlflow").mkdir()
@@ -235,25 +287,50 @@ def stopped(head: Head) -> Stopped:
     assert head.client.stop_job(job)
     info, log = head.wait(job), head.client.get_job_logs(job)
     assert not (head.runs / "run" / "adapter").exists(), log
-    return Stopped(info, log, checkpoints.complete(str(head.runs / "run"))[-1].step, head.states("run"))
+    return Stopped(
+        info, log, checkpoints.complete(str(head.runs / "run"))[-1].step, head.states("run")
+    )
 
 
 @pytest.fixture(scope="module")
 def submitted(head: Head, stopped: Stopped) -> Submitted:
     """The run submitted as the page says."""
-    command = ["ray", "job", "submit", "--address", head.address, "--submission-id", "again", "--working-dir", "."]
-    command += ["--", "python", "-m", "jobs.finetune", "--config", "tiny.yaml", "--output_name", "run"]
+    command = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--submission-id",
+        "again",
+        "--working-dir",
+        ".",
+    ]
+    command += [
+        "--",
+        "python",
+        "-m",
+        "jobs.finetune",
+        "--config",
+        "tiny.yaml",
+        "--output_name",
+        "run",
+    ]
     watched, ended = Watched(), threading.Event()
     looking = threading.Thread(target=watched.until, args=(ended,))
     looking.start()
     given = head.environment(RAY_AUTH_TOKEN=SECRETS["RAY_AUTH_TOKEN_PATH"])
     try:
-        done = subprocess.run(command, cwd=head.project, env=given, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=head.project, env=given, capture_output=True, text=True, timeout=300
+        )
     finally:
         ended.set()
         looking.join()
     log = head.client.get_job_logs("again")
-    return Submitted(done.returncode, done.stdout + done.stderr, log, head.client.get_job_info("again"), watched)
+    return Submitted(
+        done.returncode, done.stdout + done.stderr, log, head.client.get_job_info("again"), watched
+    )
 
 
 def steps(log: str) -> list[int]:
@@ -263,15 +340,22 @@ def steps(log: str) -> list[int]:
 
 def weights(folder: Path) -> str:
     """The hash of an adapter's file, to the last byte."""
-    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def test_a_stopped_job_ends_in_order(stopped: Stopped) -> None:
     assert (stopped.info.status, stopped.info.driver_exit_code) == (JobStatus.STOPPED, None)
     assert "Traceback" not in stopped.log and "error: " not in stopped.log
     assert 0 < stopped.step < STEPS and steps(stopped.log)[0] == 1
-    assert stopped.step == steps(stopped.log)[-1], "the last step that was made is the one that was saved"
-    assert f"stopped; checkpoint-{stopped.step} is saved: the same command goes on from there" in stopped.log
+    assert stopped.step == steps(stopped.log)[-1], (
+        "the last step that was made is the one that was saved"
+    )
+    assert (
+        f"stopped; checkpoint-{stopped.step} is saved: the same command goes on from there"
+        in stopped.log
+    )
     assert list(stopped.runs.values()) == ["KILLED"]
 
 
@@ -282,9 +366,13 @@ def test_the_same_command_goes_on_and_its_log_is_plain_lines(
     assert submitted.info.status == JobStatus.SUCCEEDED and submitted.info.driver_exit_code == 0
     assert steps(submitted.log) == list(range(stopped.step + 1, STEPS + 1))
     own = submitted.log.partition("Running entrypoint")[2].splitlines()
-    assert not [line for line in own if any(unicodedata.category(sign) == "Cc" for sign in line)], "nothing moves"
+    assert not [line for line in own if any(unicodedata.category(sign) == "Cc" for sign in line)], (
+        "nothing moves"
+    )
     assert submitted.log.rstrip("\n") in submitted.shown, "ray job submit shows the same lines"
-    assert head.states("run") == dict.fromkeys(stopped.runs, "FINISHED"), "one run in MLflow, whatever happened to it"
+    assert head.states("run") == dict.fromkeys(stopped.runs, "FINISHED"), (
+        "one run in MLflow, whatever happened to it"
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 0])
@@ -292,10 +380,20 @@ def test_the_same_command_never_stopped_trains_the_same_adapter_here(
     head: Head, submitted: Submitted, workers: int
 ) -> None:
     name = f"here-{workers}"
-    command = [sys.executable, "-m", "jobs.finetune", "--config", "tiny.yaml", "--output_name", name]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.finetune",
+        "--config",
+        "tiny.yaml",
+        "--output_name",
+        name,
+    ]
     command += ["--scaling.num_workers", str(workers), "--tracking.uri", head.mlflow.uri]
     shell = head.environment(RAY_AUTH_TOKEN="ofAnotherClusterThatStartsHere0123456789")
-    done = subprocess.run(command, cwd=head.project, env=shell, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=head.project, env=shell, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(head.runs / name) == weights(head.runs / "run")
     (here,), (there,) = head.states(name), head.states("run")
@@ -304,7 +402,9 @@ def test_the_same_command_never_stopped_trains_the_same_adapter_here(
 
 
 def test_what_the_user_can_fix_is_exit_code_2_and_one_line(head: Head) -> None:
-    job = head.submit("--output_name wrong --dataset_id /nowhere/at/all --write_token hf_onTheCommandLine")
+    job = head.submit(
+        "--output_name wrong --dataset_id /nowhere/at/all --write_token hf_onTheCommandLine"
+    )
     info, log = head.wait(job), head.client.get_job_logs(job)
     assert info.status == JobStatus.FAILED and info.driver_exit_code == 2
     own = [line for line in log.splitlines() if line.startswith(("error: ", "warning: "))]
@@ -312,17 +412,34 @@ def test_what_the_user_can_fix_is_exit_code_2_and_one_line(head: Head) -> None:
     assert "/nowhere/at/all" in own[1] and "Traceback" not in log
 
 
-@pytest.mark.parametrize("token,status", [(None, 401), ("a-token-of-another-cluster-0123456789", 403)])
-def test_without_the_heads_token_nothing_is_submitted(head: Head, token: str | None, status: int) -> None:
+@pytest.mark.parametrize(
+    "token,status", [(None, 401), ("a-token-of-another-cluster-0123456789", 403)]
+)
+def test_without_the_heads_token_nothing_is_submitted(
+    head: Head, token: str | None, status: int
+) -> None:
     before = [job.submission_id for job in head.client.list_jobs()]
-    command = ["ray", "job", "submit", "--address", head.address, "--", "python", "-c", "print('done')"]
+    command = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--",
+        "python",
+        "-c",
+        "print('done')",
+    ]
     given = head.environment(RAY_AUTH_TOKEN=token) if token else head.environment()
-    done = subprocess.run(command, cwd=head.project, env=given, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=head.project, env=given, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and "done" not in done.stdout
     request = urllib.request.Request(
         f"{head.address}/api/jobs/",
         json.dumps({"entrypoint": "true"}).encode(),
-        {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {}),
+        {"Content-Type": "application/json"}
+        | ({"Authorization": f"Bearer {token}"} if token else {}),
     )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=10)
@@ -343,9 +460,16 @@ def test_no_secret_of_the_environment_is_left_anywhere(head: Head, submitted: Su
         assert SECRETS[name] in driver[name], "it was there to be leaked"
     assert any("RayTrainWorker" in command for command in submitted.watched.commands)
     left = {f"{path}": path.read_bytes() for path in head.files()}
-    assert any(name.endswith("mlflow.db") for name in left) and any("job-driver-again.log" in name for name in left)
+    assert any(name.endswith("mlflow.db") for name in left) and any(
+        "job-driver-again.log" in name for name in left
+    )
     left |= {f"command {command}": command.encode() for command in submitted.watched.commands}
     left["job records"] = repr(head.client.list_jobs()).encode()
     left["job log"], left["ray job submit"] = submitted.log.encode(), submitted.shown.encode()
-    found = {(name, secret) for name, data in left.items() for secret in SECRETS.values() if secret.encode() in data}
+    found = {
+        (name, secret)
+        for name, data in left.items()
+        for secret in SECRETS.values()
+        if secret.encode() in data
+    }
     assert not found

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import cluster, prepare, timing, train
-from ray_sql.timing import Reading, StepClock, Stragglers, slowest
+from ray_sql import cluster, train
+from ray_sql.finetune import prepare
+from ray_sql.train import step_clock
+from ray_sql.train.step_clock import Reading, StepClock, Stragglers, slowest
 
 PHASES = ["time/data", "time/forward", "time/backward", "time/optimizer", "time/report"]
 
@@ -32,7 +34,9 @@ def test_the_phases_of_a_clock_are_all_the_time_there_is() -> None:
     second = clock.read()
     assert (first.steps, first.passes, first.tokens) == (2, 2, 200) and second.steps == 0
     assert first.seconds["forward"] >= 0.04 > first.seconds["backward"] >= 0.02
-    assert list(second.seconds) == ["report"] and second.seconds["report"] >= 0.03, "a phase that is under way goes on"
+    assert list(second.seconds) == ["report"] and second.seconds["report"] >= 0.03, (
+        "a phase that is under way goes on"
+    )
     whole = sum(first.seconds.values()) + sum(second.seconds.values())
     assert whole == pytest.approx(time.perf_counter() - begun, abs=0.01)
     assert first.metrics()["time/forward"] == first.seconds["forward"] / 2
@@ -61,7 +65,9 @@ def test_one_process_has_no_straggler() -> None:
 
 
 def test_every_point_says_where_the_time_went(make_config: Any) -> None:
-    config = make_config(**{"train.max_steps": 7, "train.logging_steps": 3, "evaluate.select_examples": 0})
+    config = make_config(
+        **{"train.max_steps": 7, "train.logging_steps": 3, "evaluate.select_examples": 0}
+    )
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
     points: list[tuple[int, float, dict[str, float]]] = []
@@ -84,7 +90,12 @@ def ray_with_metrics() -> Iterator[str]:
     """A Ray of the test's own that shows its metrics at once; where they are read."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, _system_config={"metrics_report_interval_ms": 200})
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        _system_config={"metrics_report_interval_ms": 200},
+    )
     (node,) = ray.nodes()
     yield f"http://127.0.0.1:{node['MetricsExportPort']}"
     ray.shutdown()
@@ -93,14 +104,17 @@ def ray_with_metrics() -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.parametrize("slow", [True, False])
-def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_with_metrics: str, slow: bool) -> None:
+def test_the_rank_that_keeps_the_others_waiting_is_named(
+    make_config: Any, ray_with_metrics: str, slow: bool
+) -> None:
     def loop(plan: dict[str, Any]) -> dict[str, Any]:
         """As a function in a function, its code goes to the workers."""
         import time
 
         import ray.train
 
-        from ray_sql import train, trainer
+        from ray_sql import train
+        from ray_sql.train import trainer
 
         loss = trainer.completion_loss
 
@@ -116,7 +130,12 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_w
             trainer.completion_loss = loss
 
     config = make_config(
-        **{"scaling.num_workers": 2, "train.max_steps": 36, "train.logging_steps": 5, "evaluate.select_examples": 0}
+        **{
+            "scaling.num_workers": 2,
+            "train.max_steps": 36,
+            "train.logging_steps": 5,
+            "evaluate.select_examples": 0,
+        }
     )
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
@@ -144,11 +163,15 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(make_config: Any, ray_w
         return
     (note,) = notes
     assert note.startswith("rank 1 on ") and " times as slowly as the others" in note
-    assert last["time/backward"] > 0.2 > last["time/forward"], "on rank 0 the wait is in the exchange of gradients"
+    assert last["time/backward"] > 0.2 > last["time/forward"], (
+        "on rank 0 the wait is in the exchange of gradients"
+    )
     assert "ray_sql_loss{" in shown and 'run="run"' in shown
 
 
-@pytest.mark.parametrize(("told", "found"), [(42, {"memory/gpu_gib", "gpu/utilization"}), (None, {"memory/gpu_gib"})])
+@pytest.mark.parametrize(
+    ("told", "found"), [(42, {"memory/gpu_gib", "gpu/utilization"}), (None, {"memory/gpu_gib"})]
+)
 def test_a_gpu_that_does_not_tell_how_busy_it_is_keeps_no_run_from_training(
     monkeypatch: pytest.MonkeyPatch, told: int | None, found: set[str]
 ) -> None:
@@ -159,4 +182,4 @@ def test_a_gpu_that_does_not_tell_how_busy_it_is_keeps_no_run_from_training(
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
-    assert set(timing.use(torch.device("cuda"))) == found
+    assert set(step_clock.use(torch.device("cuda"))) == found

@@ -31,9 +31,12 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 
-def begin(uri: str | None, folder: Path, run_id: str | None = None, settings: dict[str, Any] | None = None) -> Run:
+def begin(
+    uri: str | None, folder: Path, run_id: str | None = None, settings: dict[str, Any] | None = None
+) -> Run:
     return tracking.start(
-        settings or {"seed": 14, "lora": {"r": 8, "target_modules": "all-linear"}, "data": {"columns": {}}},
+        settings
+        or {"seed": 14, "lora": {"r": 8, "target_modules": "all-linear"}, "data": {"columns": {}}},
         name="my run",
         uri=uri,
         experiment="tests",
@@ -52,10 +55,15 @@ def read(run: Run) -> Any:
 def history(run: Run, key: str) -> list[tuple[int, float]]:
     from mlflow.tracking import MlflowClient
 
-    return sorted((point.step, point.value) for point in MlflowClient(run.uri).get_metric_history(run.run_id, key))
+    return sorted(
+        (point.step, point.value)
+        for point in MlflowClient(run.uri).get_metric_history(run.run_id, key)
+    )
 
 
-def test_a_run_records_settings_tags_points_tables_figures_files_and_data(store: str, tmp_path: Path) -> None:
+def test_a_run_records_settings_tags_points_tables_figures_files_and_data(
+    store: str, tmp_path: Path
+) -> None:
     from matplotlib.figure import Figure
     from mlflow.artifacts import load_dict
     from mlflow.tracking import MlflowClient
@@ -64,7 +72,10 @@ def test_a_run_records_settings_tags_points_tables_figures_files_and_data(store:
     run.log(1, {"train/loss": 2.0, "train/lr": 0.1})
     run.log(2, {"train/loss": 1.0})
     run.tag({"note": "seen"})
-    run.table([{"question": "q1", "verdict": "correct"}, {"question": "q2", "verdict": None}], "predictions.json")
+    run.table(
+        [{"question": "q1", "verdict": "correct"}, {"question": "q2", "verdict": None}],
+        "predictions.json",
+    )
     figure = Figure()
     figure.subplots().plot([1, 2])
     run.figure(figure, "figures/loss.png")
@@ -77,27 +88,46 @@ def test_a_run_records_settings_tags_points_tables_figures_files_and_data(store:
     run.end("FINISHED")
 
     found = read(run)
-    assert found.data.params == {"seed": "14", "lora.r": "8", "lora.target_modules": "all-linear", "data.columns": "{}"}
+    assert found.data.params == {
+        "seed": "14",
+        "lora.r": "8",
+        "lora.target_modules": "all-linear",
+        "data.columns": "{}",
+    }
     assert (found.data.tags["task_type"], found.data.tags["note"]) == ("sql", "seen")
     assert (found.info.status, found.info.run_name) == ("FINISHED", "my run")
-    assert history(run, "train/loss") == [(1, 2.0), (2, 1.0)] and history(run, "train/lr") == [(1, 0.1)]
+    assert history(run, "train/loss") == [(1, 2.0), (2, 1.0)] and history(run, "train/lr") == [
+        (1, 0.1)
+    ]
     (data,) = found.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("spider", "0123456789abcdef", "train")
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == (
+        "spider",
+        "0123456789abcdef",
+        "train",
+    )
     client = MlflowClient(store)
-    paths = {file.path for folder in ("", "figures", "adapter") for file in client.list_artifacts(run.run_id, folder)}
+    paths = {
+        file.path
+        for folder in ("", "figures", "adapter")
+        for file in client.list_artifacts(run.run_id, folder)
+    }
     assert paths >= {"predictions.json", "figures/loss.png", "adapter/a.bin", "config.json"}
     table = load_dict(f"{found.info.artifact_uri}/predictions.json")
     assert table == {"columns": ["question", "verdict"], "data": [["q1", "correct"], ["q2", None]]}
     assert not (tmp_path / "spool").exists() and not (tmp_path / "mlruns").exists()
 
 
-def test_a_run_that_goes_on_is_the_same_run_and_logs_no_step_twice(store: str, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_the_same_run_and_logs_no_step_twice(
+    store: str, tmp_path: Path
+) -> None:
     first = begin(store, tmp_path)
     for step in (1, 2, 3):
         first.log(step, {"train/loss": float(step)})
     first.dataset("d", "0", "/d", "train")
     first.end("FAILED")
-    second = begin(store, tmp_path, first.run_id, settings={"seed": 14, "lora": {"r": 8}, "changed": True})
+    second = begin(
+        store, tmp_path, first.run_id, settings={"seed": 14, "lora": {"r": 8}, "changed": True}
+    )
     assert second.run_id == first.run_id and read(second).info.status == "RUNNING"
     second.dataset("d", "0", "/d", "train")
     for step in (2, 3, 4):
@@ -116,8 +146,12 @@ def test_a_run_whose_record_is_gone_gets_a_new_one(store: str, tmp_path: Path) -
     assert read(run).info.status == "KILLED"
 
 
-def test_more_settings_and_points_than_one_call_takes_all_arrive(store: str, tmp_path: Path) -> None:
-    run = begin(store, tmp_path, settings={f"s{n}": "x" * 7000 if n == 3 else n for n in range(150)})
+def test_more_settings_and_points_than_one_call_takes_all_arrive(
+    store: str, tmp_path: Path
+) -> None:
+    run = begin(
+        store, tmp_path, settings={f"s{n}": "x" * 7000 if n == 3 else n for n in range(150)}
+    )
     run.log(0, {f"m{n}": n for n in range(1200)})
     found = read(run)
     assert len(found.data.params) == 150 and len(found.data.params["s3"]) == 6000
@@ -153,12 +187,21 @@ def test_an_alias_goes_to_the_better_of_what_was_measured_alike(store: str, tmp_
         run = begin(store, tmp_path)
         run.artifact(tmp_path / "adapter", "adapter")
         for _ in range(2):  # a second time, as after a restart, changes nothing
-            run.register("ray-sql-sql", "adapter", {"score": score, "measured_on": measured_on}, "champion", won)
+            run.register(
+                "ray-sql-sql",
+                "adapter",
+                {"score": score, "measured_on": measured_on},
+                "champion",
+                won,
+            )
         run.end("FINISHED")
         versions.append(str(client.get_model_version_by_alias("ray-sql-sql", "champion").version))
     assert versions == ["1", "1", "1", "4"]
     assert len(client.search_model_versions("name='ray-sql-sql'")) == 4
-    assert client.get_model_version("ray-sql-sql", "1").tags == {"score": "0.4", "measured_on": "dev"}
+    assert client.get_model_version("ray-sql-sql", "1").tags == {
+        "score": "0.4",
+        "measured_on": "dev",
+    }
 
 
 def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_path: Path) -> None:
@@ -175,7 +218,13 @@ def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_pa
         run.log(4, {"tuned/dev/execution_accuracy": score}, replace=True)
         run.table([{"trial": 0, "score": score}], "trials.json")
         run.table([{"trial": 0, "score": score}], "tables/trials.json")
-        run.register("again", folder, {"score": str(score), "measured_on": f"{score} of dev"}, "champion", won)
+        run.register(
+            "again",
+            folder,
+            {"score": str(score), "measured_on": f"{score} of dev"},
+            "champion",
+            won,
+        )
 
     say("first", 0.5, True)
     say("first", 0.25, True)
@@ -184,7 +233,9 @@ def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_pa
     one = versions[0].version
     assert client.get_registered_model("again").aliases == {"champion": one}
     say("second", 0.75, False)
-    assert client.get_registered_model("again").aliases == {"champion": one}, "what was crowned is still there"
+    assert client.get_registered_model("again").aliases == {"champion": one}, (
+        "what was crowned is still there"
+    )
     assert client.get_model_version("again", "2").source.endswith("/second")
     say("first", 0.125, False)
     assert client.get_registered_model("again").aliases == {}
@@ -212,7 +263,9 @@ def test_a_run_whose_id_was_lost_is_found_by_its_own_tags(store: str, tmp_path: 
     tracking.close(store, "tests", parent.run_id, {})
     from mlflow.tracking import MlflowClient
 
-    left = MlflowClient(store).search_runs([read(parent).info.experiment_id], "attributes.status = 'RUNNING'")
+    left = MlflowClient(store).search_runs(
+        [read(parent).info.experiment_id], "attributes.status = 'RUNNING'"
+    )
     family = {run.data.tags.get("mlflow.parentRunId", run.info.run_id) for run in left}
     assert parent.run_id not in family and other.run_id in family
     tracking.close(store, "tests", "0" * 32, {})  # of another store: nothing to do
@@ -240,21 +293,32 @@ def test_the_default_store_is_an_absolute_file_in_the_folder_of_the_job(tmp_path
     assert tracking.absolute_uri("http://host:5000") == "http://host:5000"
 
 
-def test_a_store_that_does_not_answer_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_store_that_does_not_answer_at_the_start_is_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StoreError) as caught:
         begin(uri, tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"--tracking.uri {uri}: no MLflow server answers") and "\n" not in message
+    assert (
+        message.startswith(f"--tracking.uri {uri}: no MLflow server answers")
+        and "\n" not in message
+    )
     assert "MLFLOW_TRACKING_URI" in message and "--no-tracking.enabled" in message
 
 
 def test_a_store_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, however long it may be " * 30)
-    for uri in (f"sqlite:///{tmp_path}/no/folder/mlflow.db", f"sqlite:///{tmp_path}/text.db", "carrier-pigeon://x"):
+    for uri in (
+        f"sqlite:///{tmp_path}/no/folder/mlflow.db",
+        f"sqlite:///{tmp_path}/text.db",
+        "carrier-pigeon://x",
+    ):
         with pytest.raises(StoreError) as caught:
             begin(uri, tmp_path)
-        assert str(caught.value).startswith(f"--tracking.uri {uri}: ") and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"--tracking.uri {uri}: ") and "\n" not in str(
+            caught.value
+        )
 
 
 def test_the_password_of_a_server_that_does_not_answer_is_not_repeated(
@@ -268,8 +332,13 @@ def test_the_password_of_a_server_that_does_not_answer_is_not_repeated(
         run = tracking.again(uri, "a-run", tmp_path / "spool" / "my-run.jsonl")
         run.log(1, {"loss": 1.0})
         closes.shutdown()
-    assert "API request to http://me:***@127.0.0.1" in str(caught.value) and "planted" not in str(caught.value)
-    assert "stopped answering (--tracking.uri http://me:***@" in caplog.text and "planted" not in caplog.text
+    assert "API request to http://me:***@127.0.0.1" in str(caught.value) and "planted" not in str(
+        caught.value
+    )
+    assert (
+        "stopped answering (--tracking.uri http://me:***@" in caplog.text
+        and "planted" not in caplog.text
+    )
 
 
 # A real server, killed and started again
@@ -285,7 +354,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.mark.slow
 def test_an_outage_of_the_server_costs_a_run_nothing(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from matplotlib.figure import Figure
     from mlflow.tracking import MlflowClient
@@ -340,8 +412,14 @@ def test_a_run_that_is_not_required_begins_when_its_store_is_back(
 
     def trial(required: bool = False) -> Run:
         own = {"mlflow.parentRunId": "p", "trial": "3"}
-        place = {"uri": server.uri, "experiment": "tests", "spool": tmp_path / "spool" / "trial-003.jsonl"}
-        return tracking.start({"seed": 14}, name="trial", tags={}, own=own, required=required, **place)  # type: ignore[arg-type]
+        place = {
+            "uri": server.uri,
+            "experiment": "tests",
+            "spool": tmp_path / "spool" / "trial-003.jsonl",
+        }
+        return tracking.start(
+            {"seed": 14}, name="trial", tags={}, own=own, required=required, **place
+        )  # type: ignore[arg-type]
 
     run = trial()
     for step in (1, 2, 3):
@@ -362,12 +440,16 @@ def test_a_run_that_is_not_required_begins_when_its_store_is_back(
         after.end("FINISHED")
         assert history(after, "loss") == [(step, float(step)) for step in range(1, 6)]
         found = MlflowClient(server.uri).search_runs([read(after).info.experiment_id])
-        assert [(one.info.status, one.data.params) for one in found] == [("FINISHED", {"seed": "14"})]
+        assert [(one.info.status, one.data.params) for one in found] == [
+            ("FINISHED", {"seed": "14"})
+        ]
     finally:
         server.kill()
 
 
-def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

@@ -17,9 +17,20 @@ import psutil
 import pytest
 import torch
 
-from ray_sql import checkpoints, cluster, finetune, models, prepare, rows, tracking, train, trainer
+from ray_sql import cluster, finetune, models, rows, tracking, train
 from ray_sql.config import Config
-from ray_sql.errors import ConfigError, ContractError, ModelError, OutOfMemory, StoreError, TrainingError, out_of_memory
+from ray_sql.errors import (
+    ConfigError,
+    ContractError,
+    ModelError,
+    OutOfMemory,
+    StoreError,
+    TrainingError,
+    out_of_memory,
+)
+from ray_sql.finetune import prepare
+from ray_sql.store import checkpoints, storage
+from ray_sql.train import trainer
 from ray_sql.train.resume import take_over
 from tests.conftest import make_model, removal_cut_off
 
@@ -73,14 +84,23 @@ def test_a_folder_that_workers_do_not_see_is_named(make_config: Any) -> None:
     config = make_config()
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
-    checkpoints.remove(f"{config.run_dir}/{rows.FILE}")  # as on a node where the folder of that name is another one
-    with pytest.raises(ConfigError, match=r"is not on .*, where a worker runs: give --scaling.storage_path"):
+    storage.remove(
+        f"{config.run_dir}/{rows.FILE}"
+    )  # as on a node where the folder of that name is another one
+    with pytest.raises(
+        ConfigError, match=r"is not on .*, where a worker runs: give --scaling.storage_path"
+    ):
         train.fit(config, prepared.model_folder, lambda _: None)
 
 
 def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model: Path) -> None:
     config = make_config(
-        **{"train.max_steps": 1, "lora.lora_dropout": 0, "quantization.load_in_4bit": False, "data.limit": 2}
+        **{
+            "train.max_steps": 1,
+            "lora.lora_dropout": 0,
+            "quantization.load_in_4bit": False,
+            "data.limit": 2,
+        }
     )
     curve = Curve()
     fit(config, curve)
@@ -91,7 +111,9 @@ def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model:
         with torch.no_grad():
             logits = model(torch.tensor([row.input_ids])).logits[0, :-1].float()
         wanted = torch.tensor(row.labels[1:])
-        total += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits, wanted, ignore_index=-100, reduction="sum"
+        ).item()
         tokens += int((wanted != -100).sum())
     assert curve.losses[1] == pytest.approx(total / tokens, rel=1e-4)
 
@@ -106,7 +128,12 @@ def test_a_step_sees_the_global_batch_and_every_epoch_all_examples(make_config: 
 
 
 def test_an_interrupted_run_resumes_with_the_unbroken_curve(make_config: Any) -> None:
-    settings = {"train.max_steps": 6, "save_steps": 2, "lora.lora_dropout": 0.1, "learning_rate": 1e-2}
+    settings = {
+        "train.max_steps": 6,
+        "save_steps": 2,
+        "lora.lora_dropout": 0.1,
+        "learning_rate": 1e-2,
+    }
     whole = Curve()
     fit(make_config(output_name="whole", **settings), whole)
 
@@ -128,8 +155,15 @@ def test_an_interrupted_run_resumes_with_the_unbroken_curve(make_config: Any) ->
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(make_config: Any, ray_local: None) -> None:
-    settings = {"train.max_steps": 6, "save_steps": 2, "lora.lora_dropout": 0.1, "learning_rate": 1e-2}
+def test_a_killed_worker_is_replaced_and_repeats_the_unbroken_curve(
+    make_config: Any, ray_local: None
+) -> None:
+    settings = {
+        "train.max_steps": 6,
+        "save_steps": 2,
+        "lora.lora_dropout": 0.1,
+        "learning_rate": 1e-2,
+    }
     whole = Curve()
     fit(make_config(output_name="whole", **settings), whole)
 
@@ -154,7 +188,14 @@ def test_a_relative_output_dir_means_the_drivers_folder(
     make_config: Any, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = make_config(**{"output_dir": "here", "train.max_steps": 1, "evaluate.limit": 2, "scaling.num_workers": 1})
+    config = make_config(
+        **{
+            "output_dir": "here",
+            "train.max_steps": 1,
+            "evaluate.limit": 2,
+            "scaling.num_workers": 1,
+        }
+    )
     finetune.run(config)
     assert (tmp_path / "here" / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -169,13 +210,17 @@ def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: 
     }
     one, two = Curve(), Curve()
     alone = make_config(output_name="one", **settings | {"grad_accum_steps": 4})
-    together = make_config(output_name="two", **settings | {"grad_accum_steps": 2, "scaling.num_workers": 2})
+    together = make_config(
+        output_name="two", **settings | {"grad_accum_steps": 2, "scaling.num_workers": 2}
+    )
     fit(alone, one)
     fit(together, two)
     assert two.losses == pytest.approx(one.losses, abs=1e-3)
     a, b = adapter_weights(alone), adapter_weights(together)
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
-    assert checkpoints.complete(together.run_dir)[-1].metrics["validation/n"] == 2, "both ranks' answers were judged"
+    assert checkpoints.complete(together.run_dir)[-1].metrics["validation/n"] == 2, (
+        "both ranks' answers were judged"
+    )
 
 
 def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
@@ -222,8 +267,12 @@ def test_what_a_full_memory_says_is_known() -> None:
     behind = RuntimeError("connection reset by peer")
     behind.__cause__ = RuntimeError("rank 0: CUDA out of memory\nrank 1: connection reset by peer")
     assert out_of_memory(behind)
-    killed = TrainingError("the workers failed: a node was low on memory; how to address the out of memory issue")
-    assert not out_of_memory(killed), "Ray's monitor ended a process, perhaps for a neighbour's sake"
+    killed = TrainingError(
+        "the workers failed: a node was low on memory; how to address the out of memory issue"
+    )
+    assert not out_of_memory(killed), (
+        "Ray's monitor ended a process, perhaps for a neighbour's sake"
+    )
 
 
 def flip_a_byte(file: Path) -> None:
@@ -233,7 +282,12 @@ def flip_a_byte(file: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) -> None:
-    settings = {"train.max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "evaluate.select_examples": 0}
+    settings = {
+        "train.max_steps": 6,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "evaluate.select_examples": 0,
+    }
     config, first, second, notes = make_config(**settings), Curve(), Curve(), []
 
     def on_point(point: dict[str, Any]) -> None:
@@ -242,7 +296,9 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) 
 
     fit(config, first)
     flip_a_byte(Path(config.run_dir, "checkpoint-6", "adapter_model.safetensors"))
-    with pytest.raises(ModelError, match=r"--prev_checkpoint checkpoint-6: is damaged .*; give another one"):
+    with pytest.raises(
+        ModelError, match=r"--prev_checkpoint checkpoint-6: is damaged .*; give another one"
+    ):
         train.starting_point(config.changed({"prev_checkpoint": "checkpoint-6"}), {})
     result = fit(config, on_point)
     assert notes == [
@@ -252,7 +308,9 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) 
     assert first.losses | second.losses == pytest.approx(first.losses, abs=1e-4)
 
 
-def test_an_adapter_is_never_copied_from_a_damaged_checkpoint(make_config: Any, caplog: Any) -> None:
+def test_an_adapter_is_never_copied_from_a_damaged_checkpoint(
+    make_config: Any, caplog: Any
+) -> None:
     config = make_config(**{"train.max_steps": 2, "save_steps": 1, "evaluate.select_examples": 0})
     fit(config, Curve())
     flip_a_byte(Path(config.run_dir, "checkpoint-2", "adapter_model.safetensors"))
@@ -273,7 +331,9 @@ def test_a_diverging_loss_stops_with_the_step_and_the_remedies(make_config: Any)
         }
     )
     curve = Curve()
-    with pytest.raises(TrainingError, match=r"diverged by step \d+.*--learning_rate \(now 100000\)"):
+    with pytest.raises(
+        TrainingError, match=r"diverged by step \d+.*--learning_rate \(now 100000\)"
+    ):
         fit(config, curve)
     assert max(curve.losses) < 20
 
@@ -288,7 +348,12 @@ def test_the_best_and_the_last_two_checkpoints_are_kept(make_config: Any) -> Non
 
 
 def test_only_checkpoints_at_eval_steps_and_the_last_are_measured(make_config: Any) -> None:
-    settings = {"train.max_steps": 5, "save_steps": 1, "evaluate.select_examples": 2, "evaluate.eval_steps": 3}
+    settings = {
+        "train.max_steps": 5,
+        "save_steps": 1,
+        "evaluate.select_examples": 2,
+        "evaluate.eval_steps": 3,
+    }
     config = make_config(**settings)
     measured: dict[int, bool] = {}
 
@@ -315,21 +380,36 @@ def test_prev_checkpoint_goes_on_from_the_one_named(make_config: Any) -> None:
     "changes,message",
     [
         ({"lora.r": 8}, r"LoRA rank is 4, but --lora.r is 8; set --lora.r 4"),
-        ({"prev_checkpoint": "checkpoint-77"}, r"no complete checkpoint at .*checkpoint-77; this run has checkpoint-1"),
+        (
+            {"prev_checkpoint": "checkpoint-77"},
+            r"no complete checkpoint at .*checkpoint-77; this run has checkpoint-1",
+        ),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(make_config: Any, changes: dict[str, Any], message: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    make_config: Any, changes: dict[str, Any], message: str
+) -> None:
     config = make_config(**{"train.max_steps": 1})
     fit(config, Curve())
     with pytest.raises(ModelError, match=message):
-        train.fit(config.changed({"prev_checkpoint": "checkpoint-1"} | changes), config.model_name, Curve())
+        train.fit(
+            config.changed({"prev_checkpoint": "checkpoint-1"} | changes),
+            config.model_name,
+            Curve(),
+        )
 
 
-def test_a_checkpoint_with_nothing_left_to_train_is_refused_before_anything_is_written(make_config: Any) -> None:
+def test_a_checkpoint_with_nothing_left_to_train_is_refused_before_anything_is_written(
+    make_config: Any,
+) -> None:
     config = make_config(**{"train.max_steps": 2})
     fit(config, Curve())
-    more = config.changed({"prev_checkpoint": f"{config.run_dir}/checkpoint-2", "output_name": "more"})
-    with pytest.raises(ModelError, match="is at step 2, and this run ends at step 2: nothing is left to train"):
+    more = config.changed(
+        {"prev_checkpoint": f"{config.run_dir}/checkpoint-2", "output_name": "more"}
+    )
+    with pytest.raises(
+        ModelError, match="is at step 2, and this run ends at step 2: nothing is left to train"
+    ):
         finetune.run(more)
     assert not os.path.exists(more.run_dir)
 
@@ -339,7 +419,11 @@ def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_pat
     fit(config, Curve())
     other = make_model(tmp_path / "other", hidden_size=32)
     moved = config.changed(
-        {"model_name": str(other), "prev_checkpoint": f"{config.run_dir}/checkpoint-1", "output_name": "new"}
+        {
+            "model_name": str(other),
+            "prev_checkpoint": f"{config.run_dir}/checkpoint-1",
+            "output_name": "new",
+        }
     )
     with pytest.raises(ContractError, match="trained with model_name"):
         train.starting_point(moved, prepare.prepare(moved).contract)
@@ -353,15 +437,23 @@ def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config:
     fit(again, Curve())
     repeated = Curve()
     fit(again, repeated)
-    assert repeated.order == [], "training is over: nothing is trained again, and no checkpoint is removed"
+    assert repeated.order == [], (
+        "training is over: nothing is trained again, and no checkpoint is removed"
+    )
     assert checkpoints.complete(config.run_dir)[-1].step == 6
 
 
-def test_workers_read_nothing_but_the_runs_folder(make_config: Any, spider_folder: Path, tmp_path: Path) -> None:
+def test_workers_read_nothing_but_the_runs_folder(
+    make_config: Any, spider_folder: Path, tmp_path: Path
+) -> None:
     """As on another machine: the dataset, its databases included, is gone once the run's folder is laid out."""
     dataset = shutil.copytree(spider_folder, tmp_path / "dataset")
     config = make_config(
-        **{"dataset_id": str(dataset), "scaling.storage_path": (tmp_path / "store").as_uri(), "train.max_steps": 1}
+        **{
+            "dataset_id": str(dataset),
+            "scaling.storage_path": (tmp_path / "store").as_uri(),
+            "train.max_steps": 1,
+        }
     )
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
@@ -373,11 +465,15 @@ def test_workers_read_nothing_but_the_runs_folder(make_config: Any, spider_folde
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any, tmp_path: Path, remote: bool) -> None:
+def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(
+    make_config: Any, tmp_path: Path, remote: bool
+) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    config = make_config(**{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2})
+    config = make_config(
+        **{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2}
+    )
     if remote:
         config = config.changed({"scaling.storage_path": (tmp_path / "store").as_uri()})
     metrics = finetune.run(config)
@@ -389,12 +485,22 @@ def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(make_config: Any,
     assert run.info.status == "FINISHED"
     assert run.data.params["lora.r"] == "4"
     assert run.data.metrics["tuned/dev/n"] == 2
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [
+        1,
+        2,
+    ]
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "predictions.json", "metrics.json", "report.html", "figures"} <= names
-    assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter") if "safetensors" in item.path]
+    assert [
+        item.path
+        for item in client.list_artifacts(run.info.run_id, "adapter")
+        if "safetensors" in item.path
+    ]
     assert not list((config.cache / "spool").rglob("*.html")), "no copy is left behind"
-    assert json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "")["mlflow_run_id"] == run.info.run_id
+    assert (
+        json.loads(storage.read_text(f"{config.run_dir}/metrics.json") or "")["mlflow_run_id"]
+        == run.info.run_id
+    )
 
 
 def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(
@@ -403,7 +509,9 @@ def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    config = make_config(**{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2})
+    config = make_config(
+        **{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2}
+    )
     monkeypatch.setattr(finetune.measure, "of_models", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune.run(config)
@@ -419,7 +527,9 @@ def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(
 def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> None:
     config = make_config()
     prepare.write_inputs(prepare.prepare(config), config)
-    with pytest.raises(ConfigError, match=r"learning_rate 0.0001 there, 0.5 here.*--output_name.*--overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"learning_rate 0.0001 there, 0.5 here.*--output_name.*--overwrite"
+    ):
         prepare.earlier_run(config.changed({"learning_rate": 0.5}))
     assert prepare.earlier_run(config.changed({"evaluate.timeout": 5})) is None, (
         "an unfinished run of the same settings goes on"
@@ -434,16 +544,25 @@ def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> N
 
 def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: Any) -> None:
     config = make_config()
-    prepared, adapter = prepare.prepare(config), f"{config.run_dir}/adapter/adapter_model.safetensors"
+    prepared, adapter = (
+        prepare.prepare(config),
+        f"{config.run_dir}/adapter/adapter_model.safetensors",
+    )
     for after in itertools.count():
         prepare.write_inputs(prepared, config)
-        for file in (adapter, f"{config.run_dir}/metrics.json", f"{config.run_dir}/{prepare.FINISHED_FILE}"):
-            checkpoints.write_text(file, "{}")
+        for file in (
+            adapter,
+            f"{config.run_dir}/metrics.json",
+            f"{config.run_dir}/{prepare.FINISHED_FILE}",
+        ):
+            storage.write_text(file, "{}")
         assert prepare.earlier_run(config) == {}, "a finished run"
         if not removal_cut_off(config.run_dir, after):
             break
         assert os.path.exists(config.run_dir)
-        assert after == 0 or not os.path.exists(f"{config.run_dir}/{prepare.FINISHED_FILE}"), "it cannot be published"
+        assert after == 0 or not os.path.exists(f"{config.run_dir}/{prepare.FINISHED_FILE}"), (
+            "it cannot be published"
+        )
         again = config.changed({"learning_rate": 0.5, "overwrite": after % 2 == 0})
         assert prepare.earlier_run(again) is None and not os.path.exists(config.run_dir)
     assert after > 3 and not os.path.exists(config.run_dir)
@@ -455,10 +574,14 @@ def test_overwriting_a_run_that_was_killed_ends_it_in_mlflow(
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    config = make_config(**{"train.max_steps": 1, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 1})
+    config = make_config(
+        **{"train.max_steps": 1, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 1}
+    )
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(finetune.train, "fit", stopped)
-        killed.setattr(tracking.Run, "end", lambda *_: None)  # a process that is killed says nothing any more
+        killed.setattr(
+            tracking.Run, "end", lambda *_: None
+        )  # a process that is killed says nothing any more
         finetune.run(config)
     (left,) = MlflowClient(uri).search_runs(["1"])
     assert left.info.status == "RUNNING"
@@ -475,7 +598,10 @@ def test_a_finished_run_is_not_shown_as_if_it_were_scored_otherwise(make_config:
     config = make_config(**{"train.max_steps": 1})
     finetune.run(config)
     for changes, message in (
-        ({"evaluate.semantics": "bird"}, r"evaluate.semantics 'spider' there, 'bird' here\); score its adapter anew"),
+        (
+            {"evaluate.semantics": "bird"},
+            r"evaluate.semantics 'spider' there, 'bird' here\); score its adapter anew",
+        ),
         ({"evaluate.limit": 2}, "evaluate.limit 4 there, 2 here"),
         ({"prev_checkpoint": "checkpoint-9"}, "prev_checkpoint None there, 'checkpoint-9' here"),
     ):
@@ -485,7 +611,9 @@ def test_a_finished_run_is_not_shown_as_if_it_were_scored_otherwise(make_config:
 
 def test_a_model_folder_is_no_run_to_overwrite(make_config: Any, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "out" / "run")
-    with pytest.raises(ConfigError, match=r"config\.json is of no run of this version of ray_sql; choose another"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json is of no run of this version of ray_sql; choose another"
+    ):
         finetune.run(make_config(model_name=str(folder), overwrite=True))
     assert (folder / "model.safetensors").is_file()
 
@@ -502,15 +630,21 @@ def test_settings_that_the_libraries_refuse_are_one_line(make_config: Any) -> No
             finetune.run(make_config(overwrite=True, **{"train.max_steps": 1} | changes))
 
 
-def test_a_model_is_not_trained_or_asked_beyond_its_window(make_config: Any, tmp_path: Path) -> None:
+def test_a_model_is_not_trained_or_asked_beyond_its_window(
+    make_config: Any, tmp_path: Path
+) -> None:
     folder = make_model(tmp_path / "model")
     given = {"model_name": str(folder), "train.max_steps": 1, "evaluate.max_new_tokens": 1000}
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 900}))
-    with pytest.raises(ModelError, match="reads up to 900 tokens, but a prompt and its answer have 1,"):
+    with pytest.raises(
+        ModelError, match="reads up to 900 tokens, but a prompt and its answer have 1,"
+    ):
         finetune.run(make_config(**given))
     (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 64}))
-    with pytest.raises(ModelError, match=r"reads up to 64 tokens, but an example has \d+: lower --rows.max_length"):
+    with pytest.raises(
+        ModelError, match=r"reads up to 64 tokens, but an example has \d+: lower --rows.max_length"
+    ):
         finetune.run(make_config(**given))
 
 
@@ -535,20 +669,31 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
         rank = ray.train.get_context().get_world_rank()
         with open(plan["tried"], "a") as stream:
             stream.write(f"{rank}\n")
-        raise RuntimeError("connection reset by peer" if rank else "CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise RuntimeError(
+            "connection reset by peer" if rank else "CUDA out of memory. Tried to allocate 2.00 GiB"
+        )
 
     config = make_config(**{"scaling.num_workers": 2, "scaling.max_failures": 5})
     with pytest.raises(
-        TrainingError, match=r"worker 0 is out of memory: .*Tried to allocate 2.00 GiB; lower --eval_batch"
+        TrainingError,
+        match=r"worker 0 is out of memory: .*Tried to allocate 2.00 GiB; lower --eval_batch",
     ) as caught:
-        cluster.run_workers(full_on_rank_0, {"tried": str(tmp_path / "tried")}, config, lambda _: None, config.run_dir)
+        cluster.run_workers(
+            full_on_rank_0,
+            {"tried": str(tmp_path / "tried")},
+            config,
+            lambda _: None,
+            config.run_dir,
+        )
     assert out_of_memory(caught.value)
     assert sorted((tmp_path / "tried").read_text().split()) == ["0", "1"]
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_what_one_rank_lacks_ends_the_run_with_its_reason(make_config: Any, ray_local: None) -> None:
+def test_what_one_rank_lacks_ends_the_run_with_its_reason(
+    make_config: Any, ray_local: None
+) -> None:
     def loads_on_rank_0_alone(plan: dict[str, Any]) -> dict[str, Any]:
         """As a function in a function, its code goes to the workers."""
         import ray.train

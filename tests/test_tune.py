@@ -20,9 +20,12 @@ from typing import Any
 
 import pytest
 
-from ray_sql import check, checkpoints, cluster, finetune, prepare, tracking, trainer, tune
+from ray_sql import cluster, finetune, preflight, tracking, tune
 from ray_sql.config import CheckConfig, Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError
+from ray_sql.finetune import prepare
+from ray_sql.store import checkpoints, storage
+from ray_sql.train import trainer
 from ray_sql.tune import champion, search, space, study, sweep
 from ray_sql.tune.study import Measure, Study, Trial
 from tests.conftest import removal_cut_off
@@ -58,7 +61,9 @@ def runs(uri: str) -> list[Any]:
 # The space
 
 
-def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(make_config: Any) -> None:
+def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(
+    make_config: Any,
+) -> None:
     config = one(make_config, **{"lora.r": 4, "lora.lora_alpha": 8})
     axes = space.read(config)
     assert axes.start() == {"learning_rate": 1e-3, "lora.r": 4}
@@ -68,8 +73,14 @@ def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(m
         "lora.r": 8,
         "lora.lora_alpha": 16,
     }
-    free = one(make_config, **{"tune.space": {"lora.r": {"choice": [2, 4]}, "lora.lora_alpha": {"choice": [8, 16]}}})
-    assert space.read(free).settings({"lora.r": 2, "lora.lora_alpha": 8}) == {"lora.r": 2, "lora.lora_alpha": 8}
+    free = one(
+        make_config,
+        **{"tune.space": {"lora.r": {"choice": [2, 4]}, "lora.lora_alpha": {"choice": [8, 16]}}},
+    )
+    assert space.read(free).settings({"lora.r": 2, "lora.lora_alpha": 8}) == {
+        "lora.r": 2,
+        "lora.lora_alpha": 8,
+    }
 
 
 def test_the_default_space_holds_the_default_settings() -> None:
@@ -86,12 +97,24 @@ def test_the_default_space_holds_the_default_settings() -> None:
     "given,message",
     [
         ({"lora.rank": {"choice": [4, 8]}}, "lora.rank is no setting; did you mean lora.r?"),
-        ({"learning_rat": {"uniform": [0, 1]}}, "learning_rat is no setting; did you mean learning_rate?"),
-        ({"lora.r": {"choices": [4, 8]}}, "give it one of choice, uniform, loguniform, randint, lograndint"),
-        ({"lora.r": {"choice": [4, 0]}}, "lora.r: 0 given; input should be greater than or equal to 1"),
+        (
+            {"learning_rat": {"uniform": [0, 1]}},
+            "learning_rat is no setting; did you mean learning_rate?",
+        ),
+        (
+            {"lora.r": {"choices": [4, 8]}},
+            "give it one of choice, uniform, loguniform, randint, lograndint",
+        ),
+        (
+            {"lora.r": {"choice": [4, 0]}},
+            "lora.r: 0 given; input should be greater than or equal to 1",
+        ),
         ({"lora.r": {"choice": [4]}}, "choice takes two or more different values, given [4]"),
         ({"lora.r": {"loguniform": [2, 8]}}, "lora.r is a whole number: use lograndint"),
-        ({"learning_rate": {"randint": [0.1, 0.2]}}, "learning_rate is no whole number: use uniform"),
+        (
+            {"learning_rate": {"randint": [0.1, 0.2]}},
+            "learning_rate is no whole number: use uniform",
+        ),
         ({"learning_rate": {"loguniform": [0.1, 0.01]}}, "the lower one first, given [0.1, 0.01]"),
         (
             {"learning_rate": {"loguniform": [0.01, 0.1]}},
@@ -107,7 +130,9 @@ def test_the_default_space_holds_the_default_settings() -> None:
         ({}, "tune.space is empty"),
     ],
 )
-def test_an_axis_that_cannot_be_is_refused_with_its_name(make_config: Any, given: dict[str, Any], message: str) -> None:
+def test_an_axis_that_cannot_be_is_refused_with_its_name(
+    make_config: Any, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         tune.run(make_config(SweepConfig, **(SWEEP | {"tune.space": given})))
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -119,13 +144,18 @@ def test_an_axis_that_cannot_be_is_refused_with_its_name(make_config: Any, given
         ({"tune.scheduler": "pbt"}, "pbt copies weights between trials or pauses them"),
         ({"tune.scheduler": "hyperband"}, "Use asha or fifo"),
         ({"tune.scheduler": "median"}, "input should be 'asha' or 'fifo'"),
-        ({"tune.objective": "f2"}, "tune.objective: 'f2' given; input should be 'answers' or 'eval_loss'"),
+        (
+            {"tune.objective": "f2"},
+            "tune.objective: 'f2' given; input should be 'answers' or 'eval_loss'",
+        ),
         ({"task_type": "sql,poetry"}, "input should be 'sql' or 'schema'"),
         ({"resume": True, "overwrite": True}, "leave one of the two out"),
         ({"hub.push_checkpoints": "all"}, "a sweep pushes its best adapter only"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(make_config: Any, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_are_refused(
+    make_config: Any, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         make_config(SweepConfig, **(SWEEP | changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -142,7 +172,10 @@ def test_two_tasks_are_two_studies_in_folders_of_their_own(make_config: Any) -> 
     assert one(make_config).output_name == "sweep"
     pushed = SWEEP | {"task_type": "sql,schema", "hub.repo_id": "me/own", "hub.license": "mit"}
     studies = make_config(SweepConfig, **pushed).studies()
-    assert [(one.hub.repo_id, one.hub.license) for one in studies] == [("me/own-sql", "mit"), ("me/own-schema", "mit")]
+    assert [(one.hub.repo_id, one.hub.license) for one in studies] == [
+        ("me/own-sql", "mit"),
+        ("me/own-schema", "mit"),
+    ]
     assert one(make_config, **{"hub.repo_id": "me/own"}).hub.repo_id == "me/own"
 
 
@@ -153,7 +186,9 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
     for path in sorted((root / "jobs" / "configs").glob("*.yaml")):
         for config in load(SweepConfig, ["--config", str(path)]).studies():
             assert space.read(config).start()["learning_rate"] == config.learning_rate, path
-    (shown,) = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "sweeps.md").read_text(), re.DOTALL)
+    (shown,) = re.findall(
+        r"```yaml\n(.*?)```", (root / "docs" / "sweeps.md").read_text(), re.DOTALL
+    )
     given = {"model_name": "m", "output_name": "o", "task_type": "sql", **yaml.safe_load(shown)}
     assert [axis.name for axis in space.read(load(Config, [], **given)).axes][2:] == [
         "lora.lora_dropout",
@@ -174,28 +209,43 @@ def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
     assert room.arithmetic == "4 GPU here / 2 a trial (2 x 1) = 2"
     assert sweep.at_once(two, room) == 2
     assert sweep.at_once(one(make_config, **{"tune.max_concurrent_trials": 1}), room) == 1
-    assert cluster.room(one(make_config, **{"scaling.resources_per_worker": {"CPU": 32}})).at_once == 2
-    with pytest.raises(ConfigError, match=r"no trial can be scheduled: 4 GPU here / 8 a trial \(8 x 1\) = 0; lower"):
-        sweep._room(one(make_config, **{"scaling.num_workers": 8}))
-    with pytest.raises(ConfigError, match=r"max_concurrent_trials 9, but only 4 fit: 4 GPU here / 1 a trial"):
-        sweep._room(one(make_config, **{"tune.max_concurrent_trials": 9}))
-    assert cluster.room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 0.1}})).at_once == 40, (
-        "1.0 // 0.1 is 9"
+    assert (
+        cluster.room(one(make_config, **{"scaling.resources_per_worker": {"CPU": 32}})).at_once == 2
     )
+    with pytest.raises(
+        ConfigError, match=r"no trial can be scheduled: 4 GPU here / 8 a trial \(8 x 1\) = 0; lower"
+    ):
+        sweep._room(one(make_config, **{"scaling.num_workers": 8}))
+    with pytest.raises(
+        ConfigError, match=r"max_concurrent_trials 9, but only 4 fit: 4 GPU here / 1 a trial"
+    ):
+        sweep._room(one(make_config, **{"tune.max_concurrent_trials": 9}))
+    assert (
+        cluster.room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 0.1}})).at_once
+        == 40
+    ), "1.0 // 0.1 is 9"
 
 
 def test_a_worker_must_fit_on_a_node(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cluster.resources, "capacity", lambda: [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}]
+        cluster.resources,
+        "capacity",
+        lambda: [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}],
     )
     both = one(make_config, **{"scaling.resources_per_worker": {"GPU": 2}})
     room = cluster.room(both)
     assert (room.at_once, room.nodes) == (2, 2), "not 6 GPU / 2 = 3: a GPU is left over on each"
-    assert room.arithmetic == "2 workers of 2 GPU fit on 3 nodes (the largest has 3) / 1 a trial = 2"
-    with pytest.raises(ConfigError, match=r"no trial can be scheduled: 0 workers of 4 GPU .*\(the largest has 3\)"):
+    assert (
+        room.arithmetic == "2 workers of 2 GPU fit on 3 nodes (the largest has 3) / 1 a trial = 2"
+    )
+    with pytest.raises(
+        ConfigError, match=r"no trial can be scheduled: 0 workers of 4 GPU .*\(the largest has 3\)"
+    ):
         sweep._room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
     without = one(make_config, **{"scaling.use_gpu": False, "scaling.num_workers": 4})
-    assert cluster.room(without).each == {"CPU": 4}, "16 of 20 CPUs: 5 each would fit only twice on the large nodes"
+    assert cluster.room(without).each == {"CPU": 4}, (
+        "16 of 20 CPUs: 5 each would fit only twice on the large nodes"
+    )
     axes, prepared = space.read(both), prepare.prepare(both)
     shared = f"on 2 nodes: {both.run_dir} must be a folder that they share; else give --scaling.storage_path"
     assert shared in "\n".join(sweep.plan(both, axes, prepared, room))
@@ -222,7 +272,9 @@ def test_gpus_that_the_autoscaler_may_add_are_decided_on_once(
         assert cluster.scaling_config(config).use_gpu
     assert not cluster.scaling_config(config).use_gpu
     trial = decided.scaling
-    assert trial.use_gpu and trial.resources_per_worker == {"GPU": 1}, "whatever a trial sees when it starts"
+    assert trial.use_gpu and trial.resources_per_worker == {"GPU": 1}, (
+        "whatever a trial sees when it starts"
+    )
     file = tmp_path / "bootstrap.yaml"
     file.write_text(
         "head_node_type: head\nmax_workers: 8\navailable_node_types:\n  head: {resources: {CPU: 2}}\n"
@@ -237,7 +289,10 @@ def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any
     for changes, message in (
         ({"data.validation_fraction": 0.0}, "no validation questions to choose trials by"),
         ({"evaluate.select_examples": 0}, "no validation questions to choose trials by"),
-        ({"prev_checkpoint": "/somewhere"}, "--prev_checkpoint: the trials of a sweep start from the base model"),
+        (
+            {"prev_checkpoint": "/somewhere"},
+            "--prev_checkpoint: the trials of a sweep start from the base model",
+        ),
     ):
         config = one(make_config, **changes)
         with pytest.raises(ConfigError, match=message):
@@ -248,15 +303,20 @@ def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any
 # The search
 
 
-def optuna_points(config: Config, known: list[tuple[dict[str, Any], float]], number: int) -> list[dict[str, Any]]:
+def optuna_points(
+    config: Config, known: list[tuple[dict[str, Any], float]], number: int
+) -> list[dict[str, Any]]:
     """The points of a study whose trials so far had these values."""
-    asked = Study("/nowhere", "", {}, trials=[Trial(n, point) for n, (point, _) in enumerate(known)])
+    asked = Study(
+        "/nowhere", "", {}, trials=[Trial(n, point) for n, (point, _) in enumerate(known)]
+    )
     asked.save = lambda: None  # type: ignore[method-assign]
     searching = search.Search(space.read(config), asked)
     for n in range(number):
         searching.suggest(str(n))
         searching.on_trial_complete(
-            str(n), {"score": known[n][1] if n < len(known) else -asked.trials[n].point["learning_rate"]}
+            str(n),
+            {"score": known[n][1] if n < len(known) else -asked.trials[n].point["learning_rate"]},
         )
     return [trial.point for trial in asked.trials]
 
@@ -273,7 +333,13 @@ def test_a_resumed_search_goes_on_as_the_unbroken_one(make_config: Any) -> None:
 
 def test_no_point_is_tried_twice_while_there_are_others(make_config: Any) -> None:
     config = one(
-        make_config, **{"tune.space": {"lora.r": {"choice": [2, 4, 8, 16]}, "learning_rate": {"choice": [1e-3, 1e-2]}}}
+        make_config,
+        **{
+            "tune.space": {
+                "lora.r": {"choice": [2, 4, 8, 16]},
+                "learning_rate": {"choice": [1e-3, 1e-2]},
+            }
+        },
     )
     points = optuna_points(config, [], 8)
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 8
@@ -291,7 +357,11 @@ def test_rungs_are_where_trials_are_measured(make_config: Any) -> None:
 
 
 def test_scores_order_as_objective_and_then_tie_break() -> None:
-    measures = [Measure(1, right / 8, tie / 8, {"validation/n": 8}) for right in range(9) for tie in range(9)]
+    measures = [
+        Measure(1, right / 8, tie / 8, {"validation/n": 8})
+        for right in range(9)
+        for tie in range(9)
+    ]
     assert [one.score for one in measures] == sorted(one.score for one in measures)
     assert sorted(measures, key=lambda one: one.rank) == measures
 
@@ -304,7 +374,9 @@ def test_of_equal_checkpoints_a_study_names_the_one_that_is_kept(tmp_path: Path)
         scores = {"objective": {1: 0.25, 4: 0.0}.get(step, 0.5), "tie_break": None, "metrics": {}}
         checkpoints.save(local, str(tmp_path / "run"), step, scores)
         checkpoints.prune(str(tmp_path / "run"))
-    study.record(str(tmp_path / "run"), [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)])
+    study.record(
+        str(tmp_path / "run"), [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)]
+    )
     best = max(study.measured(str(tmp_path / "run")), key=lambda one: one.rank)
     kept = checkpoints.best(checkpoints.complete(str(tmp_path / "run")))
     assert kept and kept.step == best.step == 3
@@ -318,23 +390,32 @@ def test_the_winner_is_the_earliest_of_equals_and_no_failed_trial(make_config: A
     assert Study("/x", "", {}, trials=[*trials[:2], later]).best() == trials[0]
     better = replace(trials[2], best=replace(good, tie_break=0.6))
     assert Study("/x", "", {}, trials=[*trials[:2], better]).best() == better
-    assert Study("/x", "", {}, trials=[*trials[:2], replace(better, state="failed")]).best() == trials[0]
+    assert (
+        Study("/x", "", {}, trials=[*trials[:2], replace(better, state="failed")]).best()
+        == trials[0]
+    )
     assert Study("/x", "", {}, trials=[Trial(0, {})]).best() is None
 
 
-def test_a_study_is_found_again_and_one_of_other_settings_refused(make_config: Any, tmp_path: Path) -> None:
+def test_a_study_is_found_again_and_one_of_other_settings_refused(
+    make_config: Any, tmp_path: Path
+) -> None:
     config = one(make_config)
     begun = study.begin(config)
     begun.ask(0, {"learning_rate": 1e-3})
     begun.change(0, state="finished", best=Measure(2, -1.5, None, {"validation/loss": 1.5}))
     assert study.load(config) == begun
-    assert study.load(config.changed({"tune.num_samples": 9})) == begun, "a study may be given more trials later"
+    assert study.load(config.changed({"tune.num_samples": 9})) == begun, (
+        "a study may be given more trials later"
+    )
     with pytest.raises(
-        ConfigError, match=r"study of other settings \(.*seed 14 there, 15 here.*--output_name.*--overwrite"
+        ConfigError,
+        match=r"study of other settings \(.*seed 14 there, 15 here.*--output_name.*--overwrite",
     ):
         study.load(config.changed({"seed": 15}))
     with pytest.raises(
-        ConfigError, match=r"was cut off, with 1 of 4 trials settled: --resume goes on with it, --overwrite"
+        ConfigError,
+        match=r"was cut off, with 1 of 4 trials settled: --resume goes on with it, --overwrite",
     ):
         sweep._study(config, resume=False)
     assert sweep._study(config, resume=True) == begun
@@ -360,10 +441,14 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
     begun = study.load(config)
     assert begun and sweep._study(config, resume=True) == begun
     prepare.write_inputs(prepare.prepare(config), config)
-    checkpoints.remove(f"{config.run_dir}/{study.FILE}")  # as earlier versions could leave it
-    for given, resume in ((config, False), (config, True), (config.changed({"overwrite": True}), False)):
+    storage.remove(f"{config.run_dir}/{study.FILE}")  # as earlier versions could leave it
+    for given, resume in (
+        (config, False),
+        (config, True),
+        (config.changed({"overwrite": True}), False),
+    ):
         assert sweep._study(given, resume).trials == []
-    checkpoints.write_text(f"{config.run_dir}/adapter/adapter_model.safetensors", "a week's work")
+    storage.write_text(f"{config.run_dir}/adapter/adapter_model.safetensors", "a week's work")
     for overwrite in (True, False):
         with pytest.raises(StoreError, match="is no study"):
             sweep._study(config.changed({"overwrite": overwrite}), resume=False)
@@ -378,8 +463,12 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config:
         begun.ask(0, point)
         begun.finished = True
         begun.save()
-        for file in ("adapter/adapter_model.safetensors", "trials/trial-000/config.json", prepare.FINISHED_FILE):
-            checkpoints.write_text(f"{config.run_dir}/{file}", "{}")
+        for file in (
+            "adapter/adapter_model.safetensors",
+            "trials/trial-000/config.json",
+            prepare.FINISHED_FILE,
+        ):
+            storage.write_text(f"{config.run_dir}/{file}", "{}")
         assert study.load(config) == begun
         if not removal_cut_off(config.run_dir, after):
             break
@@ -388,7 +477,9 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config:
     assert after > 3 and not os.path.exists(config.run_dir)
 
 
-def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(make_config: Any, tmp_path: Path) -> None:
+def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(
+    make_config: Any, tmp_path: Path
+) -> None:
     from mlflow.tracking import MlflowClient
 
     store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
@@ -398,13 +489,19 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(ma
     def begun(known: Study) -> tracking.Run:
         for number in range(2):
             known.ask(number, axes.start())
-        place = {"uri": config.tracking.uri, "experiment": config.tracking.experiment, "spool": finetune.spool(config)}
+        place = {
+            "uri": config.tracking.uri,
+            "experiment": config.tracking.experiment,
+            "spool": finetune.spool(config),
+        }
         record = tracking.start({}, name="sweep", tags={}, own=known.tags, **place)  # type: ignore[arg-type]
         known.mlflow_run_id = record.run_id
         known.save()
         return record
 
-    def measured(under: Config, trial: Trial, parent: tracking.Run, objective: float) -> tracking.Run:
+    def measured(
+        under: Config, trial: Trial, parent: tracking.Run, objective: float
+    ) -> tracking.Run:
         run = sweep._child(under, axes, trial, parent)
         run.log(2, {"objective": objective})
         return run
@@ -412,7 +509,9 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(ma
     old = study.begin(config)
     first = begun(old)
     running = measured(config, old.trials[0], first, 0.1)
-    measured(away, old.trials[1], first, 0.2)  # began while MLflow was away, so that only its file knows of it
+    measured(
+        away, old.trials[1], first, 0.2
+    )  # began while MLflow was away, so that only its file knows of it
     sweep._remove(config)
     client = MlflowClient(config.tracking.uri)
     assert {run.info.run_id: run.info.status for run in client.search_runs(["1"])} == {
@@ -426,22 +525,32 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(ma
         measured(config, trial, second, 0.7).end("FINISHED")
     found = {run.info.run_id: run for run in client.search_runs(["1"])}
     assert len(found) == 5 and found[running.run_id].data.metrics == {"objective": 0.1}
-    children = [run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == second.run_id]
-    assert [(run.info.status, run.data.metrics) for run in children] == [("FINISHED", {"objective": 0.7})] * 2
+    children = [
+        run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == second.run_id
+    ]
+    assert [(run.info.status, run.data.metrics) for run in children] == [
+        ("FINISHED", {"objective": 0.7})
+    ] * 2
     assert not any(sweep._spool(config, trial).exists() for trial in new.trials)
 
 
-def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(make_config: Any, tmp_path: Path) -> None:
+def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(
+    make_config: Any, tmp_path: Path
+) -> None:
     store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     config = one(make_config, **store)
     begun = study.begin(config)
     begun.ask(0, space.read(config).start())
     trial = begun.change(0, state="running")
     away = config.changed({"tracking.uri": "http://127.0.0.1:9"})
-    sweep._child(away, space.read(config), trial, tracking.disabled(Path())).log(2, {"objective": 0.5})
+    sweep._child(away, space.read(config), trial, tracking.disabled(Path())).log(
+        2, {"objective": 0.5}
+    )
     kept = sweep._spool(config, trial).read_text()
-    with pytest.raises(StoreError, match=r"records of trial-000 wait for the study to go on: .*--resume"):
-        check.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
+    with pytest.raises(
+        StoreError, match=r"records of trial-000 wait for the study to go on: .*--resume"
+    ):
+        preflight.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
     assert sweep._spool(config, trial).read_text() == kept and "0.5" in kept
 
 
@@ -451,7 +560,9 @@ def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
     run = sweep._child(config, axes, Trial(0, axes.start()), parent)
     run.log(2, {"objective": 0.5})
     run.end("FINISHED")
-    assert run.run_id == "" and len(sweep._spool(config, Trial(0, {})).read_text().splitlines()) == 3
+    assert (
+        run.run_id == "" and len(sweep._spool(config, Trial(0, {})).read_text().splitlines()) == 3
+    )
 
 
 def test_what_trials_kept_for_mlflow_is_sent_on_request(
@@ -462,7 +573,12 @@ def test_what_trials_kept_for_mlflow_is_sent_on_request(
     store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     config = one(make_config, **store)
     parent = tracking.start(
-        {}, name="sweep", uri=config.tracking.uri, experiment="ray_sql", tags={}, spool=finetune.spool(config)
+        {},
+        name="sweep",
+        uri=config.tracking.uri,
+        experiment="ray_sql",
+        tags={},
+        spool=finetune.spool(config),
     )
     parent.end("FINISHED")
     begun = study.begin(config)
@@ -470,12 +586,15 @@ def test_what_trials_kept_for_mlflow_is_sent_on_request(
     begun.mlflow_run_id = parent.run_id
     begun.change(0, state="finished")
     run = sweep._child(
-        config.changed({"tracking.uri": "http://127.0.0.1:9"}), space.read(config), begun.trials[0], parent
+        config.changed({"tracking.uri": "http://127.0.0.1:9"}),
+        space.read(config),
+        begun.trials[0],
+        parent,
     )
     run.log(2, {"objective": 0.5})
     run.end("FINISHED")
     assert sweep._spool(config, begun.trials[0]).is_file()
-    check.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
+    preflight.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
     assert "all that was recorded of sweep is in MLflow" in capfd.readouterr().out
     assert not sweep._spool(config, begun.trials[0]).exists()
     client = MlflowClient(config.tracking.uri)
@@ -491,11 +610,14 @@ def test_a_win_needs_the_paired_test(make_config: Any) -> None:
 
     def rows(right: int) -> list[dict[str, Any]]:
         return [
-            {"split": "dev", "verdict": "correct" if n < right else "wrong", "error_kind": "none"} for n in range(40)
+            {"split": "dev", "verdict": "correct" if n < right else "wrong", "error_kind": "none"}
+            for n in range(40)
         ]
 
     assert champion.judge({"base": rows(0), "tuned": rows(20)}, config)[0]
-    assert not champion.judge({"base": rows(18), "tuned": rows(20)}, config)[0], "two questions more are no win"
+    assert not champion.judge({"base": rows(18), "tuned": rows(20)}, config)[0], (
+        "two questions more are no win"
+    )
     assert champion.judge({"base": rows(0), "default": rows(21), "tuned": rows(20)}, config)[0], (
         "nor is one more a loss"
     )
@@ -511,13 +633,15 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     from rich.console import Console
 
     from ray_sql.display import Display
-    from ray_sql.tune.watch import Watch
+    from ray_sql.tune.callback import Watch
 
     config, out = one(make_config), io.StringIO()
     begun = study.begin(config)
     begun.ask(0, {"learning_rate": 1e-3, "lora.r": 4})
     display = Display(Console(file=out, force_terminal=True, highlight=False, width=120))
-    watch = Watch(begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.disabled(Path()), display)
+    watch = Watch(
+        begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.disabled(Path()), display
+    )
 
     def shown() -> str:
         with display.console.capture() as captured:
@@ -529,7 +653,9 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     watch.on_trial_start(0, [], tuned)
     assert "running" in shown()
     watch.on_point({"kind": "train", "trial": 0, "step": 3, "steps": 4, "values": {"loss": 1.0}})
-    assert re.search(r" 4 │ +3 │.*running", shown()) and begun.trials[0].steps == 0, "none of them measured"
+    assert re.search(r" 4 │ +3 │.*running", shown()) and begun.trials[0].steps == 0, (
+        "none of them measured"
+    )
     watch._clocks[0] -= 3600
     assert watch.hours() == pytest.approx(1, abs=0.01)
     watch.on_trial_recover(0, [], tuned)
@@ -539,7 +665,9 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     watch.on_point({"kind": "note", "trial": 0, "text": "out of memory: once more"})
     watch.on_trial_complete(0, [], tuned)
     assert "trial-000: out of memory: once more" in out.getvalue()
-    assert "trial-000: failed: diverged by step 3" in out.getvalue(), "a terminal's table goes when the sweep ends"
+    assert "trial-000: failed: diverged by step 3" in out.getvalue(), (
+        "a terminal's table goes when the sweep ends"
+    )
     assert begun.trials[0].steps == 3 and begun.trials[0].seconds == pytest.approx(3600, abs=30)
 
 
@@ -583,8 +711,12 @@ def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> N
     trial = Alone(config, **{"lora.r": 2})
     assert [result["step"] for result in trial.steps(2)] == [2, 4]
     trial.stop()
-    assert [checkpoint.step for checkpoint in checkpoints.complete(trial.folder)][-1] == 4, "no step after the decision"
-    assert checkpoints.exists(f"{trial.folder}/adapter/adapter_model.safetensors"), "what it has is kept"
+    assert [checkpoint.step for checkpoint in checkpoints.complete(trial.folder)][-1] == 4, (
+        "no step after the decision"
+    )
+    assert storage.exists(f"{trial.folder}/adapter/adapter_model.safetensors"), (
+        "what it has is kept"
+    )
     again = Alone(config, **{"lora.r": 2})
     results = again.steps()
     assert [result["step"] for result in results] == [2, 4, 6, 8] and results[-1]["done"]
@@ -604,11 +736,17 @@ def test_the_winner_is_measured_as_this_command_says(make_config: Any) -> None:
     trial = begun.ask(0, {"learning_rate": 1e-2, "lora.r": 8})
     again = config.changed({"split": ["validation"], "evaluate.limit": 500})
     chosen = champion._settings(again, trial)
-    assert (chosen.split, chosen.evaluate.limit, chosen.run_dir) == (("validation",), 500, config.run_dir)
+    assert (chosen.split, chosen.evaluate.limit, chosen.run_dir) == (
+        ("validation",),
+        500,
+        config.run_dir,
+    )
     assert (chosen.learning_rate, chosen.lora.r, chosen.lora.lora_alpha) == (1e-2, 8, 16)
 
 
-def test_a_trial_without_memory_says_why_and_scores_worst(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_without_memory_says_why_and_scores_worst(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA out of memory, whatever the layout")
 
@@ -621,7 +759,9 @@ def test_a_trial_without_memory_says_why_and_scores_worst(make_config: Any, monk
     )
     assert result["score"] == study.WORST
     notes = [point["text"] for point in trial.said if point["kind"] == "note"]
-    assert len(notes) == 3 and all(text.startswith("out of memory") for text in notes), "8, 4, 2, and 1 at a time"
+    assert len(notes) == 3 and all(text.startswith("out of memory") for text in notes), (
+        "8, 4, 2, and 1 at a time"
+    )
 
 
 # Real sweeps
@@ -677,12 +817,18 @@ def test_a_sweep_from_its_space_to_its_champion(
     assert "diverged by step" in page and "http://" not in page and page.count("<tr class=") == 3
 
     client = MlflowClient(tracked["tracking.uri"])
-    children = {run.data.tags["trial"]: run for run in runs(tracked["tracking.uri"]) if "trial" in run.data.tags}
-    (parent,) = (run for run in runs(tracked["tracking.uri"]) if "trial" not in run.data.tags)
-    assert len(children) == 3 and {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {
-        parent.info.run_id
+    children = {
+        run.data.tags["trial"]: run
+        for run in runs(tracked["tracking.uri"])
+        if "trial" in run.data.tags
     }
-    assert parent.info.status == "FINISHED" and parent.data.tags["winner"].startswith(study.name(best.number))
+    (parent,) = (run for run in runs(tracked["tracking.uri"]) if "trial" not in run.data.tags)
+    assert len(children) == 3 and {
+        run.data.tags["mlflow.parentRunId"] for run in children.values()
+    } == {parent.info.run_id}
+    assert parent.info.status == "FINISHED" and parent.data.tags["winner"].startswith(
+        study.name(best.number)
+    )
     for trial in known.trials:
         run = children[str(trial.number)]
         assert run.info.status == ("FAILED" if trial.state == "failed" else "FINISHED")
@@ -691,11 +837,17 @@ def test_a_sweep_from_its_space_to_its_champion(
     assert [point.step for point in curve] == [one.step for one in study.measured(known.folder(0))]
     assert client.get_metric_history(children["0"].info.run_id, "train/loss")
     adapter = f"adapter-{study.name(best.number)}-step-{best.best.step}"
-    names = {item.path for folder in ("", "figures") for item in client.list_artifacts(parent.info.run_id, folder)}
+    names = {
+        item.path
+        for folder in ("", "figures")
+        for item in client.list_artifacts(parent.info.run_id, folder)
+    }
     assert names >= {adapter, "sweep.html", "trials.json", "figures/objective.png"}
     (version,) = client.search_model_versions("name='ray-sql-sql'")
     assert version.run_id == parent.info.run_id and version.source.endswith(f"/{adapter}")
-    assert client.get_registered_model("ray-sql-sql").aliases == {}, "no answer was right, so nothing is crowned"
+    assert client.get_registered_model("ray-sql-sql").aliases == {}, (
+        "no answer was right, so nothing is crowned"
+    )
 
     before = [trial.seconds for trial in known.trials]
     assert tune.run(given)["sql"] == metrics, "a finished study is shown, not repeated"
@@ -710,21 +862,29 @@ class Driver:
     def __init__(self, config: SweepConfig, tmp_path: Path) -> None:
         self._file = tmp_path / "sweep.json"
         settings = config.public() | {"task_type": ["sql"]}
-        self._file.write_text(json.dumps({name: value for name, value in settings.items() if name != "resume"}))
+        self._file.write_text(
+            json.dumps({name: value for name, value in settings.items() if name != "resume"})
+        )
         self._log = tmp_path / "driver.log"
 
     def start(self, *flags: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "jobs.tune", "--config", str(self._file), *flags]
         root = Path(__file__).parent.parent
         return subprocess.Popen(
-            command, cwd=root, stdout=self._log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=root,
+            stdout=self._log.open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def start_and_measure(self, config: Config) -> subprocess.Popen[bytes]:
         """A driver whose first trial has been measured."""
         process, deadline = self.start(), time.monotonic() + 200
         while not study.measured(f"{config.run_dir}/trials/trial-000"):
-            assert process.poll() is None and time.monotonic() < deadline, self._log.read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, self._log.read_text()[
+                -3000:
+            ]
             time.sleep(0.1)
         return process
 
@@ -764,31 +924,43 @@ def check_survived(config: Config, uri: str, reference: Study | None = None) -> 
     known = study.load(config)
     assert known and known.finished and settled(known) == config.tune.num_samples
     found = runs(uri)
-    assert all(run.info.status in ("FINISHED", "FAILED") for run in found), [run.info.status for run in found]
+    assert all(run.info.status in ("FINISHED", "FAILED") for run in found), [
+        run.info.status for run in found
+    ]
     assert sorted(run.data.tags["trial"] for run in found if "trial" in run.data.tags) == [
         str(trial.number) for trial in known.trials
     ]
     assert len(found) == len(known.trials) + 1
     if reference:
-        assert [trial.point for trial in known.trials] == [trial.point for trial in reference.trials]
-        assert [trial.state for trial in known.trials] == [trial.state for trial in reference.trials]
+        assert [trial.point for trial in known.trials] == [
+            trial.point for trial in reference.trials
+        ]
+        assert [trial.state for trial in known.trials] == [
+            trial.state for trial in reference.trials
+        ]
         assert known.best().number == reference.best().number  # type: ignore[union-attr]
     return known
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_killed_driver_resumes_its_study(make_config: Any, tracked: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_driver_resumes_its_study(
+    make_config: Any, tracked: dict[str, Any], tmp_path: Path
+) -> None:
     from mlflow.tracking import MlflowClient
 
-    given = make_config(SweepConfig, **(SWEEP | tracked | {"tune.num_samples": 3, "evaluate.baseline": False}))
+    given = make_config(
+        SweepConfig, **(SWEEP | tracked | {"tune.num_samples": 3, "evaluate.baseline": False})
+    )
     (config,) = given.studies()
     driver = Driver(given, tmp_path)
     first = driver.start()
     deadline = time.monotonic() + 200
     while True:
-        assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "driver.log").read_text()[-3000:]
-        text = checkpoints.read_text(f"{config.run_dir}/{study.FILE}")
+        assert first.poll() is None and time.monotonic() < deadline, (
+            tmp_path / "driver.log"
+        ).read_text()[-3000:]
+        text = storage.read_text(f"{config.run_dir}/{study.FILE}")
         known = study.load(config) if text else None
         if settled(known) == 1 and len(known.trials) == 2 and study.measured(known.folder(1)):  # type: ignore[union-attr]
             break
@@ -808,7 +980,10 @@ def test_a_killed_driver_resumes_its_study(make_config: Any, tracked: dict[str, 
     (run,) = (run for run in runs(tracked["tracking.uri"]) if run.data.tags.get("trial") == "1")
     curve = MlflowClient(tracked["tracking.uri"]).get_metric_history(run.info.run_id, "objective")
     assert [point.step for point in curve] == [one.step for one in study.measured(after.folder(1))]
-    assert after.trials[0].best == before.trials[0].best and after.trials[0].seconds == before.trials[0].seconds
+    assert (
+        after.trials[0].best == before.trials[0].best
+        and after.trials[0].seconds == before.trials[0].seconds
+    )
 
 
 @pytest.mark.slow
@@ -820,15 +995,27 @@ def test_a_sweep_that_is_told_to_stop_says_how_to_go_on(
     (config,) = given.studies()
     process = Driver(given, tmp_path).start_and_measure(config)
     process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()[-3000:]
-    assert (tmp_path / "driver.log").read_text().endswith("the same command with --resume goes on\n")
-    assert {"KILLED"} <= {run.info.status for run in runs(tracked["tracking.uri"])} <= {"KILLED", "FINISHED"}
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "driver.log").read_text()[
+        -3000:
+    ]
+    assert (
+        (tmp_path / "driver.log").read_text().endswith("the same command with --resume goes on\n")
+    )
+    assert (
+        {"KILLED"}
+        <= {run.info.status for run in runs(tracked["tracking.uri"])}
+        <= {"KILLED", "FINISHED"}
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_five_kills_at_random_moments_change_nothing(make_config: Any, tracked: dict[str, Any], tmp_path: Path) -> None:
-    whole = make_config(SweepConfig, **(SWEEP | tracked | {"output_name": "whole", "tracking.enabled": False}))
+def test_five_kills_at_random_moments_change_nothing(
+    make_config: Any, tracked: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = make_config(
+        SweepConfig, **(SWEEP | tracked | {"output_name": "whole", "tracking.enabled": False})
+    )
     tune.run(whole)
     reference = study.load(whole.studies()[0])
     given = make_config(SweepConfig, **(SWEEP | tracked))
@@ -855,7 +1042,9 @@ def test_the_trials_of_a_killed_driver_end_by_themselves(make_config: Any, tmp_p
     for child in stayed:
         child.kill()  # each by its id, so that a failing test leaves nothing either
     # measured: Ray's two agents per node outlive its raylet, idle; no trial, raylet or GCS does
-    assert set(names) <= {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}, f"still there after a minute: {names}"
+    assert set(names) <= {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}, (
+        f"still there after a minute: {names}"
+    )
 
 
 @pytest.mark.slow
@@ -905,19 +1094,32 @@ def test_a_dry_run_shows_the_space_and_the_arithmetic_and_starts_nothing(
     crowned = study.begin(config)
     crowned.finished = True
     crowned.save()
-    checkpoints.write_text(f"{config.run_dir}/config.json", json.dumps(config.changed({"lora.r": 8}).public()))
+    storage.write_text(
+        f"{config.run_dir}/config.json", json.dumps(config.changed({"lora.r": 8}).public())
+    )
     tune.dry_run(given)
-    assert "trials    4, 1 at a time: " in capfd.readouterr().out, "its winner has other settings than the first trial"
+    assert "trials    4, 1 at a time: " in capfd.readouterr().out, (
+        "its winner has other settings than the first trial"
+    )
     with pytest.raises(ConfigError, match="holds a study of other settings"):
         tune.dry_run(given.changed({"seed": 15}))
 
 
-def test_a_sweep_is_checked_task_by_task(make_config: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_checked_task_by_task(
+    make_config: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     given = make_config(CheckConfig, **(SWEEP | {"task_type": "sql,schema"}))
     study.begin(given.studies()[0]).save()
-    check.run(given)
+    preflight.run(given)
     out = capfd.readouterr().out
-    assert "--- sweep-sql ---" in out and "--- sweep-schema ---" in out and out.count("ok    memory") == 2
-    assert f"ok    output: {given.run_dir}-sql can be written and holds a study of these settings" in out
+    assert (
+        "--- sweep-sql ---" in out
+        and "--- sweep-schema ---" in out
+        and out.count("ok    memory") == 2
+    )
+    assert (
+        f"ok    output: {given.run_dir}-sql can be written and holds a study of these settings"
+        in out
+    )
     run = make_config(CheckConfig, **{"hub.push_checkpoints": "all"})
     assert run.studies()[0].output_name == "run", "what jobs.finetune takes is checked too"

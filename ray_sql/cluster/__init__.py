@@ -6,28 +6,3 @@ from ray_sql.cluster.device import claim_device, keep_freed_memory, on_gpu
 from ray_sql.cluster.resources import Room, capacity, holds, per_worker, room, scaling_config
 from ray_sql.cluster.start import address, begin_ray, joins, leave_ray, start_ray
 from ray_sql.cluster.workers import MORE_MEMORY, run_workers
-
-__all__ = [
-    "MORE_MEMORY",
-    "Channel",
-    "OnPoint",
-    "Point",
-    "Room",
-    "Sender",
-    "address",
-    "begin_ray",
-    "capacity",
-    "claim_device",
-    "holds",
-    "joins",
-    "keep_freed_memory",
-    "leave_ray",
-    "mark",
-    "note",
-    "on_gpu",
-    "per_worker",
-    "room",
-    "run_workers",
-    "scaling_config",
-    "start_ray",
-]

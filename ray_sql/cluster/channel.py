@@ -116,7 +116,9 @@ class Channel:
     def _take(self, point: Point) -> bool | None:
         try:
             return self._on_point(point)
-        except Exception as error:  # a display or a log that fails must not take the other points with it
+        except (
+            Exception
+        ) as error:  # a display or a log that fails must not take the other points with it
             log.warning("a point was not shown: %s: %s", type(error).__name__, error)
             return None
 

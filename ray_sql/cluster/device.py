@@ -23,9 +23,13 @@ def claim_device(config: Config) -> torch.device:
     if on_gpu(config):
         return ray.train.torch.get_device()
     keep_freed_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     asked = (config.scaling.resources_per_worker or {}).get("CPU", cores)
-    torch.set_num_threads(max(1, min(int(asked), cores // ray.train.get_context().get_local_world_size())))
+    torch.set_num_threads(
+        max(1, min(int(asked), cores // ray.train.get_context().get_local_world_size()))
+    )
     return torch.device("cpu")
 
 

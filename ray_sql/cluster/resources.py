@@ -36,12 +36,19 @@ class Room:
     @property
     def unit(self) -> tuple[str, float]:
         """What its use is counted in: GPUs, or CPUs where it has none, and how many."""
-        return ("GPU", self.needs["GPU"]) if self.needs.get("GPU") else ("CPU", self.needs.get("CPU", 1.0))
+        return (
+            ("GPU", self.needs["GPU"])
+            if self.needs.get("GPU")
+            else ("CPU", self.needs.get("CPU", 1.0))
+        )
 
     def decided(self, config: Config) -> Config:
         """The same settings with what a worker takes said in full: decided once, and not again by every trial."""
         return config.changed(
-            {"scaling.use_gpu": bool(self.each.get("GPU")), "scaling.resources_per_worker": self.each}
+            {
+                "scaling.use_gpu": bool(self.each.get("GPU")),
+                "scaling.resources_per_worker": self.each,
+            }
         )
 
 
@@ -69,13 +76,21 @@ def per_worker(config: Config, nodes: Sequence[Mapping[str, float]]) -> dict[str
     gpu = config.scaling.use_gpu
     if gpu is None:
         gpu = any(node.get("GPU") for node in nodes)
-    each = {name: amount for name, amount in (config.scaling.resources_per_worker or {}).items() if amount}
+    each = {
+        name: amount
+        for name, amount in (config.scaling.resources_per_worker or {}).items()
+        if amount
+    }
     if gpu:
         each.setdefault("GPU", 1)
     cores = [int(node.get("CPU", 0)) for node in nodes]
     return each or {
         "CPU": max(
-            (n for n in range(1, max(cores, default=0) + 1) if sum(own // n for own in cores) >= config.workers),
+            (
+                n
+                for n in range(1, max(cores, default=0) + 1)
+                if sum(own // n for own in cores) >= config.workers
+            ),
             default=1,
         )
     }
@@ -96,12 +111,21 @@ def capacity() -> list[dict[str, float]]:
         return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
     start_ray()
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return nodes + [resources for resources, most in _node_types() for _ in range(_missing(resources, most, nodes))]
+    return nodes + [
+        resources
+        for resources, most in _node_types()
+        for _ in range(_missing(resources, most, nodes))
+    ]
 
 
-def _missing(resources: Mapping[str, float], most: int, nodes: Sequence[Mapping[str, float]]) -> int:
+def _missing(
+    resources: Mapping[str, float], most: int, nodes: Sequence[Mapping[str, float]]
+) -> int:
     """How many nodes of a type may be added to those that are there; Ray does not say of which type a node is."""
-    there = sum(all(node.get(name, 0) == resources.get(name, 0) for name in ("CPU", "GPU")) for node in nodes)
+    there = sum(
+        all(node.get(name, 0) == resources.get(name, 0) for name in ("CPU", "GPU"))
+        for node in nodes
+    )
     return max(0, (MANY if most < 0 else most) - there)
 
 
@@ -144,7 +168,9 @@ def scaling_config(config: Config, resizes: bool = False) -> ScalingConfig:
             )
     return ScalingConfig(
         num_workers=config.scaling.num_workers,
-        elastic_resize_monitor_interval_s=config.scaling.elastic_resize_monitor_interval_s if resizes else math.inf,
+        elastic_resize_monitor_interval_s=config.scaling.elastic_resize_monitor_interval_s
+        if resizes
+        else math.inf,
         use_gpu=bool(each.get("GPU")),
         resources_per_worker=each,
     )

@@ -71,8 +71,12 @@ def _init_ray() -> None:
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         # it announces at every start that tokens are on, as they should be, and that SIGTERM stays ours, as it should
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM" not in record.getMessage())
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+            logging.ERROR
+        )
+        logging.getLogger("ray._private.worker").addFilter(
+            lambda record: "SIGTERM" not in record.getMessage()
+        )
         # workers' own output stays in Ray's logs and dashboard: what matters comes through the channel, and their errors as errors
         # never `auto` unasked: a cluster that was killed leaves its address behind, and Ray would try it for many minutes
         _knock(place := address() or "local")

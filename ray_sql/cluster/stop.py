@@ -41,7 +41,9 @@ class ClusterEvent:
 
 
 @contextmanager
-def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event, on_point: OnPoint) -> Iterator[None]:
+def ending_in_order(
+    told: threading.Event | ClusterEvent, begun: threading.Event, on_point: OnPoint
+) -> Iterator[None]:
     """Inside, SIGTERM or Ctrl-C sets `told`, and has its effect when what is inside has ended.
 
     Its effect is immediate as long as nothing has `begun`, the second time, and after `PATIENCE` seconds. Signals reach the main thread:
@@ -51,7 +53,9 @@ def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: kept for n in numbers if (kept := signal.getsignal(n)) not in (None, signal.SIG_IGN)}
+    before = {
+        n: kept for n in numbers if (kept := signal.getsignal(n)) not in (None, signal.SIG_IGN)
+    }
     received: list[int] = []
     ended = threading.Event()
 
@@ -63,7 +67,11 @@ def ending_in_order(told: threading.Event | ClusterEvent, begun: threading.Event
         patience = f"for at most {PATIENCE:.0f} s; once more stops at once"
         on_point(note(f"told to stop: a checkpoint is saved first, {patience}"))
         if not _reaches(told):
-            on_point(note("Ray does not answer (was all of this machine told to stop?): there will be no checkpoint"))
+            on_point(
+                note(
+                    "Ray does not answer (was all of this machine told to stop?): there will be no checkpoint"
+                )
+            )
         else:
             ended.wait(PATIENCE)
         if not ended.is_set():

@@ -18,7 +18,15 @@ from ray_sql.cluster.resources import scaling_config
 from ray_sql.cluster.start import start_ray
 from ray_sql.cluster.stop import ClusterEvent, beside_signals, ending_in_order
 from ray_sql.config import Config
-from ray_sql.errors import OutOfMemory, RaySqlError, StoreError, TrainingError, last_line, out_of_memory, says_full
+from ray_sql.errors import (
+    OutOfMemory,
+    RaySqlError,
+    StoreError,
+    TrainingError,
+    last_line,
+    out_of_memory,
+    says_full,
+)
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
 WORKER_ENVIRONMENT = {
@@ -26,9 +34,7 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-MORE_MEMORY = (
-    "lower --eval_batch_size, --evaluate.max_new_tokens or --rows.max_length, or use --train.gradient_checkpointing"
-)
+MORE_MEMORY = "lower --eval_batch_size, --evaluate.max_new_tokens or --rows.max_length, or use --train.gradient_checkpointing"
 """What is left to do where forward passes are as small as they get."""
 
 
@@ -84,7 +90,9 @@ def run_workers(
         raise
 
 
-def _fit(loop: Loop, plan: dict[str, Any], config: Config, run_dir: str, resizes: bool) -> dict[str, Any]:
+def _fit(
+    loop: Loop, plan: dict[str, Any], config: Config, run_dir: str, resizes: bool
+) -> dict[str, Any]:
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
@@ -126,11 +134,15 @@ def _once_without_memory() -> Any:
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     class OnceWithoutMemory(UserCallback):  # type: ignore[misc]  # ray is not followed by mypy
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
             for rank, error in sorted(worker_exceptions.items()):
                 if not isinstance(error, WorkerHealthCheckFailedError) and out_of_memory(error):
                     said = [line.strip() for line in str(error).splitlines() if says_full(line)]
-                    raise MemoryError(f"worker {rank} is out of memory: {said[-1] if said else last_line(error)}")
+                    raise MemoryError(
+                        f"worker {rank} is out of memory: {said[-1] if said else last_line(error)}"
+                    )
 
     return OnceWithoutMemory()
 

@@ -7,22 +7,6 @@ unvalidated. Importing this package loads no torch, ray or mlflow.
 
 from ray_sql.config.jobs import CheckConfig, EvaluateConfig, PublishConfig, SweepConfig
 from ray_sql.config.load import C, load
-from ray_sql.config.road import build, describe, names
-from ray_sql.config.settings import Config, Task, absolute, passwordless, without_password
-
-__all__ = [
-    "C",
-    "CheckConfig",
-    "Config",
-    "EvaluateConfig",
-    "PublishConfig",
-    "SweepConfig",
-    "Task",
-    "absolute",
-    "build",
-    "describe",
-    "load",
-    "names",
-    "passwordless",
-    "without_password",
-]
+from ray_sql.config.settings import Config, Task
+from ray_sql.config.urls import absolute, passwordless, without_password
+from ray_sql.config.validate import build, describe, names

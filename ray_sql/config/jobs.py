@@ -6,8 +6,8 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_sql.config.road import build, merge
 from ray_sql.config.settings import Config, Task
+from ray_sql.config.validate import build, merge
 
 
 class EvaluateConfig(Config):
@@ -25,7 +25,11 @@ class EvaluateConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _name_a_comparison(cls, values: Any) -> Any:
-        return {"output_name": "comparison"} | values if isinstance(values, dict) and values.get("compare") else values
+        return (
+            {"output_name": "comparison"} | values
+            if isinstance(values, dict) and values.get("compare")
+            else values
+        )
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -38,10 +42,14 @@ class EvaluateConfig(Config):
     @model_validator(mode="after")
     def _check_compare(self) -> Self:
         if len(self.compare) not in (0, 2):
-            raise ValueError(f"--compare takes two files of judged predictions, {len(self.compare)} given")
+            raise ValueError(
+                f"--compare takes two files of judged predictions, {len(self.compare)} given"
+            )
         for name in ("predictions_file", "adapter"):
             if self.compare and getattr(self, name):
-                raise ValueError(f"--compare reads what was judged already: leave --{name} out, or evaluate it first")
+                raise ValueError(
+                    f"--compare reads what was judged already: leave --{name} out, or evaluate it first"
+                )
         return self
 
 
@@ -68,17 +76,24 @@ class TasksConfig(Config):
         """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`, and a
         repository, `<hub.repo_id>-<task>`."""
         own = set(type(self).model_fields) - set(Config.model_fields)
-        given = self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token", *own})
-        given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
+        given = self.model_dump(
+            mode="python", exclude_unset=True, exclude={"read_token", "write_token", *own}
+        )
+        given |= {
+            name: token for name in ("read_token", "write_token") if (token := getattr(self, name))
+        }
         return [
-            build(Config, merge(given, self._named(task)), {"changes": {"task_type": task}}) for task in self.task_type
+            build(Config, merge(given, self._named(task)), {"changes": {"task_type": task}})
+            for task in self.task_type
         ]
 
     def _named(self, task: Task) -> dict[str, Any]:
         if len(self.task_type) < 2:
             return {"task_type": task}
         named: dict[str, Any] = {"task_type": task, "output_name": f"{self.output_name}-{task}"}
-        return named | ({"hub": {"repo_id": f"{self.hub.repo_id}-{task}"}} if self.hub.repo_id else {})
+        return named | (
+            {"hub": {"repo_id": f"{self.hub.repo_id}-{task}"}} if self.hub.repo_id else {}
+        )
 
 
 class CheckConfig(TasksConfig):
@@ -97,7 +112,9 @@ class SweepConfig(TasksConfig):
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
         if self.resume and self.overwrite:
-            raise ValueError("resume goes on with the study that overwrite removes: leave one of the two out")
+            raise ValueError(
+                "resume goes on with the study that overwrite removes: leave one of the two out"
+            )
         return self
 
     @model_validator(mode="after")

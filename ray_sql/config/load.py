@@ -11,8 +11,8 @@ from typing import Any, TypeVar, get_origin
 import yaml
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from ray_sql.config.road import build, merge, names, nearest, nested
 from ray_sql.config.settings import Config
+from ray_sql.config.validate import build, merge, names, nearest, nested
 from ray_sql.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -32,7 +32,9 @@ def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> 
     sources: dict[str, dict[str, Any]] = {}
     for file in flags.get("config", ()):
         sources[str(file)] = _read_file(str(file))
-    sources |= {variable: found for variable in ENVIRONMENT if (found := _read_environment(variable))}
+    sources |= {
+        variable: found for variable in ENVIRONMENT if (found := _read_environment(variable))
+    }
     sources["flags"] = flags
     merged: dict[str, Any] = {}
     for values in sources.values():
@@ -55,15 +57,23 @@ def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
         message = str(error).removeprefix("error parsing CLI: ")
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments") and unknown.startswith("-"):
-            raise ConfigError(f"{unknown}: unknown flag{nearest(kind, unknown.lstrip('-'), '--')}") from None
+            raise ConfigError(
+                f"{unknown}: unknown flag{nearest(kind, unknown.lstrip('-'), '--')}"
+            ) from None
         raise ConfigError(message) from None
 
 
 def _switches(argv: list[str], kind: type[Config]) -> list[str]:
     """The flags with `--x true` as `--x` and `--x false` as `--no-x`, the only forms that argparse knows."""
-    switches = {f"--{name}" for name, field in names(kind) if field.annotation in (bool, bool | None)}
+    switches = {
+        f"--{name}" for name, field in names(kind) if field.annotation in (bool, bool | None)
+    }
     words: list[str] = []
-    for word in (part for one in argv for part in (one.split("=", 1) if one.split("=")[0] in switches else [one])):
+    for word in (
+        part
+        for one in argv
+        for part in (one.split("=", 1) if one.split("=")[0] in switches else [one])
+    ):
         value = word.lower() if words and words[-1] in switches else None
         if value == "false":
             words[-1] = f"--no-{words[-1][2:]}"
@@ -94,11 +104,17 @@ def _read_file(file: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+        raise ConfigError(
+            f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"--config {file}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(value, dict):
-        raise ConfigError(f"--config {file}: must hold `setting: value` lines, found {type(value).__name__}")
+        raise ConfigError(
+            f"--config {file}: must hold `setting: value` lines, found {type(value).__name__}"
+        )
     return nested(value)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic_settings import NoDecode
 
 POPULATIONS = {"pbt", "pb2", "pbt_replay", "hyperband", "bohb", "hb_bohb", "resource_changing"}
@@ -13,7 +20,9 @@ POPULATIONS = {"pbt", "pb2", "pbt_replay", "hyperband", "bohb", "hb_bohb", "reso
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class DataSection(Section):
@@ -126,7 +135,9 @@ class ScalingSection(Section):
 
     @field_validator("num_workers", mode="wrap")
     @classmethod
-    def _read_bounds(cls, given: Any, validated: ValidatorFunctionWrapHandler) -> int | tuple[int, int]:
+    def _read_bounds(
+        cls, given: Any, validated: ValidatorFunctionWrapHandler
+    ) -> int | tuple[int, int]:
         """A number, or two: `1,4` of a command line, a list in YAML and JSON."""
         words = given.split(",") if isinstance(given, str) and "," in given else given
         try:
@@ -195,7 +206,9 @@ class TuneSection(Section):
 
     @field_validator("space")
     @classmethod
-    def _read_exponents(cls, space: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
+    def _read_exponents(
+        cls, space: dict[str, dict[str, list[Any]]]
+    ) -> dict[str, dict[str, list[Any]]]:
         """Numbers that YAML reads as text, as it does `5e-5`."""
         return {
             name: {kind: [_number(value) for value in values] for kind, values in axis.items()}

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +15,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from ray_sql.config.road import build, merge, nested
 from ray_sql.config.sections import (
     DataSection,
     EvaluateSection,
@@ -31,9 +28,19 @@ from ray_sql.config.sections import (
     TrainSection,
     TuneSection,
 )
+from ray_sql.config.urls import absolute, passwordless, without_password
+from ray_sql.config.validate import build, merge, nested
 
 Task = Literal["sql", "schema"]
-IDENTITY = {"model_name", "task_type", "dataset_id", "seed", "learning_rate", "num_epochs", "save_steps"}
+IDENTITY = {
+    "model_name",
+    "task_type",
+    "dataset_id",
+    "seed",
+    "learning_rate",
+    "num_epochs",
+    "save_steps",
+}
 IDENTITY |= {"data", "prompt", "rows", "lora", "quantization", "train"}
 """Settings that shape the adapter; a run may be continued under other values of all the rest."""
 
@@ -42,7 +49,11 @@ class Config(BaseSettings):
     """Settings of a fine-tuning run."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     config: tuple[str, ...] = ()
@@ -103,7 +114,9 @@ class Config(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # `load` merges the sources itself, to be able to say which one a bad value came from
+        return (
+            init_settings,
+        )  # `load` merges the sources itself, to be able to say which one a bad value came from
 
     @field_serializer("read_token", "write_token")
     def _hide(self, _: SecretStr | None) -> None:
@@ -145,7 +158,9 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_ves(self) -> Self:
-        if self.evaluate.ves_iterations and (self.evaluate.semantics != "bird" or self.task_type == "schema"):
+        if self.evaluate.ves_iterations and (
+            self.evaluate.semantics != "bird" or self.task_type == "schema"
+        ):
             raise ValueError(
                 f"evaluate.ves_iterations {self.evaluate.ves_iterations} times right queries for BIRD's R-VES: use task_type sql "
                 "and evaluate.semantics bird, or leave it out"
@@ -189,7 +204,9 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _check_overwrite(self) -> Self:
         start = self.prev_checkpoint or ""
-        own = "/" not in start or (absolute(start).is_relative_to(self.run_dir) and "://" not in self.run_dir)
+        own = "/" not in start or (
+            absolute(start).is_relative_to(self.run_dir) and "://" not in self.run_dir
+        )
         if self.overwrite and start and own:
             raise ValueError(
                 f"overwrite removes the run that prev_checkpoint {start} belongs to: leave one of the two out"
@@ -225,7 +242,11 @@ class Config(BaseSettings):
                 f"train_batch_size {self.train_batch_size} x {', '.join(odd)} workers: set train.global_batch_size to a multiple "
                 f"of {every}, as {near}, or narrow the bounds"
             )
-        if self.elastic and self.train.global_batch_size and "grad_accum_steps" in self.model_fields_set:
+        if (
+            self.elastic
+            and self.train.global_batch_size
+            and "grad_accum_steps" in self.model_fields_set
+        ):
             raise ValueError(
                 f"scaling.num_workers {sizes[0]},{sizes[-1]}: with train.global_batch_size {self.train.global_batch_size}, "
                 "grad_accum_steps follows from the number of workers: leave it unset"
@@ -259,7 +280,10 @@ class Config(BaseSettings):
     @property
     def global_batch(self) -> int:
         """Examples per optimizer step, with however many workers."""
-        return self.train.global_batch_size or self.train_batch_size * self.grad_accum_steps * self.workers
+        return (
+            self.train.global_batch_size
+            or self.train_batch_size * self.grad_accum_steps * self.workers
+        )
 
     def steps_per_epoch(self, examples: int) -> int:
         """Optimizer steps of a pass over so many examples; a last, smaller one counts."""
@@ -273,13 +297,19 @@ class Config(BaseSettings):
 
     def measured(self, step: int, examples: int) -> bool:
         """Whether the checkpoint of a step is measured in a run over so many examples: at every `eval_steps`, and the last one."""
-        return step % (self.evaluate.eval_steps or self.save_steps) == 0 or step >= self.steps(examples)
+        return step % (self.evaluate.eval_steps or self.save_steps) == 0 or step >= self.steps(
+            examples
+        )
 
     @property
     def run_dir(self) -> str:
         """Absolute folder or URI of this run; absolute because Ray changes a worker's working directory."""
         root = self.scaling.storage_path or self.output_dir
-        return f"{root.rstrip('/')}/{self.output_name}" if "://" in root else str(absolute(root) / self.output_name)
+        return (
+            f"{root.rstrip('/')}/{self.output_name}"
+            if "://" in root
+            else str(absolute(root) / self.output_name)
+        )
 
     @property
     def publishes(self) -> bool:
@@ -309,7 +339,9 @@ class Config(BaseSettings):
 
     def for_workers(self) -> dict[str, Any]:
         """`public()` of a run as a process in another folder needs it: Ray changes a worker's, so local paths are absolute."""
-        settings = {name: value for name, value in self.public().items() if name in Config.model_fields}
+        settings = {
+            name: value for name, value in self.public().items() if name in Config.model_fields
+        }
         settings |= {"output_dir": str(absolute(self.output_dir)), "cache_dir": str(self.cache)}
         root = self.scaling.storage_path
         if root and "://" not in root:
@@ -332,37 +364,12 @@ class Config(BaseSettings):
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """A copy with dotted settings changed, e.g. `{"lora.r": 16}`, validated like any other; tokens stay."""
-        given = nested(self.model_dump(mode="python", exclude_unset=True, exclude={"read_token", "write_token"}))
-        given |= {name: token for name in ("read_token", "write_token") if (token := getattr(self, name))}
+        given = nested(
+            self.model_dump(
+                mode="python", exclude_unset=True, exclude={"read_token", "write_token"}
+            )
+        )
+        given |= {
+            name: token for name in ("read_token", "write_token") if (token := getattr(self, name))
+        }
         return build(type(self), merge(given, nested(changes)), {"changes": nested(changes)})
-
-
-def _hidden(uri: str, instead: str) -> str:
-    """`uri`, or a text with URIs in it, with another word in place of `:password`."""
-
-    def hide(found: re.Match[str]) -> str:
-        scheme, user, rest = found.groups()
-        if scheme in {"http", "https", "hdfs"} and re.match(r"\d+(?:[/?#]|$)", rest):
-            return found[0]  # a port
-        # up to the last @ before the path; of a password that holds a slash, up to the first, or, where no host follows, the last
-        password = re.match(r"[^/?#]*@", rest) or re.match(r".*@" if scheme in {"s3", "gs"} else r"[^@]*@", rest)
-        return f"{scheme}{user}{instead}@{rest[password.end() :]}" if password else found[0]
-
-    return re.sub(r"([\w+.-]*)(://[^:/@\s\[]*):(\S*)", hide, uri)
-
-
-def without_password(uri: str | None) -> str | None:
-    """A URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    masked = uri and _hidden(uri, ":***")
-    return masked and re.sub(r"([?&]password=)[^&\s]*", r"\1***", masked)
-
-
-def passwordless(uri: str | None) -> str | None:
-    """A URI as it may be written into a file and still be opened: without its password, which PGPASSWORD or ~/.pgpass then gives."""
-    bare = uri and _hidden(uri, "")
-    return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")
-
-
-def absolute(path: str | Path) -> Path:
-    """The absolute form of a path, with `~` expanded; symbolic links stay as the user wrote them."""
-    return Path(os.path.abspath(os.path.expanduser(path)))

@@ -5,18 +5,6 @@ the Hub, and `demo`. All become a `Corpus`: named splits of `Example`s plus one 
 set aside for validation is set aside by whole databases unless the user says otherwise, and overlap between splits is reported.
 """
 
+from ray_sql.data.corpus import Corpus, Example, leakage, sample, why_not_executable
 from ray_sql.data.read import parse_lines, read_records
 from ray_sql.data.splits import load, load_split
-from ray_sql.data.values import Corpus, Example, leakage, sample, why_not_executable
-
-__all__ = [
-    "Corpus",
-    "Example",
-    "leakage",
-    "load",
-    "load_split",
-    "parse_lines",
-    "read_records",
-    "sample",
-    "why_not_executable",
-]

@@ -17,11 +17,15 @@ from typing import Any
 from urllib.parse import quote
 
 from ray_sql.config import Config, absolute
-from ray_sql.data.values import Corpus, Example
+from ray_sql.data.corpus import Corpus, Example
+from ray_sql.database import Schema, read_tables_json
 from ray_sql.errors import DataError
-from ray_sql.schema import Schema, read_tables_json
 
-SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",), "test": ("test.json",)}
+SPIDER_FILES = {
+    "train": ("train_spider.json", "train_others.json"),
+    "dev": ("dev.json",),
+    "test": ("test.json",),
+}
 
 COLUMNS = {
     "id": ("id", "question_id"),
@@ -35,7 +39,10 @@ COLUMNS = {
 
 TASK_COLUMNS = {
     "sql": {"schema": ("schema", "schema_SQLDatabase")},
-    "schema": {"schema": ("schema", "schema_SQLDatabase_min"), "links": ("links", "selector_correct")},
+    "schema": {
+        "schema": ("schema", "schema_SQLDatabase_min"),
+        "links": ("links", "selector_correct"),
+    },
 }
 """The columns that depend on the task: ready-made schema text, and ready-made links."""
 
@@ -70,7 +77,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    records = list(parse_lines(path, text).values()) if path.suffix == ".jsonl" else _parse(path, text, 1)
+    records = (
+        list(parse_lines(path, text).values()) if path.suffix == ".jsonl" else _parse(path, text, 1)
+    )
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: must hold JSON objects, one example each")
     return records
@@ -79,7 +88,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
     """Line number → the JSON value on it, blank lines left out; `path` serves the error message."""
     # not splitlines: it also splits at U+2028 and others, which JSON allows inside a string
-    return {number: _parse(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+    return {
+        number: _parse(path, line, number)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    }
 
 
 def _parse(path: Path | str, text: str, first_line: int) -> Any:
@@ -87,17 +100,23 @@ def _parse(path: Path | str, text: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"{path}, line {line}: not valid JSON ({error.msg}); correct the line or remove it") from None
+        raise DataError(
+            f"{path}, line {line}: not valid JSON ({error.msg}); correct the line or remove it"
+        ) from None
 
 
 def _read_demo(config: Config) -> Corpus:
     """The data that ships with the package; its databases are built from SQL text once, in the cache."""
     source = Path(str(resources.files("ray_sql") / "demo_data"))
     databases = {
-        folder.name: _build_database(folder / "schema.sql", config.cache) for folder in _folders(source / "database")
+        folder.name: _build_database(folder / "schema.sql", config.cache)
+        for folder in _folders(source / "database")
     }
     files = {split: (f"{split}.json",) for split in ("train", "seen", "unseen")}
-    splits = {split: _examples(config, [source / file for file in names]) for split, names in files.items()}
+    splits = {
+        split: _examples(config, [source / file for file in names])
+        for split, names in files.items()
+    }
     return Corpus(splits, {}, databases)
 
 
@@ -159,12 +178,18 @@ def _read_jsonl(config: Config, place: Path) -> Corpus:
     if not place.exists():
         raise DataError(f"--dataset_id {config.dataset_id}: no such file")
     folder = place if place.is_dir() else place.parent
-    files = {path.stem: path for path in sorted(place.glob("*.jsonl"))} if place.is_dir() else {"train": place}
+    files = (
+        {path.stem: path for path in sorted(place.glob("*.jsonl"))}
+        if place.is_dir()
+        else {"train": place}
+    )
     splits = _with_dev({split: _examples(config, [path]) for split, path in files.items()})
     where = config.data.databases or next(
         (str(folder / n) for n in ("database", "databases") if (folder / n).is_dir()), None
     )
-    if where is None and not all(example.schema_text for examples in splits.values() for example in examples):
+    if where is None and not all(
+        example.schema_text for examples in splits.values() for example in examples
+    ):
         raise DataError(
             f"--dataset_id {config.dataset_id}: no databases found beside it; name their folder with --data.databases, or give "
             "each line its own `schema` text"
@@ -180,17 +205,20 @@ def _read_hub(config: Config) -> Corpus:
     token = config.read_token.get_secret_value() if config.read_token else None
     try:
         place = absolute(config.dataset_id)
-        loaded = datasets.load_dataset(str(place) if place.is_dir() else config.dataset_id, token=token)
-    except (
-        Exception
-    ) as error:  # the library raises many kinds, from requests' to pyarrow's; all mean the same to the user
+        loaded = datasets.load_dataset(
+            str(place) if place.is_dir() else config.dataset_id, token=token
+        )
+    except Exception as error:  # the library raises many kinds, from requests' to pyarrow's; all mean the same to the user
         raise DataError(
             f"--dataset_id {config.dataset_id}: neither a local folder nor a Hub dataset that can be read "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, the network and --read_token"
         ) from None
     splits = {
         str(split): _distinct(
-            [_example(config, row, f"{config.dataset_id}[{split}]", number) for number, row in enumerate(rows)],
+            [
+                _example(config, row, f"{config.dataset_id}[{split}]", number)
+                for number, row in enumerate(rows)
+            ],
             f"{config.dataset_id}[{split}]",
         )
         for split, rows in loaded.items()
@@ -202,7 +230,10 @@ def _read_hub(config: Config) -> Corpus:
 
 def _with_dev(splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
     """`validation`, the Hub's usual name, as `dev`: our `validation` is what is set aside from train."""
-    return {"dev" if name == "validation" and "dev" not in splits else name: rows for name, rows in splits.items()}
+    return {
+        "dev" if name == "validation" and "dev" not in splits else name: rows
+        for name, rows in splits.items()
+    }
 
 
 def _folders(place: Path) -> list[Path]:
@@ -216,7 +247,9 @@ def _database_files(place: Path, config: Config) -> dict[str, str]:
     return {db_id: str(path) for db_id, path in files.items() if path.is_file()}
 
 
-def _databases(where: str, splits: Mapping[str, Iterable[Example]], config: Config) -> dict[str, str]:
+def _databases(
+    where: str, splits: Mapping[str, Iterable[Example]], config: Config
+) -> dict[str, str]:
     if "://" in where:
         used = {example.db_id for examples in splits.values() for example in examples}
         return {db_id: where.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(used)}
@@ -227,7 +260,9 @@ def _examples(config: Config, files: Sequence[Path]) -> tuple[Example, ...]:
     examples: list[Example] = []
     for path in files:
         for number, record in enumerate(read_records(path)):
-            examples.append(_example(config, record, str(path), number, first=len(examples) - number))
+            examples.append(
+                _example(config, record, str(path), number, first=len(examples) - number)
+            )
     return _distinct(examples, ", ".join(map(str, files)))
 
 
@@ -242,7 +277,9 @@ def _distinct(examples: Sequence[Example], where: str) -> tuple[Example, ...]:
     return tuple(examples)
 
 
-def _example(config: Config, record: Mapping[str, Any], file: str, number: int, first: int = 0) -> Example:
+def _example(
+    config: Config, record: Mapping[str, Any], file: str, number: int, first: int = 0
+) -> Example:
     """One record as an `Example`; a field that must be there and is not is named with the columns found."""
     columns = {**COLUMNS, **TASK_COLUMNS[config.task_type]}
 
@@ -259,7 +296,9 @@ def _example(config: Config, record: Mapping[str, Any], file: str, number: int, 
 
     unknown = set(config.data.columns) - set(columns)
     if unknown:
-        raise DataError(f"--data.columns {unknown.pop()}: no such field; fields are {', '.join(columns)}")
+        raise DataError(
+            f"--data.columns {unknown.pop()}: no such field; fields are {', '.join(columns)}"
+        )
     return Example(
         id=value("id") or str(first + number),
         db_id=value("db_id", required=True) or "",

@@ -1,6 +1,7 @@
 """Questions → answers with a base model and, where given, its adapter: each database's schema computed once and shared by its
 questions (`shared`), as one-by-one greedy decoding would answer them; beams and other models in plain batches (`plain`)."""
 
+from ray_sql.generate.answer_cache import Kept
 from ray_sql.generate.answers import (
     VERSION,
     agreed,
@@ -10,7 +11,6 @@ from ray_sql.generate.answers import (
     gather_all,
     spread,
 )
-from ray_sql.generate.kept import Kept
 from ray_sql.generate.questions import (
     VALIDATION_FILE,
     Answer,
@@ -24,25 +24,3 @@ from ray_sql.generate.questions import (
     unpack,
 )
 from ray_sql.generate.vllm import check as check_backend
-
-__all__ = [
-    "VALIDATION_FILE",
-    "VERSION",
-    "Answer",
-    "Kept",
-    "Question",
-    "agreed",
-    "answer",
-    "answer_loop_per_worker",
-    "answer_together",
-    "carry",
-    "check_backend",
-    "check_window",
-    "dump",
-    "gather_all",
-    "gold",
-    "parse",
-    "questions",
-    "spread",
-    "unpack",
-]

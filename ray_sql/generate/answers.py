@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ray_sql import checkpoints, cluster, models
+from ray_sql import cluster, models
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
-from ray_sql.generate import plain, shared, vllm
+from ray_sql.generate import decoder, hf_generate, vllm
+from ray_sql.generate.answer_cache import Kept
 from ray_sql.generate.ends import Ends
-from ray_sql.generate.kept import Kept
 from ray_sql.generate.questions import Answer, Question, parse
+from ray_sql.store import storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ def answer(
         if progress:
             progress(len(answers), len(asked))
 
-    from ray_sql import linear  # here: it loads torch, which a driver can do without
+    from ray_sql.models import cpu_linear  # here: it loads torch, which a driver can do without
 
     if not asked:
         return []
@@ -67,9 +68,9 @@ def answer(
     model.eval()
     model.config.use_cache = True
     try:
-        with linear.merged(model):
+        with cpu_linear.merged(model):
             longest = max(len(one.input_ids) for one in asked) + max_new_tokens
-            reason = shared.why_not(model, longest) if num_beams == 1 else None
+            reason = decoder.why_not(model, longest) if num_beams == 1 else None
             if reason and on_whole:
                 on_whole(reason)
             if num_beams == 1 and reason is None:
@@ -97,9 +98,15 @@ def _answer_shared(
         tokens = ends.cut(said)
         keep(number, Answer(ends.text(tokens), len(prompts[number]), len(tokens), seconds))
 
-    groups = shared.group(prompts, [one.db_id for one in asked])
-    shared.decode(
-        model, prompts, groups, max_new_tokens=max_new_tokens, together=together, ended=ends, finished=finished
+    groups = decoder.group(prompts, [one.db_id for one in asked])
+    decoder.decode(
+        model,
+        prompts,
+        groups,
+        max_new_tokens=max_new_tokens,
+        together=together,
+        ended=ends,
+        finished=finished,
     )
 
 
@@ -115,7 +122,9 @@ def _answer_plain(
     order = sorted(range(len(asked)), key=lambda number: -len(asked[number].input_ids))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        said = plain.answer_batch(model, tokenizer, [asked[n].input_ids for n in batch], max_new_tokens, num_beams)
+        said = hf_generate.answer_batch(
+            model, tokenizer, [asked[n].input_ids for n in batch], max_new_tokens, num_beams
+        )
         for number, one in zip(batch, said, strict=True):
             keep(number, one)
 
@@ -143,7 +152,9 @@ def answer_together(
             share,
             max_new_tokens=config.evaluate.max_new_tokens,
             batch_size=config.eval_batch_size,
-            together=None if config.evaluate.max_num_seqs == "auto" else config.evaluate.max_num_seqs,
+            together=None
+            if config.evaluate.max_num_seqs == "auto"
+            else config.evaluate.max_num_seqs,
             num_beams=num_beams,
             progress=progress,
             on_answer=tell,
@@ -182,15 +193,19 @@ def spread(asked: Sequence[Question], world: int, max_new_tokens: int) -> list[l
 
     A database that is more than a rank's fair share is cut into parts, each of which computes its schema again.
     """
-    groups = shared.group([one.input_ids for one in asked], [one.db_id for one in asked])
+    groups = decoder.group([one.input_ids for one in asked], [one.db_id for one in asked])
 
     def tokens(numbers: Sequence[int], prefix: int) -> int:
-        return prefix + sum(len(asked[number].input_ids) - prefix + max_new_tokens for number in numbers)
+        return prefix + sum(
+            len(asked[number].input_ids) - prefix + max_new_tokens for number in numbers
+        )
 
     fair = sum(tokens(one.questions, one.prefix) for one in groups) / world
     parts: list[tuple[int, list[int]]] = []
     for one in groups:
-        count = min(len(one.questions), max(1, round(tokens(one.questions, one.prefix) / max(1.0, fair))))
+        count = min(
+            len(one.questions), max(1, round(tokens(one.questions, one.prefix) / max(1.0, fair)))
+        )
         cut = [one.questions[start::count] for start in range(count)]
         parts += [(tokens(numbers, one.prefix), numbers) for numbers in cut]
     shares: list[list[int]] = [[] for _ in range(world)]
@@ -242,15 +257,28 @@ def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     asked = parse(plan["questions"])
     said = {}
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        adapter = checkpoints.fetch(plan["adapter"], Path(scratch)) if "tuned" in plan["models"] else None
-        ask = (_ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers)(plan, config, adapter)
-        for name in plan["models"]:  # the base comes first: its layers are changed in place by the adapter's
+        adapter = (
+            storage.fetch(plan["adapter"], Path(scratch)) if "tuned" in plan["models"] else None
+        )
+        ask = (_ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers)(
+            plan, config, adapter
+        )
+        for name in plan[
+            "models"
+        ]:  # the base comes first: its layers are changed in place by the adapter's
             # all ranks must agree on what is left; answers of workers that died may be in the file and not in the plan
             known = gather_all({**plan["known"][name], **Kept(plan["kept"][name]).read()})[0]
             left = [number for number in range(len(asked)) if number not in known]
 
             def say(place: int, one: Answer, name: str = name, left: list[int] = left) -> None:
-                plan["emit"]({"kind": "answer", "model": name, "question": left[place], "answer": asdict(one)})
+                plan["emit"](
+                    {
+                        "kind": "answer",
+                        "model": name,
+                        "question": left[place],
+                        "answer": asdict(one),
+                    }
+                )
 
             new = ask(name, [asked[number] for number in left], say)
             said[name] = known | dict(zip(left, new or [], strict=False))
@@ -258,7 +286,9 @@ def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
-    model, tokenizer = agreed(lambda: models.load_here(plan["model_folder"], config, cluster.claim_device(config)))
+    model, tokenizer = agreed(
+        lambda: models.load_here(plan["model_folder"], config, cluster.claim_device(config))
+    )
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
         nonlocal model
@@ -270,7 +300,13 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
                 plan["emit"](cluster.note(f"every prompt is computed whole: {reason}"))
 
         return answer_together(
-            model, tokenizer, asked, config, num_beams=config.evaluate.num_beams, on_answer=say, on_whole=note
+            model,
+            tokenizer,
+            asked,
+            config,
+            num_beams=config.evaluate.num_beams,
+            on_answer=say,
+            on_whole=note,
         )
 
     return ask

@@ -19,7 +19,9 @@ class Ends:
         self._ticks: dict[int, bool] = {}
         own = model.generation_config.eos_token_id if model and model.generation_config else None
         named = own if isinstance(own, list) else [own]
-        self.stops = sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
+        self.stops = sorted(
+            {token for token in [tokenizer.eos_token_id, *named] if token is not None}
+        )
         """Tokens that end an answer: the tokenizer's and whatever else the model's own generation config names."""
 
     def __call__(self, question: int, said: Sequence[int]) -> bool:
@@ -38,12 +40,18 @@ class Ends:
 
     def until_closed(self, said: Sequence[int]) -> list[int]:
         """The tokens up to the one that closes the code block."""
-        ends = (n for n in range(1, len(said) + 1) if self.may_close(said[n - 1]) and self.closed(said[:n]))
+        ends = (
+            n
+            for n in range(1, len(said) + 1)
+            if self.may_close(said[n - 1]) and self.closed(said[:n])
+        )
         return list(said[: next(ends, len(said))])
 
     def cut(self, said: Sequence[int]) -> list[int]:
         """The tokens before the end of the turn, without padding."""
-        end = next((position for position, token in enumerate(said) if token in self.stops), len(said))
+        end = next(
+            (position for position, token in enumerate(said) if token in self.stops), len(said)
+        )
         while (
             end and said[end - 1] == self._tokenizer.pad_token_id
         ):  # an answer that ended before the longest of its batch

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_sql import checkpoints, models, prompts
+from ray_sql import models
 from ray_sql.config import Config, passwordless
-from ray_sql.data import Corpus, Example
-from ray_sql.linking import LinkError
+from ray_sql.data import Corpus, Example, prompts
+from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
 from ray_sql.rows import encode_prompt
+from ray_sql.store import storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,11 @@ class Answer:
 
 
 def questions(
-    examples: Iterable[Example], split: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
+    examples: Iterable[Example],
+    split: str,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> list[Question]:
     """The examples of a split as questions; under task `schema`, gold that cannot be linked becomes an empty `gold`."""
     made = []
@@ -63,7 +68,9 @@ def questions(
         try:
             schema = prompts.schema_text(example, corpus.schemas, config)
         except LinkError:  # a reduced form of a schema that its gold does not fit; the question is asked all the same
-            schema = prompts.schema_text(example, corpus.schemas, config.changed({"prompt.schema_form": "full"}))
+            schema = prompts.schema_text(
+                example, corpus.schemas, config.changed({"prompt.schema_form": "full"})
+            )
         turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
         made.append(
             Question(
@@ -83,9 +90,13 @@ def questions(
 def check_window(folder: str, asked: Sequence[Question], config: Config) -> None:
     """Raise `ModelError` if a prompt and its answer are longer than what the model of `folder` was made for."""
     longest = max((len(question.input_ids) for question in asked), default=0)
-    shorter = "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"
+    shorter = (
+        "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"
+    )
     models.check_window(
-        folder, longest + config.evaluate.max_new_tokens, f"a prompt and its answer have {{tokens}}: {shorter}"
+        folder,
+        longest + config.evaluate.max_new_tokens,
+        f"a prompt and its answer have {{tokens}}: {shorter}",
     )
 
 
@@ -106,21 +117,22 @@ def carry(asked: Sequence[Question], run_dir: str) -> list[Question]:
         file = question.database
         if file and "://" not in file and file not in carried:
             carried[file] = f"{run_dir}/{DATABASES}/{question.db_id}.sqlite"
-            checkpoints.put_once(Path(file), carried[file])
+            storage.put_once(Path(file), carried[file])
     return [replace(one, database=carried.get(one.database or "", one.database)) for one in asked]
 
 
 def unpack(asked: Sequence[Question], scratch: Path) -> list[Question]:
     """The questions with those databases that were carried in local files."""
     there = {one.database for one in asked if one.database and f"/{DATABASES}/" in one.database}
-    local = {uri: str(checkpoints.fetch_file(uri, scratch / Path(uri).name)) for uri in there}
+    local = {uri: str(storage.fetch_file(uri, scratch / Path(uri).name)) for uri in there}
     return [replace(one, database=local.get(one.database or "", one.database)) for one in asked]
 
 
 def dump(asked: Iterable[Question]) -> str:
     """Questions as JSON lines; a database's password is not written down."""
     return "".join(
-        json.dumps(asdict(replace(question, database=passwordless(question.database)))) + "\n" for question in asked
+        json.dumps(asdict(replace(question, database=passwordless(question.database)))) + "\n"
+        for question in asked
     )
 
 

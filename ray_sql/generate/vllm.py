@@ -61,7 +61,9 @@ class Engine:
         outputs = self._model.generate(
             [{"prompt_token_ids": one.input_ids} for one in asked],
             SamplingParams(
-                temperature=0.0, max_tokens=self._config.evaluate.max_new_tokens, stop_token_ids=self._ends.stops
+                temperature=0.0,
+                max_tokens=self._config.evaluate.max_new_tokens,
+                stop_token_ids=self._ends.stops,
             ),
             lora_request=LoRARequest("tuned", 1, str(self._adapter)) if tuned else None,
             use_tqdm=False,

@@ -21,7 +21,15 @@ from ray_sql.metrics.judge import (
     judge_many,
     time_pair,
 )
-from ray_sql.metrics.linking import PRF, Counts, LinkingScore, LinkingSummary, Links, score_links, summarise_links
+from ray_sql.metrics.linking import (
+    PRF,
+    Counts,
+    LinkingScore,
+    LinkingSummary,
+    Links,
+    score_links,
+    summarise_links,
+)
 from ray_sql.metrics.match import (
     Semantics,
     bird_match,
@@ -31,42 +39,10 @@ from ray_sql.metrics.match import (
     spider_match,
     strict_match,
 )
-from ray_sql.metrics.statistics import Interval, clustered_interval, mcnemar, resolvable_difference, wilson_interval
-
-__all__ = [
-    "ERROR_KINDS",
-    "PRF",
-    "Counts",
-    "ErrorKind",
-    "Hardness",
-    "Interval",
-    "LinkingScore",
-    "LinkingSummary",
-    "Links",
-    "Pair",
-    "Semantics",
-    "Verdict",
-    "VerdictName",
-    "bird_match",
-    "classify_error",
-    "clustered_interval",
-    "exact_set_match",
-    "exact_set_verdict",
-    "execution_match",
-    "hardness",
-    "is_ordered",
-    "judge",
-    "judge_many",
-    "mcnemar",
-    "prepare_spider",
-    "r_ves",
-    "resolvable_difference",
-    "score_links",
-    "soft_f1",
-    "spider_match",
-    "strict_match",
-    "summarise_links",
-    "time_pair",
-    "ves_reward",
-    "wilson_interval",
-]
+from ray_sql.metrics.statistics import (
+    Interval,
+    clustered_interval,
+    mcnemar,
+    resolvable_difference,
+    wilson_interval,
+)

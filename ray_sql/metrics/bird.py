@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import isfinite, sqrt
 from statistics import fmean, pstdev
 
-from ray_sql.execution import Row, Rows
+from ray_sql.database import Row, Rows
 
 REWARDS = ((2.0, 1.25), (1.0, 1.0), (0.5, 0.75), (0.25, 0.5))
 """Least ratio of the gold's time to the prediction's -> reward of a right prediction, the best first."""
@@ -31,9 +31,15 @@ def ves_reward(gold_seconds: Sequence[float], predicted_seconds: Sequence[float]
         raise ValueError(
             f"{len(gold_seconds)} times of gold and {len(predicted_seconds)} of the prediction: need pairs"
         )
-    if not all(seconds > 0 and isfinite(seconds) for seconds in (*gold_seconds, *predicted_seconds)):
+    if not all(
+        seconds > 0 and isfinite(seconds) for seconds in (*gold_seconds, *predicted_seconds)
+    ):
         raise ValueError("a time that is not a positive number of seconds")
-    ratio = fmean(_without_outliers([gold / ours for gold, ours in zip(gold_seconds, predicted_seconds, strict=True)]))
+    ratio = fmean(
+        _without_outliers(
+            [gold / ours for gold, ours in zip(gold_seconds, predicted_seconds, strict=True)]
+        )
+    )
     return next((reward for least, reward in REWARDS if ratio >= least), LEAST_REWARD)
 
 
@@ -64,7 +70,8 @@ def soft_f1(gold: Rows, predicted: Rows) -> float:
     if not gold and not predicted:
         return 1.0
     gold, predicted = tuple(dict.fromkeys(gold)), tuple(dict.fromkeys(predicted))
-    shares = [_row_shares(*rows) for rows in zip(gold, predicted)]  # noqa: B905 (the longer one's rest has no partner)
+    # the longer one's rest has no partner
+    shares = [_row_shares(*rows) for rows in zip(gold, predicted, strict=False)]
     found = sum(share[0] for share in shares)
     added = sum(share[1] for share in shares) + max(0, len(predicted) - len(gold))
     missed = sum(share[2] for share in shares) + max(0, len(gold) - len(predicted))

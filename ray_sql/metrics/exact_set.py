@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
+from ray_sql.database import Schema
 from ray_sql.metrics.spider_grammar import read_query
 from ray_sql.metrics.spider_query import Conditions, SpiderQuery, Term, Unit
-from ray_sql.schema import Schema
 
 
 def exact_set_match(gold: str, predicted: str, schema: Schema) -> bool:
@@ -44,14 +44,18 @@ def exact_set_verdict(gold: str, predicted: str, schema: Schema) -> bool | None:
     representatives = _representatives(schema)
     try:
         return _same(_merged(expected, representatives), _merged(found, representatives))
-    except RecursionError:  # hundreds of set operations in a row, as a model writes that does not stop
+    except (
+        RecursionError
+    ):  # hundreds of set operations in a row, as a model writes that does not stop
         return None
 
 
 @lru_cache(maxsize=256)
 def _representatives(schema: Schema) -> Mapping[str, str]:
     """For each column in a foreign key the first column, in the schema's order, of those it is joined with."""
-    names = [f"{table.name}.{column}".lower() for table in schema.tables for column in table.column_names]
+    names = [
+        f"{table.name}.{column}".lower() for table in schema.tables for column in table.column_names
+    ]
     place = {name: index for index, name in enumerate(names)}
     groups: list[set[str]] = []
     for table in schema.tables:
@@ -71,7 +75,11 @@ def _merged(query: SpiderQuery, representatives: Mapping[str, str]) -> SpiderQue
 
     Nested queries stay as they are; those added by a set operation are judged by the tables of the first.
     """
-    here = {name: kept for name, kept in representatives.items() if name.partition(".")[0] in query.tables}
+    here = {
+        name: kept
+        for name, kept in representatives.items()
+        if name.partition(".")[0] in query.tables
+    }
 
     def unit(old: Unit) -> Unit:
         return Unit(old.aggregate, here.get(old.column, old.column), False)
@@ -80,7 +88,9 @@ def _merged(query: SpiderQuery, representatives: Mapping[str, str]) -> SpiderQue
         return Term(old.operation, unit(old.left), None if old.right is None else unit(old.right))
 
     def conditions(old: Conditions) -> Conditions:
-        return Conditions(tuple(item._replace(term=term(item.term)) for item in old.items), old.connectors)
+        return Conditions(
+            tuple(item._replace(term=term(item.term)) for item in old.items), old.connectors
+        )
 
     def merged(old: SpiderQuery) -> SpiderQuery:
         return replace(
@@ -105,7 +115,8 @@ def _same(gold: SpiderQuery, predicted: SpiderQuery) -> bool:
         and set(gold.where.connectors) == set(predicted.where.connectors)
         and [key.column for key in gold.group] == [key.column for key in predicted.group]
         and gold.having == predicted.having
-        and (gold.direction, gold.order, gold.limited) == (predicted.direction, predicted.order, predicted.limited)
+        and (gold.direction, gold.order, gold.limited)
+        == (predicted.direction, predicted.order, predicted.limited)
         and _keywords(gold) == _keywords(predicted)
         and _same_combined(gold, predicted)
     )
@@ -124,4 +135,6 @@ def _keywords(query: SpiderQuery) -> set[str]:
 def _same_combined(gold: SpiderQuery, predicted: SpiderQuery) -> bool:
     if gold.combined is None or predicted.combined is None:
         return gold.combined is predicted.combined
-    return gold.combined[0] == predicted.combined[0] and _same(gold.combined[1], predicted.combined[1])
+    return gold.combined[0] == predicted.combined[0] and _same(
+        gold.combined[1], predicted.combined[1]
+    )

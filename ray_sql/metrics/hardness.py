@@ -24,7 +24,9 @@ def hardness(sql: str) -> Hardness:
     Source: the official evaluator's `eval_hardness`; equal on all of Spider's dev set (see benchmarks/agreement.py).
     """
     try:
-        tree: exp.Expr | None = sqlglot.parse_one(prepare_spider(sql, keep_distinct=True), read="sqlite")
+        tree: exp.Expr | None = sqlglot.parse_one(
+            prepare_spider(sql, keep_distinct=True), read="sqlite"
+        )
     except (sqlglot.errors.SqlglotError, RecursionError):
         return "unknown"
     set_operation = False
@@ -33,7 +35,11 @@ def hardness(sql: str) -> Hardness:
         tree = tree.this
     if not isinstance(tree, exp.Select):
         return "unknown"
-    joined = [node for join in tree.args.get("joins") or () for node in _condition_nodes(join.args.get("on"))]
+    joined = [
+        node
+        for join in tree.args.get("joins") or ()
+        for node in _condition_nodes(join.args.get("on"))
+    ]
     where, having = (_condition_nodes(_body(tree, clause)) for clause in ("where", "having"))
     everywhere = joined + where + having
     nested = set_operation + sum(_compares_with_query(node) for node in everywhere)
@@ -54,9 +60,15 @@ def _grade(clauses: int, nested: int, plurals: int) -> Hardness:
 
 def _clauses(select: exp.Select, conditions: list[exp.Expr]) -> int:
     """Clauses beyond SELECT and FROM, plus joins, ORs and LIKEs."""
-    present = sum(select.args.get(clause) is not None for clause in ("where", "group", "order", "limit"))
+    present = sum(
+        select.args.get(clause) is not None for clause in ("where", "group", "order", "limit")
+    )
     joins = len(select.args.get("joins") or ())
-    return present + joins + sum(isinstance(_affirmed(node), (exp.Or, exp.Like)) for node in conditions)
+    return (
+        present
+        + joins
+        + sum(isinstance(_affirmed(node), (exp.Or, exp.Like)) for node in conditions)
+    )
 
 
 def _plurals(select: exp.Select, where: list[exp.Expr], having: list[exp.Expr]) -> int:
@@ -65,7 +77,11 @@ def _plurals(select: exp.Select, where: list[exp.Expr], having: list[exp.Expr]) 
     connectors = sum(isinstance(node, exp.Connector) for node in having)
     aggregates = (
         sum(isinstance(column.unalias(), AGGREGATES) for column in [*columns, *groups])
-        + sum(isinstance(side, AGGREGATES) for key in _listed(select, "order") for side in _operands(key.this))
+        + sum(
+            isinstance(side, AGGREGATES)
+            for key in _listed(select, "order")
+            for side in _operands(key.this)
+        )
         + sum(_negated(node) for node in where + having)
         + connectors
     )
@@ -100,7 +116,9 @@ def _affirmed(node: exp.Expr) -> exp.Expr:
 
 
 def _negated(node: exp.Expr) -> bool:
-    return (isinstance(node, exp.Not) and isinstance(node.this, NEGATABLE)) or bool(node.args.get("negate"))
+    return (isinstance(node, exp.Not) and isinstance(node.this, NEGATABLE)) or bool(
+        node.args.get("negate")
+    )
 
 
 def _compares_with_query(node: exp.Expr) -> bool:
@@ -108,7 +126,11 @@ def _compares_with_query(node: exp.Expr) -> bool:
     condition = _affirmed(node)
     if isinstance(condition, exp.Connector):
         return False
-    sides = [value for name, value in condition.args.items() if name != "this" or isinstance(condition, exp.Exists)]
+    sides = [
+        value
+        for name, value in condition.args.items()
+        if name != "this" or isinstance(condition, exp.Exists)
+    ]
     return any(isinstance(_query_of(side), exp.Query) for side in sides)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ray_sql.execution import Executor, Limits, Place, QueryResult
-from ray_sql.execution.pool import Progress
+from ray_sql.database import Executor, Limits, Place, QueryResult
+from ray_sql.database.pool import Progress
 from ray_sql.metrics.bird import soft_f1, ves_reward
 from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
 
@@ -28,7 +28,13 @@ ErrorKind = Literal[
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 
 EMPTY = "empty result"
-SYNTAX = ("syntax error", "incomplete input", "unrecognized token", "unterminated", "parser stack overflow")
+SYNTAX = (
+    "syntax error",
+    "incomplete input",
+    "unrecognized token",
+    "unterminated",
+    "parser stack overflow",
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,14 @@ def judge(
         found = executor.run(database, predicted, limits)
         seconds += found.seconds
         if found.status != "ok":
-            return Verdict("timeout" if found.status == "timeout" else "error", found.error, seconds, share)
+            return Verdict(
+                "timeout" if found.status == "timeout" else "error", found.error, seconds, share
+            )
         if semantics == "bird":
             share = soft_f1(expected.rows, found.rows)
-        if not execution_match(expected.rows, found.rows, semantics=semantics, ordered=is_ordered(gold)):
+        if not execution_match(
+            expected.rows, found.rows, semantics=semantics, ordered=is_ordered(gold)
+        ):
             return Verdict("wrong", _difference(expected, found), seconds, share)
     return Verdict("correct", None, seconds, share)
 
@@ -119,7 +129,9 @@ def judge_many(
     """Judge many predictions over all workers; verdicts in the order of the pairs."""
 
     def one(pair: Pair) -> Verdict:
-        return judge(executor, pair, semantics=semantics, keep_distinct=keep_distinct, limits=limits)
+        return judge(
+            executor, pair, semantics=semantics, keep_distinct=keep_distinct, limits=limits
+        )
 
     return executor.map(one, pairs, progress)
 
@@ -136,7 +148,13 @@ def classify_error(verdict: Verdict) -> ErrorKind:
             return "timeout"
         case "wrong":
             return "empty" if message.startswith(EMPTY) else "wrong rows"
-    prefixes: tuple[ErrorKind, ...] = ("refused", "too large", "crash", "no such column", "no such table")
+    prefixes: tuple[ErrorKind, ...] = (
+        "refused",
+        "too large",
+        "crash",
+        "no such column",
+        "no such table",
+    )
     for kind in prefixes:
         if message.startswith(kind):
             return kind
@@ -164,4 +182,7 @@ def _test_suite(database: Place) -> tuple[Place, ...]:
     database = Path(database)
     if database.parent.name != database.stem:
         return (database,)
-    return (database, *(path for path in sorted(database.parent.glob("*.sqlite")) if path != database))
+    return (
+        database,
+        *(path for path in sorted(database.parent.glob("*.sqlite")) if path != database),
+    )

@@ -39,7 +39,9 @@ class Counts:
         return PRF(precision, recall, 2 * self.shared / total if total else 1.0)
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.gold + other.gold, self.predicted + other.predicted, self.shared + other.shared)
+        return Counts(
+            self.gold + other.gold, self.predicted + other.predicted, self.shared + other.shared
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class LinkingScore:
     @property
     def exact(self) -> bool:
         """Whether the prediction has all of gold's tables and columns and nothing else."""
-        return self.parsed and all(kind.gold == kind.shared == kind.predicted for kind in (self.tables, self.columns))
+        return self.parsed and all(
+            kind.gold == kind.shared == kind.predicted for kind in (self.tables, self.columns)
+        )
 
     @property
     def table_exact(self) -> bool:
@@ -133,7 +137,9 @@ def summarise_links(scores: Sequence[LinkingScore]) -> LinkingSummary:
 
 def _names(links: Links) -> tuple[set[str], set[Name]]:
     tables = {table.lower() for table in links}
-    return tables, {(table.lower(), column.lower()) for table, columns in links.items() for column in columns}
+    return tables, {
+        (table.lower(), column.lower()) for table, columns in links.items() for column in columns
+    }
 
 
 def _mean(scores: Sequence[PRF]) -> PRF:

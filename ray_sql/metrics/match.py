@@ -13,12 +13,14 @@ from sqlparse.engine import FilterStack
 from sqlparse.sql import Token
 from sqlparse.tokens import Comment
 
-from ray_sql.execution import Row, Rows
+from ray_sql.database import Row, Rows
 
 Semantics = Literal["spider", "bird", "strict"]
 
 
-def execution_match(gold: Rows, predicted: Rows, *, semantics: Semantics, ordered: bool = False) -> bool:
+def execution_match(
+    gold: Rows, predicted: Rows, *, semantics: Semantics, ordered: bool = False
+) -> bool:
     """Whether two results are the same under the named semantics; only "spider" looks at `ordered`."""
     match semantics:
         case "spider":
@@ -67,7 +69,10 @@ def _same_sorted_rows(gold: Rows, predicted: Rows, ordered: bool) -> bool:
     Meant as a quick rejection, but officially a verdict of its own: 1 and 1.0 sort differently beside 1.5, so the equal
     rows (1, 1.5) and (1.0, 1.5) are told apart.
     """
-    gold_rows, predicted_rows = [_sorted_row(row) for row in gold], [_sorted_row(row) for row in predicted]
+    gold_rows, predicted_rows = (
+        [_sorted_row(row) for row in gold],
+        [_sorted_row(row) for row in predicted],
+    )
     return gold_rows == predicted_rows if ordered else set(gold_rows) == set(predicted_rows)
 
 
@@ -88,7 +93,9 @@ def _same_bag_in_some_column_order(gold: Rows, predicted: Rows) -> bool:
     predicted_columns = list(zip(*predicted, strict=True))
     first_twin: dict[tuple[Any, ...], int] = {}
     twins = [first_twin.setdefault(column, place) for place, column in enumerate(predicted_columns)]
-    colours: dict[tuple[Any, Any], int] = {}  # shared by both sides, so that equal cells get equal colours
+    colours: dict[
+        tuple[Any, Any], int
+    ] = {}  # shared by both sides, so that equal cells get equal colours
 
     def recolour(old: Sequence[int], column: Sequence[Any]) -> list[int]:
         return [colours.setdefault(pair, len(colours)) for pair in zip(old, column, strict=True)]
@@ -121,10 +128,14 @@ def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = Fals
         sql = sql.replace(apart, apart.replace(" ", ""))
     if not keep_distinct:
         statements = [list(statement.flatten()) for statement in FilterStack().run(sql)]  # type: ignore[no-untyped-call]
-        told = [tokens for tokens in statements[1:] if not all(_says_nothing(token) for token in tokens)]
+        told = [
+            tokens for tokens in statements[1:] if not all(_says_nothing(token) for token in tokens)
+        ]
         kept = [token for tokens in [*statements[:1], *told] for token in tokens]
         needed = _needed_distinct(kept) if server else set()
-        sql = "".join(t.value for n, t in enumerate(kept) if t.value.lower() != "distinct" or n in needed)
+        sql = "".join(
+            t.value for n, t in enumerate(kept) if t.value.lower() != "distinct" or n in needed
+        )
     return re.sub(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", "2020", sql, flags=re.IGNORECASE)
 
 
@@ -133,7 +144,11 @@ def _needed_distinct(tokens: Sequence[Token]) -> set[int]:
     said = [number for number, token in enumerate(tokens) if not _says_nothing(token)]
     words = ["", *(tokens[number].value.lower() for number in said), ""]
     around = zip(said, words, words[2:], strict=False)
-    return {number for number, before, after in around if after == "on" or before.split()[-1:] in (["is"], ["not"])}
+    return {
+        number
+        for number, before, after in around
+        if after == "on" or before.split()[-1:] in (["is"], ["not"])
+    }
 
 
 def _says_nothing(token: Token) -> bool:

@@ -23,9 +23,9 @@ import sqlglot
 from sqlglot import exp
 from sqlglot.dialects import SQLite
 
+from ray_sql.database import Schema
 from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
 from ray_sql.metrics.spider_words import UnreadableError, aliases, check_spelling, first_statement
-from ray_sql.schema import Schema
 
 _AGGREGATES: dict[type[exp.Expr], str] = {
     exp.Max: "max",
@@ -47,9 +47,24 @@ _COMPARISONS: dict[type[exp.Expr], str] = {
     exp.Between: "between",
     exp.Is: "is",
 }
-_SETS: dict[type[exp.Expr], str] = {exp.Union: "union", exp.Intersect: "intersect", exp.Except: "except"}
+_SETS: dict[type[exp.Expr], str] = {
+    exp.Union: "union",
+    exp.Intersect: "intersect",
+    exp.Except: "except",
+}
 _NEGATABLE = (exp.In, exp.Like, exp.Between)
-_CLAUSES = {"expressions", "distinct", "from_", "joins", "where", "group", "having", "order", "limit", "offset"}
+_CLAUSES = {
+    "expressions",
+    "distinct",
+    "from_",
+    "joins",
+    "where",
+    "group",
+    "having",
+    "order",
+    "limit",
+    "offset",
+}
 
 
 def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
@@ -68,7 +83,10 @@ def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
 
 @lru_cache(maxsize=256)
 def _columns(schema: Schema) -> dict[str, frozenset[str]]:
-    return {table.name.lower(): frozenset(name.lower() for name in table.column_names) for table in schema.tables}
+    return {
+        table.name.lower(): frozenset(name.lower() for name in table.column_names)
+        for table in schema.tables
+    }
 
 
 class _Reader:
@@ -83,15 +101,21 @@ class _Reader:
     def query(self, node: exp.Expr, *, outermost: bool = False) -> SpiderQuery:
         """A query that set operations may follow; Spider reads them from the right, ORDER BY in the last SELECT."""
         (operation, last), *earlier = reversed(_combined(node))
-        modifiers = {name: value for name, value in node.args.items() if name in ("order", "limit", "offset")}
+        modifiers = {
+            name: value for name, value in node.args.items() if name in ("order", "limit", "offset")
+        }
         found = self._select(last, modifiers, cut_off=outermost)
         for earlier_operation, part in earlier:
             found = replace(self._select(part, {}, cut_off=False), combined=(operation, found))
             operation = earlier_operation
         return found
 
-    def _select(self, node: exp.Expr, modifiers: dict[str, exp.Expr | None], *, cut_off: bool) -> SpiderQuery:
-        if isinstance(node, exp.Subquery) and not any(value for name, value in node.args.items() if name != "this"):
+    def _select(
+        self, node: exp.Expr, modifiers: dict[str, exp.Expr | None], *, cut_off: bool
+    ) -> SpiderQuery:
+        if isinstance(node, exp.Subquery) and not any(
+            value for name, value in node.args.items() if name != "this"
+        ):
             node = node.this
         if not isinstance(node, exp.Select):
             raise UnreadableError(node.key)
@@ -107,7 +131,9 @@ class _Reader:
             select=tuple(self._selected(item, default) for item in clauses["expressions"]),
             tables=tables,
             on=on,
-            where=self._conditions(clauses["where"].this, default) if "where" in clauses else Conditions(),
+            where=self._conditions(clauses["where"].this, default)
+            if "where" in clauses
+            else Conditions(),
             group=self._group(clauses, default),
             having=self._having(clauses, default),
             direction="" if not keys else "desc" if directions and directions[-1] else "asc",
@@ -137,12 +163,18 @@ class _Reader:
         swallows = False
         for join in joins:
             kind = join.args.get("kind")
-            if join.args.get("using") or kind == "CROSS" or (not swallows and (kind or join.side or join.method)):
+            if (
+                join.args.get("using")
+                or kind == "CROSS"
+                or (not swallows and (kind or join.side or join.method))
+            ):
                 raise UnreadableError("join")
             tables.append(self._table(join.this, default))
             condition = join.args.get("on")
             swallows = False
-            if condition is not None and not isinstance(condition, exp.Boolean):  # sqlglot adds ON TRUE where none is
+            if condition is not None and not isinstance(
+                condition, exp.Boolean
+            ):  # sqlglot adds ON TRUE where none is
                 read = self._conditions(condition, default)
                 connectors += [*(["and"] if items else []), *read.connectors]
                 items += read.items
@@ -152,10 +184,18 @@ class _Reader:
     def _table(self, node: exp.Expr, default: list[str]) -> str | SpiderQuery:
         if isinstance(node, exp.Subquery) and not node.alias:
             return self.query(node.this)
-        if not isinstance(node, exp.Table) or not isinstance(node.this, exp.Identifier) or node.args.get("db"):
+        if (
+            not isinstance(node, exp.Table)
+            or not isinstance(node.this, exp.Identifier)
+            or node.args.get("db")
+        ):
             raise UnreadableError(node.key)
         name = node.name.lower()
-        if node.this.quoted or name not in self.columns or (node.alias and node.alias.lower() not in self.aliases):
+        if (
+            node.this.quoted
+            or name not in self.columns
+            or (node.alias and node.alias.lower() not in self.aliases)
+        ):
             raise UnreadableError(name)
         default.append(name)
         return name
@@ -186,7 +226,11 @@ class _Reader:
     def _column(self, node: exp.Expr, default: Sequence[str]) -> str:
         if isinstance(node, exp.Star) and not any(node.args.values()):
             return "*"
-        if not isinstance(node, exp.Column) or not isinstance(node.this, exp.Identifier) or node.this.quoted:
+        if (
+            not isinstance(node, exp.Column)
+            or not isinstance(node.this, exp.Identifier)
+            or node.this.quoted
+        ):
             raise UnreadableError(node.key)
         name, owner = node.name.lower(), node.table.lower()
         for table in [self.aliases.get(owner, owner)] if owner else default:
@@ -288,4 +332,8 @@ def _ends_in_column(node: exp.Expr) -> bool:
     *_, (_, last) = _flattened(node)
     last = last.this if isinstance(last, exp.Not) else last
     value = last.args.get("high") or last.args.get("expression")
-    return value is not None and not isinstance(value, (exp.Query, exp.Paren)) and not _is_constant(value)
+    return (
+        value is not None
+        and not isinstance(value, (exp.Query, exp.Paren))
+        and not _is_constant(value)
+    )

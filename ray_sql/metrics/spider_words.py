@@ -42,7 +42,9 @@ def check_spelling(sql: str, tokens: Sequence[Token]) -> None:
         word = token.text.lower()
         if token.comments or word in _UNKNOWN or (word == "not" and previous in _BEFORE_CONDITION):
             raise UnreadableError(word)
-        if token.token_type in _NAMES_OR_VALUES and (sql[token.start] in "[`" or re.search("[\"']", word)):
+        if token.token_type in _NAMES_OR_VALUES and (
+            sql[token.start] in "[`" or re.search("[\"']", word)
+        ):
             raise UnreadableError(word)
         touches_left = _is_wordy(sql[token.start - 1 : token.start])
         touches_right = _is_wordy(sql[token.end + 1 : token.end + 2])

@@ -38,7 +38,10 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Int
 
 
 def clustered_interval(
-    groups: Sequence[tuple[float, int]], confidence: float = 0.95, draws: int = 5_000, seed: int = 14
+    groups: Sequence[tuple[float, int]],
+    confidence: float = 0.95,
+    draws: int = 5_000,
+    seed: int = 14,
 ) -> Interval | None:
     """The range of a mean over questions that come in groups, one (sum, number of questions) a database.
 
@@ -58,7 +61,9 @@ def clustered_interval(
     import numpy as np
 
     # how often each group is drawn, one row a draw
-    drawn = np.random.default_rng(seed).multinomial(len(groups), [1 / len(groups)] * len(groups), size=draws)
+    drawn = np.random.default_rng(seed).multinomial(
+        len(groups), [1 / len(groups)] * len(groups), size=draws
+    )
     totals, sizes = (drawn @ np.array(column) for column in zip(*groups, strict=True))
     low, high = np.quantile(totals / sizes, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
@@ -76,7 +81,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / (1 << total))
 
 
-def resolvable_difference(questions: int, discordant: int, alpha: float = 0.05, power: float = 0.8) -> float:
+def resolvable_difference(
+    questions: int, discordant: int, alpha: float = 0.05, power: float = 0.8
+) -> float:
     """The difference in accuracy that a paired test on so many questions finds with `power`, as a share between 0 and 1.
 
     With the share psi of questions that only one of the two got right, as observed, n questions find a difference d where

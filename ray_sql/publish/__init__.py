@@ -6,5 +6,3 @@ checkpoints meanwhile. `hub` talks to the Hub, `bundle` says what is pushed, `ca
 
 from ray_sql.publish.background import beside_training
 from ray_sql.publish.push import check, dry_run, publish
-
-__all__ = ["beside_training", "check", "dry_run", "publish"]

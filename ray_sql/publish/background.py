@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from ray_sql import checkpoints
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
 from ray_sql.publish import bundle, hub
+from ray_sql.store import checkpoints, storage
 from ray_sql.train import ADAPTER_FILES
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Checkpoints:
             return
         with tempfile.TemporaryDirectory(dir=self._copies.name) as scratch:
             for name in (*ADAPTER_FILES, "contract.json"):
-                checkpoints.fetch_file(f"{checkpoint.uri}/{name}", Path(scratch) / name)
+                storage.fetch_file(f"{checkpoint.uri}/{name}", Path(scratch) / name)
             shutil.copytree(scratch, folder)
         self._pushes.append(self._pushing.submit(self._guarded, step, self._push))
 
@@ -108,7 +108,9 @@ class Checkpoints:
         }
         for name, content in published.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        files: dict[str, Path | bytes] = {f"{folder.name}/{file.name}": file for file in sorted(folder.iterdir())}
+        files: dict[str, Path | bytes] = {
+            f"{folder.name}/{file.name}": file for file in sorted(folder.iterdir())
+        }
         pushed = self._hub.push(files, f"{self._config.output_name}: {folder.name}", branch=BRANCH)
         log.info("%s pushed to %s", folder.name, pushed.url)
 
@@ -116,4 +118,6 @@ class Checkpoints:
         try:
             action(step)
         except (RaySqlError, OSError, RuntimeError, ValueError) as error:
-            log.warning("checkpoint-%d was not pushed: %s", step, " ".join(str(error).split())[:300])
+            log.warning(
+                "checkpoint-%d was not pushed: %s", step, " ".join(str(error).split())[:300]
+            )

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_sql import checkpoints, models, prepare, prompts
-from ray_sql.compare import ALPHA
+from ray_sql import models
 from ray_sql.config import Config, absolute
+from ray_sql.data import prompts
 from ray_sql.errors import ConfigError, ContractError, ModelError
+from ray_sql.evaluate.compare import ALPHA
 from ray_sql.metrics import mcnemar
+from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 PLACES = {"output_dir", "cache_dir", "prev_checkpoint"}
@@ -73,9 +76,11 @@ def read(config: Config, run_dir: str) -> Bundle:
     """
     saved = _saved(run_dir)
     run = _settings(saved, config)
-    metrics = json.loads(checkpoints.read_text(f"{run_dir}/metrics.json") or "{}")
-    if not checkpoints.exists(f"{run_dir}/{prepare.FINISHED_FILE}") or "tuned" not in metrics:
-        raise ConfigError(f"{run_dir}: the run is not finished; give the command that began it again, then publish")
+    metrics = json.loads(storage.read_text(f"{run_dir}/metrics.json") or "{}")
+    if not RunFolder(run_dir).is_finished() or "tuned" not in metrics:
+        raise ConfigError(
+            f"{run_dir}: the run is not finished; give the command that began it again, then publish"
+        )
     base_model = base_name(run)
     contract, adapter_config = _check_contract(run, run_dir, metrics)
     if not run.hub.force:
@@ -84,7 +89,11 @@ def read(config: Config, run_dir: str) -> Bundle:
     return Bundle(
         config=run,
         run_dir=run_dir,
-        asked={name: value for name, value in run.hub.model_dump().items() if value != getattr(saved.hub, name)},
+        asked={
+            name: value
+            for name, value in run.hub.model_dump().items()
+            if value != getattr(saved.hub, name)
+        },
         base_model=base_model,
         contract=contract | {"model_name": base_model},
         adapter_config=public_adapter_config(adapter_config, base_model, contract),
@@ -94,7 +103,7 @@ def read(config: Config, run_dir: str) -> Bundle:
 
 def _saved(run_dir: str) -> Config:
     """The settings that a run was trained with."""
-    text = checkpoints.read_text(f"{run_dir}/config.json")
+    text = storage.read_text(f"{run_dir}/config.json")
     if text is None:
         raise ConfigError(
             f"{run_dir}: no run of ray_sql (no config.json); give --output_name and --output_dir of a run"
@@ -109,8 +118,12 @@ def _saved(run_dir: str) -> Config:
 
 def _settings(saved: Config, config: Config) -> Config:
     """A run's settings, and of `config` what belongs to this command: tokens, cache, and the hub settings that were given."""
-    given: dict[str, Any] = {f"hub.{name}": value for name, value in config.hub.model_dump(exclude_unset=True).items()}
-    given |= {name: token for name in ("read_token", "write_token") if (token := getattr(config, name))}
+    given: dict[str, Any] = {
+        f"hub.{name}": value for name, value in config.hub.model_dump(exclude_unset=True).items()
+    }
+    given |= {
+        name: token for name in ("read_token", "write_token") if (token := getattr(config, name))
+    }
     return saved.changed(given | {"cache_dir": config.cache_dir})
 
 
@@ -127,18 +140,24 @@ def base_name(config: Config) -> str:
             )
         return named
     if named not in (None, model):
-        raise ConfigError(f"--hub.base_model {named}, but the run's base model is {model}; leave it out")
+        raise ConfigError(
+            f"--hub.base_model {named}, but the run's base model is {model}; leave it out"
+        )
     return model
 
 
-def _check_contract(run: Config, run_dir: str, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _check_contract(
+    run: Config, run_dir: str, metrics: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The adapter's contract and PEFT configuration, after comparing them with the run's contract, settings and metrics."""
     texts = {
-        name: checkpoints.read_text(f"{run_dir}/{name}")
+        name: storage.read_text(f"{run_dir}/{name}")
         for name in ("contract.json", "adapter/contract.json", "adapter/adapter_config.json")
     }
     if missing := [name for name, text in texts.items() if text is None]:
-        raise ContractError(f"{run_dir}: {missing[0]} is missing; give the command that began the run again")
+        raise ContractError(
+            f"{run_dir}: {missing[0]} is missing; give the command that began the run again"
+        )
     own, contract, adapter_config = (json.loads(text or "") for text in texts.values())
     prompts.check_contract(contract, own, f"{run_dir}/adapter")
     stated = {
@@ -150,9 +169,16 @@ def _check_contract(run: Config, run_dir: str, metrics: Mapping[str, Any]) -> tu
         "serializer": run.prompt.serializer,
     }
     found = contract | {"serializer": contract["serializer"]["name"]}
-    measured = {"identity": run.identity(), "task_type": run.task_type, "model_name": run.model_name}
+    measured = {
+        "identity": run.identity(),
+        "task_type": run.task_type,
+        "model_name": run.model_name,
+    }
     for name, file, there, here in (
-        *((name, "adapter/contract.json", found.get(name), value) for name, value in stated.items()),
+        *(
+            (name, "adapter/contract.json", found.get(name), value)
+            for name, value in stated.items()
+        ),
         *((name, "metrics.json", metrics.get(name), value) for name, value in measured.items()),
         ("r", "adapter/adapter_config.json", adapter_config.get("r"), run.lora.r),
     ):
@@ -174,7 +200,9 @@ def check_better(metrics: Mapping[str, Any], run_dir: str) -> None:
             f"{run_dir}: the base model was not measured, so nobody knows whether the adapter is better; train with "
             f"--evaluate.baseline, or {way_out}"
         )
-    base, tuned = (sum(test[side] for test in compared.values()) for side in ("only_base", "only_tuned"))
+    base, tuned = (
+        sum(test[side] for test in compared.values()) for side in ("only_base", "only_tuned")
+    )
     p = mcnemar(base, tuned)
     alone = f"it alone is right on {tuned} questions, the base model alone on {base}, McNemar p = {p:.2g}"
     if tuned <= base or p > ALPHA:
@@ -202,7 +230,9 @@ def public_adapter_config(
 
 def published_settings(config: Config, base_model: str) -> dict[str, Any]:
     """The run's settings without what names a place; given back with `--config`, they want the data's place again."""
-    settings = {name: value for name, value in config.public().items() if name not in PLACES | {"hub"}}
+    settings = {
+        name: value for name, value in config.public().items() if name not in PLACES | {"hub"}
+    }
     settings |= {"model_name": base_model, "dataset_id": public_name(config.dataset_id)}
     for section, name in (("data", "databases"), ("scaling", "storage_path"), ("tracking", "uri")):
         del settings[section][name]

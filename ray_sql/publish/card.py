@@ -10,17 +10,21 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from ray_sql import report
 from ray_sql.config import absolute
+from ray_sql.database import Column, ForeignKey, Schema, Table, render
 from ray_sql.display import percent
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
-from ray_sql.schema import Column, ForeignKey, Schema, Table, render
+from ray_sql.report import html
 
 SAMPLE = Schema(
     "shop",
     (
-        Table("customer", (Column("id", "INTEGER"), Column("name", "TEXT"), Column("city", "TEXT")), ("id",)),
+        Table(
+            "customer",
+            (Column("id", "INTEGER"), Column("name", "TEXT"), Column("city", "TEXT")),
+            ("id",),
+        ),
         Table(
             "sale",
             (Column("customer_id", "INTEGER"), Column("day", "TEXT"), Column("amount", "INTEGER")),
@@ -29,10 +33,13 @@ SAMPLE = Schema(
     ),
 )
 QUESTION = "How many customers live in Lisbon?"
-MAIN = {"sql": ("execution_accuracy", "execution accuracy"), "schema": ("strict_recall", "strict recall")}
+MAIN = {
+    "sql": ("execution_accuracy", "execution accuracy"),
+    "schema": ("strict_recall", "strict recall"),
+}
 """The score that a task is judged by: its key in metrics.json, and what people call it."""
 OTHERS = {
-    "sql": report.SECONDARY,
+    "sql": html.SECONDARY,
     "schema": {"exact_match": "exact match", "table_f1": "table F1", "column_f1": "column F1"},
 }
 """The scores beside it, where they were measured."""
@@ -41,16 +48,22 @@ COLUMNS = {"base": "base model", "tuned": "with this adapter", "merged": "this m
 """What the table of results calls a model of metrics.json."""
 
 
-def card(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None) -> str:
+def card(
+    bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None
+) -> str:
     """README.md of the repository: the adapter's, or with `merged` (what `merge.merged` returned) that model's."""
     from jinja2 import Environment, StrictUndefined
 
-    template = (resources.files("ray_sql") / "publish" / "card.jinja").read_text(encoding="utf-8")
+    template = (resources.files("ray_sql") / "publish" / "templates" / "card.jinja").read_text(
+        encoding="utf-8"
+    )
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     metrics, config = bundle.metrics, bundle.config
-    models: dict[str, Mapping[str, Any]] = {name: metrics[name] for name in ("base", "tuned") if name in metrics}
+    models: dict[str, Mapping[str, Any]] = {
+        name: metrics[name] for name in ("base", "tuned") if name in metrics
+    }
     if merged is not None:
         models["merged"] = merged["merged"]
     body = environment.from_string(template).render(
@@ -83,13 +96,18 @@ def table(models: Mapping[str, Mapping[str, Any]], task: str) -> list[list[str]]
         rows.append([split, f"**{label}**", f"{scores[-1]['n']:,}", *cells])
         for key, name in OTHERS[task].items():
             n = scores[-1].get(f"{key}_n", scores[-1]["n"])
-            cells = [percent(one[key], one.get(f"{key}_interval"), n) if key in one else "–" for one in scores]
+            cells = [
+                percent(one[key], one.get(f"{key}_interval"), n) if key in one else "–"
+                for one in scores
+            ]
             if set(cells) != {"–"}:
                 rows.append([split, name, f"{n:,}", *cells])
     return rows
 
 
-def metadata(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None) -> str:
+def metadata(
+    bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None
+) -> str:
     """The card's metadata as YAML, `model-index` included, in the Hub's words; built and so validated by huggingface_hub."""
     from huggingface_hub import ModelCardData
 
@@ -104,7 +122,9 @@ def metadata(bundle: Bundle, repo_id: str, license: License, merged: Mapping[str
         **license,
         datasets=[dataset] if on_hub(dataset) else None,
         tags=["text-to-sql" if config.task_type == "sql" else "schema-linking", "lora", "ray_sql"],
-        eval_results=[result for split, scores in scored.items() for result in _results(bundle, split, scores)],
+        eval_results=[
+            result for split, scores in scored.items() for result in _results(bundle, split, scores)
+        ],
     )
     return str(data.to_yaml())
 

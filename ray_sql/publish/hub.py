@@ -57,7 +57,9 @@ class Hub:
         Raises `ConfigError` where there are weights and no base model: whatever it is, it was not published from here.
         """
         info = self._info()
-        if info is None or not any(file.rfilename.endswith(WEIGHTS) for file in info.siblings or ()):
+        if info is None or not any(
+            file.rfilename.endswith(WEIGHTS) for file in info.siblings or ()
+        ):
             return None
         named = info.card_data.base_model if info.card_data else None
         base = named[0] if isinstance(named, list) else named
@@ -83,7 +85,11 @@ class Hub:
                 return None
 
     def push(
-        self, files: Mapping[str, Path | bytes], message: str, branch: str = "main", tag: str | None = None
+        self,
+        files: Mapping[str, Path | bytes],
+        message: str,
+        branch: str = "main",
+        tag: str | None = None,
     ) -> Pushed:
         """Commit the files (path in the repository → what it holds) to a branch at once; a tag moves to that commit.
 
@@ -91,16 +97,24 @@ class Hub:
         """
         with _named(f"{self.repo_id} on {self.api.endpoint}"):
             self._create(branch)
-            before = _attempt("reading it", lambda: self.api.model_info(self.repo_id, revision=branch)).sha
+            before = _attempt(
+                "reading it", lambda: self.api.model_info(self.repo_id, revision=branch)
+            ).sha
             commit = _attempt("the commit", lambda: self._commit(files, message, branch))
             if tag is not None:
                 self._tag(tag, commit)
         return Pushed(f"{self.api.endpoint}/{self.repo_id}", commit, commit != before)
 
     def _create(self, branch: str) -> None:
-        _attempt("creating it", lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
+        _attempt(
+            "creating it",
+            lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True),
+        )
         if branch != "main":
-            _attempt("the branch", lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+            _attempt(
+                "the branch",
+                lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True),
+            )
 
     def _commit(self, files: Mapping[str, Path | bytes], message: str, branch: str) -> str:
         from huggingface_hub import CommitOperationAdd
@@ -122,9 +136,14 @@ class Hub:
         if at == commit:
             return
         if at is not None:
-            with suppress(RevisionNotFoundError):  # a try before this one removed it, and its answer was lost
+            with suppress(
+                RevisionNotFoundError
+            ):  # a try before this one removed it, and its answer was lost
                 _attempt("moving the tag", lambda: self.api.delete_tag(self.repo_id, tag=name))
-        _attempt("the tag", lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True))
+        _attempt(
+            "the tag",
+            lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True),
+        )
 
     def license_of(self, model: str) -> License:
         """The licence fields that the Hub has for a model; none where it has none, or does not show that model."""
@@ -177,7 +196,11 @@ def _check_access(account: Mapping[str, Any], repo_id: str) -> None:
             f"token of a member of {owner} who may"
         )
     scopes = token.get("fineGrained", {}).get("scoped")
-    if role == "fineGrained" and scopes is not None and not any(_covers(scope, repo_id) for scope in scopes):
+    if (
+        role == "fineGrained"
+        and scopes is not None
+        and not any(_covers(scope, repo_id) for scope in scopes)
+    ):
         raise ConfigError(
             f"the Hub token of {account['name']} has no right to write {repo_id}; give it `write access to contents` of {owner}'s "
             "repositories, or set HF_TOKEN to one that has it"
@@ -185,7 +208,10 @@ def _check_access(account: Mapping[str, Any], repo_id: str) -> None:
 
 
 def _covers(scope: Mapping[str, Any], repo_id: str) -> bool:
-    return scope["entity"].get("name") in (repo_id, repo_id.split("/")[0]) and "repo.write" in scope["permissions"]
+    return (
+        scope["entity"].get("name") in (repo_id, repo_id.split("/")[0])
+        and "repo.write" in scope["permissions"]
+    )
 
 
 def _attempt(what: str, action: Callable[[], T]) -> T:
@@ -200,7 +226,9 @@ def _attempt(what: str, action: Callable[[], T]) -> T:
             if _is_final(error):
                 raise
             if wait is None:
-                raise StoreError(f"{what} failed {len(WAITS) + 1} times, at last with {_reason(error)}") from None
+                raise StoreError(
+                    f"{what} failed {len(WAITS) + 1} times, at last with {_reason(error)}"
+                ) from None
             wait = max(wait, min(_asked_to_wait(error), LONGEST_WAIT))
             log.warning("the Hub: %s failed (%s); again in %.0f s", what, _reason(error), wait)
             time.sleep(wait)
@@ -226,7 +254,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _response(error: BaseException) -> Any:
     """The Hub's answer behind an error; the client wraps what an upload raises."""
-    return next((found for one in _chain(error) if (found := getattr(one, "response", None)) is not None), None)
+    return next(
+        (found for one in _chain(error) if (found := getattr(one, "response", None)) is not None),
+        None,
+    )
 
 
 def _status(error: BaseException) -> int | None:
@@ -258,11 +289,15 @@ def _named(place: str) -> Iterator[None]:
     except StoreError as error:
         raise StoreError(f"{place}: {error}") from None
     except OfflineModeIsEnabled:
-        raise StoreError(f"{place}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it") from None
+        raise StoreError(
+            f"{place}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it"
+        ) from None
     except (ValueError, OSError, RuntimeError) as error:
         status = _status(error)
         if status == 401:
-            raise ConfigError(f"{place}: the token is not accepted; make a new one and set HF_TOKEN") from None
+            raise ConfigError(
+                f"{place}: the token is not accepted; make a new one and set HF_TOKEN"
+            ) from None
         if status in (402, 403, 404):
             raise ConfigError(
                 f"{place}: the token may not write there (HTTP {status}); choose another --hub.repo_id, or set HF_TOKEN to a token "

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, cluster, data, evaluate, measure, models
-from ray_sql.compare import ALPHA
+from ray_sql import cluster, data, models
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
+from ray_sql.evaluate import measure, scoring
+from ray_sql.evaluate.compare import ALPHA
 from ray_sql.metrics import mcnemar
+from ray_sql.store import storage
 
 FOLDER = "merged"
 
@@ -28,14 +30,16 @@ def merged(config: Config, run_dir: str, display: Display) -> dict[str, Any]:
     What an earlier call did with the same adapter is kept. Raises `ModelError` if it answers significantly fewer questions.
     """
     adapter = measure.digest(f"{run_dir}/adapter")
-    saved: dict[str, Any] = json.loads(checkpoints.read_text(f"{run_dir}/{FOLDER}/metrics.json") or "{}")
+    saved: dict[str, Any] = json.loads(
+        storage.read_text(f"{run_dir}/{FOLDER}/metrics.json") or "{}"
+    )
     if saved.get("adapter") != adapter:
         with tempfile.TemporaryDirectory(prefix="ray_sql-", dir=_room(config)) as scratch:
             folder = Path(scratch) / FOLDER
             _write(config, run_dir, folder)
             saved = {"adapter": adapter, **_measure(config, run_dir, folder, display)}
             (folder / "metrics.json").write_text(json.dumps(saved, indent=2) + "\n")
-            checkpoints.put(folder, f"{run_dir}/{FOLDER}")
+            storage.put(folder, f"{run_dir}/{FOLDER}")
     test = saved["compared"]
     display.line(
         f"merged    {run_dir}/{FOLDER}: it alone is right on {test['only_merged']} questions, the adapter alone on "
@@ -59,14 +63,18 @@ def _write(config: Config, run_dir: str, folder: Path) -> None:
     """The merged model with its tokenizer, as a Hugging Face folder."""
     from peft import PeftModel
 
-    place, _ = models.resolve(config, models.revision_of(checkpoints.read_text(f"{run_dir}/contract.json"), config))
-    base = models.load_base(place, config.changed({"quantization.load_in_4bit": False, "train.bf16": True}))
+    place, _ = models.resolve(
+        config, models.revision_of(storage.read_text(f"{run_dir}/contract.json"), config)
+    )
+    base = models.load_base(
+        place, config.changed({"quantization.load_in_4bit": False, "train.bf16": True})
+    )
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        adapter = checkpoints.fetch(f"{run_dir}/adapter", Path(scratch))
+        adapter = storage.fetch(f"{run_dir}/adapter", Path(scratch))
         # not models.load_adapter, which rounds LoRA's weights for generation: their product is rounded once, when it is added
         PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
-    checkpoints.fetch_file(f"{run_dir}/contract.json", folder / "contract.json")
+    storage.fetch_file(f"{run_dir}/contract.json", folder / "contract.json")
 
 
 def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> dict[str, Any]:
@@ -79,19 +87,30 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
         if point["kind"] == "answers":
             display.update("answering with merged", point["done"], point["total"])
 
-    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, progress)["base"]
-    before = _right(checkpoints.read_text(f"{run_dir}/predictions.jsonl") or "")
+    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, progress)[
+        "base"
+    ]
+    before = _right(storage.read_text(f"{run_dir}/predictions.jsonl") or "")
     pairs = [
-        (evaluate.right(row), before[row["split"], row["id"]])
+        (scoring.right(row), before[row["split"], row["id"]])
         for row in rows
         if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
     ]
     gained, lost = sum(m and not a for m, a in pairs), sum(a and not m for m, a in pairs)
-    test = {"n": len(pairs), "only_merged": gained, "only_adapter": lost, "mcnemar_p": mcnemar(lost, gained)}
+    test = {
+        "n": len(pairs),
+        "only_merged": gained,
+        "only_adapter": lost,
+        "mcnemar_p": mcnemar(lost, gained),
+    }
     return {**measure.summarise({"merged": rows}, plain), "compared": test}
 
 
 def _right(predictions: str) -> Mapping[tuple[str, str], bool]:
     """Whether the adapter's answer to a question was right, by split and id; questions whose gold fails are not among them."""
     rows = [json.loads(line) for line in predictions.splitlines()]
-    return {(row["split"], row["id"]): evaluate.right(row) for row in rows if row["verdict"] != "gold_error"}
+    return {
+        (row["split"], row["id"]): scoring.right(row)
+        for row in rows
+        if row["verdict"] != "gold_error"
+    }

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_sql import __version__, checkpoints
+from ray_sql import __version__
 from ray_sql.config import Config
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, StoreError
@@ -22,6 +22,7 @@ from ray_sql.publish import merge
 from ray_sql.publish.bundle import Bundle
 from ray_sql.publish.card import MAIN, card
 from ray_sql.publish.hub import Hub, License, Pushed
+from ray_sql.store import storage
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -84,7 +85,11 @@ def later(bundle: Bundle) -> str:
     words = ["python", "-m", "jobs.publish", "--output_name", name, *place]
     for setting, value in bundle.asked.items():
         flag = f"--hub.{setting}"
-        words += [flag if value else f"--no-hub.{setting}"] if isinstance(value, bool) else [flag, str(value)]
+        words += (
+            [flag if value else f"--no-hub.{setting}"]
+            if isinstance(value, bool)
+            else [flag, str(value)]
+        )
     return shlex.join(words)
 
 
@@ -105,7 +110,7 @@ def _license(hub: Hub, bundle: Bundle) -> License:
 
 def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        weights = checkpoints.fetch_file(f"{bundle.run_dir}/adapter/{WEIGHTS}", Path(scratch) / WEIGHTS)
+        weights = storage.fetch_file(f"{bundle.run_dir}/adapter/{WEIGHTS}", Path(scratch) / WEIGHTS)
         files: dict[str, Path | bytes] = {
             WEIGHTS: weights,
             **bundle.json_files(),
@@ -120,7 +125,7 @@ def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -
     other = Hub(hub.api, f"{hub.repo_id}-merged", hub.private)
     _same_base(other, bundle.base_model)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        folder = checkpoints.fetch(f"{bundle.run_dir}/{merge.FOLDER}", Path(scratch))
+        folder = storage.fetch(f"{bundle.run_dir}/{merge.FOLDER}", Path(scratch))
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
         files |= {
             "contract.json": bundle.json_files()["contract.json"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray_sql.errors import out_of_memory
-from ray_sql.rows import attention
+from ray_sql.models import packed_attention
 from ray_sql.rows.share import Shared, collate, model_inputs
 from ray_sql.rows.tokenise import Row
 
@@ -31,7 +31,7 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
     (see `attention`) is left with a mask.
     """
     config = model.config.get_text_config()
-    attention.install(model)
+    packed_attention.install(model)
     window = (
         (getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
         if _slides(config)
@@ -42,8 +42,8 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
     if "flash" in str(config._attn_implementation):
         return "FlashAttention takes no mask of who sees whom"
     fault = _fault(model, longest, row)
-    if fault and model.config._attn_implementation == attention.NAME:
-        attention.use_mask(model)
+    if fault and model.config._attn_implementation == packed_attention.NAME:
+        packed_attention.use_mask(model)
         fault = _fault(model, longest, row)
     return fault
 
@@ -51,7 +51,9 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
 def _fault(model: PreTrainedModel, longest: int, row: int) -> str | None:
     try:
         difference = _difference(model, longest, row)
-    except Exception as error:  # each architecture fails in its own way; a row of one example is right for all
+    except (
+        Exception
+    ) as error:  # each architecture fails in its own way; a row of one example is right for all
         if out_of_memory(error):
             raise
         return f"it does not take a shared row ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
@@ -74,14 +76,24 @@ def _difference(model: PreTrainedModel, longest: int, row: int) -> float:
     vocabulary = model.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
     prefix = torch.randint(vocabulary, (max(OWN, longest - OWN),), generator=draw).tolist()
-    others = max(1, (row - len(prefix)) // OWN - 1)  # of an example's length each: positions are those of examples
+    others = max(
+        1, (row - len(prefix)) // OWN - 1
+    )  # of an example's length each: positions are those of examples
     own = torch.randint(vocabulary, (others + 1, OWN), generator=draw).tolist()
     rows = tuple(Row("", "", prefix + each, len(prefix) + 1) for each in own)
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            together, alone = _logits(model, Shared(rows, len(prefix))), _logits(model, Shared(rows[-1:], 0))
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16
+            ),
+        ):
+            together, alone = (
+                _logits(model, Shared(rows, len(prefix))),
+                _logits(model, Shared(rows[-1:], 0)),
+            )
     finally:
         model.train(training)
     return float((together - alone).norm() / alone.norm())

@@ -65,7 +65,9 @@ class Pass:
 
     def to(self, device: torch.device) -> Pass:
         """The same tensors on `device`."""
-        return Pass(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Pass(
+            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,14 @@ class Steps:
     """A rank's part of every optimizer step of a run, laid out when it is asked for."""
 
     def __init__(
-        self, rows: Sequence[Row], config: Config, together: int, rank: int, world: int, pad: int, halvings: int = 0
+        self,
+        rows: Sequence[Row],
+        config: Config,
+        together: int,
+        rank: int,
+        world: int,
+        pad: int,
+        halvings: int = 0,
     ) -> None:
         self._rows, self._config, self._together, self._halvings = rows, config, together, halvings
         self._rank, self._world, self._pad = rank, world, pad
@@ -91,7 +100,9 @@ class Steps:
 
     def __getitem__(self, number: int) -> Step:
         examples = [self._rows[index] for index in self._plan[number]]
-        mine = passes(examples, self._config, self._together, self._rank, self._world, self._halvings)
+        mine = passes(
+            examples, self._config, self._together, self._rank, self._world, self._halvings
+        )
         made = tuple(collate(rows, self._pad) for rows in mine) or (self._idle(examples[0]),)
         return Step(made, sum(len(row.input_ids) - row.prompt_length for row in examples))
 
@@ -101,7 +112,9 @@ class Steps:
         return replace(made, labels=made.labels.new_full(made.labels.shape, IGNORED))
 
 
-def plan(rows: Sequence[Row], config: Config, together: int, limit: int | None = None) -> list[list[int]]:
+def plan(
+    rows: Sequence[Row], config: Config, together: int, limit: int | None = None
+) -> list[list[int]]:
     """The examples of the run's optimizer steps (the first `limit` of them), as indices into `rows`; the same for any number of workers.
 
     An epoch visits every example once, groups of `together` on one database after each other (`epoch_order`); which ones, and in
@@ -136,18 +149,24 @@ def together(config: Config) -> int:
 def tokens(rows: Sequence[Row], config: Config) -> tuple[int, int]:
     """How many tokens, without padding, the run's first epoch computes on one worker, and how many with one example a row."""
     made = [row for step in _first_epoch(rows, config) for one in step for row in one]
-    return sum(row.tokens for row in made), sum(len(one.input_ids) for row in made for one in row.examples)
+    return sum(row.tokens for row in made), sum(
+        len(one.input_ids) for row in made for one in row.examples
+    )
 
 
 def heaviest_pass(rows: Sequence[Row], config: Config, halvings: int = 0) -> tuple[int, int]:
     """The largest forward pass of the run's first epoch on one worker: its rows, and the tokens that each of them is padded to."""
-    heaviest = max((one for step in _first_epoch(rows, config, halvings) for one in step), key=padded)
+    heaviest = max(
+        (one for step in _first_epoch(rows, config, halvings) for one in step), key=padded
+    )
     return len(heaviest), max(row.tokens for row in heaviest)
 
 
 def longest_row(rows: Sequence[Row], config: Config, halvings: int = 0) -> int:
     """Tokens of the longest row, shared or not, of the run's first epoch on one worker."""
-    return max(row.tokens for step in _first_epoch(rows, config, halvings) for one in step for row in one)
+    return max(
+        row.tokens for step in _first_epoch(rows, config, halvings) for one in step for row in one
+    )
 
 
 def padded(rows: Sequence[Shared]) -> int:
@@ -155,10 +174,15 @@ def padded(rows: Sequence[Shared]) -> int:
     return len(rows) * max(row.tokens for row in rows)
 
 
-def _first_epoch(rows: Sequence[Row], config: Config, halvings: int = 0) -> list[list[list[Shared]]]:
+def _first_epoch(
+    rows: Sequence[Row], config: Config, halvings: int = 0
+) -> list[list[list[Shared]]]:
     """Forward passes by step."""
     steps = plan(rows, config, together(config), config.steps_per_epoch(len(rows)))
-    return [passes([rows[index] for index in step], config, together(config), 0, 1, halvings) for step in steps]
+    return [
+        passes([rows[index] for index in step], config, together(config), 0, 1, halvings)
+        for step in steps
+    ]
 
 
 def epoch_order(databases: Sequence[str], together: int, draw: random.Random) -> list[int]:
@@ -174,27 +198,40 @@ def epoch_order(databases: Sequence[str], together: int, draw: random.Random) ->
     members: dict[str, list[int]] = defaultdict(list)
     for index in shuffled:
         members[databases[index]].append(index)
-    rest = [indices[len(indices) - len(indices) % together :] for _, indices in sorted(members.items())]
+    rest = [
+        indices[len(indices) - len(indices) % together :] for _, indices in sorted(members.items())
+    ]
     draw.shuffle(rest)
     left = list(chain.from_iterable(rest))
     placed: list[tuple[float, list[int]]] = []
     for indices in (*(members[name] for name in sorted(members)), left):
         count = len(indices) // together
-        groups = [indices[start : start + together] for start in range(0, count * together, together)]
+        groups = [
+            indices[start : start + together] for start in range(0, count * together, together)
+        ]
         placed += [((number + draw.random()) / count, group) for number, group in enumerate(groups)]
     last = left[len(left) - len(left) % together :]
     return [*chain.from_iterable(group for _, group in sorted(placed)), *last]
 
 
-def share(examples: Sequence[Row], together: int, row_length: int, at_least: int = 1) -> list[Shared]:
+def share(
+    examples: Sequence[Row], together: int, row_length: int, at_least: int = 1
+) -> list[Shared]:
     """The examples in as few rows as `together` and `row_length` (tokens) allow, but `at_least` so many where there are as many
     examples; rows of one example where nothing may be shared."""
     members: dict[str, list[Row]] = defaultdict(list)
     for row in examples:
         members[row.db_id].append(row)
     fair = max(1, -(-len(examples) // at_least))
-    made = [shared for group in members.values() for shared in _fill(group, min(together, fair), row_length)]
-    while len(made) < at_least and (largest := max(made, key=lambda one: len(one.examples))).examples[1:]:
+    made = [
+        shared
+        for group in members.values()
+        for shared in _fill(group, min(together, fair), row_length)
+    ]
+    while (
+        len(made) < at_least
+        and (largest := max(made, key=lambda one: len(one.examples))).examples[1:]
+    ):
         made.remove(largest)
         half = len(largest.examples) // 2
         made += [_joined(largest.examples[:half]), _joined(largest.examples[half:])]
@@ -203,8 +240,14 @@ def share(examples: Sequence[Row], together: int, row_length: int, at_least: int
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Length of the longest common prefix of token sequences."""
-    first, last = min(sequences), max(sequences)  # in lexical order, what these two share is shared by all between
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    first, last = (
+        min(sequences),
+        max(sequences),
+    )  # in lexical order, what these two share is shared by all between
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
 
 
 def per_pass(config: Config, together: int, halvings: int = 0) -> int:
@@ -223,7 +266,9 @@ def passes(
     """
     batch = max(1, config.train_batch_size >> halvings)
     together = min(together, per_pass(config, together, halvings))
-    rows = sorted(share(examples, together, config.rows.row_length, world), key=lambda one: -one.tokens)
+    rows = sorted(
+        share(examples, together, config.rows.row_length, world), key=lambda one: -one.tokens
+    )
     mine: list[Shared] = []
     load = [0] * world
     for row in rows:
@@ -241,7 +286,9 @@ def passes(
 
 
 def _fits(rows: Sequence[Shared], batch: int) -> bool:
-    return sum(len(row.examples) for row in rows) <= batch and padded(rows) <= PADDED * sum(row.tokens for row in rows)
+    return sum(len(row.examples) for row in rows) <= batch and padded(rows) <= PADDED * sum(
+        row.tokens for row in rows
+    )
 
 
 def collate(rows: Sequence[Shared], pad: int) -> Pass:
@@ -252,7 +299,9 @@ def collate(rows: Sequence[Shared], pad: int) -> Pass:
     width = max(len(line[0]) for line in lines)
     fill = (pad, 0, PADDING, IGNORED)
     columns = (
-        torch.tensor([line[column] + [fill[column]] * (width - len(line[column])) for line in lines])
+        torch.tensor(
+            [line[column] + [fill[column]] * (width - len(line[column])) for line in lines]
+        )
         for column in range(4)
     )
     return Pass(*columns)
@@ -262,7 +311,7 @@ def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
     """What `model` is called with, on its device, to compute the rows of a pass."""
     import torch
 
-    from ray_sql.rows import attention
+    from ray_sql.models import packed_attention
 
     # asked before the pass is moved: a GPU's answer would have to be waited for
     shared, whole = bool((made.segments > 0).any()), bool((made.segments == 0).all())
@@ -272,15 +321,18 @@ def model_inputs(made: Pass, model: PreTrainedModel) -> dict[str, Any]:
         return inputs if whole else inputs | {"attention_mask": (made.segments == 0).long()}
     inputs = {"input_ids": made.input_ids, "position_ids": made.position_ids}
     implementation = model.config._attn_implementation
-    if implementation == attention.NAME and made.segments.is_cuda:
-        return inputs | {"attention_mask": attention.block_mask(made.segments)}
+    if implementation == packed_attention.NAME and made.segments.is_cuda:
+        return inputs | {"attention_mask": packed_attention.block_mask(made.segments)}
     seen = visible(made.segments)
     mask = seen[:, None]
     if implementation == "eager":  # it adds the mask to the scores
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    if implementation == attention.NAME:
-        inputs[attention.SPANS] = [
-            attention.spans(*each, model.dtype) for each in zip(made.segments, seen, strict=True)
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(
+            ~mask, torch.finfo(model.dtype).min
+        )
+    if implementation == packed_attention.NAME:
+        inputs[packed_attention.SPANS] = [
+            packed_attention.spans(*each, model.dtype)
+            for each in zip(made.segments, seen, strict=True)
         ]
     return inputs | {"attention_mask": mask}
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import prompts
 from ray_sql.config import Config
-from ray_sql.data import Example
+from ray_sql.data import Example, prompts
+from ray_sql.data.linking import LinkError
+from ray_sql.database import SERIALIZER_VERSION, Schema, render
 from ray_sql.errors import DataError
-from ray_sql.linking import LinkError
-from ray_sql.schema import SERIALIZER_VERSION, Schema, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +99,10 @@ def prepare(
     Raises `DataError` for an example over `rows.max_length` under the policy `error`, and where no example can be used.
     """
     key = cache_key(examples, schemas, tokenizer, config)
-    file, audit_file = config.cache / "rows" / f"{key}.parquet", config.cache / "rows" / f"{key}.json"
+    file, audit_file = (
+        config.cache / "rows" / f"{key}.parquet",
+        config.cache / "rows" / f"{key}.json",
+    )
     if file.is_file() and audit_file.is_file():
         return file, Audit(**json.loads(audit_file.read_text()))
     rows, audit = build(examples, schemas, tokenizer, config, progress)
@@ -165,7 +167,9 @@ def encode(
     """One example as a row, with `schema` in place of its own schema text where given."""
     schema = prompts.schema_text(example, schemas, config) if schema is None else schema
     turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
-    completion = prompts.render_completion(tokenizer, turns, prompts.answer(config.task_type, example, schemas))
+    completion = prompts.render_completion(
+        tokenizer, turns, prompts.answer(config.task_type, example, schemas)
+    )
     prompt_ids = encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     return Row(example.id, example.db_id, prompt_ids + completion_ids, len(prompt_ids))
@@ -195,7 +199,10 @@ def read(file: str | Path) -> list[Row]:
 
 
 def cache_key(
-    examples: Sequence[Example], schemas: Mapping[str, Schema], tokenizer: PreTrainedTokenizerBase, config: Config
+    examples: Sequence[Example],
+    schemas: Mapping[str, Schema],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> str:
     """24 hex digits over all that rows depend on: data, schemas, template texts, serialiser, tokenizer, lengths."""
     used = sorted({example.db_id for example in examples} & set(schemas))
@@ -208,7 +215,12 @@ def cache_key(
             prompts.DATE.isoformat(),
             prompts.template_of(tokenizer),
         ],
-        [prompts.tokenizer_hash(tokenizer), config.prompt.model_dump(), config.rows.max_length, config.rows.too_long],
+        [
+            prompts.tokenizer_hash(tokenizer),
+            config.prompt.model_dump(),
+            config.rows.max_length,
+            config.rows.too_long,
+        ],
         [asdict(example) for example in examples],
         [schemas[db_id].to_dict() for db_id in used],
     ]
@@ -216,7 +228,10 @@ def cache_key(
 
 
 def _shorten(
-    example: Example, schemas: Mapping[str, Schema], tokenizer: PreTrainedTokenizerBase, config: Config
+    example: Example,
+    schemas: Mapping[str, Schema],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> Row | None:
     """What `rows.too_long` makes of a row that does not fit; None drops it."""
     limit, policy = config.rows.max_length, config.rows.too_long
@@ -229,7 +244,9 @@ def _shorten(
         )
     schema = prompts.shown_schema(example, schemas, config)
     needed = {name.lower() for name in prompts.gold_links(example, schemas)}
-    unused = sorted((t for t in schema.tables if t.name.lower() not in needed), key=lambda t: len(t.columns))
+    unused = sorted(
+        (t for t in schema.tables if t.name.lower() not in needed), key=lambda t: len(t.columns)
+    )
     tables = list(schema.tables)
     while unused:
         tables.remove(unused.pop())  # the widest first, so that as many tables as possible stay
@@ -246,17 +263,26 @@ def _shorten(
 def _closed(schema: Schema) -> Schema:
     """The schema without foreign keys to tables that it does not have."""
     tables = (
-        replace(table, foreign_keys=tuple(key for key in table.foreign_keys if schema.table(key.ref_table)))
+        replace(
+            table,
+            foreign_keys=tuple(key for key in table.foreign_keys if schema.table(key.ref_table)),
+        )
         for table in schema.tables
     )
     return Schema(schema.db_id, tuple(tables))
 
 
 def _audit(
-    rows: Sequence[Row], lengths: Sequence[int], config: Config, counts: Mapping[str, int], unlinkable: list[str]
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    config: Config,
+    counts: Mapping[str, int],
+    unlinkable: list[str],
 ) -> Audit:
     longest = max(lengths, default=0)
-    tenths = quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else [float(longest)] * 9
+    tenths = (
+        quantiles(lengths, n=10, method="inclusive") if len(lengths) > 1 else [float(longest)] * 9
+    )
     return Audit(
         examples=len(lengths) + len(unlinkable),
         rows=len(rows),

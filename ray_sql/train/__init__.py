@@ -12,14 +12,3 @@ model anew on a device of its own, where here every rank has it loaded.
 from ray_sql.train.driver import ADAPTER_FILES, FitResult, fit, free_memory, keep_best
 from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import check_resumable, starting_point
-
-__all__ = [
-    "ADAPTER_FILES",
-    "FitResult",
-    "check_resumable",
-    "fit",
-    "free_memory",
-    "keep_best",
-    "starting_point",
-    "train_loop_per_worker",
-]

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, cluster, rows
-from ray_sql.checkpoints import Checkpoint
+from ray_sql import cluster, rows
 from ray_sql.config import Config
 from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
+from ray_sql.store import checkpoints, storage
+from ray_sql.store.checkpoints import Checkpoint
 from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import rewind, set_aside_damaged, starting_point, take_over
 
@@ -36,7 +37,9 @@ class FitResult:
     seconds: float
 
 
-def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: bool = False) -> FitResult:
+def fit(
+    config: Config, model_folder: str, on_point: cluster.OnPoint, decides: bool = False
+) -> FitResult:
     """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
 
     Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
@@ -46,11 +49,20 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
     """
     started = time.monotonic()
     run_dir = config.run_dir
-    start_from = starting_point(config, json.loads(checkpoints.read_text(f"{run_dir}/contract.json") or "{}"))
-    driver = take_over(run_dir)  # before anything is rewound, which the workers of another one would save again
+    start_from = starting_point(
+        config, json.loads(storage.read_text(f"{run_dir}/contract.json") or "{}")
+    )
+    driver = take_over(
+        run_dir
+    )  # before anything is rewound, which the workers of another one would save again
     if start_from:
         rewind(config, start_from)
-    plan = {"config": config.for_workers(), "model_folder": model_folder, "start_from": start_from, "driver": driver}
+    plan = {
+        "config": config.for_workers(),
+        "model_folder": model_folder,
+        "start_from": start_from,
+        "driver": driver,
+    }
 
     def say(text: str) -> None:
         on_point(cluster.note(text))
@@ -60,7 +72,9 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
     except (KeyboardInterrupt, SystemExit):
         done = checkpoints.complete(run_dir)
         kept = (
-            f"{Path(done[-1].uri).name} is saved: the same command goes on from there" if done else "no checkpoint yet"
+            f"{Path(done[-1].uri).name} is saved: the same command goes on from there"
+            if done
+            else "no checkpoint yet"
         )
         say(f"stopped; {kept}")
         raise
@@ -69,10 +83,12 @@ def fit(config: Config, model_folder: str, on_point: cluster.OnPoint, decides: b
     return FitResult(outcome["step"], keep_best(run_dir, say), time.monotonic() - started)
 
 
-def _in_memory(plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoint, decides: bool) -> dict[str, Any]:
+def _in_memory(
+    plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoint, decides: bool
+) -> dict[str, Any]:
     """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
     record = f"{config.run_dir}/{HALVINGS_FILE}"
-    halvings, together = int(checkpoints.read_text(record) or 0), rows.together(config)
+    halvings, together = int(storage.read_text(record) or 0), rows.together(config)
 
     def heard(point: cluster.Point) -> bool | None:
         nonlocal together
@@ -92,10 +108,16 @@ def _in_memory(plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoin
             if not out_of_memory(error):
                 raise
             if before == 1:
-                why = str(error) if isinstance(error, OutOfMemory) else f"{last_line(error)}; {cluster.MORE_MEMORY}"
-                raise OutOfMemory(f"out of memory with one example in a forward pass: {why}") from error
+                why = (
+                    str(error)
+                    if isinstance(error, OutOfMemory)
+                    else f"{last_line(error)}; {cluster.MORE_MEMORY}"
+                )
+                raise OutOfMemory(
+                    f"out of memory with one example in a forward pass: {why}"
+                ) from error
         halvings += 1
-        checkpoints.write_text(record, str(halvings))
+        storage.write_text(record, str(halvings))
         now = rows.per_pass(config, together, halvings)
         said = f"on from the last checkpoint with up to {now} examples in a forward pass, not {before}, and more passes in a step"
         on_point(cluster.note(f"out of memory: {said}"))
@@ -115,15 +137,18 @@ def keep_best(run_dir: str, say: Callable[[str], object] = log.warning) -> Check
     """Copy the adapter of a run's best checkpoint that is not damaged to `<run_dir>/adapter`; returns that checkpoint."""
     while (best := checkpoints.best(checkpoints.complete(run_dir))) is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = checkpoints.fetch(best.uri, Path(scratch) / "best")
+            folder = storage.fetch(best.uri, Path(scratch) / "best")
             if wrong := checkpoints.damaged(folder):
                 set_aside_damaged(best.uri, wrong, say)
                 continue
             for file in folder.iterdir():
                 if file.name not in ADAPTER_FILES:
                     file.unlink()
-            for name in ("config.json", "contract.json"):  # an adapter carries its recipe wherever it is copied to
-                checkpoints.fetch_file(f"{run_dir}/{name}", folder / name)
-            checkpoints.put(folder, f"{run_dir}/adapter")
+            for name in (
+                "config.json",
+                "contract.json",
+            ):  # an adapter carries its recipe wherever it is copied to
+                storage.fetch_file(f"{run_dir}/{name}", folder / name)
+            storage.put(folder, f"{run_dir}/adapter")
         return best
     raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import checkpoints, cluster, generate, models, rows
+from ray_sql import cluster, generate, models, rows
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, ModelError
-from ray_sql.train.notice import Notice
-from ray_sql.train.report import Reporter
+from ray_sql.store import storage
+from ray_sql.train.callbacks import Reporter
+from ray_sql.train.preemption import Notice
 from ray_sql.train.resume import owed, resume
 from ray_sql.train.validation import Validation
 
@@ -27,7 +28,9 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     entered = time.time()
-    from ray_sql import trainer  # here: it loads the whole training stack, which the driver can do without
+    from ray_sql.train import (
+        trainer,  # here: it loads the whole training stack, which the driver can do without
+    )
 
     config = Config(**plan["config"])
     context = ray.train.get_context()
@@ -42,7 +45,9 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         plan["emit"](cluster.note(f"training with {context.get_world_size()} of {bounds} workers"))
     mark("imports of the training stack")
     device = cluster.claim_device(config)
-    base, tokenizer = generate.agreed(lambda: models.load_here(plan["model_folder"], config, device))
+    base, tokenizer = generate.agreed(
+        lambda: models.load_here(plan["model_folder"], config, device)
+    )
     mark("model")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
@@ -51,14 +56,18 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         unmeasured = done is not None and owed(done, config, len(data))
         step, steps = done.step if done else 0, config.steps(len(data))
         notice = Notice(plan["stopping"])
-        if (step >= steps and not unmeasured) or notice.told_to_stop():  # else only what follows training was cut off
+        if (
+            step >= steps and not unmeasured
+        ) or notice.told_to_stop():  # else only what follows training was cut off
             return asdict(trainer.Outcome(step, steps, None))
         together = _together(base, data, config, plan["halvings"], plan["emit"])
         if context.get_world_rank() == 0:
             plan["emit"]({"kind": "rows", "together": together})
         judge = Validation(config, tokenizer, together, plan["halvings"], local)
         mark("shared rows tried")
-        reporter = Reporter(config, judge, notice, plan["emit"], data, context.get_world_rank(), plan["driver"])
+        reporter = Reporter(
+            config, judge, notice, plan["emit"], data, context.get_world_rank(), plan["driver"]
+        )
         outcome = trainer.train(
             base,
             tokenizer,
@@ -80,7 +89,7 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
 def _inputs(config: Config, target: Path) -> Path:
     """The rows that the driver has put into the run's folder."""
     try:
-        return checkpoints.fetch_file(f"{config.run_dir}/{rows.FILE}", target)
+        return storage.fetch_file(f"{config.run_dir}/{rows.FILE}", target)
     except FileNotFoundError:
         raise ConfigError(
             f"{config.run_dir} is not on {platform.node()}, where a worker runs: give --scaling.storage_path a folder that all nodes "
@@ -89,7 +98,11 @@ def _inputs(config: Config, target: Path) -> Path:
 
 
 def _together(
-    base: PreTrainedModel, data: Sequence[rows.Row], config: Config, halvings: int, emit: cluster.OnPoint
+    base: PreTrainedModel,
+    data: Sequence[rows.Row],
+    config: Config,
+    halvings: int,
+    emit: cluster.OnPoint,
 ) -> int:
     """How many questions share a row: as the settings say, where this model allows it."""
     import ray.train
@@ -99,8 +112,12 @@ def _together(
     wanted = rows.together(config)
     if wanted == 1:
         return 1
-    reason = why_not_share(base, max(len(row.input_ids) for row in data), rows.longest_row(data, config, halvings))
-    reason = next((each for each in generate.gather_all(reason) if each), None)  # all ranks must lay steps out alike
+    reason = why_not_share(
+        base, max(len(row.input_ids) for row in data), rows.longest_row(data, config, halvings)
+    )
+    reason = next(
+        (each for each in generate.gather_all(reason) if each), None
+    )  # all ranks must lay steps out alike
     if reason is None:
         return wanted
     if config.rows.examples_per_row != "auto":

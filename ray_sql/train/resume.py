@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, cluster, generate, prompts
-from ray_sql.checkpoints import Checkpoint
+from ray_sql import cluster, generate
 from ray_sql.config import Config
+from ray_sql.data import prompts
 from ray_sql.errors import ModelError, TakenOver
+from ray_sql.store import checkpoints, storage
+from ray_sql.store.checkpoints import Checkpoint
 
 START_FILE = "inputs/start"
 """Which checkpoint the run was told to go on from, once it has been done."""
@@ -25,19 +27,21 @@ LOGGED = ("loss", "grad_norm", "learning_rate")
 def take_over(run_dir: str) -> str:
     """Make this driver the one that the run belongs to, and return its name; workers of one before end at their next checkpoint."""
     name = uuid.uuid4().hex
-    checkpoints.write_text(f"{run_dir}/{DRIVER_FILE}", name)
+    storage.write_text(f"{run_dir}/{DRIVER_FILE}", name)
     return name
 
 
 def check_owned(run_dir: str, driver: str | None) -> None:
     """Raise `TakenOver` if the run was taken over by another driver: two would write, and prune, the same checkpoints."""
-    if checkpoints.read_text(f"{run_dir}/{DRIVER_FILE}") != driver:
+    if storage.read_text(f"{run_dir}/{DRIVER_FILE}") != driver:
         raise TakenOver(
             f"{run_dir} was taken over by the same command given again, which goes on with it; this one ends without saving"
         )
 
 
-def starting_point(config: Config, contract: Mapping[str, Any], steps: int | None = None) -> str | None:
+def starting_point(
+    config: Config, contract: Mapping[str, Any], steps: int | None = None
+) -> str | None:
     """The checkpoint that `prev_checkpoint` names, as a URI, after checking that it continues into this run (of so many steps, where
     they are known); changes nothing.
 
@@ -48,8 +52,8 @@ def starting_point(config: Config, contract: Mapping[str, Any], steps: int | Non
         return None
     name = config.prev_checkpoint
     own = "/" not in name and not Path(name).is_dir()
-    uri = f"{config.run_dir}/{name}" if own else checkpoints.absolute_uri(name)
-    if checkpoints.read_text(f"{config.run_dir}/{START_FILE}") == uri:
+    uri = f"{config.run_dir}/{name}" if own else storage.absolute_uri(name)
+    if storage.read_text(f"{config.run_dir}/{START_FILE}") == uri:
         return uri  # this run did start there, and goes on from wherever it has come to
     if (found := checkpoints.read(uri)) is None:
         have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
@@ -62,7 +66,7 @@ def starting_point(config: Config, contract: Mapping[str, Any], steps: int | Non
             "--num_epochs or --train.max_steps"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoints.fetch(uri, Path(scratch))
+        folder = storage.fetch(uri, Path(scratch))
         _check_intact(uri, folder, name)
         check_resumable(folder, contract, config, name)
     return uri
@@ -70,10 +74,14 @@ def starting_point(config: Config, contract: Mapping[str, Any], steps: int | Non
 
 def _check_intact(uri: str, folder: Path, name: str) -> None:
     if wrong := _wrong(uri, folder):
-        raise ModelError(f"--prev_checkpoint {name}: is damaged ({wrong} is not as it was saved); give another one")
+        raise ModelError(
+            f"--prev_checkpoint {name}: is damaged ({wrong} is not as it was saved); give another one"
+        )
 
 
-def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str) -> None:
+def check_resumable(
+    checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str
+) -> None:
     """Raise if the checkpoint called `name`, fetched to `checkpoint`, does not continue into this run.
 
     `ModelError` for another LoRA rank or other modules; `ContractError` for another base model, task or prompt.
@@ -102,13 +110,13 @@ def check_resumable(checkpoint: Path, contract: Mapping[str, Any], config: Confi
 def rewind(config: Config, start_from: str) -> None:
     """Remove this run's checkpoints from after `start_from`, once: the same command given again goes on, it does not go back."""
     record = f"{config.run_dir}/{START_FILE}"
-    if checkpoints.read_text(record) == start_from:
+    if storage.read_text(record) == start_from:
         return
     found = checkpoints.read(start_from)
     for checkpoint in checkpoints.complete(config.run_dir):
         if found and checkpoint.step > found.step:
-            checkpoints.remove(checkpoint.uri)
-    checkpoints.write_text(record, start_from)
+            storage.remove(checkpoint.uri)
+    storage.write_text(record, start_from)
 
 
 def resume(
@@ -125,7 +133,7 @@ def resume(
         uri = own.uri if own else start_from
         if uri is None:
             return None, None
-        folder = checkpoints.fetch(uri, scratch / "resume" / Path(uri).name)
+        folder = storage.fetch(uri, scratch / "resume" / Path(uri).name)
         if own is None:
             generate.agreed(partial(_check_intact, uri, folder, uri))
             return folder, None
@@ -141,23 +149,28 @@ def resume(
 def set_aside_damaged(uri: str, wrong: str, say: Callable[[str], object]) -> None:
     """Pass over a checkpoint from now on, and say so."""
     checkpoints.set_aside(uri)
-    say(f"{Path(uri).name} is damaged ({wrong} is not as it was saved): set aside for the one before")
+    say(
+        f"{Path(uri).name} is damaged ({wrong} is not as it was saved): set aside for the one before"
+    )
 
 
 def _wrong(uri: str, folder: Path) -> str | None:
     """A file of a checkpoint that is damaged in storage: what came wrong over the network comes right the second time."""
-    return checkpoints.damaged(folder) and checkpoints.damaged(checkpoints.fetch(uri, folder))
+    return checkpoints.damaged(folder) and checkpoints.damaged(storage.fetch(uri, folder))
 
 
 def _curve(newest: Path, found: Sequence[Checkpoint]) -> list[tuple[int, Mapping[str, float]]]:
     """(step, values) of all that was logged and measured up to the newest checkpoint: a driver that was killed may have taken some of
     it with it."""
     entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    logged = [(entry["step"], {name: entry[name] for name in LOGGED if name in entry}) for entry in entries]
+    logged = [
+        (entry["step"], {name: entry[name] for name in LOGGED if name in entry})
+        for entry in entries
+    ]
     return [*logged, *((one.step, one.metrics) for one in found if one.metrics)]
 
 
 def owed(last: Checkpoint, config: Config, examples: int) -> bool:
     """Whether a checkpoint should have been measured, and the run was cut off before."""
-    asked = bool(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}"))
+    asked = bool(storage.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}"))
     return asked and not last.metrics and config.measured(last.step, examples)

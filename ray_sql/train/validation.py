@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import checkpoints, evaluate, generate, rows
+from ray_sql import generate, rows
 from ray_sql.config import Config
+from ray_sql.evaluate import scoring
+from ray_sql.store import storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,16 +19,23 @@ class Validation:
     rank does its share, and rank 0 has the result."""
 
     def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, together: int, halvings: int, scratch: Path
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        together: int,
+        halvings: int,
+        scratch: Path,
     ) -> None:
         import ray.train
 
-        self._questions = generate.parse(checkpoints.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or "")
+        self._questions = generate.parse(
+            storage.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or ""
+        )
         if ray.train.get_context().get_world_rank() == 0:  # the one that executes
             self._questions = generate.unpack(self._questions, scratch)
         source, self._rows = f"{config.run_dir}/{rows.VALIDATION_FILE}", []
-        if checkpoints.exists(source):
-            self._rows = rows.read(checkpoints.fetch_file(source, scratch / "validation.parquet"))
+        if storage.exists(source):
+            self._rows = rows.read(storage.fetch_file(source, scratch / "validation.parquet"))
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
         self._tokenizer, self._together, self._halvings = tokenizer, together, halvings
@@ -44,19 +53,23 @@ class Validation:
         answers = generate.answer_together(model, self._tokenizer, self._questions, self._config)
         if answers is None:
             return None
-        scores = evaluate.summarise(evaluate.score(self._questions, answers, self._config), self._config)
-        objective, tie_break = evaluate.objective(scores)
-        metrics = measured | evaluate.flat(scores, "validation")
+        scores = scoring.summarise(
+            scoring.score(self._questions, answers, self._config), self._config
+        )
+        objective, tie_break = scoring.objective(scores)
+        metrics = measured | scoring.flat(scores, "validation")
         return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
 
     def _loss(self, model: PreTrainedModel) -> float:
         """The mean over all ranks' answer tokens."""
         import ray.train
 
-        from ray_sql import trainer
+        from ray_sql.train import trainer
 
         context, pad = ray.train.get_context(), self._tokenizer.pad_token_id
         rank, world = context.get_world_rank(), context.get_world_size()
-        part = trainer.held_out_loss(model, self._rows, self._config, self._together, rank, world, pad, self._halvings)
+        part = trainer.held_out_loss(
+            model, self._rows, self._config, self._together, rank, world, pad, self._halvings
+        )
         parts = generate.gather_all(part)
         return float(sum(total for total, _ in parts) / sum(labels for _, labels in parts))

@@ -2,5 +2,3 @@
 driver's view of it (`watch`, `page`), its best adapter (`champion`), and all of it in one command (`sweep`)."""
 
 from ray_sql.tune.sweep import dry_run, replay, run
-
-__all__ = ["dry_run", "replay", "run"]

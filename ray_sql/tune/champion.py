@@ -10,12 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, finetune, measure, tracking, train
+from ray_sql import finetune, tracking, train
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import TrainingError
-from ray_sql.measure import Measured
-from ray_sql.prepare import Prepared
+from ray_sql.evaluate import measure
+from ray_sql.evaluate.measure import Measured
+from ray_sql.finetune.prepare import Prepared
+from ray_sql.store import storage
 from ray_sql.tune import space
 from ray_sql.tune.study import FILE, Measure, Study, Trial, name
 
@@ -25,7 +27,12 @@ ALPHA = 0.05
 
 
 def crown(
-    config: Config, study: Study, prepared: Prepared, record: tracking.Run, facts: Mapping[str, Any], display: Display
+    config: Config,
+    study: Study,
+    prepared: Prepared,
+    record: tracking.Run,
+    facts: Mapping[str, Any],
+    display: Display,
 ) -> dict[str, Any]:
     """Measure and register the best trial of a study; returns what `metrics.json` holds. Raises `TrainingError` if there is none."""
     best = _best(study)
@@ -53,7 +60,9 @@ def crown(
     }
     # a folder of its own in MLflow: of more trials another may win, and the version of this one stays what it was
     artifact = f"adapter-{name(best.number)}-step-{best.best.step}"
-    metrics = finetune.conclude(chosen, prepared, measured, record, {**steps, "sweep": sweep}, artifact)
+    metrics = finetune.conclude(
+        chosen, prepared, measured, record, {**steps, "sweep": sweep}, artifact
+    )
     _register(record, config, metrics, artifact, won)
     display.line(f"champion  {name(best.number)}: {verdict}")
     return metrics
@@ -64,8 +73,12 @@ def _best(study: Study) -> Trial:
     while (best := study.best()) and best.best:
         if _taken(study, best):
             return best
-    reasons = "; ".join(f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason)
-    raise TrainingError(f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})")
+    reasons = "; ".join(
+        f"{name(trial.number)}: {trial.reason}" for trial in study.trials[:3] if trial.reason
+    )
+    raise TrainingError(
+        f"no trial of {study.run_dir} has a measured checkpoint ({reasons or 'none was trained'})"
+    )
 
 
 def _taken(study: Study, trial: Trial) -> bool:
@@ -107,15 +120,19 @@ def _settings(config: Config, trial: Trial) -> Config:
 
 def _take(chosen: Config, study: Study, trial: Trial) -> str:
     """Copy the adapter of a trial's best checkpoint to the study's folder, with the recipe of a run of its own; returns where it is."""
-    checkpoints.write_text(f"{chosen.run_dir}/config.json", json.dumps(chosen.public(), indent=2) + "\n")
+    storage.write_text(
+        f"{chosen.run_dir}/config.json", json.dumps(chosen.public(), indent=2) + "\n"
+    )
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        folder = checkpoints.fetch(f"{study.folder(trial.number)}/adapter", Path(scratch) / "adapter")
-        checkpoints.fetch_file(f"{chosen.run_dir}/config.json", folder / "config.json")
-        checkpoints.put(folder, f"{chosen.run_dir}/adapter")
+        folder = storage.fetch(f"{study.folder(trial.number)}/adapter", Path(scratch) / "adapter")
+        storage.fetch_file(f"{chosen.run_dir}/config.json", folder / "config.json")
+        storage.put(folder, f"{chosen.run_dir}/adapter")
     return f"{chosen.run_dir}/adapter"
 
 
-def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, display: Display) -> Measured:
+def _measure(
+    chosen: Config, study: Study, prepared: Prepared, adapter: str, display: Display
+) -> Measured:
     """Judged answers of the base model, of the first trial (the default settings) where that is another, and of the best."""
     asked = prepared.questions(chosen)
     while study.trials[0].best and not _taken(study, study.trials[0]):
@@ -136,7 +153,9 @@ def _measure(chosen: Config, study: Study, prepared: Prepared, adapter: str, dis
     return {**others, "tuned": found["tuned"]}
 
 
-def _register(record: tracking.Run, config: Config, metrics: Mapping[str, Any], artifact: str, won: bool) -> None:
+def _register(
+    record: tracking.Run, config: Config, metrics: Mapping[str, Any], artifact: str, won: bool
+) -> None:
     main = "execution_accuracy" if config.task_type == "sql" else "strict_recall"
     scores = metrics["tuned"].values()
     n = sum(one["n"] for one in scores)

@@ -34,7 +34,9 @@ class Draws(BaseSampler):  # type: ignore[misc]  # optuna is not followed by myp
     def __init__(self, space: dict[str, BaseDistribution], seed: int, startup: int) -> None:
         self._space, self._seed, self._startup = space, seed, startup
 
-    def infer_relative_search_space(self, study: OptunaStudy, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: OptunaStudy, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         """All axes, from the first trial on."""
         return self._space
 
@@ -42,7 +44,11 @@ class Draws(BaseSampler):  # type: ignore[misc]  # optuna is not followed by myp
         self, study: OptunaStudy, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """A point that no other trial has."""
-        known = [other.params for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        known = [
+            other.params
+            for other in study.get_trials(deepcopy=False)
+            if other.number < trial.number
+        ]
         point: dict[str, Any] = {}
         for attempt in range(TRIES + CHANCES):
             point = self._draw(study, trial, attempt)
@@ -51,22 +57,33 @@ class Draws(BaseSampler):  # type: ignore[misc]  # optuna is not followed by myp
         return point
 
     def sample_independent(
-        self, study: OptunaStudy, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: OptunaStudy,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
         """What is not drawn jointly, which is nothing, at random."""
-        return RandomSampler(self._seed + trial.number).sample_independent(study, trial, param_name, param_distribution)
+        return RandomSampler(self._seed + trial.number).sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
     def _draw(self, study: OptunaStudy, trial: FrozenTrial, attempt: int) -> dict[str, Any]:
         seed = (self._seed * 1_000_003 + trial.number * 1_009 + attempt) % 2**32
         if trial.number < self._startup or attempt >= TRIES:
             chance = RandomSampler(seed)
-            return {name: chance.sample_independent(study, trial, name, axis) for name, axis in self._space.items()}
+            return {
+                name: chance.sample_independent(study, trial, name, axis)
+                for name, axis in self._space.items()
+            }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             tpe = TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0)
         return dict(tpe.sample_relative(study, trial, self._space))
 
-    def after_trial(self, study: OptunaStudy, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+    def after_trial(
+        self, study: OptunaStudy, trial: FrozenTrial, state: TrialState, values: Any
+    ) -> None:
         """Nothing: all that is known lies in the study."""
 
 
@@ -92,7 +109,11 @@ class Search(OptunaSearch):  # type: ignore[misc]  # ray is not followed by mypy
         trial = self._study_file.ask(self._asked, point)
         self._asked += 1
         changes = self._points.settings(trial.point)
-        return {"trial": trial.number, "changes": changes, "settled": trial.state if trial.state in SETTLED else None}
+        return {
+            "trial": trial.number,
+            "changes": changes,
+            "settled": trial.state if trial.state in SETTLED else None,
+        }
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a resumed sweep reads the study's own file."""

@@ -68,7 +68,9 @@ class Space:
         """What a trial at `point` changes. With the rank goes lora_alpha at the settings' own ratio, or the two would be confounded."""
         changes = dict(point)
         if "lora.r" in point and "lora.lora_alpha" not in point:
-            changes["lora.lora_alpha"] = point["lora.r"] * self.config.lora.lora_alpha / self.config.lora.r
+            changes["lora.lora_alpha"] = (
+                point["lora.r"] * self.config.lora.lora_alpha / self.config.lora.r
+            )
         return changes
 
     def start(self) -> Point:
@@ -80,7 +82,9 @@ def read(config: Config) -> Space:
     """The axes of `tune.space`. Raises `ConfigError`, naming the axis, for one that is unknown, malformed or may not be varied, for a
     value that its setting does not take, and where the settings themselves lie outside."""
     if not config.tune.space:
-        raise ConfigError("tune.space is empty: name at least one setting to vary, or leave it out for rate and rank")
+        raise ConfigError(
+            "tune.space is empty: name at least one setting to vary, or leave it out for rate and rank"
+        )
     axes = tuple(_axis(name, given, config) for name, given in config.tune.space.items())
     space = Space(config, axes)
     for axis, value in zip(axes, space.start().values(), strict=True):
@@ -105,7 +109,11 @@ def _axis(name: str, given: Mapping[str, Sequence[Any]], config: Config) -> Axis
         )
     ((kind, values),) = given.items()
     checked = tuple(_value(name, value, config) for value in values)
-    if len(set(checked)) != len(checked) or len(checked) < 2 or (kind != "choice" and len(checked) != 2):
+    if (
+        len(set(checked)) != len(checked)
+        or len(checked) < 2
+        or (kind != "choice" and len(checked) != 2)
+    ):
         wanted = "two or more different values" if kind == "choice" else "two different bounds"
         raise ConfigError(f"tune.space: {name}: {kind} takes {wanted}, given {list(values)}")
     if kind != "choice":
@@ -116,9 +124,13 @@ def _axis(name: str, given: Mapping[str, Sequence[Any]], config: Config) -> Axis
 def _check_name(name: str) -> None:
     known = [known for known, _ in names(Config)]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.6) or [n for n in known if n.split(".")[-1] == name][:1]
+        near = (
+            difflib.get_close_matches(name, known, 1, 0.6)
+            or [n for n in known if n.split(".")[-1] == name][:1]
+        )
         raise ConfigError(
-            f"tune.space: {name} is no setting" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+            f"tune.space: {name} is no setting"
+            + (f"; did you mean {near[0]}?" if near else "; --help lists all")
         )
     if name in BUDGET | WITHOUT_EFFECT or not name.startswith(TUNABLE):
         raise ConfigError(
@@ -130,7 +142,9 @@ def _check_name(name: str) -> None:
 def _value(name: str, value: Any, config: Config) -> Any:
     """The value as its setting has it, after the validation every setting gets."""
     if isinstance(value, list | dict):
-        raise ConfigError(f"tune.space: {name}: {value} is not a single value; axes are drawn from single values")
+        raise ConfigError(
+            f"tune.space: {name}: {value} is not a single value; axes are drawn from single values"
+        )
     try:
         return config.changed({name: value}).setting(name)
     except ConfigError as error:
@@ -143,9 +157,15 @@ def _check_bounds(name: str, kind: str, bounds: tuple[Any, ...]) -> None:
         raise ConfigError(f"tune.space: {name} is not a number: give it a choice of values")
     if low > high or (kind.startswith("log") and low <= 0):
         wanted = "two bounds above 0" if kind.startswith("log") else "two bounds"
-        raise ConfigError(f"tune.space: {name}: {kind} takes {wanted}, the lower one first, given {list(bounds)}")
+        raise ConfigError(
+            f"tune.space: {name}: {kind} takes {wanted}, the lower one first, given {list(bounds)}"
+        )
     if kind.endswith("uniform") == isinstance(low, int):
-        right = kind.replace("uniform", "randint") if isinstance(low, int) else kind.replace("randint", "uniform")
+        right = (
+            kind.replace("uniform", "randint")
+            if isinstance(low, int)
+            else kind.replace("randint", "uniform")
+        )
         raise ConfigError(
             f"tune.space: {name} is {'a whole' if isinstance(low, int) else 'no whole'} number: use {right}"
         )

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ray_sql import checkpoints, prepare
 from ray_sql.config import Config, without_password
 from ray_sql.errors import ConfigError, StoreError
+from ray_sql.finetune import prepare
+from ray_sql.store import checkpoints, storage
 from ray_sql.tune.space import Point
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -46,7 +47,9 @@ class Measure:
     @property
     def score(self) -> float:
         """Objective and tie-break as one number in the same order: of n answers, objectives differ by 1/n at least."""
-        return self.objective + (self.tie_break or 0.0) / (self.metrics.get("validation/n", 1.0) + 1)
+        return self.objective + (self.tie_break or 0.0) / (
+            self.metrics.get("validation/n", 1.0) + 1
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Study:
 
     def save(self) -> None:
         """Write the file."""
-        checkpoints.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
+        storage.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
 
     def folder(self, number: int) -> str:
         """A trial's run folder."""
@@ -119,13 +122,17 @@ def name(number: int) -> str:
 def settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
     """The settings of a trial of the study `config`, whose own folder lies in the study's."""
     root = "scaling.storage_path" if config.scaling.storage_path else "output_dir"
-    return config.changed({**changes, root: f"{config.run_dir}/trials", "output_name": name(number)})
+    return config.changed(
+        {**changes, root: f"{config.run_dir}/trials", "output_name": name(number)}
+    )
 
 
 def begin(config: Config) -> Study:
     """A study that has no trials yet."""
     return Study(
-        config.run_dir, key(config), {**config.public(), "tracking": {"uri": without_password(config.tracking.uri)}}
+        config.run_dir,
+        key(config),
+        {**config.public(), "tracking": {"uri": without_password(config.tracking.uri)}},
     )
 
 
@@ -135,12 +142,15 @@ def load(config: Config) -> Study | None:
     Raises `ConfigError` if it is of other settings, `StoreError` if the folder holds something else.
     """
     prepare.clear(config.run_dir)
-    text = checkpoints.read_text(f"{config.run_dir}/{FILE}")
+    text = storage.read_text(f"{config.run_dir}/{FILE}")
     if text is None:
         check_free(config)
         return None
     saved = json.loads(text)
-    trials = [Trial(**{**one, "best": one["best"] and Measure(**one["best"])}) for one in saved.pop("trials")]
+    trials = [
+        Trial(**{**one, "best": one["best"] and Measure(**one["best"])})
+        for one in saved.pop("trials")
+    ]
     if saved["key"] != key(config):
         raise ConfigError(
             f"{config.run_dir} holds a study of other settings ({_difference(saved['settings'], config)}); choose another "
@@ -153,11 +163,13 @@ def check_free(config: Config) -> None:
     """Raise `StoreError` if the folder of `config` holds something that is no study; inputs from which nothing was trained may go."""
     run_dir = config.run_dir
     prepare.clear(run_dir)
-    if checkpoints.exists(f"{run_dir}/{FILE}") or not checkpoints.exists(run_dir):
+    if storage.exists(f"{run_dir}/{FILE}") or not storage.exists(run_dir):
         return
-    trained = checkpoints.complete(run_dir) or checkpoints.exists(f"{run_dir}/adapter")
-    if trained or not checkpoints.exists(f"{run_dir}/inputs"):
-        raise StoreError(f"{run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name")
+    trained = checkpoints.complete(run_dir) or storage.exists(f"{run_dir}/adapter")
+    if trained or not storage.exists(f"{run_dir}/inputs"):
+        raise StoreError(
+            f"{run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name"
+        )
 
 
 def key(config: Config) -> str:
@@ -172,13 +184,17 @@ def _difference(before: Mapping[str, Any], config: Config) -> str:
     from ray_sql.tracking import flatten
 
     old, new = flatten(before), flatten(config.public())
-    shown = [f"{name} {old.get(name)!r} there, {value!r} here" for name, value in new.items() if old.get(name) != value]
+    shown = [
+        f"{name} {old.get(name)!r} there, {value!r} here"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
     return "; ".join(shown[:3]) or "another version"
 
 
 def measured(run_dir: str) -> list[Measure]:
     """What was measured of a trial, by step: as its file has it, and as its checkpoints say, should the file have been too late."""
-    text = checkpoints.read_text(f"{run_dir}/{MEASURED_FILE}")
+    text = storage.read_text(f"{run_dir}/{MEASURED_FILE}")
     found = {one["step"]: Measure(**one) for one in json.loads(text or "[]")}
     for one in checkpoints.complete(run_dir):
         if one.objective is not None:
@@ -188,4 +204,4 @@ def measured(run_dir: str) -> list[Measure]:
 
 def record(run_dir: str, measures: list[Measure]) -> None:
     """Keep what was measured of a trial."""
-    checkpoints.write_text(f"{run_dir}/{MEASURED_FILE}", json.dumps([asdict(one) for one in measures]))
+    storage.write_text(f"{run_dir}/{MEASURED_FILE}", json.dumps([asdict(one) for one in measures]))

@@ -14,13 +14,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_sql import checkpoints, cluster, finetune, prepare, publish, tracking
+from ray_sql import cluster, finetune, publish, tracking
 from ray_sql.cluster import Room
 from ray_sql.config import Config, SweepConfig
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
-from ray_sql.prepare import Prepared
-from ray_sql.tune import champion, page, space
+from ray_sql.finetune import prepare
+from ray_sql.finetune.prepare import Prepared
+from ray_sql.store import storage
+from ray_sql.tune import champion, space, sweep_report
 from ray_sql.tune.space import Space, shown
 from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, check_free, load, name, settings
 
@@ -43,7 +45,9 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
         if one.publish:
             publish.check(one)
     try:
-        found: dict[str, dict[str, Any]] = {one.task_type: _run(one, config.resume) for one in studies}
+        found: dict[str, dict[str, Any]] = {
+            one.task_type: _run(one, config.resume) for one in studies
+        }
     finally:
         cluster.leave_ray()
     if config.publish:
@@ -62,7 +66,9 @@ def replay(config: Config) -> list[Path]:
     if study:
         parent = tracking.again(config.tracking.uri, study.mlflow_run_id or "", own)
         _replay(config, space.read(config), study, parent)
-        cut_off = [one for one in study.trials if one.state not in SETTLED and _spool(config, one).exists()]
+        cut_off = [
+            one for one in study.trials if one.state not in SETTLED and _spool(config, one).exists()
+        ]
         if cut_off:
             raise StoreError(
                 f"records of {', '.join(name(one.number) for one in cut_off)} wait for the study to go on: give its command with --resume"
@@ -75,7 +81,9 @@ def dry_run(config: SweepConfig) -> None:
     """Show what a sweep would do: one rendered example, the space, how many trials at a time and why, and the plan."""
     for one in config.studies():
         axes = space.read(one)
-        _study(one, resume=True)  # what its name holds must be a study of these settings, whoever its winner is
+        _study(
+            one, resume=True
+        )  # what its name holds must be a study of these settings, whoever its winner is
         with Display() as display:
             prepared = finetune.preview(one, display)
             _check(one, prepared)
@@ -111,7 +119,7 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
     if room.nodes > 1 and not config.scaling.storage_path:
         yield f"          on {room.nodes} nodes: {config.run_dir} must be a folder that they share; else give --scaling.storage_path"
     every = config.evaluate.eval_steps or config.save_steps
-    yield f"objective {page.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
+    yield f"objective {sweep_report.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
     stops = rungs(config, steps)
     if stops:
         yield f"stopping  those that fall behind, at step {', '.join(map(str, stops))} (1 of {config.tune.reduction_factor:g} goes on)"
@@ -123,7 +131,9 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
 
 def at_once(config: Config, room: Room) -> int:
     """Trials at a time."""
-    return min(room.at_once, config.tune.max_concurrent_trials or room.at_once, config.tune.num_samples)
+    return min(
+        room.at_once, config.tune.max_concurrent_trials or room.at_once, config.tune.num_samples
+    )
 
 
 def _room(config: Config) -> Room:
@@ -144,7 +154,9 @@ def _room(config: Config) -> Room:
 
 def _check(config: Config, prepared: Prepared) -> None:
     if config.prev_checkpoint:
-        raise ConfigError("--prev_checkpoint: the trials of a sweep start from the base model; leave it out")
+        raise ConfigError(
+            "--prev_checkpoint: the trials of a sweep start from the base model; leave it out"
+        )
     by_loss = config.tune.objective == "eval_loss"
     if not (prepared.validation_rows(config) if by_loss else prepared.validation(config)):
         raise ConfigError(
@@ -157,10 +169,16 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
     with Display() as display:
         study = _study(config, resume)
         if study.finished and len(study.trials) >= config.tune.num_samples:
-            winner = Config(**json.loads(checkpoints.read_text(f"{config.run_dir}/config.json") or "{}"))
+            winner = Config(
+                **json.loads(storage.read_text(f"{config.run_dir}/config.json") or "{}")
+            )
             prepare.check_scored_alike(winner, config)
-            display.line(f"{config.run_dir} holds a finished study of these settings; --overwrite runs it again.")
-            metrics: dict[str, Any] = json.loads(checkpoints.read_text(f"{config.run_dir}/metrics.json") or "{}")
+            display.line(
+                f"{config.run_dir} holds a finished study of these settings; --overwrite runs it again."
+            )
+            metrics: dict[str, Any] = json.loads(
+                storage.read_text(f"{config.run_dir}/metrics.json") or "{}"
+            )
             finetune.show(metrics, config, display)
             return metrics
         axes = space.read(config)
@@ -179,12 +197,14 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
         study.finished = False
         study.save()  # before all else: whatever is cut off from here on is a study that goes on
         prepare.write_inputs(prepared, config.changed({"overwrite": False}))
-        record = finetune.begin(config, prepared, tracking.start if config.tracking.enabled else None, study.tags)
+        record = finetune.begin(
+            config, prepared, tracking.start if config.tracking.enabled else None, study.tags
+        )
         study.mlflow_run_id = record.run_id or None
         study.save()
         metrics = _recorded(config, axes, study, prepared, room, record, display)
         finetune.show(metrics, config, display)
-        display.line(f"sweep        {config.run_dir}/{page.FILE}")
+        display.line(f"sweep        {config.run_dir}/{sweep_report.FILE}")
     return metrics
 
 
@@ -205,10 +225,12 @@ def _study(config: Config, resume: bool) -> Study:
 
 def _remove(config: Config) -> None:
     """Remove the study that is there; nothing of it stays open in MLflow."""
-    earlier = json.loads(checkpoints.read_text(f"{config.run_dir}/{FILE}") or "{}")
+    earlier = json.loads(storage.read_text(f"{config.run_dir}/{FILE}") or "{}")
     if config.tracking.enabled and earlier:
         own = {"study": earlier.get("id", "")}
-        tracking.close(config.tracking.uri, config.tracking.experiment, earlier["mlflow_run_id"], own)
+        tracking.close(
+            config.tracking.uri, config.tracking.experiment, earlier["mlflow_run_id"], own
+        )
     prepare.remove(config.run_dir)
 
 
@@ -222,10 +244,12 @@ def _recorded(
     display: Display,
 ) -> dict[str, Any]:
     """The trials, then the champion, and the study's MLflow run ended whatever happens."""
-    from ray_sql.tune.watch import Watch
+    from ray_sql.tune.callback import Watch
 
     steps = config.steps(prepared.audit.rows)
-    watch = Watch(study, axes, steps, room.unit, lambda trial: _child(config, axes, trial, record), display)
+    watch = Watch(
+        study, axes, steps, room.unit, lambda trial: _child(config, axes, trial, record), display
+    )
     status: tracking.Status = "FAILED"
     try:
         _replay(config, axes, study, record)
@@ -233,7 +257,7 @@ def _recorded(
         display.below("")
         display.console.print(watch.table())
         used = f"{watch.hours():.2f} {room.unit[0]}-hours"
-        drawn = page.write(config, axes, study, used)
+        drawn = sweep_report.write(config, axes, study, used)
         facts = {
             "hours": round(watch.hours(), 3),
             "unit": room.unit[0],
@@ -260,7 +284,9 @@ def _recorded(
     return metrics
 
 
-def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room: Room, watch: Any) -> None:
+def _trials(
+    config: Config, axes: Space, study: Study, prepared: Prepared, room: Room, watch: Any
+) -> None:
     """Let Ray Tune run what is left of the study."""
     if study.settled(config.tune.num_samples) >= config.tune.num_samples:
         return
@@ -285,7 +311,9 @@ def _trials(config: Config, axes: Space, study: Study, prepared: Prepared, room:
         # in this process a trial trains with what it takes; else it only drives its workers, who take it, and needs next to nothing
         takes = room.needs if config.scaling.num_workers == 0 else {"memory": 1.0}
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(Trainable, plan=plan), tune.PlacementGroupFactory([takes])),
+            tune.with_resources(
+                tune.with_parameters(Trainable, plan=plan), tune.PlacementGroupFactory([takes])
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=search.Search(axes, study),
                 scheduler=search.scheduler(config, steps),
@@ -327,7 +355,11 @@ def _child(config: Config, axes: Space, trial: Trial, parent: tracking.Run) -> t
 
 
 def _spool(config: Config, trial: Trial) -> Path:
-    return config.cache / "spool" / f"{config.output_name}-{config.identity()}-{name(trial.number)}.jsonl"
+    return (
+        config.cache
+        / "spool"
+        / f"{config.output_name}-{config.identity()}-{name(trial.number)}.jsonl"
+    )
 
 
 def _replay(config: Config, axes: Space, study: Study, parent: tracking.Run) -> None:
@@ -365,7 +397,9 @@ def _record_study(
         [
             {
                 "trial": t.number,
-                **{axis.replace(".", "/"): value for axis, value in t.point.items()},  # the UI takes a dot for a path
+                **{
+                    axis.replace(".", "/"): value for axis, value in t.point.items()
+                },  # the UI takes a dot for a path
                 "steps": t.steps,
                 "objective": t.best and t.best.objective,
                 "state": t.state,
@@ -378,4 +412,4 @@ def _record_study(
     for file, figure in drawn.items():
         record.figure(figure, f"figures/{file}")
     if "://" not in study.run_dir:
-        record.artifact(Path(study.run_dir) / page.FILE)
+        record.artifact(Path(study.run_dir) / sweep_report.FILE)

@@ -16,9 +16,11 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from ray_sql import checkpoints, cluster, prepare, train
+from ray_sql import cluster, train
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
+from ray_sql.finetune import prepare
+from ray_sql.store import storage
 from ray_sql.tune.study import WORST, Measure, measured, record, settings
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         assert plan is not None
         self._number, self._plan, self._settled = config["trial"], plan, config["settled"]
         self._settings = settings(Config(**plan["config"]), config["changes"], self._number)
-        self._fresh = not checkpoints.exists(f"{self._settings.run_dir}/config.json")
+        self._fresh = not storage.exists(f"{self._settings.run_dir}/config.json")
         self._measures = [] if self._fresh else measured(self._settings.run_dir)
         self._left = list(self._measures)
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
@@ -45,7 +47,11 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         if self._left:
             return self._result(self._left.pop(0))
         if self._settled:  # the search is told what it was told then
-            return {**self._result(), **({"score": WORST} if self._settled == "failed" else {}), "done": True}
+            return {
+                **self._result(),
+                **({"score": WORST} if self._settled == "failed" else {}),
+                "done": True,
+            }
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="ray_sql-trial", daemon=True)
             self._thread.start()
@@ -100,7 +106,9 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             if self._fresh:
                 prepare.copy_inputs(self._plan["inputs"], self._settings)
             train.fit(self._settings, self._plan["model_folder"], self._on_point, decides=True)
-        except Exception as error:  # of whatever kind: it ends this trial and not the sweep, which records it
+        except (
+            Exception
+        ) as error:  # of whatever kind: it ends this trial and not the sweep, which records it
             if not isinstance(error, RaySqlError):
                 log.exception("trial %s failed", self._number)
             self._said.put(("failed", " ".join(str(error).split()) or type(error).__name__))

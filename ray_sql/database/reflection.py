@@ -1,0 +1,243 @@
+"""The schema of a live database, read by SQLAlchemy: SQLite files, Postgres, MySQL or whatever has a dialect.
+
+SQLAlchemy is imported inside the functions, because most jobs need a schema's values and never open a database.
+"""
+
+import re
+import sqlite3
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_sql.database.schema import Column, ForeignKey, Schema, Table
+from ray_sql.errors import DataError
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL, ColumnClause, Connection, Dialect, Engine
+    from sqlalchemy.types import TypeEngine
+
+EXAMPLE_ROWS = 10_000
+"""Rows read for example values: a table's first ones, so that a large table costs no more than a small one."""
+
+EXAMPLE_LENGTH = 40
+"""Longest example value in characters: longer ones cost tokens, and questions do not quote them."""
+
+
+def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema:
+    """Reads tables (no views), columns, types, whole primary keys and foreign keys of a live database.
+
+    Args:
+        database: a path to a SQLite file, opened read-only, or an SQLAlchemy URL.
+        db_id: the name that the schema gets.
+        example_values: how many of its most frequent short values each column carries; 0 reads no rows.
+
+    Tables come in creation order from SQLite and sorted by name from other databases, which keep no such order; foreign
+    keys in the order of their columns. A foreign key to a table or column that does not exist is left out: there are
+    databases in use that have them.
+
+    Raises:
+        DataError: no such file, not a database, no driver for it, no connection.
+    """
+    from sqlalchemy.exc import SAWarning, SQLAlchemyError
+
+    url = _url(database)
+    shown = (
+        url.render_as_string(hide_password=True)
+        if url.get_backend_name() != "sqlite"
+        else url.database
+    )
+    try:
+        with warnings.catch_warnings(), _engine(url).connect() as connection:
+            # SQLite takes any word as a type. SQLAlchemy maps those it does not know by affinity and warns of each.
+            warnings.simplefilter("ignore", SAWarning)
+            schema = _with_resolved_keys(Schema(db_id, _tables(connection)))
+            return _with_examples(schema, connection, example_values) if example_values else schema
+    except ModuleNotFoundError as error:
+        way_out = (
+            "pip install -e '.[postgres]'"
+            if error.name == "psycopg"
+            else "install this database's driver"
+        )
+        raise DataError(f"{shown}: Python has no module {error.name!r}; {way_out}") from error
+    except ImportError as error:  # a driver that lacks its own library
+        raise DataError(
+            f"{shown}: {' '.join(str(error).split())}; install this database's driver whole"
+        ) from error
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"{shown}: cannot read its schema: {reason}; check the database and your rights to it"
+        ) from error
+
+
+def _url(database: str | Path) -> "URL":
+    from sqlalchemy import URL, make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if "://" not in str(database):
+        return URL.create("sqlite", database=str(database))
+    try:
+        url = make_url(str(database))
+        # psycopg 3, which queries are executed with, where the URL is as libpq has it and names no driver
+        return (
+            url.set(drivername="postgresql+psycopg")
+            if url.drivername in ("postgresql", "postgres")
+            else url
+        )
+    except ArgumentError as error:  # the text may hold a password, so it is not repeated
+        raise DataError(
+            "database: not a URL that SQLAlchemy reads; write dialect://user:password@host/name"
+        ) from error
+
+
+def _engine(url: "URL") -> "Engine":
+    """An engine that keeps no connection open; a SQLite file is opened read-only and so never created."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, poolclass=NullPool)
+    path = Path(url.database or ":memory:")
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such SQLite file; give a path to a database file or an SQLAlchemy URL"
+        )
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        # Databases in use hold bytes that are no UTF-8; a schema must not fail on them.
+        connection.text_factory = lambda raw: raw.decode(errors="ignore")
+        return connection
+
+    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
+
+
+def _tables(connection: "Connection") -> tuple[Table, ...]:
+    """The tables as the database declares them, foreign keys unchecked."""
+    from sqlalchemy import inspect
+
+    inspector = inspect(connection)
+    names = _table_names(connection)
+    # The plural calls: one round trip for all tables where the server can do it.
+    columns = inspector.get_multi_columns(filter_names=names)
+    primary = inspector.get_multi_pk_constraint(filter_names=names)
+    foreign = inspector.get_multi_foreign_keys(filter_names=names)
+    return tuple(
+        Table(
+            name=name,
+            columns=tuple(
+                Column(
+                    column["name"],
+                    _type_text(column["type"], connection.dialect),
+                    bool(column["nullable"]),
+                )
+                for column in columns[None, name]
+            ),
+            primary_key=tuple(primary[None, name]["constrained_columns"]),
+            foreign_keys=tuple(
+                ForeignKey(
+                    tuple(key["constrained_columns"]),
+                    key["referred_table"],
+                    tuple(key["referred_columns"]),
+                )
+                for key in foreign[None, name]
+                if key["referred_schema"] is None  # a table of another schema is not shown
+            ),
+        )
+        for name in names
+    )
+
+
+def _table_names(connection: "Connection") -> list[str]:
+    from sqlalchemy import inspect, text
+
+    if connection.dialect.name != "sqlite":
+        return sorted(inspect(connection).get_table_names())
+    # Shadow tables are the private storage of full-text and spatial indexes.
+    query = """
+        SELECT name FROM sqlite_master
+        WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'
+          AND name NOT IN (SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow')
+        ORDER BY rowid
+    """
+    return list(connection.execute(text(query)).scalars())
+
+
+def _type_text(kind: "TypeEngine[Any]", dialect: "Dialect") -> str:
+    """The type in its database's words, without character set and collation; empty for a column without a type."""
+    from sqlalchemy.types import NullType
+
+    if isinstance(kind, NullType):
+        return ""
+    return re.sub(r' (CHARACTER SET|COLLATE) ("[^"]*"|\S+)', "", kind.compile(dialect=dialect))
+
+
+def _with_resolved_keys(schema: Schema) -> Schema:
+    """The schema with only the foreign keys that lead somewhere, once each, in the order of their columns."""
+    tables = []
+    for table in schema.tables:
+        position = {name: index for index, name in enumerate(table.column_names)}
+        keys = {_resolved_key(key, table, schema) for key in table.foreign_keys}
+        found = sorted(
+            (key for key in keys if key),
+            key=lambda key: (
+                [position[name] for name in key.columns],
+                key.ref_table,
+                key.ref_columns,
+            ),
+        )
+        tables.append(replace(table, foreign_keys=tuple(found)))
+    return replace(schema, tables=tuple(tables))
+
+
+def _resolved_key(key: ForeignKey, table: Table, schema: Schema) -> ForeignKey | None:
+    """The key with all names as the tables spell them, or None where a table or column does not exist."""
+    target = schema.table(key.ref_table)
+    if target is None or len(key.columns) != len(key.ref_columns):
+        return None
+    columns = [table.column(name) for name in key.columns]
+    refs = [target.column(name) for name in key.ref_columns]
+    if None in columns or None in refs:
+        return None
+    return ForeignKey(
+        tuple(c.name for c in columns if c), target.name, tuple(c.name for c in refs if c)
+    )
+
+
+def _with_examples(schema: Schema, connection: "Connection", count: int) -> Schema:
+    return replace(
+        schema,
+        tables=tuple(_table_with_examples(table, connection, count) for table in schema.tables),
+    )
+
+
+def _table_with_examples(table: Table, connection: "Connection", count: int) -> Table:
+    from sqlalchemy import column, select
+    from sqlalchemy import table as table_clause
+
+    clauses: list[ColumnClause[Any]] = [column(name) for name in table.column_names]
+    query = select(*clauses).select_from(table_clause(table.name)).limit(EXAMPLE_ROWS)
+    counts: list[Counter[str]] = [Counter() for _ in table.columns]
+    for row in connection.execution_options(stream_results=True).execute(query):
+        for counter, value in zip(counts, row, strict=True):
+            if _is_example(value):
+                counter[str(value)] += 1
+    examples = [_most_frequent(counter, count) for counter in counts]
+    columns = tuple(
+        replace(old, examples=new) for old, new in zip(table.columns, examples, strict=True)
+    )
+    return replace(table, columns=columns)
+
+
+def _is_example(value: object) -> bool:
+    if value is None or isinstance(value, (bytes, memoryview)):
+        return False
+    text = str(value)
+    return 0 < len(text) <= EXAMPLE_LENGTH and text.isprintable()
+
+
+def _most_frequent(counter: Counter[str], count: int) -> tuple[str, ...]:
+    """By falling frequency, equals by value: `Counter.most_common` would leave equals in row order."""
+    return tuple(sorted(counter, key=lambda value: (-counter[value], value))[:count])

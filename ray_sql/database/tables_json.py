@@ -1,0 +1,150 @@
+"""Spider's and BIRD's `tables.json`: every schema of a dataset in one file, readable without any database.
+
+Format, per database: `table_names_original`; `column_names_original` as `[table index, name]`, of which the first is
+`[-1, "*"]`; `column_types` beside it; `primary_keys` as column indices (BIRD: a list of them for a composite key);
+`foreign_keys` as pairs of column indices.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_sql.database.schema import Column, ForeignKey, Schema, Table
+from ray_sql.errors import DataError
+
+_Place = tuple[int, str]  # table index and column name
+_KEYS = (
+    "table_names_original",
+    "column_names_original",
+    "column_types",
+    "primary_keys",
+    "foreign_keys",
+)
+
+
+def read_tables_json(path: str | Path) -> dict[str, Schema]:
+    """The schemas of a `tables.json` by database id, with original names and the file's own type words.
+
+    Raises:
+        DataError: no such file, no JSON, or an entry that is malformed; names the file, the database and the key.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read it ({error.strerror}); name the dataset's tables.json"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); name the dataset's tables.json") from error
+    if not isinstance(entries, list):
+        raise DataError(
+            f"{path}: must be a list with one object per database, found {type(entries).__name__}"
+        )
+    schemas = (
+        _read_entry(entry, f"{path}: entry {number}") for number, entry in enumerate(entries)
+    )
+    return {schema.db_id: schema for schema in schemas}
+
+
+def _read_entry(entry: Any, where: str) -> Schema:
+    if not isinstance(entry, dict) or not isinstance(entry.get("db_id"), str):
+        raise DataError(f"{where}: must be an object with a text `db_id`")
+    where = f"{where} (db_id {entry['db_id']})"
+    for key in _KEYS:
+        if not isinstance(entry.get(key), list):
+            raise DataError(f"{where}: `{key}` must be a list")
+    if not all(isinstance(name, str) for name in entry["table_names_original"]):
+        raise DataError(f"{where}: `table_names_original` must hold texts")
+    places = _places(entry, where)
+    if len(entry["column_types"]) != len(places):
+        raise DataError(
+            f"{where}: `column_types` has {len(entry['column_types'])} items for {len(places)} columns"
+        )
+    primary = _primary_keys(entry, places, where)
+    foreign = _foreign_keys(entry, places, primary, where)
+    tables = (
+        Table(
+            name=name,
+            columns=tuple(
+                Column(place[1], str(kind))
+                for place, kind in zip(places, entry["column_types"], strict=True)
+                if place[0] == index
+            ),
+            primary_key=primary.get(index, ()),
+            foreign_keys=foreign.get(index, ()),
+        )
+        for index, name in enumerate(entry["table_names_original"])
+    )
+    return Schema(entry["db_id"], tuple(tables))
+
+
+def _places(entry: Mapping[str, Any], where: str) -> list[_Place]:
+    tables = len(entry["table_names_original"])
+    for item in entry["column_names_original"]:
+        match item:
+            case [int(table), str()] if -1 <= table < tables:
+                pass
+            case _:
+                raise DataError(
+                    f"{where}: `column_names_original` must hold [table index, name] pairs, found {item!r}"
+                )
+    return [(table, name) for table, name in entry["column_names_original"]]
+
+
+def _place(index: Any, places: list[_Place], key: str, where: str) -> _Place:
+    if isinstance(index, int) and 0 <= index < len(places) and places[index][0] >= 0:
+        return places[index]
+    raise DataError(f"{where}: `{key}` must hold indices of columns, found {index!r}")
+
+
+def _primary_keys(
+    entry: Mapping[str, Any], places: list[_Place], where: str
+) -> dict[int, tuple[str, ...]]:
+    keys: dict[int, tuple[str, ...]] = {}
+    for item in entry["primary_keys"]:
+        for index in item if isinstance(item, list) else [item]:
+            table, name = _place(index, places, "primary_keys", where)
+            keys[table] = (*keys.get(table, ()), name)
+    return keys
+
+
+def _foreign_keys(
+    entry: Mapping[str, Any],
+    places: list[_Place],
+    primary: Mapping[int, tuple[str, ...]],
+    where: str,
+) -> dict[int, tuple[ForeignKey, ...]]:
+    pairs: dict[
+        tuple[int, int], dict[tuple[str, str], None]
+    ] = {}  # a dict keeps the order and drops repeated pairs
+    for item in entry["foreign_keys"]:
+        if not isinstance(item, list) or len(item) != 2:
+            raise DataError(
+                f"{where}: `foreign_keys` must hold pairs of column indices, found {item!r}"
+            )
+        (table, name), (target, ref) = (
+            _place(index, places, "foreign_keys", where) for index in item
+        )
+        pairs.setdefault((table, target), {})[name, ref] = None
+    keys: dict[int, tuple[ForeignKey, ...]] = {}
+    for (table, target), joined in pairs.items():
+        grouped = _group(list(joined), primary.get(target, ()))
+        target_name = entry["table_names_original"][target]
+        made = (
+            ForeignKey(tuple(a for a, _ in group), target_name, tuple(b for _, b in group))
+            for group in grouped
+        )
+        keys[table] = (*keys.get(table, ()), *made)
+    return keys
+
+
+def _group(pairs: list[tuple[str, str]], key: Iterable[str]) -> list[list[tuple[str, str]]]:
+    """Pairs between the same two tables as composite keys.
+
+    The file does not say which pairs belong together: they do when no column occurs twice on either side and they
+    cover the target's primary key, of which Spider lists only the first column.
+    """
+    names, refs = {name for name, _ in pairs}, {ref for _, ref in pairs}
+    composite = len(names) == len(refs) == len(pairs) and bool(key) and set(key) <= refs
+    return [pairs] if composite else [[pair] for pair in pairs]

@@ -1,0 +1,15 @@
+"""One training run from end to end: prepare, record, train, measure, report (`finetune`)."""
+
+from ray_sql.finetune.finetune import (
+    RUN_FILE,
+    Points,
+    begin,
+    conclude,
+    dry_run,
+    evaluate,
+    log_results,
+    preview,
+    run,
+    show,
+    spool,
+)

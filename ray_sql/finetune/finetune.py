@@ -1,0 +1,566 @@
+"""One training run from end to end: prepare, record, train, measure, report.
+
+The stages are functions that meet in the run's folder, so a run that was cut off anywhere goes on when the same command is given
+again, and a finished one is shown, not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ray_sql import cluster, data, publish, tracking, train
+from ray_sql.config import Config, EvaluateConfig, absolute, without_password
+from ray_sql.display import Display, percent
+from ray_sql.errors import ConfigError, DataError, TakenOver
+from ray_sql.evaluate import measure
+from ray_sql.evaluate.measure import Measured
+from ray_sql.finetune import prepare
+from ray_sql.finetune.prepare import Prepared
+from ray_sql.finetune.startup import Timeline
+from ray_sql.generate import Question
+from ray_sql.report import figures, html
+from ray_sql.store import storage
+from ray_sql.train import FitResult
+
+log = logging.getLogger(__name__)
+
+ARTIFACTS = (
+    *(
+        "config.json",
+        "contract.json",
+        "metrics.json",
+        "predictions.jsonl",
+        "gold_errors.jsonl",
+        "report.html",
+    ),
+    "adapter",
+)
+"""What of a run's folder MLflow keeps, where it is there."""
+RUN_FILE = "run.json"
+"""Which MLflow run belongs to a run's folder, so that a restarted driver goes on with it."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and measure as `config` says; returns what `metrics.json` holds. Raises `RaySqlError` for what the user can fix."""
+    timeline = Timeline()
+    timeline.mark("imports")
+    with Display() as display:
+        if config.publishes:  # what could not be published should be known before training
+            display.line(f"Hub       {publish.check(config)}")
+        earlier = prepare.earlier_run(config)
+        if earlier is not None:
+            with suppress(DataError):  # a finished run can be shown where its data are out of reach
+                prepare.check_same_data(data.load(config), config)
+            display.line(
+                f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again."
+            )
+            if config.tracking.enabled and (
+                left := tracking.replay(config.tracking.uri, spool(config))
+            ):
+                display.line(
+                    f"{left} records still wait in {spool(config)} for MLflow to take them"
+                )
+            show(earlier, config, display)
+            if config.publish:
+                publish.publish(config, config.run_dir, display)
+            return earlier
+        if config.tracking.enabled:
+            tracking.check(config.tracking.uri)
+            timeline.mark("MLflow")
+        prepared = prepare.prepare(config, display.counter("reading data"))
+        prepare.check_same_data(prepared.corpus, config)
+        train.starting_point(config, prepared.contract, config.steps(prepared.audit.rows))
+        asked = prepared.questions(
+            config
+        )  # now: what cannot be asked should be known before training
+        if config.scaling.num_workers:
+            cluster.begin_ray()
+        for line in prepare.plan(prepared, config):
+            display.line(line)
+        timeline.mark("data")
+        if config.overwrite and config.tracking.enabled:
+            _close_earlier(config)
+        prepare.write_inputs(prepared, config)
+        record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
+        timeline.mark("run folder and MLflow run")
+        status: tracking.Status | None = "FAILED"
+        try:
+            metrics = _train_and_measure(config, prepared, asked, record, display, timeline)
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        except TakenOver:
+            status = None  # the run in MLflow is the other driver's now
+            raise
+        finally:
+            if status:
+                record.end(status)
+        show(metrics, config, display)
+        if config.publish:  # the run is over by now: whatever happens here, it is kept
+            record.tag({"hub_url": publish.publish(config, config.run_dir, display)})
+    return metrics
+
+
+def dry_run(config: Config) -> None:
+    """Resolve everything, show one rendered example, the audit and the plan; starts and writes nothing but caches."""
+    with Display() as display:
+        prepare.earlier_run(config)
+        preview(config, display)
+
+
+def preview(config: Config, display: Display) -> Prepared:
+    """Show one rendered example, the audit and the plan."""
+    from ray_sql import rows
+
+    prepared = prepare.prepare(config, display.counter("reading data"))
+    example = prepared.corpus.splits["train"][0]
+    row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
+    display.line("--- prompt ---")
+    display.line(str(prepared.tokenizer.decode(row.input_ids[: row.prompt_length])))
+    display.line("--- answer (carries the loss) ---")
+    display.line(str(prepared.tokenizer.decode(row.input_ids[row.prompt_length :])))
+    display.line("--- plan ---")
+    for line in prepare.plan(prepared, config):
+        display.line(line)
+    return prepared
+
+
+def begin(
+    config: Config, prepared: Prepared, start: Any, own: Mapping[str, str] | None = None
+) -> tracking.Run:
+    """The MLflow run of this training run: the one an earlier attempt began, or a new one; nothing where `start` is None.
+
+    `own` are tags by which it is found, should its id be lost.
+    """
+    if start is None:
+        return tracking.disabled(spool(config))
+    text = storage.read_text(f"{config.run_dir}/{RUN_FILE}")
+    record: tracking.Run = start(
+        config.public(),
+        name=config.output_name,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        tags=_tags(config, prepared),
+        spool=spool(config),
+        run_id=json.loads(text)["mlflow_run_id"] if text else None,
+        own=own,
+    )
+    storage.write_text(
+        f"{config.run_dir}/{RUN_FILE}",
+        json.dumps({"mlflow_run_id": record.run_id, "tracking_uri": without_password(record.uri)})
+        + "\n",
+    )
+    for split in ("train", *config.split):
+        record.dataset(
+            f"{config.dataset_id[:480]}: {split}",
+            prepared.corpus.fingerprint(),
+            config.dataset_id,
+            split,
+        )
+    return record
+
+
+def _close_earlier(config: Config) -> None:
+    """End in MLflow what a run of this name left running there: nobody goes on with it."""
+    if text := storage.read_text(f"{config.run_dir}/{RUN_FILE}"):
+        tracking.close(
+            config.tracking.uri, config.tracking.experiment, json.loads(text)["mlflow_run_id"], {}
+        )
+
+
+def spool(config: Config) -> Path:
+    """Where records wait while MLflow does not answer."""
+    return config.cache / "spool" / f"{config.output_name}-{config.identity()}.jsonl"
+
+
+def _tags(config: Config, prepared: Prepared) -> dict[str, str]:
+    tags = {
+        "task_type": config.task_type,
+        "data_fingerprint": prepared.corpus.fingerprint(),
+        "template_hash": str(prepared.contract["template_hash"]),
+        "git_commit": _git_commit(),
+        "ray_job_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def _git_commit() -> str:
+    """The commit of the folder the job runs in, where it is one and git is installed."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _train_and_measure(
+    config: Config,
+    prepared: Prepared,
+    asked: Sequence[Question],
+    record: tracking.Run,
+    display: Display,
+    timeline: Timeline,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    points = Points(config, record, display, timeline)
+    with publish.beside_training(config) as points.on_checkpoint:
+        fitted = train.fit(config, prepared.model_folder, points)
+    display.line(
+        f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}"
+    )
+    measured = measure.of_models(
+        config,
+        asked,
+        prepared.corpus.schemas,
+        prepared.model_folder,
+        f"{config.run_dir}/adapter",
+        display,
+        points,
+    )
+    points.close()
+    facts = {
+        "best_step": fitted.best.step,
+        "steps": fitted.steps,
+        "training_seconds": round(fitted.seconds, 1),
+        "startup_seconds": timeline.stages(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return conclude(config, prepared, measured, record, facts)
+
+
+def conclude(
+    config: Config,
+    prepared: Prepared,
+    measured: Measured,
+    record: tracking.Run,
+    facts: Mapping[str, Any],
+    artifact: str = "adapter",
+) -> dict[str, Any]:
+    """Write and record what was measured of a run whose adapter lies in its folder; `facts` say how it was made, `artifact` what
+    MLflow is to call the adapter. Returns what `metrics.json` holds."""
+    metrics = {
+        "task_type": config.task_type,
+        "model_name": config.model_name,
+        "dataset_id": config.dataset_id,
+        "data_fingerprint": prepared.corpus.fingerprint(),
+        "identity": config.identity(),
+        "mlflow_run_id": record.run_id,
+        "tracking_uri": without_password(record.uri),
+        **facts,
+        **measure.summarise(measured, config),
+    }
+    measure.write(config.run_dir, measured, metrics)
+    drawn = figures.figures(metrics, measured)
+    html.write(config, metrics, measured, drawn)
+    log_results(record, config, measured, metrics, drawn, artifact)
+    storage.write_text(f"{config.run_dir}/{prepare.FINISHED_FILE}", "")
+    return metrics
+
+
+def _validation_line(fitted: FitResult) -> str:
+    if fitted.best.objective is None:
+        return "the last one: no validation questions to choose by"
+    return f"the best on validation:{_scores(fitted.best.metrics).removeprefix(', validation')}"
+
+
+def log_results(
+    record: tracking.Run,
+    config: Config,
+    measured: Measured,
+    metrics: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    artifact: str,
+) -> None:
+    """The scores, per-question table, figures and files of a run, in MLflow, in place of those of an earlier time."""
+    from ray_sql.evaluate.scoring import flat
+
+    # a study may be given more trials, and then has another winner: MLflow shows the scores of the highest step
+    step = metrics["sweep"]["trials"] if "sweep" in metrics else metrics.get("steps", 0)
+    for name in reversed(measured):  # the UI lists metrics as they came: what one looks for first
+        for split, scores in metrics[name].items():
+            record.log(step, flat(scores, f"{name}/{split}"), replace=True)
+    # the UI shows the first columns and rows without scrolling: what one looks at first is what the tuned model got wrong
+    shown = (
+        "verdict",
+        "question",
+        "gold",
+        "predicted",
+        "error",
+        "db_id",
+        "hardness",
+        "split",
+        "model",
+    )
+    rows = [{"model": name, **row} for name in reversed(measured) for row in measured[name]]
+    record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
+    for file, figure in figures.items():
+        record.figure(figure, f"figures/{file}")
+    folder = _here(config)
+    for name in ARTIFACTS:
+        if (path := folder / name).exists():
+            record.artifact(path, artifact if path.is_dir() else "")
+    if "://" in config.run_dir and not spool(config).exists():  # else they are still to be sent
+        shutil.rmtree(folder)
+
+
+def _here(config: Config) -> Path:
+    """The run's folder on this machine; of a run in a remote store, a copy of the files that MLflow gets."""
+    if "://" not in config.run_dir:
+        return Path(config.run_dir)
+    folder = spool(config).with_suffix("") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARTIFACTS:
+        if storage.exists(f"{config.run_dir}/{name}"):
+            fetch = storage.fetch if name == "adapter" else storage.fetch_file
+            fetch(f"{config.run_dir}/{name}", folder / name)
+    return folder
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
+    prepare.clear(config.run_dir)
+    if storage.exists(f"{config.run_dir}/contract.json"):
+        raise ConfigError(
+            f"{config.run_dir} holds a training run; give the evaluation an --output_name of its own"
+        )
+    with Display() as display:
+        if config.dry_run:
+            for line in _evaluation_plan(config):
+                display.line(line)
+            return {}
+        measured = (measure.of_file if config.predictions_file else _evaluate_models)(
+            config, display
+        )
+        metrics = {
+            "task_type": config.task_type,
+            "dataset_id": config.dataset_id,
+            **measure.summarise(measured, config),
+        }
+        storage.write_text(
+            f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n"
+        )
+        measure.write(config.run_dir, measured, metrics)
+        html.write(config, metrics, measured, figures.figures(metrics, measured))
+        show(metrics, config, display)
+    return metrics
+
+
+def _evaluation_plan(config: EvaluateConfig) -> Iterator[str]:
+    """What an evaluation would do, after reading what it would read; with a model, one of its prompts."""
+    corpus = data.load_split(config, config.split)
+    if config.predictions_file:
+        said = measure.read_predictions(absolute(config.predictions_file))
+        source = f"{len(said)} predictions of {config.predictions_file}"
+    else:
+        from ray_sql import models
+
+        tokenizer = models.load_tokenizer(models.resolve(config)[0])
+        yield f"--- prompt ---\n{tokenizer.decode(measure.questions(corpus, tokenizer, config)[0].input_ids)}\n--- plan ---"
+        source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
+    counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
+    yield f"would score {source} on {counts}, semantics {config.evaluate.semantics}, and write {config.run_dir}"
+
+
+def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
+    from ray_sql import generate, models
+
+    generate.check_backend(config)
+    corpus = data.load_split(config, config.split)
+    measure.check_executable(corpus, config)
+    adapter = storage.absolute_uri(config.adapter) if config.adapter else None
+    pinned = (
+        models.revision_of(storage.read_text(f"{adapter}/contract.json"), config)
+        if adapter
+        else None
+    )
+    folder, revision = models.resolve(config, pinned)
+    if adapter:
+        config = config.changed({"adapter": adapter})
+        measure.check_adapter(config, folder, revision)
+    asked = measure.questions(corpus, models.load_tokenizer(folder), config)
+    generate.check_window(folder, asked, config)
+    points = Points(config, tracking.disabled(Path()), display)
+    return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
+
+
+def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
+    """The result as a table for people, and where everything is."""
+    models = [name for name in ("base", "default", "tuned", "file") if name in metrics]
+    name, title = (
+        ("execution_accuracy", "execution accuracy")
+        if metrics["task_type"] == "sql"
+        else ("strict_recall", "strict recall")
+    )
+    rule = (
+        f", {next(iter(metrics[models[-1]].values()))['semantics']} semantics"
+        if name == "execution_accuracy"
+        else ""
+    )
+    table = Table(
+        title=f"{config.output_name}: {title}{rule} [95 % interval]", title_justify="left"
+    )
+    for column in ("split", "", "n", *models):
+        table.add_column(column, justify="right" if column in models or column == "n" else "left")
+    for split, scores in metrics[models[-1]].items():
+        by_model = [metrics[model][split] for model in models]
+        table.add_row(
+            split,
+            title,
+            str(scores["n"]),
+            *(percent(s[name], s["interval"], s["n"]) for s in by_model),
+        )
+        for level, group in scores.get(
+            "by_hardness", {}
+        ).items():  # not in the metrics.json of schema runs of old
+            groups = [s["by_hardness"].get(level, group) for s in by_model]
+            table.add_row(
+                "",
+                f"  {level}",
+                str(group["n"]),
+                *(percent(g[name], g["interval"]) for g in groups),
+            )
+        if metrics["task_type"] == "sql":
+            for key, label in html.SECONDARY.items():
+                if key in scores:
+                    shares = (
+                        percent(s[key], s.get(f"{key}_interval"), s.get(f"{key}_n", s["n"]))
+                        for s in by_model
+                    )
+                    table.add_row("", label, "", *shares)
+        else:
+            for key in ("exact_match", "table_f1", "column_f1", "unparsable"):
+                cells = [percent(s.get(key, 0.0), s.get(f"{key}_interval")) for s in by_model]
+                table.add_row("", key.replace("_", " "), "", *cells)
+        if scores["gold_errors"]:
+            table.add_row("", "gold fails (not counted)", str(scores["gold_errors"]))
+        table.add_section()
+    display.console.print(table)
+    for split, test in metrics.get("compared", {}).items():
+        display.line(
+            f"{split}: tuned alone is right on {test['only_tuned']}, base alone on {test['only_base']} "
+            f"(McNemar p = {test['mcnemar_p']:.2g})"
+        )
+    for split, test in metrics.get("compared_default", {}).items():
+        display.line(
+            f"{split}: tuned alone is right on {test['only_tuned']}, the default settings alone on {test['only_default']} "
+            f"(McNemar p = {test['mcnemar_p']:.2g})"
+        )
+    if "training_seconds" in metrics:
+        display.line(
+            f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s"
+        )
+        display.line(f"adapter      {config.run_dir}/adapter")
+    display.line(f"predictions  {config.run_dir}/predictions.jsonl")
+    display.line(f"report       {config.run_dir}/report.html")
+    if metrics.get("mlflow_run_id"):
+        display.line(f"MLflow run   {metrics['mlflow_run_id']}")
+        place = metrics["tracking_uri"]
+        own = f"make ui    (mlflow ui --backend-store-uri {place})"
+        display.line(f"MLflow UI    {place if place.startswith('http') else own}")
+
+
+class Points:
+    """What workers say, passed on to the display, MLflow and TensorBoard; MLflow has each step once, whatever is repeated."""
+
+    def __init__(
+        self,
+        config: Config,
+        record: tracking.Run,
+        display: Display,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._config, self._record, self._display = config, record, display
+        self._timeline = timeline
+        self._writer: Any = None
+        self._gaps = False
+        self._newest = -1
+        self.on_checkpoint: Callable[[int], None] | None = None
+
+    def __call__(self, point: cluster.Point) -> None:
+        if point["kind"] == "answers":
+            self._display.update(f"answering with {point['model']}", point["done"], point["total"])
+            return
+        if point["kind"] == "mark":
+            if self._timeline:
+                self._timeline.mark(point["stage"], point["at"])
+            return
+        if point["kind"] == "note":
+            self._display.line(point["text"])
+            return
+        if point["kind"] == "curve":
+            for step, logged in point["points"]:
+                self._record.log(step, tracking.named(logged))
+            if point["step"] <= self._newest:
+                self._display.line(
+                    f"the workers were restarted and go on from step {point['step']}"
+                )
+            self._newest = point["step"]
+            return
+        values = tracking.named(point["values"])
+        if point["kind"] == "train":
+            self._first_step()
+            if point["step"] <= self._newest:
+                self._display.line(
+                    "the workers were restarted and begin again: there was no checkpoint yet"
+                )
+            self._newest = point["step"]
+            self._display.train(point["step"], point["steps"], point["values"])
+        else:
+            self._newest = max(self._newest, point["step"])
+            self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
+            if self.on_checkpoint:
+                self.on_checkpoint(point["step"])
+        self._record.log(point["step"], values)
+        self._tensorboard(point["step"], values)
+
+    def _first_step(self) -> None:
+        """Say once how long it took to come here; what restarted workers mark later belongs to no start."""
+        if self._timeline:
+            self._timeline.mark("first step")
+            self._display.line(self._timeline.line())
+            self._timeline = None
+
+    def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
+        if "://" in self._config.run_dir:
+            return  # TensorBoard writes local files only; MLflow has the same points
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(f"{self._config.run_dir}/logs")
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:  # a writer that failed once fails for good
+            self._writer = None
+            if not self._gaps:
+                log.warning("TensorBoard's logs lack some points (%s); MLflow has them", error)
+            self._gaps = True
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds."""
+        if self._writer is not None:
+            with suppress(OSError):  # as above
+                self._writer.close()
+
+
+def _scores(values: Mapping[str, float]) -> str:
+    for name in ("execution_accuracy", "strict_recall"):
+        if f"validation/{name}" in values:
+            return f", validation {name} {percent(values[f'validation/{name}'])} of {values['validation/n']:.0f}"
+    return (
+        f", validation loss {values['validation/loss']:.3f}" if "validation/loss" in values else ""
+    )

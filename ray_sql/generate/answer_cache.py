@@ -1,0 +1,59 @@
+"""Answers that are kept as they come, so that a run that was cut off asks only what is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from ray_sql.errors import StoreError
+from ray_sql.generate.questions import Answer
+from ray_sql.store import storage
+
+
+class Kept:
+    """A file of answers, one JSON object a line with the `question` it belongs to: its place among those asked.
+
+    Its name must change with whatever the answers depend on. It is written by one process, and read by any.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+
+    def read(self) -> dict[int, Answer]:
+        """All whole answers, by question; none where there is no file."""
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return {}
+        answers = {}
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written when the run was cut off
+                continue
+            number = values.pop("question")
+            answers[number] = Answer(**values)
+        return answers
+
+    def add(self, question: int, answer: Answer) -> None:
+        """Append one answer. Raises `StoreError` if it cannot be written."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(_line(question, answer))
+        except OSError as error:
+            raise StoreError(
+                f"{self.file}: cannot be written ({error.strerror}); free space, or choose another --cache_dir"
+            ) from None
+
+    def write(self, answers: Mapping[int, Answer]) -> None:
+        """Replace the file, complete or not at all."""
+        storage.write_whole(
+            self.file, "".join(_line(number, one) for number, one in sorted(answers.items()))
+        )
+
+
+def _line(question: int, answer: Answer) -> str:
+    return json.dumps({"question": question, **asdict(answer)}) + "\n"

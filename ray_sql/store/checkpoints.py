@@ -1,0 +1,134 @@
+"""Checkpoints of a run: complete or absent.
+
+A checkpoint's files are copied first, and `checkpoint.json` with their sizes and checksums last. Whatever lacks it, or has other
+sizes, is passed over, so that a run falls back to the checkpoint before; what was fetched is compared with the checksums before
+anything is made of it. Ray Train's own checkpoint manager is not used because it keeps nothing in local mode, and because a run must
+be readable without the state of the driver that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_sql.store import storage
+
+MARKER = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint. `objective` and `tie_break` order checkpoints, higher is better; None where not measured."""
+
+    uri: str
+    step: int
+    objective: float | None
+    tie_break: float | None
+    metrics: dict[str, float]
+
+    @property
+    def rank(self) -> tuple[float, float, int]:
+        """Sorts the best last: by objective, then by tie-break, then the later one."""
+        worst = float("-inf")
+        return (
+            worst if self.objective is None else self.objective,
+            worst if self.tie_break is None else self.tie_break,
+            self.step,
+        )
+
+
+def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Checkpoint:
+    """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics, or nothing yet."""
+    uri = f"{run_dir}/checkpoint-{step}"
+    storage.remove(uri)
+    files = {
+        str(file.relative_to(local)): file for file in sorted(local.rglob("*")) if file.is_file()
+    }
+    storage.upload(local, uri)
+    marker: dict[str, Any] = {
+        "step": step,
+        "files": {name: file.stat().st_size for name, file in files.items()},
+        "checksums": {name: storage.checksum(file) for name, file in files.items()},
+        **{"objective": None, "tie_break": None, "metrics": {}},
+        **scores,
+    }
+    storage.write_text(f"{uri}/{MARKER}", json.dumps(marker, indent=1))
+    return Checkpoint(uri, step, marker["objective"], marker["tie_break"], marker["metrics"])
+
+
+def damaged(folder: Path) -> str | None:
+    """The first file of a checkpoint fetched to `folder` that is not as it was saved; None where all are, or where the marker, of an
+    earlier version, has no checksums."""
+    if not (folder / MARKER).is_file():
+        return MARKER
+    checksums = json.loads((folder / MARKER).read_text()).get("checksums", {})
+    return next(
+        (name for name, known in checksums.items() if storage.checksum(folder / name) != known),
+        None,
+    )
+
+
+def set_aside(uri: str) -> None:
+    """Take the marker from a checkpoint: from now on it is passed over like one that was never completed. Its files stay to be looked
+    at, until later ones are complete."""
+    storage.remove(f"{uri}/{MARKER}")
+
+
+def score(uri: str, scores: Mapping[str, Any]) -> None:
+    """Add to a complete checkpoint what it was measured at: objective, tie_break and metrics."""
+    marker = json.loads(storage.read_text(f"{uri}/{MARKER}") or "")
+    storage.write_text(f"{uri}/{MARKER}", json.dumps(marker | dict(scores), indent=1))
+
+
+def complete(run_dir: str) -> list[Checkpoint]:
+    """All complete checkpoints of a run, by step."""
+    folders = storage.list_folder(run_dir)
+    uris = (
+        f"{run_dir}/{info.base_name}"
+        for info in folders
+        if info.base_name.startswith("checkpoint-")
+    )
+    return sorted(
+        (found for uri in uris if (found := read(uri))), key=lambda checkpoint: checkpoint.step
+    )
+
+
+def read(uri: str) -> Checkpoint | None:
+    """The checkpoint at `uri`, or None if it is incomplete: no whole marker, or a file missing or of another size than it says."""
+    try:
+        marker = json.loads(storage.read_text(f"{uri}/{MARKER}") or "")
+        files = marker["files"]
+        found = Checkpoint(
+            uri, marker["step"], marker["objective"], marker["tie_break"], marker["metrics"]
+        )
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # none, one that was cut off while it was written, or a damaged one
+        return None
+    path = storage.open_store(uri)[1]
+    there = storage.list_folder(uri, recursive=True)
+    sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in there if info.is_file}
+    return None if any(sizes.get(name) != size for name, size in files.items()) else found
+
+
+def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the highest measured objective; the last one where none was measured."""
+    return max(checkpoints, key=lambda checkpoint: checkpoint.rank, default=None)
+
+
+def prune(run_dir: str) -> None:
+    """Remove all checkpoints but the best, the last, and the one before it, should the last turn out to be damaged; and what was left
+    half-written, or set aside, before those."""
+    found = complete(run_dir)
+    top = best(found)
+    kept = {one.step for one in (*found[-2:], *([top] if top else []))}
+    for info in storage.list_folder(run_dir):
+        step = re.fullmatch(r"checkpoint-(\d+)", info.base_name)
+        if found and step and int(step[1]) < found[-1].step and int(step[1]) not in kept:
+            storage.remove(f"{run_dir}/{info.base_name}")
