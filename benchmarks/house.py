@@ -77,6 +77,23 @@ def conditional_expressions() -> list[str]:
     return [_place(path, node) for path, node in _nodes(ast.IfExp)]
 
 
+def docstrings_without_a_verb() -> list[str]:
+    """Docstrings with a sentence that begins with What, Whether or How, where a verb belongs."""
+    start = re.compile(
+        r"(?:^|[.;:!?]\s+)(?:What|Whether|How (?:many|often|long|far|much))\b[^?]*?(?:[.;]|$)"
+    )
+    return [place for place, text in _docstrings() if start.search(text)]
+
+
+def long_docstring_sentences(most: int = 25) -> list[str]:
+    """Docstrings with a sentence of more than `most` words."""
+    return [
+        place
+        for place, text in _docstrings()
+        if any(len(one.split()) > most for one in re.split(r"(?<=[.!?])\s+", text))
+    ]
+
+
 def lines() -> int:
     """Lines of the package's Python files."""
     return sum(path.read_text().count("\n") for path in files())
@@ -114,6 +131,8 @@ def measure() -> dict[str, float]:
         "conditional_expressions_per_1000_lines": round(
             1000 * len(conditional_expressions()) / lines(), 1
         ),
+        "docstrings_without_a_verb": len(docstrings_without_a_verb()),
+        "long_docstring_sentences": len(long_docstring_sentences()),
         "readme_lines": readme_lines(),
         "readme_long_sentences_percent": round(100 * long / sentences, 1),
         "lines": lines(),
@@ -125,6 +144,14 @@ def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, Any]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, kinds):
                 yield path, node
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    """Yield (place, text on one line) of every docstring, those of settings and constants included."""
+    for path, node in _nodes(ast.Expr):
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose = re.split(r"\n\s*\n\s{4,}\S|\n\s*\n {4}", node.value.value)[0]
+            yield _place(path, node), " ".join(prose.split())
 
 
 def _is_own_import(node: ast.AST) -> bool:

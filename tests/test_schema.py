@@ -410,9 +410,7 @@ def test_any_word_can_be_a_name_in_the_ddl(tmp_path: Path) -> None:
 
 
 def test_schemas_can_be_read_without_importing_a_database_library() -> None:
-    code = (
-        "import sys, ray_sql.database; print({'sqlalchemy', 'sqlglot', 'torch'} & sys.modules.keys())"
-    )
+    code = "import sys, ray_sql.database; print({'sqlalchemy', 'sqlglot', 'torch'} & sys.modules.keys())"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

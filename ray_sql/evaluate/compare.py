@@ -17,8 +17,9 @@ from ray_sql import data
 from ray_sql.config import EvaluateConfig
 from ray_sql.display import Display, percent
 from ray_sql.errors import DataError
-from ray_sql.evaluate.scoring import HARDNESS, Row, clustered, grouped, right
+from ray_sql.evaluate.scoring import Row, clustered
 from ray_sql.metrics import VerdictName, mcnemar, resolvable_difference, wilson_interval
+from ray_sql.metrics.judged import HARDNESS, grouped, is_right
 from ray_sql.store import storage
 
 Key = tuple[str, str]
@@ -165,7 +166,7 @@ def compare(paired: Paired) -> dict[str, Any]:
     """Accuracies, difference, paired test and verdict, in all and by split, hardness and database; and what differs."""
     schema = any("linking" in row for row, _ in paired.rows)
     total = _test(paired.rows)
-    recalled = {"strict_recall": _test(paired.rows, right)} if schema else {}
+    recalled = {"strict_recall": _test(paired.rows, is_right)} if schema else {}
     pairs = [(a, b) for a, b in paired.rows if _exact(a) != _exact(b)]
     groups = {}
     for name, field in (

@@ -25,6 +25,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.evaluate.scoring import Row
 from ray_sql.generate import Answer, Kept, Question
 from ray_sql.metrics import hardness, mcnemar
+from ray_sql.metrics.judged import is_right
 from ray_sql.store import storage
 
 if TYPE_CHECKING:
@@ -341,10 +342,10 @@ def _text(value: Any, config: Config, where: str) -> str | None:
 
 
 def paired(measured: Measured, other: str, split: str | None = None) -> tuple[int, int, float]:
-    """Questions that only the model `other` and only the tuned one gets right (`evaluate.right`), of a split or of all, and McNemar's
+    """Questions that only the model `other` and only the tuned one gets right (`is_right`), of a split or of all, and McNemar's
     exact p; rows of all models are in the same order."""
     pairs = [
-        (scoring.right(one), scoring.right(tuned))
+        (is_right(one), is_right(tuned))
         for one, tuned in zip(measured[other], measured["tuned"], strict=True)
         if split in (None, tuned["split"])
         and "gold_error" not in (one["verdict"], tuned["verdict"])

@@ -37,11 +37,10 @@ from ray_sql.metrics import (
     time_pair,
     wilson_interval,
 )
+from ray_sql.metrics.judged import HARDNESS, grouped, is_right
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
-
-HARDNESS = ("easy", "medium", "hard", "extra", "unknown")
 
 
 def score(
@@ -192,12 +191,6 @@ def summarise(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         },
         "errors": _error_counts(counted),
     }
-
-
-def right(row: Row) -> bool:
-    """Whether a judged row counts for its task's main score: a correct answer, and in schema linking one that has all of gold and
-    spare names beside it (strict recall)."""
-    return bool(row["verdict"] == "correct" or row.get("error_kind") == "extra names")
 
 
 def objective(scores: Mapping[str, Any]) -> tuple[float, float]:
@@ -359,7 +352,7 @@ def _summarise_links(rows: Sequence[Row]) -> dict[str, Any]:
 def _recalled(rows: Sequence[Row]) -> dict[str, Any]:
     """The shares of questions with all of gold, and with gold exactly, with their intervals."""
     recalled, exact, n = (
-        sum(map(right, rows)),
+        sum(map(is_right, rows)),
         sum(row["verdict"] == "correct" for row in rows),
         len(rows),
     )
@@ -451,17 +444,6 @@ def clustered(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[fl
         groups[row["db_id"]].append(value)
     found = clustered_interval([(sum(group), len(group)) for _, group in sorted(groups.items())])
     return {"clustered_interval": [found.low, found.high]} if found else {}
-
-
-def grouped(rows: Iterable[Row], key: str, order: Sequence[str] = ()) -> dict[str, list[Row]]:
-    """Rows by a field, those named in `order` first, then by name."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[str(row[key])].append(row)
-    return {
-        name: groups[name]
-        for name in sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
-    }
 
 
 def _share(part: int, whole: int) -> float:

@@ -16,9 +16,10 @@ from ray_sql import cluster, data, models
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
-from ray_sql.evaluate import measure, scoring
+from ray_sql.evaluate import measure
 from ray_sql.evaluate.compare import ALPHA
 from ray_sql.metrics import mcnemar
+from ray_sql.metrics.judged import is_right
 from ray_sql.store import storage
 
 FOLDER = "merged"
@@ -92,7 +93,7 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
     ]
     before = _right(storage.read_text(f"{run_dir}/predictions.jsonl") or "")
     pairs = [
-        (scoring.right(row), before[row["split"], row["id"]])
+        (is_right(row), before[row["split"], row["id"]])
         for row in rows
         if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
     ]
@@ -110,7 +111,5 @@ def _right(predictions: str) -> Mapping[tuple[str, str], bool]:
     """Whether the adapter's answer to a question was right, by split and id; questions whose gold fails are not among them."""
     rows = [json.loads(line) for line in predictions.splitlines()]
     return {
-        (row["split"], row["id"]): scoring.right(row)
-        for row in rows
-        if row["verdict"] != "gold_error"
+        (row["split"], row["id"]): is_right(row) for row in rows if row["verdict"] != "gold_error"
     }

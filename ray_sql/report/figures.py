@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_sql.evaluate.scoring import grouped, right
 from ray_sql.metrics import wilson_interval
+from ray_sql.metrics.judged import grouped, is_right
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -275,7 +275,7 @@ def _counted(rows: Rows) -> list[dict[str, Any]]:
 
 def _share(rows: Rows) -> tuple[float, float, float]:
     """The per cent of correct rows, and its interval."""
-    correct = sum(map(right, rows))
+    correct = sum(map(is_right, rows))
     interval = wilson_interval(correct, len(rows))
     return 100 * correct / max(1, len(rows)), 100 * interval.low, 100 * interval.high
 

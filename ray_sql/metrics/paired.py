@@ -1,0 +1,40 @@
+"""Two models on the same questions: the paired test, and what counts as a difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ray_sql.metrics.statistics import mcnemar
+
+ALPHA = 0.05
+"""p above which a difference counts as none."""
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """How many questions only one of two models gets right; `p` is McNemar's, exact and two-sided."""
+
+    only_a: int
+    only_b: int
+
+    @property
+    def p(self) -> float:
+        """The chance of a split at least as uneven, were both models equally good."""
+        return mcnemar(self.only_a, self.only_b)
+
+    @property
+    def a_is_better(self) -> bool:
+        """Tell whether the first model is significantly better."""
+        return self.only_a > self.only_b and self.p <= ALPHA
+
+    @property
+    def b_is_better(self) -> bool:
+        """Tell whether the second model is significantly better."""
+        return self.only_b > self.only_a and self.p <= ALPHA
+
+
+def paired_test(pairs: Iterable[tuple[bool, bool]]) -> PairedTest:
+    """Compare two models by (right in a, right in b) of each question that both were judged on."""
+    marks = list(pairs)
+    return PairedTest(sum(a and not b for a, b in marks), sum(b and not a for a, b in marks))

@@ -1,0 +1,87 @@
+"""What is special about each task: the words of its prompt, the form of its answers, its scores.
+
+A third task is one more record here, and its judge in `evaluate/scoring.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+TaskName = Literal["sql", "schema"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. Scores are named by their keys in `metrics.json`; labels are for people."""
+
+    name: TaskName
+    system: str
+    """The system turn of its prompts."""
+    fence: str
+    """The language of the fenced block that holds an answer."""
+    executes_sql: bool
+    """Answers are SQL, judged by executing them; else they are links, judged by comparing names."""
+    metric: str
+    """The main score, by which models are chosen and compared."""
+    label: str
+    tie_break: str
+    """The score that decides between models with equal main scores."""
+    secondary: Mapping[str, str]
+    """Scores shown beside the main one, with their labels, where they were measured."""
+    hub_tag: str
+    hub_label: str
+
+    def objective(self, scores: Mapping[str, Any]) -> tuple[float, float]:
+        """Return (main score, tie-break) of a summary; higher is better."""
+        return scores[self.metric], scores[self.tie_break]
+
+    def rule(self, scores: Mapping[str, Any]) -> str:
+        """Name the rule that results were compared by, as ` (spider)`; empty where none is."""
+        return f" ({scores['semantics']})" if "semantics" in scores else ""
+
+
+SQL = Task(
+    name="sql",
+    system=(
+        "You write SQL. Given a database schema and a question, answer with one SQL query in a "
+        "sql code block."
+    ),
+    fence="sql",
+    executes_sql=True,
+    metric="execution_accuracy",
+    label="execution accuracy",
+    tie_break="valid_sql",
+    secondary={
+        "valid_sql": "valid SQL",
+        "exact_set_match": "exact set match",
+        "soft_f1": "soft F1",
+        "r_ves": "R-VES (if the machine was idle)",
+    },
+    hub_tag="text-to-sql",
+    hub_label="text to SQL",
+)
+
+SCHEMA = Task(
+    name="schema",
+    system=(
+        "You find what a query needs. Given a database schema and a question, answer with the "
+        "tables and columns needed, as JSON in a json code block."
+    ),
+    fence="json",
+    executes_sql=False,
+    metric="strict_recall",
+    label="strict recall",
+    tie_break="column_f1",
+    secondary={
+        "exact_match": "exact match",
+        "table_f1": "table F1",
+        "column_f1": "column F1",
+        "unparsable": "unparsable",
+    },
+    hub_tag="schema-linking",
+    hub_label="schema linking",
+)
+
+TASKS: Mapping[TaskName, Task] = {task.name: task for task in (SQL, SCHEMA)}
