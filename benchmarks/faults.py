@@ -33,7 +33,7 @@ import psutil
 
 from benchmarks.mlflow_server import Server
 from benchmarks.ray_cluster import ray_cluster
-from ray_sql import cli, finetune
+from ray_sql import cli, finetune, progress
 from ray_sql.config import Config, load
 from ray_sql.store import checkpoints, storage
 from ray_sql.train import driver
@@ -513,7 +513,7 @@ SAYS = {
 def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -> None:
     """A driver: `jobs.finetune`, which also writes down every point of the curve as it sees it."""
 
-    class Noting(finetune.Points):
+    class Noting(progress.Points):
         def __call__(self, point: dict[str, Any]) -> None:
             if point["kind"] == "train":
                 with open(points, "a") as stream:
@@ -522,7 +522,7 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
                     )
             super().__call__(point)
 
-    finetune.Points = Noting  # type: ignore[misc]
+    progress.Points = Noting  # type: ignore[misc]
     if full:
         driver.train_loop_per_worker = partial(without_memory, moment=full)
     cli.main(finetune.run, Config, [], **settings)

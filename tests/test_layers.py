@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "tasks", "display"},
     {"config", "database"},
     {"data", "metrics", "store", "models", "cluster", "tracking"},
-    {"rows", "generate", "report"},
+    {"rows", "generate", "report", "progress"},
     {"evaluate", "train"},
     {"publish", "finetune", "tune", "preflight", "cli"},
 ]

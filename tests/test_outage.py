@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.mlflow_server import Server
-from ray_sql import finetune, preflight, tracking
+from ray_sql import finetune, preflight, progress, tracking
 from ray_sql.config import CheckConfig, Config
 from ray_sql.display import Display
 from ray_sql.errors import StoreError, TakenOver
@@ -48,13 +48,13 @@ def settings(server: Server) -> dict[str, Any]:
 def at_steps(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], None]]) -> None:
     """Let something happen in a run just before the point of a step is recorded."""
 
-    class Eventful(finetune.Points):
+    class Eventful(progress.Points):
         def __call__(self, point: dict[str, Any]) -> None:
             if point["kind"] == "train" and point["step"] in happens:
                 happens[point["step"]]()
             super().__call__(point)
 
-    monkeypatch.setattr(finetune, "Points", Eventful)
+    monkeypatch.setattr(progress, "Points", Eventful)
 
 
 def recorded(server: Server, run_id: str) -> Any:
@@ -171,7 +171,7 @@ def test_storage_that_fails_costs_tensorboard_some_points_and_not_the_run(
 ) -> None:
     config = make_config()
     points, folder = (
-        finetune.Points(config, tracking.disabled(Path()), Display()),
+        progress.Points(config, tracking.disabled(Path()), Display()),
         Path(config.run_dir),
     )
 

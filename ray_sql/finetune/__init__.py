@@ -2,7 +2,6 @@
 
 from ray_sql.finetune.finetune import (
     RUN_FILE,
-    Points,
     begin,
     conclude,
     dry_run,

@@ -7,19 +7,18 @@ again, and a finished one is shown, not repeated.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ray_sql import cluster, data, publish, tracking, train
+from ray_sql import cluster, data, progress, publish, tracking, train
 from ray_sql.config import Config, EvaluateConfig, absolute, without_password
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, DataError, TakenOver
@@ -27,13 +26,11 @@ from ray_sql.evaluate import measure
 from ray_sql.evaluate.measure import Measured
 from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
-from ray_sql.finetune.startup import Timeline
 from ray_sql.generate import Question
+from ray_sql.progress import StartupClock
 from ray_sql.report import figures, html
 from ray_sql.store import storage
 from ray_sql.train import FitResult
-
-log = logging.getLogger(__name__)
 
 ARTIFACTS = (
     *(
@@ -53,7 +50,7 @@ RUN_FILE = "run.json"
 
 def run(config: Config) -> dict[str, Any]:
     """Train and measure as `config` says; returns what `metrics.json` holds. Raises `RaySqlError` for what the user can fix."""
-    timeline = Timeline()
+    timeline = StartupClock()
     timeline.mark("imports")
     with Display() as display:
         if config.publishes:  # what could not be published should be known before training
@@ -213,10 +210,10 @@ def _train_and_measure(
     asked: Sequence[Question],
     record: tracking.Run,
     display: Display,
-    timeline: Timeline,
+    timeline: StartupClock,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    points = Points(config, record, display, timeline)
+    points = progress.Points(config, record, display, timeline)
     with publish.beside_training(config) as points.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, points)
     display.line(
@@ -274,7 +271,7 @@ def conclude(
 def _validation_line(fitted: FitResult) -> str:
     if fitted.best.objective is None:
         return "the last one: no validation questions to choose by"
-    return f"the best on validation:{_scores(fitted.best.metrics).removeprefix(', validation')}"
+    return f"the best on validation:{progress.validation_scores(fitted.best.metrics).removeprefix(', validation')}"
 
 
 def log_results(
@@ -393,7 +390,7 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
         measure.check_adapter(config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, asked, config)
-    points = Points(config, tracking.disabled(Path()), display)
+    points = progress.Points(config, tracking.disabled(Path()), display)
     return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
 
 
@@ -471,96 +468,3 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         place = metrics["tracking_uri"]
         own = f"make ui    (mlflow ui --backend-store-uri {place})"
         display.line(f"MLflow UI    {place if place.startswith('http') else own}")
-
-
-class Points:
-    """What workers say, passed on to the display, MLflow and TensorBoard; MLflow has each step once, whatever is repeated."""
-
-    def __init__(
-        self,
-        config: Config,
-        record: tracking.Run,
-        display: Display,
-        timeline: Timeline | None = None,
-    ) -> None:
-        self._config, self._record, self._display = config, record, display
-        self._timeline = timeline
-        self._writer: Any = None
-        self._gaps = False
-        self._newest = -1
-        self.on_checkpoint: Callable[[int], None] | None = None
-
-    def __call__(self, point: cluster.Point) -> None:
-        if point["kind"] == "answers":
-            self._display.update(f"answering with {point['model']}", point["done"], point["total"])
-            return
-        if point["kind"] == "mark":
-            if self._timeline:
-                self._timeline.mark(point["stage"], point["at"])
-            return
-        if point["kind"] == "note":
-            self._display.line(point["text"])
-            return
-        if point["kind"] == "curve":
-            for step, logged in point["points"]:
-                self._record.log(step, tracking.named(logged))
-            if point["step"] <= self._newest:
-                self._display.line(
-                    f"the workers were restarted and go on from step {point['step']}"
-                )
-            self._newest = point["step"]
-            return
-        values = tracking.named(point["values"])
-        if point["kind"] == "train":
-            self._first_step()
-            if point["step"] <= self._newest:
-                self._display.line(
-                    "the workers were restarted and begin again: there was no checkpoint yet"
-                )
-            self._newest = point["step"]
-            self._display.train(point["step"], point["steps"], point["values"])
-        else:
-            self._newest = max(self._newest, point["step"])
-            self._display.line(f"step {point['step']}: checkpoint saved{_scores(point['values'])}")
-            if self.on_checkpoint:
-                self.on_checkpoint(point["step"])
-        self._record.log(point["step"], values)
-        self._tensorboard(point["step"], values)
-
-    def _first_step(self) -> None:
-        """Say once how long it took to come here; what restarted workers mark later belongs to no start."""
-        if self._timeline:
-            self._timeline.mark("first step")
-            self._display.line(self._timeline.line())
-            self._timeline = None
-
-    def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
-        if "://" in self._config.run_dir:
-            return  # TensorBoard writes local files only; MLflow has the same points
-        try:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(f"{self._config.run_dir}/logs")
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        except OSError as error:  # a writer that failed once fails for good
-            self._writer = None
-            if not self._gaps:
-                log.warning("TensorBoard's logs lack some points (%s); MLflow has them", error)
-            self._gaps = True
-
-    def close(self) -> None:
-        """Write out what TensorBoard still holds."""
-        if self._writer is not None:
-            with suppress(OSError):  # as above
-                self._writer.close()
-
-
-def _scores(values: Mapping[str, float]) -> str:
-    for name in ("execution_accuracy", "strict_recall"):
-        if f"validation/{name}" in values:
-            return f", validation {name} {percent(values[f'validation/{name}'])} of {values['validation/n']:.0f}"
-    return (
-        f", validation loss {values['validation/loss']:.3f}" if "validation/loss" in values else ""
-    )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_sql import finetune, tracking, train
+from ray_sql import finetune, progress, tracking, train
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import TrainingError
@@ -140,7 +140,7 @@ def _measure(
     first = study.trials[0]
 
     def answers(config: Config, adapter: str) -> Measured:
-        points = finetune.Points(config, tracking.disabled(Path()), display)
+        points = progress.Points(config, tracking.disabled(Path()), display)
         return measure.of_models(
             config, asked, prepared.corpus.schemas, prepared.model_folder, adapter, display, points
         )
