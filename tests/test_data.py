@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTIONS, SHOP, make_spider_folder
 
 from ray_sql import data
 from ray_sql.config import Config, load
 from ray_sql.data import Corpus, Example
 from ray_sql.data.splits import _set_aside
 from ray_sql.errors import DataError
+from tests.conftest import QUESTIONS, SHOP, make_spider_folder
 
 SPIDER_TABLES = {
     "table_names_original": ["customer"],

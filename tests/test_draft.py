@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_shared_generation import build, one_by_one, several, told
 
 from ray_sql import generate
 from ray_sql.generate import decoder
 from ray_sql.generate.draft import Draft
 from ray_sql.models import load_tokenizer
+from tests.test_shared_generation import build, one_by_one, several, told
 
 
 @pytest.mark.parametrize(

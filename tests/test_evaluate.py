@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTIONS
 
 from ray_sql import data, generate
 from ray_sql.data import Corpus, Example
@@ -15,6 +14,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.finetune import prepare
 from ray_sql.generate import Answer, Question
 from ray_sql.models import load_tokenizer
+from tests.conftest import QUESTIONS
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model
 
 from ray_sql import data, generate
 from ray_sql.data import Corpus
 from ray_sql.generate import Answer, Question
 from ray_sql.models import load_tokenizer
+from tests.conftest import make_model
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hostile import REFUSED, SCHEMA, Hostile, corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_sql.database import Executor, Limits, QueryResult
+from tests.hostile import REFUSED, SCHEMA, Hostile, corpus
 
 WORKERS = 2
 LIMITS = Limits(seconds=0.3, rows=1000, bytes=2**20, memory=2**28, sql_length=20_000)

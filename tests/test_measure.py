@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTIONS, make_model
 from rich.console import Console
 
 from ray_sql import data, generate
@@ -18,6 +17,7 @@ from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import measure
 from ray_sql.models import load_tokenizer
 from ray_sql.store import storage
+from tests.conftest import QUESTIONS, make_model
 
 GOLD = [sql for _, sql in QUESTIONS]
 DISPLAY = Display(Console(file=io.StringIO()))

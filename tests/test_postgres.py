@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTIONS, SHOP
 
 from ray_sql import data, finetune, generate
 from ray_sql.config import EvaluateConfig
@@ -33,6 +32,7 @@ from ray_sql.evaluate import measure, scoring
 from ray_sql.finetune import prepare
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics import Pair, classify_error, judge
+from tests.conftest import QUESTIONS, SHOP
 
 psycopg = pytest.importorskip("psycopg")
 pytestmark = pytest.mark.postgres

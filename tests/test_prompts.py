@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE
 
 from ray_sql import data
 from ray_sql.config import Config
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.errors import ContractError, DataError
 from ray_sql.models import load_tokenizer
+from tests.conftest import CHAT_TEMPLATE
 
 TURNS = prompts.messages("sql", "customer(id, name)", "How many?", "count the rows")
 NO_SYSTEM = (

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUESTIONS
 
 from ray_sql import data, generate, rows
 from ray_sql.config import Config
@@ -16,6 +15,7 @@ from ray_sql.errors import DataError
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.models import load_tokenizer
 from ray_sql.rows import Audit
+from tests.conftest import QUESTIONS
 
 UNLINKABLE = Example("broken", "shop", "Who?", "SELECT name FROM nowhere")
 
