@@ -6,8 +6,9 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
-from math import isclose
+from math import comb, isclose, sqrt
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
@@ -322,11 +323,12 @@ def test_a_missing_database_is_the_users_to_fix(executor: Executor, tmp_path: Pa
 
 def test_wilson_interval_at_known_points() -> None:
     # Newcombe 1998, table I: 81 of 263, and 0 of 20.
-    found = wilson_interval(81, 263)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-    found = wilson_interval(0, 20)
-    assert found.low == 0.0 and round(found.high, 4) == 0.1611
-    assert wilson_interval(20, 20) == Interval(1 - found.high, 1.0)
+    middle = wilson_interval(81, 263)
+    assert (round(middle.low, 4), round(middle.high, 4)) == (0.2553, 0.3662)
+    none = wilson_interval(0, 20)
+    assert none.low == 0.0 and round(none.high, 4) == 0.1611
+    every = wilson_interval(20, 20)
+    assert isclose(every.low, 1 - none.high, abs_tol=1e-12) and every.high == 1.0
     assert wilson_interval(0, 0) == Interval(0.0, 1.0)
     for successes, total, confidence in ((5, 4, 0.95), (-1, 4, 0.95), (1, 4, 95.0)):
         with pytest.raises(ValueError):
@@ -340,6 +342,26 @@ def test_wilson_interval_holds_the_rate_and_narrows_with_less_confidence(
     successes, total = trial
     wide, narrow = wilson_interval(*trial, confidence=0.99), wilson_interval(*trial, confidence=0.5)
     assert 0 <= wide.low <= narrow.low <= successes / total <= narrow.high <= wide.high <= 1
+
+
+def test_wilson_interval_is_its_formula() -> None:
+    z = NormalDist().inv_cdf(0.975)
+    for successes, total in ((1, 1), (1, 3), (7, 20), (81, 263), (1033, 1034)):
+        rate, scale = successes / total, 1 + z * z / total
+        middle = (rate + z * z / (2 * total)) / scale
+        reach = z / scale * sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
+        interval = wilson_interval(successes, total)
+        high = 1.0 if successes == total else middle + reach
+        assert isclose(interval.low, middle - reach, abs_tol=1e-12)
+        assert isclose(interval.high, high, abs_tol=1e-12)
+
+
+def test_mcnemar_is_twice_the_smaller_tail() -> None:
+    for only_a, only_b in ((0, 1), (1, 0), (4, 4), (3, 12), (40, 61)):
+        total = only_a + only_b
+        tail = sum(comb(total, count) for count in range(min(only_a, only_b) + 1))
+        p = min(1.0, 2 * tail / 2**total)
+        assert isclose(mcnemar(only_a, only_b), p, abs_tol=1e-12)
 
 
 def test_mcnemar_is_the_exact_binomial() -> None:
