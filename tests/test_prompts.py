@@ -225,6 +225,60 @@ def test_a_long_answer_without_an_end_is_read_in_no_time() -> None:
 # The contract
 
 
+PINNED = {
+    "model_revision": "abc",
+    "quantization": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+    },
+    "serializer": {"name": "compact", "version": 1},
+    "schema_form": "full",
+    "example_values": 0,
+    "columns": {"question": "pergunta"},
+    "tokenizer_hash": "6bbafd4e924e",
+    "max_length": 2048,
+    "semantics": "spider",
+}
+PINNED_BY_TASK = {
+    "sql": (
+        "You write SQL. Given a database schema and a question, answer with one SQL query in a "
+        "sql code block.",
+        "0483c5bbe695",
+        "fenced sql",
+    ),
+    "schema": (
+        "You find what a query needs. Given a database schema and a question, answer with the "
+        "tables and columns needed, as JSON in a json code block.",
+        "a62401539024",
+        "fenced json",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", ["sql", "schema"])
+def test_adapters_of_earlier_versions_stay_usable(
+    make_config: Any, tokenizer: Any, tiny_model: Path, task: str
+) -> None:
+    config = make_config(task_type=task, **{"data.columns": {"question": "pergunta"}})
+    contract = prompts.contract(config, tokenizer, "abc")
+    packages = contract.pop("packages")
+    assert set(packages) == {"ray_sql", *prompts.CONTRACT_PACKAGES}
+    system, template_hash, answer_format = PINNED_BY_TASK[task]
+    assert contract == PINNED | {
+        "task_type": task,
+        "model_name": str(tiny_model),
+        "template": {
+            "system": system,
+            "user": "Schema:\n{schema}\n\n{evidence}Question: {question}",
+            "evidence": "Hint: {evidence}\n",
+            "turns": "system and user",
+        },
+        "template_hash": template_hash,
+        "answer_format": answer_format,
+    }
+
+
 def test_the_contract_of_the_same_settings_is_equal_after_a_round_trip(
     make_config: Any, tokenizer: Any
 ) -> None:
