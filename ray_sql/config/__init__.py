@@ -7,6 +7,6 @@ unvalidated. Importing this package loads no torch, ray or mlflow.
 
 from ray_sql.config.jobs import CheckConfig, EvaluateConfig, PublishConfig, SweepConfig
 from ray_sql.config.load import C, load
-from ray_sql.config.settings import Config, Task
+from ray_sql.config.settings import Config
 from ray_sql.config.urls import absolute, passwordless, without_password
 from ray_sql.config.validate import build, describe, names

@@ -6,15 +6,16 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_sql.config.settings import Config, Task
+from ray_sql.config.settings import Config
 from ray_sql.config.validate import build, merge
+from ray_sql.tasks import TaskName
 
 
 class EvaluateConfig(Config):
     """Settings of an evaluation; a model is needed only where there is no predictions file."""
 
     model_name: str = Field("", description=Config.model_fields["model_name"].description)
-    task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
+    task_type: TaskName = Field("sql", description=Config.model_fields["task_type"].description)
     predictions_file: str | None = None
     """Score this file instead of asking a model: `predictions.jsonl` (id, predicted), or one SQL query a line in the split's order."""
     adapter: str | None = None
@@ -57,13 +58,13 @@ class PublishConfig(Config):
     """Settings of a publication: which run, and how it goes to the Hub; the rest is read from the run's own folder."""
 
     model_name: str = Field("", description=Config.model_fields["model_name"].description)
-    task_type: Task = Field("sql", description=Config.model_fields["task_type"].description)
+    task_type: TaskName = Field("sql", description=Config.model_fields["task_type"].description)
 
 
 class TasksConfig(Config):
     """Settings for one task or several."""
 
-    task_type: tuple[Task, ...] = Field(min_length=1)  # type: ignore[assignment]
+    task_type: tuple[TaskName, ...] = Field(min_length=1)  # type: ignore[assignment]
     """`sql`, `schema`, or both (`sql,schema`): a study each, one after the other."""
 
     @field_validator("task_type", mode="before")
@@ -87,7 +88,7 @@ class TasksConfig(Config):
             for task in self.task_type
         ]
 
-    def _named(self, task: Task) -> dict[str, Any]:
+    def _named(self, task: TaskName) -> dict[str, Any]:
         if len(self.task_type) < 2:
             return {"task_type": task}
         named: dict[str, Any] = {"task_type": task, "output_name": f"{self.output_name}-{task}"}

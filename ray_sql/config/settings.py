@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -30,8 +30,8 @@ from ray_sql.config.sections import (
 )
 from ray_sql.config.urls import absolute, passwordless, without_password
 from ray_sql.config.validate import build, merge, nested
+from ray_sql.tasks import TASKS, TaskName
 
-Task = Literal["sql", "schema"]
 IDENTITY = {
     "model_name",
     "task_type",
@@ -62,7 +62,7 @@ class Config(BaseSettings):
     """Base model: a Hub id, a folder, or `demo` for the small model the demo uses."""
     output_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder under output_dir."""
-    task_type: Task
+    task_type: TaskName
     """`sql` writes the query; `schema` names the tables and columns it needs."""
     read_token: SecretStr | None = None
     """Hub token for reading the model and the dataset; better given as HF_TOKEN in the environment."""
@@ -131,11 +131,16 @@ class Config(BaseSettings):
             )
         return self
 
+    def _executes_sql(self) -> bool:
+        """Tell whether answers are SQL; settings of several tasks are checked once per task."""
+        task = TASKS.get(self.task_type)
+        return task is None or task.executes_sql
+
     @model_validator(mode="after")
     def _check_schema_form(self) -> Self:
-        if self.task_type == "schema" and self.prompt.schema_form != "full":
+        if not self._executes_sql() and self.prompt.schema_form != "full":
             raise ValueError(
-                f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type schema in its prompt: use full"
+                f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type {self.task_type} in its prompt: use full"
             )
         return self
 
@@ -150,16 +155,16 @@ class Config(BaseSettings):
             raise ValueError(
                 f"evaluate.num_beams is {beams}, but evaluate.backend vllm answers greedily: use evaluate.backend transformers"
             )
-        if self.evaluate.first_executable and self.task_type == "schema":
+        if self.evaluate.first_executable and not self._executes_sql():
             raise ValueError(
-                "evaluate.first_executable executes SQL, which task_type schema does not write: leave it out"
+                f"evaluate.first_executable executes SQL, which task_type {self.task_type} does not write: leave it out"
             )
         return self
 
     @model_validator(mode="after")
     def _check_ves(self) -> Self:
         if self.evaluate.ves_iterations and (
-            self.evaluate.semantics != "bird" or self.task_type == "schema"
+            self.evaluate.semantics != "bird" or not self._executes_sql()
         ):
             raise ValueError(
                 f"evaluate.ves_iterations {self.evaluate.ves_iterations} times right queries for BIRD's R-VES: use task_type sql "

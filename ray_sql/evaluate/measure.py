@@ -24,8 +24,9 @@ from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import scoring
 from ray_sql.evaluate.scoring import Row
 from ray_sql.generate import Answer, Kept, Question
-from ray_sql.metrics import hardness, mcnemar
+from ray_sql.metrics import hardness
 from ray_sql.metrics.judged import is_right
+from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 
 if TYPE_CHECKING:
@@ -165,11 +166,13 @@ def summarise(measured: Measured, config: Config) -> dict[str, dict[str, Any]]:
         }
     if "base" in measured and "tuned" in measured:
         summary["compared"] = {
-            split: _compare(measured, "base", split) for split in summary["tuned"]
+            split: paired(measured, "base", split).named("base", "tuned")
+            for split in summary["tuned"]
         }
     if "default" in measured:
         summary["compared_default"] = {
-            split: _compare(measured, "default", split) for split in summary["tuned"]
+            split: paired(measured, "default", split).named("default", "tuned")
+            for split in summary["tuned"]
         }
     return summary
 
@@ -341,19 +344,14 @@ def _text(value: Any, config: Config, where: str) -> str | None:
     return value
 
 
-def paired(measured: Measured, other: str, split: str | None = None) -> tuple[int, int, float]:
-    """Questions that only the model `other` and only the tuned one gets right (`is_right`), of a split or of all, and McNemar's
-    exact p; rows of all models are in the same order."""
-    pairs = [
-        (is_right(one), is_right(tuned))
-        for one, tuned in zip(measured[other], measured["tuned"], strict=True)
+def paired(measured: Measured, other: str, split: str | None = None) -> PairedTest:
+    """Compare the model `other` (a) with the tuned one (b), on a split or on all questions.
+
+    The rows of all models are in the same order.
+    """
+    return paired_test(
+        (is_right(theirs), is_right(tuned))
+        for theirs, tuned in zip(measured[other], measured["tuned"], strict=True)
         if split in (None, tuned["split"])
-        and "gold_error" not in (one["verdict"], tuned["verdict"])
-    ]
-    only_other, only_tuned = sum(o and not t for o, t in pairs), sum(t and not o for o, t in pairs)
-    return only_other, only_tuned, mcnemar(only_other, only_tuned)
-
-
-def _compare(measured: Measured, other: str, split: str) -> dict[str, Any]:
-    only_other, only_tuned, p = paired(measured, other, split)
-    return {f"only_{other}": only_other, "only_tuned": only_tuned, "mcnemar_p": p}
+        and "gold_error" not in (theirs["verdict"], tuned["verdict"])
+    )

@@ -17,9 +17,8 @@ from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
 from ray_sql.evaluate import measure
-from ray_sql.evaluate.compare import ALPHA
-from ray_sql.metrics import mcnemar
 from ray_sql.metrics.judged import is_right
+from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 
 FOLDER = "merged"
@@ -46,7 +45,7 @@ def merged(config: Config, run_dir: str, display: Display) -> dict[str, Any]:
         f"merged    {run_dir}/{FOLDER}: it alone is right on {test['only_merged']} questions, the adapter alone on "
         f"{test['only_adapter']} (McNemar p = {test['mcnemar_p']:.2g})"
     )
-    if test["only_adapter"] > test["only_merged"] and test["mcnemar_p"] <= ALPHA:
+    if PairedTest(test["only_adapter"], test["only_merged"]).a_is_better:
         raise ModelError(
             f"{run_dir}/{FOLDER}: merged, the model is worse than with its adapter (McNemar p = {test['mcnemar_p']:.2g}), so it is not "
             "published; use the adapter, or train with --no-quantization.load_in_4bit"
@@ -93,18 +92,12 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
     ]
     before = _right(storage.read_text(f"{run_dir}/predictions.jsonl") or "")
     pairs = [
-        (is_right(row), before[row["split"], row["id"]])
+        (before[row["split"], row["id"]], is_right(row))
         for row in rows
         if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
     ]
-    gained, lost = sum(m and not a for m, a in pairs), sum(a and not m for m, a in pairs)
-    test = {
-        "n": len(pairs),
-        "only_merged": gained,
-        "only_adapter": lost,
-        "mcnemar_p": mcnemar(lost, gained),
-    }
-    return {**measure.summarise({"merged": rows}, plain), "compared": test}
+    compared = {"n": len(pairs), **paired_test(pairs).named("adapter", "merged")}
+    return {**measure.summarise({"merged": rows}, plain), "compared": compared}
 
 
 def _right(predictions: str) -> Mapping[tuple[str, str], bool]:

@@ -11,7 +11,8 @@ from ray.tune import Callback
 from rich.table import Table
 
 from ray_sql import cluster, tracking
-from ray_sql.display import Display, percent
+from ray_sql.display import Display
+from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown
 from ray_sql.tune.study import SETTLED, Measure, Study, Trial, measured, name
 
@@ -40,6 +41,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
     ) -> None:
         self._study, self._space, self._steps, self._unit = study, space, steps, unit
         self._begin, self._display = begin, display
+        self._objective = Objective.of(space.config)
         self._runs: dict[int, tracking.Run] = {}
         self._clocks: dict[int, float] = {}
         self._at: dict[int, int] = {}
@@ -89,7 +91,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         )
         if result["objective"] is not None and not result["failure"]:
             self._say(
-                f"{name(number)}: step {result['step']} of {self._steps}: {self._value(result['objective'])}, {self._leader()}"
+                f"{name(number)}: step {result['step']} of {self._steps}: {self._objective.text(result['objective'])}, {self._leader()}"
             )
         self._show()
 
@@ -145,7 +147,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
             title=f"{self._leader()}; {self.hours():.2f} {self._unit[0]}-hours used",
             title_justify="left",
         )
-        for column in ("trial", *axes, "step", self._what(), "state"):
+        for column in ("trial", *axes, "step", self._objective.label, "state"):
             table.add_column(
                 column, justify="left" if column in ("trial", "state") else "right", overflow="fold"
             )
@@ -154,7 +156,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
             marks = ("★ " if best and trial.number == best.number else "") + name(trial.number)
             note = " (the settings)" if trial.number == 0 else ""
             values = [shown(trial.point[axis]) for axis in axes]
-            score = self._value(trial.best.objective) if trial.best else ""
+            score = self._objective.text(trial.best.objective) if trial.best else ""
             state = trial.state + (f": {trial.reason[:60]}" if trial.reason else "")
             table.add_row(
                 marks + note,
@@ -221,21 +223,9 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
     def _leader(self) -> str:
         best = self._study.best()
         return (
-            f"best {self._value(best.best.objective)}, {name(best.number)}"
+            f"best {self._objective.text(best.best.objective)}, {name(best.number)}"
             if best and best.best
             else "none measured yet"
-        )
-
-    def _what(self) -> str:
-        if self._space.config.tune.objective == "eval_loss":
-            return "validation loss"
-        return "execution accuracy" if self._space.config.task_type == "sql" else "strict recall"
-
-    def _value(self, objective: float) -> str:
-        return (
-            f"{-objective:.4f}"
-            if self._space.config.tune.objective == "eval_loss"
-            else percent(objective)
         )
 
     def _note(self, text: str) -> None:

@@ -22,7 +22,9 @@ from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.store import storage
+from ray_sql.tasks import TASKS
 from ray_sql.tune import champion, space, sweep_report
+from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown
 from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, check_free, load, name, settings
 
@@ -119,7 +121,7 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
     if room.nodes > 1 and not config.scaling.storage_path:
         yield f"          on {room.nodes} nodes: {config.run_dir} must be a folder that they share; else give --scaling.storage_path"
     every = config.evaluate.eval_steps or config.save_steps
-    yield f"objective {sweep_report.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
+    yield f"objective {Objective.of(config).label} on {count} validation questions, every {every} of {steps} steps"
     stops = rungs(config, steps)
     if stops:
         yield f"stopping  those that fall behind, at step {', '.join(map(str, stops))} (1 of {config.tune.reduction_factor:g} goes on)"
@@ -161,7 +163,7 @@ def _check(config: Config, prepared: Prepared) -> None:
     if not (prepared.validation_rows(config) if by_loss else prepared.validation(config)):
         raise ConfigError(
             "there are no validation questions to choose trials by: raise --data.validation_fraction and --evaluate.select_examples"
-            + ("" if config.task_type == "schema" else ", and give their databases")
+            + (", and give their databases" if TASKS[config.task_type].executes_sql else "")
         )
 
 
