@@ -120,9 +120,10 @@ class SweepConfig(TasksConfig):
 
     @model_validator(mode="after")
     def _check_fixed_workers(self) -> Self:
-        if self.elastic:
+        if self.scaling.elastic:
             raise ValueError(
-                f"scaling.num_workers {self.fewest_workers},{self.workers}: a sweep counts how many trials fit by what one takes, so "
+                f"scaling.num_workers {self.scaling.min_workers},{self.scaling.max_workers}: "
+                "a sweep counts how many trials fit by what one takes, so "
                 "its trials have a fixed number of workers: give one"
             )
         return self

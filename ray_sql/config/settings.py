@@ -220,13 +220,16 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_global_batch(self) -> Self:
-        wanted, micro = self.train.global_batch_size, self.train_batch_size * self.workers
-        if wanted is None or self.elastic:
+        wanted, micro = (
+            self.train.global_batch_size,
+            self.train_batch_size * self.scaling.max_workers,
+        )
+        if wanted is None or self.scaling.elastic:
             return self
         if wanted % micro:
             raise ValueError(
                 f"train.global_batch_size {wanted} does not divide by train_batch_size {self.train_batch_size} x "
-                f"{self.workers} workers = {micro}: choose a multiple of {micro}"
+                f"{self.scaling.max_workers} workers = {micro}: choose a multiple of {micro}"
             )
         if "grad_accum_steps" in self.model_fields_set and self.grad_accum_steps != wanted // micro:
             raise ValueError(
@@ -237,9 +240,9 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _check_elastic_batch(self) -> Self:
-        sizes = range(self.fewest_workers, self.workers + 1)
+        sizes = range(self.scaling.min_workers, self.scaling.max_workers + 1)
         odd = [str(size) for size in sizes if self.global_batch % (self.train_batch_size * size)]
-        if self.elastic and odd:
+        if self.scaling.elastic and odd:
             every = self.train_batch_size * math.lcm(*sizes)
             near = max(1, round(self.global_batch / every)) * every
             raise ValueError(
@@ -248,7 +251,7 @@ class Config(BaseSettings):
                 f"of {every}, as {near}, or narrow the bounds"
             )
         if (
-            self.elastic
+            self.scaling.elastic
             and self.train.global_batch_size
             and "grad_accum_steps" in self.model_fields_set
         ):
@@ -259,35 +262,18 @@ class Config(BaseSettings):
         return self
 
     @property
-    def elastic(self) -> bool:
-        """Whether the number of workers may change during the run."""
-        return isinstance(self.scaling.num_workers, tuple)
-
-    @property
-    def workers(self) -> int:
-        """Training processes, counting this one when Ray is not used; of an elastic run, the most."""
-        bounds = self.scaling.num_workers
-        return bounds[1] if isinstance(bounds, tuple) else max(1, bounds)
-
-    @property
-    def fewest_workers(self) -> int:
-        """With how many workers a run can train; `workers`, unless it is elastic."""
-        bounds = self.scaling.num_workers
-        return bounds[0] if isinstance(bounds, tuple) else self.workers
-
-    @property
     def accumulation(self) -> int:
         """How many times `train_batch_size` examples make each of `workers`' part of an optimizer step."""
         if self.train.global_batch_size is None:
             return self.grad_accum_steps
-        return self.train.global_batch_size // (self.train_batch_size * self.workers)
+        return self.train.global_batch_size // (self.train_batch_size * self.scaling.max_workers)
 
     @property
     def global_batch(self) -> int:
         """Examples per optimizer step, with however many workers."""
         return (
             self.train.global_batch_size
-            or self.train_batch_size * self.grad_accum_steps * self.workers
+            or self.train_batch_size * self.grad_accum_steps * self.scaling.max_workers
         )
 
     def steps_per_epoch(self, examples: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models
+from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
 from ray_sql.config import Config, EvaluateConfig, absolute
 from ray_sql.data import Corpus, Example, linking, prompts
 from ray_sql.database import Schema
@@ -23,7 +24,7 @@ from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import scoring
 from ray_sql.evaluate.scoring import Row
-from ray_sql.generate import Answer, Kept, Question
+from ray_sql.generate import Kept, Question
 from ray_sql.metrics import hardness
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
@@ -45,7 +46,7 @@ def of_models(
     model_folder: str,
     adapter: str | None,
     display: Display,
-    on_point: cluster.OnPoint,
+    on_event: cluster.OnEvent,
 ) -> Measured:
     """Ask the base model (if `evaluate.baseline`, or without an adapter) and the base with `adapter`, and judge the answers."""
     wanted = (["base"] if config.evaluate.baseline or adapter is None else []) + (
@@ -62,30 +63,30 @@ def of_models(
             f"{name}: {len(said[name])} of {len(asked)} answers are there from before ({kept[name].file})"
         )
 
-    def keep(point: cluster.Point) -> None:
-        if point["kind"] == "answer":
-            name, one = point["model"], Answer(**point["answer"])
-            kept[name].add(point["question"], one)
-            said[name][point["question"]] = one
-            point = {"kind": "answers", "model": name, "done": len(said[name]), "total": len(asked)}
-        on_point(point)
+    def keep(event: cluster.Event) -> None:
+        if isinstance(event, AnswerGiven):
+            answers = said[event.model]
+            kept[event.model].add(event.question, event.answer)
+            answers[event.question] = event.answer
+            event = AnswersCounted(event.model, len(answers), len(asked))
+        on_event(event)
 
     if missing:
-        plan = {
-            "config": config.for_workers(),
-            "model_folder": model_folder,
-            "adapter": adapter,
-            "models": missing,
-            "questions": generate.dump(asked),
-            "known": {name: dict(said[name]) for name in missing},
-            "kept": {name: str(kept[name].file) for name in missing},
-        }
-        answered = cluster.run_workers(
-            generate.answer_loop_per_worker, plan, config, keep, config.run_dir
-        )["answers"]
-        for name, answers in answered.items():
-            said[name] = answers
-            kept[name].write(answers)
+        job = AnswerJob(
+            settings=config.for_workers(),
+            model_folder=model_folder,
+            adapter=adapter,
+            models=missing,
+            questions=generate.dump(asked),
+            known={name: dict(said[name]) for name in missing},
+            caches={name: str(kept[name].file) for name in missing},
+        )
+        outcome = cluster.run_workers(
+            generate.answer_loop_per_worker, job, config.scaling, config.run_dir, keep
+        )
+        for name, answered in outcome.answers.items():
+            said[name] = dict(answered)
+            kept[name].write(said[name])
     judged = {}
     with scoring.executor(config) as executor:
         for name in wanted:

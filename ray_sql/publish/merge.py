@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_sql import cluster, data, models
+from ray_sql import data, models
+from ray_sql.cluster.events import AnswersCounted, Event, Note, StageEnded, UnknownEvent
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
@@ -83,13 +84,16 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
     corpus = data.load_split(plain, plain.split)
     asked = measure.questions(corpus, models.load_tokenizer(str(folder)), plain)
 
-    def progress(point: cluster.Point) -> None:
-        if point["kind"] == "answers":
-            display.update("answering with merged", point["done"], point["total"])
+    def show(event: Event) -> None:
+        match event:
+            case AnswersCounted(_, done, total):
+                display.update("answering with merged", done, total)
+            case Note() | StageEnded():
+                pass
+            case _:
+                raise UnknownEvent(event)
 
-    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, progress)[
-        "base"
-    ]
+    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, show)["base"]
     before = _right(storage.read_text(f"{run_dir}/predictions.jsonl") or "")
     pairs = [
         (before[row["split"], row["id"]], is_right(row))

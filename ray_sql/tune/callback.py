@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback
 from rich.table import Table
 
 from ray_sql import cluster, tracking
+from ray_sql.cluster.events import (
+    CheckpointSaved,
+    Note,
+    Resumed,
+    StageEnded,
+    TrainPoint,
+    TrialEvent,
+    UnknownEvent,
+)
 from ray_sql.display import Display
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown
@@ -28,7 +37,7 @@ STATES = {
 
 
 class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
-    """Ray Tune's callback and the receiver of all trials' points; `begin` gives a trial its MLflow run."""
+    """Ray Tune's callback and the receiver of all trials' events; `begin` gives a trial its MLflow run."""
 
     def __init__(
         self,
@@ -115,22 +124,37 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         ]
         self._settle(trial.config["trial"], "failed", lines[-1][:500])
 
-    def on_point(self, point: cluster.Point) -> None:
-        """What a trial's workers say, into its MLflow run; called in the channel's thread."""
-        number = point["trial"]
-        if point["kind"] == "note":
-            self._note(f"{name(number)}: {point['text']}")
-        if point["kind"] == "train":
-            self._at[number] = point["step"]
-            self._show()
-        if point["kind"] not in ("train", "validation", "curve") or number not in self._runs:
+    def on_event(self, trial_event: cluster.Event) -> None:
+        """Record an event of a trial's workers; called in the channel's thread."""
+        if not isinstance(trial_event, TrialEvent):
+            raise UnknownEvent(trial_event)
+        number = trial_event.trial
+        match trial_event.event:
+            case Note(text):
+                self._note(f"{name(number)}: {text}")
+            case TrainPoint(step, _, values):
+                self._at[number] = step
+                self._show()
+                self._log(number, step, values)
+            case CheckpointSaved(step, values, objective):
+                self._log(number, step, values, objective)
+            case Resumed(_, points):
+                for step, values in points:
+                    self._log(number, step, values)
+            case StageEnded():
+                pass
+            case event:
+                raise UnknownEvent(event)
+
+    def _log(
+        self, number: int, step: int, values: Mapping[str, float], objective: float | None = None
+    ) -> None:
+        if number not in self._runs:
             return
-        points = point["points"] if point["kind"] == "curve" else [(point["step"], point["values"])]
-        for step, logged in points:
-            values = tracking.named(logged)
-            if point.get("objective") is not None:
-                values["objective"] = point["objective"]
-            self._runs[number].log(step, values)
+        named = tracking.named(values)
+        if objective is not None:
+            named["objective"] = objective
+        self._runs[number].log(step, named)
 
     def end(self, status: tracking.Status) -> None:
         """End the runs of trials that were cut off, and send what is still to be sent of the others."""
