@@ -1,30 +1,27 @@
-# `make help` lists what there is. Everything runs in .venv, which `setup` makes and the rest depends on.
+# `make help` lists the targets. All run in .venv, which `setup` makes.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TRACKING ?= sqlite:///$(CURDIR)/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster lint ui clean
+.PHONY: help setup demo test lint ui test-cluster test-browser clean
 
-help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(STAMP)  ## make .venv with the tested versions
+setup: $(STAMP)  ## make .venv with the tested versions of all packages
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train and measure a small model on this machine's CPU (5 to 13 minutes on two cores)
-	$(BIN)/python -m jobs.demo
+demo: $(STAMP)  ## train and measure a small model on the CPU (5 to 13 minutes on two cores)
+	$(BIN)/ray-sql demo
 
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests that need no cluster, GPU or browser
 	$(BIN)/python -m pytest -m "not cluster and not gpu and not browser"
-
-test-cluster: $(STAMP)  ## run the tests that start a cluster, or take most of a minute
-	$(BIN)/python -m pytest -m cluster
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check
@@ -35,5 +32,11 @@ ui: $(STAMP)  ## open the MLflow UI on http://127.0.0.1:5000
 	@echo "Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning (or choose Model training in its corner)"
 	$(BIN)/mlflow ui --backend-store-uri $(TRACKING) --host 127.0.0.1 --port 5000
 
-clean:  ## remove what can be made again (not out/ and not mlflow.db)
+test-cluster: $(STAMP)  ## run the tests that start a cluster, or take most of a minute
+	$(BIN)/python -m pytest -m cluster
+
+test-browser: $(STAMP)  ## run the tests that look at pages in Chromium
+	$(BIN)/python -m pytest -m browser
+
+clean:  ## remove what can be made again (out/ and mlflow.db stay)
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

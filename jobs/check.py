@@ -7,15 +7,6 @@ With `--replay` it checks nothing, and sends MLflow what a run that has ended ke
 """
 
 from ray_sql import cli
-from ray_sql.config import CheckConfig
-
-
-def check(config: CheckConfig) -> None:
-    """Run every check, the cheap ones first, for every task; or send what was kept."""
-    from ray_sql import preflight
-
-    (preflight.replay if config.replay else preflight.run)(config)
-
 
 if __name__ == "__main__":
-    cli.main(check, CheckConfig)
+    cli.main("check")

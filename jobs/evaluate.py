@@ -8,20 +8,6 @@ Writes `out/<output_name>/metrics.json`, `predictions.jsonl` and `report.html`; 
 """
 
 from ray_sql import cli
-from ray_sql.config import EvaluateConfig
-
-
-def evaluate(config: EvaluateConfig) -> None:
-    """Score, or compare, what the settings name."""
-    if config.compare:
-        from ray_sql.evaluate import compare
-
-        compare.run(config)
-    else:
-        from ray_sql import finetune
-
-        finetune.evaluate(config)
-
 
 if __name__ == "__main__":
-    cli.main(evaluate, EvaluateConfig)
+    cli.main("evaluate")

@@ -7,15 +7,6 @@ Every setting: `--help`, or docs/settings.md. `--dry_run` shows one example and 
 """
 
 from ray_sql import cli
-from ray_sql.config import Config
-
-
-def finetune(config: Config) -> None:
-    """Train and measure, or only show the plan."""
-    from ray_sql import finetune
-
-    (finetune.dry_run if config.dry_run else finetune.run)(config)
-
 
 if __name__ == "__main__":
-    cli.main(finetune, Config)
+    cli.main("finetune")

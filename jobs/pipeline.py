@@ -9,18 +9,6 @@ is given again after a crash, with more trials, or with a token that was missing
 """
 
 from ray_sql import cli
-from ray_sql.config import SweepConfig
-
-
-def pipeline(config: SweepConfig) -> None:
-    """Trials, champion and scores of every task; then, under `publish`, every champion to the Hub."""
-    from ray_sql import tune
-
-    if config.dry_run:
-        tune.dry_run(config)
-    else:
-        tune.run(config if config.overwrite else config.changed({"resume": True}))
-
 
 if __name__ == "__main__":
-    cli.main(pipeline, SweepConfig)
+    cli.main("pipeline")

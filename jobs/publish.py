@@ -7,15 +7,6 @@ what is refused.
 """
 
 from ray_sql import cli
-from ray_sql.config import PublishConfig
-
-
-def publish(config: PublishConfig) -> None:
-    """Publish, or with `--dry_run` only say what would be published as what."""
-    from ray_sql import publish
-
-    (publish.dry_run if config.dry_run else publish.publish)(config, config.run_dir)
-
 
 if __name__ == "__main__":
-    cli.main(publish, PublishConfig)
+    cli.main("publish")

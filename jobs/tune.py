@@ -7,15 +7,6 @@ Takes the settings of jobs.finetune and those of `tune` (docs/sweeps.md). A swee
 """
 
 from ray_sql import cli
-from ray_sql.config import SweepConfig
-
-
-def tune(config: SweepConfig) -> None:
-    """Run the sweep, or only show the plan."""
-    from ray_sql import tune
-
-    (tune.dry_run if config.dry_run else tune.run)(config)
-
 
 if __name__ == "__main__":
-    cli.main(tune, SweepConfig)
+    cli.main("tune")

@@ -1,83 +1,218 @@
-"""How every job begins and ends: settings from the command line, one line for what the user can fix, the right exit code."""
+"""The command `ray-sql <job>`: the table of jobs, and how every job begins and ends.
+
+A job reads its settings, calls one function, and ends with exit code 0. A mistake that the user can
+fix is one line and exit code 2. A bug is a traceback and exit code 1.
+"""
 
 from __future__ import annotations
 
+import difflib
 import errno
+import importlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ray_sql import cluster
-from ray_sql.config import C, Config, load, without_password
+from ray_sql import __version__, cluster
+from ray_sql.config import (
+    CheckConfig,
+    CompareConfig,
+    Config,
+    EvaluateConfig,
+    JobConfig,
+    PublishConfig,
+    SweepConfig,
+    help_text,
+    load,
+    without_password,
+)
 from ray_sql.errors import RaySqlError
 
-TOKENS = {"--read_token", "--write_token"}
-_TOLD: list[int] = []
+TOKEN_FLAGS = {"--read_token", "--write_token"}
+_SIGNALS: list[int] = []
 """The signal that ended this process, if one did."""
 
 
-def main(
-    job: Callable[[C], object], kind: type[C], argv: Sequence[str] | None = None, **overrides: Any
-) -> None:
-    """Run `job` with its settings. Exit code 0 when done, 2 for what the user can fix, 1 (with a traceback) for our bugs.
+@dataclass(frozen=True)
+class Job:
+    """A job: its line in `--help`, its settings, and its function as "module:function".
+
+    `plan` is the function that `--dry_run` calls, if it is another one. `files` is the setting that
+    takes words before the first flag. `defaults` is a YAML file of the package, read first.
+    """
+
+    summary: str
+    settings: type[JobConfig]
+    run: str
+    plan: str = ""
+    files: str = ""
+    defaults: str = ""
+
+
+JOBS = {
+    "demo": Job(
+        "Train and measure a small model on this machine, with data that comes along.",
+        Config,
+        run="ray_sql.finetune.demo:run",
+        plan="ray_sql.finetune:dry_run",
+        defaults="demo_data/demo.yaml",
+    ),
+    "check": Job(
+        "Check settings, data, machines and tokens before a run.",
+        CheckConfig,
+        run="ray_sql.preflight:run",
+    ),
+    "finetune": Job(
+        "Train an adapter, and measure it by executing its SQL.",
+        Config,
+        run="ray_sql.finetune:run",
+        plan="ray_sql.finetune:dry_run",
+    ),
+    "evaluate": Job(
+        "Score a model, its adapter, or a file of predictions.",
+        EvaluateConfig,
+        run="ray_sql.finetune:evaluate",
+    ),
+    "compare": Job(
+        "Compare two scored files question by question.",
+        CompareConfig,
+        run="ray_sql.evaluate.compare:run",
+        files="files",
+    ),
+    "tune": Job(
+        "Sweep settings, and measure the best adapter.",
+        SweepConfig,
+        run="ray_sql.tune:run",
+        plan="ray_sql.tune:dry_run",
+    ),
+    "pipeline": Job(
+        "Sweep, measure and publish, for one task or both; go on after a crash.",
+        SweepConfig,
+        run="ray_sql.tune.pipeline:run",
+        plan="ray_sql.tune:dry_run",
+    ),
+    "publish": Job(
+        "Push a finished run's adapter to the Hub.",
+        PublishConfig,
+        run="ray_sql.publish:publish",
+        plan="ray_sql.publish:dry_run",
+    ),
+}
+
+
+def main(name: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Run a job: the one that is named, or the one that the command line names first.
+
+    Ends the process with exit code 2 for what the user can fix, and with 1 for a bug.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if name is None:
+        name = _job_name(words)
+        words, program = words[1:], f"ray-sql {name}"
+    else:
+        program = f"python -m jobs.{name}"
+    if name == "evaluate" and any(word.partition("=")[0] == "--compare" for word in words):
+        print("note: `ray-sql compare A B` compares two scored files now", file=sys.stderr)
+        words = [re.sub("^--compare", "--files", word) for word in words]
+        name = "compare"
+    job = JOBS[name]
+    if {"-h", "--help"} & set(words):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
+        print(help_text(program, job.summary, job.settings))
+        return
+    _run(job, words)
+
+
+def _job_name(words: Sequence[str]) -> str:
+    """Return the job that a command line begins with; print help or the nearest name otherwise."""
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  {name:<10}{job.summary}" for name, job in JOBS.items()]
+        print("usage: ray-sql <job> [--setting value ...]", "", *lines, "", sep="\n")
+        print("`ray-sql <job> --help` lists the settings of a job.")
+        raise SystemExit(0 if words else 2)
+    if words[0] == "--version":
+        print(f"ray-sql {__version__}")
+        raise SystemExit(0)
+    if words[0] not in JOBS:
+        (near,) = difflib.get_close_matches(words[0], JOBS, 1, cutoff=0)
+        way_out = f"did you mean {near}? `ray-sql --help` lists all"
+        print(f"error: {words[0]}: no such job; {way_out}", file=sys.stderr)
+        raise SystemExit(2)
+    return words[0]
+
+
+def _run(job: Job, words: list[str]) -> None:
+    """Run a job with its settings from the command line.
 
     A full disk, and a cache that cannot be written, are for the user to fix wherever they are met.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(
-        signal.SIGTERM, _terminated
-    )  # as an exception, so that runs are closed on the way out
+    signal.signal(signal.SIGTERM, exit_on_signal)  # as an exception, so that runs are closed
+    _warn_of_secrets(words)
+    if job.files and words and not words[0].startswith("-"):
+        words = [f"--{job.files}", *words]
+    if job.defaults:
+        words = ["--config", str(Path(__file__).parent / job.defaults), *words]
     config = None
-    _warn(sys.argv[1:] if argv is None else argv)
     try:
-        config = load(kind, argv, **overrides)
-        job(config)
+        config = load(job.settings, words)
+        _import(job.plan if config.dry_run and job.plan else job.run)(config)
     except SystemExit:
-        if _TOLD:  # on its way through Ray's core the exception loses its code
-            raise SystemExit(128 + _TOLD[0]) from None
+        if _SIGNALS:  # on its way through Ray's core the exception loses its code
+            raise SystemExit(128 + _SIGNALS[0]) from None
         raise
     except RaySqlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        if config is None or not _full_or_closed(error, config):
+        if config is None or not _can_be_fixed(error, config):
             raise
-        print(
-            f"error: {error.filename or 'disk'}: {error.strerror}; make room, or choose another --output_dir or --cache_dir",
-            file=sys.stderr,
-        )
+        way_out = "make room, or choose another --output_dir or --cache_dir"
+        where = error.filename or "disk"
+        print(f"error: {where}: {error.strerror}; {way_out}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         cluster.leave_ray()  # at the interpreter's exit its processes would die under it
 
 
-def _warn(words: Sequence[str]) -> None:
-    """Say of secrets on the command line where they show, and where they would not."""
+def _import(door: str) -> Callable[[Any], object]:
+    """Return the function that "module:function" names. Imported late, so that --help is fast."""
+    module, _, function = door.partition(":")
+    found: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _warn_of_secrets(words: Sequence[str]) -> None:
+    """Say where secrets on the command line show, and where they would not."""
     shows = "shows in the process list, the shell's history, and Ray's list and log of jobs"
-    for flag in sorted({word.partition("=")[0] for word in words} & TOKENS):
+    for flag in sorted({word.partition("=")[0] for word in words} & TOKEN_FLAGS):
         print(f"warning: {flag} {shows}; HF_TOKEN in the environment does not", file=sys.stderr)
     for word in words:
         if without_password(word) != word:
+            way_out = "give it in the environment (docs/cluster.md, Tokens)"
             print(
-                f"warning: the password in {without_password(word)} {shows}; give it in the environment (docs/cluster.md, Tokens)",
+                f"warning: the password in {without_password(word)} {shows}; {way_out}",
                 file=sys.stderr,
             )
 
 
-def _full_or_closed(error: OSError, config: Config) -> bool:
-    """Whether an error says that there is no room, or that our own folders cannot be written."""
-    ours = error.filename is not None and Path(str(error.filename)).is_relative_to(config.cache)
-    return error.errno in {errno.ENOSPC, errno.EDQUOT} or (
-        ours and isinstance(error, PermissionError | NotADirectoryError)
-    )
+def _can_be_fixed(error: OSError, config: JobConfig) -> bool:
+    """Say whether an error means that there is no room, or that our own folders cannot be written."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return True
+    if error.filename is None or not isinstance(error, PermissionError | NotADirectoryError):
+        return False
+    return Path(str(error.filename)).is_relative_to(config.cache)
 
 
-def _terminated(number: int, frame: object) -> NoReturn:
-    signal.signal(
-        number, signal.SIG_IGN
-    )  # a second one must not break into what the first has set off
-    _TOLD.append(number)
+def exit_on_signal(number: int, frame: object) -> NoReturn:
+    """End the process by an exception with the exit code of a signal; further ones are ignored."""
+    # a second signal must not break into what the first has set off
+    signal.signal(number, signal.SIG_IGN)
+    _SIGNALS.append(number)
     raise SystemExit(128 + number)

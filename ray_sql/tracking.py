@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ray_sql.config import without_password
+from ray_sql.config import flatten, without_password
 from ray_sql.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -383,18 +383,6 @@ def absolute_uri(uri: str | None) -> str:
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
     return uri
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping) and value
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:

@@ -239,12 +239,11 @@ def test_the_rayjob_is_one_and_runs_a_command_that_parses() -> None:
     )
     assert spec["submissionMode"] == "HTTPMode", "no submitter whose death would count as the run's"
     workdir = re.search(r"^WORKDIR (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
-    python, module, job_name, *flags = shlex.split(spec["entrypoint"])
-    assert (python, module, job_name) == ("python", "-m", "jobs.finetune")
+    command, job_name, *flags = shlex.split(spec["entrypoint"])
+    assert (command, job_name) == ("ray-sql", "finetune")
     config = load(Config, [flag.replace(workdir, str(ROOT)) for flag in flags])
     assert (
-        config.scaling.use_gpu
-        and config.scaling.max_workers <= cluster["workerGroupSpecs"][0]["maxReplicas"]
+        config.scaling.use_gpu and config.workers <= cluster["workerGroupSpecs"][0]["maxReplicas"]
     )
     for place in (config.run_dir, config.dataset_id, config.cache_dir):
         assert place.startswith("/shared/"), (

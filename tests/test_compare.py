@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql.config import EvaluateConfig, load
+from ray_sql.config import CompareConfig, load
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.evaluate import compare
 from ray_sql.metrics import mcnemar, resolvable_difference
@@ -51,7 +51,7 @@ def run(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
     def call(a: Sequence[Row | str], b: Sequence[Row | str]) -> tuple[dict[str, Any], str, str]:
         files = [write("a.jsonl", a), write("b.jsonl", b)]
-        compare.run(load(EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path)]))
+        compare.run(load(CompareConfig, ["--files", *files, "--output_dir", str(tmp_path)]))
         folder = tmp_path / "comparison"
         assert sorted(path.name for path in folder.iterdir()) == ["compare.json", "compare.txt"]
         return (
@@ -177,8 +177,8 @@ def test_what_measure_writes_can_be_compared(
         ("b", "SELECT MAX(price) FROM product"),
     ):
         (tmp_path / f"{name}.sql").write_text(f"{sql}\n" * 8)
-        config = make_config(EvaluateConfig, predictions_file=str(tmp_path / f"{name}.sql"))
-        files[name] = scoring.dump(measure.of_file(config, Display())["file"]).splitlines()
+        judged = measure.of_file(tmp_path / f"{name}.sql", make_config(), Display())["file"]
+        files[name] = scoring.dump(judged).splitlines()
     result, _, _ = run(files["a"], files["b"])
     assert (result["n"], result["only_a"], result["only_b"]) == (8, 1, 1)
 
@@ -188,7 +188,7 @@ def test_what_measure_writes_can_be_compared(
     [
         ([row(0, "correct"), "", "{oops"], "b.jsonl, line 3: not valid JSON"),
         ([row(0, "correct"), "[1]"], "b.jsonl, line 2: no field 'id'"),
-        ([{"id": "0", "predicted": "SELECT 1"}], "b.jsonl, line 1: no field 'verdict'; --compare takes judged predictions"),
+        ([{"id": "0", "predicted": "SELECT 1"}], "b.jsonl, line 1: no field 'verdict'; --files takes judged predictions"),
         ([row(0, "perfect")], "b.jsonl, line 1: verdict 'perfect' is none of correct, wrong"),
         ([row(0, "correct"), row(0, "wrong")], "b.jsonl, line 2: id '0' of split 'dev' was on line 1 before"),
         ([row(0, "correct", split="test")], "b.jsonl (1 questions, e.g. split 'test' id '0') have no split and id in common"),
@@ -213,7 +213,7 @@ def test_files_scored_under_two_semantics_are_refused(run: Any, write: Any, tmp_
     (tmp_path / "other").mkdir()
     write("other/metrics.json", [{"tuned": {"dev": {"semantics": "bird"}}}])
     files = [write("a.jsonl", rows("c")), write("other/b.jsonl", rows("w"))]
-    config = load(EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path)])
+    config = load(CompareConfig, ["--files", *files, "--output_dir", str(tmp_path)])
     with pytest.raises(
         DataError,
         match=r"a\.jsonl was scored under semantics spider, .*b\.jsonl under bird; score one",
@@ -237,22 +237,21 @@ def test_a_missing_and_a_binary_file_are_named(write: Any, tmp_path: Path) -> No
         ("binary", "cannot be read as UTF-8"),
         ("", "cannot be read"),
     ):
-        with pytest.raises(DataError, match=rf"^--compare {tmp_path / name}: {message}"):
+        with pytest.raises(DataError, match=rf"^--files {tmp_path / name}: {message}"):
             compare.read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compare", "a"], "--compare takes two files of judged predictions, 1 given"),
-        (["--compare", "a", "b", "c"], "--compare takes two files of judged predictions, 3 given"),
-        (["--compare", "a", "b", "--predictions_file", "c"], "leave --predictions_file out"),
-        (["--output_name", "o"], "or --compare A B"),
+        (["--files", "a"], "--files: .*give two files of judged predictions"),
+        (["--files", "a", "b", "c"], "--files: .*give two files of judged predictions"),
+        (["--output_name", "o"], "--files is required"),
     ],
 )
-def test_flags_that_cannot_go_together_are_refused(flags: list[str], message: str) -> None:
+def test_a_comparison_takes_two_files(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load(EvaluateConfig, flags)
+        load(CompareConfig, flags)
 
 
 def test_a_dry_run_writes_nothing(
@@ -260,7 +259,7 @@ def test_a_dry_run_writes_nothing(
 ) -> None:
     files = [write("a.jsonl", rows("c")), write("b.jsonl", rows("w"))]
     config = load(
-        EvaluateConfig, ["--compare", *files, "--output_dir", str(tmp_path / "out"), "--dry_run"]
+        CompareConfig, ["--files", *files, "--output_dir", str(tmp_path / "out"), "--dry_run"]
     )
     assert (
         compare.run(config) == {}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sql.config import CheckConfig, Config, EvaluateConfig, PublishConfig, SweepConfig, load
+from ray_sql.cli import JOBS
+from ray_sql.config import SweepConfig, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,18 +21,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "RESULTS.md",
 ]
-KINDS = {
-    "check": CheckConfig,
-    "evaluate": EvaluateConfig,
-    "pipeline": SweepConfig,
-    "publish": PublishConfig,
-    "tune": SweepConfig,
-}
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Every `python -m jobs.…` command in the pages and in the jobs' own docstrings, as (job, arguments)."""
+    """Return the commands of the pages and of the jobs' docstrings, as (job, arguments)."""
     texts = [page.read_text() for page in PAGES] + [
         (ROOT / "jobs" / f"{job}.py").read_text() for job in JOBS
     ]
@@ -40,7 +33,7 @@ def commands() -> list[tuple[str, list[str]]]:
         text = text.replace("\\\n", " ")
         found += [
             (job, shlex.split(rest))
-            for job, rest in re.findall(r"python -m jobs\.(\w+)([^\n`)#]*)", text)
+            for job, rest in re.findall(r"(?:python -m jobs\.|ray-sql )([a-z]+)([^\n`)#]*)", text)
         ]
     return found
 
@@ -77,8 +70,10 @@ def test_commands_in_the_pages_parse() -> None:
         if not existing:
             del words[words.index("--config") : words.index("--config") + 2]
         if job == "demo":
-            base = ["--config", str(ROOT / "jobs" / "configs" / "demo.yaml")]
-        load(KINDS.get(job, Config), base + words)
+            base = ["--config", str(ROOT / "ray_sql" / JOBS[job].defaults)]
+        if words and not words[0].startswith("-"):
+            words = [f"--{JOBS[job].files}", *words]
+        load(JOBS[job].settings, base + words)
 
 
 def test_make_targets_in_the_readme_exist() -> None:

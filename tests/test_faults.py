@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from benchmarks import faults
-from ray_sql.cluster.events import Event, Note
 from ray_sql.store import checkpoints
 from tests.test_train import Curve, fit, flip_a_byte
 
@@ -46,14 +45,13 @@ def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(
         [],
     )
 
-    def on_event(event: Event) -> None:
-        second(event)
-        if isinstance(event, Note):
-            notes.append(event.text)
+    def on_point(point: dict[str, Any]) -> None:
+        second(point)
+        notes.extend([point["text"]] if point["kind"] == "note" else [])
 
     fit(config, first)
     flip_a_byte(Path(config.run_dir, "checkpoint-4", "optimizer.pt"))
-    fit(config, on_event)
+    fit(config, on_point)
     assert [
         text
         for text in notes

@@ -276,7 +276,7 @@ def test_evaluate_scores_gold_as_predictions_at_100_percent(
     )
 
 
-def test_evaluate_compares_two_scored_files(run: Run, spider_folder: Path, tmp_path: Path) -> None:
+def test_compare_compares_two_scored_files(run: Run, spider_folder: Path, tmp_path: Path) -> None:
     scored = []
     for name, sql in (
         ("gold", [sql for _, sql in QUESTIONS]),
@@ -293,18 +293,21 @@ def test_evaluate_compares_two_scored_files(run: Run, spider_folder: Path, tmp_p
         ]
         assert run("evaluate", *given)[0] == 0
         scored.append(f"out/{name}/predictions.jsonl")
-    code, out, err = run("evaluate", "--compare", *scored, "--output_name", "both")
+    code, out, err = run("compare", "--files", *scored, "--output_name", "both")
     assert (code, err) == (0, "")
     assert "A is significantly better, by 87.5 points (McNemar p = 0.016)" in out
     assert sorted(path.name for path in (tmp_path / "out" / "both").iterdir()) == [
         "compare.json",
         "compare.txt",
     ]
-    code, _, err = run("evaluate", "--compare", scored[0], "nowhere.jsonl")
+    code, again, err = run("evaluate", "--compare", *scored, "--output_name", "both")
+    assert (code, again) == (0, out)
+    assert err == "note: `ray-sql compare A B` compares two scored files now\n"
+    code, _, err = run("compare", "--files", scored[0], "nowhere.jsonl")
     assert code == 2
     assert (
         err
-        == f"error: --compare {tmp_path}/nowhere.jsonl: no such file; give the predictions.jsonl of a run or an evaluation\n"
+        == f"error: --files {tmp_path}/nowhere.jsonl: no such file; give the predictions.jsonl of a run or an evaluation\n"
     )
 
 
@@ -463,14 +466,6 @@ def _refused(result: tuple[int, str, str], message: str, tmp_path: Path) -> None
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "run" / "metrics.json").exists()
     assert not (tmp_path / "out" / "run").exists(), "nothing half-written"
-
-
-@pytest.mark.parametrize("job", ["finetune", "tune", "evaluate", "publish", "check", "demo"])
-def test_help_shows_every_setting_with_its_sentence(job: str) -> None:
-    command = [sys.executable, "-m", f"jobs.{job}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "--lora.r" in done.stdout
-    assert "Rank of the update matrices." in done.stdout
 
 
 def test_the_exit_code_of_a_process_is_2_for_a_user_error(tmp_path: Path) -> None:

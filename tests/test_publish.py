@@ -30,7 +30,6 @@ from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, 
 from ray_sql.evaluate import measure
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
-from ray_sql.tasks import SQL
 from tests import hub as stand_ins
 from tests.hub import FINE, FINE_ELSEWHERE, READER, WRITER
 
@@ -143,7 +142,7 @@ def publication(tmp_path: Path) -> Callable[..., PublishConfig]:
 def push(config: PublishConfig) -> tuple[str, str]:
     """(address, what was said) of a publication."""
     text = io.StringIO()
-    url = publish.publish(config, config.run_dir, Display(Console(file=text, width=300)))
+    url = publish.publish(config, Display(Console(file=text, width=300)))
     return url, text.getvalue()
 
 
@@ -228,8 +227,10 @@ def test_the_published_settings_and_contract_fit_each_other(
         "again",
     ]
     config = load(EvaluateConfig, given)
-    assert (config.model_name, config.hub.force) == ("tests/tiny", False)
-    measure.check_adapter(config, str(tiny_model), None)  # raises where they differ
+    assert config.model_name == "tests/tiny"
+    measure.check_adapter(
+        str(folder), config.as_run(), str(tiny_model), None
+    )  # raises where they differ
 
 
 def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
@@ -353,7 +354,7 @@ def trained_prompt(asked: Any, run_dir: Path, tiny_model: Path) -> list[int]:
     from ray_sql.rows import encode_prompt
 
     tokenizer = load_tokenizer(str(tiny_model))
-    turns = prompts.messages(SQL, asked["schema"], asked["question"])
+    turns = prompts.messages("sql", asked["schema"], asked["question"])
     return encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from ray_sql.config import EvaluateConfig
 from ray_sql.evaluate import measure, scoring
 from ray_sql.generate import Answer, Question
 from ray_sql.report import figures, html
@@ -147,7 +146,7 @@ def test_a_split_of_failing_gold_has_a_page(make_config: Any) -> None:
 
 
 def test_it_is_written_into_the_runs_folder(make_config: Any, tmp_path: Path) -> None:
-    config = make_config(EvaluateConfig)
+    config = make_config()
     measured = {"file": questions(3)}
     html.write(
         config,

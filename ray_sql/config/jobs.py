@@ -1,4 +1,4 @@
-"""What single jobs take besides the settings of a run."""
+"""What single jobs take besides the settings of a run, or instead of them."""
 
 from __future__ import annotations
 
@@ -6,109 +6,108 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_sql.config.settings import Config
+from ray_sql.config.base import JobConfig
+from ray_sql.config.sections import RepositorySection
+from ray_sql.config.settings import Config, ModelConfig, Task
 from ray_sql.config.validate import build, merge
-from ray_sql.tasks import TaskName
 
 
-class EvaluateConfig(Config):
-    """Settings of an evaluation; a model is needed only where there is no predictions file."""
+class EvaluateConfig(ModelConfig):
+    """Settings of an evaluation. A predictions file needs no model."""
 
-    model_name: str = Field("", description=Config.model_fields["model_name"].description)
-    task_type: TaskName = Field("sql", description=Config.model_fields["task_type"].description)
+    model_name: str = Field("", description=ModelConfig.model_fields["model_name"].description)
+    task_type: Task = Field("sql", description=ModelConfig.model_fields["task_type"].description)
     predictions_file: str | None = None
-    """Score this file instead of asking a model: `predictions.jsonl` (id, predicted), or one SQL query a line in the split's order."""
+    """Score this file instead of asking a model: `predictions.jsonl`, or one SQL query a line in the split's order."""
     adapter: str | None = None
-    """Folder or URI of the adapter to measure beside its base model, e.g. `out/demo/adapter`."""
-    compare: tuple[str, ...] = ()
-    """Two files of judged predictions (`predictions.jsonl`) to compare question by question; nothing is asked or executed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_a_comparison(cls, values: Any) -> Any:
-        return (
-            {"output_name": "comparison"} | values
-            if isinstance(values, dict) and values.get("compare")
-            else values
-        )
+    """Measure the adapter in this folder or URI beside its base model, e.g. `out/demo/adapter`."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if not self.predictions_file and not self.model_name and not self.compare:
+        if not self.predictions_file and not self.model_name:
             raise ValueError(
-                "nothing to evaluate: give --predictions_file, or --model_name (and --adapter), or --compare A B"
+                "nothing to evaluate: give --predictions_file, or --model_name (and --adapter)"
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_compare(self) -> Self:
-        if len(self.compare) not in (0, 2):
-            raise ValueError(
-                f"--compare takes two files of judged predictions, {len(self.compare)} given"
-            )
-        for name in ("predictions_file", "adapter"):
-            if self.compare and getattr(self, name):
-                raise ValueError(
-                    f"--compare reads what was judged already: leave --{name} out, or evaluate it first"
-                )
-        return self
+    def as_run(self) -> Config:
+        """Return the settings of a run that would ask the same model the same questions."""
+        own = {"predictions_file", "adapter"}
+        values = {name: value for name, value in self.given().items() if name not in own}
+        filled = {"model_name": self.model_name, "task_type": self.task_type}
+        return build(Config, filled | values, {"flags": values})
 
 
-class PublishConfig(Config):
-    """Settings of a publication: which run, and how it goes to the Hub; the rest is read from the run's own folder."""
+class CompareConfig(JobConfig):
+    """Settings of a comparison of two scored files. Nothing is asked or executed."""
 
-    model_name: str = Field("", description=Config.model_fields["model_name"].description)
-    task_type: TaskName = Field("sql", description=Config.model_fields["task_type"].description)
+    output_name: str = Field(
+        "comparison",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name the comparison, and its folder under output_dir.",
+    )
+    files: tuple[str, ...]
+    """Compare these two files of judged predictions (`predictions.jsonl`) question by question."""
+
+    @field_validator("files")
+    @classmethod
+    def _check_two(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        if len(files) != 2:
+            raise ValueError("give two files of judged predictions")
+        return files
+
+
+class PublishConfig(JobConfig):
+    """Settings of a publication. The run's own folder holds all the rest."""
+
+    hub: RepositorySection = RepositorySection()
 
 
 class TasksConfig(Config):
     """Settings for one task or several."""
 
-    task_type: tuple[TaskName, ...] = Field(min_length=1)  # type: ignore[assignment]
-    """`sql`, `schema`, or both (`sql,schema`): a study each, one after the other."""
+    task_type: tuple[Task, ...] = Field(min_length=1)  # type: ignore[assignment]
+    """Train for `sql`, for `schema`, or for both (`sql,schema`): a study each, one after the other."""
 
     @field_validator("task_type", mode="before")
     @classmethod
     def _split_tasks(cls, given: Any) -> Any:
-        listed = given.split(",") if isinstance(given, str) else given
-        return list(dict.fromkeys(listed)) if isinstance(listed, list | tuple) else listed
+        tasks = given.split(",") if isinstance(given, str) else given
+        return list(dict.fromkeys(tasks)) if isinstance(tasks, list | tuple) else tasks
 
     def studies(self) -> list[Config]:
-        """The settings of each task's study; where there are several, each has a folder of its own, `<output_name>-<task>`, and a
-        repository, `<hub.repo_id>-<task>`."""
+        """Return the settings of each task's study.
+
+        Several have a folder each, `<output_name>-<task>`, and a repository, `<hub.repo_id>-<task>`.
+        """
         own = set(type(self).model_fields) - set(Config.model_fields)
-        given = self.model_dump(
-            mode="python", exclude_unset=True, exclude={"read_token", "write_token", *own}
-        )
-        given |= {
-            name: token for name in ("read_token", "write_token") if (token := getattr(self, name))
-        }
+        given = {name: value for name, value in self.given().items() if name not in own}
         return [
             build(Config, merge(given, self._named(task)), {"changes": {"task_type": task}})
             for task in self.task_type
         ]
 
-    def _named(self, task: TaskName) -> dict[str, Any]:
-        if len(self.task_type) < 2:
-            return {"task_type": task}
-        named: dict[str, Any] = {"task_type": task, "output_name": f"{self.output_name}-{task}"}
-        return named | (
-            {"hub": {"repo_id": f"{self.hub.repo_id}-{task}"}} if self.hub.repo_id else {}
-        )
+    def _named(self, task: Task) -> dict[str, Any]:
+        named: dict[str, Any] = {"task_type": task}
+        if len(self.task_type) > 1:
+            named["output_name"] = f"{self.output_name}-{task}"
+            if self.hub.repo_id:
+                named["hub"] = {"repo_id": f"{self.hub.repo_id}-{task}"}
+        return named
 
 
 class CheckConfig(TasksConfig):
     """Settings of a run or of a sweep: both can be checked."""
 
     replay: bool = False
-    """Check nothing: send MLflow what a run or a sweep that has ended kept while no server answered."""
+    """Check nothing. Send MLflow the records that an ended run or sweep kept while no server answered."""
 
 
 class SweepConfig(TasksConfig):
-    """Settings of a sweep: those of a run, which its trials change, for one task or several."""
+    """Settings of a sweep for one task or several: those of a run, which its trials change."""
 
     resume: bool = False
-    """Go on with a study that was cut off; without one there, begin it."""
+    """Continue a study that was cut off. If there is none, begin it."""
 
     @model_validator(mode="after")
     def _check_resume(self) -> Self:
@@ -120,11 +119,10 @@ class SweepConfig(TasksConfig):
 
     @model_validator(mode="after")
     def _check_fixed_workers(self) -> Self:
-        if self.scaling.elastic:
+        if self.elastic:
             raise ValueError(
-                f"scaling.num_workers {self.scaling.min_workers},{self.scaling.max_workers}: "
-                "a sweep counts how many trials fit by what one takes, so "
-                "its trials have a fixed number of workers: give one"
+                f"scaling.num_workers {self.fewest_workers},{self.workers}: a sweep plans its trials by "
+                "their resources, so a trial has a fixed number of workers: give one"
             )
         return self
 
@@ -132,6 +130,7 @@ class SweepConfig(TasksConfig):
     def _check_push_checkpoints(self) -> Self:
         if self.hub.push_checkpoints != "none":
             raise ValueError(
-                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best adapter only; leave it out"
+                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best adapter "
+                "only; leave it out"
             )
         return self

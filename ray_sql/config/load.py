@@ -1,89 +1,93 @@
-"""Settings from flags, `--config` files and the environment; `--help`."""
+"""Settings from flags, `--config` files and the environment.
+
+A job reads over the settings of a run that it does not use, so that a run's YAML file,
+config.json or flags can be given to it as they are.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic_settings import CliSettingsSource, SettingsError
 
+from ray_sql.config.base import JobConfig
 from ray_sql.config.settings import Config
-from ray_sql.config.validate import build, merge, names, nearest, nested
+from ray_sql.config.validate import REMOVED, build, merge, names, nearest, nested, without_unused
 from ray_sql.errors import ConfigError
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=JobConfig)
 
 ENVIRONMENT = {"HF_TOKEN": ("read_token", "write_token"), "MLFLOW_TRACKING_URI": ("tracking.uri",)}
-"""Environment variables that hold a setting by convention, and the settings they fill when nothing else does."""
+"""Environment variables that hold settings by convention, and the settings that they fill."""
 
 
 def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> C:
-    """Settings from flags, `--config` files and the environment; `--help` prints and exits.
+    """Return settings from flags, `--config` files and the environment.
 
-    Raises `ConfigError` with one line per mistake, each naming the flag or file and key, what was given and what is allowed.
+    Raises `ConfigError` with one line per mistake, each naming the flag or file and key, what was
+    given and what is allowed.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags = _read_flags(argv, kind)
+    flags = _read_flags(list(sys.argv[1:] if argv is None else argv), kind)
     flags = merge(flags, nested(overrides))
-    sources: dict[str, dict[str, Any]] = {}
-    for file in flags.get("config", ()):
-        sources[str(file)] = _read_file(str(file))
-    sources |= {
-        variable: found for variable in ENVIRONMENT if (found := _read_environment(variable))
-    }
+    sources = {str(file): _read_file(str(file)) for file in flags.get("config", ())}
+    sources |= {variable: _read_environment(variable) for variable in ENVIRONMENT}
     sources["flags"] = flags
     merged: dict[str, Any] = {}
     for values in sources.values():
         merged = merge(merged, values)
-    return build(kind, merged, sources)
+    return build(kind, without_unused(kind, Config, merged), sources)
 
 
-def _read_flags(argv: list[str], kind: type[Config]) -> dict[str, Any]:
+def _read_flags(argv: list[str], kind: type[JobConfig]) -> dict[str, Any]:
+    # the flags of a run are known to every job; what the job does not use is left out later
+    known = kind if issubclass(kind, Config) else type("Flags", (Config, kind), {})
+    words = _repeat_flags(_write_switches(argv, known), known)
     try:
         source = CliSettingsSource[Any](
-            kind,
-            cli_parse_args=_lists(_switches(argv, kind), kind),
+            known,
+            cli_parse_args=words,
             cli_implicit_flags=True,
             cli_exit_on_error=False,
             cli_hide_none_type=True,
-            cli_prog_name=_program(),
         )
         return dict(source())
     except SettingsError as error:
         message = str(error).removeprefix("error parsing CLI: ")
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        if message.startswith("unrecognized arguments") and unknown.startswith("-"):
-            raise ConfigError(
-                f"{unknown}: unknown flag{nearest(kind, unknown.lstrip('-'), '--')}"
-            ) from None
-        raise ConfigError(message) from None
+    unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+    if not message.startswith("unrecognized arguments") or not unknown.startswith("-"):
+        raise ConfigError(message)
+    name = unknown.lstrip("-").partition("=")[0]
+    if name in REMOVED:
+        raise ConfigError(f"{unknown}: {REMOVED[name][1]}")
+    raise ConfigError(f"{unknown}: unknown flag{nearest(known, unknown.lstrip('-'), '--')}")
 
 
-def _switches(argv: list[str], kind: type[Config]) -> list[str]:
-    """The flags with `--x true` as `--x` and `--x false` as `--no-x`, the only forms that argparse knows."""
+def _write_switches(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
+    """Return `--x true` as `--x`, and `--x false` as `--no-x`: the forms that argparse knows."""
     switches = {
         f"--{name}" for name, field in names(kind) if field.annotation in (bool, bool | None)
     }
+    parts: list[str] = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        parts += [flag, value] if flag in switches and "=" in word else [word]
     words: list[str] = []
-    for word in (
-        part
-        for one in argv
-        for part in (one.split("=", 1) if one.split("=")[0] in switches else [one])
-    ):
-        value = word.lower() if words and words[-1] in switches else None
-        if value == "false":
+    for part in parts:
+        is_value = bool(words) and words[-1] in switches
+        if is_value and part.lower() == "false":
             words[-1] = f"--no-{words[-1][2:]}"
-        elif value != "true":
-            words.append(word)
+        elif not is_value or part.lower() != "true":
+            words.append(part)
     return words
 
 
-def _lists(argv: list[str], kind: type[Config]) -> list[str]:
-    """`--compare a b` as `--compare a --compare b`: the words after a setting that takes several all belong to it."""
+def _repeat_flags(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
+    """Return `--files a b` as `--files a --files b`: a setting that takes several takes all words."""
     several = {f"--{name}" for name, field in names(kind) if get_origin(field.annotation) is tuple}
     words: list[str] = []
     for word in argv:
@@ -94,15 +98,9 @@ def _lists(argv: list[str], kind: type[Config]) -> list[str]:
     return words
 
 
-def _program() -> str:
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-
-
 def _read_file(file: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file"
@@ -111,11 +109,11 @@ def _read_file(file: str) -> dict[str, Any]:
         raise ConfigError(
             f"--config {file}: not valid YAML: {' '.join(str(error).split())}"
         ) from None
-    if not isinstance(value, dict):
+    if not isinstance(values, dict):
         raise ConfigError(
-            f"--config {file}: must hold `setting: value` lines, found {type(value).__name__}"
+            f"--config {file}: must hold `setting: value` lines, found {type(values).__name__}"
         )
-    return nested(value)
+    return nested(values)
 
 
 def _read_environment(variable: str) -> dict[str, Any]:

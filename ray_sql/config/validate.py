@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,62 +13,45 @@ from ray_sql.errors import ConfigError
 C = TypeVar("C", bound=BaseModel)
 _ABSENT = object()
 
+REMOVED: dict[str, tuple[Any, str]] = {
+    "compare": ([], "compare two files with `ray-sql compare A B`")
+}
+"""Settings of earlier versions: the value that saved files hold and that is ignored, and the way out of others."""
+
 
 def build(kind: type[C], values: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> C:
-    """Validate `values`; `sources` (name → nested values) only serve the error messages."""
+    """Return `values` as validated settings.
+
+    `sources` (name → nested values) serve the error messages. Raises `ConfigError` with a line per
+    mistake.
+    """
     sections = {name.split(".")[0] for name, _ in names(kind) if "." in name}
-    try:  # a section whose settings are all commented out is an empty one
-        return kind(
-            **{
-                name: {} if value is None and name in sections else value
-                for name, value in values.items()
-            }
-        )
+    # a section whose settings are all commented out is an empty one
+    empty = {name for name, value in values.items() if value is None and name in sections}
+    try:
+        return kind(**{**values, **{name: {} for name in empty}})
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(_explain(kind, one, sources) for one in error.errors())
-        ) from None
+        lines = [_explain(kind, detail, sources) for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def names(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting as (dotted name, pydantic field), in order of definition."""
+    """Yield every setting as (dotted name, pydantic field), in order of definition."""
     for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from names(field.annotation, f"{prefix}{name}.")
+        if section := section_of(field):
+            yield from names(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
 
 
-def describe(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    """Every setting as (name, values it takes, default, sentence), for the generated page."""
-    return [
-        (name, _values(field), _default(field), str(field.description))
-        for name, field in names(kind)
-    ]
-
-
-def _values(field: Any) -> str:
-    parts = (field.annotation, *get_args(field.annotation))
-    choices = [part for part in parts if get_origin(part) is Literal]
-    if choices:
-        number = ["a number"] if any(get_origin(part) is Annotated for part in parts) else []
-        return ", ".join([*number, *(f"`{choice}`" for choice in get_args(choices[0]))])
-    kind = (
-        str(getattr(field.annotation, "__name__", field.annotation))
-        if not get_args(field.annotation)
-        else str(field.annotation)
-    )
-    return kind.replace("pydantic.types.", "").replace(" | None", "").replace("|", "or")
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "", (), {}) else f"`{json.dumps(field.default)}`"
+def section_of(field: Any) -> type[BaseModel] | None:
+    """Return the class of a field that is a section, None for a plain setting or none."""
+    kind = getattr(field, "annotation", None)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"lora.r": 8}` as `{"lora": {"r": 8}}`; nested mappings stay."""
+    """Return `{"lora.r": 8}` as `{"lora": {"r": 8}}`; nested mappings stay."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         head, _, rest = str(name).partition(".")
@@ -77,66 +59,113 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the first three settings in which two mappings differ, in words; empty if none does."""
+    before, after = flatten(old), flatten(new)
+    changed = [
+        f"{name} {before.get(name)!r} there, {value!r} here"
+        for name, value in after.items()
+        if before.get(name) != value
+    ]
+    return "; ".join(changed[:3])
+
+
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` laid over `low`, section by section."""
+    """Return `high` laid over `low`, section by section."""
     result = dict(low)
     for name, value in high.items():
         old = result.get(name)
-        result[name] = (
-            merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-        )
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[name] = merge(old, value) if both else value  # type: ignore[arg-type]
     return result
 
 
-def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[str, Any]]) -> str:
-    path = [str(part) for part in error["loc"]]
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested `values` without the settings in `REMOVED`.
+
+    Raises `ValueError` with the way out for one that holds more than saved files do.
+    """
+    result = dict(values)
+    for name, (ignored, way_out) in REMOVED.items():
+        section_name, _, key = name.rpartition(".")
+        section = result.get(section_name) if section_name else result
+        if not isinstance(section, Mapping) or key not in section:
+            continue
+        if section[key] != ignored:
+            raise ValueError(f"{name}: {section[key]!r} given; {way_out}")
+        kept = {other: value for other, value in section.items() if other != key}
+        result = {**result, section_name: kept} if section_name else kept
+    return result
+
+
+def without_unused(
+    kind: type[BaseModel], run: type[BaseModel], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return nested `values` without those settings of a `run` that `kind` does not have."""
+    used: dict[str, Any] = {}
+    for name, value in values.items():
+        field, run_field = kind.model_fields.get(name), run.model_fields.get(name)
+        if field is None and run_field is not None:
+            continue
+        section, run_section = section_of(field), section_of(run_field)
+        if section and run_section and isinstance(value, Mapping):
+            value = without_unused(section, run_section, value)
+        used[name] = value
+    return used
+
+
+def nearest(kind: type[BaseModel], unknown: str, prefix: str) -> str:
+    """Return the end of a message about an unknown setting: the known one most like it, if any."""
     known = [name for name, _ in names(kind)]
-    while (
-        path
-        and error["type"] != "extra_forbidden"
-        and ".".join(path) not in known
-        and len(path) > 1
-    ):
+    near = difflib.get_close_matches(unknown, known, 1, 0.6)
+    near += [name for name in known if name.split(".")[-1] == unknown]
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists all"
+
+
+def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[str, Any]]) -> str:
+    known = dict(names(kind))
+    path = [str(part) for part in error["loc"]]
+    is_unknown = error["type"] == "extra_forbidden"
+    while len(path) > 1 and not is_unknown and ".".join(path) not in known:
         path.pop()  # inside a union or a list pydantic adds parts that are no settings
     name = ".".join(path)
     where = _origin(path, sources)
-    if error["type"] == "extra_forbidden":
+    if is_unknown:
         return f"{where}: unknown setting{nearest(kind, name, '')}"
     if error["type"] == "missing":
         return f"--{name} is required: {kind.model_fields[name].description}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if not name:
         return message
-    field = dict(names(kind)).get(name)
-    given = "a secret" if field and "SecretStr" in str(field.annotation) else repr(error["input"])
+    field = known.get(name)
     if field is None:
-        return f"{where}: {given} given, but it is a section; set {', '.join(n for n in known if n.startswith(f'{name}.'))}"
+        settings = ", ".join(other for other in known if other.startswith(f"{name}."))
+        return f"{where}: {error['input']!r} given, but it is a section; set {settings}"
+    given = "a secret" if "SecretStr" in str(field.annotation) else repr(error["input"])
     return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
 
 
 def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which source a setting came from, as the user would name it; the last source that has it wins."""
+    """Return a setting's name as the user would find it: in the last source that has it."""
     name = ".".join(path)
     for source in reversed(list(sources)):
         value: Any = sources[source]
         for part in path:
             value = value[part] if isinstance(value, Mapping) and part in value else _ABSENT
-        if value is not _ABSENT:
-            return (
-                f"--{name}"
-                if source == "flags"
-                else name
-                if source == "changes"
-                else f"{source}: {name}"
-            )
+        if value is _ABSENT:
+            continue
+        if source == "flags":
+            return f"--{name}"
+        return name if source == "changes" else f"{source}: {name}"
     return name
-
-
-def nearest(kind: type[BaseModel], unknown: str, prefix: str) -> str:
-    """The end of a message about an unknown setting: the known one most like it, or where all are listed."""
-    known = [name for name, _ in names(kind)]
-    near = (
-        difflib.get_close_matches(unknown, known, 1, 0.6)
-        or [n for n in known if n.split(".")[-1] == unknown][:1]
-    )
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists all"

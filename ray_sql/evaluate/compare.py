@@ -1,6 +1,6 @@
 """Two files of judged predictions, question by question: is one model better, and on which questions do they differ?
 
-    python -m jobs.evaluate --compare A/predictions.jsonl B/predictions.jsonl
+    ray-sql compare A/predictions.jsonl B/predictions.jsonl
 
 Nothing is executed again: verdicts are taken as they stand in the files, paired by split and id. Both must have been scored against
 the same gold, and under the same semantics, which is known where `metrics.json` still lies beside a file.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ray_sql import data
-from ray_sql.config import EvaluateConfig
+from ray_sql.config import CompareConfig
 from ray_sql.display import Display, percent
 from ray_sql.errors import DataError
 from ray_sql.evaluate.scoring import Row, clustered
@@ -42,10 +42,10 @@ class Paired:
     gold_errors: int
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Compare the two files of `config.compare`, write `compare.json` and `compare.txt`; returns what the former holds."""
+def run(config: CompareConfig) -> dict[str, Any]:
+    """Compare the two files of `config.files`, write `compare.json` and `compare.txt`; returns what the former holds."""
     display = Display()
-    files = [storage.absolute_uri(file) for file in config.compare]
+    files = [storage.absolute_uri(file) for file in config.files]
     if config.dry_run:
         display.line(f"would compare {files[0]} with {files[1]} and write {config.run_dir}")
         return {}
@@ -53,8 +53,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     rules = [semantics(file) for file in files]
     if all(rules) and rules[0] != rules[1]:
         raise DataError(
-            f"--compare: {files[0]} was scored under semantics {rules[0]}, {files[1]} under {rules[1]}; score one of them again: "
-            f"jobs.evaluate --predictions_file … --evaluate.semantics {rules[0]}"
+            f"--files: {files[0]} was scored under semantics {rules[0]}, {files[1]} under {rules[1]}; score one of them again: "
+            f"ray-sql evaluate --predictions_file … --evaluate.semantics {rules[0]}"
         )
     result = {"a": files[0], "b": files[1], **compare(paired)}
     text = listing(result)
@@ -73,11 +73,11 @@ def read(file: str) -> dict[Key, Row]:
         text = storage.read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"--compare {file}: cannot be read as UTF-8 text ({' '.join(str(error).split())})"
+            f"--files {file}: cannot be read as UTF-8 text ({' '.join(str(error).split())})"
         ) from None
     if text is None:
         raise DataError(
-            f"--compare {file}: no such file; give the predictions.jsonl of a run or an evaluation"
+            f"--files {file}: no such file; give the predictions.jsonl of a run or an evaluation"
         )
     rows: dict[Key, Row] = {}
     lines: dict[Key, int] = {}
@@ -95,8 +95,8 @@ def _key(row: Any, where: str) -> Key:
     for field in ("id", "verdict"):
         if not isinstance(row, dict) or field not in row:
             raise DataError(
-                f"{where}: no field {field!r}; --compare takes judged predictions, as "
-                "`jobs.evaluate --predictions_file` writes them"
+                f"{where}: no field {field!r}; --files takes judged predictions, as "
+                "`ray-sql evaluate --predictions_file` writes them"
             )
     if row["verdict"] not in get_args(VerdictName):
         raise DataError(
@@ -126,19 +126,19 @@ def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Pa
     common = [key for key in a if key in b]
     if not common:
         raise DataError(
-            f"--compare: {files[0]} ({len(a)} questions{_example(a)}) and {files[1]} ({len(b)} questions{_example(b)}) have no "
+            f"--files: {files[0]} ({len(a)} questions{_example(a)}) and {files[1]} ({len(b)} questions{_example(b)}) have no "
             "split and id in common"
         )
     if len({_task(rows) for rows in (a, b)}) == 2:
         raise DataError(
-            f"--compare: {files[0]} holds answers of task {_task(a)}, {files[1]} of task {_task(b)}"
+            f"--files: {files[0]} holds answers of task {_task(a)}, {files[1]} of task {_task(b)}"
         )
     for key in common:
         for field in ("db_id", "question", "gold"):
             one, other = a[key].get(field), b[key].get(field)
             if one and other and one != other:
                 raise DataError(
-                    f"--compare: split {key[0]!r}, id {key[1]!r} has {field} {str(one)[:80]!r} in {files[0]}, but "
+                    f"--files: split {key[0]!r}, id {key[1]!r} has {field} {str(one)[:80]!r} in {files[0]}, but "
                     f"{str(other)[:80]!r} in {files[1]}; score both against the same data"
                 )
     judged = [
@@ -148,7 +148,7 @@ def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Pa
     ]
     if not judged:
         raise DataError(
-            f"--compare: the gold of all {len(common)} questions in common fails, so nothing was judged"
+            f"--files: the gold of all {len(common)} questions in common fails, so nothing was judged"
         )
     return Paired(judged, len(a) - len(common), len(b) - len(common), len(common) - len(judged))
 

@@ -70,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
                 )
             show(earlier, config, display)
             if config.publish:
-                publish.publish(config, config.run_dir, display)
+                publish.publish(config, display)
             return earlier
         if config.tracking.enabled:
             tracking.check(config.tracking.uri)
@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
             config
         )  # now: what cannot be asked should be known before training
         if config.scaling.num_workers:
-            cluster.start_ray_in_background()
+            cluster.begin_ray()
         for line in prepare.plan(prepared, config):
             display.line(line)
         timeline.mark("data")
@@ -106,7 +106,7 @@ def run(config: Config) -> dict[str, Any]:
                 record.end(status)
         show(metrics, config, display)
         if config.publish:  # the run is over by now: whatever happens here, it is kept
-            record.tag({"hub_url": publish.publish(config, config.run_dir, display)})
+            record.tag({"hub_url": publish.publish(config, display)})
     return metrics
 
 
@@ -213,7 +213,7 @@ def _train_and_measure(
     timeline: StartupClock,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    points = progress.Progress(config, record, display, timeline)
+    points = progress.Points(config, record, display, timeline)
     with publish.beside_training(config) as points.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, points)
     display.line(
@@ -329,6 +329,7 @@ def _here(config: Config) -> Path:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
+    run = config.as_run()
     prepare.clear(config.run_dir)
     if storage.exists(f"{config.run_dir}/contract.json"):
         raise ConfigError(
@@ -339,46 +340,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             for line in _evaluation_plan(config):
                 display.line(line)
             return {}
-        measured = (measure.of_file if config.predictions_file else _evaluate_models)(
-            config, display
-        )
+        if config.predictions_file:
+            measured = measure.of_file(absolute(config.predictions_file), run, display)
+        else:
+            measured = _evaluate_models(run, config.adapter, display)
         metrics = {
             "task_type": config.task_type,
             "dataset_id": config.dataset_id,
-            **measure.summarise(measured, config),
+            **measure.summarise(measured, run),
         }
         storage.write_text(
             f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n"
         )
         measure.write(config.run_dir, measured, metrics)
-        html.write(config, metrics, measured, figures.figures(metrics, measured))
-        show(metrics, config, display)
+        html.write(run, metrics, measured, figures.figures(metrics, measured))
+        show(metrics, run, display)
     return metrics
 
 
 def _evaluation_plan(config: EvaluateConfig) -> Iterator[str]:
     """What an evaluation would do, after reading what it would read; with a model, one of its prompts."""
-    corpus = data.load_split(config, config.split)
+    run = config.as_run()
+    corpus = data.load_split(run, run.split)
     if config.predictions_file:
         said = measure.read_predictions(absolute(config.predictions_file))
         source = f"{len(said)} predictions of {config.predictions_file}"
     else:
         from ray_sql import models
 
-        tokenizer = models.load_tokenizer(models.resolve(config)[0])
-        yield f"--- prompt ---\n{tokenizer.decode(measure.questions(corpus, tokenizer, config)[0].input_ids)}\n--- plan ---"
+        tokenizer = models.load_tokenizer(models.resolve(run)[0])
+        yield f"--- prompt ---\n{tokenizer.decode(measure.questions(corpus, tokenizer, run)[0].input_ids)}\n--- plan ---"
         source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
     counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
     yield f"would score {source} on {counts}, semantics {config.evaluate.semantics}, and write {config.run_dir}"
 
 
-def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
+def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Measured:
     from ray_sql import generate, models
 
     generate.check_backend(config)
     corpus = data.load_split(config, config.split)
     measure.check_executable(corpus, config)
-    adapter = storage.absolute_uri(config.adapter) if config.adapter else None
+    adapter = storage.absolute_uri(adapter) if adapter else None
     pinned = (
         models.revision_of(storage.read_text(f"{adapter}/contract.json"), config)
         if adapter
@@ -386,12 +389,11 @@ def _evaluate_models(config: EvaluateConfig, display: Display) -> Measured:
     )
     folder, revision = models.resolve(config, pinned)
     if adapter:
-        config = config.changed({"adapter": adapter})
-        measure.check_adapter(config, folder, revision)
+        measure.check_adapter(adapter, config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, asked, config)
-    points = progress.Progress(config, tracking.disabled(Path()), display)
-    return measure.of_models(config, asked, corpus.schemas, folder, config.adapter, display, points)
+    points = progress.Points(config, tracking.disabled(Path()), display)
+    return measure.of_models(config, asked, corpus.schemas, folder, adapter, display, points)
 
 
 def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:

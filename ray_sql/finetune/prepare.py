@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models, rows
-from ray_sql.config import Config, passwordless
+from ray_sql.config import Config, differences, passwordless
 from ray_sql.data import Corpus, prompts
 from ray_sql.errors import ConfigError, DataError, StoreError
 from ray_sql.evaluate import scoring
 from ray_sql.generate import Question
 from ray_sql.rows import Audit
 from ray_sql.store import storage
-from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,9 +78,7 @@ class Prepared:
             return []
         failing = {(row["split"], row["id"]) for row in self.gold_errors}
         asked = self._asked("validation", config, None)
-        usable = [
-            q for q in asked if q.gold and (not TASKS[config.task_type].executes_sql or q.database)
-        ]
+        usable = [q for q in asked if q.gold and (config.task_type == "schema" or q.database)]
         return list(
             data.sample(
                 [q for q in usable if (q.split, q.id) not in failing],
@@ -128,7 +125,7 @@ def check_databases(corpus: Corpus, config: Config) -> None:
 
     A corpus without any database is no error: it can be trained on, and its scores say that nothing was executed.
     """
-    if not TASKS[config.task_type].executes_sql or not corpus.databases:
+    if config.task_type != "sql" or not corpus.databases:
         return
     if config.evaluate.select_examples and any(
         passwordless(place) != place for place in corpus.databases.values()
@@ -183,7 +180,7 @@ def gold_errors(
 
 def check_gold(corpus: Corpus, failing: Sequence[dict[str, Any]], config: Config) -> None:
     """Raise `DataError` if there is gold to execute for the scores, and none of it runs: that is known before training, not after."""
-    if not TASKS[config.task_type].executes_sql:
+    if config.task_type != "sql":
         return
     golds = [
         e for split in config.split for e in corpus.splits[split] if corpus.executable(e.db_id)
@@ -295,8 +292,9 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
     if config.overwrite:
         return None
     if earlier.identity() != config.identity():
+        differing = differences(earlier.public(), config.public()) or "other data"
         raise ConfigError(
-            f"{run_dir} holds a run of other settings ({_difference(earlier, config)}); choose another --output_name, or replace "
+            f"{run_dir} holds a run of other settings ({differing}); choose another --output_name, or replace "
             "it with --overwrite"
         )
     if not storage.exists(f"{run_dir}/{FINISHED_FILE}"):
@@ -320,7 +318,7 @@ def check_scored_alike(earlier: Config, config: Config) -> None:
     if changed:
         raise ConfigError(
             f"{config.run_dir} holds a finished run, scored otherwise ({'; '.join(changed[:3])}); score its adapter anew with "
-            f"python -m jobs.evaluate --adapter {config.run_dir}/adapter, or train again with another --output_name or --overwrite"
+            f"ray-sql evaluate --adapter {config.run_dir}/adapter, or train again with another --output_name or --overwrite"
         )
 
 
@@ -360,11 +358,9 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
                 f"          so that a step mixes databases: larger steps share more, and so does --rows.examples_per_row {most}, "
                 "faster an epoch and less accurate after as many"
             )
-    made_of = (
-        f"{config.train_batch_size} x {config.accumulation} x {config.scaling.max_workers} workers"
-    )
-    if config.scaling.elastic:
-        made_of = f"with {config.scaling.min_workers} to {config.scaling.max_workers} workers alike"
+    made_of = f"{config.train_batch_size} x {config.accumulation} x {config.workers} workers"
+    if config.elastic:
+        made_of = f"with {config.fewest_workers} to {config.workers} workers alike"
     yield f"training  {steps} steps of {config.global_batch} examples ({made_of}), a checkpoint every {config.save_steps}"
     if config.evaluate.select_examples:
         every = config.evaluate.eval_steps or config.save_steps
@@ -376,7 +372,7 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     models = "base and tuned model" if config.evaluate.baseline else "tuned model"
     yield f"scoring   {models} on {', '.join(f'{n} of {split}' for split, n in scored.items())}, semantics {config.evaluate.semantics}"
     for split in config.split:
-        if TASKS[config.task_type].executes_sql and not any(
+        if config.task_type == "sql" and not any(
             corpus.executable(e.db_id) for e in corpus.splits[split]
         ):
             yield f"          nothing can be executed on {split}, so it gets no score: {data.why_not_executable(corpus)}"
@@ -392,15 +388,3 @@ def _passing(config: Config) -> Iterator[str]:
         yield "          lies in this job's working folder, which Ray removes: give --output_dir a place that stays"
     if config.tracking.enabled and config.tracking.uri is None:
         yield "          MLflow's records, too: give --tracking.uri (or MLFLOW_TRACKING_URI) a server or a file that stays"
-
-
-def _difference(old: Config, new: Config) -> str:
-    from ray_sql.tracking import flatten
-
-    before, after = flatten(old.public()), flatten(new.public())
-    changed = [
-        f"{key} {before.get(key)!r} there, {value!r} here"
-        for key, value in after.items()
-        if before.get(key) != value
-    ]
-    return "; ".join(changed[:3]) or "other data"

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_sql import models
-from ray_sql.config import Config, absolute
+from ray_sql.config import Config, PublishConfig, absolute
 from ray_sql.data import prompts
 from ray_sql.errors import ConfigError, ContractError, ModelError
-from ray_sql.metrics.paired import PairedTest
+from ray_sql.evaluate.compare import ALPHA
+from ray_sql.metrics import mcnemar
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 
@@ -67,7 +68,7 @@ class Bundle:
         return {name: _json(content) for name, content in files.items()}
 
 
-def read(config: Config, run_dir: str) -> Bundle:
+def read(config: Config | PublishConfig, run_dir: str) -> Bundle:
     """The run in `run_dir`, with `config`'s hub settings and tokens.
 
     Raises `ConfigError` if it is not finished, or its base model has no name on the Hub, `ContractError` where the adapter is not that
@@ -115,7 +116,7 @@ def _saved(run_dir: str) -> Config:
         ) from None
 
 
-def _settings(saved: Config, config: Config) -> Config:
+def _settings(saved: Config, config: Config | PublishConfig) -> Config:
     """A run's settings, and of `config` what belongs to this command: tokens, cache, and the hub settings that were given."""
     given: dict[str, Any] = {
         f"hub.{name}": value for name, value in config.hub.model_dump(exclude_unset=True).items()
@@ -199,27 +200,20 @@ def check_better(metrics: Mapping[str, Any], run_dir: str) -> None:
             f"{run_dir}: the base model was not measured, so nobody knows whether the adapter is better; train with "
             f"--evaluate.baseline, or {way_out}"
         )
-    by_split = {
-        split: PairedTest(test["only_base"], test["only_tuned"]) for split, test in compared.items()
-    }
-    total = PairedTest(
-        sum(test.only_a for test in by_split.values()),
-        sum(test.only_b for test in by_split.values()),
+    base, tuned = (
+        sum(test[side] for test in compared.values()) for side in ("only_base", "only_tuned")
     )
-    if not total.b_is_better:
-        alone = (
-            f"it alone is right on {total.only_b} questions, the base model alone on "
-            f"{total.only_a}, McNemar p = {total.p:.2g}"
-        )
+    p = mcnemar(base, tuned)
+    alone = f"it alone is right on {tuned} questions, the base model alone on {base}, McNemar p = {p:.2g}"
+    if tuned <= base or p > ALPHA:
         raise ModelError(
             f"{run_dir}: the adapter was not shown to beat its base model ({alone}); train longer or score more questions, or "
             f"{way_out}"
         )
-    for split, test in by_split.items():
-        if test.a_is_better:
+    for split, test in compared.items():
+        if test["only_base"] > test["only_tuned"] and test["mcnemar_p"] <= ALPHA:
             raise ModelError(
-                f"{run_dir}: the adapter is worse than its base model on {split} "
-                f"(McNemar p = {test.p:.2g}); {way_out}"
+                f"{run_dir}: the adapter is worse than its base model on {split} (McNemar p = {test['mcnemar_p']:.2g}); {way_out}"
             )
 
 

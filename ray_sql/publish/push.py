@@ -1,7 +1,7 @@
 """Check before training whether a run could be published, and publish it when it is finished.
 
-check(config)             whoever owns the token may write the repository, and it holds no model of another base
-publish(config, run_dir)  adapter, contract, settings, metrics and model card as one commit, tagged with the MLflow run
+check(config)    whoever owns the token may write the repository, and it holds no model of another base
+publish(config)  adapter, contract, settings, metrics and model card as one commit, tagged with the MLflow run
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql import __version__
-from ray_sql.config import Config
+from ray_sql.config import Config, PublishConfig
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.publish import bundle as bundles
@@ -43,13 +43,14 @@ def check(config: Config) -> str:
     return f"{hub.repo_id}, {place}, base model {base}"
 
 
-def publish(config: Config, run_dir: str, display: Display | None = None) -> str:
-    """Push the finished run in `run_dir`, under the hub settings and tokens of `config`; returns the repository's address.
+def publish(config: Config | PublishConfig, display: Display | None = None) -> str:
+    """Push the finished run in `config.run_dir`, under the hub settings and tokens of `config`; returns the repository's address.
 
     Raises `ConfigError`, `ContractError` or `ModelError` for a run that is not to be published (see `bundle.read`), and `StoreError`,
     with the command that does it later, where the Hub cannot be reached: the adapter stays where it is.
     """
     display = display or Display()
+    run_dir = config.run_dir
     bundle = bundles.read(config, run_dir)
     try:
         hub = hubs.login(bundle.config)
@@ -66,9 +67,9 @@ def publish(config: Config, run_dir: str, display: Display | None = None) -> str
     return pushed.url
 
 
-def dry_run(config: Config, run_dir: str) -> None:
+def dry_run(config: Config | PublishConfig) -> None:
     """Say what `publish` would push where, and show the model card; raises what it would, and sends nothing."""
-    display, bundle = Display(), bundles.read(config, run_dir)
+    display, bundle = Display(), bundles.read(config, config.run_dir)
     display.line(f"Hub       {check(bundle.config)}")
     hub = hubs.login(bundle.config)
     license = _license(hub, bundle)
@@ -82,7 +83,7 @@ def later(bundle: Bundle) -> str:
     """The command that publishes a run as it was to be; the token comes from the environment."""
     root, _, name = bundle.run_dir.rstrip("/").rpartition("/")
     place = ["--scaling.storage_path" if "://" in root else "--output_dir", root]
-    words = ["python", "-m", "jobs.publish", "--output_name", name, *place]
+    words = ["ray-sql", "publish", "--output_name", name, *place]
     for setting, value in bundle.asked.items():
         flag = f"--hub.{setting}"
         words += (

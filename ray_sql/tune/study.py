@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ray_sql.config import Config, without_password
+from ray_sql.config import Config, differences, without_password
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints, storage
@@ -152,8 +152,9 @@ def load(config: Config) -> Study | None:
         for one in saved.pop("trials")
     ]
     if saved["key"] != key(config):
+        differing = differences(saved["settings"], config.public()) or "another version"
         raise ConfigError(
-            f"{config.run_dir} holds a study of other settings ({_difference(saved['settings'], config)}); choose another "
+            f"{config.run_dir} holds a study of other settings ({differing}); choose another "
             "--output_name, or replace it with --overwrite"
         )
     return Study(**saved, trials=trials)
@@ -178,18 +179,6 @@ def key(config: Config) -> str:
     asked = {"semantics", "keep_distinct", "max_new_tokens", "select_examples", "eval_steps"}
     parts = [config.identity(), tune, config.evaluate.model_dump(include=asked)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _difference(before: Mapping[str, Any], config: Config) -> str:
-    from ray_sql.tracking import flatten
-
-    old, new = flatten(before), flatten(config.public())
-    shown = [
-        f"{name} {old.get(name)!r} there, {value!r} here"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
-    return "; ".join(shown[:3]) or "another version"
 
 
 def measured(run_dir: str) -> list[Measure]:

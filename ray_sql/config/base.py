@@ -1,0 +1,106 @@
+"""What every job's settings have: a name and folders, tokens that are never shown, and the way in and out of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, SecretStr, field_serializer, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ray_sql.config.sections import StorageSection
+from ray_sql.config.urls import absolute, without_password
+from ray_sql.config.validate import build, merge, nested, without_removed
+
+TOKENS = {"read_token", "write_token"}
+
+
+class JobConfig(BaseSettings):
+    """Settings that every job takes."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+    config: tuple[str, ...] = ()
+    """Read settings from these YAML or JSON files. Later files win over earlier ones, flags over all."""
+    output_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name the run, and its folder under output_dir."""
+    dry_run: bool = False
+    """Show what would be done, with one example if a model is asked, and stop."""
+    output_dir: str = "out"
+    """Keep all runs in this folder."""
+    cache_dir: str = "~/.cache/ray_sql"
+    """Keep here what can be made again: tokenised rows, converted models, unpacked demo databases."""
+    read_token: SecretStr | None = None
+    """Read the model and the dataset with this Hub token. Better given as HF_TOKEN in the environment."""
+    write_token: SecretStr | None = None
+    """Publish with this Hub token. Better given as HF_TOKEN in the environment."""
+    scaling: StorageSection = StorageSection()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing but arguments: `load` merges the sources, to name the one a bad value is from."""
+        return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return without_removed(values)
+
+    @field_serializer(*TOKENS)
+    def _hide(self, _: SecretStr | None) -> None:
+        return None
+
+    @model_validator(mode="after")
+    def _check_no_keys_in_addresses(self) -> Self:
+        for name in ("scaling.storage_path", "output_dir", "prev_checkpoint"):
+            address = self.setting(name) if name.split(".")[0] in type(self).model_fields else None
+            if address != without_password(address):
+                raise ValueError(
+                    f"{name} {without_password(address)}: keys do not belong into an address, which is "
+                    "logged and saved; give them in the environment (AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY), or give the nodes a role"
+                )
+        return self
+
+    @property
+    def run_dir(self) -> str:
+        """Absolute folder or URI of this run. Absolute because Ray changes a worker's folder."""
+        root = self.scaling.storage_path or self.output_dir
+        if "://" in root:
+            return f"{root.rstrip('/')}/{self.output_name}"
+        return str(absolute(root) / self.output_name)
+
+    @property
+    def cache(self) -> Path:
+        """Absolute folder for what can be made again."""
+        return absolute(self.cache_dir)
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a dotted setting, e.g. `lora.r`."""
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were given, sections as mappings, tokens included."""
+        values = nested(self.model_dump(mode="python", exclude_unset=True, exclude=TOKENS))
+        tokens = {name: getattr(self, name) for name in TOKENS}
+        return values | {name: token for name, token in tokens.items() if token}
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return a copy with dotted settings changed, e.g. `{"lora.r": 16}`; tokens stay.
+
+        Raises `ConfigError` for a value that is not allowed.
+        """
+        changes = nested(changes)
+        return build(type(self), merge(self.given(), changes), {"changes": changes})
