@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ray_sql import data
-from ray_sql.config import Config, load
+from ray_sql.config import Config
 from ray_sql.data import Corpus, Example
-from ray_sql.data.splits import _set_aside
+from ray_sql.data.splits import set_aside
 from ray_sql.errors import DataError
 from tests.conftest import QUESTIONS, SHOP, make_spider_folder
 
@@ -286,23 +286,19 @@ def test_one_large_database_is_not_what_is_set_aside(seed: int, sizes: tuple[int
         for name, size in zip(names, sizes, strict=True)
         for n in range(size)
     )
-    config = load(Config, [], model_name="m", output_name="o", task_type="sql", seed=seed)
-    kept, aside = _set_aside(examples, 0.1, config, "held-out")
-    assert 0.05 * len(examples) <= len(aside) <= 0.2 * len(examples) and len(kept) + len(
-        aside
-    ) == len(examples)
-    assert not {e.db_id for e in kept} & {e.db_id for e in aside}, "and it is whole databases"
+    left, aside = set_aside(examples, 0.1, None, f"{seed}-held-out")
+    assert 0.05 * len(examples) <= len(aside) <= 0.2 * len(examples)
+    assert len(left) + len(aside) == len(examples)
+    assert not {e.db_id for e in left} & {e.db_id for e in aside}, "and it is whole databases"
 
 
 def test_where_no_databases_come_near_the_share_questions_are_set_aside() -> None:
-    config = load(Config, [], model_name="m", output_name="o", task_type="sql")
     uneven = tuple(
         Example(f"{n}", "small" if n < 3 else "large", "Who?", "SELECT 1") for n in range(500)
     )
-    assert len(_set_aside(uneven, 0.1, config, "held-out")[1]) == 50, "three questions are no test"
+    assert len(set_aside(uneven, 0.1, None, "14")[1]) == 50, "three questions are no test"
     even = tuple(Example(f"{n}", "a" if n % 2 else "b", "Who?", "SELECT 1") for n in range(100))
-    whole = config.changed({"data.split_by": "database"})
-    assert all(_set_aside(even, 0.9, whole, "held-out")), "something is left to train on"
+    assert all(set_aside(even, 0.9, "database", "14")), "something is left to train on"
 
 
 def test_where_every_database_is_too_large_questions_are_set_aside() -> None:
@@ -311,12 +307,8 @@ def test_where_every_database_is_too_large_questions_are_set_aside() -> None:
         for name in ("erp", "web")
         for n in range(100)
     )
-    config = load(Config, [], model_name="m", output_name="o", task_type="sql")
-    assert len(_set_aside(examples, 0.1, config, "held-out")[1]) == 20
-    by_database = config.changed({"data.split_by": "database"})
-    assert len(_set_aside(examples, 0.1, by_database, "held-out")[1]) == 100, (
-        "what was said is done"
-    )
+    assert len(set_aside(examples, 0.1, None, "14")[1]) == 20
+    assert len(set_aside(examples, 0.1, "database", "14")[1]) == 100, "the setting is obeyed"
 
 
 def test_ids_that_are_not_ids_are_refused(make_config: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Questions and corpora as plain values, and what can be said of them without reading anything."""
+"""Questions and corpora as plain values, and judgements of them that read no file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ Item = TypeVar("Item")
 
 
 EXECUTABLE = ("sqlite", "postgresql", "postgres")
-"""The kinds of databases that SQL can be executed on, as SQLAlchemy and libpq name them."""
+"""The kinds of databases that run SQL here, as SQLAlchemy and libpq name them."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one database. `schema_text` and `links_text` are set where the dataset brings its own."""
+    """One question about one database.
+
+    `schema_text` and `links_text` are set where the dataset brings its own.
+    """
 
     id: str
     db_id: str
@@ -32,44 +35,56 @@ class Example:
     links_text: str | None = None
 
 
+Splits = dict[str, tuple[Example, ...]]
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Splits by name, and per db_id its schema and where its database is (a path or a SQLAlchemy URL)."""
+    """Splits by name, and per db_id its schema and its database (a path or a SQLAlchemy URL)."""
 
-    splits: dict[str, tuple[Example, ...]]
+    splits: Splits
     schemas: dict[str, Schema] = field(default_factory=dict)
     databases: dict[str, str] = field(default_factory=dict)
 
     def executable(self, db_id: str) -> str | None:
-        """The database to execute queries on, a SQLite file or a PostgreSQL URL; None where there is none or it is another kind."""
+        """Return the SQLite file or PostgreSQL URL that runs queries; None for any other kind."""
         place = self.databases.get(db_id, "").removeprefix("sqlite:///")
+        if not place:
+            return None
         dialect = place.partition("://")[0] if "://" in place else "sqlite"
-        return place if place and dialect.partition("+")[0] in EXECUTABLE else None
+        return place if dialect.partition("+")[0] in EXECUTABLE else None
 
     def fingerprint(self, splits: Sequence[str] | None = None) -> str:
-        """16 hex digits of the content, not where it lies: examples of all splits and schemas, or of `splits` and theirs."""
+        """Return 16 hex digits of the content: examples and schemas, not where they lie.
+
+        With `splits`, only those splits and the schemas they use count.
+        """
         digest = hashlib.sha256()
-        named = self.splits if splits is None else set(splits) & set(self.splits)
-        used = {example.db_id for name in named for example in self.splits[name]}
-        for name in sorted(named):
+        names, db_ids = set(self.splits), set(self.schemas)
+        if splits is not None:
+            names &= set(splits)
+            db_ids &= {example.db_id for name in names for example in self.splits[name]}
+        for name in sorted(names):
             for example in self.splits[name]:
                 digest.update(json.dumps([name, asdict(example)], sort_keys=True).encode())
-        for db_id in sorted(self.schemas if splits is None else used & set(self.schemas)):
+        for db_id in sorted(db_ids):
             digest.update(json.dumps(self.schemas[db_id].to_dict(), sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
 
 def why_not_executable(corpus: Corpus) -> str:
-    """What to do where no query can be executed, in words."""
-    others = sorted(
-        {place.partition("://")[0] for place in corpus.databases.values() if "://" in place}
+    """Say which databases run queries, which of the corpus do not, and the way out."""
+    urls = [place for place in corpus.databases.values() if "://" in place]
+    dialects = sorted({url.partition("://")[0] for url in urls})
+    others = f", not on {', '.join(dialects)}" if dialects else ""
+    return (
+        f"queries run on SQLite files and on PostgreSQL{others}; name such databases with "
+        "--data.databases"
     )
-    found = f", not on {', '.join(others)}" if others else ""
-    return f"queries run on SQLite files and on PostgreSQL{found}; name such databases with --data.databases"
 
 
 def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ...]:
-    """At most `n` of the examples, drawn with `seed`, in their original order; all of them where `n` is None."""
+    """Draw at most `n` examples with `seed`, in their original order; None means all."""
     if n is None or n >= len(examples):
         return tuple(examples)
     chosen = sorted(random.Random(seed).sample(range(len(examples)), n))
@@ -77,32 +92,32 @@ def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ..
 
 
 def leakage(corpus: Corpus) -> list[str]:
-    """What other splits share with `train`, a line for each split: databases, and questions asked in both."""
-    seen_questions = {_asked(example) for example in corpus.splits.get("train", ())}
-    seen_databases = {example.db_id for example in corpus.splits.get("train", ())}
+    """Say, in a line per split, how many databases and questions it shares with `train`."""
+    train = corpus.splits.get("train", ())
+    train_questions = {_normalized(example) for example in train}
+    train_databases = {example.db_id for example in train}
     lines = []
     for name, examples in corpus.splits.items():
         if name == "train" or not examples:
             continue
         databases = {example.db_id for example in examples}
-        repeated = sum(_asked(example) in seen_questions for example in examples)
-        shared = len(databases & seen_databases)
+        repeated = sum(_normalized(example) in train_questions for example in examples)
         lines.append(
-            f"{name}: {len(examples)} questions on {len(databases)} databases, {shared} of them also in train; "
+            f"{name}: {len(examples)} questions on {len(databases)} databases, "
+            f"{len(databases & train_databases)} of them also in train; "
             f"{repeated} questions also in train"
         )
     return lines
 
 
-def some(names: Iterable[str]) -> str:
-    """A few of the names, for a message."""
+def join_some(names: Iterable[str]) -> str:
+    """Join the first five names, for a message; "none" for no name."""
     listed = sorted(names)
-    return (
-        ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-        if listed
-        else "none"
-    )
+    if not listed:
+        return "none"
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return ", ".join(listed[:5]) + more
 
 
-def _asked(example: Example) -> tuple[str, str]:
+def _normalized(example: Example) -> tuple[str, str]:
     return example.db_id, " ".join(example.question.lower().split())

@@ -1,7 +1,7 @@
-"""Read a corpus from whatever form the user has it in: Spider, BIRD, JSONL, the Hub, or the demo.
+"""Read a corpus from any form: Spider, BIRD, JSONL, a dataset of the Hub, or the demo.
 
-The forms are told apart by what lies in the place named by `dataset_id`. Every record becomes an `Example`; a field that must be
-there and is not is named with the file, the row and the columns found.
+The form is recognised by the files at the place that `dataset_id` names. Every record becomes an
+`Example`. A missing field is reported with the file, the row and the columns found there.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ray_sql.config import Config, absolute
-from ray_sql.data.corpus import Corpus, Example
+from ray_sql.config import absolute
+from ray_sql.config.sections import DataSection
+from ray_sql.data.corpus import Corpus, Example, Splits
 from ray_sql.database import Schema, read_tables_json
 from ray_sql.errors import DataError
+from ray_sql.tasks import TaskName
 
 SPIDER_FILES = {
     "train": ("train_spider.json", "train_others.json"),
@@ -35,7 +38,7 @@ COLUMNS = {
     "evidence": ("evidence",),
     "hardness": ("hardness", "difficulty"),
 }
-"""Our field → the column names that are understood without a column map, first match wins."""
+"""Our field → the column names understood without a column map; the first match wins."""
 
 TASK_COLUMNS = {
     "sql": {"schema": ("schema", "schema_SQLDatabase")},
@@ -44,55 +47,96 @@ TASK_COLUMNS = {
         "links": ("links", "selector_correct"),
     },
 }
-"""The columns that depend on the task: ready-made schema text, and ready-made links."""
+"""Columns that depend on the task: ready-made schema text and ready-made links."""
+
+REQUIRED = ("db_id", "question", "query")
 
 
-def read_corpus(config: Config) -> Corpus:
-    """All splits and databases of the dataset; `schemas` holds only what a tables.json says."""
-    if config.dataset_id == "demo":
-        return _read_demo(config)
-    place = absolute(config.dataset_id)
+@dataclass(frozen=True)
+class Source:
+    """A dataset as the settings name it."""
+
+    dataset_id: str
+    task: TaskName
+    section: DataSection
+    cache: Path
+    """Where the demo's databases are built."""
+    token: str | None
+    """The Hub's read token."""
+
+    @property
+    def flag(self) -> str:
+        """Return the flag that names the dataset, for messages."""
+        return f"--dataset_id {self.dataset_id}"
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Return our field → the columns that may hold it, without the user's own map."""
+        return COLUMNS | TASK_COLUMNS[self.task]
+
+
+def read_corpus(source: Source) -> Corpus:
+    """Return all splits and databases; `schemas` holds only the schemas of a tables.json.
+
+    Raises:
+        DataError: no such dataset, no known form, a malformed record, or an unknown field in
+            `data.columns`.
+    """
+    for field in source.section.columns:
+        if field not in source.columns:
+            raise DataError(
+                f"--data.columns {field}: no such field; fields are {', '.join(source.columns)}"
+            )
+    if source.dataset_id == "demo":
+        return _read_demo(source)
+    place = absolute(source.dataset_id)
     if (place / "tables.json").is_file():
-        return _read_folder(config, place, SPIDER_FILES)
+        return _read_spider(source, place)
     if place.is_dir() and _bird_files(place):
-        return _read_bird(config, place)
+        return _read_bird(source, place)
     if place.suffix in (".jsonl", ".json") or (place.is_dir() and list(place.glob("*.jsonl"))):
-        return _read_jsonl(config, place)
-    looks_local = config.dataset_id.count("/") != 1 or config.dataset_id.startswith((".", "/", "~"))
+        return _read_jsonl(source, place)
     if place.is_dir() and not list(place.glob("**/*.parquet")):
         raise DataError(
-            f"--dataset_id {config.dataset_id}: the folder is in no known form; expected Spider's (tables.json, train_spider.json, "
-            "dev.json, database/), BIRD's (dev.json, dev_tables.json, dev_databases/), or *.jsonl"
+            f"{source.flag}: the folder is in no known form; expected Spider's (tables.json, "
+            "train_spider.json, dev.json, database/), BIRD's (dev.json, dev_tables.json, "
+            "dev_databases/), or *.jsonl"
         )
-    if looks_local and not place.exists():
+    is_path = source.dataset_id.count("/") != 1 or source.dataset_id.startswith((".", "/", "~"))
+    if is_path and not place.exists():
         raise DataError(
-            f"--dataset_id {config.dataset_id}: no such file or folder; give a path, a Hub id (owner/name), or demo"
+            f"{source.flag}: no such file or folder; give a path, a Hub id (owner/name), or demo"
         )
-    return _read_hub(config)
+    return _read_hub(source)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON list or of a JSONL file; a malformed one is named by file and line."""
+    """Return the objects of a JSON list or of a JSONL file.
+
+    Raises:
+        DataError: names the file and the malformed line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    records = (
-        list(parse_lines(path, text).values()) if path.suffix == ".jsonl" else _parse(path, text, 1)
-    )
+    if path.suffix == ".jsonl":
+        records: Any = list(parse_lines(path, text).values())
+    else:
+        records = _parse(path, text, 1)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: must hold JSON objects, one example each")
     return records
 
 
 def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
-    """Line number → the JSON value on it, blank lines left out; `path` serves the error message."""
-    # not splitlines: it also splits at U+2028 and others, which JSON allows inside a string
-    return {
-        number: _parse(path, line, number)
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    }
+    """Return line number → the JSON value on it, without blank lines.
+
+    `path` serves the error message only.
+    """
+    # splitlines would also split at U+2028 and others, which JSON allows inside a string.
+    lines = enumerate(text.split("\n"), 1)
+    return {number: _parse(path, line, number) for number, line in lines if line.strip()}
 
 
 def _parse(path: Path | str, text: str, first_line: int) -> Any:
@@ -105,23 +149,20 @@ def _parse(path: Path | str, text: str, first_line: int) -> Any:
         ) from None
 
 
-def _read_demo(config: Config) -> Corpus:
-    """The data that ships with the package; its databases are built from SQL text once, in the cache."""
-    source = Path(str(resources.files("ray_sql") / "demo_data"))
+def _read_demo(source: Source) -> Corpus:
+    """Read the data that ships with the package; its databases are built once, in the cache."""
+    folder = Path(str(resources.files("ray_sql") / "demo_data"))
     databases = {
-        folder.name: _build_database(folder / "schema.sql", config.cache)
-        for folder in _folders(source / "database")
+        database.name: _build_database(database / "schema.sql", source.cache)
+        for database in _folders(folder / "database")
     }
-    files = {split: (f"{split}.json",) for split in ("train", "seen", "unseen")}
-    splits = {
-        split: _examples(config, [source / file for file in names])
-        for split, names in files.items()
-    }
+    names = ("train", "seen", "unseen")
+    splits = {split: _examples(source, [folder / f"{split}.json"]) for split in names}
     return Corpus(splits, {}, databases)
 
 
 def _build_database(script: Path, cache: Path) -> str:
-    """The SQLite file that `script` makes, under a name that changes with its text; complete or absent."""
+    """Return the SQLite file that `script` makes, complete or absent; its path hashes the text."""
     text = script.read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     target = cache / "demo" / digest / f"{script.parent.name}.sqlite"
@@ -136,104 +177,107 @@ def _build_database(script: Path, cache: Path) -> str:
     return str(target)
 
 
-def _read_folder(config: Config, place: Path, files: Mapping[str, Sequence[str]]) -> Corpus:
-    """A Spider folder: question files, `tables.json`, and databases that may be missing for some."""
+def _read_spider(source: Source, place: Path) -> Corpus:
+    """Read Spider's question files, `tables.json`, and the databases, of which some may lack."""
     splits = {}
-    for split, names in files.items():
-        present = [place / name for name in names if (place / name).is_file()]
-        if present:
-            splits[split] = _examples(config, present)
+    for split, names in SPIDER_FILES.items():
+        files = [place / name for name in names if (place / name).is_file()]
+        if files:
+            splits[split] = _examples(source, files)
     schemas = read_tables_json(place / "tables.json")
-    databases = _databases(config.data.databases or str(place / "database"), splits, config)
-    return Corpus(splits, schemas, databases)
+    return Corpus(
+        splits, schemas, _databases(source.section.databases or str(place / "database"), splits)
+    )
 
 
 def _bird_files(place: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    """Return split → its question file, the first that has a tables file beside it."""
+    files: dict[str, Path] = {}
     for split in ("train", "dev"):
         for path in [place / f"{split}.json", *sorted(place.glob(f"{split}*/{split}.json"))]:
             if path.is_file() and list(path.parent.glob("*_tables.json")):
-                found.setdefault(split, path)
-    return found
+                files.setdefault(split, path)
+    return files
 
 
-def _read_bird(config: Config, place: Path) -> Corpus:
-    """BIRD's release: per split a question file, `<split>_tables.json` and `<split>_databases/`, together or in folders."""
-    splits: dict[str, tuple[Example, ...]] = {}
+def _read_bird(source: Source, place: Path) -> Corpus:
+    """Read BIRD's release, whose splits lie in one folder or in a folder each.
+
+    Each split has a question file, `<split>_tables.json` and `<split>_databases/`.
+    """
+    splits: Splits = {}
     schemas: dict[str, Schema] = {}
     databases: dict[str, str] = {}
     for split, file in _bird_files(place).items():
-        splits[split] = _examples(config, [file])
+        splits[split] = _examples(source, [file])
         for tables in sorted(file.parent.glob("*_tables.json")):
             schemas |= read_tables_json(tables)
         for folder in sorted(file.parent.glob("*_databases")):
-            databases |= _database_files(folder, config)
-    if config.data.databases:
-        databases = _databases(config.data.databases, splits, config)
+            databases |= _database_files(folder)
+    if source.section.databases:
+        databases = _databases(source.section.databases, splits)
     return Corpus(splits, schemas, databases)
 
 
-def _read_jsonl(config: Config, place: Path) -> Corpus:
-    """One file (split here), or a folder of `<split>.jsonl` files; databases in `data.databases` or `database/` beside them."""
+def _read_jsonl(source: Source, place: Path) -> Corpus:
+    """Read one file, which is split later, or a folder of `<split>.jsonl` files.
+
+    The databases are those of `data.databases`, or lie beside the file in `database/`.
+    """
     if not place.exists():
-        raise DataError(f"--dataset_id {config.dataset_id}: no such file")
-    folder = place if place.is_dir() else place.parent
-    files = (
-        {path.stem: path for path in sorted(place.glob("*.jsonl"))}
-        if place.is_dir()
-        else {"train": place}
-    )
-    splits = _with_dev({split: _examples(config, [path]) for split, path in files.items()})
-    where = config.data.databases or next(
-        (str(folder / n) for n in ("database", "databases") if (folder / n).is_dir()), None
-    )
-    if where is None and not all(
-        example.schema_text for examples in splits.values() for example in examples
-    ):
+        raise DataError(f"{source.flag}: no such file")
+    folder, files = place.parent, {"train": place}
+    if place.is_dir():
+        folder, files = place, {path.stem: path for path in sorted(place.glob("*.jsonl"))}
+    splits = _with_dev({split: _examples(source, [path]) for split, path in files.items()})
+    where = source.section.databases
+    for name in ("database", "databases"):
+        if where is None and (folder / name).is_dir():
+            where = str(folder / name)
+    if where is not None:
+        return Corpus(splits, {}, _databases(where, splits))
+    if not all(example.schema_text for examples in splits.values() for example in examples):
         raise DataError(
-            f"--dataset_id {config.dataset_id}: no databases found beside it; name their folder with --data.databases, or give "
-            "each line its own `schema` text"
+            f"{source.flag}: no databases found beside it; name their folder with "
+            "--data.databases, or give each line its own `schema` text"
         )
-    databases = {} if where is None else _databases(where, splits, config)
-    return Corpus(splits, {}, databases)
+    return Corpus(splits)
 
 
-def _read_hub(config: Config) -> Corpus:
-    """A dataset of the Hub (or a local folder in the same form), read by the `datasets` library."""
+def _read_hub(source: Source) -> Corpus:
+    """Read a dataset of the Hub, or a local folder in the same form, by the `datasets` library."""
     import datasets
 
-    token = config.read_token.get_secret_value() if config.read_token else None
+    place = absolute(source.dataset_id)
+    name = str(place) if place.is_dir() else source.dataset_id
     try:
-        place = absolute(config.dataset_id)
-        loaded = datasets.load_dataset(
-            str(place) if place.is_dir() else config.dataset_id, token=token
-        )
-    except Exception as error:  # the library raises many kinds, from requests' to pyarrow's; all mean the same to the user
+        loaded = datasets.load_dataset(name, token=source.token)
+    # The library raises many kinds of errors, from requests' to pyarrow's, for the same mistakes.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise DataError(
-            f"--dataset_id {config.dataset_id}: neither a local folder nor a Hub dataset that can be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, the network and --read_token"
+            f"{source.flag}: neither a local folder nor a Hub dataset that can be read ({reason}); "
+            "check the name, the network and --read_token"
         ) from None
-    splits = {
-        str(split): _distinct(
-            [
-                _example(config, row, f"{config.dataset_id}[{split}]", number)
-                for number, row in enumerate(rows)
-            ],
-            f"{config.dataset_id}[{split}]",
-        )
-        for split, rows in loaded.items()
-    }
+    splits = {}
+    for split, records in loaded.items():
+        where = f"{source.dataset_id}[{split}]"
+        examples = [
+            _example(source, record, f"{where}, row {row}", row)
+            for row, record in enumerate(records)
+        ]
+        splits[str(split)] = _with_unique_ids(examples, where)
     splits = _with_dev(splits)
-    databases = _databases(config.data.databases, splits, config) if config.data.databases else {}
-    return Corpus(splits, {}, databases)
+    if not source.section.databases:
+        return Corpus(splits)
+    return Corpus(splits, {}, _databases(source.section.databases, splits))
 
 
-def _with_dev(splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
-    """`validation`, the Hub's usual name, as `dev`: our `validation` is what is set aside from train."""
-    return {
-        "dev" if name == "validation" and "dev" not in splits else name: rows
-        for name, rows in splits.items()
-    }
+def _with_dev(splits: Splits) -> Splits:
+    """Rename `validation`, the Hub's usual name, to `dev`: ours is set aside from train."""
+    if "validation" not in splits or "dev" in splits:
+        return splits
+    return {"dev" if name == "validation" else name: rows for name, rows in splits.items()}
 
 
 def _folders(place: Path) -> list[Path]:
@@ -242,70 +286,66 @@ def _folders(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_dir())
 
 
-def _database_files(place: Path, config: Config) -> dict[str, str]:
+def _database_files(place: Path) -> dict[str, str]:
     files = {folder.name: folder / f"{folder.name}.sqlite" for folder in _folders(place)}
     return {db_id: str(path) for db_id, path in files.items() if path.is_file()}
 
 
-def _databases(
-    where: str, splits: Mapping[str, Iterable[Example]], config: Config
-) -> dict[str, str]:
-    if "://" in where:
-        used = {example.db_id for examples in splits.values() for example in examples}
-        return {db_id: where.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(used)}
-    return _database_files(absolute(where), config)
+def _databases(where: str, splits: Mapping[str, Iterable[Example]]) -> dict[str, str]:
+    """Return the database of each db_id: a file in the folder, or the URL with the id in it."""
+    if "://" not in where:
+        return _database_files(absolute(where))
+    used = {example.db_id for examples in splits.values() for example in examples}
+    return {db_id: where.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(used)}
 
 
-def _examples(config: Config, files: Sequence[Path]) -> tuple[Example, ...]:
+def _examples(source: Source, files: Sequence[Path]) -> tuple[Example, ...]:
+    """Return the examples of one split; those without an id are counted across its files."""
     examples: list[Example] = []
     for path in files:
-        for number, record in enumerate(read_records(path)):
-            examples.append(
-                _example(config, record, str(path), number, first=len(examples) - number)
-            )
-    return _distinct(examples, ", ".join(map(str, files)))
+        for row, record in enumerate(read_records(path)):
+            examples.append(_example(source, record, f"{path}, row {row}", len(examples)))
+    return _with_unique_ids(examples, ", ".join(map(str, files)))
 
 
-def _distinct(examples: Sequence[Example], where: str) -> tuple[Example, ...]:
-    """The examples of a split, whose ids tell them apart in every file that is written about them."""
+def _with_unique_ids(examples: Sequence[Example], where: str) -> tuple[Example, ...]:
+    """Return the examples of a split; raise `DataError` where two have the same id."""
     first: dict[str, int] = {}
-    for number, example in enumerate(examples):
-        if (before := first.setdefault(example.id, number)) != number:
+    for row, example in enumerate(examples):
+        before = first.setdefault(example.id, row)
+        if before != row:
             raise DataError(
-                f"{where}, rows {before} and {number}: both have id {example.id!r}; give each its own, or leave the ids out"
+                f"{where}, rows {before} and {row}: both have id {example.id!r}; give each its "
+                "own, or leave the ids out"
             )
     return tuple(examples)
 
 
-def _example(
-    config: Config, record: Mapping[str, Any], file: str, number: int, first: int = 0
-) -> Example:
-    """One record as an `Example`; a field that must be there and is not is named with the columns found."""
-    columns = {**COLUMNS, **TASK_COLUMNS[config.task_type]}
-
-    def value(name: str, required: bool = False) -> str | None:
-        mapped = config.data.columns.get(name)
-        candidates = (mapped,) if mapped else columns.get(name, (name,))
-        found = next((column for column in candidates if record.get(column) is not None), None)
-        if found is None and (required or (mapped and mapped not in record)):
-            raise DataError(
-                f"{file}, row {number}: no column {' or '.join(map(repr, candidates))} for {name}; found "
-                f"{', '.join(sorted(record))}. Map it with --data.columns {name}=THEIR_COLUMN"
-            )
-        return None if found is None else str(record[found]).strip()
-
-    unknown = set(config.data.columns) - set(columns)
-    if unknown:
-        raise DataError(
-            f"--data.columns {unknown.pop()}: no such field; fields are {', '.join(columns)}"
-        )
+def _example(source: Source, record: Mapping[str, Any], where: str, default_id: int) -> Example:
+    """Return one record as an `Example`; `where` names it in errors."""
+    fields = {field: _value(source, record, where, field) for field in source.columns}
     return Example(
-        id=value("id") or str(first + number),
-        db_id=value("db_id", required=True) or "",
-        question=value("question", required=True) or "",
-        gold=value("query", required=True) or "",
-        evidence=value("evidence") or "",
-        hardness=value("hardness"),
-        schema_text=value("schema"),
-        links_text=value("links") if "links" in columns else None,
+        id=fields["id"] or str(default_id),
+        db_id=fields["db_id"] or "",
+        question=fields["question"] or "",
+        gold=fields["query"] or "",
+        evidence=fields["evidence"] or "",
+        hardness=fields["hardness"],
+        schema_text=fields["schema"],
+        links_text=fields.get("links"),
     )
+
+
+def _value(source: Source, record: Mapping[str, Any], where: str, field: str) -> str | None:
+    """Return a field of a record, None where it is empty; raise `DataError` where it must not."""
+    mapped = source.section.columns.get(field)
+    columns = (mapped,) if mapped else source.columns[field]
+    for column in columns:
+        if record.get(column) is not None:
+            return str(record[column]).strip()
+    if field in REQUIRED or (mapped and mapped not in record):
+        raise DataError(
+            f"{where}: no column {' or '.join(map(repr, columns))} for {field}; found "
+            f"{', '.join(sorted(record))}. Map it with --data.columns {field}=THEIR_COLUMN"
+        )
+    return None

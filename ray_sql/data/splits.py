@@ -1,4 +1,4 @@
-"""Choose what is trained on, what chooses the best checkpoint, and what is scored; then find the schemas these need."""
+"""Choose the examples to train on, to select by and to score, and find the schemas they need."""
 
 from __future__ import annotations
 
@@ -6,53 +6,84 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from ray_sql.config import Config
-from ray_sql.data.corpus import Corpus, Example, sample, some
-from ray_sql.data.read import read_corpus
+from ray_sql.data.corpus import Corpus, Example, join_some, sample
+from ray_sql.data.read import Source, read_corpus
 from ray_sql.database import Schema, reflect
 from ray_sql.errors import DataError
 
+OWN_SPLITS = ("train", "validation")
+"""Splits that a run trains on or selects by."""
+
+Examples = tuple[Example, ...]
+
 
 def load(config: Config) -> Corpus:
-    """The corpus that `config` names, split into `train`, `validation` and the splits to be scored.
+    """Return the corpus as `train`, `validation` and the splits to be scored, with schemas.
 
-    Raises `DataError` naming the file, the row and the field of whatever is missing or malformed.
+    Raises:
+        DataError: names the file, the row and the field that is missing or malformed.
     """
-    for split in {"train", "validation"} & set(config.split):
-        raise DataError(
-            f"--split {split}: is trained or chosen on, so it cannot score a run; name a split that is not"
-        )
-    corpus = _with_scored_splits(read_corpus(config), config)
-    train, validation = _set_aside(
-        corpus.splits["train"], config.data.validation_fraction, config, "validation"
-    )
-    if config.data.limit:
-        train = sample(train, config.data.limit, config.seed)
-    scored = {split: corpus.splits[split] for split in config.split}
-    return _with_schemas(
-        config, replace(corpus, splits={"train": train, "validation": validation} | scored)
-    )
+    for split in config.split:
+        if split in OWN_SPLITS:
+            raise DataError(
+                f"--split {split}: is trained or chosen on, so it cannot score a run; name a "
+                "split that is not"
+            )
+    source = _source(config)
+    corpus = _divide(read_corpus(source), source, config.split, config.seed)
+    return _with_schemas(corpus, source, config.prompt.example_values)
 
 
 def load_split(config: Config, splits: Sequence[str]) -> Corpus:
-    """Only the named splits, whole, with the schemas and databases they need."""
-    corpus = read_corpus(config)
-    if "validation" in splits or not all(split in corpus.splits for split in splits):
-        scored = tuple(split for split in splits if split not in ("train", "validation"))
-        # one unsplit file: training set its test part aside first, so the same is done here
-        corpus = load(
-            config.changed(
-                {"split": scored or (("dev",) if set(corpus.splits) == {"train"} else ())}
-            )
+    """Return only the named splits, whole, with the schemas and databases they need."""
+    source = _source(config)
+    corpus = read_corpus(source)
+    if "validation" in splits or not set(splits) <= set(corpus.splits):
+        scored = tuple(split for split in splits if split not in OWN_SPLITS)
+        # Training sets the test part of one unsplit file aside first, so it is set aside here too.
+        if not scored and set(corpus.splits) == {"train"}:
+            scored = ("dev",)
+        corpus = _divide(corpus, source, scored, config.seed)
+    corpus = replace(corpus, splits={split: corpus.splits[split] for split in splits})
+    return _with_schemas(corpus, source, config.prompt.example_values)
+
+
+def _source(config: Config) -> Source:
+    token = config.read_token.get_secret_value() if config.read_token else None
+    return Source(config.dataset_id, config.task_type, config.data, config.cache, token)
+
+
+def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) -> Corpus:
+    """Return `train`, `validation` and the scored splits; one unsplit file is divided here."""
+    splits, section = corpus.splits, source.section
+    if not splits.get("train"):
+        raise DataError(f"{source.flag}: no training examples; found splits {join_some(splits)}")
+    missing = [split for split in scored if split not in splits]
+    if missing and set(splits) == {"train"} and len(scored) == 1:
+        # The draw does not depend on the split's name: else `--split test` would score examples
+        # that a run with `--split dev` trained on.
+        train, held_out = set_aside(
+            splits["train"], section.test_fraction, section.split_by, f"{seed}-held-out"
         )
-    return _with_schemas(
-        config, replace(corpus, splits={split: corpus.splits[split] for split in splits})
+        splits = {"train": train, missing[0]: held_out}
+    elif missing:
+        raise DataError(
+            f"--split {missing[0]}: {source.flag} has no such split; it has {join_some(splits)}"
+        )
+    train, validation = set_aside(
+        splits["train"], section.validation_fraction, section.split_by, f"{seed}-validation"
     )
+    if section.limit:
+        train = sample(train, section.limit, seed)
+    own = {"train": train, "validation": validation}
+    return replace(corpus, splits=own | {split: splits[split] for split in scored})
 
 
-def _with_schemas(config: Config, corpus: Corpus) -> Corpus:
-    """Add the schema of every database in use: from the live database where there is one, else from tables.json."""
+def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus:
+    """Add the schema of every database in use: the live database's, else that of tables.json."""
     schemas: dict[str, Schema] = {}
     for split, examples in corpus.splits.items():
         for example in examples:
@@ -60,85 +91,65 @@ def _with_schemas(config: Config, corpus: Corpus) -> Corpus:
             if db_id in schemas or (example.schema_text and db_id not in corpus.databases):
                 continue
             if db_id in corpus.databases:
-                schemas[db_id] = reflect(
-                    corpus.databases[db_id], db_id, config.prompt.example_values
-                )
+                schemas[db_id] = reflect(corpus.databases[db_id], db_id, example_values)
             elif db_id in corpus.schemas:
                 schemas[db_id] = corpus.schemas[db_id]
             else:
+                known = join_some(corpus.databases or corpus.schemas)
                 raise DataError(
-                    f"--dataset_id {config.dataset_id}, {split} example {example.id}: unknown db_id {db_id!r}: no database file "
-                    f"{db_id}/{db_id}.sqlite and no entry in tables.json; have {some(corpus.databases or corpus.schemas)}"
+                    f"{source.flag}, {split} example {example.id}: unknown db_id {db_id!r}: no "
+                    f"database file {db_id}/{db_id}.sqlite and no entry in tables.json; have {known}"
                 )
     return replace(corpus, schemas=schemas)
 
 
-def _with_scored_splits(corpus: Corpus, config: Config) -> Corpus:
-    """Make sure that there is a `train` split, and every split to be scored; one unsplit file is divided here."""
-    if not corpus.splits.get("train"):
-        raise DataError(
-            f"--dataset_id {config.dataset_id}: no training examples; found splits {some(corpus.splits)}"
-        )
-    missing = [split for split in config.split if split not in corpus.splits]
-    if missing and set(corpus.splits) == {"train"} and len(config.split) == 1:
-        # drawn under one name whatever the user calls it, or `--split test` would score what `--split dev` trained on
-        train, held_out = _set_aside(
-            corpus.splits["train"], config.data.test_fraction, config, "held-out"
-        )
-        return replace(corpus, splits={"train": train, missing[0]: held_out})
-    if missing:
-        raise DataError(
-            f"--split {missing[0]}: --dataset_id {config.dataset_id} has no such split; it has {some(corpus.splits)}"
-        )
-    return corpus
+def set_aside(
+    examples: Examples, fraction: float, split_by: Literal["database", "question"] | None, seed: str
+) -> tuple[Examples, Examples]:
+    """Divide examples into (those left, those set aside), drawn with the seed.
 
+    By database, whole databases are drawn until `fraction` is reached; by question, single
+    questions. None means by database, but by question where databases are too unequal: where the
+    drawn ones hold less than half or more than twice of `fraction`.
 
-def _set_aside(
-    examples: tuple[Example, ...], fraction: float, config: Config, name: str
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Divide examples into (kept, set aside): whole databases drawn with the seed until `fraction` is reached, or questions.
-
-    Where databases are so unequal that what can be set aside is less than half or more than twice what was wanted, it is questions,
-    unless the settings say databases.
+    Raises:
+        DataError: one database alone cannot be split by database.
     """
     wanted = round(fraction * len(examples))
     if not wanted:
         return examples, ()
-    by_database = Counter(example.db_id for example in examples)
-    seed = f"{config.seed}-{name}"
-    held = _whole_databases(by_database, wanted, random.Random(seed))
-    size = sum(by_database[db_id] for db_id in held)
-    by_default = (
-        "database" if len(by_database) > 1 and wanted / 2 <= size <= 2 * wanted else "question"
-    )
-    if (config.data.split_by or by_default) == "question":
+    sizes = Counter(example.db_id for example in examples)
+    databases = _draw_databases(sizes, wanted, random.Random(seed))
+    if split_by is None:
+        drawn = sum(sizes[db_id] for db_id in databases)
+        near = len(sizes) > 1 and wanted / 2 <= drawn <= 2 * wanted
+        split_by = "database" if near else "question"
+    if split_by == "question":
         chosen = set(random.Random(seed).sample(range(len(examples)), wanted))
-        aside = [index in chosen for index in range(len(examples))]
+    elif len(sizes) > 1:
+        chosen = {index for index, example in enumerate(examples) if example.db_id in databases}
     else:
-        if len(by_database) < 2:
-            raise DataError(
-                f"--data.split_by database: all {len(examples)} examples are on one database ({some(by_database)}), so none "
-                "can be set aside whole; use --data.split_by question"
-            )
-        aside = [example.db_id in held for example in examples]
-    kept = tuple(example for example, out in zip(examples, aside, strict=True) if not out)
-    return kept, tuple(example for example, out in zip(examples, aside, strict=True) if out)
+        raise DataError(
+            f"--data.split_by database: all {len(examples)} examples are on one database "
+            f"({join_some(sizes)}), so none can be set aside whole; use --data.split_by question"
+        )
+    left = tuple(example for index, example in enumerate(examples) if index not in chosen)
+    return left, tuple(examples[index] for index in sorted(chosen))
 
 
-def _whole_databases(
-    by_database: Mapping[str, int], wanted: int, generator: random.Random
-) -> set[str]:
-    """Databases to set aside for so many examples: in an order drawn at random, passing over those that are more than half too many."""
-    order = sorted(by_database)
+def _draw_databases(sizes: Mapping[str, int], wanted: int, generator: random.Random) -> set[str]:
+    """Draw databases until they hold `wanted` examples; at least one database is left out.
+
+    A database that would bring the sum over 1.5 times `wanted` is passed over. Where every
+    database is too large, the smallest is drawn.
+    """
+    order = sorted(sizes)
     generator.shuffle(order)
-    held: set[str] = set()
-    size = 0
+    drawn: set[str] = set()
+    total = 0
     for db_id in order:
-        if (
-            size < wanted
-            and size + by_database[db_id] <= 1.5 * wanted
-            and len(held) < len(order) - 1
-        ):
-            held.add(db_id)
-            size += by_database[db_id]
-    return held or {min(order, key=lambda db_id: by_database[db_id])}
+        fits = total + sizes[db_id] <= 1.5 * wanted
+        if total < wanted and fits and len(drawn) < len(order) - 1:
+            drawn.add(db_id)
+            total += sizes[db_id]
+    return drawn or {min(order, key=lambda db_id: sizes[db_id])}
