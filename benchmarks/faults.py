@@ -34,6 +34,7 @@ import psutil
 from benchmarks.mlflow_server import Server
 from benchmarks.ray_cluster import ray_cluster
 from ray_sql import cli, finetune, progress
+from ray_sql.cluster.events import DriverLink, Event, TrainJob, TrainOutcome, TrainPoint
 from ray_sql.config import Config, load
 from ray_sql.store import checkpoints, storage
 from ray_sql.train import driver
@@ -513,16 +514,15 @@ SAYS = {
 def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -> None:
     """A driver: `jobs.finetune`, which also writes down every point of the curve as it sees it."""
 
-    class Noting(progress.Points):
-        def __call__(self, point: dict[str, Any]) -> None:
-            if point["kind"] == "train":
+    class Noting(progress.Progress):
+        def __call__(self, event: Event) -> None:
+            if isinstance(event, TrainPoint):
+                point = {"step": event.step, "loss": event.values["loss"]}
                 with open(points, "a") as stream:
-                    stream.write(
-                        json.dumps({"step": point["step"], "loss": point["values"]["loss"]}) + "\n"
-                    )
-            super().__call__(point)
+                    stream.write(json.dumps(point) + "\n")
+            super().__call__(event)
 
-    progress.Points = Noting  # type: ignore[misc]
+    progress.Progress = Noting  # type: ignore[misc]
     if full:
         driver.train_loop_per_worker = partial(without_memory, moment=full)
     file = Path(points).with_name("settings.json")
@@ -530,7 +530,7 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
     cli.main("finetune", ["--config", str(file)])
 
 
-def without_memory(plan: dict[str, Any], moment: tuple[str, int]) -> dict[str, Any]:
+def without_memory(job: TrainJob, link: DriverLink, moment: tuple[str, int]) -> TrainOutcome:
     """`train_loop_per_worker` where torch finds no memory at a moment, unless forward passes were halved."""
     import torch
 
@@ -542,7 +542,7 @@ def without_memory(plan: dict[str, Any], moment: tuple[str, int]) -> dict[str, A
     step, checksum = trainer.StepTrainer.training_step, storage.checksum
 
     def full(*_: Any) -> None:
-        if plan["halvings"] == 0:
+        if job.microbatch_halvings == 0:
             torch.empty(2**55)
 
     def training_step(self: Any, *given: Any) -> Any:
@@ -557,7 +557,7 @@ def without_memory(plan: dict[str, Any], moment: tuple[str, int]) -> dict[str, A
 
     trainer.StepTrainer.training_step = training_step  # type: ignore[assignment, method-assign]
     storage.checksum = while_saving
-    return train.train_loop_per_worker(plan)
+    return train.train_loop_per_worker(job, link)
 
 
 def make_data(folder: Path) -> None:

@@ -17,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ray_sql import cluster
+from ray_sql.cluster.events import DriverLink, TrainPoint
 from ray_sql.config import Config, load
 
 WARM_UP = 3
@@ -51,14 +53,23 @@ class Turns:
             file.write(".")
 
 
-def loop(plan: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """One of the two trainings; `me` is `BARE` or `RAY`."""
+
+    settings: dict[str, Any]
+    folder: str
+    me: str
+
+
+def loop(job: Job, driver: DriverLink) -> list[float]:
     """Train, and return the seconds of every step; on a Ray worker or in a process of its own."""
     from ray_sql import data, models, rows
     from ray_sql.train import trainer
 
-    config, me = Config(**plan["config"]), plan["me"]
+    config, me = Config(**job.settings), job.me
     if me == RAY:
-        device = cluster.claim_device(config)
+        device = cluster.claim_device(config.scaling)
     else:
         device = "cpu"
         cluster.keep_freed_memory()
@@ -69,12 +80,12 @@ def loop(plan: dict[str, Any]) -> dict[str, Any]:
         rows.encode(example, corpus.schemas, tokenizer, config)
         for example in corpus.splits["train"]
     ]
-    turns, seconds = Turns(plan["folder"], me), []
+    turns, seconds = Turns(job.folder, me), []
     started = 0.0
 
     def on_log(step: int, steps: int, values: dict[str, float]) -> None:
         nonlocal started
-        plan["emit"]({"kind": "step", "step": step, "values": values})
+        driver.emit(TrainPoint(step, steps, values))
         seconds.append(time.perf_counter() - started)
         turns.over()
         if step < steps:
@@ -96,7 +107,7 @@ def loop(plan: dict[str, Any]) -> dict[str, Any]:
             on_log=on_log,
             on_save=lambda *_: None,
         )
-    return {"seconds": seconds}
+    return seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,24 +120,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.bare:
-        plan = json.loads(Path(arguments.bare).read_text())
-        print(json.dumps(loop({**plan, "me": BARE, "emit": lambda point: None})))
+        job = Job(**json.loads(Path(arguments.bare).read_text()))
+        print(json.dumps(loop(job, DriverLink(lambda _: None, lambda: False))))
         return
     config = settings(6 if arguments.quick else arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
-        plan = {"config": config.for_workers(), "folder": folder}
-        file = Path(folder) / "plan.json"
-        file.write_text(json.dumps(plan))
+        job = Job(config.for_workers(), folder, RAY)
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(asdict(replace(job, me=BARE))))
         command = [sys.executable, "-m", "benchmarks.ray_overhead", "--bare", str(file)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bare:
             try:
                 under_ray = cluster.run_workers(
-                    loop, {**plan, "me": RAY}, config, lambda _: None, f"{folder}/run"
-                )["seconds"]
+                    loop, job, config.scaling, f"{folder}/run", lambda _: None
+                )
                 out, _ = bare.communicate()
             finally:
                 bare.kill()
-    report(json.loads(out.splitlines()[-1])["seconds"][WARM_UP:], under_ray[WARM_UP:])
+    report(json.loads(out.splitlines()[-1])[WARM_UP:], under_ray[WARM_UP:])
 
 
 def settings(steps: int) -> Config:

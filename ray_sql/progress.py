@@ -1,4 +1,4 @@
-"""What workers say while they train and answer, shown on the display and kept in MLflow and TensorBoard."""
+"""Events of workers, shown on the display and kept in MLflow and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,75 +9,88 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ray_sql import cluster, tracking
+from ray_sql import tracking
+from ray_sql.cluster.events import (
+    AnswersCounted,
+    CheckpointSaved,
+    Event,
+    Note,
+    Resumed,
+    StageEnded,
+    TrainPoint,
+    UnknownEvent,
+)
 from ray_sql.config import Config
 from ray_sql.display import Display, percent
 
 log = logging.getLogger(__name__)
 
 
-class Points:
-    """What workers say, passed on to the display, MLflow and TensorBoard; MLflow has each step once, whatever is repeated."""
+class Progress:
+    """Shows events on the display and keeps them in MLflow and TensorBoard.
+
+    MLflow has each step once, whatever is repeated.
+    """
 
     def __init__(
         self,
         config: Config,
         record: tracking.Run,
         display: Display,
-        timeline: StartupClock | None = None,
+        startup: StartupClock | None = None,
     ) -> None:
         self._config, self._record, self._display = config, record, display
-        self._timeline = timeline
+        self._startup = startup
         self._writer: Any = None
         self._gaps = False
         self._newest = -1
         self.on_checkpoint: Callable[[int], None] | None = None
 
-    def __call__(self, point: cluster.Point) -> None:
-        if point["kind"] == "answers":
-            self._display.update(f"answering with {point['model']}", point["done"], point["total"])
-            return
-        if point["kind"] == "mark":
-            if self._timeline:
-                self._timeline.mark(point["stage"], point["at"])
-            return
-        if point["kind"] == "note":
-            self._display.line(point["text"])
-            return
-        if point["kind"] == "curve":
-            for step, logged in point["points"]:
-                self._record.log(step, tracking.named(logged))
-            if point["step"] <= self._newest:
-                self._display.line(
-                    f"the workers were restarted and go on from step {point['step']}"
-                )
-            self._newest = point["step"]
-            return
-        values = tracking.named(point["values"])
-        if point["kind"] == "train":
-            self._first_step()
-            if point["step"] <= self._newest:
-                self._display.line(
-                    "the workers were restarted and begin again: there was no checkpoint yet"
-                )
-            self._newest = point["step"]
-            self._display.train(point["step"], point["steps"], point["values"])
-        else:
-            self._newest = max(self._newest, point["step"])
-            self._display.line(
-                f"step {point['step']}: checkpoint saved{validation_scores(point['values'])}"
-            )
-            if self.on_checkpoint:
-                self.on_checkpoint(point["step"])
-        self._record.log(point["step"], values)
-        self._tensorboard(point["step"], values)
+    def __call__(self, event: Event) -> None:
+        """Record an event. Raises `UnknownEvent` if it is of no known type."""
+        match event:
+            case Note(text):
+                self._display.line(text)
+            case StageEnded(stage, at):
+                if self._startup:
+                    self._startup.mark(stage, at)
+            case AnswersCounted(model, done, total):
+                self._display.update(f"answering with {model}", done, total)
+            case Resumed(step, points):
+                for logged_step, values in points:
+                    self._record.log(logged_step, tracking.named(values))
+                self._went_back_to(step, f"go on from step {step}")
+            case TrainPoint(step, steps, values):
+                self._first_step()
+                self._went_back_to(step, "begin again: there was no checkpoint yet")
+                self._display.train(step, steps, values)
+                self._log(step, values)
+            case CheckpointSaved(step, values):
+                self._newest = max(self._newest, step)
+                self._display.line(f"step {step}: checkpoint saved{validation_scores(values)}")
+                if self.on_checkpoint:
+                    self.on_checkpoint(step)
+                self._log(step, values)
+            case _:
+                raise UnknownEvent(event)
+
+    def _went_back_to(self, step: int, restart: str) -> None:
+        """Note the newest step; say that the workers were restarted if it is not a new one."""
+        if step <= self._newest:
+            self._display.line(f"the workers were restarted and {restart}")
+        self._newest = step
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        named = tracking.named(values)
+        self._record.log(step, named)
+        self._tensorboard(step, named)
 
     def _first_step(self) -> None:
         """Say once how long it took to come here; what restarted workers mark later belongs to no start."""
-        if self._timeline:
-            self._timeline.mark("first step")
-            self._display.line(self._timeline.line())
-            self._timeline = None
+        if self._startup:
+            self._startup.mark("first step")
+            self._display.line(self._startup.line())
+            self._startup = None
 
     def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         if "://" in self._config.run_dir:

@@ -243,7 +243,8 @@ def test_the_rayjob_is_one_and_runs_a_command_that_parses() -> None:
     assert (command, job_name) == ("ray-sql", "finetune")
     config = load(Config, [flag.replace(workdir, str(ROOT)) for flag in flags])
     assert (
-        config.scaling.use_gpu and config.workers <= cluster["workerGroupSpecs"][0]["maxReplicas"]
+        config.scaling.use_gpu
+        and config.scaling.max_workers <= cluster["workerGroupSpecs"][0]["maxReplicas"]
     )
     for place in (config.run_dir, config.dataset_id, config.cache_dir):
         assert place.startswith("/shared/"), (

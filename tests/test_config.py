@@ -373,8 +373,12 @@ def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
             yaml_file(tmp_path, "scaling: {num_workers: [1, 4]}\ntrain: {global_batch_size: 24}\n"),
         ),
     ):
-        assert given.scaling.num_workers == (1, 4) and given.elastic
-        assert (given.fewest_workers, given.workers, given.global_batch) == (1, 4, 24)
+        assert given.scaling.num_workers == (1, 4) and given.scaling.elastic
+        assert (given.scaling.min_workers, given.scaling.max_workers, given.global_batch) == (
+            1,
+            4,
+            24,
+        )
         assert (
             load(Config, ["--config", yaml_file(tmp_path, json.dumps(given.public()))]).scaling
             == given.scaling
@@ -384,7 +388,7 @@ def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
     )
     assert most.global_batch == 2 * 3 * 2, "that of the largest number of workers"
     fixed = settings("--scaling.num_workers", "4")
-    assert not fixed.elastic and fixed.fewest_workers == fixed.workers == 4
+    assert not fixed.scaling.elastic and fixed.scaling.min_workers == fixed.scaling.max_workers == 4
 
 
 @pytest.mark.parametrize("bounds", ["4,1", "2,2", "0,2", "1,2,3", "a,2", "1.5", "-1"])

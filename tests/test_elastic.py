@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from benchmarks.ray_cluster import ray_cluster
 from ray_sql import cli, cluster, train
+from ray_sql.cluster.events import CheckpointSaved, Event, Note, TrainPoint
 from ray_sql.config import Config
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints
@@ -75,23 +76,22 @@ class Log:
     def rates(self) -> dict[int, float]:
         return {step: rate for step, _, rate in self.points}
 
-    def __call__(self, point: dict[str, Any]) -> None:
-        if point["kind"] == "note":
-            self.notes.append(point["text"])
-        if point["kind"] == "validation":
-            self.saved.append((point["step"], point["objective"]))
-        if point["kind"] == "train":
-            self.points.append(
-                (point["step"], point["values"]["loss"], point["values"]["learning_rate"])
-            )
-            if self._at:
-                self._at(point["step"])
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Note(text):
+                self.notes.append(text)
+            case CheckpointSaved(step, _, objective):
+                self.saved.append((step, objective))
+            case TrainPoint(step, _, values):
+                self.points.append((step, values["loss"], values["learning_rate"]))
+                if self._at:
+                    self._at(step)
 
 
-def fit(config: Config, on_point: Any) -> train.FitResult:
+def fit(config: Config, on_event: Any) -> train.FitResult:
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
-    return train.fit(config, prepared.model_folder, on_point)
+    return train.fit(config, prepared.model_folder, on_event)
 
 
 def told(number: int, *steps: int) -> Log:
@@ -300,7 +300,7 @@ def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:
 def test_workers_that_do_not_end_are_not_waited_for(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.stop, "PATIENCE", 0.5)
+    monkeypatch.setattr(cluster.stop, "STOP_SECONDS", 0.5)
 
     def busy(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import faults
+from ray_sql.cluster.events import Event, Note
 from ray_sql.store import checkpoints
 from tests.test_train import Curve, fit, flip_a_byte
 
@@ -45,13 +46,14 @@ def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(
         [],
     )
 
-    def on_point(point: dict[str, Any]) -> None:
-        second(point)
-        notes.extend([point["text"]] if point["kind"] == "note" else [])
+    def on_event(event: Event) -> None:
+        second(event)
+        if isinstance(event, Note):
+            notes.append(event.text)
 
     fit(config, first)
     flip_a_byte(Path(config.run_dir, "checkpoint-4", "optimizer.pt"))
-    fit(config, on_point)
+    fit(config, on_event)
     assert [
         text
         for text in notes

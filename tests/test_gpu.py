@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ray_sql import generate, models
+from ray_sql.cluster.events import TrainOutcome
 from ray_sql.generate import hf_generate
 from ray_sql.models import packed_attention
 from ray_sql.rows import passes
@@ -200,7 +201,7 @@ def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_
             (step, sorted(file.name for file in place.iterdir()))
         ),
     )
-    assert outcome == trainer.Outcome(2, 2, None)
+    assert outcome == TrainOutcome(2, 2, None)
     assert len(seen) == 2 and all(
         0 < loss < trainer.divergence_limit(len(tokenizer)) for loss in seen
     )

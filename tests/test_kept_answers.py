@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from ray_sql import data, generate
+from ray_sql.cluster.events import AnswersCounted
 from ray_sql.config import Config, EvaluateConfig
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
@@ -28,13 +29,13 @@ DISPLAY = Display(Console(file=io.StringIO()))
 def ask(
     config: Any, model: Path, adapter: str | None = None
 ) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
-    """The judged rows by model, and which answers were said while asking."""
+    """The judged rows by model, and the counts of answers that came while asking."""
     corpus, tokenizer = data.load(config), load_tokenizer(str(model))
     asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-    points: list[Any] = []
+    events: list[Any] = []
     return measure.of_models(
-        config, asked, corpus.schemas, str(model), adapter, DISPLAY, points.append
-    ), points
+        config, asked, corpus.schemas, str(model), adapter, DISPLAY, events.append
+    ), [event for event in events if isinstance(event, AnswersCounted)]
 
 
 def files(config: Any) -> list[Path]:
@@ -64,9 +65,7 @@ def small(make_config: Any) -> Any:
 
 def test_only_what_is_left_is_asked(small: Any, tiny_model: Path) -> None:
     whole, points = ask(small(), tiny_model)
-    assert [(point["done"], point["total"]) for point in points] == [
-        (done, 8) for done in range(1, 9)
-    ]
+    assert [(point.done, point.total) for point in points] == [(done, 8) for done in range(1, 9)]
     (file,) = files(small())
     lines = file.read_text().splitlines()
     changed = {
@@ -75,7 +74,7 @@ def test_only_what_is_left_is_asked(small: Any, tiny_model: Path) -> None:
     }
     file.write_text(json.dumps(changed) + "\n" + "\n".join(lines[1:5]) + "\n" + lines[5][:20])
     again, points = ask(small(), tiny_model)
-    assert [point["done"] for point in points] == [6, 7, 8]
+    assert [point.done for point in points] == [6, 7, 8]
     assert [row["raw"] for row in again["base"]] == [
         changed["raw"],
         *(row["raw"] for row in whole["base"][1:]),
@@ -106,7 +105,7 @@ def test_another_question_limit_or_adapter_has_its_own_answers(
             base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
         ).save_pretrained(adapter)
         _, points = ask(small(), tiny_model, str(adapter))
-        assert {point["model"] for point in points} == {"tuned"} and len(points) == 8
+        assert {point.model for point in points} == {"tuned"} and len(points) == 8
         assert not ask(small(), tiny_model, str(adapter))[1]
 
 
@@ -154,9 +153,7 @@ def test_two_workers_answer_as_one_process(
         small(**{"scaling.num_workers": 2, "cache_dir": str(tmp_path / "other")}), tiny_model
     )
     assert [row["raw"] for row in both["base"]] == [row["raw"] for row in here["base"]]
-    assert sorted(point["done"] for point in points if point["kind"] == "answers") == list(
-        range(1, 9)
-    )
+    assert sorted(point.done for point in points) == list(range(1, 9))
 
 
 def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Path) -> None:

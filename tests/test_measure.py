@@ -14,6 +14,7 @@ from ray_sql.data import prompts
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import measure
+from ray_sql.metrics.paired import PairedTest
 from ray_sql.models import load_tokenizer
 from ray_sql.store import storage
 from tests.conftest import QUESTIONS, make_model
@@ -242,7 +243,9 @@ def test_links_are_compared_by_the_score_that_heads_their_table(make_config: Any
         "tuned": ["extra names", "extra names", "missing names"],
     }
     measured = {name: [row(kind) for kind in each] for name, each in kinds.items()}
-    assert measure.paired(measured, "base")[:2] == (1, 1), "strict recall: spare names do no harm"
+    assert measure.paired(measured, "base") == PairedTest(1, 1), (
+        "strict recall: spare names do no harm"
+    )
 
 
 def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model: Path) -> None:

@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from benchmarks.mlflow_server import Server
 from ray_sql import finetune, preflight, progress, tracking
+from ray_sql.cluster.events import Event, TrainPoint
 from ray_sql.config import CheckConfig, Config
 from ray_sql.display import Display
 from ray_sql.errors import StoreError, TakenOver
-from ray_sql.train.resume import take_over
+from ray_sql.train.resume import claim_run
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -48,13 +49,13 @@ def settings(server: Server) -> dict[str, Any]:
 def at_steps(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], None]]) -> None:
     """Let something happen in a run just before the point of a step is recorded."""
 
-    class Eventful(progress.Points):
-        def __call__(self, point: dict[str, Any]) -> None:
-            if point["kind"] == "train" and point["step"] in happens:
-                happens[point["step"]]()
-            super().__call__(point)
+    class Eventful(progress.Progress):
+        def __call__(self, event: Event) -> None:
+            if isinstance(event, TrainPoint) and event.step in happens:
+                happens[event.step]()
+            super().__call__(event)
 
-    monkeypatch.setattr(progress, "Points", Eventful)
+    monkeypatch.setattr(progress, "Progress", Eventful)
 
 
 def recorded(server: Server, run_id: str) -> Any:
@@ -153,7 +154,7 @@ def test_a_run_that_was_taken_over_leaves_its_mlflow_run_to_the_other(
         "evaluate.limit": 2,
     }
     config = make_config(**given, **{"tracking.enabled": True, "tracking.uri": uri})
-    at_steps(monkeypatch, {6: lambda: take_over(config.run_dir) and None})
+    at_steps(monkeypatch, {6: lambda: claim_run(config.run_dir) and None})
     with pytest.raises(TakenOver, match="taken over by the same command given again"):
         finetune.run(config)
     client = MlflowClient(uri)
@@ -171,12 +172,12 @@ def test_storage_that_fails_costs_tensorboard_some_points_and_not_the_run(
 ) -> None:
     config = make_config()
     points, folder = (
-        progress.Points(config, tracking.disabled(Path()), Display()),
+        progress.Progress(config, tracking.disabled(Path()), Display()),
         Path(config.run_dir),
     )
 
     def train(step: int) -> None:
-        points({"kind": "train", "step": step, "steps": 1000, "values": {"loss": 1.0}})
+        points(TrainPoint(step, 1000, {"loss": 1.0}))
 
     train(1)
     while not any(b"loss" in file.read_bytes() for file in folder.glob("logs/*")):

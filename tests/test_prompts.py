@@ -11,9 +11,10 @@ from ray_sql.config import Config
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.errors import ContractError, DataError
 from ray_sql.models import load_tokenizer
+from ray_sql.tasks import SCHEMA, SQL, TASKS
 from tests.conftest import CHAT_TEMPLATE
 
-TURNS = prompts.messages("sql", "customer(id, name)", "How many?", "count the rows")
+TURNS = prompts.messages(SQL, "customer(id, name)", "How many?", "count the rows")
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     + (
@@ -49,7 +50,7 @@ def corpus(make_config: Any) -> Corpus:
 def prompt_of(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> str:
     schema = prompts.schema_text(example, corpus.schemas, config)
     return prompts.render_prompt(
-        tokenizer, prompts.messages(config.task_type, schema, example.question)
+        tokenizer, prompts.messages(TASKS[config.task_type], schema, example.question)
     )
 
 
@@ -64,9 +65,9 @@ def test_the_schema_comes_first_and_the_question_last(
     for table in ("customer", "product", "sale"):
         assert text.index(table) < text.index(f"Question: {example.question}")
     after = text.partition(example.question)[2]
-    assert prompts.render_prompt(tokenizer, prompts.messages(config.task_type, "", "")).endswith(
-        after
-    )
+    assert prompts.render_prompt(
+        tokenizer, prompts.messages(TASKS[config.task_type], "", "")
+    ).endswith(after)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
@@ -90,11 +91,11 @@ def test_a_hint_stands_between_schema_and_question_and_leaves_no_trace_where_the
 ):
     content = TURNS[1]["content"]
     assert content == "Schema:\ncustomer(id, name)\n\nHint: count the rows\nQuestion: How many?"
-    assert prompts.messages("sql", "s", "q")[1]["content"] == "Schema:\ns\n\nQuestion: q"
+    assert prompts.messages(SQL, "s", "q")[1]["content"] == "Schema:\ns\n\nQuestion: q"
 
 
 def test_braces_in_a_schema_or_question_are_left_alone() -> None:
-    content = prompts.messages("sql", "t({x})", "What is {question}?", "{schema}")[1]["content"]
+    content = prompts.messages(SQL, "t({x})", "What is {question}?", "{schema}")[1]["content"]
     assert "t({x})" in content and "What is {question}?" in content and "Hint: {schema}" in content
 
 
@@ -133,26 +134,26 @@ def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> N
     text = prompts.render_prompt(use_template(NO_SYSTEM), TURNS)
     assert (
         text.count("<|start|>") == 2
-        and prompts.SYSTEM["sql"] in text
+        and SQL.system in text
         and text.endswith("<|start|>assistant\n")
     )
 
 
 def test_a_model_without_a_template_gets_a_plain_one(use_template: Any) -> None:
     text = prompts.render_prompt(use_template(None), TURNS)
-    assert text == f"{prompts.SYSTEM['sql']}\n\n{TURNS[1]['content']}\n\nAnswer:\n"
+    assert text == f"{SQL.system}\n\n{TURNS[1]['content']}\n\nAnswer:\n"
 
 
 def test_the_answer_of_each_task_is_a_fenced_block(corpus: Corpus) -> None:
     example = Example("0", "mall", "?", "SELECT name\nFROM customer -- all\nWHERE city = 'a  b'")
-    assert prompts.answer("sql", example, corpus.schemas) == (
+    assert prompts.answer(SQL, example, corpus.schemas) == (
         "```sql\nSELECT name FROM customer WHERE city = 'a  b'\n```"
     )
     assert (
-        prompts.answer("schema", example, corpus.schemas)
+        prompts.answer(SCHEMA, example, corpus.schemas)
         == '```json\n{"customer": ["name", "city"]}\n```'
     )
-    assert prompts.parse_sql(prompts.answer("sql", example, corpus.schemas)) == (
+    assert prompts.parse_sql(prompts.answer(SQL, example, corpus.schemas)) == (
         "SELECT name FROM customer WHERE city = 'a  b'"
     )
 
@@ -361,7 +362,7 @@ def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
 ) -> None:
     plain = prompts.contract(make_config(), tokenizer, None)
     use_template("{{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATE)
-    turns = prompts.messages("sql", "CREATE TABLE t (a)", "How many?")
+    turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
     assert prompts.render_prompt(tokenizer, turns).startswith("26 Jul 2024\n")
     dated = prompts.contract(make_config(), tokenizer, None)
     assert (
@@ -373,7 +374,7 @@ def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
 def test_of_several_chat_templates_it_is_the_default_one(
     tokenizer: Any, use_template: Any, make_config: Any
 ) -> None:
-    turns = prompts.messages("sql", "CREATE TABLE t (a)", "How many?")
+    turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
     one, known = (
         prompts.render_prompt(tokenizer, turns),
         prompts.contract(make_config(), tokenizer, None),

@@ -30,6 +30,7 @@ from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, 
 from ray_sql.evaluate import measure
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
+from ray_sql.tasks import SQL
 from tests import hub as stand_ins
 from tests.hub import FINE, FINE_ELSEWHERE, READER, WRITER
 
@@ -354,7 +355,7 @@ def trained_prompt(asked: Any, run_dir: Path, tiny_model: Path) -> list[int]:
     from ray_sql.rows import encode_prompt
 
     tokenizer = load_tokenizer(str(tiny_model))
-    turns = prompts.messages("sql", asked["schema"], asked["question"])
+    turns = prompts.messages(SQL, asked["schema"], asked["question"])
     return encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
 
 

@@ -15,6 +15,7 @@ from ray_sql.errors import DataError
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.models import load_tokenizer
 from ray_sql.rows import Audit
+from ray_sql.tasks import SQL, TASKS
 from tests.conftest import QUESTIONS
 
 UNLINKABLE = Example("broken", "shop", "Who?", "SELECT name FROM nowhere")
@@ -49,7 +50,7 @@ def test_the_loss_is_on_exactly_the_completion(
         assert len(row.labels) == len(row.input_ids) and row.labels[-len(learned) :] == learned
         assert (
             tokenizer.decode(learned)
-            == prompts.answer(config.task_type, example, corpus.schemas) + "<|end|>"
+            == prompts.answer(TASKS[config.task_type], example, corpus.schemas) + "<|end|>"
         )
 
 
@@ -137,7 +138,7 @@ def test_trimming_leaves_out_only_tables_that_the_sql_does_not_use(
         )
         assert len(row.input_ids) <= limit + 20
         assert f"Question: {one.question}<|end|>" in prompt
-        assert said == prompts.answer("sql", one, corpus.schemas) + "<|end|>"
+        assert said == prompts.answer(SQL, one, corpus.schemas) + "<|end|>"
         schema = prompt.partition("Schema:\n")[2].partition("\n\nQuestion")[0]
         shown = {line.partition("(")[0] for line in schema.splitlines()}
         assert {
@@ -300,16 +301,16 @@ def test_changed_settings_make_other_rows(
     assert len(keys) == 3
 
 
-@pytest.mark.parametrize("text", ["USER", "EVIDENCE", "SYSTEM"])
+@pytest.mark.parametrize("text", ["USER", "EVIDENCE", "system"])
 def test_an_edited_template_makes_other_rows(
     corpus: Corpus, tokenizer: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     examples, config = corpus.splits["train"], make_config()
     before, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
-    old = getattr(prompts, text)
-    monkeypatch.setattr(
-        prompts, text, old | {"sql": "Write SQL."} if isinstance(old, dict) else f"{old} "
-    )
+    if text == "system":
+        monkeypatch.setitem(TASKS, "sql", replace(SQL, system="Write SQL."))  # type: ignore[misc]
+    else:
+        monkeypatch.setattr(prompts, text, f"{getattr(prompts, text)} ")
     after, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
     assert before != after
     if text != "EVIDENCE":  # no example has a hint

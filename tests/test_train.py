@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ray_sql import cluster, finetune, models, rows, tracking, train
+from ray_sql.cluster.events import CheckpointSaved, Event, Note, TrainPoint
 from ray_sql.config import Config
 from ray_sql.errors import (
     ConfigError,
@@ -31,7 +32,7 @@ from ray_sql.errors import (
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints, storage
 from ray_sql.train import trainer
-from ray_sql.train.resume import take_over
+from ray_sql.train.resume import claim_run
 from tests.conftest import make_model, removal_cut_off
 
 
@@ -44,21 +45,22 @@ class Curve:
         self.validated: list[int] = []
         self._at = at
 
-    def __call__(self, point: dict[str, Any]) -> None:
-        if point["kind"] == "validation":
-            self.validated.append(point["step"])
-        if point["kind"] == "train":
-            new = point["step"] not in self.losses
-            self.losses[point["step"]] = point["values"]["loss"]
-            self.order.append(point["step"])
-            if new and self._at:
-                self._at(point["step"])
+    def __call__(self, event: Event) -> None:
+        match event:
+            case CheckpointSaved(step):
+                self.validated.append(step)
+            case TrainPoint(step, _, values):
+                new = step not in self.losses
+                self.losses[step] = values["loss"]
+                self.order.append(step)
+                if new and self._at:
+                    self._at(step)
 
 
-def fit(config: Config, on_point: Any) -> train.FitResult:
+def fit(config: Config, on_event: Any) -> train.FitResult:
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
-    return train.fit(config, prepared.model_folder, on_point)
+    return train.fit(config, prepared.model_folder, on_event)
 
 
 def adapter_weights(config: Config) -> dict[str, torch.Tensor]:
@@ -72,7 +74,7 @@ def test_a_run_that_was_taken_over_ends_without_saving(make_config: Any) -> None
 
     def another(step: int) -> None:
         if step == 3:
-            take_over(config.run_dir)
+            claim_run(config.run_dir)
 
     with pytest.raises(TrainingError, match="taken over by the same command given again"):
         fit(config, Curve(another))
@@ -240,13 +242,14 @@ def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
             torch.empty(2**55)  # more than any machine has: what torch then says is what it says
         return step(self, model, inputs, *rest)
 
-    def on_point(point: dict[str, Any]) -> None:
-        broken(point)
-        notes.extend([point["text"]] if point["kind"] == "note" else [])
+    def on_event(event: Event) -> None:
+        broken(event)
+        if isinstance(event, Note):
+            notes.append(event.text)
 
     monkeypatch.setattr(trainer.StepTrainer, "training_step", small_memory)
     config = make_config(output_name="broken", **settings)
-    fit(config, on_point)
+    fit(config, on_event)
     assert [one.removesuffix(", and more passes in a step") for one in notes] == [
         f"out of memory: on from the last checkpoint with up to {n} examples in a forward pass, not {2 * n}"
         for n in (4, 2)
@@ -290,9 +293,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) 
     }
     config, first, second, notes = make_config(**settings), Curve(), Curve(), []
 
-    def on_point(point: dict[str, Any]) -> None:
-        second(point)
-        notes.extend([point["text"]] if point["kind"] == "note" else [])
+    def on_event(event: Event) -> None:
+        second(event)
+        if isinstance(event, Note):
+            notes.append(event.text)
 
     fit(config, first)
     flip_a_byte(Path(config.run_dir, "checkpoint-6", "adapter_model.safetensors"))
@@ -300,7 +304,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) 
         ModelError, match=r"--prev_checkpoint checkpoint-6: is damaged .*; give another one"
     ):
         train.starting_point(config.changed({"prev_checkpoint": "checkpoint-6"}), {})
-    result = fit(config, on_point)
+    result = fit(config, on_event)
     assert notes == [
         "checkpoint-6 is damaged (adapter_model.safetensors is not as it was saved): set aside for the one before"
     ]
@@ -357,11 +361,11 @@ def test_only_checkpoints_at_eval_steps_and_the_last_are_measured(make_config: A
     config = make_config(**settings)
     measured: dict[int, bool] = {}
 
-    def on_point(point: dict[str, Any]) -> None:
-        if point["kind"] == "validation":
-            measured[point["step"]] = "validation/execution_accuracy" in point["values"]
+    def on_event(event: Event) -> None:
+        if isinstance(event, CheckpointSaved):
+            measured[event.step] = "validation/execution_accuracy" in event.values
 
-    result = fit(config, on_point)
+    result = fit(config, on_event)
     assert measured == {1: False, 2: False, 3: True, 4: False, 5: True}
     assert result.best.step in (3, 5) and result.best.objective is not None
 
@@ -662,12 +666,12 @@ def test_a_folder_that_is_no_run_is_never_removed(make_config: Any) -> None:
 def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
     make_config: Any, tmp_path: Path, ray_local: None
 ) -> None:
-    def full_on_rank_0(plan: dict[str, Any]) -> dict[str, Any]:
+    def full_on_rank_0(tried: str, driver: cluster.DriverLink) -> None:
         """The other rank hears of it by a lost connection; as a function in a function, its code goes to the workers."""
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()
-        with open(plan["tried"], "a") as stream:
+        with open(tried, "a") as stream:
             stream.write(f"{rank}\n")
         raise RuntimeError(
             "connection reset by peer" if rank else "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -679,11 +683,7 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
         match=r"worker 0 is out of memory: .*Tried to allocate 2.00 GiB; lower --eval_batch",
     ) as caught:
         cluster.run_workers(
-            full_on_rank_0,
-            {"tried": str(tmp_path / "tried")},
-            config,
-            lambda _: None,
-            config.run_dir,
+            full_on_rank_0, str(tmp_path / "tried"), config.scaling, config.run_dir, lambda _: None
         )
     assert out_of_memory(caught.value)
     assert sorted((tmp_path / "tried").read_text().split()) == ["0", "1"]
@@ -694,20 +694,21 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
 def test_what_one_rank_lacks_ends_the_run_with_its_reason(
     make_config: Any, ray_local: None
 ) -> None:
-    def loads_on_rank_0_alone(plan: dict[str, Any]) -> dict[str, Any]:
+    def loads_on_rank_0_alone(job: None, driver: cluster.DriverLink) -> None:
         """As a function in a function, its code goes to the workers."""
         import ray.train
 
-        from ray_sql import generate
+        from ray_sql.cluster.ranks import agreed
         from ray_sql.errors import ModelError
 
         def load() -> None:
             if ray.train.get_context().get_world_rank() == 1:
                 raise ModelError("the model is not on this node")
 
-        generate.agreed(load)
-        return {}
+        agreed(load)
 
     config = make_config(**{"scaling.num_workers": 2})
     with pytest.raises(ModelError, match="the model is not on this node"):
-        cluster.run_workers(loads_on_rank_0_alone, {}, config, lambda _: None, config.run_dir)
+        cluster.run_workers(
+            loads_on_rank_0_alone, None, config.scaling, config.run_dir, lambda _: None
+        )

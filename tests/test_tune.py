@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from ray_sql import cluster, finetune, preflight, tracking, tune
+from ray_sql.cluster.events import Note, TrainPoint, TrialEvent
 from ray_sql.config import CheckConfig, Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.finetune import prepare
@@ -202,15 +203,18 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
 def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.resources, "capacity", lambda: [{"CPU": 64.0, "GPU": 4.0}])
+    monkeypatch.setattr(cluster.resources, "cluster_nodes", lambda: [{"CPU": 64.0, "GPU": 4.0}])
     two = one(make_config, **{"scaling.num_workers": 2})
-    room = cluster.room(two)
-    assert (room.at_once, room.needs, room.unit) == (2, {"GPU": 2}, ("GPU", 2))
+    room = cluster.training_capacity(two.scaling)
+    assert (room.trainings, room.per_training, room.unit) == (2, {"GPU": 2}, ("GPU", 2))
     assert room.arithmetic == "4 GPU here / 2 a trial (2 x 1) = 2"
     assert sweep.at_once(two, room) == 2
     assert sweep.at_once(one(make_config, **{"tune.max_concurrent_trials": 1}), room) == 1
     assert (
-        cluster.room(one(make_config, **{"scaling.resources_per_worker": {"CPU": 32}})).at_once == 2
+        cluster.training_capacity(
+            one(make_config, **{"scaling.resources_per_worker": {"CPU": 32}}).scaling
+        ).trainings
+        == 2
     )
     with pytest.raises(
         ConfigError, match=r"no trial can be scheduled: 4 GPU here / 8 a trial \(8 x 1\) = 0; lower"
@@ -221,7 +225,9 @@ def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
     ):
         sweep._room(one(make_config, **{"tune.max_concurrent_trials": 9}))
     assert (
-        cluster.room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 0.1}})).at_once
+        cluster.training_capacity(
+            one(make_config, **{"scaling.resources_per_worker": {"GPU": 0.1}}).scaling
+        ).trainings
         == 40
     ), "1.0 // 0.1 is 9"
 
@@ -229,12 +235,12 @@ def test_concurrency_is_computed_and_what_cannot_be_scheduled_is_refused(
 def test_a_worker_must_fit_on_a_node(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         cluster.resources,
-        "capacity",
+        "cluster_nodes",
         lambda: [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}],
     )
     both = one(make_config, **{"scaling.resources_per_worker": {"GPU": 2}})
-    room = cluster.room(both)
-    assert (room.at_once, room.nodes) == (2, 2), "not 6 GPU / 2 = 3: a GPU is left over on each"
+    room = cluster.training_capacity(both.scaling)
+    assert (room.trainings, room.nodes) == (2, 2), "not 6 GPU / 2 = 3: a GPU is left over on each"
     assert (
         room.arithmetic == "2 workers of 2 GPU fit on 3 nodes (the largest has 3) / 1 a trial = 2"
     )
@@ -243,7 +249,7 @@ def test_a_worker_must_fit_on_a_node(make_config: Any, monkeypatch: pytest.Monke
     ):
         sweep._room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
     without = one(make_config, **{"scaling.use_gpu": False, "scaling.num_workers": 4})
-    assert cluster.room(without).each == {"CPU": 4}, (
+    assert cluster.training_capacity(without.scaling).per_worker == {"CPU": 4}, (
         "16 of 20 CPUs: 5 each would fit only twice on the large nodes"
     )
     axes, prepared = space.read(both), prepare.prepare(both)
@@ -259,18 +265,18 @@ def test_gpus_that_the_autoscaler_may_add_are_decided_on_once(
     from ray._private.state import state
     from ray.core.generated import autoscaler_pb2
 
-    assert [node["CPU"] for node in cluster.capacity()] == [2]
+    assert [node["CPU"] for node in cluster.cluster_nodes()] == [2]
     told = autoscaler_pb2.ClusterConfig()
     told.node_group_configs.add(resources={"CPU": 2}, max_count=1, name="the head, which is up")
     told.node_group_configs.add(resources={"CPU": 16, "GPU": 4}, max_count=3, name="gpu")
     with monkeypatch.context() as autoscaled:
         autoscaled.setattr(state, "get_cluster_config", lambda: told)
         config = one(make_config, **{"scaling.num_workers": 2})
-        room = cluster.room(config)
-        assert (room.at_once, room.nodes, room.each) == (6, 3, {"GPU": 1})
-        decided = room.decided(config)
-        assert cluster.scaling_config(config).use_gpu
-    assert not cluster.scaling_config(config).use_gpu
+        room = cluster.training_capacity(config.scaling)
+        assert (room.trainings, room.nodes, room.per_worker) == (6, 3, {"GPU": 1})
+        decided = config.changed(room.settings)
+        assert cluster.scaling_config(config.scaling).use_gpu
+    assert not cluster.scaling_config(config.scaling).use_gpu
     trial = decided.scaling
     assert trial.use_gpu and trial.resources_per_worker == {"GPU": 1}, (
         "whatever a trial sees when it starts"
@@ -282,7 +288,7 @@ def test_gpus_that_the_autoscaler_may_add_are_decided_on_once(
     )
     monkeypatch.setattr(cluster.resources, "BOOTSTRAP", str(file))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert cluster.capacity()[1:] == [{"CPU": 8, "GPU": 1}] * 2
+    assert cluster.cluster_nodes()[1:] == [{"CPU": 8, "GPU": 1}] * 2
 
 
 def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any) -> None:
@@ -652,7 +658,7 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     tuned = SimpleNamespace(config={"trial": 0}, last_result={"failure": "diverged by step 3"})
     watch.on_trial_start(0, [], tuned)
     assert "running" in shown()
-    watch.on_point({"kind": "train", "trial": 0, "step": 3, "steps": 4, "values": {"loss": 1.0}})
+    watch.on_event(TrialEvent(0, TrainPoint(3, 4, {"loss": 1.0})))
     assert re.search(r" 4 │ +3 │.*running", shown()) and begun.trials[0].steps == 0, (
         "none of them measured"
     )
@@ -662,7 +668,7 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     watch._clocks.clear()
     watch.on_trial_start(0, [], tuned)
     assert watch.hours() == pytest.approx(1, abs=0.01), "what the process that died has used"
-    watch.on_point({"kind": "note", "trial": 0, "text": "out of memory: once more"})
+    watch.on_event(TrialEvent(0, Note("out of memory: once more")))
     watch.on_trial_complete(0, [], tuned)
     assert "trial-000: out of memory: once more" in out.getvalue()
     assert "trial-000: failed: diverged by step 3" in out.getvalue(), (
@@ -682,14 +688,14 @@ class Alone:
 
         prepared = prepare.prepare(config)
         prepare.write_inputs(prepared, config)
-        self.said: list[dict[str, Any]] = []
+        self._events: list[TrialEvent] = []
         self.folder = f"{config.run_dir}/trials/trial-001"
         plan = {
             "config": config.for_workers(),
             "model_folder": prepared.model_folder,
             "inputs": config.run_dir,
             "steps": config.steps(prepared.audit.rows),
-            "sender": self.said.append,
+            "sender": self._events.append,
         }
         self._trial = Trainable.__new__(Trainable)
         self._trial.setup({"trial": 1, "changes": changes, "settled": settled}, plan=plan)
@@ -700,6 +706,10 @@ class Alone:
         while len(found) < most and not (found and found[-1].get("done")):
             found.append(self._trial.step())
         return found
+
+    def said(self, kind: type) -> list[Any]:
+        """The events of a type."""
+        return [said.event for said in self._events if isinstance(said.event, kind)]
 
     def stop(self) -> None:
         """As a scheduler stops it."""
@@ -720,7 +730,7 @@ def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> N
     again = Alone(config, **{"lora.r": 2})
     results = again.steps()
     assert [result["step"] for result in results] == [2, 4, 6, 8] and results[-1]["done"]
-    assert min(point["step"] for point in again.said if point["kind"] == "train") == 5, (
+    assert min(event.step for event in again.said(TrainPoint)) == 5, (
         "the first four are not repeated"
     )
     best = max(results, key=lambda result: result["objective"])
@@ -758,7 +768,7 @@ def test_a_trial_without_memory_says_why_and_scores_worst(
         "out of memory with one example in a forward pass: CUDA out of memory, whatever the layout; lower --eval_batch_size"
     )
     assert result["score"] == study.WORST
-    notes = [point["text"] for point in trial.said if point["kind"] == "note"]
+    notes = [event.text for event in trial.said(Note)]
     assert len(notes) == 3 and all(text.startswith("out of memory") for text in notes), (
         "8, 4, 2, and 1 at a time"
     )

@@ -1,4 +1,4 @@
-"""What a worker computes on."""
+"""The device that a worker computes on."""
 
 from __future__ import annotations
 
@@ -6,45 +6,46 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
-from ray_sql.config import Config
+from ray_sql.config.sections import ScalingSection
 
 if TYPE_CHECKING:
     import torch
 
 
-def claim_device(config: Config) -> torch.device:
-    """The device of the worker that calls this: the GPU Ray gave it, or the CPU with its equal share of the machine's cores.
+def claim_device(scaling: ScalingSection) -> torch.device:
+    """Return the calling worker's device: the GPU that Ray gave it, or the CPU.
 
-    Ray lets a CPU worker use one thread unless told otherwise.
+    On a CPU, torch gets the worker's equal share of the machine's cores. Ray lets a CPU worker use
+    one thread unless told otherwise.
     """
     import ray.train.torch
     import torch
 
-    if on_gpu(config):
+    if on_gpu(scaling):
         return ray.train.torch.get_device()
     keep_freed_memory()
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    asked = (config.scaling.resources_per_worker or {}).get("CPU", cores)
-    torch.set_num_threads(
-        max(1, min(int(asked), cores // ray.train.get_context().get_local_world_size()))
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    wanted = int((scaling.resources_per_worker or {}).get("CPU", cores))
+    share = cores // ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, min(wanted, share)))
     return torch.device("cpu")
 
 
-def on_gpu(config: Config) -> bool:
-    """Whether this process computes on a GPU: it has one, and the user did not say no."""
+def on_gpu(scaling: ScalingSection) -> bool:
+    """Tell whether this process computes on a GPU: it has one, and the user did not say no."""
     import torch
 
-    return torch.cuda.is_available() and config.scaling.use_gpu is not False
+    return torch.cuda.is_available() and scaling.use_gpu is not False
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed tensors: by default it gives every large one back to the kernel and faults its pages in again.
+    """Tell glibc to keep the memory of freed tensors.
 
-    Measured on 2 cores with a 135M model: a fifth of all time was spent in the kernel, and a step took 1.3 times as long. (One
-    arena for all threads, the other usual advice, made steps 1.3 times longer again.)
+    By default it gives every large block back to the kernel and faults its pages in again. On 2
+    cores with a 135M model, a fifth of all time was spent in the kernel, and a step took 1.3 times
+    as long. (One arena for all threads, the other usual advice, made steps 1.3 times longer again.)
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,12 +1,14 @@
-"""What workers tell their driver, and what they are given: a type for each.
+"""The messages between workers and their driver, and the jobs that workers are given: a type each.
 
-A receiver matches on the type. A new message is a class here, a member of `Event`, and a case in each receiver that shows it.
+A receiver matches on the type. A new message is a class here, a member of `Event`, and a case in
+each receiver that shows it. A receiver raises `UnknownEvent` in its last case.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,12 +24,12 @@ class StageEnded:
     """A stage of starting up ended `at` (seconds since the epoch)."""
 
     stage: str
-    at: float
+    at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
 class TrainPoint:
-    """What was logged at an optimizer step of `steps`."""
+    """The values logged at an optimizer step, of `steps` in all."""
 
     step: int
     steps: int
@@ -36,17 +38,20 @@ class TrainPoint:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is complete; `objective` and `tie_break` order it where it was evaluated."""
+    """A checkpoint is complete.
+
+    `objective` and `tie_break` order it among the others; None where it was not evaluated.
+    """
 
     step: int
-    values: Mapping[str, float]
-    objective: float | None
-    tie_break: float | None
+    values: Mapping[str, float] = field(default_factory=dict)
+    objective: float | None = None
+    tie_break: float | None = None
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Training goes on from a checkpoint; `points` are (step, values) that were logged up to it."""
+    """Training goes on from a checkpoint; `points` are the (step, values) logged up to it."""
 
     step: int
     points: Sequence[tuple[int, Mapping[str, float]]]
@@ -54,14 +59,14 @@ class Resumed:
 
 @dataclass(frozen=True)
 class RowsChosen:
-    """How many questions share a row, after the model was tried."""
+    """The number of examples that share a row, after the model was tried."""
 
     examples_per_row: int
 
 
 @dataclass(frozen=True)
 class AnswerGiven:
-    """An answer of a model to the question at a place among those asked."""
+    """A model's answer to a question; `question` is its index among all questions of the job."""
 
     model: str
     question: int
@@ -71,7 +76,7 @@ class AnswerGiven:
 
 @dataclass(frozen=True)
 class AnswersCounted:
-    """How many questions a model has answered."""
+    """A model has answered `done` of `total` questions."""
 
     model: str
     done: int
@@ -80,15 +85,10 @@ class AnswersCounted:
 
 @dataclass(frozen=True)
 class TrialEvent:
-    """What a trial of a sweep says."""
+    """An event of a sweep's trial."""
 
     trial: int
     event: Event
-
-
-@dataclass(frozen=True)
-class ChannelClosed:
-    """The last event of a channel."""
 
 
 Event = (
@@ -101,10 +101,16 @@ Event = (
     | AnswerGiven
     | AnswersCounted
     | TrialEvent
-    | ChannelClosed
 )
 OnEvent = Callable[[Event], bool | None]
 """Receives an event. False, for a saved checkpoint, stops training there."""
+
+
+class UnknownEvent(TypeError):
+    """A receiver has no case for an event: a bug of ours."""
+
+    def __init__(self, event: object) -> None:
+        super().__init__(f"no case for an event of type {type(event).__name__}: {event!r}"[:300])
 
 
 @dataclass(frozen=True)
@@ -118,30 +124,47 @@ class DriverLink:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a training worker is given. `settings` are those of `Config.for_workers`."""
+    """The job of a training worker. `settings` are those of `Config.for_workers`."""
 
     settings: Mapping[str, Any]
     model_folder: str
     start_from: str | None
     """The checkpoint that `prev_checkpoint` names, as a URI."""
-    driver: str
+    driver: str | None
     """The driver that the run belongs to."""
-    halvings: int = 0
+    microbatch_halvings: int = 0
     """How often forward passes were halved to fit into memory."""
 
 
 @dataclass(frozen=True)
+class TrainOutcome:
+    """The end of a training; `failure` is the message for the user where the loss diverged."""
+
+    step: int
+    steps: int
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class AnswerJob:
-    """What an answering worker is given."""
+    """The job of an answering worker. `settings` are those of `Config.for_workers`."""
 
     settings: Mapping[str, Any]
     model_folder: str
     adapter: str | None
+    """The adapter's URI."""
     models: Sequence[str]
     """`base`, `tuned`, or both in this order."""
     questions: str
     """The questions as JSON lines."""
     known: Mapping[str, Mapping[int, Any]]
-    """Answers of an earlier attempt, by model and place of the question."""
+    """Answers of an earlier attempt, by model and index of the question."""
     caches: Mapping[str, str]
     """Files that keep answers, by model."""
+
+
+@dataclass(frozen=True)
+class AnswerOutcome:
+    """The answers of all models to all questions, by model and index of the question."""
+
+    answers: Mapping[str, Mapping[int, Any]]

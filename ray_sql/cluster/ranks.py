@@ -1,4 +1,4 @@
-"""Agreement between the processes of a worker group; one process alone agrees with itself."""
+"""Agreement between the processes of a worker group; a process alone agrees with itself."""
 
 from __future__ import annotations
 
@@ -11,34 +11,41 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Return this process's number in its group, 0 for one alone."""
+    """Return this process's number in its group; 0 for a process alone."""
     import torch.distributed as dist
 
     return int(dist.get_rank()) if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes in the group."""
+    import torch.distributed as dist
+
+    return int(dist.get_world_size()) if dist.is_initialized() else 1
 
 
 def gather_all(value: Any) -> list[Any]:
     """Return every rank's value, by rank, on every rank."""
     import torch.distributed as dist
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return [value]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def agreed(make: Callable[[], T]) -> T:
-    """Return what `make` returns. Where it fails on one rank, raise that rank's error on all.
+    """Return the result of `make`. Where it fails on a rank, raise that rank's error on all.
 
     A rank that left alone would let the others wait for it.
     """
     problem: RaySqlError | None = None
     try:
-        made = make()
+        result = make()
     except RaySqlError as error:
         problem = error
-    for each in gather_all(problem):
-        if each:
-            raise each
-    return made
+    for error_of_rank in gather_all(problem):
+        if error_of_rank:
+            raise error_of_rank
+    return result

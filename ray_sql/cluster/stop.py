@@ -1,4 +1,4 @@
-"""How a driver that is told to stop ends in order: its workers learn of it, save, and end before the signal has its effect."""
+"""A driver that is told to stop ends in order: its workers save and end before the signal acts."""
 
 from __future__ import annotations
 
@@ -6,123 +6,131 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from ray_sql.cluster.channel import OnPoint, note
+from ray_sql.cluster import ray_internals
+from ray_sql.cluster.events import Event, Note, OnEvent, Resumed, TrainPoint
 from ray_sql.errors import last_line
 
-PATIENCE = 45.0
-"""Seconds that workers have to save and end once this process was told to stop: less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
-ours, with time left to close the records."""
-
-
-REACH_SECONDS = 15.0
-"""Seconds that Ray has to take note of it."""
+T = TypeVar("T")
+STOP_SECONDS = 45.0
+"""Seconds that workers have to save and end. Less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
+ours, so that there is time left to close the records."""
+RAY_SECONDS = 15.0
+"""Seconds that Ray has to take note of the stop."""
 
 
 class ClusterEvent:
-    """`threading.Event` for all processes of a cluster: a key in Ray's own store, so that it needs no process."""
+    """A `threading.Event` for all processes of a cluster: a key in Ray's own store."""
 
     def __init__(self) -> None:
         self._key = f"ray_sql-{uuid.uuid4().hex}"
 
     def set(self) -> None:
-        from ray.experimental import internal_kv
-
-        internal_kv._internal_kv_put(self._key, b"set")
+        """Set it for all processes."""
+        ray_internals.put_key(self._key)
 
     def is_set(self) -> bool:
-        from ray.experimental import internal_kv
+        """Tell whether any process has set it."""
+        return ray_internals.has_key(self._key)
 
-        return bool(internal_kv._internal_kv_exists(self._key))
 
+class GracefulStop:
+    """Inside, SIGTERM or Ctrl-C sets `stop`, and acts when what is inside has ended.
 
-@contextmanager
-def ending_in_order(
-    told: threading.Event | ClusterEvent, begun: threading.Event, on_point: OnPoint
-) -> Iterator[None]:
-    """Inside, SIGTERM or Ctrl-C sets `told`, and has its effect when what is inside has ended.
-
-    Its effect is immediate as long as nothing has `begun`, the second time, and after `PATIENCE` seconds. Signals reach the main thread:
-    in any other this does nothing.
+    The signal acts at once before there is anything to save, when it comes a second time, and
+    after `STOP_SECONDS`. Signals reach the main thread: in any other thread this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {
-        n: kept for n in numbers if (kept := signal.getsignal(n)) not in (None, signal.SIG_IGN)
-    }
-    received: list[int] = []
-    ended = threading.Event()
 
-    def restore() -> None:
-        for number, handler in before.items():
+    def __init__(self, stop: threading.Event | ClusterEvent, on_event: OnEvent) -> None:
+        self._stop, self._on_event = stop, on_event
+        self._handlers: dict[int, Any] = {}
+        self._received: int | None = None
+        self._has_state = threading.Event()
+        self._ended = threading.Event()
+
+    def on_event(self, event: Event) -> bool | None:
+        """Hand an event on; after the first step there is something to save, or saved."""
+        if isinstance(event, TrainPoint | Resumed):
+            self._has_state.set()
+        return self._on_event(event)
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler not in (None, signal.SIG_IGN):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        self._ended.set()
+        if self._received is None:
+            self._restore()
+            return False
+        if isinstance(error, Exception):
+            self._on_event(Note(f"stopped without a checkpoint: {last_line(error)}"))
+        if error is None or isinstance(error, Exception):
+            signal.raise_signal(self._received)
+            return True
+        return False
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def end(number: int) -> None:
-        patience = f"for at most {PATIENCE:.0f} s; once more stops at once"
-        on_point(note(f"told to stop: a checkpoint is saved first, {patience}"))
-        if not _reaches(told):
-            on_point(
-                note(
-                    "Ray does not answer (was all of this machine told to stop?): there will be no checkpoint"
-                )
-            )
-        else:
-            ended.wait(PATIENCE)
-        if not ended.is_set():
-            os.kill(os.getpid(), number)
-
-    def receive(number: int, frame: object) -> None:
-        restore()
-        if not begun.is_set():
+    def _receive(self, number: int, frame: object) -> None:
+        self._restore()
+        if not self._has_state.is_set():
             signal.raise_signal(number)
             return
-        received.append(number)
-        # not here: this code may have broken into the display's own, which cannot be entered twice
-        threading.Thread(target=end, args=(number,), name="ray_sql-end", daemon=True).start()
+        self._received = number
+        # in a thread: the signal may have broken into the display, which cannot be entered twice
+        threading.Thread(target=self._end, args=(number,), name="ray_sql-end", daemon=True).start()
 
-    for number in before:
-        signal.signal(number, receive)
-    try:
-        yield
-    except Exception as error:
-        if not received:
-            raise
-        on_point(note(f"stopped without a checkpoint: {last_line(error)}"))
-    finally:
-        ended.set()
-        if not received:
-            restore()
-    if received:
-        signal.raise_signal(received[0])
+    def _end(self, number: int) -> None:
+        """Tell the workers and wait for them; send the signal again if they do not end."""
+        limit = f"for at most {STOP_SECONDS:.0f} s; once more stops at once"
+        self._on_event(Note(f"told to stop: a checkpoint is saved first, {limit}"))
+        if self._tell_workers():
+            self._ended.wait(STOP_SECONDS)
+        else:
+            reason = "Ray does not answer (was all of this machine told to stop?)"
+            self._on_event(Note(f"{reason}: there will be no checkpoint"))
+        if not self._ended.is_set():
+            os.kill(os.getpid(), number)
+
+    def _tell_workers(self) -> bool:
+        """Set `stop`; return False where that fails or hangs, because Ray is gone.
+
+        Ray ends this process a minute later, whatever it is doing.
+        """
+        over, told = threading.Event(), threading.Event()
+
+        def tell() -> None:
+            with suppress(Exception):  # Ray's own errors have no common base
+                self._stop.set()
+                told.set()
+            over.set()
+
+        threading.Thread(target=tell, name="ray_sql-tell", daemon=True).start()
+        over.wait(RAY_SECONDS)
+        return told.is_set()
 
 
-def _reaches(told: threading.Event | ClusterEvent) -> bool:
-    """Set `told`; False where that fails, or hangs, because Ray is gone: Ray ends this process a minute later, whatever it is at."""
-    over, reached = threading.Event(), threading.Event()
+def run_in_thread(call: Callable[[], T]) -> T:
+    """Call in a thread, where this is the main one, and return the result.
 
-    def tell() -> None:
-        with suppress(Exception):  # Ray's own errors have no common base
-            told.set()
-            reached.set()
-        over.set()
-
-    threading.Thread(target=tell, name="ray_sql-tell", daemon=True).start()
-    over.wait(REACH_SECONDS)
-    return reached.is_set()
-
-
-def beside_signals(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call in a thread, where this is the main one: signals are then received while it lasts, and Ray Train, which ends a run at
-    Ctrl-C, leaves them to us."""
+    The main thread then receives signals meanwhile. Ray Train, which ends a run at Ctrl-C, leaves
+    them to us.
+    """
     if threading.current_thread() is not threading.main_thread():
         return call()
-    result: Future[dict[str, Any]] = Future()
+    result: Future[T] = Future()
 
     def run() -> None:
         try:

@@ -16,6 +16,6 @@ from ray_sql.config.jobs import (
     SweepConfig,
 )
 from ray_sql.config.load import C, load
-from ray_sql.config.settings import Config, ModelConfig, Task
+from ray_sql.config.settings import Config, ModelConfig
 from ray_sql.config.urls import absolute, passwordless, without_password
 from ray_sql.config.validate import build, differences, flatten, names

@@ -8,15 +8,18 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_sql.config.base import JobConfig
 from ray_sql.config.sections import RepositorySection
-from ray_sql.config.settings import Config, ModelConfig, Task
+from ray_sql.config.settings import Config, ModelConfig
 from ray_sql.config.validate import build, merge
+from ray_sql.tasks import TaskName
 
 
 class EvaluateConfig(ModelConfig):
     """Settings of an evaluation. A predictions file needs no model."""
 
     model_name: str = Field("", description=ModelConfig.model_fields["model_name"].description)
-    task_type: Task = Field("sql", description=ModelConfig.model_fields["task_type"].description)
+    task_type: TaskName = Field(
+        "sql", description=ModelConfig.model_fields["task_type"].description
+    )
     predictions_file: str | None = None
     """Score this file instead of asking a model: `predictions.jsonl`, or one SQL query a line in the split's order."""
     adapter: str | None = None
@@ -66,7 +69,7 @@ class PublishConfig(JobConfig):
 class TasksConfig(Config):
     """Settings for one task or several."""
 
-    task_type: tuple[Task, ...] = Field(min_length=1)  # type: ignore[assignment]
+    task_type: tuple[TaskName, ...] = Field(min_length=1)  # type: ignore[assignment]
     """Train for `sql`, for `schema`, or for both (`sql,schema`): a study each, one after the other."""
 
     @field_validator("task_type", mode="before")
@@ -87,7 +90,7 @@ class TasksConfig(Config):
             for task in self.task_type
         ]
 
-    def _named(self, task: Task) -> dict[str, Any]:
+    def _named(self, task: TaskName) -> dict[str, Any]:
         named: dict[str, Any] = {"task_type": task}
         if len(self.task_type) > 1:
             named["output_name"] = f"{self.output_name}-{task}"
@@ -119,10 +122,10 @@ class SweepConfig(TasksConfig):
 
     @model_validator(mode="after")
     def _check_fixed_workers(self) -> Self:
-        if self.elastic:
+        if self.scaling.elastic:
             raise ValueError(
-                f"scaling.num_workers {self.fewest_workers},{self.workers}: a sweep plans its trials by "
-                "their resources, so a trial has a fixed number of workers: give one"
+                f"scaling.num_workers {self.scaling.min_workers},{self.scaling.max_workers}: a sweep plans "
+                "its trials by their resources, so a trial has a fixed number of workers: give one"
             )
         return self
 

@@ -174,6 +174,23 @@ class ScalingSection(StorageSection):
     max_failures: int = Field(2, ge=-1)
     """Restart from the last checkpoint this many times after losing a worker or node. -1 is unlimited."""
 
+    @property
+    def elastic(self) -> bool:
+        """Tell whether the number of workers may change during the run."""
+        return isinstance(self.num_workers, tuple)
+
+    @property
+    def max_workers(self) -> int:
+        """Training processes, counting this one where Ray is not used; the most of an elastic run."""
+        return (
+            self.num_workers[1] if isinstance(self.num_workers, tuple) else max(1, self.num_workers)
+        )
+
+    @property
+    def min_workers(self) -> int:
+        """Training processes that a run needs: `max_workers`, or fewer for an elastic run."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.max_workers
+
     @field_validator("num_workers", mode="wrap")
     @classmethod
     def _read_bounds(

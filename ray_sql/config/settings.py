@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -31,8 +31,8 @@ from ray_sql.config.sections import (
     TuneSection,
 )
 from ray_sql.config.urls import absolute, passwordless, without_password
+from ray_sql.tasks import TASKS, TaskName
 
-Task = Literal["sql", "schema"]
 IDENTITY = {
     *("model_name", "task_type", "dataset_id", "seed", "learning_rate", "num_epochs", "save_steps"),
     *("data", "prompt", "rows", "lora", "quantization", "train"),
@@ -45,7 +45,7 @@ class ModelConfig(JobConfig):
 
     model_name: str
     """Load this base model: a Hub id, a folder, or `demo` for the demo's small model."""
-    task_type: Task
+    task_type: TaskName
     """Write the query (`sql`), or name the tables and columns it needs (`schema`)."""
     dataset_id: str = "NESPED-GEN/spider_selector_schemaReduzido"
     """Read questions from a folder in Spider's or BIRD's format, JSONL files, a Hub dataset, or `demo`."""
@@ -72,12 +72,17 @@ class ModelConfig(JobConfig):
             )
         return self
 
+    def _executes_sql(self) -> bool:
+        """Say whether answers are SQL. Settings of several tasks are checked once per task."""
+        task = TASKS.get(self.task_type)
+        return task is None or task.executes_sql
+
     @model_validator(mode="after")
     def _check_schema_form(self) -> Self:
-        if self.task_type == "schema" and self.prompt.schema_form != "full":
+        if not self._executes_sql() and self.prompt.schema_form != "full":
             raise ValueError(
-                f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type schema "
-                "in its prompt: use full"
+                f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type "
+                f"{self.task_type} in its prompt: use full"
             )
         return self
 
@@ -94,9 +99,9 @@ class ModelConfig(JobConfig):
                 f"evaluate.num_beams is {evaluate.num_beams}, but evaluate.backend vllm answers "
                 "greedily: use evaluate.backend transformers"
             )
-        if evaluate.first_executable and self.task_type == "schema":
+        if evaluate.first_executable and not self._executes_sql():
             raise ValueError(
-                "evaluate.first_executable executes SQL, which task_type schema does not write: "
+                f"evaluate.first_executable executes SQL, which task_type {self.task_type} does not write: "
                 "leave it out"
             )
         return self
@@ -104,7 +109,7 @@ class ModelConfig(JobConfig):
     @model_validator(mode="after")
     def _check_ves(self) -> Self:
         evaluate = self.evaluate
-        is_bird = evaluate.semantics == "bird" and self.task_type == "sql"
+        is_bird = evaluate.semantics == "bird" and self._executes_sql()
         if evaluate.ves_iterations and not is_bird:
             raise ValueError(
                 f"evaluate.ves_iterations {evaluate.ves_iterations} times right queries for BIRD's "
@@ -187,13 +192,16 @@ class Config(ModelConfig):
 
     @model_validator(mode="after")
     def _check_global_batch_size(self) -> Self:
-        wanted, per_pass = self.train.global_batch_size, self.train_batch_size * self.workers
-        if wanted is None or self.elastic:
+        wanted, per_pass = (
+            self.train.global_batch_size,
+            self.train_batch_size * self.scaling.max_workers,
+        )
+        if wanted is None or self.scaling.elastic:
             return self
         if wanted % per_pass:
             raise ValueError(
                 f"train.global_batch_size {wanted} does not divide by train_batch_size "
-                f"{self.train_batch_size} x {self.workers} workers = {per_pass}: choose a multiple of "
+                f"{self.train_batch_size} x {self.scaling.max_workers} workers = {per_pass}: choose a multiple of "
                 f"{per_pass}"
             )
         needed = wanted // per_pass
@@ -206,9 +214,9 @@ class Config(ModelConfig):
 
     @model_validator(mode="after")
     def _check_elastic_batch(self) -> Self:
-        if not self.elastic:
+        if not self.scaling.elastic:
             return self
-        sizes = range(self.fewest_workers, self.workers + 1)
+        sizes = range(self.scaling.min_workers, self.scaling.max_workers + 1)
         bounds = f"scaling.num_workers {sizes[0]},{sizes[-1]}"
         uneven = [str(size) for size in sizes if self.global_batch % (self.train_batch_size * size)]
         if uneven:
@@ -227,35 +235,18 @@ class Config(ModelConfig):
         return self
 
     @property
-    def elastic(self) -> bool:
-        """Say whether the number of workers may change during the run."""
-        return isinstance(self.scaling.num_workers, tuple)
-
-    @property
-    def workers(self) -> int:
-        """Training processes; this one counts if Ray is not used. The most, if the run is elastic."""
-        bounds = self.scaling.num_workers
-        return bounds[1] if isinstance(bounds, tuple) else max(1, bounds)
-
-    @property
-    def fewest_workers(self) -> int:
-        """The fewest workers a run can train with: `workers`, unless it is elastic."""
-        bounds = self.scaling.num_workers
-        return bounds[0] if isinstance(bounds, tuple) else self.workers
-
-    @property
     def accumulation(self) -> int:
         """How many times `train_batch_size` examples make each of `workers`' part of an optimizer step."""
         if self.train.global_batch_size is None:
             return self.grad_accum_steps
-        return self.train.global_batch_size // (self.train_batch_size * self.workers)
+        return self.train.global_batch_size // (self.train_batch_size * self.scaling.max_workers)
 
     @property
     def global_batch(self) -> int:
         """Examples per optimizer step, with however many workers."""
         return (
             self.train.global_batch_size
-            or self.train_batch_size * self.grad_accum_steps * self.workers
+            or self.train_batch_size * self.grad_accum_steps * self.scaling.max_workers
         )
 
     def steps_per_epoch(self, examples: int) -> int:

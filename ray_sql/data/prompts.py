@@ -16,24 +16,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_sql import __version__
-from ray_sql.config import Config, Task
+from ray_sql.config import Config
 from ray_sql.data import Example, linking
 from ray_sql.database import SERIALIZER_VERSION, Links, Schema, render, restrict
 from ray_sql.errors import ContractError, DataError
+from ray_sql.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SYSTEM: dict[Task, str] = {
-    "sql": "You write SQL. Given a database schema and a question, answer with one SQL query in a sql code block.",
-    "schema": (
-        "You find what a query needs. Given a database schema and a question, answer with the tables and columns "
-        "needed, as JSON in a json code block."
-    ),
-}
 USER = "Schema:\n{schema}\n\n{evidence}Question: {question}"
 EVIDENCE = "Hint: {evidence}\n"
-LANGUAGE: dict[Task, str] = {"sql": "sql", "schema": "json"}
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
@@ -67,17 +60,17 @@ def messages(task: Task, schema: str, question: str, evidence: str = "") -> list
     """The system and user turn of one question."""
     hint = EVIDENCE.format(evidence=evidence) if evidence else ""
     content = USER.format(schema=schema, evidence=hint, question=question)
-    return [{"role": "system", "content": SYSTEM[task]}, {"role": "user", "content": content}]
+    return [{"role": "system", "content": task.system}, {"role": "user", "content": content}]
 
 
 def answer(task: Task, example: Example, schemas: Mapping[str, Schema]) -> str:
     """What the model should say: the gold SQL, or its links, in a fenced block. Raises `LinkError` if SQL cannot be linked."""
     body = (
         one_line(example.gold)
-        if task == "sql"
+        if task.executes_sql
         else linking.format_links(gold_links(example, schemas))
     )
-    return f"```{LANGUAGE[task]}\n{body}\n```"
+    return f"```{task.fence}\n{body}\n```"
 
 
 def gold_links(example: Example, schemas: Mapping[str, Schema]) -> Links:
@@ -200,14 +193,15 @@ def contract(
     """Everything an answer depends on besides the weights; JSON, written as `contract.json` beside the adapter."""
     template = template_of(tokenizer)
     dated = {"date": DATE.isoformat()} if _TODAY.search(template) else {}
-    text = json.dumps([SYSTEM[config.task_type], USER, EVIDENCE, template, *dated.values()])
+    task = TASKS[config.task_type]
+    text = json.dumps([task.system, USER, EVIDENCE, template, *dated.values()])
     return {
         "task_type": config.task_type,
         "model_name": config.model_name,
         "model_revision": model_revision,
         "quantization": config.quantization.model_dump(),
         "template": {
-            "system": SYSTEM[config.task_type],
+            "system": task.system,
             "user": USER,
             "evidence": EVIDENCE,
             "turns": template_turns(tokenizer),
@@ -220,7 +214,7 @@ def contract(
         "columns": config.data.columns,
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "max_length": config.rows.max_length,
-        "answer_format": f"fenced {LANGUAGE[config.task_type]}",
+        "answer_format": f"fenced {task.fence}",
         "semantics": config.evaluate.semantics,
         "packages": {"ray_sql": __version__}
         | {package: version(package) for package in CONTRACT_PACKAGES},

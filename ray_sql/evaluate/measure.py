@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models
+from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
 from ray_sql.config import Config
 from ray_sql.data import Corpus, Example, linking, prompts
 from ray_sql.database import Schema
@@ -23,9 +24,10 @@ from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import scoring
 from ray_sql.evaluate.scoring import Row
-from ray_sql.generate import Answer, Kept, Question
-from ray_sql.metrics import hardness, mcnemar
+from ray_sql.generate import Kept, Question
+from ray_sql.metrics import hardness
 from ray_sql.metrics.judged import is_right
+from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def of_models(
     model_folder: str,
     adapter: str | None,
     display: Display,
-    on_point: cluster.OnPoint,
+    on_event: cluster.OnEvent,
 ) -> Measured:
     """Ask the base model (if `evaluate.baseline`, or without an adapter) and the base with `adapter`, and judge the answers."""
     wanted = (["base"] if config.evaluate.baseline or adapter is None else []) + (
@@ -61,30 +63,30 @@ def of_models(
             f"{name}: {len(said[name])} of {len(asked)} answers are there from before ({kept[name].file})"
         )
 
-    def keep(point: cluster.Point) -> None:
-        if point["kind"] == "answer":
-            name, one = point["model"], Answer(**point["answer"])
-            kept[name].add(point["question"], one)
-            said[name][point["question"]] = one
-            point = {"kind": "answers", "model": name, "done": len(said[name]), "total": len(asked)}
-        on_point(point)
+    def keep(event: cluster.Event) -> None:
+        if isinstance(event, AnswerGiven):
+            answers = said[event.model]
+            kept[event.model].add(event.question, event.answer)
+            answers[event.question] = event.answer
+            event = AnswersCounted(event.model, len(answers), len(asked))
+        on_event(event)
 
     if missing:
-        plan = {
-            "config": config.for_workers(),
-            "model_folder": model_folder,
-            "adapter": adapter,
-            "models": missing,
-            "questions": generate.dump(asked),
-            "known": {name: dict(said[name]) for name in missing},
-            "kept": {name: str(kept[name].file) for name in missing},
-        }
-        answered = cluster.run_workers(
-            generate.answer_loop_per_worker, plan, config, keep, config.run_dir
-        )["answers"]
-        for name, answers in answered.items():
-            said[name] = answers
-            kept[name].write(answers)
+        job = AnswerJob(
+            settings=config.for_workers(),
+            model_folder=model_folder,
+            adapter=adapter,
+            models=missing,
+            questions=generate.dump(asked),
+            known={name: dict(said[name]) for name in missing},
+            caches={name: str(kept[name].file) for name in missing},
+        )
+        outcome = cluster.run_workers(
+            generate.answer_loop_per_worker, job, config.scaling, config.run_dir, keep
+        )
+        for name, answered in outcome.answers.items():
+            said[name] = dict(answered)
+            kept[name].write(said[name])
     judged = {}
     with scoring.executor(config) as executor:
         for name in wanted:
@@ -164,11 +166,13 @@ def summarise(measured: Measured, config: Config) -> dict[str, dict[str, Any]]:
         }
     if "base" in measured and "tuned" in measured:
         summary["compared"] = {
-            split: _compare(measured, "base", split) for split in summary["tuned"]
+            split: paired(measured, "base", split).named("base", "tuned")
+            for split in summary["tuned"]
         }
     if "default" in measured:
         summary["compared_default"] = {
-            split: _compare(measured, "default", split) for split in summary["tuned"]
+            split: paired(measured, "default", split).named("default", "tuned")
+            for split in summary["tuned"]
         }
     return summary
 
@@ -336,19 +340,14 @@ def _text(value: Any, config: Config, where: str) -> str | None:
     return value
 
 
-def paired(measured: Measured, other: str, split: str | None = None) -> tuple[int, int, float]:
-    """Questions that only the model `other` and only the tuned one gets right (`is_right`), of a split or of all, and McNemar's
-    exact p; rows of all models are in the same order."""
-    pairs = [
-        (is_right(one), is_right(tuned))
-        for one, tuned in zip(measured[other], measured["tuned"], strict=True)
+def paired(measured: Measured, other: str, split: str | None = None) -> PairedTest:
+    """Compare the model `other` (a) with the tuned one (b), on a split or on all questions.
+
+    The rows of all models are in the same order.
+    """
+    return paired_test(
+        (is_right(theirs), is_right(tuned))
+        for theirs, tuned in zip(measured[other], measured["tuned"], strict=True)
         if split in (None, tuned["split"])
-        and "gold_error" not in (one["verdict"], tuned["verdict"])
-    ]
-    only_other, only_tuned = sum(o and not t for o, t in pairs), sum(t and not o for o, t in pairs)
-    return only_other, only_tuned, mcnemar(only_other, only_tuned)
-
-
-def _compare(measured: Measured, other: str, split: str) -> dict[str, Any]:
-    only_other, only_tuned, p = paired(measured, other, split)
-    return {f"only_{other}": only_other, "only_tuned": only_tuned, "mcnemar_p": p}
+        and "gold_error" not in (theirs["verdict"], tuned["verdict"])
+    )

@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
             config
         )  # now: what cannot be asked should be known before training
         if config.scaling.num_workers:
-            cluster.begin_ray()
+            cluster.start_ray_in_background()
         for line in prepare.plan(prepared, config):
             display.line(line)
         timeline.mark("data")
@@ -213,7 +213,7 @@ def _train_and_measure(
     timeline: StartupClock,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    points = progress.Points(config, record, display, timeline)
+    points = progress.Progress(config, record, display, timeline)
     with publish.beside_training(config) as points.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, points)
     display.line(
@@ -392,7 +392,7 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> M
         measure.check_adapter(adapter, config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, asked, config)
-    points = progress.Points(config, tracking.disabled(Path()), display)
+    points = progress.Progress(config, tracking.disabled(Path()), display)
     return measure.of_models(config, asked, corpus.schemas, folder, adapter, display, points)
 
 

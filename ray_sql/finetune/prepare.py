@@ -22,6 +22,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.generate import Question
 from ray_sql.rows import Audit
 from ray_sql.store import storage
+from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +79,9 @@ class Prepared:
             return []
         failing = {(row["split"], row["id"]) for row in self.gold_errors}
         asked = self._asked("validation", config, None)
-        usable = [q for q in asked if q.gold and (config.task_type == "schema" or q.database)]
+        usable = [
+            q for q in asked if q.gold and (not TASKS[config.task_type].executes_sql or q.database)
+        ]
         return list(
             data.sample(
                 [q for q in usable if (q.split, q.id) not in failing],
@@ -125,7 +128,7 @@ def check_databases(corpus: Corpus, config: Config) -> None:
 
     A corpus without any database is no error: it can be trained on, and its scores say that nothing was executed.
     """
-    if config.task_type != "sql" or not corpus.databases:
+    if not TASKS[config.task_type].executes_sql or not corpus.databases:
         return
     if config.evaluate.select_examples and any(
         passwordless(place) != place for place in corpus.databases.values()
@@ -180,7 +183,7 @@ def gold_errors(
 
 def check_gold(corpus: Corpus, failing: Sequence[dict[str, Any]], config: Config) -> None:
     """Raise `DataError` if there is gold to execute for the scores, and none of it runs: that is known before training, not after."""
-    if config.task_type != "sql":
+    if not TASKS[config.task_type].executes_sql:
         return
     golds = [
         e for split in config.split for e in corpus.splits[split] if corpus.executable(e.db_id)
@@ -358,9 +361,11 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
                 f"          so that a step mixes databases: larger steps share more, and so does --rows.examples_per_row {most}, "
                 "faster an epoch and less accurate after as many"
             )
-    made_of = f"{config.train_batch_size} x {config.accumulation} x {config.workers} workers"
-    if config.elastic:
-        made_of = f"with {config.fewest_workers} to {config.workers} workers alike"
+    made_of = (
+        f"{config.train_batch_size} x {config.accumulation} x {config.scaling.max_workers} workers"
+    )
+    if config.scaling.elastic:
+        made_of = f"with {config.scaling.min_workers} to {config.scaling.max_workers} workers alike"
     yield f"training  {steps} steps of {config.global_batch} examples ({made_of}), a checkpoint every {config.save_steps}"
     if config.evaluate.select_examples:
         every = config.evaluate.eval_steps or config.save_steps
@@ -372,7 +377,7 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     models = "base and tuned model" if config.evaluate.baseline else "tuned model"
     yield f"scoring   {models} on {', '.join(f'{n} of {split}' for split, n in scored.items())}, semantics {config.evaluate.semantics}"
     for split in config.split:
-        if config.task_type == "sql" and not any(
+        if TASKS[config.task_type].executes_sql and not any(
             corpus.executable(e.db_id) for e in corpus.splits[split]
         ):
             yield f"          nothing can be executed on {split}, so it gets no score: {data.why_not_executable(corpus)}"

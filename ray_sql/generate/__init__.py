@@ -4,11 +4,9 @@ questions (`shared`), as one-by-one greedy decoding would answer them; beams and
 from ray_sql.generate.answer_cache import Kept
 from ray_sql.generate.answers import (
     VERSION,
-    agreed,
     answer,
     answer_loop_per_worker,
     answer_together,
-    gather_all,
     spread,
 )
 from ray_sql.generate.questions import (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from ray_sql import cluster, models
+from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswerOutcome, DriverLink, Note
+from ray_sql.cluster.ranks import agreed, gather_all, rank, world_size
 from ray_sql.config import Config
-from ray_sql.errors import RaySqlError
 from ray_sql.generate import decoder, hf_generate, vllm
 from ray_sql.generate.answer_cache import Kept
 from ray_sql.generate.ends import Ends
@@ -20,7 +20,6 @@ from ray_sql.store import storage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]
 OnAnswer = Callable[[int, Answer], None]
 """Called with each answer as it comes, and the place of its question among those asked."""
@@ -170,12 +169,11 @@ def _by_all_ranks(
     answer_share: Callable[[Sequence[Question], OnAnswer | None], list[Answer]],
     on_answer: OnAnswer | None,
 ) -> list[Answer] | None:
-    world, rank = len(gather_all(None)), _rank()
-    shares = spread(asked, world, config.evaluate.max_new_tokens)
-    mine = shares[rank]
+    shares = spread(asked, world_size(), config.evaluate.max_new_tokens)
+    mine = shares[rank()]
     tell = None if on_answer is None else (lambda place, one: on_answer(mine[place], one))
     said = gather_all(answer_share([asked[number] for number in mine], tell))
-    return _in_order(shares, said) if rank == 0 else None
+    return _in_order(shares, said) if rank() == 0 else None
 
 
 def _in_order(shares: Sequence[Sequence[int]], said: Sequence[Sequence[Answer]]) -> list[Answer]:
@@ -217,77 +215,43 @@ def spread(asked: Sequence[Question], world: int, max_new_tokens: int) -> list[l
     return shares
 
 
-def _rank() -> int:
-    import torch.distributed as dist
+def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
+    """Answer this worker's share of the questions with each model; rank 0 returns all answers.
 
-    return int(dist.get_rank()) if dist.is_initialized() else 0
-
-
-def gather_all(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts
-
-
-def agreed(make: Callable[[], T]) -> T:
-    """What `make` returns; where it fails on one rank, that rank's error on all: one that left alone would let the others wait."""
-    problem: RaySqlError | None = None
-    try:
-        made = make()
-    except RaySqlError as error:
-        problem = error
-    for each in gather_all(problem):
-        if each:
-            raise each
-    return made
-
-
-def answer_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
-    """One worker's part of answering `plan["questions"]` with each of `plan["models"]`; rank 0 returns all answers by model.
-
-    A model is `base`, or `tuned`: the base with the adapter at the URI `plan["adapter"]`. What the files `plan["kept"]` hold of
-    an earlier attempt is not asked again, where this worker can read them; every answer is said as it comes.
+    Answers in the files of an earlier attempt are not asked again, where this worker can read
+    them. Every answer is sent as it comes.
     """
-    config = Config(**plan["config"])
-    asked = parse(plan["questions"])
-    said = {}
+    config = Config(**job.settings)
+    asked = parse(job.questions)
+    answers = {}
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        adapter = (
-            storage.fetch(plan["adapter"], Path(scratch)) if "tuned" in plan["models"] else None
-        )
-        ask = (_ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers)(
-            plan, config, adapter
-        )
-        for name in plan[
-            "models"
-        ]:  # the base comes first: its layers are changed in place by the adapter's
-            # all ranks must agree on what is left; answers of workers that died may be in the file and not in the plan
-            known = gather_all({**plan["known"][name], **Kept(plan["kept"][name]).read()})[0]
-            left = [number for number in range(len(asked)) if number not in known]
+        adapter = None
+        if "tuned" in job.models:
+            assert job.adapter is not None
+            adapter = storage.fetch(job.adapter, Path(scratch))
+        make_ask = _ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers
+        ask = make_ask(job, driver, config, adapter)
+        # the base comes first: its layers are changed in place by the adapter's
+        for model in job.models:
+            # all ranks must agree on the rest; a dead worker's answers may be in the file alone
+            known = gather_all({**job.known[model], **Kept(job.caches[model]).read()})[0]
+            left = [index for index in range(len(asked)) if index not in known]
 
-            def say(place: int, one: Answer, name: str = name, left: list[int] = left) -> None:
-                plan["emit"](
-                    {
-                        "kind": "answer",
-                        "model": name,
-                        "question": left[place],
-                        "answer": asdict(one),
-                    }
-                )
+            def send(
+                place: int, answer: Answer, model: str = model, left: list[int] = left
+            ) -> None:
+                driver.emit(AnswerGiven(model, left[place], answer))
 
-            new = ask(name, [asked[number] for number in left], say)
-            said[name] = known | dict(zip(left, new or [], strict=False))
-    return {"answers": said}
+            new = ask(model, [asked[index] for index in left], send)
+            answers[model] = known | dict(zip(left, new or [], strict=False))
+    return AnswerOutcome(answers)
 
 
-def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
+def _ask_transformers(
+    job: AnswerJob, driver: DriverLink, config: Config, adapter: Path | None
+) -> Ask:
     model, tokenizer = agreed(
-        lambda: models.load_here(plan["model_folder"], config, cluster.claim_device(config))
+        lambda: models.load_here(job.model_folder, config, cluster.claim_device(config.scaling))
     )
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
@@ -296,8 +260,8 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
             model = models.load_adapter(model, adapter)
 
         def note(reason: str) -> None:
-            if _rank() == 0:
-                plan["emit"](cluster.note(f"every prompt is computed whole: {reason}"))
+            if rank() == 0:
+                driver.emit(Note(f"every prompt is computed whole: {reason}"))
 
         return answer_together(
             model,
@@ -312,8 +276,8 @@ def _ask_transformers(plan: dict[str, Any], config: Config, adapter: Path | None
     return ask
 
 
-def _ask_vllm(plan: dict[str, Any], config: Config, adapter: Path | None) -> Ask:
-    engine = agreed(lambda: vllm.Engine(models.here(plan["model_folder"], config), adapter, config))
+def _ask_vllm(job: AnswerJob, driver: DriverLink, config: Config, adapter: Path | None) -> Ask:
+    engine = agreed(lambda: vllm.Engine(models.here(job.model_folder, config), adapter, config))
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
         def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:

@@ -19,6 +19,7 @@ from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
 from ray_sql.rows import encode_prompt
 from ray_sql.store import storage
+from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +72,9 @@ def questions(
             schema = prompts.schema_text(
                 example, corpus.schemas, config.changed({"prompt.schema_form": "full"})
             )
-        turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
+        turns = prompts.messages(
+            TASKS[config.task_type], schema, example.question, example.evidence
+        )
         made.append(
             Question(
                 id=example.id,
@@ -102,7 +105,7 @@ def check_window(folder: str, asked: Sequence[Question], config: Config) -> None
 
 def gold(example: Example, corpus: Corpus, config: Config) -> str:
     """What an answer is compared with: SQL, or links as JSON; empty where the SQL cannot be linked."""
-    if config.task_type == "sql":
+    if TASKS[config.task_type].executes_sql:
         return example.gold
     try:
         return json.dumps(prompts.gold_links(example, corpus.schemas))

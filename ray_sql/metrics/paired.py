@@ -33,6 +33,10 @@ class PairedTest:
         """Tell whether the second model is significantly better."""
         return self.only_b > self.only_a and self.p <= ALPHA
 
+    def named(self, a: str, b: str) -> dict[str, float]:
+        """Return the test as `metrics.json` keeps it, with the models' names in its keys."""
+        return {f"only_{a}": self.only_a, f"only_{b}": self.only_b, "mcnemar_p": self.p}
+
 
 def paired_test(pairs: Iterable[tuple[bool, bool]]) -> PairedTest:
     """Compare two models by (right in a, right in b) of each question that both were judged on."""

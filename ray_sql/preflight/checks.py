@@ -16,6 +16,7 @@ from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.preflight import nodes
 from ray_sql.store import storage
+from ray_sql.tasks import TASKS
 from ray_sql.tune import study
 
 T = TypeVar("T")
@@ -186,7 +187,7 @@ def data(config: Config, prepared: Prepared) -> str:
         s for s in config.split if not any(map(prepared.corpus.executable, _databases(prepared, s)))
     ]
     scored = f"; nothing can be executed on {', '.join(without)}, so it gets no score: name its databases with --data.databases"
-    unscored = scored if without and config.task_type == "sql" else ""
+    unscored = scored if without and TASKS[config.task_type].executes_sql else ""
     return f"{splits}; {len(prepared.gold_errors)} gold queries do not run{unscored}"
 
 

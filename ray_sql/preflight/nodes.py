@@ -70,7 +70,7 @@ def survey(config: Config) -> list[Node]:
             return [
                 look(
                     "this machine",
-                    cluster.capacity()[0] if config.scaling.num_workers else {},
+                    cluster.cluster_nodes()[0] if config.scaling.num_workers else {},
                     probe,
                 )
             ]
@@ -200,15 +200,15 @@ def room(config: Config) -> str:
     """There are as many workers' resources as a training asks for, now or by the autoscaler; and for how many trials at a time."""
     if config.scaling.num_workers == 0:
         return "trains in this process, without Ray"
-    found = cluster.room(config)
+    found = cluster.training_capacity(config.scaling)
     wanted = config.tune.max_concurrent_trials or 1
-    each = ", ".join(f"{amount:g} {name}" for name, amount in found.each.items())
+    each = ", ".join(f"{amount:g} {name}" for name, amount in found.per_worker.items())
     said = f"workers of {each}: {found.arithmetic}"
-    if found.at_once < wanted:
+    if found.trainings < wanted:
         asked = (
             f"--tune.max_concurrent_trials {wanted}"
-            if found.at_once
-            else f"--scaling.num_workers {config.fewest_workers}"
+            if found.trainings
+            else f"--scaling.num_workers {config.scaling.min_workers}"
         )
         raise ConfigError(
             f"{asked} asks for more than there is ({said}); lower it, or --scaling.resources_per_worker, or add nodes"
@@ -250,7 +250,11 @@ def memory(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> str:
     data = rows.read(prepared.rows_file)
     count, length = rows.heaviest_pass(data, config)
     tokens, longest = count * length, max(len(row.input_ids) for row in data)
-    each = cluster.per_worker(config, cluster.capacity()) if config.scaling.num_workers else {}
+    each = (
+        cluster.worker_resources(config.scaling, cluster.cluster_nodes())
+        if config.scaling.num_workers
+        else {}
+    )
     gpu = bool(each.get("GPU")) or (
         not each and bool(nodes[0].gpus) and config.scaling.use_gpu is not False
     )
@@ -281,8 +285,8 @@ def _share(node: Node, each: Mapping[str, float], gpu: bool, config: Config) -> 
     """Bytes that one worker has on a node; None where it would not run there."""
     if gpu:
         return min(node.gpus) * min(1.0, each.get("GPU", 1.0)) if node.gpus else None
-    fit = cluster.holds(node.resources, each) if each else 1
-    return node.memory / min(fit, config.workers) if fit else None
+    fit = cluster.worker_slots(node.resources, each) if each else 1
+    return node.memory / min(fit, config.scaling.max_workers) if fit else None
 
 
 def disk(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> str:

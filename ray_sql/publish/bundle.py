@@ -16,8 +16,7 @@ from ray_sql import models
 from ray_sql.config import Config, PublishConfig, absolute
 from ray_sql.data import prompts
 from ray_sql.errors import ConfigError, ContractError, ModelError
-from ray_sql.evaluate.compare import ALPHA
-from ray_sql.metrics import mcnemar
+from ray_sql.metrics.paired import PairedTest
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 
@@ -200,20 +199,27 @@ def check_better(metrics: Mapping[str, Any], run_dir: str) -> None:
             f"{run_dir}: the base model was not measured, so nobody knows whether the adapter is better; train with "
             f"--evaluate.baseline, or {way_out}"
         )
-    base, tuned = (
-        sum(test[side] for test in compared.values()) for side in ("only_base", "only_tuned")
+    by_split = {
+        split: PairedTest(test["only_base"], test["only_tuned"]) for split, test in compared.items()
+    }
+    total = PairedTest(
+        sum(test.only_a for test in by_split.values()),
+        sum(test.only_b for test in by_split.values()),
     )
-    p = mcnemar(base, tuned)
-    alone = f"it alone is right on {tuned} questions, the base model alone on {base}, McNemar p = {p:.2g}"
-    if tuned <= base or p > ALPHA:
+    if not total.b_is_better:
+        alone = (
+            f"it alone is right on {total.only_b} questions, the base model alone on "
+            f"{total.only_a}, McNemar p = {total.p:.2g}"
+        )
         raise ModelError(
             f"{run_dir}: the adapter was not shown to beat its base model ({alone}); train longer or score more questions, or "
             f"{way_out}"
         )
-    for split, test in compared.items():
-        if test["only_base"] > test["only_tuned"] and test["mcnemar_p"] <= ALPHA:
+    for split, test in by_split.items():
+        if test.a_is_better:
             raise ModelError(
-                f"{run_dir}: the adapter is worse than its base model on {split} (McNemar p = {test['mcnemar_p']:.2g}); {way_out}"
+                f"{run_dir}: the adapter is worse than its base model on {split} "
+                f"(McNemar p = {test.p:.2g}); {way_out}"
             )
 
 

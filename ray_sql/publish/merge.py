@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_sql import cluster, data, models
+from ray_sql import data, models
+from ray_sql.cluster.events import AnswersCounted, Event, Note, StageEnded, UnknownEvent
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
 from ray_sql.evaluate import measure
-from ray_sql.evaluate.compare import ALPHA
-from ray_sql.metrics import mcnemar
 from ray_sql.metrics.judged import is_right
+from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 
 FOLDER = "merged"
@@ -46,7 +46,7 @@ def merged(config: Config, run_dir: str, display: Display) -> dict[str, Any]:
         f"merged    {run_dir}/{FOLDER}: it alone is right on {test['only_merged']} questions, the adapter alone on "
         f"{test['only_adapter']} (McNemar p = {test['mcnemar_p']:.2g})"
     )
-    if test["only_adapter"] > test["only_merged"] and test["mcnemar_p"] <= ALPHA:
+    if PairedTest(test["only_adapter"], test["only_merged"]).a_is_better:
         raise ModelError(
             f"{run_dir}/{FOLDER}: merged, the model is worse than with its adapter (McNemar p = {test['mcnemar_p']:.2g}), so it is not "
             "published; use the adapter, or train with --no-quantization.load_in_4bit"
@@ -84,27 +84,24 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
     corpus = data.load_split(plain, plain.split)
     asked = measure.questions(corpus, models.load_tokenizer(str(folder)), plain)
 
-    def progress(point: cluster.Point) -> None:
-        if point["kind"] == "answers":
-            display.update("answering with merged", point["done"], point["total"])
+    def show(event: Event) -> None:
+        match event:
+            case AnswersCounted(_, done, total):
+                display.update("answering with merged", done, total)
+            case Note() | StageEnded():
+                pass
+            case _:
+                raise UnknownEvent(event)
 
-    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, progress)[
-        "base"
-    ]
+    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, show)["base"]
     before = _right(storage.read_text(f"{run_dir}/predictions.jsonl") or "")
     pairs = [
-        (is_right(row), before[row["split"], row["id"]])
+        (before[row["split"], row["id"]], is_right(row))
         for row in rows
         if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
     ]
-    gained, lost = sum(m and not a for m, a in pairs), sum(a and not m for m, a in pairs)
-    test = {
-        "n": len(pairs),
-        "only_merged": gained,
-        "only_adapter": lost,
-        "mcnemar_p": mcnemar(lost, gained),
-    }
-    return {**measure.summarise({"merged": rows}, plain), "compared": test}
+    compared = {"n": len(pairs), **paired_test(pairs).named("adapter", "merged")}
+    return {**measure.summarise({"merged": rows}, plain), "compared": compared}
 
 
 def _right(predictions: str) -> Mapping[tuple[str, str], bool]:

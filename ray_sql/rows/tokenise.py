@@ -21,6 +21,7 @@ from ray_sql.data import Example, prompts
 from ray_sql.data.linking import LinkError
 from ray_sql.database import SERIALIZER_VERSION, Schema, render
 from ray_sql.errors import DataError
+from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,9 +167,9 @@ def encode(
 ) -> Row:
     """One example as a row, with `schema` in place of its own schema text where given."""
     schema = prompts.schema_text(example, schemas, config) if schema is None else schema
-    turns = prompts.messages(config.task_type, schema, example.question, example.evidence)
+    turns = prompts.messages(TASKS[config.task_type], schema, example.question, example.evidence)
     completion = prompts.render_completion(
-        tokenizer, turns, prompts.answer(config.task_type, example, schemas)
+        tokenizer, turns, prompts.answer(TASKS[config.task_type], example, schemas)
     )
     prompt_ids = encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
@@ -209,7 +210,7 @@ def cache_key(
     parts: list[Any] = [
         [ROWS_VERSION, SERIALIZER_VERSION, config.task_type],
         [
-            prompts.SYSTEM[config.task_type],
+            TASKS[config.task_type].system,
             prompts.USER,
             prompts.EVIDENCE,
             prompts.DATE.isoformat(),

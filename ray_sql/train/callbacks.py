@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import cluster, generate, rows
+from ray_sql import rows
+from ray_sql.cluster.events import CheckpointSaved, OnEvent, TrainPoint
+from ray_sql.cluster.ranks import gather_all
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError, TrainingError
 from ray_sql.store import checkpoints, storage
-from ray_sql.train.preemption import Notice
+from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import LOGGED, check_owned
 from ray_sql.train.validation import Validation
 
@@ -32,8 +34,8 @@ class Reporter:
         self,
         config: Config,
         judge: Validation,
-        notice: Notice,
-        emit: cluster.OnPoint,
+        notice: PreemptionWatch,
+        emit: OnEvent,
         data: Sequence[rows.Row],
         rank: int,
         driver: str | None,
@@ -66,13 +68,10 @@ class Reporter:
                 "tokens_per_second": per_second * self._tokens,
             }
         self._last = (step, now)
-        self._emit({"kind": "train", "step": step, "steps": steps, "values": kept})
+        self._emit(TrainPoint(step, steps, kept))
         for name, gauge in self._gauges.items():
             if name in kept:
                 gauge.set(kept[name])
-
-    def on_note(self, text: str) -> None:
-        self._emit(cluster.note(text))
 
     def on_save(self, step: int, folder: Path, model: PreTrainedModel) -> bool:
         import ray.train
@@ -100,7 +99,7 @@ class Reporter:
             go_on = part()
         except RaySqlError as error:
             problem = error
-        said = generate.gather_all((problem, go_on))
+        said = gather_all((problem, go_on))
         if problems := [each for each, _ in said if each]:
             raise (
                 problems[0]
@@ -126,13 +125,8 @@ class Reporter:
             checkpoints.score(f"{self._config.run_dir}/checkpoint-{step}", judged)
         scores = judged or {"objective": None, "tie_break": None, "metrics": {}}
         checkpoints.prune(self._config.run_dir)
-        point = {"kind": "validation", "step": step, "values": scores["metrics"]}
-        return (
-            self._emit(
-                {**point, "objective": scores["objective"], "tie_break": scores["tie_break"]}
-            )
-            is not False
-        )
+        saved = CheckpointSaved(step, scores["metrics"], scores["objective"], scores["tie_break"])
+        return self._emit(saved) is not False
 
 
 def _gauges(config: Config) -> dict[str, Any]:

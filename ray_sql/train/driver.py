@@ -8,18 +8,18 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ray_sql import cluster, rows
+from ray_sql.cluster.events import Note, RowsChosen, TrainJob, TrainOutcome
 from ray_sql.config import Config
 from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
 from ray_sql.train.loop import train_loop_per_worker
-from ray_sql.train.resume import rewind, set_aside_damaged, starting_point, take_over
+from ray_sql.train.resume import claim_run, rewind, set_aside_damaged, starting_point
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class FitResult:
 
 
 def fit(
-    config: Config, model_folder: str, on_point: cluster.OnPoint, decides: bool = False
+    config: Config, model_folder: str, on_event: cluster.OnEvent, decides: bool = False
 ) -> FitResult:
     """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
 
-    Where `on_point` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
+    Where `on_event` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
     its last checkpoint with half as many examples in a forward pass, and twice as many passes, as often as they can be halved. Raises
     `TrainingError` where the loss diverges or the workers cannot be kept alive, `TakenOver` where the same command was given again
     meanwhile, `ModelError` for a wrong checkpoint.
@@ -52,23 +52,18 @@ def fit(
     start_from = starting_point(
         config, json.loads(storage.read_text(f"{run_dir}/contract.json") or "{}")
     )
-    driver = take_over(
+    driver = claim_run(
         run_dir
     )  # before anything is rewound, which the workers of another one would save again
     if start_from:
         rewind(config, start_from)
-    plan = {
-        "config": config.for_workers(),
-        "model_folder": model_folder,
-        "start_from": start_from,
-        "driver": driver,
-    }
+    job = TrainJob(config.for_workers(), model_folder, start_from, driver)
 
     def say(text: str) -> None:
-        on_point(cluster.note(text))
+        on_event(Note(text))
 
     try:
-        outcome = _in_memory(plan, config, on_point, decides)
+        outcome = _fit_into_memory(job, config, on_event, decides)
     except (KeyboardInterrupt, SystemExit):
         done = checkpoints.complete(run_dir)
         kept = (
@@ -78,30 +73,35 @@ def fit(
         )
         say(f"stopped; {kept}")
         raise
-    if outcome["failure"]:
-        raise TrainingError(outcome["failure"])
-    return FitResult(outcome["step"], keep_best(run_dir, say), time.monotonic() - started)
+    if outcome.failure:
+        raise TrainingError(outcome.failure)
+    return FitResult(outcome.step, keep_best(run_dir, say), time.monotonic() - started)
 
 
-def _in_memory(
-    plan: Mapping[str, Any], config: Config, on_point: cluster.OnPoint, decides: bool
-) -> dict[str, Any]:
+def _fit_into_memory(
+    job: TrainJob, config: Config, on_event: cluster.OnEvent, decides: bool
+) -> TrainOutcome:
     """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
     record = f"{config.run_dir}/{HALVINGS_FILE}"
     halvings, together = int(storage.read_text(record) or 0), rows.together(config)
 
-    def heard(point: cluster.Point) -> bool | None:
+    def receive(event: cluster.Event) -> bool | None:
         nonlocal together
-        if point["kind"] != "rows":
-            return on_point(point)
-        together = point["together"]
+        if not isinstance(event, RowsChosen):
+            return on_event(event)
+        together = event.examples_per_row
         return None
 
     while True:
         try:
-            full = {**plan, "halvings": halvings}
             return cluster.run_workers(
-                train_loop_per_worker, full, config, heard, config.run_dir, decides, resizes=True
+                train_loop_per_worker,
+                replace(job, microbatch_halvings=halvings),
+                config.scaling,
+                config.run_dir,
+                receive,
+                decides=decides,
+                resizes=True,
             )
         except Exception as error:  # in this process it is torch's own, from workers ours
             before = rows.per_pass(config, together, halvings)
@@ -120,7 +120,7 @@ def _in_memory(
         storage.write_text(record, str(halvings))
         now = rows.per_pass(config, together, halvings)
         said = f"on from the last checkpoint with up to {now} examples in a forward pass, not {before}, and more passes in a step"
-        on_point(cluster.note(f"out of memory: {said}"))
+        on_event(Note(f"out of memory: {said}"))
         free_memory()
 
 

@@ -6,25 +6,35 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_sql import cluster, generate, models, rows
+from ray_sql import cluster, models, rows
+from ray_sql.cluster.events import (
+    DriverLink,
+    Event,
+    Note,
+    OnEvent,
+    RowsChosen,
+    StageEnded,
+    TrainJob,
+    TrainOutcome,
+)
+from ray_sql.cluster.ranks import agreed, gather_all
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, ModelError
 from ray_sql.store import storage
 from ray_sql.train.callbacks import Reporter
-from ray_sql.train.preemption import Notice
-from ray_sql.train.resume import owed, resume
+from ray_sql.train.preemption import PreemptionWatch
+from ray_sql.train.resume import needs_validation, resume
 from ray_sql.train.validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
-    """One worker's training run; returns its `trainer.Outcome` as a dict."""
+def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
+    """Train on this worker; all ranks return the same outcome."""
     import ray.train
 
     entered = time.time()
@@ -32,43 +42,40 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
         trainer,  # here: it loads the whole training stack, which the driver can do without
     )
 
-    config = Config(**plan["config"])
+    config = Config(**job.settings)
     context = ray.train.get_context()
 
-    def mark(stage: str, at: float | None = None) -> None:
+    def tell(event: Event) -> None:
         if context.get_world_rank() == 0:
-            plan["emit"](cluster.mark(stage, at))
+            driver.emit(event)
 
-    mark("workers", entered)
-    if config.elastic and context.get_world_rank() == 0:
-        bounds = f"{config.fewest_workers} to {config.workers}"
-        plan["emit"](cluster.note(f"training with {context.get_world_size()} of {bounds} workers"))
-    mark("imports of the training stack")
-    device = cluster.claim_device(config)
-    base, tokenizer = generate.agreed(
-        lambda: models.load_here(plan["model_folder"], config, device)
-    )
-    mark("model")
+    tell(StageEnded("workers", entered))
+    if config.scaling.elastic:
+        bounds = f"{config.scaling.min_workers} to {config.scaling.max_workers}"
+        tell(Note(f"training with {context.get_world_size()} of {bounds} workers"))
+    tell(StageEnded("imports of the training stack"))
+    device = cluster.claim_device(config.scaling)
+    base, tokenizer = agreed(lambda: models.load_here(job.model_folder, config, device))
+    tell(StageEnded("model"))
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
-        data = generate.agreed(lambda: rows.read(_inputs(config, local / "rows.parquet")))
-        resume_from, done = resume(config, plan["start_from"], local, plan["emit"])
-        unmeasured = done is not None and owed(done, config, len(data))
+        data = agreed(lambda: rows.read(_inputs(config, local / "rows.parquet")))
+        resume_from, done = resume(config, job.start_from, local, driver.emit)
+        unmeasured = done is not None and needs_validation(done, config, len(data))
         step, steps = done.step if done else 0, config.steps(len(data))
-        notice = Notice(plan["stopping"])
+        notice = PreemptionWatch(driver.stopping)
         if (
             step >= steps and not unmeasured
         ) or notice.told_to_stop():  # else only what follows training was cut off
-            return asdict(trainer.Outcome(step, steps, None))
-        together = _together(base, data, config, plan["halvings"], plan["emit"])
-        if context.get_world_rank() == 0:
-            plan["emit"]({"kind": "rows", "together": together})
-        judge = Validation(config, tokenizer, together, plan["halvings"], local)
-        mark("shared rows tried")
+            return TrainOutcome(step, steps, None)
+        together = _together(base, data, config, job.microbatch_halvings, driver.emit)
+        tell(RowsChosen(together))
+        judge = Validation(config, tokenizer, together, job.microbatch_halvings, local)
+        tell(StageEnded("shared rows tried"))
         reporter = Reporter(
-            config, judge, notice, plan["emit"], data, context.get_world_rank(), plan["driver"]
+            config, judge, notice, driver.emit, data, context.get_world_rank(), job.driver
         )
-        outcome = trainer.train(
+        return trainer.train(
             base,
             tokenizer,
             data,
@@ -78,12 +85,10 @@ def train_loop_per_worker(plan: dict[str, Any]) -> dict[str, Any]:
             resume_from=resume_from,
             on_log=reporter.on_log,
             on_save=reporter.on_save,
-            halvings=plan["halvings"],
+            halvings=job.microbatch_halvings,
             on_step=notice,
             on_begin=reporter.measure if unmeasured else None,
-            on_note=reporter.on_note,
         )
-    return asdict(outcome)
 
 
 def _inputs(config: Config, target: Path) -> Path:
@@ -98,11 +103,7 @@ def _inputs(config: Config, target: Path) -> Path:
 
 
 def _together(
-    base: PreTrainedModel,
-    data: Sequence[rows.Row],
-    config: Config,
-    halvings: int,
-    emit: cluster.OnPoint,
+    base: PreTrainedModel, data: Sequence[rows.Row], config: Config, halvings: int, emit: OnEvent
 ) -> int:
     """How many questions share a row: as the settings say, where this model allows it."""
     import ray.train
@@ -116,7 +117,7 @@ def _together(
         base, max(len(row.input_ids) for row in data), rows.longest_row(data, config, halvings)
     )
     reason = next(
-        (each for each in generate.gather_all(reason) if each), None
+        (each for each in gather_all(reason) if each), None
     )  # all ranks must lay steps out alike
     if reason is None:
         return wanted
@@ -125,5 +126,5 @@ def _together(
             f"--rows.examples_per_row {wanted}: {config.model_name} cannot share rows: {reason}; set it to 1 or auto"
         )
     if ray.train.get_context().get_world_rank() == 0:
-        emit(cluster.note(f"one question a row: {reason}"))
+        emit(Note(f"one question a row: {reason}"))
     return 1

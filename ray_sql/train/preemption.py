@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from ray_sql import generate
+from ray_sql.cluster.ranks import gather_all
 
 ASKING = 100
 """Training takes so many times as long as asking whether to save at once ..."""
@@ -14,7 +14,7 @@ SECONDS_UNASKED = 5.0
 """... unless that is longer ago than this. Ray itself looks every five seconds for nodes that are to be taken away."""
 
 
-class Notice:
+class PreemptionWatch:
     """Whether to save now, before the next `save_steps`: the driver was told to stop, or Ray takes away a node that a rank is on.
 
     All ranks learn of it after the same step. They ask each other as often as costs a hundredth of training, but every few seconds.
@@ -29,7 +29,7 @@ class Notice:
 
     def told_to_stop(self) -> bool:
         """What rank 0 sees, on all ranks."""
-        return bool(generate.gather_all(self._stopping())[0])
+        return bool(gather_all(self._stopping())[0])
 
     def __call__(self, step: int) -> bool:
         """Whether all ranks are to save after this step."""
@@ -39,9 +39,7 @@ class Notice:
             return False
         began = time.monotonic()
         info = ray.train.get_preemption_info()
-        self.stops, self._next = generate.gather_all(
-            (self._stopping(), step + self._pace(step, began))
-        )[0]
+        self.stops, self._next = gather_all((self._stopping(), step + self._pace(step, began)))[0]
         self._asked = (step, began, time.monotonic() - began)
         new = (set(info.preempted_node_ids) if info else set()) - self._leaving
         self._leaving |= new

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_sql import cluster, generate
+from ray_sql import generate
+from ray_sql.cluster.events import Note, OnEvent, Resumed
+from ray_sql.cluster.ranks import agreed, gather_all
 from ray_sql.config import Config
 from ray_sql.data import prompts
 from ray_sql.errors import ModelError, TakenOver
@@ -24,7 +26,7 @@ DRIVER_FILE = "inputs/driver"
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
-def take_over(run_dir: str) -> str:
+def claim_run(run_dir: str) -> str:
     """Make this driver the one that the run belongs to, and return its name; workers of one before end at their next checkpoint."""
     name = uuid.uuid4().hex
     storage.write_text(f"{run_dir}/{DRIVER_FILE}", name)
@@ -120,7 +122,7 @@ def rewind(config: Config, start_from: str) -> None:
 
 
 def resume(
-    config: Config, start_from: str | None, scratch: Path, emit: cluster.OnPoint
+    config: Config, start_from: str | None, scratch: Path, emit: OnEvent
 ) -> tuple[Path | None, Checkpoint | None]:
     """The newest checkpoint of this run that is complete and not damaged, else the one the user named, as a local folder, the same one
     on all ranks; and what is known of it where it is this run's."""
@@ -129,21 +131,21 @@ def resume(
     first = ray.train.get_context().get_world_rank() == 0
     while True:
         found = checkpoints.complete(config.run_dir) if first else []
-        own = generate.gather_all(found[-1] if found else None)[0]
+        own = gather_all(found[-1] if found else None)[0]
         uri = own.uri if own else start_from
         if uri is None:
             return None, None
         folder = storage.fetch(uri, scratch / "resume" / Path(uri).name)
         if own is None:
-            generate.agreed(partial(_check_intact, uri, folder, uri))
+            agreed(partial(_check_intact, uri, folder, uri))
             return folder, None
-        wrong = next((each for each in generate.gather_all(_wrong(uri, folder)) if each), None)
+        wrong = next((each for each in gather_all(_wrong(uri, folder)) if each), None)
         if wrong is None:
             if first:
-                emit({"kind": "curve", "step": own.step, "points": _curve(folder, found)})
+                emit(Resumed(own.step, _curve(folder, found)))
             return folder, own
         if first:
-            set_aside_damaged(uri, wrong, lambda text: emit(cluster.note(text)))
+            set_aside_damaged(uri, wrong, lambda text: emit(Note(text)))
 
 
 def set_aside_damaged(uri: str, wrong: str, say: Callable[[str], object]) -> None:
@@ -170,7 +172,7 @@ def _curve(newest: Path, found: Sequence[Checkpoint]) -> list[tuple[int, Mapping
     return [*logged, *((one.step, one.metrics) for one in found if one.metrics)]
 
 
-def owed(last: Checkpoint, config: Config, examples: int) -> bool:
+def needs_validation(last: Checkpoint, config: Config, examples: int) -> bool:
     """Whether a checkpoint should have been measured, and the run was cut off before."""
     asked = bool(storage.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}"))
     return asked and not last.metrics and config.measured(last.step, examples)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -24,11 +23,12 @@ from transformers.trainer_pt_utils import safe_globals
 from trl import SFTConfig, SFTTrainer
 
 from ray_sql import cluster, models
+from ray_sql.cluster.events import TrainOutcome
 from ray_sql.config import Config
 from ray_sql.errors import ModelError
 from ray_sql.models import cpu_linear, packed_attention
 from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, collate, model_inputs, passes
-from ray_sql.train.step_clock import StepClock, Stragglers, use
+from ray_sql.train.step_clock import StepClock, memory_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,17 +41,6 @@ OnStep = Callable[[int], bool]
 """(step); called on every rank after every step, True (on all alike) saves a checkpoint there"""
 OnBegin = Callable[[int, "PreTrainedModel"], bool | None]
 """(step, live model); called on every rank when a checkpoint, if any, is loaded; as OnSave"""
-OnNote = Callable[[str], None]
-"""A line for people"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended. `failure` is what to tell the user where the loss diverged."""
-
-    step: int
-    steps: int
-    failure: str | None
 
 
 def train(
@@ -68,20 +57,19 @@ def train(
     halvings: int = 0,
     on_step: OnStep | None = None,
     on_begin: OnBegin | None = None,
-    on_note: OnNote = print,
-) -> Outcome:
+) -> TrainOutcome:
     """Train an adapter on `rows`, up to `together` of a database in one; `scratch` is a local folder for checkpoints on their way
     to `on_save`, which must be done with them when it returns. `resume_from` is a folder of this rank's own. After `halvings` a
     forward pass holds that much less, and a step has more of them."""
     trainer = build(base, tokenizer, rows, config, together, scratch, halvings)
     limit = divergence_limit(len(tokenizer))
-    watch = _Watch(on_log, on_save, on_step, on_begin, on_note, scratch, limit, trainer.clock)
+    watch = _Watch(on_log, on_save, on_step, on_begin, scratch, limit, trainer.clock)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     if resume_from:
         fit_random_state(resume_from, trainer.args.process_index, trainer.args.world_size)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    return Outcome(trainer.state.global_step, trainer.state.max_steps, watch.failure)
+    return TrainOutcome(trainer.state.global_step, trainer.state.max_steps, watch.failure)
 
 
 class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that mypy can follow
@@ -126,7 +114,6 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that 
             waits = number < len(inputs.passes)  # gradients are exchanged once, after the last pass
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 self.clock.enter("forward")
-                self.clock.count(made.input_ids.numel())
                 with self.compute_loss_context_manager():
                     loss = completion_loss(model, made, self.model) * share
                 self.clock.enter("backward")
@@ -263,7 +250,7 @@ class CpuDropout(torch.nn.Module):  # type: ignore[misc]  # torch is not followe
 
 def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
     """TRL's settings. Rows are tokenised and measured already: nothing here may cut or prepare them again."""
-    gpu = cluster.on_gpu(config)
+    gpu = cluster.on_gpu(config.scaling)
     return SFTConfig(
         output_dir=str(scratch),
         seed=config.seed,
@@ -312,7 +299,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
         on_save: OnSave,
         on_step: OnStep | None,
         on_begin: OnBegin | None,
-        on_note: OnNote,
         scratch: Path,
         limit: float,
         clock: StepClock,
@@ -323,8 +309,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             on_step,
             on_begin,
         )
-        self._on_note, self._scratch, self._limit, self._clock = on_note, scratch, limit, clock
-        self._stragglers = Stragglers()
+        self._scratch, self._limit, self._clock = scratch, limit, clock
         self.failure: str | None = None
 
     def on_train_begin(
@@ -361,12 +346,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
             control.should_training_stop = True
             control.should_save = False
         reading = self._clock.read()
-        note = self._stragglers.look(reading)
         if state.is_world_process_zero:
-            if note:
-                self._on_note(note)
             self._on_log(
-                state.global_step, state.max_steps, values | reading.metrics() | use(args.device)
+                state.global_step,
+                state.max_steps,
+                values | reading.metrics() | memory_use(args.device),
             )
 
     def on_save(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import generate, rows
+from ray_sql.cluster.ranks import gather_all
 from ray_sql.config import Config
 from ray_sql.evaluate import scoring
 from ray_sql.store import storage
@@ -71,5 +72,5 @@ class Validation:
         part = trainer.held_out_loss(
             model, self._rows, self._config, self._together, rank, world, pad, self._halvings
         )
-        parts = generate.gather_all(part)
+        parts = gather_all(part)
         return float(sum(total for total, _ in parts) / sum(labels for _, labels in parts))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback
 from rich.table import Table
 
 from ray_sql import cluster, tracking
-from ray_sql.display import Display, percent
+from ray_sql.cluster.events import (
+    CheckpointSaved,
+    Note,
+    Resumed,
+    StageEnded,
+    TrainPoint,
+    TrialEvent,
+    UnknownEvent,
+)
+from ray_sql.display import Display
+from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown
 from ray_sql.tune.study import SETTLED, Measure, Study, Trial, measured, name
 
@@ -27,7 +37,7 @@ STATES = {
 
 
 class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
-    """Ray Tune's callback and the receiver of all trials' points; `begin` gives a trial its MLflow run."""
+    """Ray Tune's callback and the receiver of all trials' events; `begin` gives a trial its MLflow run."""
 
     def __init__(
         self,
@@ -40,6 +50,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
     ) -> None:
         self._study, self._space, self._steps, self._unit = study, space, steps, unit
         self._begin, self._display = begin, display
+        self._objective = Objective.of(space.config)
         self._runs: dict[int, tracking.Run] = {}
         self._clocks: dict[int, float] = {}
         self._at: dict[int, int] = {}
@@ -89,7 +100,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         )
         if result["objective"] is not None and not result["failure"]:
             self._say(
-                f"{name(number)}: step {result['step']} of {self._steps}: {self._value(result['objective'])}, {self._leader()}"
+                f"{name(number)}: step {result['step']} of {self._steps}: {self._objective.text(result['objective'])}, {self._leader()}"
             )
         self._show()
 
@@ -113,22 +124,37 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
         ]
         self._settle(trial.config["trial"], "failed", lines[-1][:500])
 
-    def on_point(self, point: cluster.Point) -> None:
-        """What a trial's workers say, into its MLflow run; called in the channel's thread."""
-        number = point["trial"]
-        if point["kind"] == "note":
-            self._note(f"{name(number)}: {point['text']}")
-        if point["kind"] == "train":
-            self._at[number] = point["step"]
-            self._show()
-        if point["kind"] not in ("train", "validation", "curve") or number not in self._runs:
+    def on_event(self, trial_event: cluster.Event) -> None:
+        """Record an event of a trial's workers; called in the channel's thread."""
+        if not isinstance(trial_event, TrialEvent):
+            raise UnknownEvent(trial_event)
+        number = trial_event.trial
+        match trial_event.event:
+            case Note(text):
+                self._note(f"{name(number)}: {text}")
+            case TrainPoint(step, _, values):
+                self._at[number] = step
+                self._show()
+                self._log(number, step, values)
+            case CheckpointSaved(step, values, objective):
+                self._log(number, step, values, objective)
+            case Resumed(_, points):
+                for step, values in points:
+                    self._log(number, step, values)
+            case StageEnded():
+                pass
+            case event:
+                raise UnknownEvent(event)
+
+    def _log(
+        self, number: int, step: int, values: Mapping[str, float], objective: float | None = None
+    ) -> None:
+        if number not in self._runs:
             return
-        points = point["points"] if point["kind"] == "curve" else [(point["step"], point["values"])]
-        for step, logged in points:
-            values = tracking.named(logged)
-            if point.get("objective") is not None:
-                values["objective"] = point["objective"]
-            self._runs[number].log(step, values)
+        named = tracking.named(values)
+        if objective is not None:
+            named["objective"] = objective
+        self._runs[number].log(step, named)
 
     def end(self, status: tracking.Status) -> None:
         """End the runs of trials that were cut off, and send what is still to be sent of the others."""
@@ -145,7 +171,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
             title=f"{self._leader()}; {self.hours():.2f} {self._unit[0]}-hours used",
             title_justify="left",
         )
-        for column in ("trial", *axes, "step", self._what(), "state"):
+        for column in ("trial", *axes, "step", self._objective.label, "state"):
             table.add_column(
                 column, justify="left" if column in ("trial", "state") else "right", overflow="fold"
             )
@@ -154,7 +180,7 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
             marks = ("★ " if best and trial.number == best.number else "") + name(trial.number)
             note = " (the settings)" if trial.number == 0 else ""
             values = [shown(trial.point[axis]) for axis in axes]
-            score = self._value(trial.best.objective) if trial.best else ""
+            score = self._objective.text(trial.best.objective) if trial.best else ""
             state = trial.state + (f": {trial.reason[:60]}" if trial.reason else "")
             table.add_row(
                 marks + note,
@@ -221,21 +247,9 @@ class Watch(Callback):  # type: ignore[misc]  # ray is not followed by mypy
     def _leader(self) -> str:
         best = self._study.best()
         return (
-            f"best {self._value(best.best.objective)}, {name(best.number)}"
+            f"best {self._objective.text(best.best.objective)}, {name(best.number)}"
             if best and best.best
             else "none measured yet"
-        )
-
-    def _what(self) -> str:
-        if self._space.config.tune.objective == "eval_loss":
-            return "validation loss"
-        return "execution accuracy" if self._space.config.task_type == "sql" else "strict recall"
-
-    def _value(self, objective: float) -> str:
-        return (
-            f"{-objective:.4f}"
-            if self._space.config.tune.objective == "eval_loss"
-            else percent(objective)
         )
 
     def _note(self, text: str) -> None:

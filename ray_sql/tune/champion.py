@@ -18,12 +18,11 @@ from ray_sql.evaluate import measure
 from ray_sql.evaluate.measure import Measured
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.store import storage
+from ray_sql.tasks import TASKS
 from ray_sql.tune import space
 from ray_sql.tune.study import FILE, Measure, Study, Trial, name
 
 ALIAS = "champion"
-ALPHA = 0.05
-"""p of the paired test above which a difference is no win."""
 
 
 def crown(
@@ -101,14 +100,19 @@ def judge(measured: Measured, config: Config) -> tuple[bool, str]:
     beat it, by the paired test."""
     if "base" not in measured:
         return False, "not crowned: the base model was not measured (--evaluate.baseline)"
-    base, tuned, p = measure.paired(measured, "base")
-    against = f"right where the base model is not on {tuned} held-out questions, wrong where it is right on {base} (p = {p:.2g})"
-    if tuned <= base or p > ALPHA:
+    test = measure.paired(measured, "base")
+    against = (
+        f"right where the base model is not on {test.only_b} held-out questions, wrong where it is "
+        f"right on {test.only_a} (p = {test.p:.2g})"
+    )
+    if not test.b_is_better:
         return False, f"not crowned: {against}"
     if "default" in measured:
-        default, tuned, p = measure.paired(measured, "default")
-        against += f"; against the default settings {tuned} to {default} (p = {p:.2g})"
-        if default > tuned and p <= ALPHA:
+        test = measure.paired(measured, "default")
+        against += (
+            f"; against the default settings {test.only_b} to {test.only_a} (p = {test.p:.2g})"
+        )
+        if test.a_is_better:
             return False, f"not crowned: {against}"
     return True, against
 
@@ -140,7 +144,7 @@ def _measure(
     first = study.trials[0]
 
     def answers(config: Config, adapter: str) -> Measured:
-        points = progress.Points(config, tracking.disabled(Path()), display)
+        points = progress.Progress(config, tracking.disabled(Path()), display)
         return measure.of_models(
             config, asked, prepared.corpus.schemas, prepared.model_folder, adapter, display, points
         )
@@ -156,7 +160,7 @@ def _measure(
 def _register(
     record: tracking.Run, config: Config, metrics: Mapping[str, Any], artifact: str, won: bool
 ) -> None:
-    main = "execution_accuracy" if config.task_type == "sql" else "strict_recall"
+    main = TASKS[config.task_type].metric
     scores = metrics["tuned"].values()
     n = sum(one["n"] for one in scores)
     tags = {

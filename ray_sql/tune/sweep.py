@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql import cluster, finetune, publish, tracking
-from ray_sql.cluster import Room
+from ray_sql.cluster import Capacity
 from ray_sql.config import Config, SweepConfig
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.store import storage
+from ray_sql.tasks import TASKS
 from ray_sql.tune import champion, space, sweep_report
+from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown
 from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, check_free, load, name, settings
 
@@ -107,7 +109,7 @@ def _publish(studies: list[Config], found: Mapping[str, Mapping[str, Any]]) -> N
         raise refused[0]
 
 
-def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterator[str]:
+def plan(config: Config, axes: Space, prepared: Prepared, room: Capacity) -> Iterator[str]:
     """What a study would do, in lines for people."""
     from ray_sql.tune.search import rungs
 
@@ -119,7 +121,7 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
     if room.nodes > 1 and not config.scaling.storage_path:
         yield f"          on {room.nodes} nodes: {config.run_dir} must be a folder that they share; else give --scaling.storage_path"
     every = config.evaluate.eval_steps or config.save_steps
-    yield f"objective {sweep_report.what(config).removesuffix(', %')} on {count} validation questions, every {every} of {steps} steps"
+    yield f"objective {Objective.of(config).label} on {count} validation questions, every {every} of {steps} steps"
     stops = rungs(config, steps)
     if stops:
         yield f"stopping  those that fall behind, at step {', '.join(map(str, stops))} (1 of {config.tune.reduction_factor:g} goes on)"
@@ -129,24 +131,24 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Room) -> Iterato
             yield "          (measured only at the end; lower --evaluate.eval_steps and --save_steps to stop trials early)"
 
 
-def at_once(config: Config, room: Room) -> int:
+def at_once(config: Config, room: Capacity) -> int:
     """Trials at a time."""
     return min(
-        room.at_once, config.tune.max_concurrent_trials or room.at_once, config.tune.num_samples
+        room.trainings, config.tune.max_concurrent_trials or room.trainings, config.tune.num_samples
     )
 
 
-def _room(config: Config) -> Room:
+def _room(config: Config) -> Capacity:
     """What fits; raises `ConfigError` if no trial does, or fewer at a time than asked for."""
-    room = cluster.room(config)
-    if not room.at_once:
+    room = cluster.training_capacity(config.scaling)
+    if not room.trainings:
         raise ConfigError(
             f"no trial can be scheduled: {room.arithmetic}; lower --scaling.num_workers or --scaling.resources_per_worker, or add nodes"
         )
     wanted = config.tune.max_concurrent_trials or 0
-    if wanted > room.at_once:
+    if wanted > room.trainings:
         raise ConfigError(
-            f"--tune.max_concurrent_trials {wanted}, but only {room.at_once} fit: {room.arithmetic}; lower it, or what a worker takes "
+            f"--tune.max_concurrent_trials {wanted}, but only {room.trainings} fit: {room.arithmetic}; lower it, or what a worker takes "
             "(--scaling.resources_per_worker)"
         )
     return room
@@ -161,7 +163,7 @@ def _check(config: Config, prepared: Prepared) -> None:
     if not (prepared.validation_rows(config) if by_loss else prepared.validation(config)):
         raise ConfigError(
             "there are no validation questions to choose trials by: raise --data.validation_fraction and --evaluate.select_examples"
-            + ("" if config.task_type == "schema" else ", and give their databases")
+            + (", and give their databases" if TASKS[config.task_type].executes_sql else "")
         )
 
 
@@ -239,7 +241,7 @@ def _recorded(
     axes: Space,
     study: Study,
     prepared: Prepared,
-    room: Room,
+    room: Capacity,
     record: tracking.Run,
     display: Display,
 ) -> dict[str, Any]:
@@ -285,7 +287,7 @@ def _recorded(
 
 
 def _trials(
-    config: Config, axes: Space, study: Study, prepared: Prepared, room: Room, watch: Any
+    config: Config, axes: Space, study: Study, prepared: Prepared, room: Capacity, watch: Any
 ) -> None:
     """Let Ray Tune run what is left of the study."""
     if study.settled(config.tune.num_samples) >= config.tune.num_samples:
@@ -300,16 +302,16 @@ def _trials(
     from ray_sql.tune.trial import Trial as Trainable
 
     steps = config.steps(prepared.audit.rows)
-    with cluster.Channel(watch.on_point) as channel:
+    with cluster.Channel(watch.on_event) as channel:
         plan = {
-            "config": room.decided(config).for_workers(),
+            "config": config.changed(room.settings).for_workers(),
             "model_folder": prepared.model_folder,
             "inputs": config.run_dir,
             "steps": steps,
             "sender": channel.sender(),
         }
         # in this process a trial trains with what it takes; else it only drives its workers, who take it, and needs next to nothing
-        takes = room.needs if config.scaling.num_workers == 0 else {"memory": 1.0}
+        takes = room.per_training if config.scaling.num_workers == 0 else {"memory": 1.0}
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(Trainable, plan=plan), tune.PlacementGroupFactory([takes])

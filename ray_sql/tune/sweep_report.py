@@ -10,6 +10,7 @@ from ray_sql.display import percent
 from ray_sql.report import figures as plots
 from ray_sql.report import html
 from ray_sql.store import storage
+from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Axis, Space, shown
 from ray_sql.tune.study import Study, Trial, measured, name
 
@@ -35,7 +36,7 @@ def write(config: Config, space: Space, study: Study, hours: str) -> dict[str, F
             "trial",
             *(axis.name for axis in space.axes),
             "steps",
-            what(config),
+            Objective.of(config).axis_label,
             "tie-break",
             "minutes",
             "state",
@@ -49,39 +50,30 @@ def write(config: Config, space: Space, study: Study, hours: str) -> dict[str, F
 
 def figures(config: Config, space: Space, study: Study) -> dict[str, Figure]:
     """Every trial's best over the axes, and the objectives by step."""
+    objective = Objective.of(config)
     rows = [
         {
             **trial.point,
             "trial": trial.number,
-            "objective": value(config, trial.best.objective) if trial.best else None,
+            "objective": objective.plotted(trial.best.objective) if trial.best else None,
             "stopped": trial.state == "stopped",
         }
         for trial in study.trials
     ]
     courses = {
-        name(trial.number): [(one.step, value(config, one.objective)) for one in points]
+        name(trial.number): [(one.step, objective.plotted(one.objective)) for one in points]
         for trial in study.trials
         if (points := measured(study.folder(trial.number)))
     }
     best = study.best()
     return {
         "objective.png": plots.sweep(
-            rows, [(axis.name, _kind(axis)) for axis in space.axes], what(config)
+            rows, [(axis.name, _kind(axis)) for axis in space.axes], objective.axis_label
         ),
-        "courses.png": plots.courses(courses, name(best.number) if best else "", what(config)),
+        "courses.png": plots.courses(
+            courses, name(best.number) if best else "", objective.axis_label
+        ),
     }
-
-
-def what(config: Config) -> str:
-    """What the objective is called."""
-    if config.tune.objective == "eval_loss":
-        return "validation loss"
-    return "execution accuracy, %" if config.task_type == "sql" else "strict recall, %"
-
-
-def value(config: Config, objective: float) -> float:
-    """The objective as people read it: a loss, or per cent."""
-    return -objective if config.tune.objective == "eval_loss" else 100 * objective
 
 
 def _kind(axis: Axis) -> str:
@@ -106,7 +98,7 @@ def _facts(config: Config, study: Study, hours: str) -> Mapping[str, str]:
 def _row(config: Config, space: Space, study: Study, trial: Trial) -> tuple[str, list[str]]:
     best = study.best()
     chief = best is not None and best.number == trial.number
-    objective = "" if trial.best is None else _shown(config, trial.best.objective)
+    objective = Objective.of(config).text(trial.best.objective) if trial.best else ""
     tie_break = (
         "" if trial.best is None or trial.best.tie_break is None else percent(trial.best.tie_break)
     )
@@ -123,7 +115,3 @@ def _row(config: Config, space: Space, study: Study, trial: Trial) -> tuple[str,
         state,
     ]
     return "best" if chief else trial.state, cells
-
-
-def _shown(config: Config, objective: float) -> str:
-    return f"{-objective:.4f}" if config.tune.objective == "eval_loss" else percent(objective)

@@ -17,6 +17,7 @@ from typing import Any
 from ray.tune import Trainable
 
 from ray_sql import cluster, train
+from ray_sql.cluster.events import CheckpointSaved, TrialEvent
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
 from ray_sql.finetune import prepare
@@ -105,7 +106,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         try:
             if self._fresh:
                 prepare.copy_inputs(self._plan["inputs"], self._settings)
-            train.fit(self._settings, self._plan["model_folder"], self._on_point, decides=True)
+            train.fit(self._settings, self._plan["model_folder"], self._on_event, decides=True)
         except (
             Exception
         ) as error:  # of whatever kind: it ends this trial and not the sweep, which records it
@@ -115,11 +116,11 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         else:
             self._said.put(("ended", None))
 
-    def _on_point(self, point: cluster.Point) -> bool | None:
-        self._plan["sender"]({"trial": self._number, **point})
-        if point["kind"] != "validation" or point["objective"] is None:
+    def _on_event(self, event: cluster.Event) -> bool | None:
+        self._plan["sender"](TrialEvent(self._number, event))
+        if not isinstance(event, CheckpointSaved) or event.objective is None:
             return not self._stopping
-        measure = Measure(point["step"], point["objective"], point["tie_break"], point["values"])
+        measure = Measure(event.step, event.objective, event.tie_break, dict(event.values))
         self._measures.append(measure)
         record(self._settings.run_dir, self._measures)
         if self._stopping:
