@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.training_speed import Bench, our_step, settings
 from ray_sql import models
-from ray_sql.rows import Row
+from ray_sql.rows import TokenizedExample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def measure(points: list[Point], rounds: int) -> dict[Point, float]:
     """Examples a second at every point."""
     # a step takes no more examples than the global batch
     config = settings().changed({"grad_accum_steps": max(point.questions for point in points)})
-    folder, _ = models.resolve(config)
+    folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     chance = random.Random(0)
     made = {point: examples(point, chance) for point in points}
     bench = Bench(config, folder, [made[points[0]]], ("ours 1",))
@@ -109,13 +109,13 @@ def measure(points: list[Point], rounds: int) -> dict[Point, float]:
     return {point: round(1 / median(taken), 3) for point, taken in seconds.items()}
 
 
-def examples(point: Point, chance: random.Random) -> list[Row]:
+def examples(point: Point, chance: random.Random) -> list[TokenizedExample]:
     """One row's worth of examples on one schema, or a few separate ones."""
     schema = [chance.randrange(1000, 40_000) for _ in range(point.schema)]
     count = point.questions if point.questions > 1 else SEPARATE
     own = [[chance.randrange(1000, 40_000) for _ in range(OWN + ANSWER)] for _ in range(count)]
     return [
-        Row(str(number), "schema", schema + each, point.schema + OWN)
+        TokenizedExample(str(number), "schema", schema + each, point.schema + OWN)
         for number, each in enumerate(own)
     ]
 

@@ -154,7 +154,7 @@ class Bench:
         self.config, self._adapter, self._batch_size = config, adapter, batch_size
         cluster.keep_freed_memory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._folder, _ = models.resolve(config)
+        self._folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
         self._tokenizer = models.load_tokenizer(self._folder)
         corpus = data.load_split(config, config.split)
         self.asked = [
@@ -230,7 +230,7 @@ class Bench:
         return generate.answer(model or self._model, self._tokenizer, asked, max_new_tokens=limit)
 
     def _load(self, config: Config) -> Any:
-        model = models.load_base(self._folder, config, self.device)
+        model = models.load_base(self._folder, config.quantization, config.train.bf16, self.device)
         return models.load_adapter(model, self._adapter) if self._adapter else model
 
     def _synchronise(self) -> None:

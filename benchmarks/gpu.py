@@ -33,16 +33,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.training_speed import spread, useful_flops
-from ray_sql import models, rows
+from ray_sql import models
 from ray_sql.config import Config, load
 from ray_sql.models import cpu_linear, packed_attention
-from ray_sql.rows import Row
+from ray_sql.rows import TokenizedExample
+from ray_sql.rows.batch import Steps
 from ray_sql.train import trainer
 
 SHAPE = {
@@ -229,7 +231,7 @@ def settings(folder: str, **changes: Any) -> Config:
     )
 
 
-def draw_rounds(count: int, folder: str, divisor: int) -> list[list[Row]]:
+def draw_rounds(count: int, folder: str, divisor: int) -> list[list[TokenizedExample]]:
     """Rounds of examples on one database each, of the lengths that the module's docstring gives, divided by `divisor`."""
     vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     draw = random.Random(0)
@@ -244,7 +246,9 @@ def draw_rounds(count: int, folder: str, divisor: int) -> list[list[Row]]:
         for index in range(EXAMPLES):
             own, answer = draw.uniform(40, 80), draw.uniform(20, 35)
             prompt = schema + tokens(own - answer)
-            examples.append(Row(str(index), f"db{number}", prompt + tokens(answer), len(prompt)))
+            examples.append(
+                TokenizedExample(str(index), f"db{number}", prompt + tokens(answer), len(prompt))
+            )
         made.append(examples)
     return made
 
@@ -253,7 +257,11 @@ class Bench:
     """A part's trainers, one for each kind of model, and the step that each variant makes of a round."""
 
     def __init__(
-        self, part: str, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]
+        self,
+        part: str,
+        folder: str,
+        rounds: Sequence[Sequence[TokenizedExample]],
+        variants: Sequence[str],
     ) -> None:
         self._part, self._folder, self._rounds = part, folder, rounds
         self._config = settings(folder, train={"gradient_checkpointing": part == "checkpointing"})
@@ -321,7 +329,9 @@ class Bench:
             + "\n".join(lines)
         )
 
-    def _measured(self, variant: str, examples: Sequence[Row]) -> tuple[float, float] | None:
+    def _measured(
+        self, variant: str, examples: Sequence[TokenizedExample]
+    ) -> tuple[float, float] | None:
         """Seconds and peak GiB of one step; None, and a line that says why, where it fails."""
         try:
             built = self._trainer(variant)
@@ -358,11 +368,18 @@ class Bench:
         return self._trainers[of]
 
     def _ours(self, of: str) -> Any:
-        base = models.load_base(self._folder, self._config, device())
+        base = models.load_base(
+            self._folder, self._config.quantization, self._config.train.bf16, device()
+        )
         if of == "expanded":
-            cpu_linear.dequantise_once(base, models.compute_dtype(self._config))
+            cpu_linear.dequantise_once(base, models.compute_dtype(self._config.train.bf16))
         built = trainer.build(
-            base, self._tokenizer, self._rounds[0], self._config, STEP, Path(self._scratch.name)
+            base,
+            self._tokenizer,
+            self._rounds[0],
+            self._config,
+            replace(self._config.batching, examples_per_row=STEP),
+            Path(self._scratch.name),
         )
         if of == "compiled":
             for layer in (
@@ -381,7 +398,7 @@ class Bench:
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
-        dtype = models.compute_dtype(self._config)
+        dtype = models.compute_dtype(self._config.train.bf16)
         ours = trainer.arguments(self._config, Path(self._scratch.name), 1)
         args = SFTConfig(
             output_dir=self._scratch.name,
@@ -397,7 +414,9 @@ class Bench:
             disable_tqdm=True,
         )
         return SFTTrainer(
-            model=models.load_base(self._folder, self._config, device()),
+            model=models.load_base(
+                self._folder, self._config.quantization, self._config.train.bf16, device()
+            ),
             args=args,
             train_dataset=Dataset.from_dict(columns(self._rounds[0][:1])),
             processing_class=self._tokenizer,
@@ -439,9 +458,8 @@ class Bench:
             config = self._config.changed(
                 {"train_batch_size": batch, "grad_accum_steps": EXAMPLES // batch}
             )
-            step = rows.Steps(
-                work, config, int(variant.split()[1]), 0, 1, self._tokenizer.pad_token_id
-            )[0]
+            batching = replace(config.batching, examples_per_row=int(variant.split()[1]))
+            step = Steps(work, batching, 0, 1, self._tokenizer.pad_token_id)[0]
             built.training_step(built.prepared, step)
         built.optimizer.step()
         built.optimizer.zero_grad()
@@ -462,7 +480,7 @@ def size(variant: str) -> int:
     return 4 * together if "one pass" in variant else max(STEP, together)
 
 
-def columns(examples: Sequence[Row]) -> dict[str, list[list[int]]]:
+def columns(examples: Sequence[TokenizedExample]) -> dict[str, list[list[int]]]:
     """Examples as TRL's collator takes them."""
     return {
         "input_ids": [row.input_ids for row in examples],
@@ -470,7 +488,7 @@ def columns(examples: Sequence[Row]) -> dict[str, list[list[int]]]:
     }
 
 
-def batches(variant: str, examples: Sequence[Row]) -> list[list[dict[str, Any]]]:
+def batches(variant: str, examples: Sequence[TokenizedExample]) -> list[list[dict[str, Any]]]:
     """What TRL's collator is given, pass by pass: one example, eight of about one length, or a packed row."""
     from datasets import Dataset
     from trl import pack_dataset
@@ -490,15 +508,20 @@ def packed_collator(tokenizer: Any) -> Any:
     return DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
 
 
-def gradient_errors(folder: str, examples: Sequence[Row]) -> dict[str, float]:
+def gradient_errors(folder: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
     """Relative error of the LoRA gradients, all as one vector, against those of separate examples in float32; dropout off."""
     found: dict[str, torch.Tensor] = {}
     for bf16 in (False, True):
         config = settings(folder, train={"bf16": bf16}, lora={"lora_dropout": 0.0})
-        base = models.load_base(folder, config, device())
+        base = models.load_base(folder, config.quantization, config.train.bf16, device())
         with tempfile.TemporaryDirectory() as scratch:
             built = trainer.build(
-                base, models.load_tokenizer(folder), examples, config, STEP, Path(scratch)
+                base,
+                models.load_tokenizer(folder),
+                examples,
+                config,
+                replace(config.batching, examples_per_row=STEP),
+                Path(scratch),
             )
         model, fast = (
             built.accelerator.prepare_model(built.model),
@@ -515,7 +538,8 @@ def gradient_errors(folder: str, examples: Sequence[Row]) -> dict[str, float]:
             if name == packed_attention.MASKED:
                 packed_attention.use_mask(built.model)
             built.model.zero_grad()
-            built.training_step(model, rows.Steps(examples, config, together, 0, 1, 0)[0])
+            batching = replace(config.batching, examples_per_row=together)
+            built.training_step(model, Steps(examples, batching, 0, 1, 0)[0])
             gradient = torch.cat(
                 [
                     w.grad.flatten().float().cpu()

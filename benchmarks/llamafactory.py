@@ -34,7 +34,7 @@ from benchmarks.training_speed import (
 )
 from ray_sql import models
 from ray_sql.config import Config
-from ray_sql.rows import Row
+from ray_sql.rows import TokenizedExample
 
 TAKES = {"plain": STEP, "packing": EXAMPLES, "ours 8": STEP, "ours 32": EXAMPLES}
 """How many examples of a round a variant takes; the first two are LLaMA-Factory's."""
@@ -55,7 +55,7 @@ class Peer:
             "rank": config.lora.r,
             "alpha": config.lora.lora_alpha,
             "dropout": config.lora.lora_dropout,
-            "bf16": str(models.compute_dtype(config)) == "torch.bfloat16",
+            "bf16": str(models.compute_dtype(config.train.bf16)) == "torch.bfloat16",
             "packed_length": PACKED_LENGTH,
         }
         if self._ask(given) != "ready":
@@ -67,7 +67,7 @@ class Peer:
         self._process.stdin.flush()
         return self._process.stdout.readline().strip()
 
-    def step(self, variant: str, examples: Sequence[Row]) -> dict[str, float]:
+    def step(self, variant: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
         """Seconds of a step over these examples, and its loss."""
         asked = [{"input_ids": row.input_ids, "labels": row.labels} for row in examples]
         answer: dict[str, float] = json.loads(self._ask({"variant": variant, "examples": asked}))
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one round")
     arguments = parser.parse_args(argv)
     config = settings()
-    folder, _ = models.resolve(config)
+    folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     rounds = list(draw_rounds(config, folder, 1 if arguments.quick else arguments.rounds))
     bench = Bench(config, folder, rounds, ("ours 8", "ours 32"))
     seconds = run(bench, Peer(arguments.python, config, folder))

@@ -140,7 +140,9 @@ def prepare(folder: Path, databases: int) -> None:
         raise SystemExit("RAY_SQL_SHARED is not set: it names a folder with Spider in data/spider")
     config = settings()
     corpus = data.load(config)
-    tokenizer = models.load_tokenizer(models.resolve(config)[0])
+    tokenizer = models.load_tokenizer(
+        models.resolve(config.model_name, config.cache, config.read_token)[0]
+    )
     short = [
         example
         for example in corpus.splits["train"]
@@ -173,7 +175,10 @@ def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[
 
 def train_all(folder: Path, runs: Sequence[Run], jobs: int) -> None:
     """Every run in a process of its own, `jobs` at a time."""
-    models.resolve(settings())  # converted once, not by every process
+    config = settings()
+    models.resolve(
+        config.model_name, config.cache, config.read_token
+    )  # converted once, not by every process
 
     def one(run: Run) -> None:
         command = [
@@ -211,7 +216,7 @@ def train(folder: Path, run: Run) -> None:
     )
     examples = rows.read(folder / "rows.parquet")
     asked = generate.parse((folder / "questions.jsonl").read_text())
-    model_folder, _ = models.resolve(config)
+    model_folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     tokenizer = models.load_tokenizer(model_folder)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     held_out = rows.read(folder / "held-out.parquet")
@@ -224,7 +229,12 @@ def train(folder: Path, run: Run) -> None:
         nonlocal trained, loss
         trained = time.monotonic() - started
         total, labels = trainer.held_out_loss(
-            model, held_out, config, PASS, 0, 1, tokenizer.pad_token_id
+            model,
+            held_out,
+            replace(config.batching, examples_per_row=PASS),
+            0,
+            1,
+            tokenizer.pad_token_id,
         )
         loss = total / labels
         said.extend(
@@ -233,11 +243,11 @@ def train(folder: Path, run: Run) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer.train(
-            models.load_base(model_folder, config, device),
+            models.load_base(model_folder, config.quantization, config.train.bf16, device),
             tokenizer,
             examples,
             config,
-            together=run.together,
+            replace(config.batching, examples_per_row=run.together),
             scratch=Path(scratch),
             resume_from=None,
             on_log=on_log,

@@ -73,7 +73,7 @@ def loop(job: Job, driver: DriverLink) -> list[float]:
     else:
         device = "cpu"
         cluster.keep_freed_memory()
-    folder, _ = models.resolve(config)
+    folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     tokenizer = models.load_tokenizer(folder)
     corpus = data.load(config)
     examples = [
@@ -92,7 +92,7 @@ def loop(job: Job, driver: DriverLink) -> list[float]:
             turns.wait()
         started = time.perf_counter()
 
-    base = models.load_base(folder, config, device)
+    base = models.load_base(folder, config.quantization, config.train.bf16, device)
     with tempfile.TemporaryDirectory() as scratch:
         turns.wait()
         started = time.perf_counter()
@@ -101,7 +101,7 @@ def loop(job: Job, driver: DriverLink) -> list[float]:
             tokenizer,
             examples,
             config,
-            together=rows.together(config),
+            config.batching,
             scratch=Path(scratch),
             resume_from=None,
             on_log=on_log,

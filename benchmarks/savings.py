@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,8 @@ from benchmarks.training_speed import STEP, draw_rounds, our_step, settings, spr
 from ray_sql import cluster, models
 from ray_sql.config import Config
 from ray_sql.models import packed_attention
-from ray_sql.rows import IGNORED, Row, model_inputs
+from ray_sql.rows import IGNORED, TokenizedExample
+from ray_sql.rows.batch import model_inputs
 from ray_sql.train import trainer
 
 AS_IT_IS = "as it is"
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.quick:
         variants, arguments.rounds = variants[:4], 2
     config = settings()
-    folder, _ = models.resolve(config)
+    folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     cluster.keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         examples = [drawn[:STEP] for drawn in draw_rounds(config, folder, arguments.rounds + 2)]
@@ -186,12 +187,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def step_of(
-    variant: Variant, config: Config, folder: str, examples: Sequence[Row], scratch: Path
-) -> Callable[[Sequence[Row]], None]:
+    variant: Variant,
+    config: Config,
+    folder: str,
+    examples: Sequence[TokenizedExample],
+    scratch: Path,
+) -> Callable[[Sequence[TokenizedExample]], None]:
     """A variant's optimizer step, over a model of its own."""
-    base = models.load_base(folder, config)
+    base = models.load_base(folder, config.quantization, config.train.bf16)
     variant.to_base(base)
-    built = trainer.build(base, models.load_tokenizer(folder), examples, config, STEP, scratch)
+    batching = replace(config.batching, examples_per_row=STEP)
+    built = trainer.build(base, models.load_tokenizer(folder), examples, config, batching, scratch)
     variant.to_model(built.model)
     return partial(_within, variant.during, our_step(built, config, variant.together))
 
@@ -199,14 +205,14 @@ def step_of(
 def _within(
     during: Callable[[], AbstractContextManager[None]],
     step: Callable[..., None],
-    examples: Sequence[Row],
+    examples: Sequence[TokenizedExample],
 ) -> None:
     with during():
         step(examples)
 
 
 def run(
-    steps: dict[str, Callable[..., None]], rounds: Sequence[Sequence[Row]]
+    steps: dict[str, Callable[..., None]], rounds: Sequence[Sequence[TokenizedExample]]
 ) -> dict[str, list[float]]:
     """Seconds of every variant's step in every round, after two that warm up and compile."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 from ray_sql import rows
 from ray_sql.config import Config, load
-from ray_sql.rows import Row
+from ray_sql.rows import TokenizedExample
 
 EXAMPLES_PER_SECOND = {8: 25.6, 16: 50.4, 32: 107.7}
 """Questions a row = examples/s on one H100 with one row a step, r = 64, no gradient checkpointing (RESULTS.md)."""
@@ -79,7 +79,7 @@ def passes(batch: int, gpus: int) -> tuple[int, ...]:
         train={"global_batch_size": batch},
     )
     examples = [
-        Row(
+        TokenizedExample(
             str(number),
             f"db{number // TOGETHER}",
             [number // TOGETHER] * SCHEMA + [-number, -number],
@@ -89,7 +89,7 @@ def passes(batch: int, gpus: int) -> tuple[int, ...]:
     ]
     return tuple(
         sum(len(row.examples) for row in one)
-        for one in rows.passes(examples, config, TOGETHER, 0, gpus)
+        for one in rows.passes(examples, config.batching, 0, gpus)
     )
 
 

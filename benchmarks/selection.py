@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
 class Material:
     """Rows to train on, questions to choose by with their rows, and held-out questions."""
 
-    trained: list[rows.Row]
+    trained: list[rows.TokenizedExample]
     choosing: list[Question]
-    choosing_rows: list[rows.Row]
+    choosing_rows: list[rows.TokenizedExample]
     held_out: list[Question]
 
 
@@ -90,7 +90,9 @@ def prepare(databases: int) -> Material:
     """What every trial reads."""
     config = settings()
     corpus = data.load(config)
-    tokenizer = models.load_tokenizer(models.resolve(config)[0])
+    tokenizer = models.load_tokenizer(
+        models.resolve(config.model_name, config.cache, config.read_token)[0]
+    )
     chosen = drawn(corpus.splits["train"], databases, TRAINED + CHOOSING + HELD_OUT)
     first, second = TRAINED, TRAINED + CHOOSING
     parts = [
@@ -120,18 +122,18 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
     config = settings(**layout).changed(
         {"learning_rate": rate, "lora.r": rank, "lora.lora_alpha": 2 * rank}
     )
-    config = config.changed({"save_steps": -(-config.steps(len(made.trained)) // CHECKPOINTS)})
-    model_folder, _ = models.resolve(config)
+    config = config.changed(
+        {"save_steps": -(-config.batching.steps(len(made.trained)) // CHECKPOINTS)}
+    )
+    model_folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     tokenizer = models.load_tokenizer(model_folder)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     measured: list[Checkpoint] = []
     started = time.monotonic()
 
     def on_save(step: int, local: Path, model: Any) -> None:
-        together, pad = rows.together(config), tokenizer.pad_token_id
-        total, labels = trainer.held_out_loss(
-            model, made.choosing_rows, config, together, 0, 1, pad
-        )
+        pad = tokenizer.pad_token_id
+        total, labels = trainer.held_out_loss(model, made.choosing_rows, config.batching, 0, 1, pad)
         ask: Callable[[list[Question]], list[scoring.Row]] = partial(
             judged, model, tokenizer, config
         )
@@ -152,11 +154,11 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer.train(
-            models.load_base(model_folder, config, device),
+            models.load_base(model_folder, config.quantization, config.train.bf16, device),
             tokenizer,
             made.trained,
             config,
-            together=rows.together(config),
+            config.batching,
             scratch=Path(scratch),
             resume_from=None,
             on_log=lambda step, steps, values: None,

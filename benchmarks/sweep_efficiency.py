@@ -222,7 +222,8 @@ def held_out(config: Config, prepared: prepare.Prepared, adapter: str) -> float:
     import torch
 
     model = models.load_adapter(
-        models.load_base(prepared.model_folder, config), Path(adapter)
+        models.load_base(prepared.model_folder, config.quantization, config.train.bf16),
+        Path(adapter),
     ).eval()
     right = total = 0
     for example in prepared.corpus.splits["seen"]:

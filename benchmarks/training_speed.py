@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +36,8 @@ import torch
 
 from ray_sql import cluster, data, models, rows
 from ray_sql.config import Config, load
-from ray_sql.rows import Row
+from ray_sql.rows import TokenizedExample
+from ray_sql.rows.batch import Steps
 from ray_sql.train import trainer
 
 EXAMPLES = 32
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     config = settings()
-    folder, _ = models.resolve(config)
+    folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     rounds = list(draw_rounds(config, folder, 2 if arguments.quick else arguments.rounds))
     if arguments.only:
         Bench(config, folder, rounds[:1], (arguments.only,)).run()
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                 ),
                 "rounds": len(rounds),
                 "threads": torch.get_num_threads(),
-                "dtype": str(models.compute_dtype(config)),
+                "dtype": str(models.compute_dtype(config.train.bf16)),
                 "processor": platform.processor() or platform.machine(),
             }
         )
@@ -129,7 +131,7 @@ def settings() -> Config:
     )
 
 
-def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[Row]]:
+def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[TokenizedExample]]:
     """Rounds of `EXAMPLES` tokenised examples on one database, a database's chance being its number of examples."""
     corpus = data.load(config)
     tokenizer = models.load_tokenizer(folder)
@@ -149,13 +151,17 @@ class Bench:
     """The variants' trainers, and the step each makes of a round."""
 
     def __init__(
-        self, config: Config, folder: str, rounds: Sequence[Sequence[Row]], variants: Sequence[str]
+        self,
+        config: Config,
+        folder: str,
+        rounds: Sequence[Sequence[TokenizedExample]],
+        variants: Sequence[str],
     ) -> None:
         self.config, self.rounds, self.variants = config, rounds, variants
         cluster.keep_freed_memory()
         self._scratch = tempfile.TemporaryDirectory()
         self._tokenizer = models.load_tokenizer(folder)
-        self.steps: dict[str, Callable[[Sequence[Row]], None]] = {}
+        self.steps: dict[str, Callable[[Sequence[TokenizedExample]], None]] = {}
         if any(variant.startswith("ours") for variant in variants):
             self.ours = self._our_trainer(folder)
         if "plain" in variants:
@@ -193,19 +199,24 @@ class Bench:
         return work / sum(seconds[variant]) / peak
 
     def _our_trainer(self, folder: str) -> Any:
-        base = models.load_base(folder, self.config)
+        base = models.load_base(folder, self.config.quantization, self.config.train.bf16)
         return trainer.build(
-            base, self._tokenizer, self.rounds[0], self.config, STEP, Path(self._scratch.name)
+            base,
+            self._tokenizer,
+            self.rounds[0],
+            self.config,
+            replace(self.config.batching, examples_per_row=STEP),
+            Path(self._scratch.name),
         )
 
-    def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[Row]], None]:
+    def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[TokenizedExample]], None]:
         """TRL's own trainer, loss and collator over the same tokens."""
         from datasets import Dataset
         from peft import LoraConfig
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
         from trl import SFTConfig, SFTTrainer
 
-        dtype = models.compute_dtype(self.config)
+        dtype = models.compute_dtype(self.config.train.bf16)
         base = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -227,7 +238,7 @@ class Bench:
             disable_tqdm=True,
         )
 
-        def peer(examples: Sequence[Row]) -> Any:
+        def peer(examples: Sequence[TokenizedExample]) -> Any:
             columns = {
                 "input_ids": [row.input_ids for row in examples],
                 "labels": [row.labels for row in examples],
@@ -246,7 +257,7 @@ class Bench:
             [w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True
         )
 
-        def step(examples: Sequence[Row]) -> None:
+        def step(examples: Sequence[TokenizedExample]) -> None:
             made = self._batches(built, peer(examples), packing)
             items = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in made))
             for batch in made:
@@ -267,17 +278,17 @@ class Bench:
 
 def our_step(
     built: trainer.StepTrainer, config: Config, together: int
-) -> Callable[[Sequence[Row]], None]:
+) -> Callable[[Sequence[TokenizedExample]], None]:
     """One optimizer step of this project's trainer over examples, up to `together` of a database in a row."""
     optimizer = torch.optim.AdamW(
         [w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True
     )
     model = built.accelerator.prepare_model(built.model)
-    limited = config.changed({"rows.row_length": 10**6})
+    batching = replace(config.batching, row_length=10**6, examples_per_row=together)
     pad = built.processing_class.pad_token_id
 
-    def step(examples: Sequence[Row]) -> None:
-        batch = rows.Steps(examples, limited, together, 0, 1, pad)[0]
+    def step(examples: Sequence[TokenizedExample]) -> None:
+        batch = Steps(examples, batching, 0, 1, pad)[0]
         built.training_step(model, batch)
         optimizer.step()
         optimizer.zero_grad()
@@ -285,7 +296,7 @@ def our_step(
     return step
 
 
-def useful_flops(model: Any, examples: Sequence[Row]) -> float:
+def useful_flops(model: Any, examples: Sequence[TokenizedExample]) -> float:
     """What one step of a model with LoRA cannot do without: forward and the gradient with respect to the inputs for each distinct
     token (2 + 2 per frozen weight), forward and both gradients for LoRA's weights (6), the vocabulary only where a label is."""
     unique = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
@@ -302,12 +313,12 @@ def useful_flops(model: Any, examples: Sequence[Row]) -> float:
     return float(unique * (4 * frozen + 6 * lora) + labels * 4 * head)
 
 
-def products_seconds(model: Any, examples: Sequence[Row]) -> float:
+def products_seconds(model: Any, examples: Sequence[TokenizedExample]) -> float:
     """Seconds of the matrix products that `useful_flops` counts for a step, each shape by itself: what is left of a step if nothing
     but its products took time."""
     tokens = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
     labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
-    dtype = models.compute_dtype(settings())
+    dtype = models.compute_dtype(settings().train.bf16)
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     counted = Counter((m.in_features, m.out_features, m.r["default"]) for m in layers)
 
@@ -343,7 +354,7 @@ def _fastest(a: torch.Tensor, b: torch.Tensor, times: int = 7) -> float:
 
 def matmul_peak() -> float:
     """FLOP/s of the largest of a few square matrix multiplications, in the type that training computes in."""
-    dtype = models.compute_dtype(settings())
+    dtype = models.compute_dtype(settings().train.bf16)
     sizes = (1024, 2048, 3072)
     return max(2 * n**3 / _fastest(*(torch.randn(n, n).to(dtype) for _ in range(2))) for n in sizes)
 
@@ -457,14 +468,19 @@ def _kind(name: str) -> str:
     )
 
 
-def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> float:
+def gradient_error(config: Config, folder: str, examples: Sequence[TokenizedExample]) -> float:
     """Largest relative difference of a LoRA weight's gradient between one shared row and separate rows, in fp32, dropout off."""
     exact = config.changed({"train.bf16": False, "lora.lora_dropout": 0.0})
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        base = models.load_base(folder, exact)
+        base = models.load_base(folder, exact.quantization, exact.train.bf16)
         built = trainer.build(
-            base, models.load_tokenizer(folder), examples, exact, STEP, Path(scratch)
+            base,
+            models.load_tokenizer(folder),
+            examples,
+            exact,
+            replace(exact.batching, examples_per_row=STEP),
+            Path(scratch),
         )
         torch.manual_seed(0)
         for name, weight in built.model.named_parameters():
@@ -472,7 +488,8 @@ def gradient_error(config: Config, folder: str, examples: Sequence[Row]) -> floa
                 weight.data.normal_(std=0.02)
         for together in (1, len(examples)):
             built.model.zero_grad()
-            built.training_step(built.model, rows.Steps(examples, exact, together, 0, 1, 0)[0])
+            batching = replace(exact.batching, examples_per_row=together)
+            built.training_step(built.model, Steps(examples, batching, 0, 1, 0)[0])
             found.append(
                 {
                     name: w.grad.clone()

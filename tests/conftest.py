@@ -161,6 +161,13 @@ def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
     return folder
 
 
+def load_base(folder: Path, config: Config, device: str = "cpu") -> Any:
+    """Load the base model of a folder as a run with these settings does."""
+    from ray_sql import models
+
+    return models.load_base(str(folder), config.quantization, config.train.bf16, device)
+
+
 def removal_cut_off(run_dir: str, after: int) -> bool:
     """Remove a run's folder, killed after so many deletions; False where there were no more."""
     from ray_sql.finetune import prepare

@@ -266,7 +266,11 @@ def test_a_run_of_a_given_global_batch_can_be_fed_back_with_another_number_of_wo
     config = settings("--train.global_batch_size", "8")
     file = yaml_file(tmp_path, json.dumps(config.public()), "config.json")
     again = load(Config, ["--config", file, "--scaling.num_workers", "2"])
-    assert (again.accumulation, again.global_batch, again.identity()) == (4, 8, config.identity())
+    assert (again.accumulation, again.batching.global_batch_size, again.identity()) == (
+        4,
+        8,
+        config.identity(),
+    )
 
 
 @pytest.mark.parametrize("token", ["read_token", "write_token"])
@@ -354,7 +358,7 @@ def test_a_global_batch_decides_the_accumulation_or_is_refused_with_the_numbers(
     config = settings(
         "--train.global_batch_size", "12", "--train_batch_size", "2", "--scaling.num_workers", "3"
     )
-    assert (config.accumulation, config.global_batch) == (2, 12)
+    assert (config.accumulation, config.batching.global_batch_size) == (2, 12)
     message = refusal("--train.global_batch_size", "10", "--train_batch_size", "4")
     assert (
         "10 does not divide by train_batch_size 4 x 1 workers = 4" in message
@@ -362,7 +366,12 @@ def test_a_global_batch_decides_the_accumulation_or_is_refused_with_the_numbers(
     )
     message = refusal("--train.global_batch_size", "8", "--grad_accum_steps", "3")
     assert "needs grad_accum_steps 8, but 3 was given" in message
-    assert settings("--train.global_batch_size", "8", "--grad_accum_steps", "8").global_batch == 8
+    assert (
+        settings(
+            "--train.global_batch_size", "8", "--grad_accum_steps", "8"
+        ).batching.global_batch_size
+        == 8
+    )
 
 
 def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
@@ -374,11 +383,11 @@ def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
         ),
     ):
         assert given.scaling.num_workers == (1, 4) and given.scaling.elastic
-        assert (given.scaling.min_workers, given.scaling.max_workers, given.global_batch) == (
-            1,
-            4,
-            24,
-        )
+        assert (
+            given.scaling.min_workers,
+            given.scaling.max_workers,
+            given.batching.global_batch_size,
+        ) == (1, 4, 24)
         assert (
             load(Config, ["--config", yaml_file(tmp_path, json.dumps(given.public()))]).scaling
             == given.scaling
@@ -386,7 +395,7 @@ def test_an_elastic_run_has_two_bounds_and_one_batch(tmp_path: Path) -> None:
     most = settings(
         "--scaling.num_workers", "1,2", "--train_batch_size", "2", "--grad_accum_steps", "3"
     )
-    assert most.global_batch == 2 * 3 * 2, "that of the largest number of workers"
+    assert most.batching.global_batch_size == 2 * 3 * 2, "that of the largest number of workers"
     fixed = settings("--scaling.num_workers", "4")
     assert not fixed.scaling.elastic and fixed.scaling.min_workers == fixed.scaling.max_workers == 4
 
@@ -408,7 +417,7 @@ def test_a_batch_that_not_every_number_of_workers_divides_is_refused_with_one_th
     near = settings(
         "--scaling.num_workers", "1,4", "--train_batch_size", "2", "--train.global_batch_size", "72"
     )
-    assert near.global_batch == 72
+    assert near.batching.global_batch_size == 72
     message = refusal("--scaling.num_workers", "2,5", "--train.global_batch_size", "20")
     assert "train_batch_size 1 x 3 workers" in message and "a multiple of 60, as 60" in message
     message = refusal(
@@ -433,10 +442,10 @@ def test_a_sweeps_trials_have_a_fixed_number_of_workers() -> None:
 
 
 def test_steps_count_every_epochs_last_smaller_batch() -> None:
-    assert settings().steps(17) == 3
-    assert settings("--num_epochs", "2").steps(17) == 6
-    assert settings("--train.max_steps", "5").steps(17) == 5
-    assert settings("--train_batch_size", "4", "--scaling.num_workers", "2").steps(1) == 1
+    assert settings().batching.steps(17) == 3
+    assert settings("--num_epochs", "2").batching.steps(17) == 6
+    assert settings("--train.max_steps", "5").batching.steps(17) == 5
+    assert settings("--train_batch_size", "4", "--scaling.num_workers", "2").batching.steps(1) == 1
 
 
 def test_folders_are_absolute_and_uris_stay(

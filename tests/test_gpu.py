@@ -8,6 +8,7 @@ Needs torch, transformers, peft, trl and bitsandbytes; no network, no Ray and no
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray_sql.rows import passes
 from ray_sql.rows.probe import why_not_share
 from ray_sql.train import trainer
 from ray_sql.train.step_clock import StepClock
+from tests.conftest import load_base
 from tests.test_share import family, gradients, relative_error, some_rows
 
 pytestmark = [
@@ -71,8 +73,8 @@ def compare(
 
     data = some_rows(**LONG)
     (loss, alone), (shared_loss, shared) = (
-        gradients(folder, data, config, together, scratch, "cuda:0", remember)
-        for together in (1, shared_by)
+        gradients(folder, data, config, count, scratch, "cuda:0", remember)
+        for count in (1, shared_by)
     )
     return abs(shared_loss / loss - 1), relative_error(shared, alone), used
 
@@ -88,7 +90,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
         **{"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 12}
     )
     folder = family(kind, tmp_path / "model", **SHAPES[kind])
-    base = models.load_base(str(folder), config, "cuda:0")
+    base = load_base(folder, config, "cuda:0")
     prepare(base)
     assert why_not_share(base, 330, 450) is None
     loss, error, used = compare(folder, config, tmp_path, prepare)
@@ -109,7 +111,10 @@ def test_a_pass_of_several_shared_rows_has_them_too(
         "grad_accum_steps": 2,
     }
     config, folder = make_config(**settings), family("qwen2", tmp_path / "model", **SHAPES["qwen2"])
-    assert [len(one) for one in passes(some_rows(**LONG), config, 2, 0, 1)] == [3, 3]
+    assert [
+        len(one)
+        for one in passes(some_rows(**LONG), replace(config.batching, examples_per_row=2), 0, 1)
+    ] == [3, 3]
     loss, error, used = compare(folder, config, tmp_path, prepare, shared_by=2)
     print(f"{used[-1]}: loss off by {loss:.1e}, gradients by {error:.1e}")
     assert loss < 1e-5 and error < 1e-5
@@ -121,8 +126,8 @@ def test_a_pass_of_several_shared_rows_has_them_too(
 def test_flex_attention_is_what_a_gpu_uses(make_config: Any, tmp_path: Path) -> None:
     for kind, dtype in (("llama", True), ("qwen2", True), ("qwen2", False)):
         config = make_config(**{"train.bf16": dtype})
-        base = models.load_base(
-            str(family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind])), config, "cuda:0"
+        base = load_base(
+            family(kind, tmp_path / f"{kind}-{dtype}", **SHAPES[kind]), config, "cuda:0"
         )
         packed_attention.install(base)
         assert base.config._attn_implementation == packed_attention.NAME, "the log says why not"
@@ -174,7 +179,7 @@ def test_over_nf4_with_checkpointing_the_gradients_are_those_of_separate_rows(
 def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = models.load_base(str(family("llama", tmp_path)), make_config(), "cuda:0")
+    base = load_base(family("llama", tmp_path), make_config(), "cuda:0")
     right = packed_attention.block_mask
     monkeypatch.setattr(
         packed_attention, "block_mask", lambda segments: right(torch.zeros_like(segments))
@@ -186,14 +191,14 @@ def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
 def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_path: Path) -> None:
     config = make_config(**{"train.bf16": None, "grad_accum_steps": 6, "save_steps": 2})
     folder, seen, saved = family("qwen2", tmp_path / "model", **SHAPES["qwen2"]), [], []
-    base = models.load_base(str(folder), config, "cuda:0")
+    base = load_base(folder, config, "cuda:0")
     tokenizer = models.load_tokenizer(str(folder))
     outcome = trainer.train(
         base,
         tokenizer,
         some_rows(**LONG),
         config,
-        together=8,
+        replace(config.batching, examples_per_row=8),
         scratch=tmp_path / "scratch",
         resume_from=None,
         on_log=lambda step, steps, values: seen.append(values["loss"]),
@@ -214,10 +219,7 @@ def test_answers_on_a_gpu_are_those_of_one_by_one_decoding(
 ) -> None:
     config = make_config(**{"quantization.load_in_4bit": False, "train.bf16": False})
     folder = family("qwen2", tmp_path, **SHAPES["qwen2"])
-    model, tokenizer = (
-        models.load_base(str(folder), config, "cuda:0"),
-        models.load_tokenizer(str(folder)),
-    )
+    model, tokenizer = (load_base(folder, config, "cuda:0"), models.load_tokenizer(str(folder)))
     packed_attention.install(model)
     asked = [
         generate.Question(row.id, "dev", row.db_id, "", "", None, None, row.input_ids)

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from ray_sql import data, generate
 from ray_sql.cluster.events import AnswersCounted
-from ray_sql.config import Config, EvaluateConfig
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.evaluate import measure, scoring
@@ -177,10 +176,6 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
     [
         ({"evaluate.first_executable": True}, "but evaluate.num_beams is 1"),
         (
-            {"evaluate.num_beams": 2, "evaluate.backend": "vllm"},
-            "evaluate.backend vllm answers greedily",
-        ),
-        (
             {"evaluate.ves_iterations": 100},
             "ves_iterations 100 times right queries for BIRD's R-VES",
         ),
@@ -199,18 +194,3 @@ def test_settings_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         make_config(**changes)
-
-
-def test_a_missing_vllm_is_one_line_before_anything_is_loaded(
-    make_config: Any, tiny_model: Path
-) -> None:
-    from ray_sql import finetune
-
-    if __import__("importlib.util").util.find_spec("vllm"):
-        pytest.skip("vLLM is installed")
-    for kind, job in ((EvaluateConfig, finetune.evaluate), (Config, finetune.run)):
-        with pytest.raises(
-            ConfigError, match=r"vLLM is not installed here; pip install -e '.\[vllm\]'"
-        ) as caught:
-            job(make_config(kind, **{"evaluate.backend": "vllm"}))
-        assert "\n" not in str(caught.value)

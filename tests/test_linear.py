@@ -7,9 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ray_sql import models
 from ray_sql.models import cpu_linear
-from tests.conftest import make_model
+from tests.conftest import load_base, make_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -26,7 +25,7 @@ class EveryOther(torch.nn.Module):
 @pytest.fixture
 def build(tiny_model: Path, make_config: Any) -> Any:
     def make(bf16: bool = False, **lora: Any) -> Any:
-        base = models.load_base(str(tiny_model), make_config(**{"train.bf16": bf16}))
+        base = load_base(tiny_model, make_config(**{"train.bf16": bf16}))
         given = {
             "task_type": "CAUSAL_LM",
             "r": 4,
@@ -108,7 +107,7 @@ def test_biases_that_are_trained_get_their_gradients(
     build: Any, tmp_path: Path, make_config: Any
 ) -> None:
     folder = make_model(tmp_path, attention_bias=True)
-    base = models.load_base(str(folder), make_config(**{"train.bf16": False}))
+    base = load_base(folder, make_config(**{"train.bf16": False}))
     model = get_peft_model(
         base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", bias="lora_only")
     ).train()

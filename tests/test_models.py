@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from ray_sql import models
 from ray_sql.errors import ModelError
 from tests import hub
-from tests.conftest import make_model
+from tests.conftest import load_base, make_model
 
 
 def layers(model: Any) -> list[Linear4bit]:
@@ -27,7 +27,7 @@ def layers(model: Any) -> list[Linear4bit]:
 def test_a_layer_multiplies_with_exactly_what_its_4_bits_stand_for(
     tiny_model: Path, make_config: Any
 ) -> None:
-    model = models.load_base(str(tiny_model), make_config())
+    model = load_base(tiny_model, make_config())
     x = torch.randn(3, 64)
     for layer in layers(model):
         expanded = bitsandbytes.functional.dequantize_4bit(
@@ -44,7 +44,7 @@ def test_gradients_pass_the_base_model_after_a_forward_in_eval_mode(
     tiny_model: Path, make_config: Any, bf16: bool
 ) -> None:
     """bitsandbytes 0.50.2 repacks 4-bit weights in eval mode for CPUs with AVX512-BF16, and the repacked ones have no backward."""
-    model = models.load_base(str(tiny_model), make_config(**{"train.bf16": bf16}))
+    model = load_base(tiny_model, make_config(**{"train.bf16": bf16}))
     embeddings = (
         model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8]])).detach().requires_grad_()
     )
@@ -66,17 +66,15 @@ def test_gradients_pass_the_base_model_after_a_forward_in_eval_mode(
 def test_double_quantisation_and_no_quantisation_load_too(
     tiny_model: Path, make_config: Any
 ) -> None:
-    double = models.load_base(
-        str(tiny_model), make_config(**{"quantization.bnb_4bit_use_double_quant": True})
-    )
+    double = load_base(tiny_model, make_config(**{"quantization.bnb_4bit_use_double_quant": True}))
     assert all(layer.weight.quant_state.nested for layer in layers(double))
-    plain = models.load_base(str(tiny_model), make_config(**{"quantization.load_in_4bit": False}))
+    plain = load_base(tiny_model, make_config(**{"quantization.load_in_4bit": False}))
     assert not layers(plain)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, make_config: Any) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json"):
-        models.resolve(make_config(model_name=str(tmp_path)))
+        models.resolve(str(tmp_path), tmp_path / "cache")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         models.load_tokenizer(str(tmp_path))
@@ -87,19 +85,20 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     from peft import LoraConfig, get_peft_model
 
-    other = models.load_base(str(make_model(tmp_path / "other", hidden_size=32)), make_config())
+    other = load_base(make_model(tmp_path / "other", hidden_size=32), make_config())
     get_peft_model(
         other, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     ).save_pretrained(tmp_path / "a")
     with pytest.raises(ModelError, match="not an adapter for this base model"):
-        models.load_adapter(models.load_base(str(tiny_model), make_config()), tmp_path / "a")
+        models.load_adapter(load_base(tiny_model, make_config()), tmp_path / "a")
 
 
 def ask(stand_in: hub.Hub, home: Path, code: str) -> Any:
-    """What a process with a Hub cache of its own, another node say, prints for `code` over `config` and `models`."""
+    """What a process with a Hub cache of its own, another node say, prints for `code` over `resolve` and `on_this_node`."""
     setup = (
-        "import json; from ray_sql import models; from ray_sql.config import Config\n"
-        "config = Config(model_name='me/base', output_name='o', task_type='sql')\n"
+        "import json; from pathlib import Path; from ray_sql import models\n"
+        "def resolve(*revision): return models.resolve('me/base', Path('none'), None, *revision)\n"
+        "def on_this_node(f): return models.on_this_node(f, 'me/base', Path('none'))\n"
     )
     environment = os.environ | stand_in.environment(home)
     done = subprocess.run(
@@ -120,23 +119,23 @@ def test_a_model_of_the_hub_keeps_its_revision_and_is_fetched_where_it_is_not(
     files = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
     with hub.running() as stand_in:
         repo = stand_in.add("me/base", files)
-        folder, first = ask(stand_in, tmp_path / "a", "print(json.dumps(models.resolve(config)))")
+        folder, first = ask(stand_in, tmp_path / "a", "print(json.dumps(resolve()))")
         newer = repo.commit(
             "main", "main: changed", files | {"config.json": files["config.json"] + b"\n"}
         ).oid
-        both = "print(json.dumps([models.resolve(config)[1], models.resolve(config, {!r})[1]]))"
+        both = "print(json.dumps([resolve()[1], resolve({!r})[1]]))"
         assert ask(stand_in, tmp_path / "a", both.format(first)) == [newer, first]
         (tmp_path / "a").rename(tmp_path / "gone")
-        there = ask(stand_in, tmp_path / "b", f"print(json.dumps(models.here({folder!r}, config)))")
+        there = ask(stand_in, tmp_path / "b", f"print(json.dumps(on_this_node({folder!r})))")
         assert there.startswith(str(tmp_path / "b")) and Path(there).name == first
         assert (Path(there) / "config.json").read_bytes() == files["config.json"]
         (
             weights := Path(there) / "model.safetensors"
         ).unlink()  # as a fetch leaves it that was cut off, or is under way
-        there = ask(stand_in, tmp_path / "b", f"print(json.dumps(models.here({there!r}, config)))")
+        there = ask(stand_in, tmp_path / "b", f"print(json.dumps(on_this_node({there!r})))")
         assert weights.read_bytes() == files["model.safetensors"] and Path(there) == weights.parent
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not on every node; put it where all see it"):
-        models.here(str(tmp_path / "elsewhere"), make_config())
+        models.on_this_node(str(tmp_path / "elsewhere"), "me/base", tmp_path / "cache")

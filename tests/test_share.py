@@ -15,11 +15,12 @@ import torch
 from ray_sql import models, rows
 from ray_sql.data import load
 from ray_sql.models import packed_attention
-from ray_sql.rows import Row, Steps, passes, plan, share
+from ray_sql.rows import TokenizedExample, passes, share, step_order
+from ray_sql.rows.batch import Steps, collate, model_inputs, visible
 from ray_sql.rows.probe import why_not_share
-from ray_sql.rows.share import common_prefix, epoch_order, padded, per_pass, together, visible
+from ray_sql.rows.share import common_prefix, epoch_order, padded_tokens
 from ray_sql.train import trainer
-from tests.conftest import make_model
+from tests.conftest import load_base, make_model
 
 FAMILIES = {
     "llama": {},
@@ -53,7 +54,9 @@ def family(kind: str, folder: Path, **shape: Any) -> Path:
     return folder
 
 
-def some_rows(count: int = 12, databases: int = 2, seed: int = 0, schema: int = 40) -> list[Row]:
+def some_rows(
+    count: int = 12, databases: int = 2, seed: int = 0, schema: int = 40
+) -> list[TokenizedExample]:
     """Random rows on a few databases: `schema` tokens of schema, then 5 to 9 of question and 4 to 8 of answer."""
     draw = random.Random(seed)
     schemas = [[draw.randrange(3, 250) for _ in range(schema)] for _ in range(databases)]
@@ -63,24 +66,27 @@ def some_rows(count: int = 12, databases: int = 2, seed: int = 0, schema: int = 
             draw.randrange(3, 250) for _ in range(draw.randint(5, 9))
         ]
         answer = [draw.randrange(3, 250) for _ in range(draw.randint(4, 8))]
-        made.append(Row(str(number), f"db{number % databases}", prompt + answer, len(prompt)))
+        made.append(
+            TokenizedExample(str(number), f"db{number % databases}", prompt + answer, len(prompt))
+        )
     return made
 
 
 def gradients(
     folder: Path,
-    data: list[Row],
+    data: list[TokenizedExample],
     config: Any,
-    together: int,
+    examples_per_row: int,
     scratch: Path,
     device: str = "cpu",
     prepare: Callable[[Any], None] = packed_attention.install,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradients of the first step, as the trainer computes them with the attention that `prepare` gives the model."""
     torch.manual_seed(0)
-    base = models.load_base(str(folder), config, device)
+    base = load_base(folder, config, device)
     prepare(base)
-    built = trainer.build(base, models.load_tokenizer(str(folder)), data, config, together, scratch)
+    batching = replace(config.batching, examples_per_row=examples_per_row)
+    built = trainer.build(base, models.load_tokenizer(str(folder)), data, config, batching, scratch)
     torch.manual_seed(1)
     for name, weight in built.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
@@ -113,7 +119,7 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
         **settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4}
     )
     folder, data = family(kind, tmp_path / "model"), some_rows()
-    assert why_not_share(models.load_base(str(folder), config), 60, 120) is None
+    assert why_not_share(load_base(folder, config), 60, 120) is None
     alone = gradients(folder, data, config, 1, tmp_path)
     shared = gradients(folder, data, config, 8, tmp_path)
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
@@ -129,7 +135,7 @@ def test_a_pass_of_several_shared_rows_has_them_too(
 ) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 6, "grad_accum_steps": 2})
     folder, data = family(kind, tmp_path / "model"), some_rows(11)
-    made = passes(data, config, 2, 0, 1)
+    made = passes(data, replace(config.batching, examples_per_row=2), 0, 1)
     assert [len(each) for each in made] == [3, 3], "shared rows of several lengths and a plain one"
     assert sorted(bool(row.prefix) for each in made for row in each) == [False] + [True] * 5
     alone = gradients(folder, data, config, 1, tmp_path)
@@ -151,8 +157,8 @@ def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     made, _ = rows.build(
         corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(folder)), config
     )
-    alone, shared = (gradients(folder, made, config, together, tmp_path) for together in (1, 8))
-    computed, alone_computed = rows.tokens(made, config)
+    alone, shared = (gradients(folder, made, config, count, tmp_path) for count in (1, 8))
+    computed, alone_computed = rows.count_tokens(made, config.batching)
     assert computed < 0.8 * alone_computed, "schemas are shared"
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
     assert relative_error(shared[1], alone[1]) < 1e-5
@@ -171,12 +177,10 @@ def test_attention_weights_that_are_not_kept_are_computed_again(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, kind: str) -> None:
-    model = models.load_base(
-        str(family(kind, tmp_path)), make_config(**{"quantization.load_in_4bit": False})
-    )
+    model = load_base(family(kind, tmp_path), make_config(**{"quantization.load_in_4bit": False}))
     packed_attention.use_mask(model)
-    made = rows.collate(share(some_rows(9, databases=2), 9, 10_000), pad=0)
-    inputs = rows.model_inputs(made, model)
+    made = collate(share(some_rows(9, databases=2), 9, 10_000), pad=0)
+    inputs = model_inputs(made, model)
     with (
         torch.no_grad()
     ):  # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
@@ -194,7 +198,7 @@ def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, 
 def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path, kind: str) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": True})
     folder, data = family(kind, tmp_path / "model"), some_rows()
-    alone, shared = (gradients(folder, data, config, together, tmp_path) for together in (1, 8))
+    alone, shared = (gradients(folder, data, config, count, tmp_path) for count in (1, 8))
     assert shared[0] == pytest.approx(alone[0], rel=2e-2)
     assert relative_error(shared[1], alone[1]) < 2e-2
 
@@ -208,23 +212,22 @@ def test_two_ranks_halves_of_a_step_add_up_to_the_whole(
     config = make_config(**{"lora.lora_dropout": 0, **parts})
     folder, data = family(kind, tmp_path / "model"), some_rows(8)
     built = trainer.build(
-        models.load_base(str(folder), config),
+        load_base(folder, config),
         models.load_tokenizer(str(folder)),
         data,
         config,
-        8,
+        config.batching,
         tmp_path,
     )
     torch.manual_seed(1)
     for name, weight in built.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
             weight.data.normal_(std=0.05)
-    wanted = Steps(data, config, 1, 0, 1, pad=0)[0]
+    alone = replace(config.batching, examples_per_row=1)
+    shared = replace(config.batching, examples_per_row=8 // batch)
+    wanted = Steps(data, alone, 0, 1, pad=0)[0]
     found = []
-    for steps in (
-        [Steps(data, config, 8 // batch, rank, 2, pad=0)[0] for rank in (0, 1)],
-        [wanted],
-    ):
+    for steps in ([Steps(data, shared, rank, 2, pad=0)[0] for rank in (0, 1)], [wanted]):
         built.model.zero_grad()
         for step in steps:
             built.training_step(built.model, step)
@@ -240,28 +243,28 @@ def test_a_rank_without_an_example_exchanges_gradients_of_nothing(
     config = make_config(**{"lora.lora_dropout": 0, "scaling.num_workers": 2})
     folder, data = family("llama", tmp_path / "model"), some_rows(1)
     built = trainer.build(
-        models.load_base(str(folder), config),
+        load_base(folder, config),
         models.load_tokenizer(str(folder)),
         data,
         config,
-        8,
+        config.batching,
         tmp_path,
     )
-    idle = Steps(data, config, 8, 1, 2, pad=0)[0]
+    idle = Steps(data, config.batching, 1, 2, pad=0)[0]
     assert float(built.training_step(built.model, idle)) == 0 and idle.labels > 0
     assert all(not w.grad.any() for w in built.model.parameters() if w.requires_grad)
 
 
-@pytest.mark.parametrize("together", [1, 3, 8])
+@pytest.mark.parametrize("examples_per_row", [1, 3, 8])
 def test_every_epoch_sees_every_example_once_in_steps_of_the_global_batch(
-    make_config: Any, together: int
+    make_config: Any, examples_per_row: int
 ) -> None:
     config, data = (
         make_config(**{"grad_accum_steps": 5, "num_epochs": 2}),
         some_rows(23, databases=3),
     )
-    steps = plan(data, config, together)
-    assert len(steps) == config.steps(23) == 10
+    steps = step_order(data, replace(config.batching, examples_per_row=examples_per_row))
+    assert len(steps) == config.batching.steps(23) == 10
     first, second = ([index for step in half for index in step] for half in (steps[:5], steps[5:]))
     assert sorted(first) == sorted(second) == list(range(23)) and first != second
     assert [len(step) for step in steps] == [5, 5, 5, 5, 3] * 2
@@ -270,7 +273,7 @@ def test_every_epoch_sees_every_example_once_in_steps_of_the_global_batch(
 def test_the_plan_depends_on_the_seed_and_not_on_the_workers(make_config: Any) -> None:
     data = some_rows(23, databases=3)
     one, same, other = (
-        plan(data, make_config(**changes), 8)
+        step_order(data, replace(make_config(**changes).batching, examples_per_row=8))
         for changes in (
             {"grad_accum_steps": 8},
             {"grad_accum_steps": 4, "scaling.num_workers": 2},
@@ -311,13 +314,12 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
 def test_auto_leaves_a_step_as_many_rows_as_a_row_has_questions(
     make_config: Any, batch: int, shared: int
 ) -> None:
-    assert (
-        together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": "auto"}))
-        == shared
+    automatic, set_to_32 = (
+        make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": setting}).batching
+        for setting in ("auto", 32)
     )
-    assert together(make_config(**{"grad_accum_steps": batch, "rows.examples_per_row": 32})) == min(
-        batch, 32
-    )
+    assert automatic.examples_per_row == shared
+    assert set_to_32.examples_per_row == min(batch, 32)
 
 
 def test_a_databases_groups_are_spread_over_the_epoch() -> None:
@@ -352,10 +354,14 @@ def test_a_question_keeps_a_token_of_its_prompt_even_if_it_is_asked_twice() -> N
 
 def test_a_trimmed_schema_does_not_cost_the_others_their_prefix() -> None:
     whole = some_rows(4, databases=1)
-    trimmed = Row("t", whole[0].db_id, [7] + whole[0].input_ids[1:], whole[0].prompt_length)
+    trimmed = TokenizedExample(
+        "t", whole[0].db_id, [7] + whole[0].input_ids[1:], whole[0].prompt_length
+    )
     made = share([*whole[:2], trimmed, *whole[2:]], 8, 10_000)
     assert sorted(one.prefix for one in made) == [0, 40] and len(made) == 2
-    part = Row("p", whole[0].db_id, whole[0].input_ids[:9] + [7] * 40, whole[0].prompt_length)
+    part = TokenizedExample(
+        "p", whole[0].db_id, whole[0].input_ids[:9] + [7] * 40, whole[0].prompt_length
+    )
     assert sorted(one.prefix for one in share([part, *whole], 8, 10_000)) == [0, 40]
 
 
@@ -366,7 +372,8 @@ def test_ranks_share_a_step_about_equally(
 ) -> None:
     data = some_rows(16, databases=2)
     config = make_config(**{"train_batch_size": batch})
-    shares = [passes(data, config, shared, rank, world) for rank in range(world)]
+    batching = replace(config.batching, examples_per_row=shared)
+    shares = [passes(data, batching, rank, world) for rank in range(world)]
     seen = [row.id for each in shares for rows_ in each for one in rows_ for row in one.examples]
     assert sorted(seen) == sorted(row.id for row in data)
     loads = [sum(one.tokens for rows_ in each for one in rows_) for each in shares]
@@ -394,9 +401,9 @@ def test_every_halving_makes_the_largest_pass_smaller(
         }
     )
     computed, sizes = [], []
-    for halvings in range(per_pass(config, shared).bit_length()):
-        made = passes(data, config, shared, 0, 1, halvings)
-        computed.append(max(map(padded, made)))
+    for halvings in range(config.batching.examples_per_pass.bit_length()):
+        made = passes(data, replace(config.batching, microbatch_halvings=halvings), 0, 1)
+        computed.append(max(map(padded_tokens, made)))
         sizes.append(max(sum(len(row.examples) for row in one) for one in made))
     assert (
         sizes == [max(batch, shared) >> halvings for halvings in range(len(sizes))]
@@ -414,7 +421,8 @@ def test_rows_of_very_different_lengths_are_passes_of_their_own(make_config: Any
         some_rows(4, databases=1, schema=300),
         [replace(row, db_id="other") for row in some_rows(1, schema=40)],
     )
-    made = passes([*long, *short], make_config(**{"train_batch_size": 8}), 4, 0, 1)
+    batching = replace(make_config(**{"train_batch_size": 8}).batching, examples_per_row=4)
+    made = passes([*long, *short], batching, 0, 1)
     assert [len(one) for one in made] == [1, 1], "padding would be most of it"
 
 
@@ -447,7 +455,7 @@ def test_a_sliding_window_shorter_than_an_example_is_refused(
     make_config: Any, tmp_path: Path
 ) -> None:
     config = make_config(**{"quantization.load_in_4bit": False})
-    base = models.load_base(str(family("mistral", tmp_path / "model", sliding_window=32)), config)
+    base = load_base(family("mistral", tmp_path / "model", sliding_window=32), config)
     assert "window of 32 tokens, but the longest example has 60" in (
         why_not_share(base, 60, 120) or ""
     )
@@ -467,7 +475,7 @@ def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> Non
 def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
     make_config: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = models.load_base(str(tiny_model), make_config())
+    base = load_base(tiny_model, make_config())
     monkeypatch.setattr(packed_attention, "spans", lambda *_: 1 / 0)
     assert why_not_share(base, 60, 120) is None
     assert base.config._attn_implementation == packed_attention.MASKED
@@ -478,7 +486,7 @@ def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
 
 
 def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:
-    base = models.load_base(str(tiny_model), make_config())
+    base = load_base(tiny_model, make_config())
     forward = base.forward
     base.forward = lambda attention_mask=None, shared_spans=None, **given: forward(**given)
     assert "gives other logits" in (why_not_share(base, 60, 120) or "")

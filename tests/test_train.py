@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from ray_sql import cluster, finetune, models, rows, tracking, train
+from ray_sql import cluster, finetune, rows, tracking, train
 from ray_sql.cluster.events import CheckpointSaved, Event, Note, TrainPoint
 from ray_sql.config import Config
 from ray_sql.errors import (
@@ -30,10 +30,11 @@ from ray_sql.errors import (
     out_of_memory,
 )
 from ray_sql.finetune import prepare
+from ray_sql.rows.batch import Step
 from ray_sql.store import checkpoints, storage
 from ray_sql.train import trainer
 from ray_sql.train.resume import claim_run
-from tests.conftest import make_model, removal_cut_off
+from tests.conftest import load_base, make_model, removal_cut_off
 
 
 class Curve:
@@ -107,7 +108,7 @@ def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model:
     curve = Curve()
     fit(config, curve)
     data = rows.read(f"{config.run_dir}/{rows.FILE}")
-    model = models.load_base(str(tiny_model), config)
+    model = load_base(tiny_model, config)
     total, tokens = 0.0, 0
     for row in data:
         with torch.no_grad():
@@ -126,7 +127,7 @@ def test_a_step_sees_the_global_batch_and_every_epoch_all_examples(make_config: 
     result = fit(config, curve)
     examples = prepare.prepare(config).audit.rows
     per_epoch = -(-examples // 6)
-    assert result.steps == config.steps(examples) == 2 * per_epoch == max(curve.losses)
+    assert result.steps == config.batching.steps(examples) == 2 * per_epoch == max(curve.losses)
 
 
 def test_an_interrupted_run_resumes_with_the_unbroken_curve(make_config: Any) -> None:
@@ -236,7 +237,7 @@ def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
     fit(make_config(output_name="whole", **settings), whole)
     step, tried, notes = trainer.StepTrainer.training_step, [], []
 
-    def small_memory(self: Any, model: Any, inputs: rows.Step, *rest: Any) -> torch.Tensor:
+    def small_memory(self: Any, model: Any, inputs: Step, *rest: Any) -> torch.Tensor:
         tried.append(max(int(made.segments.max()) for made in inputs.passes))
         if self.state.global_step >= 2 and tried[-1] > 2:
             torch.empty(2**55)  # more than any machine has: what torch then says is what it says

@@ -694,7 +694,7 @@ class Alone:
             "config": config.for_workers(),
             "model_folder": prepared.model_folder,
             "inputs": config.run_dir,
-            "steps": config.steps(prepared.audit.rows),
+            "steps": config.batching.steps(prepared.audit.rows),
             "sender": self._events.append,
         }
         self._trial = Trainable.__new__(Trainable)

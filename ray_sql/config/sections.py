@@ -225,8 +225,6 @@ class AnswersSection(Section):
     """Search with this many beams for answers to the scored questions; 1 is greedy. Checkpoints are always chosen by greedy answers."""
     first_executable: bool = False
     """Take the best beam that runs on the question's database, instead of the best beam."""
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """Answer the scored questions with this library. `vllm` needs a GPU and `pip install -e '.[vllm]'`."""
     ves_iterations: int = Field(0, ge=0)
     """Time each right prediction against its gold this many times, for BIRD's R-VES (officially 100). Needs an idle machine."""
     timeout: float = Field(30.0, gt=0)

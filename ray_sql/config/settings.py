@@ -14,6 +14,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from ray_sql.config.base import TOKENS, JobConfig
+from ray_sql.config.batching import Batching, choose_examples_per_row
 from ray_sql.config.sections import (
     AnswersSection,
     DataSection,
@@ -93,11 +94,6 @@ class ModelConfig(JobConfig):
             raise ValueError(
                 "evaluate.first_executable chooses among beams, but evaluate.num_beams is 1: "
                 "raise it, or leave it out"
-            )
-        if evaluate.num_beams > 1 and evaluate.backend == "vllm":
-            raise ValueError(
-                f"evaluate.num_beams is {evaluate.num_beams}, but evaluate.backend vllm answers "
-                "greedily: use evaluate.backend transformers"
             )
         if evaluate.first_executable and not self._executes_sql():
             raise ValueError(
@@ -218,12 +214,13 @@ class Config(ModelConfig):
             return self
         sizes = range(self.scaling.min_workers, self.scaling.max_workers + 1)
         bounds = f"scaling.num_workers {sizes[0]},{sizes[-1]}"
-        uneven = [str(size) for size in sizes if self.global_batch % (self.train_batch_size * size)]
+        step = self.batching.global_batch_size
+        uneven = [str(size) for size in sizes if step % (self.train_batch_size * size)]
         if uneven:
             multiple = self.train_batch_size * math.lcm(*sizes)
-            near = max(1, round(self.global_batch / multiple)) * multiple
+            near = max(1, round(step / multiple)) * multiple
             raise ValueError(
-                f"{bounds}: a step of {self.global_batch} examples does not divide by train_batch_size "
+                f"{bounds}: a step of {step} examples does not divide by train_batch_size "
                 f"{self.train_batch_size} x {', '.join(uneven)} workers: set train.global_batch_size to a "
                 f"multiple of {multiple}, as {near}, or narrow the bounds"
             )
@@ -242,28 +239,27 @@ class Config(ModelConfig):
         return self.train.global_batch_size // (self.train_batch_size * self.scaling.max_workers)
 
     @property
-    def global_batch(self) -> int:
-        """Examples per optimizer step, with however many workers."""
-        return (
+    def batching(self) -> Batching:
+        """How examples become optimizer steps, as the settings say."""
+        size = (
             self.train.global_batch_size
             or self.train_batch_size * self.grad_accum_steps * self.scaling.max_workers
         )
-
-    def steps_per_epoch(self, examples: int) -> int:
-        """Optimizer steps of a pass over so many examples; a last, smaller one counts."""
-        return math.ceil(examples / self.global_batch)
-
-    def steps(self, examples: int) -> int:
-        """Optimizer steps of a run over so many examples."""
-        if self.train.max_steps > 0:
-            return self.train.max_steps
-        return max(1, math.ceil(self.steps_per_epoch(examples) * self.num_epochs))
+        return Batching(
+            global_batch_size=size,
+            train_batch_size=self.train_batch_size,
+            examples_per_row=choose_examples_per_row(self.rows.examples_per_row, size),
+            row_length=self.rows.row_length,
+            num_epochs=self.num_epochs,
+            max_steps=self.train.max_steps,
+            seed=self.seed,
+        )
 
     def measured(self, step: int, examples: int) -> bool:
         """Whether the checkpoint of a step is measured in a run over so many examples: at every `eval_steps`, and the last one."""
-        return step % (self.evaluate.eval_steps or self.save_steps) == 0 or step >= self.steps(
-            examples
-        )
+        return step % (
+            self.evaluate.eval_steps or self.save_steps
+        ) == 0 or step >= self.batching.steps(examples)
 
     @property
     def publishes(self) -> bool:
@@ -296,6 +292,6 @@ class Config(ModelConfig):
     def identity(self) -> str:
         """Return 12 hex digits that change when a setting that shapes the adapter changes."""
         settings = self.model_dump(mode="json", include=IDENTITY)
-        settings["train"]["global_batch_size"] = self.global_batch
+        settings["train"]["global_batch_size"] = self.batching.global_batch_size
         settings["data"].pop("databases")  # the same databases may lie elsewhere on another machine
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -227,14 +227,12 @@ def _kept(
         digest(adapter),
         [
             config.quantization.model_dump(),
-            str(models.compute_dtype(config)),
+            str(models.compute_dtype(config.train.bf16)),
             config.scaling.use_gpu,
             config.eval_batch_size,
         ],
         [version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")],
-        config.evaluate.model_dump(
-            include={"max_new_tokens", "max_num_seqs", "num_beams", "backend"}
-        ),
+        config.evaluate.model_dump(include={"max_new_tokens", "max_num_seqs", "num_beams"}),
         [(question.db_id, question.input_ids) for question in asked],
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

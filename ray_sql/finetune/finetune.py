@@ -77,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
             timeline.mark("MLflow")
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
-        train.starting_point(config, prepared.contract, config.steps(prepared.audit.rows))
+        train.starting_point(config, prepared.contract, config.batching.steps(prepared.audit.rows))
         asked = prepared.questions(
             config
         )  # now: what cannot be asked should be known before training
@@ -368,7 +368,8 @@ def _evaluation_plan(config: EvaluateConfig) -> Iterator[str]:
     else:
         from ray_sql import models
 
-        tokenizer = models.load_tokenizer(models.resolve(run)[0])
+        folder, _ = models.resolve(run.model_name, run.cache, run.read_token)
+        tokenizer = models.load_tokenizer(folder)
         yield f"--- prompt ---\n{tokenizer.decode(measure.questions(corpus, tokenizer, run)[0].input_ids)}\n--- plan ---"
         source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
     counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
@@ -378,16 +379,15 @@ def _evaluation_plan(config: EvaluateConfig) -> Iterator[str]:
 def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Measured:
     from ray_sql import generate, models
 
-    generate.check_backend(config)
     corpus = data.load_split(config, config.split)
     measure.check_executable(corpus, config)
     adapter = storage.absolute_uri(adapter) if adapter else None
     pinned = (
-        models.revision_of(storage.read_text(f"{adapter}/contract.json"), config)
+        models.revision_of(storage.read_text(f"{adapter}/contract.json"), config.model_name)
         if adapter
         else None
     )
-    folder, revision = models.resolve(config, pinned)
+    folder, revision = models.resolve(config.model_name, config.cache, config.read_token, pinned)
     if adapter:
         measure.check_adapter(adapter, config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models, rows
-from ray_sql.config import Config, differences, passwordless
+from ray_sql.config import AUTO_EXAMPLES_PER_ROW, Config, differences, passwordless
 from ray_sql.data import Corpus, prompts
 from ray_sql.errors import ConfigError, DataError, StoreError
 from ray_sql.evaluate import scoring
@@ -90,7 +90,7 @@ class Prepared:
             )
         )
 
-    def validation_rows(self, config: Config) -> list[rows.Row]:
+    def validation_rows(self, config: Config) -> list[rows.TokenizedExample]:
         """The examples of `validation` with their gold answers, for their loss; without those that could not be trained on either."""
         examples = {example.id: example for example in self.corpus.splits["validation"]}
         asked = [examples[question.id] for question in self.validation(config)]
@@ -104,11 +104,15 @@ class Prepared:
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     """Load and check all that `config` names. Raises a `RaySqlError` for whatever the user can fix, before anything is written
     outside the cache."""
-    generate.check_backend(config)
     corpus = data.load(config)
     check_databases(corpus, config)
     begun = None if config.overwrite else storage.read_text(f"{config.run_dir}/contract.json")
-    folder, revision = models.resolve(config, models.revision_of(begun, config))
+    folder, revision = models.resolve(
+        config.model_name,
+        config.cache,
+        config.read_token,
+        models.revision_of(begun, config.model_name),
+    )
     tokenizer = models.load_tokenizer(folder)
     file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
     longest = min(audit.longest, config.rows.max_length)
@@ -338,7 +342,7 @@ def check_same_data(corpus: Corpus, config: Config) -> None:
 def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     """What a run would do, in lines for people."""
     corpus, audit = prepared.corpus, prepared.audit
-    steps = config.steps(audit.rows)
+    steps = config.batching.steps(audit.rows)
     yield f"data      {config.dataset_id}, fingerprint {corpus.fingerprint()}, {len(corpus.schemas)} databases"
     for line in data.leakage(corpus):
         yield f"          {line}"
@@ -348,15 +352,16 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     failing = ", ".join(f"{count} in {split}" for split, count in by_split.items() if count)
     yield f"gold      {f'queries that do not run: {failing}; kept out of the scores' if failing else 'every query runs'}"
     yield f"rows      {audit.line()}"
-    if rows.together(config) > 1:
-        computed, alone = rows.tokens(rows.read(prepared.rows_file), config)
+    batching = config.batching
+    shared = batching.examples_per_row
+    if shared > 1:
+        computed, alone = rows.count_tokens(rows.read(prepared.rows_file), batching)
         yield (
-            f"sharing   up to {rows.together(config)} questions in a row with their schema: {computed:,} tokens to compute an epoch, "
+            f"sharing   up to {shared} questions in a row with their schema: {computed:,} tokens to compute an epoch, "
             f"{alone / computed:.1f} times fewer"
         )
-        if config.rows.examples_per_row == "auto" and rows.together(config) < (
-            most := min(rows.AUTO, config.global_batch)
-        ):
+        most = min(AUTO_EXAMPLES_PER_ROW, batching.global_batch_size)
+        if config.rows.examples_per_row == "auto" and shared < most:
             yield (
                 f"          so that a step mixes databases: larger steps share more, and so does --rows.examples_per_row {most}, "
                 "faster an epoch and less accurate after as many"
@@ -366,7 +371,7 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
     )
     if config.scaling.elastic:
         made_of = f"with {config.scaling.min_workers} to {config.scaling.max_workers} workers alike"
-    yield f"training  {steps} steps of {config.global_batch} examples ({made_of}), a checkpoint every {config.save_steps}"
+    yield f"training  {steps} steps of {batching.global_batch_size} examples ({made_of}), a checkpoint every {config.save_steps}"
     if config.evaluate.select_examples:
         every = config.evaluate.eval_steps or config.save_steps
         yield f"          measured on validation questions every {every} steps and at the end, to keep the best"

@@ -21,4 +21,3 @@ from ray_sql.generate.questions import (
     questions,
     unpack,
 )
-from ray_sql.generate.vllm import check as check_backend

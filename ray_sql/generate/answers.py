@@ -11,7 +11,7 @@ from ray_sql import cluster, models
 from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswerOutcome, DriverLink, Note
 from ray_sql.cluster.ranks import agreed, gather_all, rank, world_size
 from ray_sql.config import Config
-from ray_sql.generate import decoder, hf_generate, vllm
+from ray_sql.generate import decoder, hf_generate
 from ray_sql.generate.answer_cache import Kept
 from ray_sql.generate.ends import Ends
 from ray_sql.generate.questions import Answer, Question, parse
@@ -229,8 +229,7 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
         if "tuned" in job.models:
             assert job.adapter is not None
             adapter = storage.fetch(job.adapter, Path(scratch))
-        make_ask = _ask_vllm if config.evaluate.backend == "vllm" else _ask_transformers
-        ask = make_ask(job, driver, config, adapter)
+        ask = _load_answerer(job, driver, config, adapter)
         # the base comes first: its layers are changed in place by the adapter's
         for model in job.models:
             # all ranks must agree on the rest; a dead worker's answers may be in the file alone
@@ -247,11 +246,9 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
     return AnswerOutcome(answers)
 
 
-def _ask_transformers(
-    job: AnswerJob, driver: DriverLink, config: Config, adapter: Path | None
-) -> Ask:
+def _load_answerer(job: AnswerJob, driver: DriverLink, config: Config, adapter: Path | None) -> Ask:
     model, tokenizer = agreed(
-        lambda: models.load_here(job.model_folder, config, cluster.claim_device(config.scaling))
+        lambda: models.load_on_node(job.model_folder, config, cluster.claim_device(config.scaling))
     )
 
     def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
@@ -272,21 +269,5 @@ def _ask_transformers(
             on_answer=say,
             on_whole=note,
         )
-
-    return ask
-
-
-def _ask_vllm(job: AnswerJob, driver: DriverLink, config: Config, adapter: Path | None) -> Ask:
-    engine = agreed(lambda: vllm.Engine(models.here(job.model_folder, config), adapter, config))
-
-    def ask(name: str, asked: Sequence[Question], say: OnAnswer) -> list[Answer] | None:
-        def mine(share: Sequence[Question], tell: OnAnswer | None) -> list[Answer]:
-            said = engine.answer(share, name == "tuned")
-            for place, one in enumerate(said):
-                if tell:
-                    tell(place, one)
-            return said
-
-        return _by_all_ranks(asked, config, mine, say)
 
     return ask

@@ -38,15 +38,6 @@ class Ends:
         """Whether a code block was opened and closed."""
         return str(self._tokenizer.decode(list(said))).count(FENCE) >= 2
 
-    def until_closed(self, said: Sequence[int]) -> list[int]:
-        """The tokens up to the one that closes the code block."""
-        ends = (
-            n
-            for n in range(1, len(said) + 1)
-            if self.may_close(said[n - 1]) and self.closed(said[:n])
-        )
-        return list(said[: next(ends, len(said))])
-
     def cut(self, said: Sequence[int]) -> list[int]:
         """The tokens before the end of the turn, without padding."""
         end = next(

@@ -1,19 +1,19 @@
-"""The model: tokenizer, base, adapter and the demo's weights (`load`), and the layers that compute it faster here (`cpu_linear`,
-`packed_attention` for training, `decode_attention` for answering: these load torch)."""
+"""The model: base, tokenizer and adapter (`load`), and the demo's weights (`demo`).
 
+Our own torch kernels lie beside them and are imported by those who compute: `cpu_linear`,
+`packed_attention` for training, `decode_attention` for answering.
+"""
+
+from ray_sql.models.demo import DEMO_HUB_ID, DEMO_WHEEL, demo_model, demo_source
 from ray_sql.models.load import (
-    DEMO_HUB_ID,
-    DEMO_WHEEL,
     check_window,
     compute_dtype,
-    demo_model,
-    demo_source,
-    here,
     load_adapter,
     load_base,
-    load_here,
+    load_on_node,
     load_tokenizer,
-    quiet,
+    on_this_node,
     resolve,
     revision_of,
 )
+from ray_sql.models.logs import quiet

@@ -1,14 +1,14 @@
-"""4-bit linear layers and their LoRA on a CPU: weights expanded once, and no pass over a whole output that a product can do on its way.
+"""4-bit linear layers and their LoRA on a CPU: weights expanded once, and fewer passes over outputs.
 
-bitsandbytes expands a layer's weights at every call, and peft copies a layer's output, scales its adapter's and adds the two: each a pass
-over as many numbers as the layer has outputs, forward and backward, which on a CPU takes as long as the adapter's products.
+bitsandbytes expands a layer's weights at every call. peft copies a layer's output, scales its
+adapter's and adds the two. Each is a pass over as many numbers as the layer has outputs, forward and
+backward. On a CPU such passes take as long as the adapter's products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,46 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let every 4-bit layer multiply with its weights as NF4 stands for them, expanded once instead of at every call.
+class ExpandedLinear:
+    """The forward of a linear layer with plain weights `[out, in]`, put over that of a 4-bit one."""
 
-    The numbers are the same, to the bit of the expanded weight; the memory is that of the unquantised model, which a CPU has.
-    There it also keeps bitsandbytes from repacking weights for AVX512-BF16: that happens at the first forward in eval mode and is
-    never undone, rounds the scales, and has no backward, so that after a validation in the middle of training no gradient
-    passes a base layer any more (0.50.2; autograd warns of it, and the losses differ).
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x weight' + bias for x `[..., in]`, computed in the weights' type."""
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, bias)
+
+
+class FusedLora:
+    """The forward of a LoRA layer over `ExpandedLinear`: products that both need are computed once."""
+
+    def __init__(self, layer: LoraLayer, name: str, base: ExpandedLinear) -> None:
+        self._layer, self._name, self._base = layer, name, base
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of base and adapter, added, for x `[..., in]`."""
+        layer, name = self._layer, self._name
+        if layer.disable_adapters:
+            return self._base(x)
+        dropout = layer.lora_dropout[name]
+        dropped = None if isinstance(dropout, torch.nn.Identity) else dropout(x)
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        out: torch.Tensor = _LoraProduct.apply(
+            x, dropped, down, up, layer.scaling[name], self._base
+        )
+        return out
+
+
+def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let every 4-bit layer multiply with its NF4 weights, expanded once instead of at every call.
+
+    The expanded weights are the same to the bit. They take the memory of the unquantised model,
+    which a CPU has. This also keeps bitsandbytes from repacking weights for AVX512-BF16. It does so
+    at the first forward in eval mode, never undoes it, and rounds the scales. Repacked weights have
+    no backward: after a validation in the middle of training no gradient passes a base layer any
+    more (0.50.2; autograd warns of it, and the losses differ).
     """
     import bitsandbytes.functional
     from bitsandbytes.nn import Linear4bit
@@ -33,83 +66,67 @@ def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             weight = bitsandbytes.functional.dequantize_4bit(
                 module.weight.data, module.weight.quant_state
-            ).to(dtype)
-            module.forward = partial(_linear, weight=weight, bias=module.bias)
+            )
+            module.forward = ExpandedLinear(weight.to(dtype), module.bias)
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Let layers with expanded weights (`dequantise_once`) and an adapter compute both in the products that both need, for training.
+    """Let LoRA layers over expanded weights compute base and adapter together, for training.
 
-    Loss and gradients are peft's but for rounding; what is more than a product of two matrices (DoRA, biases) stays peft's.
+    Loss and gradients are peft's but for rounding. What is more than a product of two matrices
+    (DoRA, biases) stays peft's. A training step took a sixth less time so on a Xeon, and as long on
+    an EPYC with AVX512 (`benchmarks.savings`). It stays, because adapters would change without it.
     """
-    for layer, base, names in _adapted(model):
-        bias = base["bias"]
-        if len(names) == 1 and (bias is None or not bias.requires_grad):
-            layer.forward = partial(_with_adapter, layer=layer, name=names[0], **base)
+    for layer, base, names in _lora_layers(model):
+        if len(names) == 1 and (base.bias is None or not base.bias.requires_grad):
+            layer.forward = FusedLora(layer, names[0], base)
 
 
 @contextmanager
 def merged(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, layers with expanded weights (`dequantise_once`) multiply with weight and LoRA adapter in one product.
+    """Let LoRA layers over expanded weights multiply once, with weight and adapter summed.
 
-    For answering; it takes the memory of the expanded weights once more. The sum is rounded to the layer's type once, where the
-    layer's and the adapter's outputs are rounded each; in float32 answers are the same.
+    It is for answering, and takes the memory of the expanded weights once more. The sum is rounded
+    to the layer's type once, where the two outputs are rounded each. In float32 answers are the
+    same.
     """
-    with ExitStack() as apart_again:
-        for layer, base, names in _adapted(model):
-            weight = base["weight"].float()
+    with ExitStack() as undo:
+        for layer, base, names in _lora_layers(model):
+            weight = base.weight.float()
             for name in names:
-                down, up = (
-                    each[name].weight.detach().float() for each in (layer.lora_A, layer.lora_B)
-                )
+                down = layer.lora_A[name].weight.detach().float()
+                up = layer.lora_B[name].weight.detach().float()
                 weight = weight + layer.scaling[name] * (up @ down)
             if "forward" in vars(layer):  # that of `fuse`
-                apart_again.callback(setattr, layer, "forward", layer.forward)
+                undo.callback(setattr, layer, "forward", layer.forward)
             else:
-                apart_again.callback(delattr, layer, "forward")
-            layer.forward = partial(
-                _linear, weight=weight.to(base["weight"].dtype), bias=base["bias"]
-            )
+                undo.callback(delattr, layer, "forward")
+            layer.forward = ExpandedLinear(weight.to(base.weight.dtype), base.bias)
         yield
 
 
-def _adapted(
-    model: PreTrainedModel,
-) -> Iterator[tuple[LoraLayer, dict[str, torch.Tensor], list[str]]]:
-    """LoRA layers over expanded weights whose adapters are products of two matrices: layer, weight and bias, adapters in use."""
+def _lora_layers(model: PreTrainedModel) -> Iterator[tuple[LoraLayer, ExpandedLinear, list[str]]]:
+    """Yield LoRA layers, the expanded weights under each, and the names of its adapters in use.
+
+    Layers whose adapter is more than a product of two matrices are left out.
+    """
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
         if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
             continue
-        base = getattr(module.get_base_layer().forward, "keywords", {})
+        base = module.get_base_layer().forward
         names = [name for name in module.active_adapters if name in module.lora_A]
-        if "weight" in base and not any(
-            name in module.lora_variant or module.lora_bias[name] for name in names
-        ):
+        more = any(name in module.lora_variant or module.lora_bias[name] for name in names)
+        if isinstance(base, ExpandedLinear) and not more:
             yield module, base, names
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.linear(
-        x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
-    )
+class _LoraProduct(torch.autograd.Function):  # type: ignore[misc]  # mypy does not follow torch
+    """x weight' + bias + scaling dropped down' up'.
 
-
-def _with_adapter(
-    x: torch.Tensor, layer: LoraLayer, name: str, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    if layer.disable_adapters:
-        return _linear(x, weight, bias)
-    dropout = layer.lora_dropout[name]
-    dropped = None if isinstance(dropout, torch.nn.Identity) else dropout(x)
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: torch.Tensor = _Product.apply(x, dropped, down, up, layer.scaling[name], weight, bias)
-    return out
-
-
-class _Product(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed by mypy
-    """x weight' + bias + scaling dropped down' up' for x `[..., in]`, `dropped` alike (None: it is x), down `[r, in]`, up `[out, r]`."""
+    Shapes: x `[..., in]`, `dropped` alike (None: it is x), down `[r, in]`, up `[out, r]`.
+    """
 
     @staticmethod
     def forward(
@@ -119,39 +136,32 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]  # torch is not f
         down: torch.Tensor,
         up: torch.Tensor,
         scaling: float,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        base: ExpandedLinear,
     ) -> torch.Tensor:
-        dtype = weight.dtype
+        dtype = base.weight.dtype
         inputs = x.flatten(0, -2).to(dtype)
         seen = inputs if dropped is None else dropped.flatten(0, -2).to(dtype)
         narrow, wide = down.to(dtype), (scaling * up).to(dtype)
         inner = seen @ narrow.t()
-        ctx.save_for_backward(seen, inner, narrow, wide, weight)
-        ctx.scaling, ctx.types, ctx.shape, ctx.apart = (
-            scaling,
-            (x.dtype, down.dtype, up.dtype),
-            x.shape,
-            dropped is not None,
-        )
-        return _linear(inputs, weight, bias).addmm_(inner, wide.t()).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(seen, inner, narrow, wide, base.weight)
+        ctx.scaling, ctx.shape, ctx.has_dropout = scaling, x.shape, dropped is not None
+        ctx.dtypes = (x.dtype, down.dtype, up.dtype)
+        return base(inputs).addmm_(inner, wide.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         seen, inner, narrow, wide, weight = ctx.saved_tensors
-        of_x, of_down, of_up = ctx.types
+        x_dtype, down_dtype, up_dtype = ctx.dtypes
         out = gradient.flatten(0, -2).to(weight.dtype)
-        of_inner = out @ wide
+        for_inner = out @ wide
         for_x = for_dropped = None
         if ctx.needs_input_grad[0]:
             for_x = out @ weight
-            if not ctx.apart:
-                for_x.addmm_(of_inner, narrow)
-            for_x = for_x.view(ctx.shape).to(of_x)
+            if not ctx.has_dropout:
+                for_x.addmm_(for_inner, narrow)
+            for_x = for_x.view(ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
-            for_dropped = (of_inner @ narrow).view(ctx.shape).to(of_x)
-        for_down, for_up = (
-            (of_inner.t() @ seen).to(of_down),
-            (out.t() @ inner).to(of_up) * ctx.scaling,
-        )
-        return for_x, for_dropped, for_down, for_up, None, None, None
+            for_dropped = (for_inner @ narrow).view(ctx.shape).to(x_dtype)
+        for_down = (for_inner.t() @ seen).to(down_dtype)
+        for_up = (out.t() @ inner).to(up_dtype) * ctx.scaling
+        return for_x, for_dropped, for_down, for_up, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_sql import models, rows
+from ray_sql import models
 from ray_sql.config import Config
 
 
@@ -35,7 +35,9 @@ def memory_estimate(
     checkpointed = gpu if given is None else given
     per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
     # on a CPU the attention of shared rows keeps its matrix (rows/attention.py): at most every pair of a row's tokens
-    matrices = 0 if gpu or rows.together(config) == 1 else (1 if checkpointed else layers)
+    matrices = (
+        0 if gpu or config.batching.examples_per_row == 1 else (1 if checkpointed else layers)
+    )
     attention = matrices * shape.num_attention_heads * tokens**2 / rows_in_pass * each
     kept = min(
         1.0, 0.05 + 0.15 * rows_in_pass
@@ -52,7 +54,7 @@ def _itemsize(config: Config, gpu: bool) -> int:
 
     if gpu and config.train.bf16 is None and not torch.cuda.is_available():
         return 2  # a head without a GPU says nothing of its workers': all that are sold today have bfloat16
-    return int(models.compute_dtype(config).itemsize)
+    return int(models.compute_dtype(config.train.bf16).itemsize)
 
 
 def adapter_weights(config: Config, model_folder: str) -> int:

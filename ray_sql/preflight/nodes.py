@@ -248,7 +248,7 @@ def packages_equal(config: Config, nodes: Sequence[Node]) -> str:
 def memory(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> str:
     """Estimated memory of one worker against what it has on the node that has least, and how much larger a pass may become."""
     data = rows.read(prepared.rows_file)
-    count, length = rows.heaviest_pass(data, config)
+    count, length = rows.heaviest_pass(data, config.batching)
     tokens, longest = count * length, max(len(row.input_ids) for row in data)
     each = (
         cluster.worker_resources(config.scaling, cluster.cluster_nodes())

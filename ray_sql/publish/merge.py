@@ -15,6 +15,7 @@ from typing import Any
 from ray_sql import data, models
 from ray_sql.cluster.events import AnswersCounted, Event, Note, StageEnded, UnknownEvent
 from ray_sql.config import Config
+from ray_sql.config.sections import QuantizationSection
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
 from ray_sql.evaluate import measure
@@ -64,12 +65,10 @@ def _write(config: Config, run_dir: str, folder: Path) -> None:
     """The merged model with its tokenizer, as a Hugging Face folder."""
     from peft import PeftModel
 
-    place, _ = models.resolve(
-        config, models.revision_of(storage.read_text(f"{run_dir}/contract.json"), config)
-    )
-    base = models.load_base(
-        place, config.changed({"quantization.load_in_4bit": False, "train.bf16": True})
-    )
+    contract = storage.read_text(f"{run_dir}/contract.json")
+    revision = models.revision_of(contract, config.model_name)
+    place, _ = models.resolve(config.model_name, config.cache, config.read_token, revision)
+    base = models.load_base(place, QuantizationSection(load_in_4bit=False), bf16=True)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         adapter = storage.fetch(f"{run_dir}/adapter", Path(scratch))
         # not models.load_adapter, which rounds LoRA's weights for generation: their product is rounded once, when it is added

@@ -1,30 +1,25 @@
-"""Tokenised training rows: one example each in the file that all workers read (`tokenise`), several on one database in what a
-forward pass computes (`share`), where the model allows it (`probe`, `attention`: imported by those who compute, they load torch)."""
+"""Training rows: tokenised examples in a file that all workers read, and how they share rows.
+
+`tokenise` makes the examples once, `share` lays several on one database out in a row. What computes
+rows loads torch and is imported by those who compute: `batch` makes tensors, `probe` asks a model.
+"""
 
 from ray_sql.rows.share import (
-    AUTO,
-    Pass,
-    Shared,
-    Step,
-    Steps,
-    collate,
+    SharedRow,
     common_prefix,
+    count_tokens,
     heaviest_pass,
     longest_row,
-    model_inputs,
     passes,
-    per_pass,
-    plan,
     share,
-    together,
-    tokens,
+    step_order,
 )
 from ray_sql.rows.tokenise import (
     FILE,
     IGNORED,
     VALIDATION_FILE,
     Audit,
-    Row,
+    TokenizedExample,
     build,
     cache_key,
     encode,

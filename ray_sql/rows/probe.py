@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ray_sql.errors import out_of_memory
 from ray_sql.models import packed_attention
-from ray_sql.rows.share import Shared, collate, model_inputs
-from ray_sql.rows.tokenise import Row
+from ray_sql.rows.batch import collate, model_inputs
+from ray_sql.rows.share import SharedRow
+from ray_sql.rows.tokenise import TokenizedExample
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def _difference(model: PreTrainedModel, longest: int, row: int) -> float:
         1, (row - len(prefix)) // OWN - 1
     )  # of an example's length each: positions are those of examples
     own = torch.randint(vocabulary, (others + 1, OWN), generator=draw).tolist()
-    rows = tuple(Row("", "", prefix + each, len(prefix) + 1) for each in own)
+    rows = tuple(TokenizedExample("", "", prefix + each, len(prefix) + 1) for each in own)
     training = model.training
     model.eval()
     try:
@@ -91,15 +92,15 @@ def _difference(model: PreTrainedModel, longest: int, row: int) -> float:
             ),
         ):
             together, alone = (
-                _logits(model, Shared(rows, len(prefix))),
-                _logits(model, Shared(rows[-1:], 0)),
+                _logits(model, SharedRow(rows, len(prefix))),
+                _logits(model, SharedRow(rows[-1:], 0)),
             )
     finally:
         model.train(training)
     return float((together - alone).norm() / alone.norm())
 
 
-def _logits(model: PreTrainedModel, row: Shared) -> torch.Tensor:
+def _logits(model: PreTrainedModel, row: SharedRow) -> torch.Tensor:
     """Logits of a row's last question, `[tokens, vocabulary]` in float32."""
     inputs = model_inputs(collate([row], pad=0), model)
     return model(**inputs, use_cache=False, logits_to_keep=OWN).logits[0].float()

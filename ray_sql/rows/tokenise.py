@@ -1,8 +1,9 @@
-"""Tokenised training examples, made once and read by every worker and trial, and the audit that says how long they are.
+"""Tokenised training examples, made once and read by every worker and trial, and their lengths.
 
-A `Row` is one example: `prompt tokens + completion tokens`, with labels on the completion only. The two parts are tokenised apart,
-because that is what generation sees: a prompt that ends before the answer's first token. Rows lie in a Parquet file whose name is
-a hash of everything they depend on, never of a function's name, so an edited template can never meet stale rows.
+A `TokenizedExample` is `prompt tokens + completion tokens`, with labels on the completion only. The two
+parts are tokenised apart, because generation sees a prompt that ends before the answer's first
+token. Examples lie in a Parquet file. Its name is a hash of everything they depend on, never of a
+function's name, so an edited template can never meet stale rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedExample:
     """One training example: `input_ids` are prompt then completion, the first `prompt_length` carry no loss."""
 
     id: str
@@ -122,9 +123,9 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     progress: Progress | None = None,
-) -> tuple[list[Row], Audit]:
+) -> tuple[list[TokenizedExample], Audit]:
     """Rows in the examples' order, without those that do not fit or have no answer to learn; the audit says how many."""
-    rows: list[Row] = []
+    rows: list[TokenizedExample] = []
     lengths: list[int] = []
     counts = {"trimmed": 0, "dropped": 0}
     unlinkable = []
@@ -164,7 +165,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     schema: str | None = None,
-) -> Row:
+) -> TokenizedExample:
     """One example as a row, with `schema` in place of its own schema text where given."""
     schema = prompts.schema_text(example, schemas, config) if schema is None else schema
     turns = prompts.messages(TASKS[config.task_type], schema, example.question, example.evidence)
@@ -173,7 +174,7 @@ def encode(
     )
     prompt_ids = encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
     completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    return Row(example.id, example.db_id, prompt_ids + completion_ids, len(prompt_ids))
+    return TokenizedExample(example.id, example.db_id, prompt_ids + completion_ids, len(prompt_ids))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -181,7 +182,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
 
 
-def write(rows: Sequence[Row], file: Path) -> None:
+def write(rows: Sequence[TokenizedExample], file: Path) -> None:
     """Rows as Parquet, complete or absent."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -192,11 +193,11 @@ def write(rows: Sequence[Row], file: Path) -> None:
     half.replace(file)
 
 
-def read(file: str | Path) -> list[Row]:
+def read(file: str | Path) -> list[TokenizedExample]:
     """The rows of a file that `write` made."""
     import pyarrow.parquet as pq
 
-    return [Row(**values) for values in pq.read_table(file).to_pylist()]
+    return [TokenizedExample(**values) for values in pq.read_table(file).to_pylist()]
 
 
 def cache_key(
@@ -233,7 +234,7 @@ def _shorten(
     schemas: Mapping[str, Schema],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
-) -> Row | None:
+) -> TokenizedExample | None:
     """What `rows.too_long` makes of a row that does not fit; None drops it."""
     limit, policy = config.rows.max_length, config.rows.too_long
     if policy != "trim_schema":
@@ -274,7 +275,7 @@ def _closed(schema: Schema) -> Schema:
 
 
 def _audit(
-    rows: Sequence[Row],
+    rows: Sequence[TokenizedExample],
     lengths: Sequence[int],
     config: Config,
     counts: Mapping[str, int],

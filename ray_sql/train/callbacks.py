@@ -36,7 +36,7 @@ class Reporter:
         judge: Validation,
         notice: PreemptionWatch,
         emit: OnEvent,
-        data: Sequence[rows.Row],
+        data: Sequence[rows.TokenizedExample],
         rank: int,
         driver: str | None,
     ) -> None:
@@ -59,9 +59,13 @@ class Reporter:
             for name, value in values.items()
             if name in LOGGED or name.startswith(("time/", "memory/", "gpu/"))
         }
-        kept["epoch"] = step / self._config.steps_per_epoch(self._examples)
+        kept["epoch"] = step / self._config.batching.steps_per_epoch(self._examples)
         if self._last is not None and now > self._last[1]:
-            per_second = (step - self._last[0]) / (now - self._last[1]) * self._config.global_batch
+            per_second = (
+                (step - self._last[0])
+                / (now - self._last[1])
+                * self._config.batching.global_batch_size
+            )
             # a schema that questions share counts for each of them, so that speeds with and without sharing compare
             kept |= {
                 "examples_per_second": per_second,

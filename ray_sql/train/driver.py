@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ray_sql import cluster, rows
+from ray_sql import cluster
 from ray_sql.cluster.events import Note, RowsChosen, TrainJob, TrainOutcome
 from ray_sql.config import Config
 from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
@@ -83,13 +83,14 @@ def _fit_into_memory(
 ) -> TrainOutcome:
     """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
     record = f"{config.run_dir}/{HALVINGS_FILE}"
-    halvings, together = int(storage.read_text(record) or 0), rows.together(config)
+    halvings = int(storage.read_text(record) or 0)
+    batching = replace(config.batching, microbatch_halvings=halvings)
 
     def receive(event: cluster.Event) -> bool | None:
-        nonlocal together
+        nonlocal batching
         if not isinstance(event, RowsChosen):
             return on_event(event)
-        together = event.examples_per_row
+        batching = replace(batching, examples_per_row=event.examples_per_row)
         return None
 
     while True:
@@ -104,7 +105,7 @@ def _fit_into_memory(
                 resizes=True,
             )
         except Exception as error:  # in this process it is torch's own, from workers ours
-            before = rows.per_pass(config, together, halvings)
+            before = batching.examples_per_pass
             if not out_of_memory(error):
                 raise
             if before == 1:
@@ -118,7 +119,8 @@ def _fit_into_memory(
                 ) from error
         halvings += 1
         storage.write_text(record, str(halvings))
-        now = rows.per_pass(config, together, halvings)
+        batching = replace(batching, microbatch_halvings=halvings)
+        now = batching.examples_per_pass
         said = f"on from the last checkpoint with up to {now} examples in a forward pass, not {before}, and more passes in a step"
         on_event(Note(f"out of memory: {said}"))
         free_memory()

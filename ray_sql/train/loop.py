@@ -6,6 +6,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from ray_sql.cluster.events import (
     TrainOutcome,
 )
 from ray_sql.cluster.ranks import agreed, gather_all
-from ray_sql.config import Config
+from ray_sql.config import Batching, Config
 from ray_sql.errors import ConfigError, ModelError
 from ray_sql.store import storage
 from ray_sql.train.callbacks import Reporter
@@ -38,6 +39,7 @@ def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
     import ray.train
 
     entered = time.time()
+    models.quiet()  # before the training stack imports bitsandbytes, which writes a note
     from ray_sql.train import (
         trainer,  # here: it loads the whole training stack, which the driver can do without
     )
@@ -55,22 +57,22 @@ def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
         tell(Note(f"training with {context.get_world_size()} of {bounds} workers"))
     tell(StageEnded("imports of the training stack"))
     device = cluster.claim_device(config.scaling)
-    base, tokenizer = agreed(lambda: models.load_here(job.model_folder, config, device))
+    base, tokenizer = agreed(lambda: models.load_on_node(job.model_folder, config, device))
     tell(StageEnded("model"))
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         local = Path(scratch)
         data = agreed(lambda: rows.read(_inputs(config, local / "rows.parquet")))
         resume_from, done = resume(config, job.start_from, local, driver.emit)
         unmeasured = done is not None and needs_validation(done, config, len(data))
-        step, steps = done.step if done else 0, config.steps(len(data))
+        step, steps = done.step if done else 0, config.batching.steps(len(data))
         notice = PreemptionWatch(driver.stopping)
         if (
             step >= steps and not unmeasured
         ) or notice.told_to_stop():  # else only what follows training was cut off
             return TrainOutcome(step, steps, None)
-        together = _together(base, data, config, job.microbatch_halvings, driver.emit)
-        tell(RowsChosen(together))
-        judge = Validation(config, tokenizer, together, job.microbatch_halvings, local)
+        batching = _batching(base, data, config, job.microbatch_halvings, driver.emit)
+        tell(RowsChosen(batching.examples_per_row))
+        judge = Validation(config, tokenizer, batching, local)
         tell(StageEnded("shared rows tried"))
         reporter = Reporter(
             config, judge, notice, driver.emit, data, context.get_world_rank(), job.driver
@@ -80,12 +82,11 @@ def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
             tokenizer,
             data,
             config,
-            together=together,
+            batching,
             scratch=local,
             resume_from=resume_from,
             on_log=reporter.on_log,
             on_save=reporter.on_save,
-            halvings=job.microbatch_halvings,
             on_step=notice,
             on_begin=reporter.measure if unmeasured else None,
         )
@@ -102,29 +103,34 @@ def _inputs(config: Config, target: Path) -> Path:
         ) from None
 
 
-def _together(
-    base: PreTrainedModel, data: Sequence[rows.Row], config: Config, halvings: int, emit: OnEvent
-) -> int:
-    """How many questions share a row: as the settings say, where this model allows it."""
+def _batching(
+    base: PreTrainedModel,
+    data: Sequence[rows.TokenizedExample],
+    config: Config,
+    halvings: int,
+    emit: OnEvent,
+) -> Batching:
+    """Return how examples become steps, with one question a row where the model allows no more."""
     import ray.train
 
     from ray_sql.rows.probe import why_not_share
 
-    wanted = rows.together(config)
+    batching = replace(config.batching, microbatch_halvings=halvings)
+    wanted = batching.examples_per_row
     if wanted == 1:
-        return 1
+        return batching
     reason = why_not_share(
-        base, max(len(row.input_ids) for row in data), rows.longest_row(data, config, halvings)
+        base, max(len(row.input_ids) for row in data), rows.longest_row(data, batching)
     )
     reason = next(
         (each for each in gather_all(reason) if each), None
     )  # all ranks must lay steps out alike
     if reason is None:
-        return wanted
+        return batching
     if config.rows.examples_per_row != "auto":
         raise ModelError(
             f"--rows.examples_per_row {wanted}: {config.model_name} cannot share rows: {reason}; set it to 1 or auto"
         )
     if ray.train.get_context().get_world_rank() == 0:
         emit(Note(f"one question a row: {reason}"))
-    return 1
+    return replace(batching, examples_per_row=1)

@@ -24,10 +24,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ray_sql import cluster, models
 from ray_sql.cluster.events import TrainOutcome
-from ray_sql.config import Config
+from ray_sql.config import Batching, Config
 from ray_sql.errors import ModelError
 from ray_sql.models import cpu_linear, packed_attention
-from ray_sql.rows import IGNORED, Pass, Row, Step, Steps, collate, model_inputs, passes
+from ray_sql.rows import IGNORED, TokenizedExample, passes
+from ray_sql.rows.batch import Pass, Step, Steps, collate, model_inputs
 from ray_sql.train.step_clock import StepClock, memory_use
 
 if TYPE_CHECKING:
@@ -46,22 +47,23 @@ OnBegin = Callable[[int, "PreTrainedModel"], bool | None]
 def train(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[TokenizedExample],
     config: Config,
+    batching: Batching,
     *,
-    together: int,
     scratch: Path,
     resume_from: Path | None,
     on_log: OnLog,
     on_save: OnSave,
-    halvings: int = 0,
     on_step: OnStep | None = None,
     on_begin: OnBegin | None = None,
 ) -> TrainOutcome:
-    """Train an adapter on `rows`, up to `together` of a database in one; `scratch` is a local folder for checkpoints on their way
-    to `on_save`, which must be done with them when it returns. `resume_from` is a folder of this rank's own. After `halvings` a
-    forward pass holds that much less, and a step has more of them."""
-    trainer = build(base, tokenizer, rows, config, together, scratch, halvings)
+    """Train an adapter on `rows`, laid out by `batching`.
+
+    `scratch` is a local folder for checkpoints on their way to `on_save`, which must be done with
+    them when it returns. `resume_from` is a folder of this rank's own.
+    """
+    trainer = build(base, tokenizer, rows, config, batching, scratch)
     limit = divergence_limit(len(tokenizer))
     watch = _Watch(on_log, on_save, on_step, on_begin, scratch, limit, trainer.clock)
     trainer.remove_callback(PrinterCallback)
@@ -146,13 +148,11 @@ def completion_loss(model: torch.nn.Module, made: Pass, config_of: PreTrainedMod
 
 def held_out_loss(
     model: PreTrainedModel,
-    rows: Sequence[Row],
-    config: Config,
-    together: int,
+    rows: Sequence[TokenizedExample],
+    batching: Batching,
     rank: int,
     world: int,
     pad: int,
-    halvings: int = 0,
 ) -> tuple[float, int]:
     """One rank's part of the loss over rows that are not trained on, without dropout: (sum over its answers' tokens, how many)."""
     training, total, labels = model.training, 0.0, 0
@@ -162,7 +162,7 @@ def held_out_loss(
             model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16
         )
         with torch.no_grad(), autocast:
-            for shared in passes(rows, config, together, rank, world, halvings):
+            for shared in passes(rows, batching, rank, world):
                 made = collate(shared, pad)
                 total += float(completion_loss(model, made, model))
                 labels += int((made.labels != IGNORED).sum())
@@ -174,11 +174,10 @@ def held_out_loss(
 def build(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[TokenizedExample],
     config: Config,
-    together: int,
+    batching: Batching,
     scratch: Path,
-    halvings: int = 0,
 ) -> StepTrainer:
     """The trainer, with LoRA weights in float32: bfloat16, which TRL casts them to, cannot hold an update below 0.4 %.
 
@@ -192,17 +191,9 @@ def build(
         {"input_ids": [rows[0].input_ids], "labels": [rows[0].labels]}
     )  # TRL wants one; see Steps
     try:
-        args = arguments(config, scratch, config.steps(len(rows)))
+        args = arguments(config, scratch, batching.steps(len(rows)))
         trainer = StepTrainer(
-            Steps(
-                rows,
-                config,
-                together,
-                args.process_index,
-                args.world_size,
-                tokenizer.pad_token_id,
-                halvings,
-            ),
+            Steps(rows, batching, args.process_index, args.world_size, tokenizer.pad_token_id),
             model=base,
             args=args,
             train_dataset=one,
@@ -224,7 +215,7 @@ def build(
             if args.use_cpu and config.lora.lora_dropout:
                 module.lora_dropout["default"] = CpuDropout(config.lora.lora_dropout)
     cpu_linear.fuse(trainer.model)
-    if together > 1:
+    if batching.examples_per_row > 1:
         packed_attention.install(trainer.model)
     return trainer
 
@@ -263,7 +254,7 @@ def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
         weight_decay=config.train.weight_decay,
         max_grad_norm=config.train.max_grad_norm,
         optim=config.train.optim or ("paged_adamw_8bit" if gpu else "adamw_torch_fused"),
-        bf16=models.compute_dtype(config) == torch.bfloat16,
+        bf16=models.compute_dtype(config.train.bf16) == torch.bfloat16,
         activation_checkpointing=gpu
         if config.train.gradient_checkpointing is None
         else config.train.gradient_checkpointing,

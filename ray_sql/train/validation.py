@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import generate, rows
 from ray_sql.cluster.ranks import gather_all
-from ray_sql.config import Config
+from ray_sql.config import Batching, Config
 from ray_sql.evaluate import scoring
 from ray_sql.store import storage
 
@@ -20,12 +20,7 @@ class Validation:
     rank does its share, and rank 0 has the result."""
 
     def __init__(
-        self,
-        config: Config,
-        tokenizer: PreTrainedTokenizerBase,
-        together: int,
-        halvings: int,
-        scratch: Path,
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, batching: Batching, scratch: Path
     ) -> None:
         import ray.train
 
@@ -39,7 +34,7 @@ class Validation:
             self._rows = rows.read(storage.fetch_file(source, scratch / "validation.parquet"))
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
-        self._tokenizer, self._together, self._halvings = tokenizer, together, halvings
+        self._tokenizer, self._batching = tokenizer, batching
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
         """What orders the checkpoint and its metrics, on rank 0; None on other ranks, and where there is nothing to validate on."""
@@ -69,8 +64,6 @@ class Validation:
 
         context, pad = ray.train.get_context(), self._tokenizer.pad_token_id
         rank, world = context.get_world_rank(), context.get_world_size()
-        part = trainer.held_out_loss(
-            model, self._rows, self._config, self._together, rank, world, pad, self._halvings
-        )
+        part = trainer.held_out_loss(model, self._rows, self._batching, rank, world, pad)
         parts = gather_all(part)
         return float(sum(total for total, _ in parts) / sum(labels for _, labels in parts))

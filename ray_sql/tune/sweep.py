@@ -113,7 +113,7 @@ def plan(config: Config, axes: Space, prepared: Prepared, room: Capacity) -> Ite
     """What a study would do, in lines for people."""
     from ray_sql.tune.search import rungs
 
-    steps, count = config.steps(prepared.audit.rows), len(prepared.validation(config))
+    steps, count = config.batching.steps(prepared.audit.rows), len(prepared.validation(config))
     for number, axis in enumerate(axes.axes):
         yield f"{'space' if number == 0 else '':<9} {axis.text}"
     yield f"start     {', '.join(f'{key} {shown(value)}' for key, value in axes.start().items())}: the settings, as the first trial"
@@ -248,7 +248,7 @@ def _recorded(
     """The trials, then the champion, and the study's MLflow run ended whatever happens."""
     from ray_sql.tune.callback import Watch
 
-    steps = config.steps(prepared.audit.rows)
+    steps = config.batching.steps(prepared.audit.rows)
     watch = Watch(
         study, axes, steps, room.unit, lambda trial: _child(config, axes, trial, record), display
     )
@@ -301,7 +301,7 @@ def _trials(
     from ray_sql.tune import search
     from ray_sql.tune.trial import Trial as Trainable
 
-    steps = config.steps(prepared.audit.rows)
+    steps = config.batching.steps(prepared.audit.rows)
     with cluster.Channel(watch.on_event) as channel:
         plan = {
             "config": config.changed(room.settings).for_workers(),

@@ -1,0 +1,63 @@
+"""How examples become optimizer steps: an optimizer step always sees the same number of examples, however they are laid out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+AUTO_EXAMPLES_PER_ROW = 8
+"""Largest number of questions that share a row where `rows.examples_per_row` is `auto`."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """The layout of a run's optimizer steps and of the forward passes in them."""
+
+    global_batch_size: int
+    """Examples per optimizer step, with any number of workers."""
+    train_batch_size: int
+    """Maximum examples in a forward pass of several rows."""
+    examples_per_row: int
+    """Maximum examples of one database in a row. It is 1 for a model that cannot share rows."""
+    row_length: int
+    """Maximum tokens of a shared row."""
+    num_epochs: float
+    max_steps: int
+    """Optimizer steps of the run; -1 follows `num_epochs`."""
+    seed: int
+    microbatch_halvings: int = 0
+    """How often forward passes were halved to fit into memory. Optimizer steps do not change."""
+
+    @property
+    def examples_per_pass(self) -> int:
+        """Maximum examples in a forward pass, in one row or several."""
+        largest = max(self.examples_per_row, self.train_batch_size)
+        return max(1, largest >> self.microbatch_halvings)
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Return the optimizer steps of one pass over the examples; a smaller last one counts."""
+        return math.ceil(examples / self.global_batch_size)
+
+    def steps(self, examples: int) -> int:
+        """Return the optimizer steps of the whole run."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return max(1, math.ceil(self.steps_per_epoch(examples) * self.num_epochs))
+
+
+def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: int) -> int:
+    """Return how many examples share a row, at most as many as an optimizer step has.
+
+    `auto` leaves a step at least as many rows as a row has examples. After the same number of
+    examples, rows of 2 in steps of 8 and of 4 in steps of 32 answered as many new questions as
+    plain rows; rows of 8 answered fewer (`benchmarks.quality`). The result divides the step where a
+    number above 1 does, so that the end of a step cuts no group of one database in two.
+    """
+    if setting != "auto":
+        return min(setting, global_batch_size)
+    mixing = [
+        count for count in range(1, AUTO_EXAMPLES_PER_ROW + 1) if count**2 <= global_batch_size
+    ]
+    dividing = [count for count in mixing if count > 1 and global_batch_size % count == 0]
+    return max(dividing or mixing)
