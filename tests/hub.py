@@ -29,6 +29,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.waiting import HANGS
+
 LARGE = (".safetensors", ".bin", ".gguf")
 Cut = Literal["before", "after", "silent"]
 
@@ -113,7 +115,7 @@ class Fault:
     """What happens to the next `times` requests whose `METHOD /path` matches."""
 
     match: str
-    what: int | Cut | float
+    what: int | Cut | float | threading.Event
     times: int
     headers: dict[str, str]
 
@@ -131,9 +133,15 @@ class Hub:
         self._faults: list[Fault] = []
         self.lock = threading.RLock()
 
-    def fail(self, match: str, what: int | Cut | float, times: int = 10**6, **headers: str) -> None:
-        """Answer matching requests with a status, cut their connection before or after the work, say nothing after it, or (a float)
-        begin the work so many seconds late."""
+    def fail(
+        self,
+        match: str,
+        what: int | Cut | float | threading.Event,
+        times: int = 10**6,
+        **headers: str,
+    ) -> None:
+        """Answer matching requests with a status, cut their connection before or after the work, or
+        say nothing after it. A float delays the work by that many seconds, an event until it is set."""
         self._faults.append(
             Fault(
                 match,
@@ -222,6 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(request)
         if fault is not None and isinstance(fault.what, float):
             time.sleep(fault.what)
+            fault = None
+        if fault is not None and isinstance(fault.what, threading.Event):
+            fault.what.wait(HANGS)
             fault = None
         if fault is not None and isinstance(fault.what, int):
             self._answer(fault.what, {"error": "as the test wants it"}, fault.headers)

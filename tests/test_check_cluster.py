@@ -6,7 +6,6 @@ import functools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,23 @@ from ray_sql import preflight
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.preflight import nodes
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parent.parent
 
 
-def job(
-    flags: dict[str, str], folder: Path = ROOT, **environment: str
-) -> tuple[int, str, str, float]:
-    """`python -m jobs.check` as a user runs it: exit code, output, errors, and seconds."""
+def job(flags: dict[str, str], folder: Path = ROOT, **environment: str) -> tuple[int, str, str]:
+    """`python -m jobs.check` as a user runs it: exit code, output and errors."""
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "jobs.check", *words, "--no-tracking.enabled"],
         capture_output=True,
         text=True,
         cwd=folder,
         env=os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)} | environment,
-        timeout=300,
+        timeout=HANGS,
     )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - begun
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -55,8 +52,8 @@ def flags(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> dict[str, st
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_an_address_where_no_cluster_is_costs_seconds(flags: dict[str, str]) -> None:
-    code, out, err, seconds = job(flags, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+def test_an_address_where_no_cluster_is_costs_one_line(flags: dict[str, str]) -> None:
+    code, out, err = job(flags, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert code == 2, out + err
     (line,) = (line for line in out.splitlines() if line.startswith("FAIL"))
     assert (
@@ -65,9 +62,8 @@ def test_an_address_where_no_cluster_is_costs_seconds(flags: dict[str, str]) -> 
     )
     assert "ok    lengths" in out, "what needs no cluster is checked all the same"
     assert "1 of 7 checks failed" in err and "Traceback" not in err
-    alone = job(flags)
-    assert alone[0] == 0, alone[1] + alone[2]
-    assert seconds < alone[3] + 10, "no longer than without a cluster, but for a few seconds"
+    code, out, err = job(flags)
+    assert code == 0, out + err
 
 
 def machine(name: str, **own: Any) -> nodes.Node:
@@ -127,7 +123,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_every_node_is_asked(cluster: Any, flags: dict[str, str]) -> None:
-    code, out, err, _ = job(flags | {"scaling.num_workers": "2"})
+    code, out, err = job(flags | {"scaling.num_workers": "2"})
     assert code == 0, out + err
     said = dict(
         line.removeprefix("ok    ").split(": ", 1)
@@ -149,10 +145,10 @@ def test_every_node_is_asked(cluster: Any, flags: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_token_that_the_cluster_refuses_costs_seconds(
+def test_a_token_that_the_cluster_refuses_costs_one_line(
     cluster: Any, flags: dict[str, str]
 ) -> None:
-    code, out, _, _ = job(flags, RAY_AUTH_TOKEN="f" * 32)
+    code, out, _ = job(flags, RAY_AUTH_TOKEN="f" * 32)
     assert code == 2
     assert (
         f"FAIL  cluster: RAY_ADDRESS {cluster.address}: the cluster refuses this process's token; set RAY_AUTH_"
@@ -169,7 +165,7 @@ def test_a_node_that_differs_is_named(cluster: Any, flags: dict[str, str], tmp_p
     other = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}"})
     # /proc/self/cwd is another folder to every process that was started elsewhere, as a local disk is to every node
     places = {"scaling.storage_path": "/proc/self/cwd/runs", "scaling.num_workers": "7"}
-    code, out, err, _ = job(flags | places, folder=tmp_path)
+    code, out, err = job(flags | places, folder=tmp_path)
     assert code == 2
     failed = dict(
         line.removeprefix("FAIL  ").split(": ", 1)

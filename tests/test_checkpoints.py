@@ -1,8 +1,8 @@
 """A checkpoint is complete or absent; the best and the last two survive; what cannot be written is one line."""
 
 import json
+import logging
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import pytest
@@ -146,11 +146,9 @@ class Outage:
         new.symlink_to(target)
         new.replace(self._link)
 
-    def begin(self, seconds: float | None = None) -> None:
-        """Fail from now on, or for so many seconds."""
+    def begin(self) -> None:
+        """Fail from now on."""
         self._point_to(self._link)
-        if seconds is not None:
-            Timer(seconds, self.end).start()
 
     def end(self) -> None:
         """Answer again."""
@@ -158,10 +156,13 @@ class Outage:
 
 
 def test_storage_that_fails_for_a_while_is_waited_for(
-    local: Path, tmp_path: Path, caplog: Any
+    local: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outage = Outage(tmp_path)
     save(local, outage.run_dir, 1)
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda _: outage.end())  # once the failure is said
+    logging.getLogger("ray_sql").addHandler(handler)
     for number, access in enumerate(
         (
             lambda: save(local, outage.run_dir, 2),
@@ -173,9 +174,10 @@ def test_storage_that_fails_for_a_while_is_waited_for(
         ),
         start=1,
     ):
-        outage.begin(seconds=0.3)
+        outage.begin()
         access()
         assert caplog.text.count("storage fails") == number, "said once a time"
+    logging.getLogger("ray_sql").removeHandler(handler)
     assert checkpoints.damaged(tmp_path / "fetched") is None
 
 

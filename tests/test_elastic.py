@@ -27,6 +27,7 @@ from ray_sql.config import Config
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints
 from ray_sql.train import trainer
+from tests.waiting import HANGS, wait_until
 
 SETTINGS = {
     "train.max_steps": 8,
@@ -302,14 +303,18 @@ def test_workers_that_do_not_end_are_not_waited_for(
 ) -> None:
     monkeypatch.setattr(cluster.stop, "STOP_SECONDS", 0.5)
 
+    may_end, ended = threading.Event(), threading.Event()
+
     def busy(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(30)
+        may_end.wait(HANGS)
+        ended.set()
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         fit(make_config(**SETTINGS), Log(busy))
-    assert time.monotonic() - started < 25
+    assert not ended.is_set(), "the run ended while its worker was busy"
+    may_end.set()
+    wait_until(lambda: "ray_sql-fit" not in {thread.name for thread in threading.enumerate()})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import QUESTIONS, make_spider_folder
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., tuple[int, str, str]]
@@ -138,7 +139,7 @@ def test_a_run_ends_in_order_where_ray_is_told_to_stop_with_it(
         os.killpg(
             job.pid, signal.SIGTERM
         )  # as `timeout`, Slurm and systemd do: Ray's own processes, too
-        assert job.wait(timeout=40) == 128 + signal.SIGTERM
+        assert job.wait(timeout=HANGS) == 128 + signal.SIGTERM
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
@@ -410,13 +411,11 @@ def test_an_unreachable_mlflow_server_is_refused_before_training(
     run: Run, flags: list[str], tmp_path: Path
 ) -> None:
     tracked = [flag for flag in flags if flag != "--no-tracking.enabled"]
-    started = time.monotonic()
     _refused(
         run("finetune", *tracked, "--tracking.uri", "http://127.0.0.1:9"),
         "no MLflow server answers there",
         tmp_path,
     )
-    assert time.monotonic() - started < 60
 
 
 def test_an_output_place_that_cannot_be_written_is_refused(

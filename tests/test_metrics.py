@@ -39,6 +39,7 @@ from ray_sql.metrics import (
     summarise_links,
     wilson_interval,
 )
+from tests.waiting import HANGS
 
 # Few values, so that random tables often nearly match.
 TABLES = st.integers(1, 4).flatmap(
@@ -112,7 +113,7 @@ def test_many_alike_columns_take_no_time(width: int) -> None:
     assert not spider_match(
         tuple(row * 4 for row in ring), tuple(row * 4 for row in rings), ordered=False
     )
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < HANGS, "trying every order of columns would take years"
 
 
 def test_many_rows_take_linear_time() -> None:
@@ -121,7 +122,7 @@ def test_many_rows_take_linear_time() -> None:
     started = time.perf_counter()
     assert spider_match(rows, turned, ordered=False)
     assert not spider_match(rows, turned, ordered=True)
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < HANGS, "comparing every pair of rows would take hours"
 
 
 def test_the_three_semantics_differ_where_they_should() -> None:

@@ -1,6 +1,7 @@
 """A prompt puts the schema first and the question last in the model's own template; answers are read strictly; drift is refused."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray_sql.errors import ContractError, DataError
 from ray_sql.models import load_tokenizer
 from ray_sql.tasks import SCHEMA, SQL, TASKS
 from tests.conftest import CHAT_TEMPLATE
+from tests.waiting import HANGS
 
 TURNS = prompts.messages(SQL, "customer(id, name)", "How many?", "count the rows")
 NO_SYSTEM = (
@@ -215,12 +217,10 @@ def test_sql_is_read_from_an_answer(said: str, sql: str | None) -> None:
 
 
 def test_a_long_answer_without_an_end_is_read_in_no_time() -> None:
-    import time
-
     started = time.perf_counter()
     for piece in ("'", "/* ", "-- ", "`", "``` ", "( ", "SELECT "):
-        prompts.parse_sql(piece * 20_000)
-    assert time.perf_counter() - started < 2
+        prompts.parse_sql(piece * 100_000)
+    assert time.perf_counter() - started < HANGS, "a step back at every character takes minutes"
 
 
 # The contract
