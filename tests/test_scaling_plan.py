@@ -1,4 +1,4 @@
-"""docs/scaling.md says what benchmarks.scaling_plan computes, and that computes with what was measured and what PEFT makes."""
+"""docs/scaling.md says what benchmarks.studies.scaling_plan computes, and that computes with what was measured and what PEFT makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling_plan as plan
+from benchmarks.studies import scaling_plan as plan
 from ray_sql.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs" / "scaling.md").read_text()
 
 def test_the_pages_tables_are_the_scripts() -> None:
     for table in (plan.bytes_table(), plan.steps_table()):
-        assert table in PAGE, "run: python -m benchmarks.scaling_plan"
+        assert table in PAGE, "run: python -m benchmarks.studies.scaling_plan"
 
 
 def test_speeds_are_those_of_the_results() -> None:

@@ -75,7 +75,7 @@ def fuse(model: PreTrainedModel) -> None:
 
     Loss and gradients are peft's but for rounding. What is more than a product of two matrices
     (DoRA, biases) stays peft's. A training step took a sixth less time so on a Xeon, and as long on
-    an EPYC with AVX512 (`benchmarks.savings`). It stays, because adapters would change without it.
+    an EPYC with AVX512 (`benchmarks.ablation`). It stays, because adapters would change without it.
     """
     for layer, base, names in _lora_layers(model):
         if len(names) == 1 and (base.bias is None or not base.bias.requires_grad):

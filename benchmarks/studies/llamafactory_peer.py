@@ -1,4 +1,4 @@
-"""LLaMA-Factory's side of `benchmarks.llamafactory`, run by the Python it is installed for; nothing of this project is imported.
+"""LLaMA-Factory's side of `benchmarks.studies.llamafactory`, run by the Python it is installed for; nothing of this project is imported.
 
 The model, LoRA, packing, collator and trainer are LLaMA-Factory's own, made as its `run_sft` makes them. A line on stdin has a
 variant and examples as tokens and labels; one optimizer step is made of them, and its seconds are a line on stdout.

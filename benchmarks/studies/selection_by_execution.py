@@ -1,13 +1,18 @@
-"""Does choosing by executed answers beat choosing by validation loss? The checkpoints of a small sweep on real Spider say.
+"""Compare choosing a checkpoint by executed answers with choosing it by validation loss.
 
-    RAY_SQL_SHARED=… python -m benchmarks.selection out/selection          (--quick: one short trial, 2 minutes on 2 cores)
+    RAY_SQL_SHARED=… python -m benchmarks.studies.selection_by_execution out/selection
 
-SmolLM2-135M is trained at three learning rates and ranks, on questions of some of Spider's training databases, and every
-checkpoint answers two other sets of questions on the same databases: one to choose by, where its loss on the gold answers is
-measured too, and one that nothing was chosen by. (On databases that it never met, a model of this size answers so few questions that
-neither way has much to choose by.) The checkpoint of the highest execution accuracy and that of the lowest loss are compared on the
-held-out questions: over all checkpoints, as a sweep chooses, by McNemar's paired test, and within every trial, all trials counted together.
-A trial whose file is in the folder is not repeated. The last line is one JSON object.
+With --quick it runs one short trial, 2 minutes on 2 cores.
+
+SmolLM2-135M is trained at three learning rates and ranks, on questions of some of Spider's training
+databases. Every checkpoint answers two other sets of questions on the same databases: one to choose
+by, where the loss of the gold answers is measured too, and one that nothing was chosen by. On
+databases that it never met, a model of this size answers too few questions to choose by.
+
+The checkpoint of the highest execution accuracy and that of the lowest loss are compared on the
+held-out questions: over all checkpoints, as a sweep chooses, by McNemar's paired test, and within
+every trial, all trials counted together. A trial whose file is in the folder is not repeated. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import drawn, settings
+from benchmarks.shared_rows_quality import drawn, settings
 from ray_sql import data, generate, models, rows
 from ray_sql.config import Config
 from ray_sql.evaluate import scoring

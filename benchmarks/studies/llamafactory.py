@@ -2,7 +2,7 @@
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 llamafactory==0.9.5 bitsandbytes
     peer/bin/pip uninstall torchvision torchaudio          where torch is built for CPUs: theirs are built for CUDA
-    RAY_SQL_SHARED=… python -m benchmarks.llamafactory --python peer/bin/python            (--quick: one round)
+    RAY_SQL_SHARED=… python -m benchmarks.studies.llamafactory --python peer/bin/python            (--quick: one round)
 
 LLaMA-Factory pins other versions of transformers, TRL and PEFT, so it has an environment and a process of its own, which waits while
 this one computes. Rounds, model, LoRA and type are those of `benchmarks.training_speed`: 32 examples of one database, SmolLM2-135M in NF4.

@@ -1,6 +1,6 @@
 """How a training step's cost grows: with the length of the schema, and with the number of questions on it that share a row.
 
-    python -m benchmarks.cost_curves --figure benchmarks/cost_curves.svg            (--quick: a few points, one round)
+    python -m benchmarks.studies.cost_curves --figure benchmarks/studies/cost_curves.svg            (--quick: a few points, one round)
 
 Rows of random tokens over SmolLM2-135M in 4-bit NF4 with the original's LoRA: a schema, and for every question 30 tokens of its own and
 40 of an answer. Schemas have 100 to 4,000 tokens, with one question a row (nothing is shared), 8 and 32; then a schema of 500 tokens has

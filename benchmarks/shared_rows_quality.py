@@ -1,18 +1,25 @@
-"""Whether sharing rows costs quality: the same examples, plain and shared, on real Spider over several seeds.
+"""Train the same examples in plain and in shared rows on real Spider, over several seeds.
 
-    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --together 1 2 4 8       (--quick: a few examples, one seed)
-    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --batch 32 --epochs 2
-    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase prepare          the three phases apart: the second
-    python -m benchmarks.quality out/quality --phase train                             is faster on a GPU and needs neither Spider
-    RAY_SQL_SHARED=… python -m benchmarks.quality out/quality --phase score            nor Ray nor MLflow
+    export RAY_SQL_SHARED=…             # a folder with Spider in data/spider
+    python -m benchmarks.shared_rows_quality out/rows --together 1 2 4 8   (--quick: one seed)
+    python -m benchmarks.shared_rows_quality out/rows --batch 32 --epochs 2
+    python -m benchmarks.shared_rows_quality out/rows --phase prepare      (then train, then score)
 
-Every run sees the same examples as often, from the same base model, with the same settings; only the seed and the number of questions
-in a row differ, and with it which examples meet in a step: in a batch of 8, rows of 8 make every step one database's, rows of 4 two
-databases', rows of 2 four databases'; plain rows mix all. The examples are 40 questions each of 12 of Spider's training databases, drawn
-once among those whose prompts are short (what is asked here does not depend on their length, what it costs does); 15 others of each are
-asked at the end and judged by executing their SQL, and every run of a seed is compared with its plain one question by question
-(McNemar). Their gold answers' loss, without dropout, tells runs apart more finely. A run whose answers are in the folder is not repeated,
-and the table is of all runs there. The last line is one JSON object.
+The phase `train` is faster on a GPU, and needs neither Spider nor Ray nor MLflow.
+
+Every run sees the same examples equally often, from the same base model, with the same settings.
+Only the seed and the number of questions in a row differ, and with it which examples meet in a
+step. In a batch of 8, rows of 8 make every step one database's, rows of 4 two databases', rows of
+2 four databases'. Plain rows mix all.
+
+The examples are 40 questions each of 12 of Spider's training databases. They are drawn once among
+those with short prompts: length changes the cost, and not the answer to this question. Another 15
+questions of each database are asked at the end and judged by executing their SQL. Every run of a
+seed is compared with its plain run question by question (McNemar). The loss of their gold answers,
+without dropout, tells runs apart more finely.
+
+A run whose answers are in the folder is not repeated, and the table shows all runs there. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -184,7 +191,7 @@ def train_all(folder: Path, runs: Sequence[Run], jobs: int) -> None:
         command = [
             sys.executable,
             "-m",
-            "benchmarks.quality",
+            "benchmarks.shared_rows_quality",
             str(folder),
             "--phase",
             "train",

@@ -1,6 +1,6 @@
 """How a training step scales past one GPU: a plan on paper from measured parts, as docs/scaling.md shows it.
 
-    python -m benchmarks.scaling_plan
+    python -m benchmarks.studies.scaling_plan
 
 Measured: how long one H100 takes for a pass, forward and backward, over 8, 16 and 32 questions that share a row
 (RESULTS.md). Computed: the bytes of LoRA gradients that a step exchanges, from the shapes of Qwen2.5-1.5B, and how a

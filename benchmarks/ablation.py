@@ -1,6 +1,6 @@
 """What each saving of a training step is worth: the step as it is, and with one saving undone, in one interleaved run.
 
-    RAY_SQL_SHARED=… python -m benchmarks.savings                   (--quick: two rounds of four variants)
+    RAY_SQL_SHARED=… python -m benchmarks.ablation                   (--quick: two rounds of four variants)
 
 Examples, model and adapter are those of `benchmarks.training_speed`; a round is one optimizer step over 8 questions on one database with
 every variant, in an order drawn anew. A ratio above 1 is what the step takes longer without the saving, or with what is added ("with").

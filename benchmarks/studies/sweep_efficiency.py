@@ -1,6 +1,6 @@
 """What a sweep costs and what it gives away: against the full grid of the same points, trained to the end.
 
-    python -m benchmarks.sweep_efficiency out/sweep-efficiency          (--quick: one seed, fewer trials)
+    python -m benchmarks.studies.sweep_efficiency out/sweep-efficiency          (--quick: one seed, fewer trials)
 
 A Llama of two layers and random weights (its tokenizer is trained on the demo's questions) learns the demo's answers through LoRA, with
 the project's own training. The grid is every learning rate with every rank, each trained to the end in this process; it is
