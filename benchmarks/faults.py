@@ -37,6 +37,7 @@ from ray_sql import cli, finetune, progress
 from ray_sql.cluster.events import DriverLink, Event, TrainJob, TrainOutcome, TrainPoint
 from ray_sql.config import Config, load
 from ray_sql.store import checkpoints, storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import driver
 
 STEPS, SAVE = 16, 4
@@ -398,9 +399,7 @@ class Run:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(self.config.tracking.uri)
-        known = json.loads(storage.read_text(f"{self.config.run_dir}/{finetune.RUN_FILE}") or "")[
-            "mlflow_run_id"
-        ]
+        known = RunFolder(self.config.run_dir).read_mlflow_run_id()
         if client.get_run(known).info.status != "FINISHED":
             return []
         return sorted(point.step for point in client.get_metric_history(known, "train/loss"))
@@ -468,7 +467,7 @@ def checkpoint_damaged(run: Run) -> None:
     psutil.wait_procs(
         [run.worker] if run.worker else [], timeout=PATIENCE
     )  # it may still be saving
-    file = Path(checkpoints.complete(run.config.run_dir)[-1].uri, "optimizer.pt")
+    file = Path(checkpoints.complete(RunFolder(run.config.run_dir))[-1].uri, "optimizer.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

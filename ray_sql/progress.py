@@ -22,6 +22,7 @@ from ray_sql.cluster.events import (
 )
 from ray_sql.config import Config
 from ray_sql.display import Display, percent
+from ray_sql.store.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +94,14 @@ class Progress:
             self._startup = None
 
     def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
-        if "://" in self._config.run_dir:
+        folder = RunFolder(self._config.run_dir)
+        if not folder.is_local:
             return  # TensorBoard writes local files only; MLflow has the same points
         try:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(f"{self._config.run_dir}/logs")
+                self._writer = SummaryWriter(folder.tensorboard)
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         except OSError as error:  # a writer that failed once fails for good

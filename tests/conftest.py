@@ -170,8 +170,8 @@ def load_base(folder: Path, config: Config, device: str = "cpu") -> Any:
 
 def removal_cut_off(run_dir: str, after: int) -> bool:
     """Remove a run's folder, killed after so many deletions; False where there were no more."""
-    from ray_sql.finetune import prepare
     from ray_sql.store import storage
+    from ray_sql.store.run_folder import RunFolder
 
     left, remove = after, storage.remove
 
@@ -185,7 +185,7 @@ def removal_cut_off(run_dir: str, after: int) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "remove", killed)
         try:
-            prepare.remove(run_dir)
+            RunFolder(run_dir).remove()
         except KeyboardInterrupt:
             return True
     return False

@@ -10,6 +10,7 @@ import pytest
 from ray_sql.errors import StoreError
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
+from ray_sql.store.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -38,16 +39,16 @@ def save(
         if objective is None
         else {"objective": objective, "tie_break": tie_break, "metrics": {"n": 4.0}}
     )
-    return checkpoints.save(local, run_dir, step, scores)
+    return checkpoints.save(local, RunFolder(run_dir), step, scores)
 
 
 def steps(run_dir: str) -> list[int]:
-    return [checkpoint.step for checkpoint in checkpoints.complete(run_dir)]
+    return [checkpoint.step for checkpoint in checkpoints.complete(RunFolder(run_dir))]
 
 
 def test_what_was_saved_comes_back_whole(local: Path, run_dir: str, tmp_path: Path) -> None:
     saved = save(local, run_dir, 10, 0.5, 0.75)
-    assert checkpoints.complete(run_dir) == [saved] == [checkpoints.read(saved.uri)]
+    assert checkpoints.complete(RunFolder(run_dir)) == [saved] == [checkpoints.read(saved.uri)]
     assert (saved.step, saved.objective, saved.tie_break, saved.metrics) == (
         10,
         0.5,
@@ -60,7 +61,7 @@ def test_what_was_saved_comes_back_whole(local: Path, run_dir: str, tmp_path: Pa
 
 
 def test_checkpoints_come_by_step_and_a_run_without_any_has_none(local: Path, run_dir: str) -> None:
-    assert checkpoints.complete(run_dir) == []
+    assert checkpoints.complete(RunFolder(run_dir)) == []
     for step in (100, 20, 3):
         save(local, run_dir, step)
     assert steps(run_dir) == [3, 20, 100]
@@ -71,7 +72,7 @@ def test_saving_a_step_again_replaces_it(local: Path, run_dir: str) -> None:
     (local / "adapter.bin").write_bytes(b"new")
     (local / "deep" / "state.json").unlink()
     saved = save(local, run_dir, 1, 0.5)
-    assert checkpoints.complete(run_dir) == [saved]
+    assert checkpoints.complete(RunFolder(run_dir)) == [saved]
     assert Path(saved.uri, "adapter.bin").read_bytes() == b"new"
     assert not Path(saved.uri, "deep", "state.json").exists()
 
@@ -101,7 +102,7 @@ def test_changed_bytes_are_found_in_what_was_fetched(
     assert checkpoints.damaged(storage.fetch(saved.uri, tmp_path / "intact")) is None
     file = Path(saved.uri, "deep", "state.json")
     file.write_text("[]")
-    assert checkpoints.complete(run_dir) == [saved], "its size is as it was"
+    assert checkpoints.complete(RunFolder(run_dir)) == [saved], "its size is as it was"
     fetched = storage.fetch(saved.uri, tmp_path / "changed")
     assert checkpoints.damaged(fetched) == "deep/state.json"
     (fetched / "adapter.bin").unlink()
@@ -120,7 +121,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_valid(
     known = json.loads(marker.read_text())
     del known["checksums"]
     marker.write_text(json.dumps(known))
-    assert checkpoints.complete(run_dir) == [saved]
+    assert checkpoints.complete(RunFolder(run_dir)) == [saved]
     assert checkpoints.damaged(storage.fetch(saved.uri, tmp_path / "fetched")) is None
 
 
@@ -232,16 +233,16 @@ def test_no_checkpoint_is_the_best_of_none() -> None:
 def test_pruning_keeps_the_best_the_last_and_the_one_before_it(local: Path, run_dir: str) -> None:
     for step, objective in ((1, 0.1), (2, 0.7), (3, 0.7), (4, 0.2), (5, 0.6), (6, 0.5)):
         save(local, run_dir, step, objective)
-    checkpoints.prune(run_dir)
+    checkpoints.prune(RunFolder(run_dir))
     assert steps(run_dir) == [3, 5, 6]
     assert not Path(run_dir, "checkpoint-1").exists()
 
 
 def test_pruning_keeps_the_last_two_where_nothing_was_measured(local: Path, run_dir: str) -> None:
-    checkpoints.prune(run_dir)
+    checkpoints.prune(RunFolder(run_dir))
     for step in (1, 2, 3):
         save(local, run_dir, step)
-    checkpoints.prune(run_dir)
+    checkpoints.prune(RunFolder(run_dir))
     assert steps(run_dir) == [2, 3]
 
 
@@ -254,7 +255,7 @@ def test_pruning_removes_what_is_half_written_or_set_aside_but_not_what_is_being
     for step in (3, 5):  # cut off, and still on its way
         Path(run_dir, f"checkpoint-{step}", checkpoints.MARKER).unlink()
     Path(run_dir, "checkpoint-notes").mkdir()
-    checkpoints.prune(run_dir)
+    checkpoints.prune(RunFolder(run_dir))
     assert sorted(path.name for path in Path(run_dir).iterdir()) == [
         "checkpoint-1",
         "checkpoint-4",

@@ -26,6 +26,7 @@ from ray_sql.cluster.events import CheckpointSaved, Event, Note, TrainPoint
 from ray_sql.config import Config
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
 from tests.waiting import HANGS, wait_until
 
@@ -293,7 +294,7 @@ def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:
     config = make_config(**SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         fit(config, log)
-    assert log.order == [1, 2, 3] and checkpoints.complete(config.run_dir) == []
+    assert log.order == [1, 2, 3] and checkpoints.complete(RunFolder(config.run_dir)) == []
     assert log.notes[-1] == "stopped; no checkpoint yet"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

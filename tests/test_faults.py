@@ -13,6 +13,7 @@ import pytest
 from benchmarks import faults
 from ray_sql.cluster.events import Event, Note
 from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import RunFolder
 from tests.test_train import Curve, fit, flip_a_byte
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -61,4 +62,4 @@ def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(
     ] == notes
     assert len(notes) == 1 and second.order == [3, 4]
     assert second.losses == pytest.approx({step: first.losses[step] for step in (3, 4)}, abs=1e-4)
-    assert [one.step for one in checkpoints.complete(config.run_dir)] == [2, 4]
+    assert [one.step for one in checkpoints.complete(RunFolder(config.run_dir))] == [2, 4]

@@ -17,6 +17,7 @@ from ray_sql.evaluate import measure
 from ray_sql.metrics.paired import PairedTest
 from ray_sql.models import load_tokenizer
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS, make_model
 
 GOLD = [sql for _, sql in QUESTIONS]
@@ -107,7 +108,7 @@ def test_our_own_predictions_can_be_scored_again(of_file: Any, tmp_path: Path) -
             for n, sql in enumerate([*GOLD[:5], "SELECT", "x", "SELECT 1"])
         ]
     )
-    measure.write(str(tmp_path / "out"), {"file": rows}, scores)
+    measure.write(RunFolder(str(tmp_path / "out")), {"file": rows}, scores)
     again, same = of_file((tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
     assert same == scores and [row["verdict"] for row in again] == [row["verdict"] for row in rows]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == scores
@@ -222,11 +223,11 @@ def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_
     assert summary["compared"]["a"] == {"only_base": 1, "only_tuned": 2, "mcnemar_p": 1.0}
     assert summary["compared"]["b"]["only_tuned"] == 1
     assert (summary["base"]["a"]["n"], summary["tuned"]["a"]["correct"]) == (4, 3)
-    measure.write(str(tmp_path), measured, summary)
+    measure.write(RunFolder(str(tmp_path)), measured, summary)
     assert (tmp_path / "predictions.jsonl").read_text() != (
         tmp_path / "base_predictions.jsonl"
     ).read_text()
-    measure.write(str(tmp_path / "base"), {"base": measured["base"]}, summary)
+    measure.write(RunFolder(str(tmp_path / "base")), {"base": measured["base"]}, summary)
     assert (tmp_path / "base" / "predictions.jsonl").is_file()
 
 

@@ -17,6 +17,7 @@ from ray_sql.cluster.events import Event, TrainPoint
 from ray_sql.config import CheckConfig, Config
 from ray_sql.display import Display
 from ray_sql.errors import StoreError, TakenOver
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train.resume import claim_run
 
 pytestmark = pytest.mark.slow
@@ -154,7 +155,7 @@ def test_a_run_that_was_taken_over_leaves_its_mlflow_run_to_the_other(
         "evaluate.limit": 2,
     }
     config = make_config(**given, **{"tracking.enabled": True, "tracking.uri": uri})
-    at_steps(monkeypatch, {6: lambda: claim_run(config.run_dir) and None})
+    at_steps(monkeypatch, {6: lambda: claim_run(RunFolder(config.run_dir)) and None})
     with pytest.raises(TakenOver, match="taken over by the same command given again"):
         finetune.run(config)
     client = MlflowClient(uri)

@@ -30,6 +30,7 @@ from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, 
 from ray_sql.evaluate import measure
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import SQL
 from tests import hub as stand_ins
 from tests.hub import FINE, FINE_ELSEWHERE, READER, WRITER
@@ -122,7 +123,7 @@ def run_dir(unproven: Path) -> Path:
     config = Config(**json.loads((unproven / "config.json").read_text()))
     tracked = {"mlflow_run_id": RUN_ID, "tracking_uri": f"sqlite:///{unproven}/mlflow.db"}
     metrics = json.loads((unproven / "metrics.json").read_text()) | tracked
-    measure.write(str(unproven), measured, metrics | measure.summarise(measured, config))
+    measure.write(RunFolder(str(unproven)), measured, metrics | measure.summarise(measured, config))
     return unproven
 
 

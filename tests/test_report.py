@@ -12,6 +12,7 @@ import pytest
 from ray_sql.evaluate import measure, scoring
 from ray_sql.generate import Answer, Question
 from ray_sql.report import figures, html
+from ray_sql.store.run_folder import RunFolder
 
 HOSTILE = r"""$\frac{$ </script><script>alert('x')</script><img src=x onerror=alert(1)> & "quoted" 'SQL'"""
 
@@ -149,7 +150,8 @@ def test_it_is_written_into_the_runs_folder(make_config: Any, tmp_path: Path) ->
     config = make_config()
     measured = {"file": questions(3)}
     html.write(
-        config,
+        RunFolder(config.run_dir),
+        config.output_name,
         {"task_type": "sql", "dataset_id": "d", **measure.summarise(measured, config)},
         measured,
         {},

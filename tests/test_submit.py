@@ -31,6 +31,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from benchmarks.mlflow_server import Server, free_port
 from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import RunFolder
 from tests.test_cluster_files import LEFT
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -283,12 +284,15 @@ def head(
 def stopped(head: Head) -> Stopped:
     """A run that was stopped after its first checkpoint."""
     job = head.submit("--output_name run")
-    head.wait(job, lambda: bool(checkpoints.complete(str(head.runs / "run"))))
+    head.wait(job, lambda: bool(checkpoints.complete(RunFolder(str(head.runs / "run")))))
     assert head.client.stop_job(job)
     info, log = head.wait(job), head.client.get_job_logs(job)
     assert not (head.runs / "run" / "adapter").exists(), log
     return Stopped(
-        info, log, checkpoints.complete(str(head.runs / "run"))[-1].step, head.states("run")
+        info,
+        log,
+        checkpoints.complete(RunFolder(str(head.runs / "run")))[-1].step,
+        head.states("run"),
     )
 
 

@@ -32,6 +32,7 @@ from ray_sql.errors import (
 from ray_sql.finetune import prepare
 from ray_sql.rows.batch import Step
 from ray_sql.store import checkpoints, storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
 from ray_sql.train.resume import claim_run
 from tests.conftest import load_base, make_model, removal_cut_off
@@ -75,11 +76,11 @@ def test_a_run_that_was_taken_over_ends_without_saving(make_config: Any) -> None
 
     def another(step: int) -> None:
         if step == 3:
-            claim_run(config.run_dir)
+            claim_run(RunFolder(config.run_dir))
 
     with pytest.raises(TrainingError, match="taken over by the same command given again"):
         fit(config, Curve(another))
-    assert [one.step for one in checkpoints.complete(config.run_dir)] == [2]
+    assert [one.step for one in checkpoints.complete(RunFolder(config.run_dir))] == [2]
     assert fit(config, Curve()).steps == 6
 
 
@@ -88,7 +89,7 @@ def test_a_folder_that_workers_do_not_see_is_named(make_config: Any) -> None:
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared, config)
     storage.remove(
-        f"{config.run_dir}/{rows.FILE}"
+        RunFolder(config.run_dir).rows
     )  # as on a node where the folder of that name is another one
     with pytest.raises(
         ConfigError, match=r"is not on .*, where a worker runs: give --scaling.storage_path"
@@ -107,7 +108,7 @@ def test_the_loss_is_that_of_the_completions_alone(make_config: Any, tiny_model:
     )
     curve = Curve()
     fit(config, curve)
-    data = rows.read(f"{config.run_dir}/{rows.FILE}")
+    data = rows.read(RunFolder(config.run_dir).rows)
     model = load_base(tiny_model, config)
     total, tokens = 0.0, 0
     for row in data:
@@ -221,7 +222,7 @@ def test_two_workers_train_the_same_adapter_as_one(make_config: Any, ray_local: 
     assert two.losses == pytest.approx(one.losses, abs=1e-3)
     a, b = adapter_weights(alone), adapter_weights(together)
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
-    assert checkpoints.complete(together.run_dir)[-1].metrics["validation/n"] == 2, (
+    assert checkpoints.complete(RunFolder(together.run_dir))[-1].metrics["validation/n"] == 2, (
         "both ranks' answers were judged"
     )
 
@@ -319,11 +320,11 @@ def test_an_adapter_is_never_copied_from_a_damaged_checkpoint(
     config = make_config(**{"train.max_steps": 2, "save_steps": 1, "evaluate.select_examples": 0})
     fit(config, Curve())
     flip_a_byte(Path(config.run_dir, "checkpoint-2", "adapter_model.safetensors"))
-    assert train.keep_best(config.run_dir).step == 1
+    assert train.keep_best(RunFolder(config.run_dir)).step == 1
     assert "checkpoint-2 is damaged" in caplog.text
     flip_a_byte(Path(config.run_dir, "checkpoint-1", "adapter_config.json"))
     with pytest.raises(TrainingError, match="ended without a complete checkpoint"):
-        train.keep_best(config.run_dir)
+        train.keep_best(RunFolder(config.run_dir))
 
 
 def test_a_diverging_loss_stops_with_the_step_and_the_remedies(make_config: Any) -> None:
@@ -347,7 +348,7 @@ def test_the_best_and_the_last_two_checkpoints_are_kept(make_config: Any) -> Non
     config = make_config(**{"train.max_steps": 5, "save_steps": 1, "evaluate.select_examples": 2})
     curve = Curve()
     result = fit(config, curve)
-    kept = {checkpoint.step for checkpoint in checkpoints.complete(config.run_dir)}
+    kept = {checkpoint.step for checkpoint in checkpoints.complete(RunFolder(config.run_dir))}
     assert curve.validated == [1, 2, 3, 4, 5]
     assert kept == {4, 5, result.best.step}
 
@@ -375,7 +376,7 @@ def test_prev_checkpoint_goes_on_from_the_one_named(make_config: Any) -> None:
     config = make_config(**{"train.max_steps": 4, "save_steps": 2})
     fit(config, Curve())
     again = Curve()
-    name = Path(checkpoints.complete(config.run_dir)[-1].uri).name
+    name = Path(checkpoints.complete(RunFolder(config.run_dir))[-1].uri).name
     longer = config.changed({"train.max_steps": 6, "prev_checkpoint": name})
     fit(longer, again)
     assert again.order == [5, 6]
@@ -437,7 +438,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_pat
 def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config: Any) -> None:
     config = make_config(**{"train.max_steps": 4, "save_steps": 1, "evaluate.select_examples": 0})
     fit(config, Curve())
-    last = checkpoints.complete(config.run_dir)[-1]
+    last = checkpoints.complete(RunFolder(config.run_dir))[-1]
     again = config.changed({"train.max_steps": 6, "prev_checkpoint": Path(last.uri).name})
     fit(again, Curve())
     repeated = Curve()
@@ -445,7 +446,7 @@ def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config:
     assert repeated.order == [], (
         "training is over: nothing is trained again, and no checkpoint is removed"
     )
-    assert checkpoints.complete(config.run_dir)[-1].step == 6
+    assert checkpoints.complete(RunFolder(config.run_dir))[-1].step == 6
 
 
 def test_workers_read_nothing_but_the_runs_folder(
@@ -558,14 +559,14 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: A
         for file in (
             adapter,
             f"{config.run_dir}/metrics.json",
-            f"{config.run_dir}/{prepare.FINISHED_FILE}",
+            f"{config.run_dir}/inputs/finished",
         ):
             storage.write_text(file, "{}")
         assert prepare.earlier_run(config) == {}, "a finished run"
         if not removal_cut_off(config.run_dir, after):
             break
         assert os.path.exists(config.run_dir)
-        assert after == 0 or not os.path.exists(f"{config.run_dir}/{prepare.FINISHED_FILE}"), (
+        assert after == 0 or not os.path.exists(f"{config.run_dir}/inputs/finished"), (
             "it cannot be published"
         )
         again = config.changed({"learning_rate": 0.5, "overwrite": after % 2 == 0})

@@ -26,6 +26,7 @@ from ray_sql.config import CheckConfig, Config, SweepConfig, load
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints, storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
 from ray_sql.tune import champion, search, space, study, sweep
 from ray_sql.tune.study import Measure, Study, Trial
@@ -378,13 +379,14 @@ def test_of_equal_checkpoints_a_study_names_the_one_that_is_kept(tmp_path: Path)
     (local / "a.bin").write_text("x")
     for step in (1, 2, 3, 4):
         scores = {"objective": {1: 0.25, 4: 0.0}.get(step, 0.5), "tie_break": None, "metrics": {}}
-        checkpoints.save(local, str(tmp_path / "run"), step, scores)
-        checkpoints.prune(str(tmp_path / "run"))
+        checkpoints.save(local, RunFolder(str(tmp_path / "run")), step, scores)
+        checkpoints.prune(RunFolder(str(tmp_path / "run")))
     study.record(
-        str(tmp_path / "run"), [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)]
+        RunFolder(str(tmp_path / "run")),
+        [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)],
     )
-    best = max(study.measured(str(tmp_path / "run")), key=lambda one: one.rank)
-    kept = checkpoints.best(checkpoints.complete(str(tmp_path / "run")))
+    best = max(study.measured(RunFolder(str(tmp_path / "run"))), key=lambda one: one.rank)
+    kept = checkpoints.best(checkpoints.complete(RunFolder(str(tmp_path / "run"))))
     assert kept and kept.step == best.step == 3
 
 
@@ -447,7 +449,7 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
     begun = study.load(config)
     assert begun and sweep._study(config, resume=True) == begun
     prepare.write_inputs(prepare.prepare(config), config)
-    storage.remove(f"{config.run_dir}/{study.FILE}")  # as earlier versions could leave it
+    storage.remove(f"{config.run_dir}/study.json")  # as earlier versions could leave it
     for given, resume in (
         (config, False),
         (config, True),
@@ -472,7 +474,7 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config:
         for file in (
             "adapter/adapter_model.safetensors",
             "trials/trial-000/config.json",
-            prepare.FINISHED_FILE,
+            "inputs/finished",
         ):
             storage.write_text(f"{config.run_dir}/{file}", "{}")
         assert study.load(config) == begun
@@ -689,7 +691,7 @@ class Alone:
         prepared = prepare.prepare(config)
         prepare.write_inputs(prepared, config)
         self._events: list[TrialEvent] = []
-        self.folder = f"{config.run_dir}/trials/trial-001"
+        self.folder = RunFolder(config.run_dir).trial("trial-001")
         plan = {
             "config": config.for_workers(),
             "model_folder": prepared.model_folder,
@@ -891,7 +893,7 @@ class Driver:
     def start_and_measure(self, config: Config) -> subprocess.Popen[bytes]:
         """A driver whose first trial has been measured."""
         process, deadline = self.start(), time.monotonic() + 200
-        while not study.measured(f"{config.run_dir}/trials/trial-000"):
+        while not study.measured(RunFolder(f"{config.run_dir}/trials/trial-000")):
             assert process.poll() is None and time.monotonic() < deadline, self._log.read_text()[
                 -3000:
             ]
@@ -970,7 +972,7 @@ def test_a_killed_driver_resumes_its_study(
         assert first.poll() is None and time.monotonic() < deadline, (
             tmp_path / "driver.log"
         ).read_text()[-3000:]
-        text = storage.read_text(f"{config.run_dir}/{study.FILE}")
+        text = storage.read_text(f"{config.run_dir}/study.json")
         known = study.load(config) if text else None
         if settled(known) == 1 and len(known.trials) == 2 and study.measured(known.folder(1)):  # type: ignore[union-attr]
             break
@@ -978,7 +980,7 @@ def test_a_killed_driver_resumes_its_study(
     gone(first)
     before = study.load(config)
     assert before and before.trials[0].state == "finished"
-    weights = Path(before.folder(0), "checkpoint-4", "adapter_model.safetensors")
+    weights = Path(before.folder(0).uri, "checkpoint-4", "adapter_model.safetensors")
     trained = weights.stat().st_mtime_ns
     refused = driver.start()
     assert refused.wait(timeout=120) == 2

@@ -21,6 +21,7 @@ from ray_sql.evaluate.scoring import Row, clustered
 from ray_sql.metrics import VerdictName, mcnemar, resolvable_difference, wilson_interval
 from ray_sql.metrics.judged import HARDNESS, grouped, is_right
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 
 Key = tuple[str, str]
 """Split and id of a question."""
@@ -107,10 +108,9 @@ def _key(row: Any, where: str) -> Key:
 
 def semantics(file: str) -> str | None:
     """Under which rule the rows of a file were judged, if the `metrics.json` beside it says so."""
-    text = storage.read_text(f"{file.rpartition('/')[0]}/metrics.json")
     try:
-        metrics = json.loads(text or "{}")
-    except json.JSONDecodeError:
+        metrics = RunFolder(file.rpartition("/")[0]).read_metrics() or {}
+    except ValueError:
         return None
     scores = [one for name in ("tuned", "base", "file") for one in metrics.get(name, {}).values()]
     if not scores or "semantics" not in scores[0]:

@@ -29,6 +29,7 @@ from ray_sql.metrics import hardness
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
+from ray_sql.store.run_folder import AdapterFolder, RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,15 +178,12 @@ def summarise(measured: Measured, config: Config) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def write(run_dir: str, measured: Measured, metrics: Mapping[str, Any]) -> None:
+def write(folder: RunFolder, measured: Measured, metrics: Mapping[str, Any]) -> None:
     """`predictions.jsonl` (of the tuned model where there is one), those of others beside it (`base_predictions.jsonl`), then
     `metrics.json`."""
     for name, rows in measured.items():
-        main = name in ("tuned", "file") or len(measured) == 1
-        storage.write_text(
-            f"{run_dir}/{'' if main else f'{name}_'}predictions.jsonl", scoring.dump(rows)
-        )
-    storage.write_text(f"{run_dir}/metrics.json", json.dumps(metrics, indent=2) + "\n")
+        folder.write_predictions(name, rows, alone=len(measured) == 1)
+    folder.write_metrics(metrics)
 
 
 def check_executable(corpus: Corpus, config: Config) -> None:
@@ -202,13 +200,13 @@ def check_executable(corpus: Corpus, config: Config) -> None:
 
 def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:
     """Raise `ContractError` if the adapter was trained under another prompt, schema text, tokenizer or base model."""
-    saved = storage.read_text(f"{adapter}/contract.json")
+    saved = AdapterFolder(adapter).read_contract()
     if saved is None:
         raise ContractError(
             f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
         )
     current = prompts.contract(config, models.load_tokenizer(model_folder), revision)
-    prompts.check_contract(json.loads(saved), current, adapter)
+    prompts.check_contract(saved, current, adapter)
 
 
 def _kept(

@@ -1,7 +1,6 @@
 """One training run from end to end: prepare, record, train, measure, report (`finetune`)."""
 
 from ray_sql.finetune.finetune import (
-    RUN_FILE,
     begin,
     conclude,
     dry_run,

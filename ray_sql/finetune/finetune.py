@@ -6,7 +6,6 @@ again, and a finished one is shown, not repeated.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -30,22 +29,8 @@ from ray_sql.generate import Question
 from ray_sql.progress import StartupClock
 from ray_sql.report import figures, html
 from ray_sql.store import storage
+from ray_sql.store.run_folder import AdapterFolder, RunFolder
 from ray_sql.train import FitResult
-
-ARTIFACTS = (
-    *(
-        "config.json",
-        "contract.json",
-        "metrics.json",
-        "predictions.jsonl",
-        "gold_errors.jsonl",
-        "report.html",
-    ),
-    "adapter",
-)
-"""What of a run's folder MLflow keeps, where it is there."""
-RUN_FILE = "run.json"
-"""Which MLflow run belongs to a run's folder, so that a restarted driver goes on with it."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -143,7 +128,7 @@ def begin(
     """
     if start is None:
         return tracking.disabled(spool(config))
-    text = storage.read_text(f"{config.run_dir}/{RUN_FILE}")
+    folder = RunFolder(config.run_dir)
     record: tracking.Run = start(
         config.public(),
         name=config.output_name,
@@ -151,14 +136,10 @@ def begin(
         experiment=config.tracking.experiment,
         tags=_tags(config, prepared),
         spool=spool(config),
-        run_id=json.loads(text)["mlflow_run_id"] if text else None,
+        run_id=folder.read_mlflow_run_id(),
         own=own,
     )
-    storage.write_text(
-        f"{config.run_dir}/{RUN_FILE}",
-        json.dumps({"mlflow_run_id": record.run_id, "tracking_uri": without_password(record.uri)})
-        + "\n",
-    )
+    folder.write_mlflow_run(record.run_id, without_password(record.uri))
     for split in ("train", *config.split):
         record.dataset(
             f"{config.dataset_id[:480]}: {split}",
@@ -171,10 +152,8 @@ def begin(
 
 def _close_earlier(config: Config) -> None:
     """End in MLflow what a run of this name left running there: nobody goes on with it."""
-    if text := storage.read_text(f"{config.run_dir}/{RUN_FILE}"):
-        tracking.close(
-            config.tracking.uri, config.tracking.experiment, json.loads(text)["mlflow_run_id"], {}
-        )
+    if run_id := RunFolder(config.run_dir).read_mlflow_run_id():
+        tracking.close(config.tracking.uri, config.tracking.experiment, run_id, {})
 
 
 def spool(config: Config) -> Path:
@@ -217,14 +196,14 @@ def _train_and_measure(
     with publish.beside_training(config) as points.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, points)
     display.line(
-        f"best      {fitted.best.uri.rsplit('/', 1)[-1]} of {fitted.steps} steps, {_validation_line(fitted)}"
+        f"best      {fitted.best.name} of {fitted.steps} steps, {_validation_line(fitted)}"
     )
     measured = measure.of_models(
         config,
         asked,
         prepared.corpus.schemas,
         prepared.model_folder,
-        f"{config.run_dir}/adapter",
+        RunFolder(config.run_dir).adapter.uri,
         display,
         points,
     )
@@ -260,11 +239,12 @@ def conclude(
         **facts,
         **measure.summarise(measured, config),
     }
-    measure.write(config.run_dir, measured, metrics)
+    folder = RunFolder(config.run_dir)
+    measure.write(folder, measured, metrics)
     drawn = figures.figures(metrics, measured)
-    html.write(config, metrics, measured, drawn)
+    html.write(folder, config.output_name, metrics, measured, drawn)
     log_results(record, config, measured, metrics, drawn, artifact)
-    storage.write_text(f"{config.run_dir}/{prepare.FINISHED_FILE}", "")
+    folder.mark_finished()
     return metrics
 
 
@@ -306,32 +286,18 @@ def log_results(
     record.table([{key: row.get(key) for key in shown} for row in rows], "predictions.json")
     for file, figure in figures.items():
         record.figure(figure, f"figures/{file}")
-    folder = _here(config)
-    for name in ARTIFACTS:
-        if (path := folder / name).exists():
-            record.artifact(path, artifact if path.is_dir() else "")
-    if "://" in config.run_dir and not spool(config).exists():  # else they are still to be sent
-        shutil.rmtree(folder)
-
-
-def _here(config: Config) -> Path:
-    """The run's folder on this machine; of a run in a remote store, a copy of the files that MLflow gets."""
-    if "://" not in config.run_dir:
-        return Path(config.run_dir)
-    folder = spool(config).with_suffix("") / "run"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ARTIFACTS:
-        if storage.exists(f"{config.run_dir}/{name}"):
-            fetch = storage.fetch if name == "adapter" else storage.fetch_file
-            fetch(f"{config.run_dir}/{name}", folder / name)
-    return folder
+    copies = spool(config).with_suffix("") / "run"
+    for path in RunFolder(config.run_dir).artifacts(copies):
+        record.artifact(path, artifact if path.is_dir() else "")
+    if not spool(config).exists():  # else the copies are still to be sent
+        shutil.rmtree(copies, ignore_errors=True)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a predictions file, or a base model and its adapter, on `config.split`; returns what `metrics.json` holds."""
-    run = config.as_run()
-    prepare.clear(config.run_dir)
-    if storage.exists(f"{config.run_dir}/contract.json"):
+    run, folder = config.as_run(), RunFolder(config.run_dir)
+    folder.finish_removal()
+    if folder.holds_training_run():
         raise ConfigError(
             f"{config.run_dir} holds a training run; give the evaluation an --output_name of its own"
         )
@@ -349,11 +315,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "dataset_id": config.dataset_id,
             **measure.summarise(measured, run),
         }
-        storage.write_text(
-            f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n"
-        )
-        measure.write(config.run_dir, measured, metrics)
-        html.write(run, metrics, measured, figures.figures(metrics, measured))
+        folder.write_settings(config.public())
+        measure.write(folder, measured, metrics)
+        drawn = figures.figures(metrics, measured)
+        html.write(folder, config.output_name, metrics, measured, drawn)
         show(metrics, run, display)
     return metrics
 
@@ -382,11 +347,8 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> M
     corpus = data.load_split(config, config.split)
     measure.check_executable(corpus, config)
     adapter = storage.absolute_uri(adapter) if adapter else None
-    pinned = (
-        models.revision_of(storage.read_text(f"{adapter}/contract.json"), config.model_name)
-        if adapter
-        else None
-    )
+    contract = AdapterFolder(adapter).read_contract() if adapter else None
+    pinned = models.revision_of(contract, config.model_name)
     folder, revision = models.resolve(config.model_name, config.cache, config.read_token, pinned)
     if adapter:
         measure.check_adapter(adapter, config, folder, revision)
@@ -398,6 +360,7 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> M
 
 def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
     """The result as a table for people, and where everything is."""
+    folder = RunFolder(config.run_dir)
     models = [name for name in ("base", "default", "tuned", "file") if name in metrics]
     name, title = (
         ("execution_accuracy", "execution accuracy")
@@ -462,9 +425,9 @@ def show(metrics: Mapping[str, Any], config: Config, display: Display) -> None:
         display.line(
             f"time         {metrics['seconds']:.0f} s, of them training {metrics['training_seconds']:.0f} s"
         )
-        display.line(f"adapter      {config.run_dir}/adapter")
-    display.line(f"predictions  {config.run_dir}/predictions.jsonl")
-    display.line(f"report       {config.run_dir}/report.html")
+        display.line(f"adapter      {folder.adapter}")
+    display.line(f"predictions  {folder.predictions()}")
+    display.line(f"report       {folder.report}")
     if metrics.get("mlflow_run_id"):
         display.line(f"MLflow run   {metrics['mlflow_run_id']}")
         place = metrics["tracking_uri"]

@@ -22,6 +22,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.generate import Question
 from ray_sql.rows import Audit
 from ray_sql.store import storage
+from ray_sql.store.run_folder import CONFIG, RunFolder
 from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-DATA_FILE = "inputs/data_fingerprint"
-"""Where a run keeps the fingerprint of its data, so that the same name never continues on other data."""
-FINISHED_FILE = "inputs/finished"
-"""Written last of all: with it, a run of this name is shown and not gone on with."""
-REMOVED_FILE = "removed-by-ray_sql"
-"""Written before a run's folder is removed, and removed last: what it lies beside is no run any more, whatever it looks like."""
 SCORING = (
     "split",
     "evaluate.semantics",
@@ -106,7 +101,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     outside the cache."""
     corpus = data.load(config)
     check_databases(corpus, config)
-    begun = None if config.overwrite else storage.read_text(f"{config.run_dir}/contract.json")
+    begun = None if config.overwrite else RunFolder(config.run_dir).read_contract()
     folder, revision = models.resolve(
         config.model_name,
         config.cache,
@@ -216,56 +211,25 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
 
     Under `overwrite` an earlier run is removed here, and not before everything that can be checked has been.
     """
-    run_dir = config.run_dir
+    folder = RunFolder(config.run_dir)
     if config.overwrite:
-        remove(run_dir)
-    storage.write_text(f"{run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n")
-    storage.write_text(f"{run_dir}/contract.json", json.dumps(prepared.contract, indent=2) + "\n")
-    storage.write_text(f"{run_dir}/{DATA_FILE}", prepared.corpus.fingerprint(TRAINED_ON))
-    storage.put(prepared.rows_file, f"{run_dir}/{rows.FILE}")
+        folder.remove()
+    folder.write_settings(config.public())
+    folder.write_contract(prepared.contract)
+    folder.write_data_fingerprint(prepared.corpus.fingerprint(TRAINED_ON))
+    storage.put(prepared.rows_file, folder.rows)
     asked = prepared.validation(config)
     if (
         config.scaling.storage_path or cluster.address()
     ):  # else workers are on this machine, where the databases are
-        asked = generate.carry(asked, run_dir)
-    storage.write_text(f"{run_dir}/{generate.VALIDATION_FILE}", generate.dump(asked))
+        asked = generate.carry(asked, folder)
+    storage.write_text(folder.validation_questions, generate.dump(asked))
     if held_out := prepared.validation_rows(config):
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
             rows.write(held_out, Path(scratch) / "rows.parquet")
-            storage.put(Path(scratch) / "rows.parquet", f"{run_dir}/{rows.VALIDATION_FILE}")
+            storage.put(Path(scratch) / "rows.parquet", folder.validation_rows)
     if prepared.gold_errors:
-        storage.write_text(f"{run_dir}/gold_errors.jsonl", scoring.dump(prepared.gold_errors))
-
-
-def remove(run_dir: str) -> None:
-    """Remove the folder of a run or a study, which takes a while: should it be cut off, `clear` comes to its end."""
-    if not storage.exists(run_dir):
-        return
-    storage.write_text(f"{run_dir}/{REMOVED_FILE}", "")
-    storage.remove(f"{run_dir}/{FINISHED_FILE}")  # at once: with it, the run could be published
-    for name in storage.names(run_dir):
-        if name != REMOVED_FILE:
-            storage.remove(f"{run_dir}/{name}")
-    storage.remove(run_dir)
-
-
-def clear(run_dir: str) -> None:
-    """Finish a removal that was cut off; asked before a folder is taken for a run or a study."""
-    if storage.exists(f"{run_dir}/{REMOVED_FILE}"):
-        remove(run_dir)
-
-
-def copy_inputs(source: str, config: Config) -> None:
-    """Lay out the folder of a run that reads the same rows and asks the same questions as the run in the folder `source`."""
-    names = ("contract.json", DATA_FILE, rows.FILE, rows.VALIDATION_FILE, generate.VALIDATION_FILE)
-    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        for name in names:
-            if storage.exists(f"{source}/{name}"):
-                local = storage.fetch_file(f"{source}/{name}", Path(scratch) / Path(name).name)
-                storage.put(local, f"{config.run_dir}/{name}")
-    storage.write_text(
-        f"{config.run_dir}/config.json", json.dumps(config.public(), indent=2) + "\n"
-    )
+        folder.write_gold_errors(prepared.gold_errors)
 
 
 def earlier_run(config: Config) -> dict[str, Any] | None:
@@ -274,41 +238,37 @@ def earlier_run(config: Config) -> dict[str, Any] | None:
 
     Raises `ConfigError` if the name holds a run of other settings, `StoreError` if it holds something else.
     """
-    run_dir = config.run_dir
-    clear(run_dir)
-    saved = storage.read_text(f"{run_dir}/config.json")
-    if config.overwrite and saved is not None and storage.exists(f"{run_dir}/contract.json"):
-        return None
-    if saved is None:
-        if storage.exists(run_dir):
+    folder = RunFolder(config.run_dir)
+    folder.finish_removal()
+    if not folder.has_settings():
+        if folder.exists():
             raise StoreError(
-                f"{run_dir}: exists, but is no run of ray_sql (no config.json); choose another --output_name"
+                f"{folder}: exists, but is no run of ray_sql (no config.json); choose another --output_name"
             )
+        return None
+    trained = folder.holds_training_run()
+    if config.overwrite and trained:
         return None
     try:
-        earlier = type(config)(**json.loads(saved))
+        earlier = type(config)(**folder.read_settings())
     except ValueError:  # cut off, or of another version
+        way_out = ", or replace the run with --overwrite" if trained else ""
         raise ConfigError(
-            f"{run_dir}/config.json is of no run of this version of ray_sql; choose another --output_name"
-            + (
-                ", or replace the run with --overwrite"
-                if storage.exists(f"{run_dir}/contract.json")
-                else ""
-            )
+            f"{folder.place(CONFIG)} is of no run of this version of ray_sql; choose another "
+            f"--output_name{way_out}"
         ) from None
     if config.overwrite:
         return None
     if earlier.identity() != config.identity():
         differing = differences(earlier.public(), config.public()) or "other data"
         raise ConfigError(
-            f"{run_dir} holds a run of other settings ({differing}); choose another --output_name, or replace "
+            f"{folder} holds a run of other settings ({differing}); choose another --output_name, or replace "
             "it with --overwrite"
         )
-    if not storage.exists(f"{run_dir}/{FINISHED_FILE}"):
+    if not folder.is_finished():
         return None
     check_scored_alike(earlier, config)
-    metrics = storage.read_text(f"{run_dir}/metrics.json")
-    return json.loads(metrics) if metrics else None
+    return folder.read_metrics()
 
 
 def check_scored_alike(earlier: Config, config: Config) -> None:
@@ -323,15 +283,18 @@ def check_scored_alike(earlier: Config, config: Config) -> None:
             f"prev_checkpoint {earlier.prev_checkpoint!r} there, {config.prev_checkpoint!r} here"
         )
     if changed:
+        folder = RunFolder(config.run_dir)
         raise ConfigError(
-            f"{config.run_dir} holds a finished run, scored otherwise ({'; '.join(changed[:3])}); score its adapter anew with "
-            f"ray-sql evaluate --adapter {config.run_dir}/adapter, or train again with another --output_name or --overwrite"
+            f"{folder} holds a finished run, scored otherwise ({'; '.join(changed[:3])}); score its "
+            f"adapter anew with ray-sql evaluate --adapter {folder.adapter}, or train again with "
+            "another --output_name or --overwrite"
         )
 
 
 def check_same_data(corpus: Corpus, config: Config) -> None:
     """Raise `ConfigError` if the run's folder holds a run of the same settings on other data."""
-    before, now = storage.read_text(f"{config.run_dir}/{DATA_FILE}"), corpus.fingerprint(TRAINED_ON)
+    before = RunFolder(config.run_dir).read_data_fingerprint()
+    now = corpus.fingerprint(TRAINED_ON)
     if before and before != now and not config.overwrite:
         raise ConfigError(
             f"{config.run_dir} holds a run on other data (fingerprint {before} there, {now} of {config.dataset_id} now); choose "

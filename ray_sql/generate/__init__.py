@@ -10,7 +10,6 @@ from ray_sql.generate.answers import (
     spread,
 )
 from ray_sql.generate.questions import (
-    VALIDATION_FILE,
     Answer,
     Question,
     carry,

@@ -19,15 +19,11 @@ from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
 from ray_sql.rows import encode_prompt
 from ray_sql.store import storage
+from ray_sql.store.run_folder import DATABASES, RunFolder
 from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-VALIDATION_FILE = "inputs/validation.jsonl"
-"""Where a run's validation questions lie in its folder."""
-DATABASES = "inputs/databases"
-"""Where the databases lie that they are executed on, if the workers may see no others."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +109,13 @@ def gold(example: Example, corpus: Corpus, config: Config) -> str:
         return ""
 
 
-def carry(asked: Sequence[Question], run_dir: str) -> list[Question]:
+def carry(asked: Sequence[Question], folder: RunFolder) -> list[Question]:
     """The questions with copies of their SQLite databases in the run's folder, which workers on other machines can read."""
     carried: dict[str, str] = {}
     for question in asked:
         file = question.database
         if file and "://" not in file and file not in carried:
-            carried[file] = f"{run_dir}/{DATABASES}/{question.db_id}.sqlite"
+            carried[file] = f"{folder.databases}/{question.db_id}.sqlite"
             storage.put_once(Path(file), carried[file])
     return [replace(one, database=carried.get(one.database or "", one.database)) for one in asked]
 

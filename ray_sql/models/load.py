@@ -6,7 +6,7 @@ measured over NF4 weights.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +99,9 @@ def load_on_node(
     return base, load_tokenizer(place)
 
 
-def revision_of(contract: str | None, model_name: str) -> str | None:
-    """Return the base model's revision that a contract.json names; None for another base model."""
-    named = json.loads(contract or "{}")
+def revision_of(contract: Mapping[str, Any] | None, model_name: str) -> str | None:
+    """Return the base model's revision that a contract names; None for another base model."""
+    named = contract or {}
     return named.get("model_revision") if named.get("model_name") == model_name else None
 
 

@@ -16,6 +16,7 @@ from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.preflight import nodes
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 from ray_sql.tune import study
 
@@ -46,7 +47,7 @@ def replay(config: CheckConfig) -> None:
 
 def _replayed(config: Config) -> str:
     spool = finetune.spool(config)
-    if storage.exists(f"{config.run_dir}/{study.FILE}"):
+    if RunFolder(config.run_dir).has_study():
         left = tune.replay(config)
     else:
         prepare.earlier_run(
@@ -130,7 +131,7 @@ def output(config: Config) -> str:
     probe = f"{config.run_dir}-probe-{uuid.uuid4().hex[:8]}"
     storage.write_text(f"{probe}/probe", "x" * 4096)
     storage.remove(probe)
-    if storage.exists(f"{config.run_dir}/{study.FILE}"):
+    if RunFolder(config.run_dir).has_study():
         there = None if config.overwrite else study.load(config)
         holds = "a study of these settings" if there else ""
     else:

@@ -20,8 +20,8 @@ from pathlib import Path
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
 from ray_sql.publish import bundle, hub
-from ray_sql.store import checkpoints, storage
-from ray_sql.train import ADAPTER_FILES
+from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import ADAPTER_CONFIG, CONTRACT, AdapterFolder, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,12 @@ class Checkpoints:
 
     def __init__(self, config: Config) -> None:
         self._config, self._base = config, bundle.base_name(config)
+        self._run = RunFolder(config.run_dir)
         self._copies = tempfile.TemporaryDirectory(prefix="ray_sql-")
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-copy")
         self._pushing = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-push")
         self._pushes: list[Future[None]] = []
-        for checkpoint in checkpoints.complete(config.run_dir):
+        for checkpoint in checkpoints.complete(self._run):
             self(checkpoint.step)
 
     @cached_property
@@ -82,29 +83,31 @@ class Checkpoints:
         self._copies.cleanup()
 
     def _copy(self, step: int) -> None:
-        found = checkpoints.complete(self._config.run_dir)
+        found = checkpoints.complete(self._run)
         best = checkpoints.best(found)
         checkpoint = next((one for one in found if one.step == step), None)
         if self._config.hub.push_checkpoints == "best" and (best is None or best.step != step):
             return
         if checkpoint is None:
-            raise FileNotFoundError(f"checkpoint-{step} is not there any more")
-        folder = Path(self._copies.name) / f"checkpoint-{step}"
+            raise FileNotFoundError(f"{self._run.checkpoint(step).name} is not there any more")
+        folder = self._copy_of(step)
         if folder.exists():  # measured when the run went on, and told of again
             return
         with tempfile.TemporaryDirectory(dir=self._copies.name) as scratch:
-            for name in (*ADAPTER_FILES, "contract.json"):
-                storage.fetch_file(f"{checkpoint.uri}/{name}", Path(scratch) / name)
+            AdapterFolder(checkpoint.uri).fetch_files(Path(scratch))
             shutil.copytree(scratch, folder)
         self._pushes.append(self._pushing.submit(self._guarded, step, self._push))
 
+    def _copy_of(self, step: int) -> Path:
+        return Path(self._copies.name) / self._run.checkpoint(step).name
+
     def _push(self, step: int) -> None:
-        folder = Path(self._copies.name) / f"checkpoint-{step}"
-        contract = json.loads((folder / "contract.json").read_text())
-        saved = json.loads((folder / "adapter_config.json").read_text())
+        folder = self._copy_of(step)
+        contract = json.loads((folder / CONTRACT).read_text())
+        saved = json.loads((folder / ADAPTER_CONFIG).read_text())
         published = {
-            "contract.json": contract | {"model_name": self._base},
-            "adapter_config.json": bundle.public_adapter_config(saved, self._base, contract),
+            CONTRACT: contract | {"model_name": self._base},
+            ADAPTER_CONFIG: bundle.public_adapter_config(saved, self._base, contract),
         }
         for name, content in published.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -17,8 +17,7 @@ from ray_sql.config import Config, PublishConfig, absolute
 from ray_sql.data import prompts
 from ray_sql.errors import ConfigError, ContractError, ModelError
 from ray_sql.metrics.paired import PairedTest
-from ray_sql.store import storage
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import ADAPTER_CONFIG, CONFIG, CONTRACT, METRICS, RunFolder
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 PLACES = {"output_dir", "cache_dir", "prev_checkpoint"}
@@ -33,7 +32,7 @@ class Bundle:
     """
 
     config: Config
-    run_dir: str
+    folder: RunFolder
     asked: dict[str, Any]
     base_model: str
     contract: dict[str, Any]
@@ -59,35 +58,35 @@ class Bundle:
     def json_files(self) -> dict[str, bytes]:
         """The published JSON files; the same run makes the same bytes."""
         files = {
-            "adapter_config.json": self.adapter_config,
-            "config.json": published_settings(self.config, self.base_model),
-            "contract.json": self.contract,
-            "metrics.json": self.metrics,
+            ADAPTER_CONFIG: self.adapter_config,
+            CONFIG: published_settings(self.config, self.base_model),
+            CONTRACT: self.contract,
+            METRICS: self.metrics,
         }
         return {name: _json(content) for name, content in files.items()}
 
 
-def read(config: Config | PublishConfig, run_dir: str) -> Bundle:
+def read(config: Config | PublishConfig) -> Bundle:
     """The run in `run_dir`, with `config`'s hub settings and tokens.
 
     Raises `ConfigError` if it is not finished, or its base model has no name on the Hub, `ContractError` where the adapter is not that
     of the run, `ModelError` if it was not shown to beat its base, unless `hub.force`.
     """
-    saved = _saved(run_dir)
-    run = _settings(saved, config)
-    metrics = json.loads(storage.read_text(f"{run_dir}/metrics.json") or "{}")
-    if not RunFolder(run_dir).is_finished() or "tuned" not in metrics:
+    folder = RunFolder(config.run_dir)
+    saved = _saved(folder)
+    run, metrics = _settings(saved, config), folder.read_metrics() or {}
+    if not folder.is_finished() or "tuned" not in metrics:
         raise ConfigError(
-            f"{run_dir}: the run is not finished; give the command that began it again, then publish"
+            f"{folder}: the run is not finished; give the command that began it again, then publish"
         )
     base_model = base_name(run)
-    contract, adapter_config = _check_contract(run, run_dir, metrics)
+    contract, adapter_config = _check_contract(run, folder, metrics)
     if not run.hub.force:
-        check_better(metrics, run_dir)
+        check_better(metrics, folder)
     named = {"model_name": base_model, "dataset_id": public_name(run.dataset_id)}
     return Bundle(
         config=run,
-        run_dir=run_dir,
+        folder=folder,
         asked={
             name: value
             for name, value in run.hub.model_dump().items()
@@ -100,18 +99,17 @@ def read(config: Config | PublishConfig, run_dir: str) -> Bundle:
     )
 
 
-def _saved(run_dir: str) -> Config:
-    """The settings that a run was trained with."""
-    text = storage.read_text(f"{run_dir}/config.json")
-    if text is None:
+def _saved(folder: RunFolder) -> Config:
+    """Return the settings that a run was trained with."""
+    if not folder.has_settings():
         raise ConfigError(
-            f"{run_dir}: no run of ray_sql (no config.json); give --output_name and --output_dir of a run"
+            f"{folder}: no run of ray_sql (no config.json); give --output_name and --output_dir of a run"
         )
     try:
-        return Config(**json.loads(text))
+        return Config(**folder.read_settings())
     except ValueError:  # cut off, or of another version
         raise ConfigError(
-            f"{run_dir}/config.json cannot be read by this version; publish with the one that wrote it"
+            f"{folder.place(CONFIG)} cannot be read by this version; publish with the one that wrote it"
         ) from None
 
 
@@ -146,19 +144,19 @@ def base_name(config: Config) -> str:
 
 
 def _check_contract(
-    run: Config, run_dir: str, metrics: Mapping[str, Any]
+    run: Config, folder: RunFolder, metrics: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The adapter's contract and PEFT configuration, after comparing them with the run's contract, settings and metrics."""
-    texts = {
-        name: storage.read_text(f"{run_dir}/{name}")
-        for name in ("contract.json", "adapter/contract.json", "adapter/adapter_config.json")
-    }
-    if missing := [name for name, text in texts.items() if text is None]:
+    own, contract = folder.read_contract(), folder.adapter.read_contract()
+    adapter_config = folder.adapter.read_adapter_config()
+    files = {CONTRACT: own, f"adapter/{CONTRACT}": contract}
+    files |= {f"adapter/{ADAPTER_CONFIG}": adapter_config}
+    if missing := [name for name, content in files.items() if content is None]:
         raise ContractError(
-            f"{run_dir}: {missing[0]} is missing; give the command that began the run again"
+            f"{folder}: {missing[0]} is missing; give the command that began the run again"
         )
-    own, contract, adapter_config = (json.loads(text or "") for text in texts.values())
-    prompts.check_contract(contract, own, f"{run_dir}/adapter")
+    assert own is not None and contract is not None and adapter_config is not None
+    prompts.check_contract(contract, own, str(folder.adapter))
     stated = {
         "task_type": run.task_type,
         "model_name": run.model_name,
@@ -183,20 +181,20 @@ def _check_contract(
     ):
         if there != here:
             raise ContractError(
-                f"{run_dir}/{file}: {name} is {there!r}, but the run's config.json says {here!r}; the files are not of one run: "
+                f"{folder.place(file)}: {name} is {there!r}, but the run's config.json says {here!r}; the files are not of one run: "
                 "train it again with --overwrite"
             )
     return contract, adapter_config
 
 
-def check_better(metrics: Mapping[str, Any], run_dir: str) -> None:
+def check_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
     """Raise `ModelError` unless the adapter answers significantly more questions than its base, all scored splits together, and
     significantly fewer on none."""
     compared: Mapping[str, Any] = metrics.get("compared", {})
     way_out = "publish it all the same with --hub.force"
     if not compared:
         raise ModelError(
-            f"{run_dir}: the base model was not measured, so nobody knows whether the adapter is better; train with "
+            f"{folder}: the base model was not measured, so nobody knows whether the adapter is better; train with "
             f"--evaluate.baseline, or {way_out}"
         )
     by_split = {
@@ -212,13 +210,13 @@ def check_better(metrics: Mapping[str, Any], run_dir: str) -> None:
             f"{total.only_a}, McNemar p = {total.p:.2g}"
         )
         raise ModelError(
-            f"{run_dir}: the adapter was not shown to beat its base model ({alone}); train longer or score more questions, or "
+            f"{folder}: the adapter was not shown to beat its base model ({alone}); train longer or score more questions, or "
             f"{way_out}"
         )
     for split, test in by_split.items():
         if test.a_is_better:
             raise ModelError(
-                f"{run_dir}: the adapter is worse than its base model on {split} "
+                f"{folder}: the adapter is worse than its base model on {split} "
                 f"(McNemar p = {test.p:.2g}); {way_out}"
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,30 @@ from ray_sql.evaluate import measure
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
+from ray_sql.store.run_folder import CONTRACT, METRICS, RunFolder
 
-FOLDER = "merged"
 
-
-def merged(config: Config, run_dir: str, display: Display) -> dict[str, Any]:
+def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     """Write `<run_dir>/merged` and measure it; returns its `metrics.json`: scores by split, and the paired test against the adapter.
 
     What an earlier call did with the same adapter is kept. Raises `ModelError` if it answers significantly fewer questions.
     """
-    adapter = measure.digest(f"{run_dir}/adapter")
-    saved: dict[str, Any] = json.loads(
-        storage.read_text(f"{run_dir}/{FOLDER}/metrics.json") or "{}"
-    )
+    adapter, saved = measure.digest(run.adapter.uri), run.merged.read_metrics() or {}
     if saved.get("adapter") != adapter:
         with tempfile.TemporaryDirectory(prefix="ray_sql-", dir=_room(config)) as scratch:
-            folder = Path(scratch) / FOLDER
-            _write(config, run_dir, folder)
-            saved = {"adapter": adapter, **_measure(config, run_dir, folder, display)}
-            (folder / "metrics.json").write_text(json.dumps(saved, indent=2) + "\n")
-            storage.put(folder, f"{run_dir}/{FOLDER}")
+            folder = Path(scratch) / run.merged.name
+            _write(config, run, folder)
+            saved = {"adapter": adapter, **_measure(config, run, folder, display)}
+            (folder / METRICS).write_text(json.dumps(saved, indent=2) + "\n")
+            storage.put(folder, run.merged.uri)
     test = saved["compared"]
     display.line(
-        f"merged    {run_dir}/{FOLDER}: it alone is right on {test['only_merged']} questions, the adapter alone on "
+        f"merged    {run.merged}: it alone is right on {test['only_merged']} questions, the adapter alone on "
         f"{test['only_adapter']} (McNemar p = {test['mcnemar_p']:.2g})"
     )
     if PairedTest(test["only_adapter"], test["only_merged"]).a_is_better:
         raise ModelError(
-            f"{run_dir}/{FOLDER}: merged, the model is worse than with its adapter (McNemar p = {test['mcnemar_p']:.2g}), so it is not "
+            f"{run.merged}: merged, the model is worse than with its adapter (McNemar p = {test['mcnemar_p']:.2g}), so it is not "
             "published; use the adapter, or train with --no-quantization.load_in_4bit"
         )
     return saved
@@ -61,23 +57,22 @@ def _room(config: Config) -> Path:
     return config.cache
 
 
-def _write(config: Config, run_dir: str, folder: Path) -> None:
+def _write(config: Config, run: RunFolder, folder: Path) -> None:
     """The merged model with its tokenizer, as a Hugging Face folder."""
     from peft import PeftModel
 
-    contract = storage.read_text(f"{run_dir}/contract.json")
-    revision = models.revision_of(contract, config.model_name)
+    revision = models.revision_of(run.read_contract(), config.model_name)
     place, _ = models.resolve(config.model_name, config.cache, config.read_token, revision)
     base = models.load_base(place, QuantizationSection(load_in_4bit=False), bf16=True)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        adapter = storage.fetch(f"{run_dir}/adapter", Path(scratch))
+        adapter = storage.fetch(run.adapter.uri, Path(scratch))
         # not models.load_adapter, which rounds LoRA's weights for generation: their product is rounded once, when it is added
         PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
-    storage.fetch_file(f"{run_dir}/contract.json", folder / "contract.json")
+    storage.fetch_file(run.place(CONTRACT), folder / CONTRACT)
 
 
-def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> dict[str, Any]:
+def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> dict[str, Any]:
     """The merged model's scores on the run's questions, and the paired test against what the adapter answered."""
     plain = config.changed({"quantization.load_in_4bit": False})
     corpus = data.load_split(plain, plain.split)
@@ -93,7 +88,7 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
                 raise UnknownEvent(event)
 
     rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, show)["base"]
-    before = _right(storage.read_text(f"{run_dir}/predictions.jsonl") or "")
+    before = _right(run.read_predictions())
     pairs = [
         (before[row["split"], row["id"]], is_right(row))
         for row in rows
@@ -103,9 +98,8 @@ def _measure(config: Config, run_dir: str, folder: Path, display: Display) -> di
     return {**measure.summarise({"merged": rows}, plain), "compared": compared}
 
 
-def _right(predictions: str) -> Mapping[tuple[str, str], bool]:
+def _right(rows: Sequence[Mapping[str, Any]]) -> Mapping[tuple[str, str], bool]:
     """Whether the adapter's answer to a question was right, by split and id; questions whose gold fails are not among them."""
-    rows = [json.loads(line) for line in predictions.splitlines()]
     return {
         (row["split"], row["id"]): is_right(row) for row in rows if row["verdict"] != "gold_error"
     }

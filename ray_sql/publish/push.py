@@ -23,8 +23,7 @@ from ray_sql.publish.bundle import Bundle
 from ray_sql.publish.card import MAIN, card
 from ray_sql.publish.hub import Hub, License, Pushed
 from ray_sql.store import storage
-
-WEIGHTS = "adapter_model.safetensors"
+from ray_sql.store.run_folder import ADAPTER_WEIGHTS, CONTRACT
 
 
 def check(config: Config) -> str:
@@ -50,8 +49,7 @@ def publish(config: Config | PublishConfig, display: Display | None = None) -> s
     with the command that does it later, where the Hub cannot be reached: the adapter stays where it is.
     """
     display = display or Display()
-    run_dir = config.run_dir
-    bundle = bundles.read(config, run_dir)
+    bundle = bundles.read(config)
     try:
         hub = hubs.login(bundle.config)
         _same_base(hub, bundle.base_model)
@@ -62,26 +60,26 @@ def publish(config: Config | PublishConfig, display: Display | None = None) -> s
             display.line(_line(_push_merged(hub, bundle, license, display)))
     except StoreError as error:
         raise StoreError(
-            f"{error}; nothing is lost: the adapter is in {run_dir}/adapter; with HF_TOKEN set, push it later with: {later(bundle)}"
+            f"{error}; nothing is lost: the adapter is in {bundle.folder.adapter}; with HF_TOKEN set, push it later with: {later(bundle)}"
         ) from None
     return pushed.url
 
 
 def dry_run(config: Config | PublishConfig) -> None:
     """Say what `publish` would push where, and show the model card; raises what it would, and sends nothing."""
-    display, bundle = Display(), bundles.read(config, config.run_dir)
+    display, bundle = Display(), bundles.read(config)
     display.line(f"Hub       {check(bundle.config)}")
     hub = hubs.login(bundle.config)
     license = _license(hub, bundle)
     display.line(
-        f"files     {', '.join(sorted((WEIGHTS, 'README.md', *bundle.json_files())))}, as one commit, tag {bundle.tag}"
+        f"files     {', '.join(sorted((ADAPTER_WEIGHTS, 'README.md', *bundle.json_files())))}, as one commit, tag {bundle.tag}"
     )
     display.line(f"--- README.md ---\n{card(bundle, hub.repo_id, license)}")
 
 
 def later(bundle: Bundle) -> str:
     """The command that publishes a run as it was to be; the token comes from the environment."""
-    root, _, name = bundle.run_dir.rstrip("/").rpartition("/")
+    root, _, name = bundle.folder.uri.rpartition("/")
     place = ["--scaling.storage_path" if "://" in root else "--output_dir", root]
     words = ["ray-sql", "publish", "--output_name", name, *place]
     for setting, value in bundle.asked.items():
@@ -111,9 +109,11 @@ def _license(hub: Hub, bundle: Bundle) -> License:
 
 def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        weights = storage.fetch_file(f"{bundle.run_dir}/adapter/{WEIGHTS}", Path(scratch) / WEIGHTS)
+        weights = storage.fetch_file(
+            bundle.folder.adapter.place(ADAPTER_WEIGHTS), Path(scratch) / ADAPTER_WEIGHTS
+        )
         files: dict[str, Path | bytes] = {
-            WEIGHTS: weights,
+            ADAPTER_WEIGHTS: weights,
             **bundle.json_files(),
             "README.md": card(bundle, hub.repo_id, license).encode(),
         }
@@ -122,14 +122,14 @@ def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
 
 def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -> Pushed:
     """Push the merged model to a repository of its own, whose root is the model, as servers and converters expect it."""
-    measured = merge.merged(bundle.config, bundle.run_dir, display)
+    measured = merge.merged(bundle.config, bundle.folder, display)
     other = Hub(hub.api, f"{hub.repo_id}-merged", hub.private)
     _same_base(other, bundle.base_model)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        folder = storage.fetch(f"{bundle.run_dir}/{merge.FOLDER}", Path(scratch))
+        folder = storage.fetch(bundle.folder.merged.uri, Path(scratch))
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
         files |= {
-            "contract.json": bundle.json_files()["contract.json"],
+            CONTRACT: bundle.json_files()[CONTRACT],
             "README.md": card(bundle, other.repo_id, license, measured).encode(),
         }
         return other.push(files, _message(bundle, measured["merged"]), tag=bundle.tag)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from ray_sql.config import Config
 from ray_sql.display import percent
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,15 +39,14 @@ SECONDARY = {
 
 
 def write(
-    config: Config,
+    folder: RunFolder,
+    title: str,
     metrics: Mapping[str, Any],
     measured: Mapping[str, Rows],
     figures: Mapping[str, Figure],
 ) -> None:
     """Write `report.html` into the run's folder."""
-    storage.write_text(
-        f"{config.run_dir}/report.html", page(config.output_name, metrics, measured, figures)
-    )
+    storage.write_text(folder.report, page(title, metrics, measured, figures))
 
 
 def page(

@@ -15,9 +15,7 @@ from ray_sql.rows.share import (
     step_order,
 )
 from ray_sql.rows.tokenise import (
-    FILE,
     IGNORED,
-    VALIDATION_FILE,
     Audit,
     TokenizedExample,
     build,

@@ -33,12 +33,6 @@ ROWS_VERSION = 2
 IGNORED = -100
 """The label of a token that carries no loss."""
 
-FILE = "inputs/rows.parquet"
-"""Where a run's rows lie in its folder."""
-
-VALIDATION_FILE = "inputs/validation_rows.parquet"
-"""The rows of its validation examples, for their loss."""
-
 Progress = Callable[[int, int], None]
 
 

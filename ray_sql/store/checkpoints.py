@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 
 MARKER = "checkpoint.json"
 
@@ -31,6 +32,11 @@ class Checkpoint:
     metrics: dict[str, float]
 
     @property
+    def name(self) -> str:
+        """Return `checkpoint-<step>`."""
+        return self.uri.rpartition("/")[2]
+
+    @property
     def rank(self) -> tuple[float, float, int]:
         """Sorts the best last: by objective, then by tie-break, then the later one."""
         worst = float("-inf")
@@ -41,9 +47,9 @@ class Checkpoint:
         )
 
 
-def save(local: Path, run_dir: str, step: int, scores: Mapping[str, Any]) -> Checkpoint:
-    """Copy the files of `local` to `<run_dir>/checkpoint-<step>`; `scores` has objective, tie_break and metrics, or nothing yet."""
-    uri = f"{run_dir}/checkpoint-{step}"
+def save(local: Path, folder: RunFolder, step: int, scores: Mapping[str, Any]) -> Checkpoint:
+    """Copy the files of `local` to a run's checkpoint; `scores` has objective, tie_break and metrics, or nothing yet."""
+    uri = folder.checkpoint(step).uri
     storage.remove(uri)
     files = {
         str(file.relative_to(local)): file for file in sorted(local.rglob("*")) if file.is_file()
@@ -84,17 +90,10 @@ def score(uri: str, scores: Mapping[str, Any]) -> None:
     storage.write_text(f"{uri}/{MARKER}", json.dumps(marker | dict(scores), indent=1))
 
 
-def complete(run_dir: str) -> list[Checkpoint]:
-    """All complete checkpoints of a run, by step."""
-    folders = storage.list_folder(run_dir)
-    uris = (
-        f"{run_dir}/{info.base_name}"
-        for info in folders
-        if info.base_name.startswith("checkpoint-")
-    )
-    return sorted(
-        (found for uri in uris if (found := read(uri))), key=lambda checkpoint: checkpoint.step
-    )
+def complete(folder: RunFolder) -> list[Checkpoint]:
+    """Return all complete checkpoints of a run, by step."""
+    found = [read(folder.checkpoint(step).uri) for step in _steps(folder)]
+    return [checkpoint for checkpoint in found if checkpoint]
 
 
 def read(uri: str) -> Checkpoint | None:
@@ -122,13 +121,20 @@ def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     return max(checkpoints, key=lambda checkpoint: checkpoint.rank, default=None)
 
 
-def prune(run_dir: str) -> None:
+def prune(folder: RunFolder) -> None:
     """Remove all checkpoints but the best, the last, and the one before it, should the last turn out to be damaged; and what was left
     half-written, or set aside, before those."""
-    found = complete(run_dir)
-    top = best(found)
-    kept = {one.step for one in (*found[-2:], *([top] if top else []))}
-    for info in storage.list_folder(run_dir):
-        step = re.fullmatch(r"checkpoint-(\d+)", info.base_name)
-        if found and step and int(step[1]) < found[-1].step and int(step[1]) not in kept:
-            storage.remove(f"{run_dir}/{info.base_name}")
+    checkpoints = complete(folder)
+    top = best(checkpoints)
+    if top is None:
+        return
+    kept = {top.step, *(checkpoint.step for checkpoint in checkpoints[-2:])}
+    for step in _steps(folder):
+        if step < checkpoints[-1].step and step not in kept:
+            storage.remove(folder.checkpoint(step).uri)
+
+
+def _steps(folder: RunFolder) -> list[int]:
+    """Return the steps of a run's checkpoints, complete or not."""
+    names = [re.fullmatch(r"checkpoint-(\d+)", name) for name in storage.names(folder.uri)]
+    return sorted(int(name[1]) for name in names if name)

@@ -10,12 +10,13 @@
       logs/ ray/ run.json                           TensorBoard, Ray's own state, the MLflow run
       study.json trials/<trial>/                    of a sweep
 
-A new file of a run is a name and a method here. `uri` is an absolute path, or a URI of any storage that pyarrow knows.
+A new file of a run is a name and a method here. Whoever adds one for MLflow to keep adds it to `ARTIFACTS` too.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,25 @@ REPORT = "report.html"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MERGED = "merged"
 STUDY = "study.json"
 
+ARTIFACTS = (CONFIG, CONTRACT, METRICS, PREDICTIONS, GOLD_ERRORS, REPORT, ADAPTER)
+"""The files that MLflow keeps, where the run has them."""
+
+_INPUTS = "inputs"
+DATABASES = f"{_INPUTS}/databases"
+"""The databases that validation SQL is executed on, where workers see no others."""
+_DATA_FINGERPRINT = f"{_INPUTS}/data_fingerprint"
+_ROWS = f"{_INPUTS}/rows.parquet"
+_VALIDATION_ROWS = f"{_INPUTS}/validation_rows.parquet"
+_VALIDATION_QUESTIONS = f"{_INPUTS}/validation.jsonl"
+_FINISHED = f"{_INPUTS}/finished"
+_START = f"{_INPUTS}/start"
+_DRIVER = f"{_INPUTS}/driver"
+_HALVINGS = f"{_INPUTS}/halvings"
+_MLFLOW_RUN = "run.json"
+_TRIALS = "trials"
+_TRIAL_MEASURES = "measured.json"
 _REMOVED = "removed-by-ray_sql"
 """Marks a folder whose removal has begun. Written first and removed last."""
 _MAIN_MODELS = ("tuned", "file")
@@ -42,44 +59,69 @@ _MAIN_MODELS = ("tuned", "file")
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
-    """A folder with an adapter and its recipe: a run's `adapter/`, one of its checkpoints, or a copy of either."""
+class _Folder:
+    """A folder of storage. `uri` is an absolute path, or a URI of any storage that pyarrow knows."""
 
     uri: str
 
-    def read_contract(self) -> dict[str, Any] | None:
-        """Return what the adapter was made for; None if the folder holds no contract."""
-        return _read_json(f"{self.uri}/{CONTRACT}")
-
-    def read_adapter_config(self) -> dict[str, Any] | None:
-        """Return PEFT's configuration; None if there is none."""
-        return _read_json(f"{self.uri}/{ADAPTER_CONFIG}")
+    def __str__(self) -> str:
+        return self.uri
 
     @property
-    def weights(self) -> str:
-        """The place of the weights."""
-        return f"{self.uri}/{ADAPTER_WEIGHTS}"
+    def name(self) -> str:
+        """The last part of the place."""
+        return self.uri.rstrip("/").rpartition("/")[2]
+
+    def place(self, name: str) -> str:
+        """Return the place of a file or folder inside."""
+        return f"{self.uri}/{name}"
+
+    def exists(self) -> bool:
+        """Tell whether there is anything in the folder."""
+        return storage.exists(self.uri)
+
+    def read_contract(self) -> dict[str, Any] | None:
+        """Return the contract: what the adapter was made for. None where there is none."""
+        contract: dict[str, Any] | None = self._read_json(CONTRACT)
+        return contract
+
+    def _read_json(self, name: str) -> Any:
+        text = storage.read_text(self.place(name))
+        return None if text is None else json.loads(text)
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The folder of a run, a sweep or an evaluation."""
+class AdapterFolder(_Folder):
+    """An adapter and its recipe: a run's `adapter/`, one of its checkpoints, or a copy of either."""
 
-    uri: str
+    def read_adapter_config(self) -> dict[str, Any] | None:
+        """Return PEFT's configuration; None if there is none."""
+        config: dict[str, Any] | None = self._read_json(ADAPTER_CONFIG)
+        return config
+
+    def fetch_files(self, target: Path) -> None:
+        """Copy the adapter and its contract to a local folder, without what only training reads."""
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT):
+            storage.fetch_file(self.place(name), target / name)
+
+
+@dataclass(frozen=True)
+class RunFolder(_Folder):
+    """The folder of a run, a sweep, a trial or an evaluation."""
 
     # Settings, contract, results
 
-    def read_settings(self) -> dict[str, Any] | None:
-        """Return the settings that the run was started with. Raises `ValueError` if they are cut off."""
-        return _read_json(f"{self.uri}/{CONFIG}")
+    def has_settings(self) -> bool:
+        """Tell whether a run, or an evaluation, wrote its settings here."""
+        return storage.exists(self.place(CONFIG))
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings of the run; none where there is no file. Raises `ValueError` if they are cut off."""
+        return dict(self._read_json(CONFIG) or {})
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write `config.json`."""
         self._write_json(CONFIG, settings)
-
-    def read_contract(self) -> dict[str, Any] | None:
-        """Return the run's contract."""
-        return _read_json(f"{self.uri}/{CONTRACT}")
 
     def write_contract(self, contract: Mapping[str, Any]) -> None:
         """Write `contract.json`."""
@@ -87,228 +129,237 @@ class RunFolder:
 
     def holds_training_run(self) -> bool:
         """Tell a training run from an evaluation, which has no contract."""
-        return storage.exists(f"{self.uri}/{CONTRACT}")
+        return storage.exists(self.place(CONTRACT))
 
     def read_metrics(self) -> dict[str, Any] | None:
-        """Return the run's scores."""
-        return _read_json(f"{self.uri}/{METRICS}")
+        """Return the scores; None where nothing was scored."""
+        metrics: dict[str, Any] | None = self._read_json(METRICS)
+        return metrics
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json`."""
         self._write_json(METRICS, metrics)
 
     def predictions(self, model: str = "tuned", alone: bool = False) -> str:
-        """The place of a model's judged answers; a model that is `alone` in its run has the main file."""
+        """Return the place of a model's judged answers; a model that is `alone` in its run has the main file."""
         prefix = "" if alone or model in _MAIN_MODELS else f"{model}_"
-        return f"{self.uri}/{prefix}{PREDICTIONS}"
+        return self.place(f"{prefix}{PREDICTIONS}")
 
     def read_predictions(self, model: str = "tuned") -> list[dict[str, Any]]:
         """Return a model's judged answers; none where there is no file."""
         lines = (storage.read_text(self.predictions(model)) or "").splitlines()
         return [json.loads(line) for line in lines]
 
-    def write_predictions(
-        self, model: str, rows: Iterable[Mapping[str, Any]], alone: bool = False
-    ) -> None:
+    def write_predictions(self, model: str, rows: Iterable[Mapping[str, Any]], alone: bool) -> None:
         """Write a model's judged answers, one JSON object a line."""
         storage.write_text(self.predictions(model, alone), json_lines(rows))
 
     def write_gold_errors(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the gold queries that do not run."""
-        storage.write_text(f"{self.uri}/{GOLD_ERRORS}", json_lines(rows))
+        storage.write_text(self.place(GOLD_ERRORS), json_lines(rows))
 
     @property
     def report(self) -> str:
         """The place of the page about the run."""
-        return f"{self.uri}/{REPORT}"
+        return self.place(REPORT)
 
     @property
     def sweep_report(self) -> str:
         """The place of the page about a sweep."""
-        return f"{self.uri}/sweep.html"
+        return self.place("sweep.html")
 
-    @property
-    def comparison(self) -> str:
-        """The place of a comparison as JSON."""
-        return f"{self.uri}/compare.json"
-
-    @property
-    def comparison_text(self) -> str:
-        """The place of a comparison as text to read."""
-        return f"{self.uri}/compare.txt"
+    def artifacts(self, scratch: Path) -> list[Path]:
+        """Return local paths of what MLflow keeps; files of a remote store are copied to `scratch`."""
+        if self.is_local:
+            return [path for name in ARTIFACTS if (path := Path(self.place(name))).exists()]
+        scratch.mkdir(parents=True, exist_ok=True)
+        present = [name for name in ARTIFACTS if storage.exists(self.place(name))]
+        for name in present:
+            fetch = storage.fetch if name == ADAPTER else storage.fetch_file
+            fetch(self.place(name), scratch / name)
+        return [scratch / name for name in present]
 
     # Weights
 
     @property
     def adapter(self) -> AdapterFolder:
         """The best checkpoint's adapter."""
-        return AdapterFolder(f"{self.uri}/{ADAPTER}")
+        return AdapterFolder(self.place(ADAPTER))
+
+    def write_adapter(self, local: Path) -> None:
+        """Write `adapter/` from a local folder, which gets the run's recipe if it has none: an adapter carries it
+        wherever it is copied to."""
+        storage.fetch_file(self.place(CONFIG), local / CONFIG)
+        if not (local / CONTRACT).exists():
+            storage.fetch_file(self.place(CONTRACT), local / CONTRACT)
+        storage.put(local, self.adapter.uri)
 
     def checkpoint(self, step: int) -> AdapterFolder:
-        """The checkpoint of an optimizer step."""
-        return AdapterFolder(f"{self.uri}/checkpoint-{step}")
+        """Return the checkpoint of an optimizer step."""
+        return AdapterFolder(self.place(f"checkpoint-{step}"))
 
     @property
     def merged(self) -> RunFolder:
         """The merged model, with metrics of its own."""
-        return RunFolder(f"{self.uri}/{MERGED}")
+        return RunFolder(self.place("merged"))
 
     # What workers read
 
     @property
     def rows(self) -> str:
         """The place of the tokenised training examples."""
-        return f"{self.uri}/inputs/rows.parquet"
+        return self.place(_ROWS)
 
     @property
     def validation_rows(self) -> str:
         """The place of the tokenised validation examples, for their loss."""
-        return f"{self.uri}/inputs/validation_rows.parquet"
+        return self.place(_VALIDATION_ROWS)
 
     @property
     def validation_questions(self) -> str:
         """The place of the validation questions."""
-        return f"{self.uri}/inputs/validation.jsonl"
+        return self.place(_VALIDATION_QUESTIONS)
 
     @property
     def databases(self) -> str:
-        """The folder of the databases that validation SQL is executed on, where workers see no others."""
-        return f"{self.uri}/inputs/databases"
+        """The folder of the databases that travel with the run."""
+        return self.place(DATABASES)
 
     def has_inputs(self) -> bool:
         """Tell whether a run was laid out here."""
-        return storage.exists(f"{self.uri}/inputs")
+        return storage.exists(self.place(_INPUTS))
+
+    def copy_inputs(self, source: RunFolder) -> None:
+        """Take over the contract, the data and the questions of another run."""
+        names = (CONTRACT, _DATA_FINGERPRINT, _ROWS, _VALIDATION_ROWS, _VALIDATION_QUESTIONS)
+        with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+            for name in names:
+                if storage.exists(source.place(name)):
+                    local = storage.fetch_file(source.place(name), Path(scratch) / Path(name).name)
+                    storage.put(local, self.place(name))
 
     # How far a run has come
 
     def read_data_fingerprint(self) -> str | None:
         """Return the fingerprint of the data that the run was started on."""
-        return storage.read_text(f"{self.uri}/inputs/data_fingerprint")
+        return storage.read_text(self.place(_DATA_FINGERPRINT))
 
     def write_data_fingerprint(self, fingerprint: str) -> None:
         """Keep the fingerprint of the data, so that the same name never continues on other data."""
-        storage.write_text(f"{self.uri}/inputs/data_fingerprint", fingerprint)
+        storage.write_text(self.place(_DATA_FINGERPRINT), fingerprint)
 
     def is_finished(self) -> bool:
-        """Tell whether the run came to its end."""
-        return storage.exists(f"{self.uri}/inputs/finished")
+        """Tell whether the run came to its end. A finished run is shown and not continued."""
+        return storage.exists(self.place(_FINISHED))
 
     def mark_finished(self) -> None:
-        """Say that the run came to its end; written last of all."""
-        storage.write_text(f"{self.uri}/inputs/finished", "")
+        """Record that the run came to its end. Written last of all."""
+        storage.write_text(self.place(_FINISHED), "")
 
     def read_start(self) -> str | None:
         """Return the checkpoint that `prev_checkpoint` named, once the run has gone back to it."""
-        return storage.read_text(f"{self.uri}/inputs/start")
+        return storage.read_text(self.place(_START))
 
     def write_start(self, uri: str) -> None:
         """Keep which checkpoint the run went back to."""
-        storage.write_text(f"{self.uri}/inputs/start", uri)
+        storage.write_text(self.place(_START), uri)
 
     def read_driver(self) -> str | None:
         """Return the name of the driver that the run belongs to: the one started last."""
-        return storage.read_text(f"{self.uri}/inputs/driver")
+        return storage.read_text(self.place(_DRIVER))
 
     def write_driver(self, name: str) -> None:
         """Keep which driver the run belongs to."""
-        storage.write_text(f"{self.uri}/inputs/driver", name)
+        storage.write_text(self.place(_DRIVER), name)
 
     def read_halvings(self) -> int:
         """Return how often the run halved its forward passes to fit into memory."""
-        return int(storage.read_text(f"{self.uri}/inputs/halvings") or 0)
+        return int(storage.read_text(self.place(_HALVINGS)) or 0)
 
     def write_halvings(self, halvings: int) -> None:
         """Keep how often the run halved its forward passes. The adapter does not depend on it."""
-        storage.write_text(f"{self.uri}/inputs/halvings", str(halvings))
+        storage.write_text(self.place(_HALVINGS), str(halvings))
 
     def read_mlflow_run_id(self) -> str | None:
         """Return the MLflow run that an earlier attempt began."""
-        saved = _read_json(f"{self.uri}/run.json")
-        return saved["mlflow_run_id"] if saved else None
+        return (self._read_json(_MLFLOW_RUN) or {}).get("mlflow_run_id")
 
     def write_mlflow_run(self, run_id: str, tracking_uri: str | None) -> None:
-        """Keep the MLflow run, so that a restarted driver goes on with it."""
+        """Keep the MLflow run, so that a restarted driver continues it."""
         run = {"mlflow_run_id": run_id, "tracking_uri": tracking_uri}
-        storage.write_text(f"{self.uri}/run.json", json.dumps(run) + "\n")
+        storage.write_text(self.place(_MLFLOW_RUN), json.dumps(run) + "\n")
 
     # A sweep
 
-    @property
-    def study(self) -> str:
-        """The place of what a sweep knows of its trials."""
-        return f"{self.uri}/{STUDY}"
+    def has_study(self) -> bool:
+        """Tell whether a sweep wrote its study here."""
+        return storage.exists(self.place(STUDY))
 
-    def trial(self, name: str) -> RunFolder:
-        """The folder of a trial, which is a run's."""
-        return RunFolder(f"{self.trials}/{name}")
+    def read_study(self) -> dict[str, Any] | None:
+        """Return what a sweep knows of its trials; None where there is no study."""
+        study: dict[str, Any] | None = self._read_json(STUDY)
+        return study
+
+    def write_study(self, study: Mapping[str, Any]) -> None:
+        """Write `study.json`."""
+        storage.write_text(self.place(STUDY), json.dumps(study, indent=1) + "\n")
 
     @property
     def trials(self) -> str:
         """The folder of all trials."""
-        return f"{self.uri}/trials"
+        return self.place(_TRIALS)
 
-    @property
-    def trial_measures(self) -> str:
-        """The place of what was measured of a trial, in the trial's own folder."""
-        return f"{self.uri}/measured.json"
+    def trial(self, name: str) -> RunFolder:
+        """Return the folder of a trial, which is a run's."""
+        return RunFolder(f"{self.trials}/{name}")
+
+    def read_trial_measures(self) -> list[dict[str, Any]]:
+        """Return what was measured of the trial whose folder this is."""
+        return list(self._read_json(_TRIAL_MEASURES) or [])
+
+    def write_trial_measures(self, measures: Iterable[Mapping[str, Any]]) -> None:
+        """Keep what was measured of the trial whose folder this is."""
+        storage.write_text(self.place(_TRIAL_MEASURES), json.dumps(list(measures)))
 
     # Other programs' files
 
     @property
     def tensorboard(self) -> str:
         """The folder of TensorBoard's logs."""
-        return f"{self.uri}/logs"
+        return self.place("logs")
 
     @property
     def ray(self) -> str:
         """The folder of Ray's own state."""
-        return f"{self.uri}/ray"
+        return self.place("ray")
 
     # The folder as a whole
 
-    def exists(self) -> bool:
-        """Tell whether there is anything in the folder."""
-        return storage.exists(self.uri)
-
     @property
     def is_local(self) -> bool:
-        """Tell a folder of this machine from one of a remote store."""
+        """True for a folder of this machine, False for one of a remote store."""
         return "://" not in self.uri
 
     def remove(self) -> None:
-        """Remove the folder. Should that be cut off, `finish_removal` comes to its end."""
+        """Remove the folder. If that is cut off, `finish_removal` completes it."""
         if not self.exists():
             return
-        storage.write_text(f"{self.uri}/{_REMOVED}", "")
-        storage.remove(
-            f"{self.uri}/inputs/finished"
-        )  # at once: with it, the run could be published
+        storage.write_text(self.place(_REMOVED), "")
+        storage.remove(self.place(_FINISHED))  # at once: with it, the run could be published
         for name in storage.names(self.uri):
             if name != _REMOVED:
-                storage.remove(f"{self.uri}/{name}")
+                storage.remove(self.place(name))
         storage.remove(self.uri)
 
     def finish_removal(self) -> None:
-        """Remove what a removal that was cut off left; called before a folder is taken for a run."""
-        if storage.exists(f"{self.uri}/{_REMOVED}"):
+        """Complete a removal that was cut off. Called before a folder is taken for a run."""
+        if storage.exists(self.place(_REMOVED)):
             self.remove()
 
-    def fetch(self, name: str, target: Path) -> Path:
-        """Copy a file or folder of the run to a local path."""
-        place = f"{self.uri}/{name}"
-        return (
-            storage.fetch(place, target) if name == ADAPTER else storage.fetch_file(place, target)
-        )
-
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        storage.write_text(f"{self.uri}/{name}", json.dumps(value, indent=2) + "\n")
+        storage.write_text(self.place(name), json.dumps(value, indent=2) + "\n")
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Write rows as JSON lines."""
+    """Return rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _read_json(uri: str) -> dict[str, Any] | None:
-    text = storage.read_text(uri)
-    return None if text is None else dict(json.loads(text))

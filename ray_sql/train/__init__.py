@@ -9,6 +9,6 @@ manager (see `checkpoints` for why that is not ours), a crash would leave checkp
 model anew on a device of its own, where here every rank has it loaded.
 """
 
-from ray_sql.train.driver import ADAPTER_FILES, FitResult, fit, free_memory, keep_best
+from ray_sql.train.driver import FitResult, fit, free_memory, keep_best
 from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import check_resumable, starting_point

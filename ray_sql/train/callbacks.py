@@ -13,6 +13,7 @@ from ray_sql.cluster.ranks import gather_all
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError, TrainingError
 from ray_sql.store import checkpoints, storage
+from ray_sql.store.run_folder import CONTRACT, RunFolder
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import LOGGED, check_owned
 from ray_sql.train.validation import Validation
@@ -47,6 +48,7 @@ class Reporter:
             emit,
             rank,
         )
+        self._folder = RunFolder(config.run_dir)
         self._examples, self._driver = len(data), driver
         self._tokens = sum(len(row.input_ids) for row in data) / len(data)
         self._last: tuple[int, float] | None = None
@@ -114,9 +116,9 @@ class Reporter:
 
     def _save(self, step: int, folder: Path) -> bool:
         if self._rank == 0:
-            check_owned(self._config.run_dir, self._driver)
-            storage.fetch_file(f"{self._config.run_dir}/contract.json", folder / "contract.json")
-            checkpoints.save(folder, self._config.run_dir, step, {})
+            check_owned(self._folder, self._driver)
+            storage.fetch_file(self._folder.place(CONTRACT), folder / CONTRACT)
+            checkpoints.save(folder, self._folder, step, {})
         return True
 
     def _measure(self, step: int, model: PreTrainedModel) -> bool:
@@ -126,9 +128,9 @@ class Reporter:
         if self._rank != 0:
             return True
         if judged:
-            checkpoints.score(f"{self._config.run_dir}/checkpoint-{step}", judged)
+            checkpoints.score(self._folder.checkpoint(step).uri, judged)
         scores = judged or {"objective": None, "tie_break": None, "metrics": {}}
-        checkpoints.prune(self._config.run_dir)
+        checkpoints.prune(self._folder)
         saved = CheckpointSaved(step, scores["metrics"], scores["objective"], scores["tie_break"])
         return self._emit(saved) is not False
 

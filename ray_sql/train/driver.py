@@ -4,7 +4,6 @@ checkpoint's adapter taken."""
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import tempfile
 import time
@@ -18,14 +17,11 @@ from ray_sql.config import Config
 from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
+from ray_sql.store.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunFolder
 from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import claim_run, rewind, set_aside_damaged, starting_point
 
 log = logging.getLogger(__name__)
-
-HALVINGS_FILE = "inputs/halvings"
-"""How often this run had to halve its forward passes to find memory: no setting, for the adapter is the same."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,10 @@ def fit(
     meanwhile, `ModelError` for a wrong checkpoint.
     """
     started = time.monotonic()
-    run_dir = config.run_dir
-    start_from = starting_point(
-        config, json.loads(storage.read_text(f"{run_dir}/contract.json") or "{}")
-    )
+    folder = RunFolder(config.run_dir)
+    start_from = starting_point(config, folder.read_contract() or {})
     driver = claim_run(
-        run_dir
+        folder
     )  # before anything is rewound, which the workers of another one would save again
     if start_from:
         rewind(config, start_from)
@@ -65,9 +59,9 @@ def fit(
     try:
         outcome = _fit_into_memory(job, config, on_event, decides)
     except (KeyboardInterrupt, SystemExit):
-        done = checkpoints.complete(run_dir)
+        done = checkpoints.complete(folder)
         kept = (
-            f"{Path(done[-1].uri).name} is saved: the same command goes on from there"
+            f"{done[-1].name} is saved: the same command goes on from there"
             if done
             else "no checkpoint yet"
         )
@@ -75,15 +69,15 @@ def fit(
         raise
     if outcome.failure:
         raise TrainingError(outcome.failure)
-    return FitResult(outcome.step, keep_best(run_dir, say), time.monotonic() - started)
+    return FitResult(outcome.step, keep_best(folder, say), time.monotonic() - started)
 
 
 def _fit_into_memory(
     job: TrainJob, config: Config, on_event: cluster.OnEvent, decides: bool
 ) -> TrainOutcome:
     """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
-    record = f"{config.run_dir}/{HALVINGS_FILE}"
-    halvings = int(storage.read_text(record) or 0)
+    folder = RunFolder(config.run_dir)
+    halvings = folder.read_halvings()
     batching = replace(config.batching, microbatch_halvings=halvings)
 
     def receive(event: cluster.Event) -> bool | None:
@@ -118,7 +112,7 @@ def _fit_into_memory(
                     f"out of memory with one example in a forward pass: {why}"
                 ) from error
         halvings += 1
-        storage.write_text(record, str(halvings))
+        folder.write_halvings(halvings)
         batching = replace(batching, microbatch_halvings=halvings)
         now = batching.examples_per_pass
         said = f"on from the last checkpoint with up to {now} examples in a forward pass, not {before}, and more passes in a step"
@@ -135,22 +129,17 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def keep_best(run_dir: str, say: Callable[[str], object] = log.warning) -> Checkpoint:
+def keep_best(run: RunFolder, say: Callable[[str], object] = log.warning) -> Checkpoint:
     """Copy the adapter of a run's best checkpoint that is not damaged to `<run_dir>/adapter`; returns that checkpoint."""
-    while (best := checkpoints.best(checkpoints.complete(run_dir))) is not None:
+    while (best := checkpoints.best(checkpoints.complete(run))) is not None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = storage.fetch(best.uri, Path(scratch) / "best")
             if wrong := checkpoints.damaged(folder):
                 set_aside_damaged(best.uri, wrong, say)
                 continue
             for file in folder.iterdir():
-                if file.name not in ADAPTER_FILES:
+                if file.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     file.unlink()
-            for name in (
-                "config.json",
-                "contract.json",
-            ):  # an adapter carries its recipe wherever it is copied to
-                storage.fetch_file(f"{run_dir}/{name}", folder / name)
-            storage.put(folder, f"{run_dir}/adapter")
+            run.write_adapter(folder)
         return best
-    raise TrainingError(f"{run_dir}: training ended without a complete checkpoint")
+    raise TrainingError(f"{run}: training ended without a complete checkpoint")

@@ -25,6 +25,7 @@ from ray_sql.cluster.ranks import agreed, gather_all
 from ray_sql.config import Batching, Config
 from ray_sql.errors import ConfigError, ModelError
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train.callbacks import Reporter
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import needs_validation, resume
@@ -95,7 +96,7 @@ def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
 def _inputs(config: Config, target: Path) -> Path:
     """The rows that the driver has put into the run's folder."""
     try:
-        return storage.fetch_file(f"{config.run_dir}/{rows.FILE}", target)
+        return storage.fetch_file(RunFolder(config.run_dir).rows, target)
     except FileNotFoundError:
         raise ConfigError(
             f"{config.run_dir} is not on {platform.node()}, where a worker runs: give --scaling.storage_path a folder that all nodes "

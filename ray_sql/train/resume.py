@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_sql import generate
 from ray_sql.cluster.events import Note, OnEvent, Resumed
 from ray_sql.cluster.ranks import agreed, gather_all
 from ray_sql.config import Config
@@ -18,26 +17,23 @@ from ray_sql.data import prompts
 from ray_sql.errors import ModelError, TakenOver
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
+from ray_sql.store.run_folder import RunFolder
 
-START_FILE = "inputs/start"
-"""Which checkpoint the run was told to go on from, once it has been done."""
-DRIVER_FILE = "inputs/driver"
-"""Which driver the run belongs to: the one that was started last."""
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
-def claim_run(run_dir: str) -> str:
+def claim_run(folder: RunFolder) -> str:
     """Make this driver the one that the run belongs to, and return its name; workers of one before end at their next checkpoint."""
     name = uuid.uuid4().hex
-    storage.write_text(f"{run_dir}/{DRIVER_FILE}", name)
+    folder.write_driver(name)
     return name
 
 
-def check_owned(run_dir: str, driver: str | None) -> None:
+def check_owned(folder: RunFolder, driver: str | None) -> None:
     """Raise `TakenOver` if the run was taken over by another driver: two would write, and prune, the same checkpoints."""
-    if storage.read_text(f"{run_dir}/{DRIVER_FILE}") != driver:
+    if folder.read_driver() != driver:
         raise TakenOver(
-            f"{run_dir} was taken over by the same command given again, which goes on with it; this one ends without saving"
+            f"{folder} was taken over by the same command given again, which goes on with it; this one ends without saving"
         )
 
 
@@ -52,13 +48,13 @@ def starting_point(
     """
     if config.prev_checkpoint is None:
         return None
-    name = config.prev_checkpoint
+    name, run = config.prev_checkpoint, RunFolder(config.run_dir)
     own = "/" not in name and not Path(name).is_dir()
-    uri = f"{config.run_dir}/{name}" if own else storage.absolute_uri(name)
-    if storage.read_text(f"{config.run_dir}/{START_FILE}") == uri:
+    uri = run.place(name) if own else storage.absolute_uri(name)
+    if run.read_start() == uri:
         return uri  # this run did start there, and goes on from wherever it has come to
     if (found := checkpoints.read(uri)) is None:
-        have = [Path(c.uri).name for c in checkpoints.complete(config.run_dir)]
+        have = [checkpoint.name for checkpoint in checkpoints.complete(run)]
         raise ModelError(
             f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}"
         )
@@ -111,14 +107,14 @@ def check_resumable(
 
 def rewind(config: Config, start_from: str) -> None:
     """Remove this run's checkpoints from after `start_from`, once: the same command given again goes on, it does not go back."""
-    record = f"{config.run_dir}/{START_FILE}"
-    if storage.read_text(record) == start_from:
+    folder = RunFolder(config.run_dir)
+    if folder.read_start() == start_from:
         return
     found = checkpoints.read(start_from)
-    for checkpoint in checkpoints.complete(config.run_dir):
+    for checkpoint in checkpoints.complete(folder):
         if found and checkpoint.step > found.step:
             storage.remove(checkpoint.uri)
-    storage.write_text(record, start_from)
+    folder.write_start(start_from)
 
 
 def resume(
@@ -130,7 +126,7 @@ def resume(
 
     first = ray.train.get_context().get_world_rank() == 0
     while True:
-        found = checkpoints.complete(config.run_dir) if first else []
+        found = checkpoints.complete(RunFolder(config.run_dir)) if first else []
         own = gather_all(found[-1] if found else None)[0]
         uri = own.uri if own else start_from
         if uri is None:
@@ -174,5 +170,5 @@ def _curve(newest: Path, found: Sequence[Checkpoint]) -> list[tuple[int, Mapping
 
 def needs_validation(last: Checkpoint, config: Config, examples: int) -> bool:
     """Whether a checkpoint should have been measured, and the run was cut off before."""
-    asked = bool(storage.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}"))
+    asked = bool(storage.read_text(RunFolder(config.run_dir).validation_questions))
     return asked and not last.metrics and config.measured(last.step, examples)

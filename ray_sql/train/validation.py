@@ -10,6 +10,7 @@ from ray_sql.cluster.ranks import gather_all
 from ray_sql.config import Batching, Config
 from ray_sql.evaluate import scoring
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,14 +25,15 @@ class Validation:
     ) -> None:
         import ray.train
 
-        self._questions = generate.parse(
-            storage.read_text(f"{config.run_dir}/{generate.VALIDATION_FILE}") or ""
-        )
+        folder = RunFolder(config.run_dir)
+        self._questions = generate.parse(storage.read_text(folder.validation_questions) or "")
         if ray.train.get_context().get_world_rank() == 0:  # the one that executes
             self._questions = generate.unpack(self._questions, scratch)
-        source, self._rows = f"{config.run_dir}/{rows.VALIDATION_FILE}", []
-        if storage.exists(source):
-            self._rows = rows.read(storage.fetch_file(source, scratch / "validation.parquet"))
+        self._rows = []
+        if storage.exists(folder.validation_rows):
+            self._rows = rows.read(
+                storage.fetch_file(folder.validation_rows, scratch / "validation.parquet")
+            )
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
         self._tokenizer, self._batching = tokenizer, batching

@@ -3,7 +3,6 @@ settings, question by question. What comes of it lies in the study's folder as a
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,9 +17,10 @@ from ray_sql.evaluate import measure
 from ray_sql.evaluate.measure import Measured
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.store import storage
+from ray_sql.store.run_folder import STUDY, RunFolder
 from ray_sql.tasks import TASKS
 from ray_sql.tune import space
-from ray_sql.tune.study import FILE, Measure, Study, Trial, name
+from ray_sql.tune.study import Measure, Study, Trial, name
 
 ALIAS = "champion"
 
@@ -41,7 +41,7 @@ def crown(
     measured = _measure(chosen, study, prepared, adapter, display)
     won, verdict = judge(measured, config)
     sweep = {
-        "study": FILE,
+        "study": STUDY,
         "trial": best.number,
         "point": best.point,
         "objective": best.best.objective,
@@ -124,14 +124,12 @@ def _settings(config: Config, trial: Trial) -> Config:
 
 def _take(chosen: Config, study: Study, trial: Trial) -> str:
     """Copy the adapter of a trial's best checkpoint to the study's folder, with the recipe of a run of its own; returns where it is."""
-    storage.write_text(
-        f"{chosen.run_dir}/config.json", json.dumps(chosen.public(), indent=2) + "\n"
-    )
+    run = RunFolder(chosen.run_dir)
+    run.write_settings(chosen.public())
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        folder = storage.fetch(f"{study.folder(trial.number)}/adapter", Path(scratch) / "adapter")
-        storage.fetch_file(f"{chosen.run_dir}/config.json", folder / "config.json")
-        storage.put(folder, f"{chosen.run_dir}/adapter")
-    return f"{chosen.run_dir}/adapter"
+        adapter = study.folder(trial.number).adapter
+        run.write_adapter(storage.fetch(adapter.uri, Path(scratch) / "adapter"))
+    return run.adapter.uri
 
 
 def _measure(
@@ -153,7 +151,7 @@ def _measure(
     others = {model: rows for model, rows in found.items() if model != "tuned"}
     if first.best and first.number != study.best().number:  # type: ignore[union-attr]
         alone = _settings(chosen, first).changed({"evaluate.baseline": False})
-        others["default"] = answers(alone, f"{study.folder(first.number)}/adapter")["tuned"]
+        others["default"] = answers(alone, study.folder(first.number).adapter.uri)["tuned"]
     return {**others, "tuned": found["tuned"]}
 
 

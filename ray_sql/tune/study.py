@@ -17,15 +17,12 @@ from typing import Any, Literal
 
 from ray_sql.config import Config, differences, without_password
 from ray_sql.errors import ConfigError, StoreError
-from ray_sql.finetune import prepare
-from ray_sql.store import checkpoints, storage
+from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import STUDY, RunFolder
 from ray_sql.tune.space import Point
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 SETTLED = ("finished", "stopped", "failed")
-FILE = "study.json"
-MEASURED_FILE = "measured.json"
-"""What was measured of a trial, in its folder."""
 WORST = -sys.float_info.max
 """The score of a trial that failed: the search learns to keep away."""
 
@@ -98,11 +95,11 @@ class Study:
 
     def save(self) -> None:
         """Write the file."""
-        storage.write_text(f"{self.run_dir}/{FILE}", json.dumps(asdict(self), indent=1) + "\n")
+        RunFolder(self.run_dir).write_study(asdict(self))
 
-    def folder(self, number: int) -> str:
+    def folder(self, number: int) -> RunFolder:
         """A trial's run folder."""
-        return f"{self.run_dir}/trials/{name(number)}"
+        return RunFolder(self.run_dir).trial(name(number))
 
     def settled(self, count: int) -> int:
         """How many of the first `count` trials have ended, in whatever way."""
@@ -123,7 +120,7 @@ def settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
     """The settings of a trial of the study `config`, whose own folder lies in the study's."""
     root = "scaling.storage_path" if config.scaling.storage_path else "output_dir"
     return config.changed(
-        {**changes, root: f"{config.run_dir}/trials", "output_name": name(number)}
+        {**changes, root: RunFolder(config.run_dir).trials, "output_name": name(number)}
     )
 
 
@@ -141,12 +138,12 @@ def load(config: Config) -> Study | None:
 
     Raises `ConfigError` if it is of other settings, `StoreError` if the folder holds something else.
     """
-    prepare.clear(config.run_dir)
-    text = storage.read_text(f"{config.run_dir}/{FILE}")
-    if text is None:
+    folder = RunFolder(config.run_dir)
+    folder.finish_removal()
+    saved = folder.read_study()
+    if saved is None:
         check_free(config)
         return None
-    saved = json.loads(text)
     trials = [
         Trial(**{**one, "best": one["best"] and Measure(**one["best"])})
         for one in saved.pop("trials")
@@ -162,14 +159,14 @@ def load(config: Config) -> Study | None:
 
 def check_free(config: Config) -> None:
     """Raise `StoreError` if the folder of `config` holds something that is no study; inputs from which nothing was trained may go."""
-    run_dir = config.run_dir
-    prepare.clear(run_dir)
-    if storage.exists(f"{run_dir}/{FILE}") or not storage.exists(run_dir):
+    folder = RunFolder(config.run_dir)
+    folder.finish_removal()
+    if folder.has_study() or not folder.exists():
         return
-    trained = checkpoints.complete(run_dir) or storage.exists(f"{run_dir}/adapter")
-    if trained or not storage.exists(f"{run_dir}/inputs"):
+    trained = checkpoints.complete(folder) or folder.adapter.exists()
+    if trained or not folder.has_inputs():
         raise StoreError(
-            f"{run_dir}: exists, but is no study ({FILE} is missing); choose another --output_name"
+            f"{folder}: exists, but is no study ({STUDY} is missing); choose another --output_name"
         )
 
 
@@ -181,16 +178,15 @@ def key(config: Config) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def measured(run_dir: str) -> list[Measure]:
+def measured(folder: RunFolder) -> list[Measure]:
     """What was measured of a trial, by step: as its file has it, and as its checkpoints say, should the file have been too late."""
-    text = storage.read_text(f"{run_dir}/{MEASURED_FILE}")
-    found = {one["step"]: Measure(**one) for one in json.loads(text or "[]")}
-    for one in checkpoints.complete(run_dir):
+    found = {one["step"]: Measure(**one) for one in folder.read_trial_measures()}
+    for one in checkpoints.complete(folder):
         if one.objective is not None:
             found.setdefault(one.step, Measure(one.step, one.objective, one.tie_break, one.metrics))
     return [found[step] for step in sorted(found)]
 
 
-def record(run_dir: str, measures: list[Measure]) -> None:
+def record(folder: RunFolder, measures: list[Measure]) -> None:
     """Keep what was measured of a trial."""
-    storage.write_text(f"{run_dir}/{MEASURED_FILE}", json.dumps([asdict(one) for one in measures]))
+    folder.write_trial_measures(asdict(measure) for measure in measures)

@@ -6,7 +6,6 @@ shown, not repeated.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -21,12 +20,12 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
-from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 from ray_sql.tune import champion, space, sweep_report
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown
-from ray_sql.tune.study import FILE, SETTLED, Study, Trial, begin, check_free, load, name, settings
+from ray_sql.tune.study import SETTLED, Study, Trial, begin, check_free, load, name, settings
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow is the record
@@ -171,16 +170,13 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
     with Display() as display:
         study = _study(config, resume)
         if study.finished and len(study.trials) >= config.tune.num_samples:
-            winner = Config(
-                **json.loads(storage.read_text(f"{config.run_dir}/config.json") or "{}")
-            )
+            folder = RunFolder(config.run_dir)
+            winner = Config(**folder.read_settings())
             prepare.check_scored_alike(winner, config)
             display.line(
                 f"{config.run_dir} holds a finished study of these settings; --overwrite runs it again."
             )
-            metrics: dict[str, Any] = json.loads(
-                storage.read_text(f"{config.run_dir}/metrics.json") or "{}"
-            )
+            metrics = folder.read_metrics() or {}
             finetune.show(metrics, config, display)
             return metrics
         axes = space.read(config)
@@ -206,7 +202,7 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
         study.save()
         metrics = _recorded(config, axes, study, prepared, room, record, display)
         finetune.show(metrics, config, display)
-        display.line(f"sweep        {config.run_dir}/{sweep_report.FILE}")
+        display.line(f"sweep        {RunFolder(config.run_dir).sweep_report}")
     return metrics
 
 
@@ -227,13 +223,14 @@ def _study(config: Config, resume: bool) -> Study:
 
 def _remove(config: Config) -> None:
     """Remove the study that is there; nothing of it stays open in MLflow."""
-    earlier = json.loads(storage.read_text(f"{config.run_dir}/{FILE}") or "{}")
+    folder = RunFolder(config.run_dir)
+    earlier = folder.read_study()
     if config.tracking.enabled and earlier:
         own = {"study": earlier.get("id", "")}
         tracking.close(
             config.tracking.uri, config.tracking.experiment, earlier["mlflow_run_id"], own
         )
-    prepare.remove(config.run_dir)
+    folder.remove()
 
 
 def _recorded(
@@ -326,7 +323,7 @@ def _trials(
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{int(time.time())}",
-                storage_path=f"{config.run_dir}/ray",
+                storage_path=RunFolder(config.run_dir).ray,
                 verbose=0,
                 callbacks=[watch],
                 failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
@@ -414,4 +411,4 @@ def _record_study(
     for file, figure in drawn.items():
         record.figure(figure, f"figures/{file}")
     if "://" not in study.run_dir:
-        record.artifact(Path(study.run_dir) / sweep_report.FILE)
+        record.artifact(Path(RunFolder(study.run_dir).sweep_report))

@@ -10,6 +10,7 @@ from ray_sql.display import percent
 from ray_sql.report import figures as plots
 from ray_sql.report import html
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Axis, Space, shown
 from ray_sql.tune.study import Study, Trial, measured, name
@@ -17,7 +18,6 @@ from ray_sql.tune.study import Study, Trial, measured, name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE = "sweep.html"
 NOTE = (
     "The objective is that of a trial's best checkpoint on the validation questions, which chose it: expect less of it on others. "
     "The first trial has the settings as they were given. A trial marked stopped fell behind the others at a rung of ASHA."
@@ -44,7 +44,7 @@ def write(config: Config, space: Space, study: Study, hours: str) -> dict[str, F
         trials=[_row(config, space, study, trial) for trial in study.trials],
         note=NOTE,
     )
-    storage.write_text(f"{study.run_dir}/{FILE}", page)
+    storage.write_text(RunFolder(study.run_dir).sweep_report, page)
     return made
 
 

@@ -20,8 +20,7 @@ from ray_sql import cluster, train
 from ray_sql.cluster.events import CheckpointSaved, TrialEvent
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
-from ray_sql.finetune import prepare
-from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tune.study import WORST, Measure, measured, record, settings
 
 log = logging.getLogger(__name__)
@@ -35,8 +34,9 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
         assert plan is not None
         self._number, self._plan, self._settled = config["trial"], plan, config["settled"]
         self._settings = settings(Config(**plan["config"]), config["changes"], self._number)
-        self._fresh = not storage.exists(f"{self._settings.run_dir}/config.json")
-        self._measures = [] if self._fresh else measured(self._settings.run_dir)
+        self._folder = RunFolder(self._settings.run_dir)
+        self._fresh = not self._folder.has_settings()
+        self._measures = [] if self._fresh else measured(self._folder)
         self._left = list(self._measures)
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._decisions: queue.Queue[bool] = queue.Queue()
@@ -105,7 +105,8 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
     def _train(self) -> None:
         try:
             if self._fresh:
-                prepare.copy_inputs(self._plan["inputs"], self._settings)
+                self._folder.copy_inputs(RunFolder(self._plan["inputs"]))
+                self._folder.write_settings(self._settings.public())
             train.fit(self._settings, self._plan["model_folder"], self._on_event, decides=True)
         except (
             Exception
@@ -122,7 +123,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             return not self._stopping
         measure = Measure(event.step, event.objective, event.tie_break, dict(event.values))
         self._measures.append(measure)
-        record(self._settings.run_dir, self._measures)
+        record(self._folder, self._measures)
         if self._stopping:
             return False
         if measure.step >= self._plan["steps"]:
