@@ -89,9 +89,9 @@ def layers_compiled(model: Any) -> None:
 def every_logit() -> Iterator[None]:
     """The vocabulary's scores at every token."""
 
-    def loss(model: Any, made: Any, config_of: Any) -> torch.Tensor:
-        targets = torch.nn.functional.pad(made.labels[:, 1:], (0, 1), value=IGNORED)
-        logits = model(**model_inputs(made, config_of), use_cache=False).logits.float()
+    def loss(model: Any, batch: Any, inner_model: Any) -> torch.Tensor:
+        targets = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        logits = model(**model_inputs(batch, inner_model), use_cache=False).logits.float()
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )

@@ -102,10 +102,8 @@ def loop(job: Job, driver: DriverLink) -> list[float]:
             examples,
             config,
             config.batching,
-            scratch=Path(scratch),
-            resume_from=None,
-            on_log=on_log,
-            on_save=lambda *_: None,
+            trainer.TrainerHooks(on_log, lambda *_: None),
+            Path(scratch),
         )
     return seconds
 

@@ -255,10 +255,8 @@ def train(folder: Path, run: Run) -> None:
             examples,
             config,
             replace(config.batching, examples_per_row=run.together),
-            scratch=Path(scratch),
-            resume_from=None,
-            on_log=on_log,
-            on_save=on_save,
+            trainer.TrainerHooks(on_log, on_save),
+            Path(scratch),
         )
     curves = {"curve": curve, "training_seconds": trained, "held_out_loss": loss}
     (folder / f"{run.name}.json").write_text(json.dumps(curves))

@@ -198,12 +198,13 @@ def test_two_steps_of_training_with_the_defaults_of_a_gpu(make_config: Any, tmp_
         some_rows(**LONG),
         config,
         replace(config.batching, examples_per_row=8),
-        scratch=tmp_path / "scratch",
-        resume_from=None,
-        on_log=lambda step, steps, values: seen.append(values["loss"]),
-        on_save=lambda step, place, model: saved.append(
-            (step, sorted(file.name for file in place.iterdir()))
+        trainer.TrainerHooks(
+            on_log=lambda step, steps, values: seen.append(values["loss"]),
+            on_save=lambda step, place, model: saved.append(
+                (step, sorted(file.name for file in place.iterdir()))
+            ),
         ),
+        tmp_path / "scratch",
     )
     assert outcome == TrainOutcome(2, 2, None)
     assert len(seen) == 2 and all(

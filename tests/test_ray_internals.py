@@ -64,7 +64,7 @@ def test_an_address_is_probed_in_seconds() -> None:
         free.bind(("127.0.0.1", 0))
         nobody = f"127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(ConnectionError, match=r"nothing of Ray's in 1 s"):
-        ray_internals.probe_address(nobody, 0.5)
+        ray_internals.probe_address(nobody, 1.0)
 
 
 def test_two_lines_of_a_start_are_silenced(caplog: pytest.LogCaptureFixture) -> None:

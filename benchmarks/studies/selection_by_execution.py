@@ -164,10 +164,8 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
             made.trained,
             config,
             config.batching,
-            scratch=Path(scratch),
-            resume_from=None,
-            on_log=lambda step, steps, values: None,
-            on_save=on_save,
+            trainer.TrainerHooks(lambda *_: None, on_save),
+            Path(scratch),
         )
     return measured
 

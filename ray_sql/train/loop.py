@@ -78,19 +78,13 @@ def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
         reporter = Reporter(
             config, judge, notice, driver.emit, data, context.get_world_rank(), job.driver
         )
-        return trainer.train(
-            base,
-            tokenizer,
-            data,
-            config,
-            batching,
-            scratch=local,
-            resume_from=resume_from,
+        hooks = trainer.TrainerHooks(
             on_log=reporter.on_log,
             on_save=reporter.on_save,
             on_step=notice,
             on_begin=reporter.measure if unmeasured else None,
         )
+        return trainer.train(base, tokenizer, data, config, batching, hooks, local, resume_from)
 
 
 def _inputs(config: Config, target: Path) -> Path:

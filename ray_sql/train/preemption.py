@@ -1,4 +1,4 @@
-"""When to save at once."""
+"""When to save at once, before the next `save_steps`."""
 
 from __future__ import annotations
 
@@ -8,47 +8,52 @@ from collections.abc import Callable
 
 from ray_sql.cluster.ranks import gather_all
 
-ASKING = 100
-"""Training takes so many times as long as asking whether to save at once ..."""
-SECONDS_UNASKED = 5.0
-"""... unless that is longer ago than this. Ray itself looks every five seconds for nodes that are to be taken away."""
+COST_RATIO = 100
+"""Training takes at least this many times as long as the ranks take to ask each other ..."""
+MAX_SECONDS = 5.0
+"""... unless they last asked longer ago than this. Ray itself looks every five seconds for nodes
+that are to be taken away."""
 
 
 class PreemptionWatch:
-    """Whether to save now, before the next `save_steps`: the driver was told to stop, or Ray takes away a node that a rank is on.
+    """Tells when to save: the driver was told to stop, or Ray takes away a node that a rank is on.
 
-    All ranks learn of it after the same step. They ask each other as often as costs a hundredth of training, but every few seconds.
+    All ranks learn of it after the same step. They ask each other as often as costs a hundredth of
+    training, but every few seconds.
     """
 
     def __init__(self, stopping: Callable[[], bool]) -> None:
         self.stops = False
         self._stopping = stopping
-        self._leaving: set[str] = set()
-        self._next = 0
-        self._asked: tuple[int, float, float] | None = None
+        self._preempted: set[str] = set()
+        self._next_step = 0
+        self._last: tuple[int, float, float] | None = None
+        """Step, time and duration of the last question."""
 
     def told_to_stop(self) -> bool:
-        """What rank 0 sees, on all ranks."""
+        """Return on all ranks whether rank 0 sees that the driver was told to stop."""
         return bool(gather_all(self._stopping())[0])
 
     def __call__(self, step: int) -> bool:
-        """Whether all ranks are to save after this step."""
+        """Return on all ranks alike whether to save after this step."""
         import ray.train
 
-        if step < self._next:
+        if step < self._next_step:
             return False
-        began = time.monotonic()
+        start = time.monotonic()
         info = ray.train.get_preemption_info()
-        self.stops, self._next = gather_all((self._stopping(), step + self._pace(step, began)))[0]
-        self._asked = (step, began, time.monotonic() - began)
-        new = (set(info.preempted_node_ids) if info else set()) - self._leaving
-        self._leaving |= new
+        next_step = step + self._interval(step, start)
+        self.stops, self._next_step = gather_all((self._stopping(), next_step))[0]
+        self._last = (step, start, time.monotonic() - start)
+        new = (set(info.preempted_node_ids) if info else set()) - self._preempted
+        self._preempted |= new
         return self.stops or bool(new)
 
-    def _pace(self, step: int, now: float) -> int:
-        """After how many steps to ask again."""
-        if self._asked is None:
+    def _interval(self, step: int, now: float) -> int:
+        """Return the number of steps until the ranks ask again."""
+        if self._last is None:
             return 1
-        before, then, took = self._asked
-        each = max((now - then) / (step - before), 1e-6)
-        return max(1, min(math.ceil(ASKING * took / each), int(SECONDS_UNASKED / each)))
+        last_step, last_time, duration = self._last
+        step_seconds = max((now - last_time) / (step - last_step), 1e-6)
+        affordable = math.ceil(COST_RATIO * duration / step_seconds)
+        return max(1, min(affordable, int(MAX_SECONDS / step_seconds)))
