@@ -1,4 +1,4 @@
-"""Count what makes the code hard to live in, and the limits it must stay under.
+"""Count what makes the code hard to live in.
 
     python -m benchmarks.house            # a table for people, then one JSON object
     python -m benchmarks.house --where functions_that_take_config
@@ -12,7 +12,7 @@ import argparse
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,31 @@ RUN_FILES = re.compile(
     r"predictions\.jsonl|gold_errors|report\.html|inputs|merged|trials|ray\b|logs)"
 )
 """A path below a run's folder, written as an f-string."""
+TREES = frozenset(
+    ["Config", "EvaluateConfig", "SweepConfig", "CheckConfig", "PublishConfig", "TasksConfig"]
+)
+"""Classes that hold the whole tree of settings."""
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def files() -> list[Path]:
-    """Every Python file of the package."""
+    """Return every Python file of the package."""
     return sorted(PACKAGE.rglob("*.py"))
 
 
 def functions_that_take_config() -> list[str]:
-    """Functions and methods with a parameter annotated with the whole tree of settings."""
-    found = []
+    """List functions and methods with a parameter annotated with the whole tree of settings."""
+    places = []
     for path, node in _nodes(ast.FunctionDef, ast.AsyncFunctionDef):
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        notes = [ast.unparse(each.annotation) for each in arguments if each.annotation]
+        notes = [ast.unparse(argument.annotation) for argument in arguments if argument.annotation]
         if any(map(_is_tree, notes)):
-            found.append(_place(path, node))
-    return found
+            places.append(_place(path, node))
+    return places
 
 
 def run_file_f_strings() -> list[str]:
-    """F-strings outside `store/` that spell the path of a file in a run's folder."""
+    """List f-strings outside `store/` that spell the path of a file in a run's folder."""
     return [
         _place(path, node)
         for path, node in _nodes(ast.JoinedStr)
@@ -51,7 +56,7 @@ def run_file_f_strings() -> list[str]:
 
 
 def kind_dispatches() -> list[str]:
-    """Places that ask a message for its `["kind"]`."""
+    """List places that ask a message for its `["kind"]`."""
     return [
         _place(path, node)
         for path, node in _nodes(ast.Subscript)
@@ -60,25 +65,35 @@ def kind_dispatches() -> list[str]:
 
 
 def top_level_names() -> list[str]:
-    """Modules and packages that stand side by side at the top of the package."""
+    """List modules and packages that stand side by side at the top of the package."""
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     return sorted(modules | {path.parent.name for path in PACKAGE.glob("*/__init__.py")})
 
 
 def own_imports_in_functions() -> list[str]:
-    """Imports of this package inside functions."""
+    """List imports of this package inside functions."""
     functions = _nodes(ast.FunctionDef, ast.AsyncFunctionDef)
     inside = ((path, node) for path, function in functions for node in ast.walk(function))
     return sorted({_place(path, node) for path, node in inside if _is_own_import(node)})
 
 
 def conditional_expressions() -> list[str]:
-    """`a if b else c` anywhere in the package."""
+    """List every `a if b else c` of the package."""
     return [_place(path, node) for path, node in _nodes(ast.IfExp)]
 
 
+def nested_conditionals() -> list[str]:
+    """List conditional expressions that hold another one."""
+    return [_place(path, node) for path, node in _nodes(ast.IfExp) if _is_nested_conditional(node)]
+
+
+def nested_comprehensions() -> list[str]:
+    """List comprehensions that loop over something in a loop in a loop."""
+    return [_place(path, node) for path, node in _nodes(*COMPREHENSIONS) if _loops(node) > 2]
+
+
 def docstrings_without_a_verb() -> list[str]:
-    """Docstrings with a sentence that begins with What, Whether or How, where a verb belongs."""
+    """List docstrings with a sentence that begins with What, Whether or How instead of a verb."""
     start = re.compile(
         r"(?:^|[.;:!?]\s+)(?:What|Whether|How (?:many|often|long|far|much))\b[^?]*?(?:[.;]|$)"
     )
@@ -86,57 +101,65 @@ def docstrings_without_a_verb() -> list[str]:
 
 
 def long_docstring_sentences(most: int = 25) -> list[str]:
-    """Docstrings with a sentence of more than `most` words."""
-    return [
-        place
-        for place, text in _docstrings()
-        if any(len(one.split()) > most for one in re.split(r"(?<=[.!?])\s+", text))
-    ]
+    """List docstrings with a sentence of more than `most` words."""
+    places = []
+    for place, text in _docstrings():
+        sentences = re.split(r"(?<=[.!?])\s+", text)
+        if max(len(sentence.split()) for sentence in sentences) > most:
+            places.append(place)
+    return places
 
 
 def lines() -> int:
-    """Lines of the package's Python files."""
+    """Return the number of lines in the package's Python files."""
     return sum(path.read_text().count("\n") for path in files())
 
 
 def readme_lines() -> int:
-    """Lines of README.md."""
+    """Return the number of lines of README.md."""
     return (ROOT / "README.md").read_text().count("\n")
 
 
 def long_sentences(page: Path, most: int = 35) -> tuple[int, int]:
-    """(sentences over `most` words, all sentences) of a page's prose, without code and tables."""
+    """Return (sentences over `most` words, all sentences) of a page, without code and tables."""
     text = re.sub(r"```.*?```", "\n\n", page.read_text(), flags=re.DOTALL)
     text = re.sub(r"<[^>]+>|!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.)\s)|\n(?=#)|(?<=\n)(?=\|)", text)
-    prose = [
-        " ".join(block.split()) for block in blocks if not block.strip().startswith(("|", "#"))
-    ]
-    sentences = [
-        one for block in prose for one in re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(])", block) if one
-    ]
-    counted = [len(one.split()) for one in sentences if len(one.split()) > 2]
+    words = []
+    for block in blocks:
+        if block.strip().startswith(("|", "#")):
+            continue
+        sentences = re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(])", " ".join(block.split()))
+        words += [len(sentence.split()) for sentence in sentences]
+    counted = [count for count in words if count > 2]
     return sum(count > most for count in counted), len(counted)
 
 
+LISTS: tuple[Callable[[], list[str]], ...] = (
+    functions_that_take_config,
+    run_file_f_strings,
+    kind_dispatches,
+    top_level_names,
+    own_imports_in_functions,
+    nested_comprehensions,
+    nested_conditionals,
+    docstrings_without_a_verb,
+    long_docstring_sentences,
+)
+"""Counts whose places `--where` lists."""
+
+
 def measure() -> dict[str, float]:
-    """Every count by name."""
+    """Return every count by name."""
+    counts: dict[str, float] = {places.__name__: len(places()) for places in LISTS}
     long, sentences = long_sentences(ROOT / "README.md")
-    return {
-        "functions_that_take_config": len(functions_that_take_config()),
-        "run_file_f_strings": len(run_file_f_strings()),
-        "kind_dispatches": len(kind_dispatches()),
-        "top_level_names": len(top_level_names()),
-        "own_imports_in_functions": len(own_imports_in_functions()),
-        "conditional_expressions_per_1000_lines": round(
-            1000 * len(conditional_expressions()) / lines(), 1
-        ),
-        "docstrings_without_a_verb": len(docstrings_without_a_verb()),
-        "long_docstring_sentences": len(long_docstring_sentences()),
-        "readme_lines": readme_lines(),
-        "readme_long_sentences_percent": round(100 * long / sentences, 1),
-        "lines": lines(),
-    }
+    counts["conditional_expressions_per_1000_lines"] = round(
+        1000 * len(conditional_expressions()) / lines(), 1
+    )
+    counts["readme_lines"] = readme_lines()
+    counts["readme_long_sentences_percent"] = round(100 * long / sentences, 1)
+    counts["lines"] = lines()
+    return counts
 
 
 def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, Any]]:
@@ -147,11 +170,21 @@ def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, Any]]:
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """Yield (place, text on one line) of every docstring, those of settings and constants included."""
+    """Yield (place, text on one line) of every docstring, also those of settings and constants."""
     for path, node in _nodes(ast.Expr):
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             prose = re.split(r"\n\s*\n\s{4,}\S|\n\s*\n {4}", node.value.value)[0]
             yield _place(path, node), " ".join(prose.split())
+
+
+def _loops(node: ast.AST) -> int:
+    """Return how deep the `for` of comprehensions stand in each other, from this node down."""
+    own = len(node.generators) if isinstance(node, COMPREHENSIONS) else 0
+    return own + max(map(_loops, ast.iter_child_nodes(node)), default=0)
+
+
+def _is_nested_conditional(node: ast.IfExp) -> bool:
+    return any(isinstance(inner, ast.IfExp) for inner in ast.walk(node) if inner is not node)
 
 
 def _is_own_import(node: ast.AST) -> bool:
@@ -159,22 +192,13 @@ def _is_own_import(node: ast.AST) -> bool:
 
 
 def _is_tree(note: str) -> bool:
-    trees = {
-        "Config",
-        "EvaluateConfig",
-        "SweepConfig",
-        "CheckConfig",
-        "PublishConfig",
-        "TasksConfig",
-    }
-    return bool(trees & set(re.findall(r"\w+", note)))
+    return bool(TREES & set(re.findall(r"\w+", note)))
 
 
 def _is_path(node: ast.JoinedStr) -> bool:
-    """Whether an f-string is a path and no sentence: it has no spaces."""
-    return " " not in "".join(
-        str(part.value) for part in node.values if isinstance(part, ast.Constant)
-    )
+    """Return True where an f-string has no spaces, as a path has none and a sentence has some."""
+    constants = [part for part in node.values if isinstance(part, ast.Constant)]
+    return not any(" " in str(part.value) for part in constants)
 
 
 def _place(path: Path, node: Any) -> str:
@@ -184,15 +208,13 @@ def _place(path: Path, node: Any) -> str:
 
 def main() -> None:
     """Print the counts, or with `--where` the places behind one of them."""
+    listed = {places.__name__: places for places in (*LISTS, conditional_expressions)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--where", help="list the places of one count")
-    parser.add_argument(
-        "--quick", action="store_true", help="nothing is left out: it takes seconds"
-    )
-    given = parser.parse_args()
-    if given.where:
-        for place in globals()[given.where]():
-            print(place)
+    parser.add_argument("--where", choices=listed, help="list the places of one count")
+    parser.add_argument("--quick", action="store_true", help="change nothing: it takes seconds")
+    arguments = parser.parse_args()
+    if arguments.where:
+        print("\n".join(listed[arguments.where]()))
         return
     counts = measure()
     for name, value in counts.items():
