@@ -506,8 +506,8 @@ def test_only_what_is_saved_can_be_measured() -> None:
     config = settings(
         "--save_steps", "10", "--evaluate.eval_steps", "20", "--train.max_steps", "45"
     )
-    assert [step for step in (10, 20, 30, 40, 45) if config.measured(step, 100)] == [20, 40, 45]
-    assert settings("--save_steps", "10").measured(10, 10_000)
+    assert [step for step in (10, 20, 30, 40, 45) if config.is_eval_step(step, 100)] == [20, 40, 45]
+    assert settings("--save_steps", "10").is_eval_step(10, 10_000)
 
 
 def test_a_password_is_written_down_in_no_form(make_config: Any) -> None:

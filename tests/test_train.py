@@ -305,7 +305,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) 
     with pytest.raises(
         ModelError, match=r"--prev_checkpoint checkpoint-6: is damaged .*; give another one"
     ):
-        train.starting_point(config.changed({"prev_checkpoint": "checkpoint-6"}), {})
+        train.starting_point("checkpoint-6", RunFolder(config.run_dir), {}, config.lora)
     result = fit(config, on_event)
     assert notes == [
         "checkpoint-6 is damaged (adapter_model.safetensors is not as it was saved): set aside for the one before"
@@ -432,7 +432,12 @@ def test_a_checkpoint_of_another_base_model_is_refused(make_config: Any, tmp_pat
         }
     )
     with pytest.raises(ContractError, match="trained with model_name"):
-        train.starting_point(moved, prepare.prepare(moved).contract)
+        train.starting_point(
+            moved.prev_checkpoint,
+            RunFolder(moved.run_dir),
+            prepare.prepare(moved).contract,
+            moved.lora,
+        )
 
 
 def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config: Any) -> None:

@@ -27,7 +27,7 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Capacity:
-    """The number of trainings of one kind that the cluster holds at a time, and on how many nodes."""
+    """The number of trainings of one kind that fit at a time, and the nodes that hold them."""
 
     trainings: int
     nodes: int

@@ -255,11 +255,10 @@ class Config(ModelConfig):
             seed=self.seed,
         )
 
-    def measured(self, step: int, examples: int) -> bool:
-        """Whether the checkpoint of a step is measured in a run over so many examples: at every `eval_steps`, and the last one."""
-        return step % (
-            self.evaluate.eval_steps or self.save_steps
-        ) == 0 or step >= self.batching.steps(examples)
+    def is_eval_step(self, step: int, examples: int) -> bool:
+        """Tell whether a step's checkpoint is evaluated: every `eval_steps`, and the last step."""
+        every = self.evaluate.eval_steps or self.save_steps
+        return step % every == 0 or step >= self.batching.steps(examples)
 
     @property
     def publishes(self) -> bool:

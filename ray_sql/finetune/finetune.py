@@ -62,7 +62,13 @@ def run(config: Config) -> dict[str, Any]:
             timeline.mark("MLflow")
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
-        train.starting_point(config, prepared.contract, config.batching.steps(prepared.audit.rows))
+        train.starting_point(
+            config.prev_checkpoint,
+            RunFolder(config.run_dir),
+            prepared.contract,
+            config.lora,
+            config.batching.steps(prepared.audit.rows),
+        )
         asked = prepared.questions(
             config
         )  # now: what cannot be asked should be known before training

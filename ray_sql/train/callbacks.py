@@ -1,4 +1,4 @@
-"""What a worker does at a log and at a save."""
+"""A worker's actions at a log and at a save."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql import rows
 from ray_sql.cluster.events import CheckpointSaved, OnEvent, TrainPoint
-from ray_sql.cluster.ranks import gather_all
-from ray_sql.config import Config
+from ray_sql.cluster.ranks import gather_all, rank
+from ray_sql.config import Batching
 from ray_sql.errors import RaySqlError, TrainingError
+from ray_sql.rows import TokenizedExample
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import CONTRACT, RunFolder
 from ray_sql.train.preemption import PreemptionWatch
@@ -25,124 +25,126 @@ GAUGES = {
     "loss": "Training loss",
     "examples_per_second": "Examples trained on, all workers together",
 }
-"""Points that Ray shows too, as `ray_sql_<name>`: Ray puts `ray_` before every metric."""
+"""Values that Ray shows too, as `ray_sql_<name>`: Ray puts `ray_` before every metric."""
 
 
 class Reporter:
-    """What happens at a log and at a save: points to the driver, validation, the checkpoint to storage."""
+    """Sends logged values to the driver; at a save, stores the checkpoint and evaluates it."""
 
     def __init__(
         self,
-        config: Config,
-        judge: Validation,
-        notice: PreemptionWatch,
-        emit: OnEvent,
-        data: Sequence[rows.TokenizedExample],
-        rank: int,
+        folder: RunFolder,
         driver: str | None,
+        emit: OnEvent,
+        validation: Validation,
+        watch: PreemptionWatch,
+        is_eval_step: Callable[[int], bool],
+        batching: Batching,
+        examples: Sequence[TokenizedExample],
+        run_name: str,
     ) -> None:
-        self._config, self._judge, self._notice, self._emit, self._rank = (
-            config,
-            judge,
-            notice,
-            emit,
-            rank,
-        )
-        self._folder = RunFolder(config.run_dir)
-        self._examples, self._driver = len(data), driver
-        self._tokens = sum(len(row.input_ids) for row in data) / len(data)
+        self._folder, self._driver, self._emit = folder, driver, emit
+        self._validation, self._watch, self._is_eval_step = validation, watch, is_eval_step
+        self._step_examples = batching.global_batch_size
+        self._epoch_steps = batching.steps_per_epoch(len(examples))
+        self._mean_tokens = sum(len(one.input_ids) for one in examples) / len(examples)
         self._last: tuple[int, float] | None = None
-        self._gauges = _gauges(config) if rank == 0 else {}
+        self._rank = rank()
+        self._gauges = _gauges(run_name) if self._rank == 0 else {}
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Send a step's values to the driver, with the speed since the last ones."""
         now = time.monotonic()
-        kept: dict[str, float] = {
+        point: dict[str, float] = {
             name: value
             for name, value in values.items()
             if name in LOGGED or name.startswith(("time/", "memory/", "gpu/"))
         }
-        kept["epoch"] = step / self._config.batching.steps_per_epoch(self._examples)
+        point["epoch"] = step / self._epoch_steps
         if self._last is not None and now > self._last[1]:
-            per_second = (
-                (step - self._last[0])
-                / (now - self._last[1])
-                * self._config.batching.global_batch_size
-            )
-            # a schema that questions share counts for each of them, so that speeds with and without sharing compare
-            kept |= {
-                "examples_per_second": per_second,
-                "tokens_per_second": per_second * self._tokens,
-            }
+            last_step, last_time = self._last
+            per_second = (step - last_step) / (now - last_time) * self._step_examples
+            point["examples_per_second"] = per_second
+            # a shared schema counts for each question, so that speeds with and without sharing
+            # can be compared
+            point["tokens_per_second"] = per_second * self._mean_tokens
         self._last = (step, now)
-        self._emit(TrainPoint(step, steps, kept))
+        self._emit(TrainPoint(step, steps, point))
         for name, gauge in self._gauges.items():
-            if name in kept:
-                gauge.set(kept[name])
+            if name in point:
+                gauge.set(point[name])
 
-    def on_save(self, step: int, folder: Path, model: PreTrainedModel) -> bool:
+    def on_save(self, step: int, local: Path, model: PreTrainedModel) -> bool:
+        """Store and evaluate a checkpoint; return False on all ranks if training should stop."""
         import ray.train
 
         started = time.monotonic()
-        self._together(
-            lambda: self._save(step, folder)
-        )  # first: it must be complete before anything that takes long
-        go_on = self.measure(step, model)
-        ray.train.report({"step": step})  # what Ray's dashboard shows of the run
+        # stored first: it must be complete before anything that takes long
+        self._on_all_ranks(lambda: self._store(step, local))
+        go_on = self.evaluate_checkpoint(step, model)
+        ray.train.report({"step": step})  # Ray's dashboard shows this of the run
         if self._last is not None:  # time spent here is not training time
             self._last = (self._last[0], self._last[1] + time.monotonic() - started)
-        return go_on and not self._notice.stops
+        return go_on and not self._watch.stops
 
-    def measure(self, step: int, model: PreTrainedModel) -> bool:
-        """Add to this step's checkpoint what it is measured at, if it is to be and there is time, and say that it is there; False on
-        all ranks if training should stop."""
-        return self._together(lambda: self._measure(step, model))
+    def evaluate_checkpoint(self, step: int, model: PreTrainedModel) -> bool:
+        """Evaluate this step's checkpoint if it is due and there is time, and say that it is there.
 
-    def _together(self, part: Callable[[], bool]) -> bool:
-        """Whether all ranks' parts are for going on. A rank that leaves alone would let the others wait for it forever."""
+        Returns False on all ranks if training should stop.
+        """
+        return self._on_all_ranks(lambda: self._evaluate(step, model))
+
+    def _on_all_ranks(self, part: Callable[[], bool]) -> bool:
+        """Return whether all ranks' parts are for going on; raise on all where one fails.
+
+        A rank that left alone would let the others wait for it for ever.
+        """
         problem: RaySqlError | None = None
         go_on = True
         try:
             go_on = part()
         except RaySqlError as error:
             problem = error
-        said = gather_all((problem, go_on))
-        if problems := [each for each, _ in said if each]:
-            raise (
-                problems[0]
-                if isinstance(problems[0], TrainingError)
-                else TrainingError(str(problems[0]))
-            )
-        return all(each for _, each in said)
+        results = gather_all((problem, go_on))
+        for error_of_rank, _ in results:
+            if isinstance(error_of_rank, TrainingError):
+                raise error_of_rank
+            if error_of_rank:
+                raise TrainingError(str(error_of_rank))
+        return all(rank_goes_on for _, rank_goes_on in results)
 
-    def _save(self, step: int, folder: Path) -> bool:
+    def _store(self, step: int, local: Path) -> bool:
         if self._rank == 0:
             check_owned(self._folder, self._driver)
-            storage.fetch_file(self._folder.place(CONTRACT), folder / CONTRACT)
-            checkpoints.save(folder, self._folder, step, {})
+            storage.fetch_file(self._folder.place(CONTRACT), local / CONTRACT)
+            checkpoints.save(local, self._folder, step, {})
         return True
 
-    def _measure(self, step: int, model: PreTrainedModel) -> bool:
-        """Whether to go on after this checkpoint, as far as this rank knows."""
-        wanted = self._config.measured(step, self._examples) and not self._notice.stops
-        judged = self._judge(model) if wanted else None
+    def _evaluate(self, step: int, model: PreTrainedModel) -> bool:
+        """Return whether to go on after this checkpoint, as far as this rank knows."""
+        scores = None
+        if self._is_eval_step(step) and not self._watch.stops:
+            scores = self._validation(model)
         if self._rank != 0:
             return True
-        if judged:
-            checkpoints.score(self._folder.checkpoint(step).uri, judged)
-        scores = judged or {"objective": None, "tie_break": None, "metrics": {}}
+        saved = CheckpointSaved(step)
+        if scores:
+            checkpoints.score(self._folder.checkpoint(step).uri, scores)
+            saved = CheckpointSaved(
+                step, scores["metrics"], scores["objective"], scores["tie_break"]
+            )
         checkpoints.prune(self._folder)
-        saved = CheckpointSaved(step, scores["metrics"], scores["objective"], scores["tie_break"])
         return self._emit(saved) is not False
 
 
-def _gauges(config: Config) -> dict[str, Any]:
-    """Metrics of Ray by our names, for its dashboard and Prometheus; none where training runs without Ray."""
+def _gauges(run_name: str) -> dict[str, Any]:
+    """Return metrics of Ray for its dashboard and Prometheus; none where Ray does not run."""
     import ray
     from ray.util.metrics import Gauge
 
     if not ray.is_initialized():
         return {}
-    made = {name: Gauge(f"sql_{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
-    for gauge in made.values():
-        gauge.set_default_tags({"run": config.output_name})
-    return made
+    gauges = {name: Gauge(f"sql_{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
+    for gauge in gauges.values():
+        gauge.set_default_tags({"run": run_name})
+    return gauges

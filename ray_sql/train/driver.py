@@ -1,5 +1,4 @@
-"""The driver's side: workers started on what lies in the run's folder, again with smaller passes where memory is full, and the best
-checkpoint's adapter taken."""
+"""The driver's side: start workers, halve passes where memory is full, take the best adapter."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ray_sql import cluster
-from ray_sql.cluster.events import Note, RowsChosen, TrainJob, TrainOutcome
-from ray_sql.config import Config
+from ray_sql import cluster, models
+from ray_sql.cluster.events import DriverLink, Note, RowsChosen, TrainJob, TrainOutcome
+from ray_sql.config import Batching, Config
+from ray_sql.config.sections import ScalingSection
 from ray_sql.errors import OutOfMemory, TrainingError, last_line, out_of_memory
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
 from ray_sql.store.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunFolder
-from ray_sql.train.loop import train_loop_per_worker
 from ray_sql.train.resume import claim_run, rewind, set_aside_damaged, starting_point
 
 log = logging.getLogger(__name__)
@@ -26,59 +25,75 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitResult:
-    """A finished training run: its last step and its best checkpoint, whose adapter lies in `<run_dir>/adapter`."""
+    """A finished training run: its last step and its best checkpoint, whose adapter was kept."""
 
     steps: int
     best: Checkpoint
     seconds: float
 
 
+def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
+    """Train on this worker; all ranks return the same outcome."""
+    entered = time.time()
+    models.quiet()  # before the training stack imports bitsandbytes, which writes a note
+    # here: it loads the whole training stack, which the driver can do without
+    from ray_sql.train import loop
+
+    return loop.train(job, driver, entered)
+
+
 def fit(
     config: Config, model_folder: str, on_event: cluster.OnEvent, decides: bool = False
 ) -> FitResult:
-    """Train on the inputs in `config.run_dir`, going on from its newest checkpoint if there is one.
+    """Train on the inputs in the run's folder, going on from its newest checkpoint if any.
 
-    Where `on_event` `decides`, it is asked at every checkpoint, and False ends training there. A run that is out of memory goes on from
-    its last checkpoint with half as many examples in a forward pass, and twice as many passes, as often as they can be halved. Raises
-    `TrainingError` where the loss diverges or the workers cannot be kept alive, `TakenOver` where the same command was given again
-    meanwhile, `ModelError` for a wrong checkpoint.
+    Where `on_event` `decides`, its answer to a saved checkpoint counts: False ends training there.
+    A run that is out of memory goes on from its last checkpoint with half as many examples in a
+    forward pass, and twice as many passes, as often as they can be halved.
+
+    Raises `TrainingError` where the loss diverges or workers cannot be kept alive, `TakenOver`
+    where the same command was given again meanwhile, and `ModelError` for a wrong checkpoint.
     """
     started = time.monotonic()
     folder = RunFolder(config.run_dir)
-    start_from = starting_point(config, folder.read_contract() or {})
-    driver = claim_run(
-        folder
-    )  # before anything is rewound, which the workers of another one would save again
+    contract = folder.read_contract() or {}
+    start_from = starting_point(config.prev_checkpoint, folder, contract, config.lora)
+    # claimed before anything is rewound: the workers of another driver would save it again
+    driver = claim_run(folder)
     if start_from:
-        rewind(config, start_from)
-    job = TrainJob(config.for_workers(), model_folder, start_from, driver)
+        rewind(folder, start_from)
 
-    def say(text: str) -> None:
+    def note(text: str) -> None:
         on_event(Note(text))
 
+    job = TrainJob(config.for_workers(), model_folder, start_from, driver)
     try:
-        outcome = _fit_into_memory(job, config, on_event, decides)
-    except (KeyboardInterrupt, SystemExit):
-        done = checkpoints.complete(folder)
-        kept = (
-            f"{done[-1].name} is saved: the same command goes on from there"
-            if done
-            else "no checkpoint yet"
+        outcome = _fit_into_memory(
+            job, config.batching, config.scaling, folder, on_event, decides=decides
         )
-        say(f"stopped; {kept}")
+    except (KeyboardInterrupt, SystemExit):
+        saved = checkpoints.complete(folder)
+        if saved:
+            note(f"stopped; {saved[-1].name} is saved: the same command goes on from there")
+        else:
+            note("stopped; no checkpoint yet")
         raise
     if outcome.failure:
         raise TrainingError(outcome.failure)
-    return FitResult(outcome.step, keep_best(folder, say), time.monotonic() - started)
+    return FitResult(outcome.step, keep_best(folder, note), time.monotonic() - started)
 
 
 def _fit_into_memory(
-    job: TrainJob, config: Config, on_event: cluster.OnEvent, decides: bool
+    job: TrainJob,
+    batching: Batching,
+    scaling: ScalingSection,
+    folder: RunFolder,
+    on_event: cluster.OnEvent,
+    *,
+    decides: bool,
 ) -> TrainOutcome:
-    """What rank 0 returned, after as many halvings of the forward passes as it takes to find memory for them."""
-    folder = RunFolder(config.run_dir)
-    halvings = folder.read_halvings()
-    batching = replace(config.batching, microbatch_halvings=halvings)
+    """Run the workers, with forward passes halved until there is memory for them."""
+    batching = replace(batching, microbatch_halvings=folder.read_halvings())
 
     def receive(event: cluster.Event) -> bool | None:
         nonlocal batching
@@ -91,37 +106,37 @@ def _fit_into_memory(
         try:
             return cluster.run_workers(
                 train_loop_per_worker,
-                replace(job, microbatch_halvings=halvings),
-                config.scaling,
-                config.run_dir,
+                replace(job, microbatch_halvings=batching.microbatch_halvings),
+                scaling,
+                str(folder),
                 receive,
                 decides=decides,
                 resizes=True,
             )
-        except Exception as error:  # in this process it is torch's own, from workers ours
-            before = batching.examples_per_pass
+        except Exception as error:  # torch's own from this process, ours from workers
             if not out_of_memory(error):
                 raise
+            before = batching.examples_per_pass
             if before == 1:
-                why = (
-                    str(error)
-                    if isinstance(error, OutOfMemory)
-                    else f"{last_line(error)}; {cluster.MORE_MEMORY}"
-                )
-                raise OutOfMemory(
-                    f"out of memory with one example in a forward pass: {why}"
-                ) from error
-        halvings += 1
-        folder.write_halvings(halvings)
-        batching = replace(batching, microbatch_halvings=halvings)
-        now = batching.examples_per_pass
-        said = f"on from the last checkpoint with up to {now} examples in a forward pass, not {before}, and more passes in a step"
-        on_event(Note(f"out of memory: {said}"))
+                reason = f"{last_line(error)}; {cluster.MORE_MEMORY}"
+                if isinstance(error, OutOfMemory):
+                    reason = str(error)
+                text = f"out of memory with one example in a forward pass: {reason}"
+                raise OutOfMemory(text) from error
+        batching = replace(batching, microbatch_halvings=batching.microbatch_halvings + 1)
+        folder.write_halvings(batching.microbatch_halvings)
+        on_event(
+            Note(
+                "out of memory: on from the last checkpoint with up to "
+                f"{batching.examples_per_pass} examples in a forward pass, not {before}, and more "
+                "passes in a step"
+            )
+        )
         free_memory()
 
 
 def free_memory() -> None:
-    """Give back what a failed attempt held in this process."""
+    """Give back the memory that a failed attempt held in this process."""
     import torch
 
     gc.collect()
@@ -129,17 +144,18 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def keep_best(run: RunFolder, say: Callable[[str], object] = log.warning) -> Checkpoint:
-    """Copy the adapter of a run's best checkpoint that is not damaged to `<run_dir>/adapter`; returns that checkpoint."""
-    while (best := checkpoints.best(checkpoints.complete(run))) is not None:
+def keep_best(folder: RunFolder, note: Callable[[str], object] = log.warning) -> Checkpoint:
+    """Copy the best undamaged checkpoint's adapter to `adapter/`; return that checkpoint."""
+    while (best := checkpoints.best(checkpoints.complete(folder))) is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = storage.fetch(best.uri, Path(scratch) / "best")
-            if wrong := checkpoints.damaged(folder):
-                set_aside_damaged(best.uri, wrong, say)
+            local = storage.fetch(best.uri, Path(scratch) / "best")
+            damaged = checkpoints.damaged(local)
+            if damaged:
+                set_aside_damaged(best.uri, damaged, note)
                 continue
-            for file in folder.iterdir():
+            for file in local.iterdir():
                 if file.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     file.unlink()
-            run.write_adapter(folder)
+            folder.write_adapter(local)
         return best
-    raise TrainingError(f"{run}: training ended without a complete checkpoint")
+    raise TrainingError(f"{folder}: training ended without a complete checkpoint")

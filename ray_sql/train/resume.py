@@ -11,164 +11,192 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql.cluster.events import Note, OnEvent, Resumed
-from ray_sql.cluster.ranks import agreed, gather_all
-from ray_sql.config import Config
+from ray_sql.cluster.ranks import agreed, gather_all, rank
+from ray_sql.config.sections import LoraSection
 from ray_sql.data import prompts
 from ray_sql.errors import ModelError, TakenOver
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import AdapterFolder, RunFolder
 
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
 def claim_run(folder: RunFolder) -> str:
-    """Make this driver the one that the run belongs to, and return its name; workers of one before end at their next checkpoint."""
+    """Make this driver the one that the run belongs to, and return its name.
+
+    The workers of an earlier driver end at their next checkpoint.
+    """
     name = uuid.uuid4().hex
     folder.write_driver(name)
     return name
 
 
 def check_owned(folder: RunFolder, driver: str | None) -> None:
-    """Raise `TakenOver` if the run was taken over by another driver: two would write, and prune, the same checkpoints."""
+    """Raise `TakenOver` if another driver has claimed the run.
+
+    Two drivers would write, and prune, the same checkpoints.
+    """
     if folder.read_driver() != driver:
         raise TakenOver(
-            f"{folder} was taken over by the same command given again, which goes on with it; this one ends without saving"
+            f"{folder} was taken over by the same command given again, which goes on with it; this "
+            "one ends without saving"
         )
 
 
 def starting_point(
-    config: Config, contract: Mapping[str, Any], steps: int | None = None
+    name: str | None,
+    folder: RunFolder,
+    contract: Mapping[str, Any],
+    lora: LoraSection,
+    steps: int | None = None,
 ) -> str | None:
-    """The checkpoint that `prev_checkpoint` names, as a URI, after checking that it continues into this run (of so many steps, where
-    they are known); changes nothing.
+    """Return the URI of the checkpoint that `prev_checkpoint` names, checked; change nothing.
 
-    Raises `ModelError` if it is missing, incomplete, at the end already, or of another LoRA rank, `ContractError` if of another base
-    model or prompt.
+    The checkpoint must continue into a run with this contract, adapter and, where they are known,
+    optimizer steps. Raises `ModelError` if it is missing, incomplete, damaged, at the end already,
+    or of another LoRA rank. Raises `ContractError` if it is of another base model or prompt.
     """
-    if config.prev_checkpoint is None:
+    if name is None:
         return None
-    name, run = config.prev_checkpoint, RunFolder(config.run_dir)
+    flag = f"--prev_checkpoint {name}"
     own = "/" not in name and not Path(name).is_dir()
-    uri = run.place(name) if own else storage.absolute_uri(name)
-    if run.read_start() == uri:
+    uri = folder.place(name) if own else storage.absolute_uri(name)
+    if folder.read_start() == uri:
         return uri  # this run did start there, and goes on from wherever it has come to
-    if (found := checkpoints.read(uri)) is None:
-        have = [checkpoint.name for checkpoint in checkpoints.complete(run)]
+    checkpoint = checkpoints.read(uri)
+    if checkpoint is None:
+        names = ", ".join(one.name for one in checkpoints.complete(folder)) or "none"
+        raise ModelError(f"{flag}: no complete checkpoint at {uri}; this run has {names}")
+    if steps is not None and checkpoint.step >= steps:
         raise ModelError(
-            f"--prev_checkpoint {name}: no complete checkpoint at {uri}; this run has {', '.join(have) or 'none'}"
-        )
-    if steps is not None and found.step >= steps:
-        raise ModelError(
-            f"--prev_checkpoint {name}: is at step {found.step}, and this run ends at step {steps}: nothing is left to train; raise "
-            "--num_epochs or --train.max_steps"
+            f"{flag}: is at step {checkpoint.step}, and this run ends at step {steps}: nothing is "
+            "left to train; raise --num_epochs or --train.max_steps"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = storage.fetch(uri, Path(scratch))
-        _check_intact(uri, folder, name)
-        check_resumable(folder, contract, config, name)
+        local = storage.fetch(uri, Path(scratch))
+        _check_intact(uri, local, name)
+        _check_resumable(local, contract, lora, name)
     return uri
 
 
-def _check_intact(uri: str, folder: Path, name: str) -> None:
-    if wrong := _wrong(uri, folder):
+def _check_intact(uri: str, local: Path, name: str) -> None:
+    damaged = _damaged_in_store(uri, local)
+    if damaged:
         raise ModelError(
-            f"--prev_checkpoint {name}: is damaged ({wrong} is not as it was saved); give another one"
+            f"--prev_checkpoint {name}: is damaged ({damaged} is not as it was saved); give another"
+            " one"
         )
 
 
-def check_resumable(
-    checkpoint: Path, contract: Mapping[str, Any], config: Config, name: str
+def _check_resumable(
+    checkpoint: Path, contract: Mapping[str, Any], lora: LoraSection, name: str
 ) -> None:
-    """Raise if the checkpoint called `name`, fetched to `checkpoint`, does not continue into this run.
+    """Raise if the checkpoint called `name`, fetched to `checkpoint`, does not fit this run.
 
-    `ModelError` for another LoRA rank or other modules; `ContractError` for another base model, task or prompt.
+    `ModelError` for another LoRA rank or other modules; `ContractError` for another base model,
+    task or prompt.
     """
-    file, signed = checkpoint / "adapter_config.json", checkpoint / "contract.json"
-    if not file.is_file() or not signed.is_file():
+    flag = f"--prev_checkpoint {name}"
+    folder = AdapterFolder(str(checkpoint))
+    saved, signed = folder.read_adapter_config(), folder.read_contract()
+    if saved is None or signed is None:
         raise ModelError(
-            f"--prev_checkpoint {name}: holds no adapter_config.json and contract.json; give a checkpoint of a run"
+            f"{flag}: holds no adapter_config.json and contract.json; give a checkpoint of a run"
         )
-    saved, own = json.loads(file.read_text()), config.lora.model_dump()
+    own = lora.model_dump()
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         if saved[key] != own[key]:
-            what = "LoRA rank" if key == "r" else key
+            label = "LoRA rank" if key == "r" else key
             raise ModelError(
-                f"--prev_checkpoint {name}: its {what} is {saved[key]}, but --lora.{key} is {own[key]}; set --lora.{key} {saved[key]}"
+                f"{flag}: its {label} is {saved[key]}, but --lora.{key} is {own[key]}; set "
+                f"--lora.{key} {saved[key]}"
             )
     modules = own["target_modules"]
     if isinstance(modules, list) and set(modules) != set(saved["target_modules"]):
         raise ModelError(
-            f"--prev_checkpoint {name}: it adapts {', '.join(sorted(saved['target_modules']))}, but --lora.target_modules is "
-            f"{', '.join(modules)}; give it the same"
+            f"{flag}: it adapts {', '.join(sorted(saved['target_modules']))}, but "
+            f"--lora.target_modules is {', '.join(modules)}; give it the same"
         )
-    prompts.check_contract(json.loads(signed.read_text()), contract, f"--prev_checkpoint {name}")
+    prompts.check_contract(signed, contract, flag)
 
 
-def rewind(config: Config, start_from: str) -> None:
-    """Remove this run's checkpoints from after `start_from`, once: the same command given again goes on, it does not go back."""
-    folder = RunFolder(config.run_dir)
+def rewind(folder: RunFolder, start_from: str) -> None:
+    """Remove this run's checkpoints from after `start_from`, once.
+
+    The same command given again goes on; it does not go back.
+    """
     if folder.read_start() == start_from:
         return
-    found = checkpoints.read(start_from)
+    start = checkpoints.read(start_from)
     for checkpoint in checkpoints.complete(folder):
-        if found and checkpoint.step > found.step:
+        if start and checkpoint.step > start.step:
             storage.remove(checkpoint.uri)
     folder.write_start(start_from)
 
 
 def resume(
-    config: Config, start_from: str | None, scratch: Path, emit: OnEvent
+    folder: RunFolder, start_from: str | None, scratch: Path, emit: OnEvent
 ) -> tuple[Path | None, Checkpoint | None]:
-    """The newest checkpoint of this run that is complete and not damaged, else the one the user named, as a local folder, the same one
-    on all ranks; and what is known of it where it is this run's."""
-    import ray.train
+    """Return the checkpoint to go on from, the same on all ranks: (local folder, its record).
 
-    first = ray.train.get_context().get_world_rank() == 0
+    It is the newest complete and undamaged one of this run, else the one that the user named, which
+    has no record here. Both are None where there is none.
+    """
+    first = rank() == 0
     while True:
-        found = checkpoints.complete(RunFolder(config.run_dir)) if first else []
-        own = gather_all(found[-1] if found else None)[0]
-        uri = own.uri if own else start_from
+        saved = checkpoints.complete(folder) if first else []
+        newest = gather_all(saved[-1] if saved else None)[0]
+        uri = newest.uri if newest else start_from
         if uri is None:
             return None, None
-        folder = storage.fetch(uri, scratch / "resume" / Path(uri).name)
-        if own is None:
-            agreed(partial(_check_intact, uri, folder, uri))
-            return folder, None
-        wrong = next((each for each in gather_all(_wrong(uri, folder)) if each), None)
-        if wrong is None:
+        local = storage.fetch(uri, scratch / "resume" / Path(uri).name)
+        if newest is None:
+            agreed(partial(_check_intact, uri, local, uri))
+            return local, None
+        by_rank = gather_all(_damaged_in_store(uri, local))
+        damaged = next((file for file in by_rank if file), None)
+        if damaged is None:
             if first:
-                emit(Resumed(own.step, _curve(folder, found)))
-            return folder, own
+                emit(Resumed(newest.step, _curve(local, saved)))
+            return local, newest
         if first:
-            set_aside_damaged(uri, wrong, lambda text: emit(Note(text)))
+            set_aside_damaged(uri, damaged, lambda text: emit(Note(text)))
 
 
-def set_aside_damaged(uri: str, wrong: str, say: Callable[[str], object]) -> None:
+def set_aside_damaged(uri: str, damaged: str, note: Callable[[str], object]) -> None:
     """Pass over a checkpoint from now on, and say so."""
     checkpoints.set_aside(uri)
-    say(
-        f"{Path(uri).name} is damaged ({wrong} is not as it was saved): set aside for the one before"
+    note(
+        f"{Path(uri).name} is damaged ({damaged} is not as it was saved): set aside for the one "
+        "before"
     )
 
 
-def _wrong(uri: str, folder: Path) -> str | None:
-    """A file of a checkpoint that is damaged in storage: what came wrong over the network comes right the second time."""
-    return checkpoints.damaged(folder) and checkpoints.damaged(storage.fetch(uri, folder))
+def _damaged_in_store(uri: str, local: Path) -> str | None:
+    """Return a file of a checkpoint that is damaged in storage; None if all are intact.
+
+    A file that came wrong over the network comes right the second time.
+    """
+    return checkpoints.damaged(local) and checkpoints.damaged(storage.fetch(uri, local))
 
 
-def _curve(newest: Path, found: Sequence[Checkpoint]) -> list[tuple[int, Mapping[str, float]]]:
-    """(step, values) of all that was logged and measured up to the newest checkpoint: a driver that was killed may have taken some of
-    it with it."""
+def _curve(newest: Path, saved: Sequence[Checkpoint]) -> list[tuple[int, Mapping[str, float]]]:
+    """Return (step, values) of all logs and evaluations up to the newest checkpoint.
+
+    A driver that was killed may have taken some of them with it.
+    """
     entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    logged = [
+    curve: list[tuple[int, Mapping[str, float]]] = [
         (entry["step"], {name: entry[name] for name in LOGGED if name in entry})
         for entry in entries
     ]
-    return [*logged, *((one.step, one.metrics) for one in found if one.metrics)]
+    return curve + [(one.step, one.metrics) for one in saved if one.metrics]
 
 
-def needs_validation(last: Checkpoint, config: Config, examples: int) -> bool:
-    """Whether a checkpoint should have been measured, and the run was cut off before."""
-    asked = bool(storage.read_text(RunFolder(config.run_dir).validation_questions))
-    return asked and not last.metrics and config.measured(last.step, examples)
+def needs_validation(
+    last: Checkpoint, folder: RunFolder, is_eval_step: Callable[[int], bool]
+) -> bool:
+    """Tell whether a checkpoint was due for evaluation when the run was cut off."""
+    has_questions = bool(storage.read_text(folder.validation_questions))
+    return has_questions and not last.metrics and is_eval_step(last.step)

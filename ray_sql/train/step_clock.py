@@ -17,8 +17,8 @@ import psutil
 import torch
 
 Phase = Literal["data", "forward", "backward", "optimizer", "report"]
-"""`backward` holds the exchange of gradients, and so the wait for slower ranks. `report` holds logs,
-checkpoints and validation."""
+"""`backward` holds the exchange of gradients, and so the wait for slower ranks. `report` holds
+logs, checkpoints and validation."""
 GIB = 2**30
 
 

@@ -80,9 +80,9 @@ def train(
 class StepTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types that mypy can follow
     """SFTTrainer whose batches are whole optimizer steps.
 
-    So the layout of a step in forward passes does not change it. TRL's own loss, measured on 2 cores
-    with a 135M model, takes a third of a step longer: it multiplies in float32, adds entropy and
-    accuracy, and waits for the device at every batch.
+    So the layout of a step in forward passes does not change it. TRL's own loss, measured on 2
+    cores with a 135M model, takes a third of a step longer: it multiplies in float32, adds entropy
+    and accuracy, and waits for the device at every batch.
     """
 
     def __init__(self, steps: Steps, **arguments: Any) -> None:
@@ -138,9 +138,9 @@ def completion_loss(
 ) -> torch.Tensor:
     """Return the cross entropy summed over the labels of a pass.
 
-    Logits are computed only at places that have a label in some row. In this task a tenth to a fifth
-    of a row's tokens have one, and the vocabulary is the widest matrix of a small model. The rows of
-    a pass have their labels at different places. `inner_model` is `model` without a wrapper of DDP.
+    Logits are computed only at places that have a label in some row. In this task a tenth to a
+    fifth of a row's tokens have one, and the vocabulary is the widest matrix of a small model. The
+    rows of a pass have their labels at different places. `inner_model` is `model` without DDP.
     """
     targets = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     places = (targets != IGNORED).any(dim=0).nonzero().flatten()
@@ -230,8 +230,8 @@ def build(
 class CpuDropout(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     """Dropout that draws 16 random bits an element.
 
-    Torch draws 64, one after the other, and on a CPU its dropout takes a quarter of a training step.
-    The probability is exact to 1 / 65,536; the scale is that of the probability used.
+    Torch draws 64, one after the other, and on a CPU its dropout takes a quarter of a training
+    step. The probability is exact to 1 / 65,536; the scale is that of the probability used.
     """
 
     def __init__(self, probability: float) -> None:
