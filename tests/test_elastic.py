@@ -1,6 +1,7 @@
-"""Told to stop, or told that a node goes away, a run saves at the next step and repeats none; workers come and go, and the curve stays.
+"""A run that is told to stop, or that a node goes away, saves at the next step and repeats none.
 
-Real signals to this process, real nodes of a real cluster, added, drained and killed while 4-bit training goes on.
+Workers come and go, and the curve stays. The signals to this process are real, and so are the nodes
+of a real cluster, added, drained and killed while 4-bit training goes on.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ ON_NODES = {
 
 
 class Log:
-    """What a run says: the loss and the learning rate of every step, in the order in which they came, checkpoints, and notes. `at` is
-    called with every new step."""
+    """The events of a run: loss and learning rate of every step in their order, checkpoints, notes.
+
+    `at` is called with every new step.
+    """
 
     def __init__(self, at: Any = None) -> None:
         self.points: list[tuple[int, float, float]] = []
@@ -67,7 +70,7 @@ class Log:
 
     @property
     def sizes(self) -> list[int]:
-        """With how many workers it trained, one after the other."""
+        """Return the numbers of workers that it trained with, one after the other."""
         return [int(note.split()[2]) for note in self.notes if note.startswith("training with")]
 
     @property
@@ -97,13 +100,13 @@ def fit(config: Config, on_event: Any) -> train.FitResult:
 
 
 def told(number: int, *steps: int) -> Log:
-    """A log that sends this process a signal when it hears of one of `steps`."""
+    """Return a log that sends this process a signal when it hears of one of `steps`."""
     return Log(lambda step: os.kill(os.getpid(), number) if step in steps else None)
 
 
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C as on a terminal: what a shell starts in its background ignores it, and so does all that is started there."""
+    """Ctrl-C as on a terminal: a process in a shell's background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -136,7 +139,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def wait_for(seen: Callable[[], bool], thread: threading.Thread, seconds: float = 200) -> None:
-    """Until something is seen; fails when the run has ended without it, or it takes too long."""
+    """Wait until something is seen; fail when the run ends without it, or it takes too long."""
     end = time.monotonic() + seconds
     while not seen():
         assert thread.is_alive() and time.monotonic() < end
@@ -144,7 +147,7 @@ def wait_for(seen: Callable[[], bool], thread: threading.Thread, seconds: float 
 
 
 def beside(config: Config, log: Log) -> threading.Thread:
-    """A run in a thread, while this one adds and removes nodes."""
+    """Start a run in a thread, while this one adds and removes nodes."""
     thread = threading.Thread(target=fit, args=(config, log), daemon=True)
     thread.start()
     return thread
@@ -191,7 +194,8 @@ def test_workers_come_and_go_and_the_curve_stays(
     fit(make_config(output_name="whole", grad_accum_steps=8, **settings), whole)
     farthest = max(abs(loss - whole.losses[step]) for step, loss, _ in log.points)
     print(
-        f"workers {log.sizes}, {len(log.order) - STEPS} of {STEPS} steps repeated, losses differ by up to {farthest:.1e}"
+        f"workers {log.sizes}, {len(log.order) - STEPS} of {STEPS} steps repeated, losses differ by "
+        f"up to {farthest:.1e}"
     )
     assert log.sizes == [1, 2, 1]
     assert len(log.order) - STEPS <= 2 * 6, "what was repeated, at two restarts"

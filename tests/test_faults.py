@@ -1,6 +1,6 @@
 """A run whose worker, node or newest checkpoint is lost ends with the curve of the unbroken one.
 
-Three trials of `benchmarks.faults`, which has all of them: real processes of a cluster of three nodes, killed.
+These are three trials of `benchmarks.faults`, which has all: killed processes of three real nodes.
 """
 
 from __future__ import annotations

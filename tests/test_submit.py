@@ -1,7 +1,7 @@
-"""What a user of a cluster does, on a real head that asks for a token: submit, read the log and the exit code, stop, submit again.
+"""A user of a cluster submits, reads the log and the exit code, stops, and submits again.
 
-The head has secrets in its environment, and MLflow is a server behind a password in its address; nothing that a run leaves
-behind may hold them.
+The head is real and asks for a token. It has secrets in its environment, and MLflow is a server
+behind a password in its address. Nothing that a run leaves behind may hold them.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ SECRETS = {
     "MLFLOW_TRACKING_URI": "plantedInTheAddress",
     "RAY_AUTH_TOKEN_PATH": "plantedForRayItself0123456789abcdef",
 }
-"""What must not be found anywhere, by the variable that it comes from."""
+"""Must not be found anywhere; by the variable that each comes from."""
 
 
 class Head:
-    """`ray start --head` on free ports in folders of its own; jobs run in `runs`, from a copy of the project with `LEFT` lying about."""
+    """`ray start --head` on free ports, in folders of its own.
+
+    Jobs run in `runs`, from a copy of the project with the files of `LEFT` in it.
+    """
 
     def __init__(self, folder: Path, temp: Path, mlflow: Server, settings: dict[str, Any]) -> None:
         self.runs, self.temp, self.mlflow = folder / "runs", temp, mlflow
@@ -80,7 +83,7 @@ class Head:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns once it takes jobs."""
+        """Start it, and return once it takes jobs."""
         self._process = self._launched()
         # by its header, for the token of this process is another one, and Ray reads that once
         headers = {"Authorization": f"Bearer {SECRETS['RAY_AUTH_TOKEN_PATH']}"}
@@ -94,7 +97,7 @@ class Head:
                 time.sleep(0.3)
 
     def environment(self, **more: str) -> dict[str, str]:
-        """What a shell on the head has, without any secret."""
+        """Return the environment of a shell on the head, without any secret."""
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -114,15 +117,8 @@ class Head:
             "dashboard-agent-grpc-port",
             "runtime-env-agent-port",
         )
-        command = [
-            "ray",
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=2",
-            "--port=0",
-            f"--temp-dir={self.temp}",
-        ]
+        command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--port=0"]
+        command += [f"--temp-dir={self.temp}"]
         command += [f"--dashboard-port={self.address.rpartition(':')[2]}", "--disable-usage-stats"]
         command += [f"--{name}={free_port()}" for name in (*ports, "ray-client-server-port")]
         command += ["--object-store-memory=100000000"]
@@ -146,7 +142,7 @@ class Head:
         return (self._folder / "head.log").read_text()[-3000:]
 
     def end(self) -> None:
-        """Every process of this head by its id, so that nothing else on the machine is touched."""
+        """End every process of this head by its id, and nothing else on the machine."""
         if self._process is None or self._process.poll() is not None:
             return
         ours = [
@@ -162,7 +158,7 @@ class Head:
         self._process.wait()
 
     def submit(self, *flags: str) -> str:
-        """The id of a job that fine-tunes with `tiny.yaml` and these flags."""
+        """Submit a fine-tuning with `tiny.yaml` and these flags; return the job's id."""
         command = " ".join(["python -m jobs.finetune --config tiny.yaml", *flags])
         return str(
             self.client.submit_job(
@@ -171,7 +167,7 @@ class Head:
         )
 
     def wait(self, job: str, until: Callable[[], bool] = lambda: False) -> JobDetails:
-        """The job once it has ended, or something else has come true."""
+        """Return the job once it has ended, or `until` is true."""
         deadline = time.monotonic() + 300
         while not ((info := self.client.get_job_info(job)).status.is_terminal() or until()):
             assert time.monotonic() < deadline, self.client.get_job_logs(job)[-3000:]
@@ -179,20 +175,20 @@ class Head:
         return info
 
     def files(self) -> Iterator[Path]:
-        """Every file that this head and its jobs have left, but the one that holds Ray's token."""
+        """Yield every file that this head and its jobs have left, except that of Ray's token."""
         for folder in (self._folder, self.temp):
             yield from (
                 path for path in folder.rglob("*") if path.is_file() and path != self._token
             )
 
     def states(self, name: str) -> dict[str, str]:
-        """MLflow's runs of this name: id and state."""
+        """Return MLflow's runs of this name: id and state."""
         experiments = [found.experiment_id for found in self.tracking.search_experiments()]
         found = self.tracking.search_runs(experiments, f"attributes.run_name = '{name}'")
         return {run.info.run_id: run.info.status for run in found}
 
     def curve(self, run_id: str, key: str) -> dict[int, float]:
-        """A metric of an MLflow run by step, each of which it must have once."""
+        """Return a metric of an MLflow run by step; it must have each step once."""
         points = self.tracking.get_metric_history(run_id, key)
         assert points and len({point.step for point in points}) == len(points)
         return {point.step: point.value for point in points}
@@ -222,7 +218,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A job after `ray job stop`: the step of its newest checkpoint, and the ids and states of its MLflow runs."""
+    """A job after `ray job stop`: the step of its newest checkpoint, and its MLflow runs."""
 
     info: JobDetails
     log: str
@@ -232,7 +228,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Submitted:
-    """The same command again, which `ray job submit` has shown to its end."""
+    """The same command again, shown by `ray job submit` to its end."""
 
     code: int
     shown: str
@@ -299,27 +295,9 @@ def stopped(head: Head) -> Stopped:
 @pytest.fixture(scope="module")
 def submitted(head: Head, stopped: Stopped) -> Submitted:
     """The run submitted as the page says."""
-    command = [
-        "ray",
-        "job",
-        "submit",
-        "--address",
-        head.address,
-        "--submission-id",
-        "again",
-        "--working-dir",
-        ".",
-    ]
-    command += [
-        "--",
-        "python",
-        "-m",
-        "jobs.finetune",
-        "--config",
-        "tiny.yaml",
-        "--output_name",
-        "run",
-    ]
+    command = ["ray", "job", "submit", "--address", head.address, "--submission-id", "again"]
+    job = "python -m jobs.finetune --config tiny.yaml --output_name run"
+    command += ["--working-dir", ".", "--", *job.split()]
     watched, ended = Watched(), threading.Event()
     looking = threading.Thread(target=watched.until, args=(ended,))
     looking.start()
@@ -338,12 +316,12 @@ def submitted(head: Head, stopped: Stopped) -> Submitted:
 
 
 def steps(log: str) -> list[int]:
-    """The optimizer steps that a log shows, in its order."""
+    """Return the optimizer steps that a log shows, in its order."""
     return [int(step) for step in re.findall(rf"^training: (\d+)/{STEPS}\b", log, re.MULTILINE)]
 
 
 def weights(folder: Path) -> str:
-    """The hash of an adapter's file, to the last byte."""
+    """Return the hash of an adapter's file."""
     return hashlib.sha256(
         (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     ).hexdigest()
@@ -384,15 +362,8 @@ def test_the_same_command_never_stopped_trains_the_same_adapter_here(
     head: Head, submitted: Submitted, workers: int
 ) -> None:
     name = f"here-{workers}"
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.finetune",
-        "--config",
-        "tiny.yaml",
-        "--output_name",
-        name,
-    ]
+    command = [sys.executable, "-m", "jobs.finetune", "--config", "tiny.yaml"]
+    command += ["--output_name", name]
     command += ["--scaling.num_workers", str(workers), "--tracking.uri", head.mlflow.uri]
     shell = head.environment(RAY_AUTH_TOKEN="ofAnotherClusterThatStartsHere0123456789")
     done = subprocess.run(
@@ -423,17 +394,8 @@ def test_without_the_heads_token_nothing_is_submitted(
     head: Head, token: str | None, status: int
 ) -> None:
     before = [job.submission_id for job in head.client.list_jobs()]
-    command = [
-        "ray",
-        "job",
-        "submit",
-        "--address",
-        head.address,
-        "--",
-        "python",
-        "-c",
-        "print('done')",
-    ]
+    command = ["ray", "job", "submit", "--address", head.address]
+    command += ["--", "python", "-c", "print('done')"]
     given = head.environment(RAY_AUTH_TOKEN=token) if token else head.environment()
     done = subprocess.run(
         command, cwd=head.project, env=given, capture_output=True, text=True, timeout=60

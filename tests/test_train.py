@@ -1,4 +1,4 @@
-"""Training: the loss is the completion's, an interrupted or killed run repeats the unbroken one, two workers equal one.
+"""The loss is the completion's, a run cut off repeats the unbroken one, two workers equal one.
 
 Everything is real: TRL, PEFT, 4-bit NF4 on the CPU, Ray Train; only the model is tiny.
 """
@@ -253,7 +253,8 @@ def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
     config = make_config(output_name="broken", **settings)
     fit(config, on_event)
     assert [one.removesuffix(", and more passes in a step") for one in notes] == [
-        f"out of memory: on from the last checkpoint with up to {n} examples in a forward pass, not {2 * n}"
+        f"out of memory: on from the last checkpoint with up to {n} examples in a forward pass, "
+        f"not {2 * n}"
         for n in (4, 2)
     ]
     assert max(tried[:2]) > 4 and tried[2] > 4 and tried[3] in (3, 4) and max(tried[4:]) <= 2
@@ -308,7 +309,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_config: Any) 
         train.starting_point("checkpoint-6", RunFolder(config.run_dir), {}, config.lora)
     result = fit(config, on_event)
     assert notes == [
-        "checkpoint-6 is damaged (adapter_model.safetensors is not as it was saved): set aside for the one before"
+        "checkpoint-6 is damaged (adapter_model.safetensors is not as it was saved): set aside for "
+        "the one before"
     ]
     assert second.order == [5, 6] and result.best.step == 6
     assert first.losses | second.losses == pytest.approx(first.losses, abs=1e-4)
@@ -457,7 +459,7 @@ def test_the_same_command_goes_on_from_a_named_checkpoint_only_once(make_config:
 def test_workers_read_nothing_but_the_runs_folder(
     make_config: Any, spider_folder: Path, tmp_path: Path
 ) -> None:
-    """As on another machine: the dataset, its databases included, is gone once the run's folder is laid out."""
+    """As on another machine: the dataset and its databases are gone once the run is laid out."""
     dataset = shutil.copytree(spider_folder, tmp_path / "dataset")
     config = make_config(
         **{
@@ -674,7 +676,10 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
     make_config: Any, tmp_path: Path, ray_local: None
 ) -> None:
     def full_on_rank_0(tried: str, driver: cluster.DriverLink) -> None:
-        """The other rank hears of it by a lost connection; as a function in a function, its code goes to the workers."""
+        """The other rank hears of it by a lost connection.
+
+        It is a function in a function, so that its code goes to the workers.
+        """
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()

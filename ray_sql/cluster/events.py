@@ -133,7 +133,7 @@ class TrainJob:
     driver: str | None
     """The driver that the run belongs to."""
     microbatch_halvings: int = 0
-    """How often forward passes were halved to fit into memory."""
+    """Number of times that forward passes were halved to fit into memory."""
 
 
 @dataclass(frozen=True)

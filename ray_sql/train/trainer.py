@@ -1,8 +1,8 @@
 """TRL's SFTTrainer over tokenised rows: a frozen 4-bit base, a LoRA adapter, loss on the labels.
 
-It knows nothing of Ray: `TrainerHooks` say what happens at a log or a save, and accelerate finds
-the processes it trains with from the environment. A checkpoint holds adapter, optimizer, schedule,
-every rank's random state and the step. So a resumed run repeats the unbroken one.
+It knows nothing of Ray. `TrainerHooks` say what happens at a log or a save, and accelerate finds
+the other processes from the environment. A checkpoint holds adapter, optimizer, schedule, every
+rank's random state and the step. So a resumed run repeats the unbroken one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainerHooks:
-    """A caller's actions during training. What they return must be the same on all ranks."""
+    """A caller's actions during training. Their results must be the same on all ranks."""
 
     on_log: Callable[[int, int, dict[str, float]], None]
     """(step, all steps, values); called on rank 0."""
