@@ -1,9 +1,10 @@
-"""Before a GPU is rented: resolve the settings, read the data, ask every node, estimate memory, reach every store, verify the tokens.
+"""Check settings, data, machines, stores and tokens before a GPU is rented.
 
     python -m jobs.check --config jobs/configs/spider-sql.yaml
 
-Takes the settings of jobs.finetune, jobs.tune and jobs.pipeline. One line per check: `ok`, or what to do; exit code 2 if any fails.
-With `--replay` it checks nothing, and sends MLflow what a run that has ended kept while no server answered.
+Takes the settings of jobs.finetune, jobs.tune and jobs.pipeline. Prints one line per check: `ok`,
+or what to do. Ends with exit code 2 if any check fails. With `--replay` it checks nothing, and
+sends MLflow the records that an ended run kept while no server answered.
 """
 
 from ray_sql import cli

@@ -1,9 +1,10 @@
-"""Compare two files of judged predictions question by question: which model is better, and where they differ.
+"""Compare two files of judged predictions question by question.
 
-    python -m jobs.compare --files out/demo/base_predictions.jsonl out/demo/predictions.jsonl --output_name base-tuned
+    python -m jobs.compare --files out/demo/base_predictions.jsonl out/demo/predictions.jsonl
     ray-sql compare out/demo/base_predictions.jsonl out/demo/predictions.jsonl
 
-Writes `out/<output_name>/compare.json` and `compare.txt`. Nothing is asked or executed.
+Says whether one model is better. Writes `out/comparison/compare.json`, and `compare.txt` with the
+questions on which they differ. `--output_name` names another folder. Nothing is asked or executed.
 """
 
 from ray_sql import cli

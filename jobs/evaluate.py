@@ -1,10 +1,12 @@
-"""Score predictions by executing them, ask a model (and its adapter) and score the answers, or compare two scored files.
+r"""Score a file of predictions by executing them, or ask a model and score its answers.
 
-    python -m jobs.evaluate --predictions_file F --dataset_id path/to/spider --split dev --evaluate.semantics spider --output_name scores
-    python -m jobs.evaluate --config out/demo/adapter/config.json --adapter out/demo/adapter --split unseen --output_name again
-    python -m jobs.evaluate --compare out/demo/base_predictions.jsonl out/demo/predictions.jsonl --output_name base-tuned
+    python -m jobs.evaluate --predictions_file F --dataset_id path/to/spider --split dev \
+        --evaluate.semantics spider --output_name scores
+    python -m jobs.evaluate --config out/demo/adapter/config.json --adapter out/demo/adapter \
+        --split unseen --output_name again
 
-Writes `out/<output_name>/metrics.json`, `predictions.jsonl` and `report.html`; a comparison `compare.json` and `compare.txt`.
+Writes `out/<output_name>/metrics.json`, `predictions.jsonl` and `report.html`. jobs.compare
+compares two such files.
 """
 
 from ray_sql import cli

@@ -1,11 +1,11 @@
-"""The whole line for one task or both: sweep, measure the best adapter on questions no trial saw, register it, publish it.
+"""Sweep, measure the best adapter on questions no trial saw, register it and publish it.
 
     python -m jobs.pipeline --config jobs/configs/pipeline.yaml
     ray job submit --working-dir . -- python -m jobs.pipeline --config jobs/configs/pipeline.yaml
 
-Takes the settings of jobs.tune. What an earlier attempt completed is passed over and what it began goes on, so that the same command
-is given again after a crash, with more trials, or with a token that was missing (without `--overwrite`, which begins anew).
-`--dry_run` shows the plan of every task.
+Takes the settings of jobs.tune, for one task or both. Give the same command again after a crash,
+with more trials, or with a token that was missing: it passes over what is complete and goes on with
+the rest. `--overwrite` begins anew. `--dry_run` shows the plan of every task.
 """
 
 from ray_sql import cli

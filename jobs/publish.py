@@ -1,9 +1,9 @@
-"""Push a finished run's adapter to the Hub, with its contract, settings, metrics and a model card made from them.
+"""Push a finished run's adapter to the Hub, with its contract, settings, metrics and a model card.
 
     python -m jobs.publish --output_name demo --hub.repo_id me/demo-sql
 
-The token comes from HF_TOKEN. The run is the one that `--output_name` and `--output_dir` name; docs/publish.md says what is pushed and
-what is refused.
+The token comes from HF_TOKEN. `--output_name` and `--output_dir` name the run. docs/publish.md says
+what is pushed and what is refused.
 """
 
 from ray_sql import cli

@@ -1,9 +1,11 @@
-"""Sweep learning rate and LoRA rank (or any other settings of training) by the SQL that trials write, and measure the best adapter.
+r"""Sweep learning rate and LoRA rank, or other settings, by the SQL that trials write.
 
     python -m jobs.tune --config jobs/configs/demo-sweep.yaml
-    python -m jobs.tune --config jobs/configs/spider-sql.yaml --task_type sql,schema --output_name spider-sweep --tune.num_samples 24
+    python -m jobs.tune --config jobs/configs/spider-sql.yaml --task_type sql,schema \
+        --output_name spider-sweep --tune.num_samples 24
 
-Takes the settings of jobs.finetune and those of `tune` (docs/sweeps.md). A sweep that was cut off goes on with `--resume`.
+Measures the best adapter. Takes the settings of jobs.finetune and those of `tune` (docs/sweeps.md).
+`--resume` goes on with a sweep that was cut off.
 """
 
 from ray_sql import cli

@@ -202,7 +202,7 @@ def _warn_of_secrets(words: Sequence[str]) -> None:
 
 
 def _can_be_fixed(error: OSError, config: JobConfig) -> bool:
-    """Say whether an error means that there is no room, or that our own folders cannot be written."""
+    """Say whether a disk is full, or the cache cannot be written."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return True
     if error.filename is None or not isinstance(error, PermissionError | NotADirectoryError):

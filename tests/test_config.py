@@ -265,7 +265,7 @@ def test_a_run_of_a_given_global_batch_can_be_fed_back_with_another_number_of_wo
     config = settings("--train.global_batch_size", "8")
     file = yaml_file(tmp_path, json.dumps(config.public()), "config.json")
     again = load(Config, ["--config", file, "--scaling.num_workers", "2"])
-    assert (again.accumulation, again.batching.global_batch_size, again.identity()) == (
+    assert (again.accumulation_steps, again.batching.global_batch_size, again.identity()) == (
         4,
         8,
         config.identity(),
@@ -357,7 +357,7 @@ def test_a_global_batch_decides_the_accumulation_or_is_refused_with_the_numbers(
     config = settings(
         "--train.global_batch_size", "12", "--train_batch_size", "2", "--scaling.num_workers", "3"
     )
-    assert (config.accumulation, config.batching.global_batch_size) == (2, 12)
+    assert (config.accumulation_steps, config.batching.global_batch_size) == (2, 12)
     message = refusal("--train.global_batch_size", "10", "--train_batch_size", "4")
     assert (
         "10 does not divide by train_batch_size 4 x 1 workers = 4" in message
@@ -538,3 +538,16 @@ def test_keys_in_a_storage_address_are_refused_and_not_repeated(make_config: Any
         "hdfs://me@name:8020/user/me@corp",
     ):
         assert make_config(**{"scaling.storage_path": place}).run_dir == f"{place}/run"
+
+
+def test_settings_that_were_removed_are_dropped_from_files_and_named_to_users(
+    tmp_path: Path,
+) -> None:
+    saved = yaml_file(tmp_path, "evaluate: {backend: transformers, limit: 3}\ncompare: []\n")
+    assert settings("--config", saved).evaluate.limit == 3
+    assert Config(**settings().public() | {"evaluate": {"backend": "transformers"}})
+    for text in ("evaluate.backend: vllm\n", "evaluate: {backend: vllm}\n"):
+        message = refusal("--config", yaml_file(tmp_path, text))
+        assert message == "evaluate.backend: 'vllm' given; vLLM answers no longer; leave it out"
+    for flags in (["--evaluate.backend", "vllm"], ["--evaluate.backend=vllm"]):
+        assert refusal(*flags) == "--evaluate.backend: vLLM answers no longer; leave it out"

@@ -99,9 +99,11 @@ def test_make_targets_in_the_readme_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    block = re.search(r"```text\n(ray_sql/.*?)```", README, re.DOTALL)
-    assert block, "the README shows the tree"
+def test_the_tree_in_the_pages_is_the_tree() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    text = "\n".join(page.read_text() for page in pages if page.is_file())
+    block = re.search(r"```text\n(ray_sql/.*?)```", text, re.DOTALL)
+    assert block, "one of them shows the tree"
     shown = set(re.findall(r"^  (\w+)(?:\.py|/)", block.group(1), re.MULTILINE))
     package = {
         path.stem

@@ -1,4 +1,4 @@
-"""What every job's settings have: a name and folders, tokens that are never shown, and the way in and out of a file."""
+"""The settings that every job takes: a name, folders, and tokens that are never shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class JobConfig(BaseSettings):
     )
 
     config: tuple[str, ...] = ()
-    """Read settings from these YAML or JSON files. Later files win over earlier ones, flags over all."""
+    """Read settings from these YAML or JSON files. Later files win over earlier ones, flags over
+    all."""
     output_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name the run, and its folder under output_dir."""
     dry_run: bool = False
@@ -36,9 +37,11 @@ class JobConfig(BaseSettings):
     output_dir: str = "out"
     """Keep all runs in this folder."""
     cache_dir: str = "~/.cache/ray_sql"
-    """Keep here what can be made again: tokenised rows, converted models, unpacked demo databases."""
+    """Keep here what can be made again: tokenised rows, converted models, unpacked demo
+    databases."""
     read_token: SecretStr | None = None
-    """Read the model and the dataset with this Hub token. Better given as HF_TOKEN in the environment."""
+    """Read the model and the dataset with this Hub token. Better given as HF_TOKEN in the
+    environment."""
     write_token: SecretStr | None = None
     """Publish with this Hub token. Better given as HF_TOKEN in the environment."""
     scaling: StorageSection = StorageSection()
@@ -47,7 +50,7 @@ class JobConfig(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read nothing but arguments: `load` merges the sources, to name the one a bad value is from."""
+        """Read arguments only. `load` merges the sources, to name the one of a bad value."""
         return (init_settings,)
 
     @model_validator(mode="before")
@@ -65,9 +68,9 @@ class JobConfig(BaseSettings):
             address = self.setting(name) if name.split(".")[0] in type(self).model_fields else None
             if address != without_password(address):
                 raise ValueError(
-                    f"{name} {without_password(address)}: keys do not belong into an address, which is "
-                    "logged and saved; give them in the environment (AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY), or give the nodes a role"
+                    f"{name} {without_password(address)}: keys do not belong into an address, "
+                    "which is logged and saved; give them in the environment "
+                    "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or give the nodes a role"
                 )
         return self
 

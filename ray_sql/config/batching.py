@@ -1,4 +1,5 @@
-"""How examples become optimizer steps: an optimizer step always sees the same number of examples, however they are laid out."""
+"""How examples become optimizer steps: an optimizer step always sees the same number of examples,
+however they are laid out."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def help_text(usage: str, summary: str, kind: type[BaseModel]) -> str:
 
 FOOTER = """\
 Settings come from --config files, the environment (HF_TOKEN, MLFLOW_TRACKING_URI) and flags; flags
-win. In YAML: `lora: {r: 32}` or `lora.r: 32`. A setting of a run that a job does not use is ignored,
-so a run's YAML file or config.json can be given to every job."""
+win. In YAML: `lora: {r: 32}` or `lora.r: 32`. A setting of a run that a job does not use is
+ignored, so a run's YAML file or config.json can be given to every job."""
 
 
 def _entry(setting: Setting) -> list[str]:

@@ -1,4 +1,4 @@
-"""What single jobs take besides the settings of a run, or instead of them."""
+"""The settings of single jobs, beside those of a run or instead of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class EvaluateConfig(ModelConfig):
         "sql", description=ModelConfig.model_fields["task_type"].description
     )
     predictions_file: str | None = None
-    """Score this file instead of asking a model: `predictions.jsonl`, or one SQL query a line in the split's order."""
+    """Score this file instead of asking a model: `predictions.jsonl`, or one SQL query a line in
+    the split's order."""
     adapter: str | None = None
     """Measure the adapter in this folder or URI beside its base model, e.g. `out/demo/adapter`."""
 
@@ -70,7 +71,8 @@ class TasksConfig(Config):
     """Settings for one task or several."""
 
     task_type: tuple[TaskName, ...] = Field(min_length=1)  # type: ignore[assignment]
-    """Train for `sql`, for `schema`, or for both (`sql,schema`): a study each, one after the other."""
+    """Train for `sql`, for `schema`, or for both (`sql,schema`): a study each, one after the
+    other."""
 
     @field_validator("task_type", mode="before")
     @classmethod
@@ -81,7 +83,8 @@ class TasksConfig(Config):
     def studies(self) -> list[Config]:
         """Return the settings of each task's study.
 
-        Several have a folder each, `<output_name>-<task>`, and a repository, `<hub.repo_id>-<task>`.
+        Several have a folder each, `<output_name>-<task>`, and a repository,
+        `<hub.repo_id>-<task>`.
         """
         own = set(type(self).model_fields) - set(Config.model_fields)
         given = {name: value for name, value in self.given().items() if name not in own}
@@ -103,7 +106,8 @@ class CheckConfig(TasksConfig):
     """Settings of a run or of a sweep: both can be checked."""
 
     replay: bool = False
-    """Check nothing. Send MLflow the records that an ended run or sweep kept while no server answered."""
+    """Check nothing. Send MLflow the records that an ended run or sweep kept while no server
+    answered."""
 
 
 class SweepConfig(TasksConfig):
@@ -123,9 +127,10 @@ class SweepConfig(TasksConfig):
     @model_validator(mode="after")
     def _check_fixed_workers(self) -> Self:
         if self.scaling.elastic:
+            bounds = f"{self.scaling.min_workers},{self.scaling.max_workers}"
             raise ValueError(
-                f"scaling.num_workers {self.scaling.min_workers},{self.scaling.max_workers}: a sweep plans "
-                "its trials by their resources, so a trial has a fixed number of workers: give one"
+                f"scaling.num_workers {bounds}: a sweep plans its trials by their resources, so a "
+                "trial has a fixed number of workers: give one"
             )
         return self
 
@@ -133,7 +138,7 @@ class SweepConfig(TasksConfig):
     def _check_push_checkpoints(self) -> Self:
         if self.hub.push_checkpoints != "none":
             raise ValueError(
-                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best adapter "
-                "only; leave it out"
+                f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best "
+                "adapter only; leave it out"
             )
         return self

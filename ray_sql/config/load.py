@@ -63,7 +63,7 @@ def _read_flags(argv: list[str], kind: type[JobConfig]) -> dict[str, Any]:
         raise ConfigError(message)
     name = unknown.lstrip("-").partition("=")[0]
     if name in REMOVED:
-        raise ConfigError(f"{unknown}: {REMOVED[name][1]}")
+        raise ConfigError(f"--{name}: {REMOVED[name][1]}")
     raise ConfigError(f"{unknown}: unknown flag{nearest(known, unknown.lstrip('-'), '--')}")
 
 
@@ -87,7 +87,7 @@ def _write_switches(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
 
 
 def _repeat_flags(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
-    """Return `--files a b` as `--files a --files b`: a setting that takes several takes all words."""
+    """Return `--files a b` as `--files a --files b`, for settings that take several words."""
     several = {f"--{name}" for name, field in names(kind) if get_origin(field.annotation) is tuple}
     words: list[str] = []
     for word in argv:

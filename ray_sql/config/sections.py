@@ -39,15 +39,18 @@ class QuestionsSection(Section):
     """Describe the questions and their databases."""
 
     databases: str | None = None
-    """Find databases in this folder (`<db_id>/<db_id>.sqlite`) or at this SQLAlchemy URL (`{db_id}` names one of several).
-    By default the dataset brings its own. SQL is executed on SQLite and PostgreSQL.
-    Give PostgreSQL's password as PGPASSWORD or in ~/.pgpass."""
+    """Find databases in this folder (`<db_id>/<db_id>.sqlite`) or at this SQLAlchemy URL (`{db_id}`
+    names one of several). By default the dataset brings its own. SQL is executed on SQLite and
+    PostgreSQL. Give PostgreSQL's password as PGPASSWORD or in ~/.pgpass."""
     columns: dict[str, str] = {}
-    """Map our fields to the dataset's columns where names differ, e.g. `{question: pergunta, query: sql}`."""
+    """Map our fields to the dataset's columns where names differ, e.g. `{question: pergunta, query:
+    sql}`."""
     split_by: Literal["database", "question"] | None = None
-    """Set aside whole databases, or single questions. By default databases, where they are small enough."""
+    """Set aside whole databases, or single questions. By default databases, where they are small
+    enough."""
     test_fraction: float = Field(0.1, ge=0, lt=1)
-    """Set aside this share of the examples for scoring, if the dataset is one file without splits."""
+    """Set aside this share of the examples for scoring, if the dataset is one file without
+    splits."""
 
 
 class DataSection(QuestionsSection):
@@ -63,24 +66,29 @@ class PromptSection(Section):
     """Choose how a prompt shows the schema."""
 
     serializer: Literal["ddl", "compact", "m_schema"] = "ddl"
-    """Write a schema as CREATE TABLE statements, as one line a table, or as M-Schema with example values."""
+    """Write a schema as CREATE TABLE statements, as one line a table, or as M-Schema with example
+    values."""
     schema_form: Literal["full", "tables", "reduced"] = "full"
-    """Show all of the schema, the tables the gold SQL needs, or those tables' needed columns and keys."""
+    """Show all of the schema, the tables the gold SQL needs, or those tables' needed columns and
+    keys."""
     example_values: int = Field(0, ge=0, le=20)
-    """Show this many example values per column, read from the database. Only `m_schema` writes them."""
+    """Show this many example values per column, read from the database. Only `m_schema` writes
+    them."""
 
 
 class RowsSection(Section):
     """Lay examples out in rows of tokens."""
 
     max_length: int = Field(2048, ge=16)
-    """Allow rows of at most this many tokens, prompt and answer together. Nothing is cut silently."""
+    """Allow rows of at most this many tokens, prompt and answer together. Nothing is cut
+    silently."""
     too_long: Literal["error", "trim_schema", "drop"] = "error"
-    """Refuse a longer training example, leave out tables its SQL does not use, or drop it and say so."""
+    """Refuse a longer training example, leave out tables its SQL does not use, or drop it and say
+    so."""
     examples_per_row: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Put this many questions on one database into a row that holds their schema once, at the same loss. 1 turns it off.
-    `auto` keeps several databases in a step: 2 for steps of 8, 4 for 16 or 32, 8 for 64.
-    `auto` is 1 if the model allows no more."""
+    """Put this many questions on one database into a row that holds their schema once, at the same
+    loss. 1 turns it off. `auto` keeps several databases in a step: 2 for steps of 8, 4 for 16 or
+    32, 8 for 64. `auto` is 1 if the model allows no more."""
     row_length: int = Field(4096, ge=16)
     """Allow shared rows of at most this many tokens. Further questions start another row."""
 
@@ -136,13 +144,15 @@ class TrainSection(PrecisionSection):
     max_grad_norm: float = Field(0.3, gt=0)
     """Scale gradients down to this norm."""
     optim: str | None = None
-    """Choose an optimizer by transformers' name. By default `paged_adamw_8bit` on a GPU, `adamw_torch_fused` on a CPU."""
+    """Choose an optimizer by transformers' name. By default `paged_adamw_8bit` on a GPU,
+    `adamw_torch_fused` on a CPU."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. By default on a GPU only."""
     logging_steps: int = Field(10, ge=1)
     """Log loss, learning rate and speed every this many steps."""
     global_batch_size: int | None = Field(None, ge=1)
-    """Train on this many examples per optimizer step, with any number of workers. Leave grad_accum_steps unset with it."""
+    """Train on this many examples per optimizer step, with any number of workers. Leave
+    grad_accum_steps unset with it."""
 
     @field_validator("max_steps")
     @classmethod
@@ -156,15 +166,17 @@ class StorageSection(Section):
     """Choose where runs lie on a cluster."""
 
     storage_path: str | None = None
-    """Keep runs in this shared folder or URI (`s3://…`). By default in output_dir on this machine."""
+    """Keep runs in this shared folder or URI (`s3://…`). By default in output_dir on this
+    machine."""
 
 
 class ScalingSection(StorageSection):
     """Choose workers and their resources, in Ray's words."""
 
     num_workers: Annotated[int | tuple[int, int], NoDecode] = 1
-    """Train with this many processes, one GPU each where there are GPUs. 0 trains in this process, without Ray.
-    `1,4` (in YAML `[1, 4]`) uses as many as the cluster has at the time, within these bounds."""
+    """Train with this many processes, one GPU each where there are GPUs. 0 trains in this process,
+    without Ray. `1,4` (in YAML `[1, 4]`) uses as many as the cluster has at the time, within these
+    bounds."""
     elastic_resize_monitor_interval_s: float = Field(60.0, gt=0)
     """Look for room for more workers every this many seconds, if num_workers has two bounds."""
     use_gpu: bool | None = None
@@ -172,19 +184,20 @@ class ScalingSection(StorageSection):
     resources_per_worker: dict[str, float] | None = None
     """Reserve these Ray resources for each worker, e.g. `{CPU: 4, GPU: 1}`."""
     max_failures: int = Field(2, ge=-1)
-    """Restart from the last checkpoint this many times after losing a worker or node. -1 is unlimited."""
+    """Restart from the last checkpoint this many times after losing a worker or node. -1 is
+    unlimited."""
 
     @property
     def elastic(self) -> bool:
-        """Tell whether the number of workers may change during the run."""
+        """Say whether the number of workers may change during the run."""
         return isinstance(self.num_workers, tuple)
 
     @property
     def max_workers(self) -> int:
-        """Training processes, counting this one where Ray is not used; the most of an elastic run."""
-        return (
-            self.num_workers[1] if isinstance(self.num_workers, tuple) else max(1, self.num_workers)
-        )
+        """Training processes, counting this one where Ray is not used; the most of an elastic
+        run."""
+        workers = self.num_workers
+        return workers[1] if isinstance(workers, tuple) else max(1, workers)
 
     @property
     def min_workers(self) -> int:
@@ -198,7 +211,10 @@ class ScalingSection(StorageSection):
     ) -> int | tuple[int, int]:
         """Read a number, or two: `1,4` on a command line, a list in YAML and JSON."""
         value = given.split(",") if isinstance(given, str) and "," in given else given
-        with_bounds = "input should be greater than or equal to 0, or two bounds from 1 up, the smaller first: 1,4"
+        with_bounds = (
+            "input should be greater than or equal to 0, or two bounds from 1 up, "
+            "the smaller first: 1,4"
+        )
         try:
             bounds: int | tuple[int, int] = validate(value)
         except ValidationError:
@@ -213,20 +229,24 @@ class AnswersSection(Section):
     """Choose how questions are answered and answers are scored."""
 
     semantics: Literal["spider", "bird", "strict"] = "spider"
-    """Call two results equal by Spider's test-suite rule, by BIRD's set of rows, or as the same list of rows."""
+    """Call two results equal by Spider's test-suite rule, by BIRD's set of rows, or as the same
+    list of rows."""
     keep_distinct: bool = False
-    """Compare with DISTINCT left in, under `spider`. The official evaluator strips it by default."""
+    """Compare with DISTINCT left in, under `spider`. The official evaluator strips it by
+    default."""
     max_new_tokens: int = Field(256, ge=1)
     """Generate at most this many tokens per answer."""
     max_num_seqs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Answer this many questions at a time over the schemas they share. `auto` is up to 64, as memory allows.
-    In float32 answers do not change; in bfloat16 near-ties may."""
+    """Answer this many questions at a time over the schemas they share. `auto` is up to 64, as
+    memory allows. In float32 answers do not change; in bfloat16 near-ties may."""
     num_beams: int = Field(1, ge=1)
-    """Search with this many beams for answers to the scored questions; 1 is greedy. Checkpoints are always chosen by greedy answers."""
+    """Search with this many beams for answers to the scored questions; 1 is greedy. Checkpoints are
+    always chosen by greedy answers."""
     first_executable: bool = False
     """Take the best beam that runs on the question's database, instead of the best beam."""
     ves_iterations: int = Field(0, ge=0)
-    """Time each right prediction against its gold this many times, for BIRD's R-VES (officially 100). Needs an idle machine."""
+    """Time each right prediction against its gold this many times, for BIRD's R-VES (officially
+    100). Needs an idle machine."""
     timeout: float = Field(30.0, gt=0)
     """Stop a query after this many seconds and count it as `timeout`."""
     limit: int | None = Field(None, ge=1)
@@ -241,33 +261,41 @@ class EvaluateSection(AnswersSection):
     """Choose how checkpoints are compared, questions are answered, and answers are scored."""
 
     select_examples: int = Field(64, ge=0)
-    """Answer this many validation examples at evaluate.eval_steps to choose the best checkpoint. 0 keeps the last one."""
+    """Answer this many validation examples at evaluate.eval_steps to choose the best checkpoint. 0
+    keeps the last one."""
     eval_steps: int | None = Field(None, ge=1)
-    """Answer them every this many optimizer steps, a multiple of save_steps, and at the end. By default at every save."""
+    """Answer them every this many optimizer steps, a multiple of save_steps, and at the end. By
+    default at every save."""
 
 
 class TuneSection(Section):
     """Choose what a sweep tries, in Ray Tune's words."""
 
     objective: Literal["answers", "eval_loss"] = "answers"
-    """Choose trials and checkpoints by answers to the validation questions, or by the loss on them (`eval_loss`).
-    Answers count by execution accuracy (sql), or by strict recall and then F1 (schema)."""
+    """Choose trials and checkpoints by answers to the validation questions, or by the loss on them
+    (`eval_loss`). Answers count by execution accuracy (sql), or by strict recall and then F1
+    (schema)."""
     num_samples: int = Field(16, ge=1)
-    """Run this many trials per study. The first has the settings as they are, so that a sweep can only win."""
+    """Run this many trials per study. The first has the settings as they are, so that a sweep can
+    only win."""
     space: dict[str, dict[str, list[Any]]] = {
         "learning_rate": {"loguniform": [2e-5, 2e-3]},
         "lora.r": {"choice": [8, 16, 32, 64, 128]},
     }
-    """Draw these settings: from a `choice` of values, or by `uniform`, `loguniform`, `randint`, `lograndint` between two bounds.
-    Bounds are included. `lora.lora_alpha` follows `lora.r` at the ratio of the settings (2), unless it is an axis too."""
+    """Draw these settings: from a `choice` of values, or by `uniform`, `loguniform`, `randint`,
+    `lograndint` between two bounds. Bounds are included. `lora.lora_alpha` follows `lora.r` at the
+    ratio of the settings (2), unless it is an axis too."""
     scheduler: str = "asha"
     """Stop trials that fall behind (`asha`), or train all to the end (`fifo`)."""
     grace_period: int | None = Field(None, ge=1)
-    """Stop no trial before this many optimizer steps. By default the first measurement is awaited."""
+    """Stop no trial before this many optimizer steps. By default the first measurement is
+    awaited."""
     reduction_factor: float = Field(3, gt=1)
-    """Keep one in this many trials at each rung. Each rung trains this many times longer than the last."""
+    """Keep one in this many trials at each rung. Each rung trains this many times longer than the
+    last."""
     max_concurrent_trials: int | None = Field(None, ge=1)
-    """Run at most this many trials at a time. By default as many as the cluster's resources hold."""
+    """Run at most this many trials at a time. By default as many as the cluster's resources
+    hold."""
 
     @field_validator("space")
     @classmethod
@@ -282,8 +310,8 @@ class TuneSection(Section):
     def _check_scheduler(cls, name: str) -> str:
         if name.lower() in POPULATION_SCHEDULERS:
             raise ValueError(
-                f"{name} copies weights between trials or pauses them. Over Ray Train, Tune holds no trial's "
-                "checkpoint, so it would run and exploit nothing. Use asha or fifo"
+                f"{name} copies weights between trials or pauses them. Over Ray Train, Tune holds "
+                "no trial's checkpoint, so it would run and exploit nothing. Use asha or fifo"
             )
         if name not in ("asha", "fifo"):
             raise ValueError("input should be 'asha' or 'fifo'")
@@ -296,7 +324,8 @@ class TrackingSection(Section):
     enabled: bool = True
     """Record the run in MLflow."""
     uri: str | None = None
-    """Record in this MLflow server or database. By default `sqlite:///mlflow.db` in the folder the job started in."""
+    """Record in this MLflow server or database. By default `sqlite:///mlflow.db` in the folder the
+    job started in."""
     experiment: str = "ray_sql"
     """File runs under this MLflow experiment."""
 
@@ -307,13 +336,16 @@ class RepositorySection(Section):
     repo_id: str | None = Field(None, pattern=r"^([\w.-]+/)?[\w.-]+$")
     """Push to this repository, `owner/name`. By default output_name under the token's user."""
     base_model: str | None = Field(None, pattern=r"^([\w.-]+/)?[\w.-]+$")
-    """Name the base model on the Hub if model_name is a folder. A published adapter names its base."""
+    """Name the base model on the Hub if model_name is a folder. A published adapter names its
+    base."""
     private: bool = True
     """Create the repository private. An existing one stays as it is."""
     license: str | None = None
-    """Publish under this licence in the Hub's words, e.g. `apache-2.0`. By default the base model's."""
+    """Publish under this licence in the Hub's words, e.g. `apache-2.0`. By default the base
+    model's."""
     merge: bool = False
-    """Merge the adapter into the unquantised base in bfloat16 too (`merged/`), measure it, push it to `<repo_id>-merged`."""
+    """Merge the adapter into the unquantised base in bfloat16 too (`merged/`), measure it, push it
+    to `<repo_id>-merged`."""
     force: bool = False
     """Publish an adapter even if it was not shown to beat its base model."""
 
@@ -322,7 +354,8 @@ class HubSection(RepositorySection):
     """Publish on the Hugging Face Hub, at the end or while training."""
 
     push_checkpoints: Literal["none", "best", "all"] = "none"
-    """Push checkpoints to the branch `checkpoints` while training: each that is the best so far, or all."""
+    """Push checkpoints to the branch `checkpoints` while training: each that is the best so far, or
+    all."""
 
 
 def _read_axis(axis: dict[str, list[Any]]) -> dict[str, list[Any]]:

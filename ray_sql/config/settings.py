@@ -49,13 +49,16 @@ class ModelConfig(JobConfig):
     task_type: TaskName
     """Write the query (`sql`), or name the tables and columns it needs (`schema`)."""
     dataset_id: str = "NESPED-GEN/spider_selector_schemaReduzido"
-    """Read questions from a folder in Spider's or BIRD's format, JSONL files, a Hub dataset, or `demo`."""
+    """Read questions from a folder in Spider's or BIRD's format, JSONL files, a Hub dataset, or
+    `demo`."""
     split: tuple[str, ...] = ("dev",)
-    """Score the examples of these splits, e.g. `dev` or `seen,unseen`. They are never trained on."""
+    """Score the examples of these splits, e.g. `dev` or `seen,unseen`. They are never trained
+    on."""
     seed: int = 14
     """Seed everything random: split, order, adapter, dropout."""
     eval_batch_size: int = Field(1, ge=1)
-    """Generate for this many prompts at a time, with beams or for a model that cannot share a schema."""
+    """Generate for this many prompts at a time, with beams or for a model that cannot share a
+    schema."""
     data: QuestionsSection = QuestionsSection()
     prompt: PromptSection = PromptSection()
     quantization: QuantizationSection = QuantizationSection()
@@ -97,8 +100,8 @@ class ModelConfig(JobConfig):
             )
         if evaluate.first_executable and not self._executes_sql():
             raise ValueError(
-                f"evaluate.first_executable executes SQL, which task_type {self.task_type} does not write: "
-                "leave it out"
+                "evaluate.first_executable executes SQL, which task_type "
+                f"{self.task_type} does not write: leave it out"
             )
         return self
 
@@ -126,7 +129,8 @@ class ModelConfig(JobConfig):
     def public(self) -> dict[str, Any]:
         """Return all settings as plain JSON values, without tokens: for config.json and MLflow.
 
-        Leaves out settings for one command only. Given back, they would delete, not run, or publish.
+        Leaves out settings for one command only. Given back, they would delete, not run, or
+        publish.
         """
         once = {"config", "dry_run", "overwrite", "publish"} & set(type(self).model_fields)
         settings = self.model_dump(mode="json", exclude=TOKENS | once)
@@ -143,7 +147,8 @@ class Config(ModelConfig):
     num_epochs: float = Field(1, gt=0)
     """Pass over the training examples this many times."""
     train_batch_size: int = Field(1, ge=1)
-    """Put at most this many examples into a forward pass per worker. A shared row with more gets its own pass."""
+    """Put at most this many examples into a forward pass per worker. A shared row with more gets
+    its own pass."""
     grad_accum_steps: int = Field(8, ge=1)
     """Average an optimizer step over train_batch_size x grad_accum_steps x workers examples."""
     save_steps: int = Field(250, ge=1)
@@ -169,8 +174,8 @@ class Config(ModelConfig):
         if eval_steps and eval_steps % save_steps:
             near = max(1, round(eval_steps / save_steps)) * save_steps
             raise ValueError(
-                f"evaluate.eval_steps {eval_steps} is no multiple of save_steps {save_steps}, and only a "
-                f"checkpoint that is saved can be the best: use {near}, or save_steps "
+                f"evaluate.eval_steps {eval_steps} is no multiple of save_steps {save_steps}, and "
+                f"only a checkpoint that is saved can be the best: use {near}, or save_steps "
                 f"{math.gcd(eval_steps, save_steps)}"
             )
         return self
@@ -188,16 +193,14 @@ class Config(ModelConfig):
 
     @model_validator(mode="after")
     def _check_global_batch_size(self) -> Self:
-        wanted, per_pass = (
-            self.train.global_batch_size,
-            self.train_batch_size * self.scaling.max_workers,
-        )
+        wanted, workers = self.train.global_batch_size, self.scaling.max_workers
+        per_pass = self.train_batch_size * workers
         if wanted is None or self.scaling.elastic:
             return self
         if wanted % per_pass:
             raise ValueError(
                 f"train.global_batch_size {wanted} does not divide by train_batch_size "
-                f"{self.train_batch_size} x {self.scaling.max_workers} workers = {per_pass}: choose a multiple of "
+                f"{self.train_batch_size} x {workers} workers = {per_pass}: choose a multiple of "
                 f"{per_pass}"
             )
         needed = wanted // per_pass
@@ -221,8 +224,9 @@ class Config(ModelConfig):
             near = max(1, round(step / multiple)) * multiple
             raise ValueError(
                 f"{bounds}: a step of {step} examples does not divide by train_batch_size "
-                f"{self.train_batch_size} x {', '.join(uneven)} workers: set train.global_batch_size to a "
-                f"multiple of {multiple}, as {near}, or narrow the bounds"
+                f"{self.train_batch_size} x {', '.join(uneven)} workers: set "
+                f"train.global_batch_size to a multiple of {multiple}, as {near}, or narrow the "
+                "bounds"
             )
         if self.train.global_batch_size and "grad_accum_steps" in self.model_fields_set:
             raise ValueError(
@@ -232,8 +236,8 @@ class Config(ModelConfig):
         return self
 
     @property
-    def accumulation(self) -> int:
-        """How many times `train_batch_size` examples make each of `workers`' part of an optimizer step."""
+    def accumulation_steps(self) -> int:
+        """`grad_accum_steps`, or the number that `train.global_batch_size` leads to."""
         if self.train.global_batch_size is None:
             return self.grad_accum_steps
         return self.train.global_batch_size // (self.train_batch_size * self.scaling.max_workers)
@@ -241,10 +245,9 @@ class Config(ModelConfig):
     @property
     def batching(self) -> Batching:
         """How examples become optimizer steps, as the settings say."""
-        size = (
-            self.train.global_batch_size
-            or self.train_batch_size * self.grad_accum_steps * self.scaling.max_workers
-        )
+        size = self.train.global_batch_size
+        if size is None:
+            size = self.train_batch_size * self.grad_accum_steps * self.scaling.max_workers
         return Batching(
             global_batch_size=size,
             train_batch_size=self.train_batch_size,
@@ -256,9 +259,12 @@ class Config(ModelConfig):
         )
 
     def is_eval_step(self, step: int, examples: int) -> bool:
-        """Tell whether a step's checkpoint is evaluated: every `eval_steps`, and the last step."""
-        every = self.evaluate.eval_steps or self.save_steps
-        return step % every == 0 or step >= self.batching.steps(examples)
+        """Say whether a checkpoint is measured: at every `eval_steps`, and at the run's last step.
+
+        `examples` is the number of training examples.
+        """
+        eval_steps = self.evaluate.eval_steps or self.save_steps
+        return step % eval_steps == 0 or step >= self.batching.steps(examples)
 
     @property
     def publishes(self) -> bool:
@@ -266,7 +272,8 @@ class Config(ModelConfig):
         return self.publish or self.hub.push_checkpoints != "none"
 
     def public(self) -> dict[str, Any]:
-        """Return all settings as plain JSON values, without tokens: for config.json, MLflow and workers.
+        """Return all settings as plain JSON values, without tokens: for config.json, MLflow and
+        workers.
 
         Leaves out settings for one command only, and grad_accum_steps if `train.global_batch_size`
         decides it, so that a run can be given back with another number of workers.

@@ -1,4 +1,5 @@
-"""How values become settings: nested, merged, validated, and explained to the user where they are wrong."""
+"""How values become settings: nested, merged, validated, and explained to the user where they are
+wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _ABSENT = object()
 REMOVED: dict[str, tuple[Any, str]] = {
     "compare": ([], "compare two files with `ray-sql compare A B`")
 }
-"""Settings of earlier versions: the value that saved files hold and that is ignored, and the way out of others."""
+"""Settings of earlier versions: the value that saved files hold and that is ignored, and the way
+out of others."""
 
 
 def build(kind: type[C], values: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> C:
@@ -71,7 +73,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return the first three settings in which two mappings differ, in words; empty if none does."""
+    """Return the first three settings in which two mappings differ, in words; empty if none
+    does."""
     before, after = flatten(old), flatten(new)
     changed = [
         f"{name} {before.get(name)!r} there, {value!r} here"

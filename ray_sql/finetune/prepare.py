@@ -329,9 +329,7 @@ def plan(prepared: Prepared, config: Config) -> Iterator[str]:
                 f"          so that a step mixes databases: larger steps share more, and so does --rows.examples_per_row {most}, "
                 "faster an epoch and less accurate after as many"
             )
-    made_of = (
-        f"{config.train_batch_size} x {config.accumulation} x {config.scaling.max_workers} workers"
-    )
+    made_of = f"{config.train_batch_size} x {config.accumulation_steps} x {config.scaling.max_workers} workers"
     if config.scaling.elastic:
         made_of = f"with {config.scaling.min_workers} to {config.scaling.max_workers} workers alike"
     yield f"training  {steps} steps of {batching.global_batch_size} examples ({made_of}), a checkpoint every {config.save_steps}"
