@@ -1,4 +1,4 @@
-"""Settings come down one road, mistakes are named with their source and the way out, and tokens never come out again."""
+"""Settings come down one road, mistakes name their source, and tokens never come out again."""
 
 import json
 import os
@@ -55,8 +55,8 @@ def test_the_original_command_line_means_what_it_meant() -> None:
 
 
 def test_all_nine_optional_flags_of_the_original_are_read() -> None:
-    flags = "--dataset_id d --prev_checkpoint checkpoint-9 --seed 1 --train_batch_size 2 --eval_batch_size 3 "
-    flags += "--grad_accum_steps 4 --learning_rate 5e-5 --num_epochs 6 --save_steps 7"
+    flags = "--dataset_id d --prev_checkpoint checkpoint-9 --seed 1 --train_batch_size 2 "
+    flags += "--eval_batch_size 3 --grad_accum_steps 4 --learning_rate 5e-5 --num_epochs 6 --save_steps 7"
     public = settings(*flags.split()).public()
     given = {
         "dataset_id": "d",
@@ -323,7 +323,8 @@ def test_a_change_is_validated_and_keeps_all_else_and_the_tokens() -> None:
         "--train_batch_size 2 --grad_accum_steps 4",
         "--scaling.num_workers 2 --grad_accum_steps 4",
         "--train.global_batch_size 8",
-        "--scaling.num_workers 1,2 --grad_accum_steps 4 --scaling.elastic_resize_monitor_interval_s 5",
+        "--scaling.num_workers 1,2 --grad_accum_steps 4 "
+        "--scaling.elastic_resize_monitor_interval_s 5",
         "--tracking.uri http://x --read_token hf_x",
     ],
 )

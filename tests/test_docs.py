@@ -1,4 +1,4 @@
-"""Whatever a reader may copy is true: settings page, YAML files, commands and tree of the README, Makefile targets."""
+"""Whatever a reader may copy is true: settings, YAML files, commands, the tree, make targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The jobs as a user runs them: what they write, what they print, and one clear line with exit code 2 for every bad input."""
+"""The jobs as a user runs them: files, output, and one line with exit code 2 for bad input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """`run("finetune", "--flag", "value", …)` → (exit code, stdout, stderr) of `python -m jobs.finetune`, in this process."""
+    """Run `python -m jobs.JOB` here: `run("finetune", "--flag", …)` → (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
 
@@ -46,9 +46,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 @pytest.fixture
 def flags(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> list[str]:
     """The flags of a run of seconds."""
-    text = f"""--model_name {tiny_model} --output_name run --task_type sql --dataset_id {spider_folder} --cache_dir {tmp_path}/cache
-        --lora.r 4 --lora.lora_alpha 8 --train.max_steps 2 --train.logging_steps 1 --scaling.num_workers 0 --evaluate.limit 3
-        --evaluate.max_new_tokens 8 --evaluate.select_examples 2 --evaluate.processes 1 --no-tracking.enabled"""
+    text = f"""--model_name {tiny_model} --output_name run --task_type sql
+        --dataset_id {spider_folder} --cache_dir {tmp_path}/cache
+        --lora.r 4 --lora.lora_alpha 8 --train.max_steps 2 --train.logging_steps 1
+        --scaling.num_workers 0 --evaluate.limit 3 --evaluate.max_new_tokens 8
+        --evaluate.select_examples 2 --evaluate.processes 1 --no-tracking.enabled"""
     return text.split()
 
 
@@ -71,8 +73,8 @@ def test_finetune_writes_exactly_the_documented_files(
     assert (code, err) == (0, "")
     place = tmp_path / "out" / "run"
     assert sorted(path.name for path in place.iterdir()) == [
-        "adapter", "base_predictions.jsonl", "checkpoint-2", "config.json", "contract.json", "inputs", "logs", "metrics.json",
-        "predictions.jsonl", "report.html",
+        "adapter", "base_predictions.jsonl", "checkpoint-2", "config.json", "contract.json",
+        "inputs", "logs", "metrics.json", "predictions.jsonl", "report.html",
     ]  # fmt: skip
     assert sorted(path.name for path in (place / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "config.json", "contract.json",
@@ -160,8 +162,10 @@ def test_the_original_command_line_works(
     run: Run, tiny_model: Path, spider_folder: Path, tmp_path: Path
 ) -> None:
     line = (
-        f"--model_name {tiny_model} --output_name o --read_token hf_rrr --write_token hf_www --task_type sql --dataset_id {spider_folder} "
-        "--seed 14 --train_batch_size 1 --eval_batch_size 1 --grad_accum_steps 8 --learning_rate 1e-4 --num_epochs 1 --save_steps 250"
+        f"--model_name {tiny_model} --output_name o --read_token hf_rrr --write_token hf_www "
+        f"--task_type sql --dataset_id {spider_folder} --seed 14 --train_batch_size 1 "
+        "--eval_batch_size 1 --grad_accum_steps 8 --learning_rate 1e-4 --num_epochs 1 "
+        "--save_steps 250"
     )
     code, out, err = run(
         "finetune", *line.split(), "--dry_run", "--cache_dir", str(tmp_path / "cache")
@@ -306,10 +310,8 @@ def test_compare_compares_two_scored_files(run: Run, spider_folder: Path, tmp_pa
     assert err == "note: `ray-sql compare A B` compares two scored files now\n"
     code, _, err = run("compare", "--files", scored[0], "nowhere.jsonl")
     assert code == 2
-    assert (
-        err
-        == f"error: --files {tmp_path}/nowhere.jsonl: no such file; give the predictions.jsonl of a run or an evaluation\n"
-    )
+    missing = f"error: --files {tmp_path}/nowhere.jsonl: no such file; "
+    assert err == missing + "give the predictions.jsonl of a run or an evaluation\n"
 
 
 def test_check_says_ok_line_by_line(run: Run, flags: list[str]) -> None:
@@ -356,7 +358,8 @@ def _not_a_database(folder: Path) -> None:
         (_unknown_db_id, "dev example 0: unknown db_id 'nowhere'"),
         (
             _missing_column,
-            "dev.json, row 0: no column 'question' or 'question_en' for question; found db_id, pergunta, query",
+            "dev.json, row 0: no column 'question' or 'question_en' for question; "
+            "found db_id, pergunta, query",
         ),
         (_not_a_database, "mall.sqlite"),
     ],

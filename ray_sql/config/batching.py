@@ -52,8 +52,8 @@ def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: i
 
     `auto` leaves a step at least as many rows as a row has examples. After the same number of
     examples, rows of 2 in steps of 8 and of 4 in steps of 32 answered as many new questions as
-    plain rows; rows of 8 answered fewer (`benchmarks.shared_rows_quality`). The result divides the step where a
-    number above 1 does, so that the end of a step cuts no group of one database in two.
+    plain rows; rows of 8 answered fewer (`benchmarks.shared_rows_quality`). The result divides the
+    step where a number above 1 does, so that a step's end cuts no group of one database in two.
     """
     if setting != "auto":
         return min(setting, global_batch_size)
