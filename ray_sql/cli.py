@@ -29,7 +29,7 @@ from ray_sql.config import (
     SweepConfig,
     help_text,
     load,
-    without_password,
+    mask_password,
 )
 from ray_sql.errors import RaySqlError
 
@@ -193,10 +193,10 @@ def _warn_of_secrets(words: Sequence[str]) -> None:
     for flag in sorted({word.partition("=")[0] for word in words} & TOKEN_FLAGS):
         print(f"warning: {flag} {shows}; HF_TOKEN in the environment does not", file=sys.stderr)
     for word in words:
-        if without_password(word) != word:
+        if mask_password(word) != word:
             way_out = "give it in the environment (docs/cluster.md, Tokens)"
             print(
-                f"warning: the password in {without_password(word)} {shows}; {way_out}",
+                f"warning: the password in {mask_password(word)} {shows}; {way_out}",
                 file=sys.stderr,
             )
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ray_sql.config import flatten, without_password
+from ray_sql.config import flatten, mask_password
 from ray_sql.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -191,13 +191,13 @@ class Run:
         except Exception as error:  # whatever MLflow's backend raises: an outage of the record must not end the run
             if _is_final(error):
                 log.warning(
-                    "MLflow at %s refused a record: %s", without_password(self.uri), _reason(error)
+                    "MLflow at %s refused a record: %s", mask_password(self.uri), _reason(error)
                 )
                 return True
             if not self._warned:
                 log.warning(
                     "MLflow at %s stopped answering (%s); points are kept in %s",
-                    without_password(self.uri),
+                    mask_password(self.uri),
                     _reason(error),
                     self._spool,
                 )
@@ -209,7 +209,7 @@ class Run:
 
 def _reason(error: Exception) -> str:
     """What an error says, in one line: MLflow repeats the whole address, and with it a password."""
-    return str(without_password(" ".join(str(error).split())))[:300]
+    return str(mask_password(" ".join(str(error).split())))[:300]
 
 
 def _is_final(error: Exception) -> bool:
@@ -305,7 +305,7 @@ def replay(uri: str | None, spool: Path) -> int:
         there = any(_exists(left._client, run_id) for run_id in runs)
     if runs and not there:  # it would refuse them all, and they would be gone
         raise StoreError(
-            f"--tracking.uri {without_password(left.uri)}: has no run {runs.pop()}, whose records wait in {spool}; give the place "
+            f"--tracking.uri {mask_password(left.uri)}: has no run {runs.pop()}, whose records wait in {spool}; give the place "
             "where it was recorded, or remove the file if it was deleted there"
         )
     return left.replay()
@@ -328,7 +328,7 @@ def disabled(spool: Path) -> Run:
 def check(uri: str | None) -> str:
     """The absolute form of a tracking URI, after making sure that its store answers; raises `StoreError`."""
     uri = absolute_uri(uri)
-    shown, parts = without_password(uri), urlsplit(uri)
+    shown, parts = mask_password(uri), urlsplit(uri)
     if parts.scheme in ("http", "https"):
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         try:
@@ -372,7 +372,7 @@ def _refusing(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise StoreError(
-            f"--tracking.uri {without_password(uri)}: MLflow cannot use it: {_reason(error)}"
+            f"--tracking.uri {mask_password(uri)}: MLflow cannot use it: {_reason(error)}"
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql.config import Config, EvaluateConfig, SweepConfig, load, without_password
+from ray_sql.config import Config, EvaluateConfig, SweepConfig, load, mask_password
 from ray_sql.errors import ConfigError
 
 REQUIRED = ["--model_name", "m", "--output_name", "o", "--task_type", "sql"]
@@ -528,9 +528,9 @@ def test_keys_in_a_storage_address_are_refused_and_not_repeated(make_config: Any
         with pytest.raises(ConfigError, match="keys do not belong into an address") as refused:
             make_config(**{name: "s3://AKIA:12/cr@et@bucket/runs"})
         assert f"{name} s3://AKIA:***@bucket/runs" in str(refused.value)
-    assert without_password("mysql://u:123/abc@h/db") == "mysql://u:***@h/db"
+    assert mask_password("mysql://u:123/abc@h/db") == "mysql://u:***@h/db"
     assert (
-        without_password("no http://[::1]:5000/a@b, http://h:5000/a@b")
+        mask_password("no http://[::1]:5000/a@b, http://h:5000/a@b")
         == "no http://[::1]:5000/a@b, http://h:5000/a@b"
     )
     for place in (

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ray_sql.config.sections import StorageSection
-from ray_sql.config.urls import absolute, without_password
+from ray_sql.config.urls import absolute, mask_password
 from ray_sql.config.validate import build, merge, nested, without_removed
 
 TOKENS = {"read_token", "write_token"}
@@ -66,9 +66,9 @@ class JobConfig(BaseSettings):
     def _check_no_keys_in_addresses(self) -> Self:
         for name in ("scaling.storage_path", "output_dir", "prev_checkpoint"):
             address = self.setting(name) if name.split(".")[0] in type(self).model_fields else None
-            if address != without_password(address):
+            if address != mask_password(address):
                 raise ValueError(
-                    f"{name} {without_password(address)}: keys do not belong into an address, "
+                    f"{name} {mask_password(address)}: keys do not belong into an address, "
                     "which is logged and saved; give them in the environment "
                     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or give the nodes a role"
                 )

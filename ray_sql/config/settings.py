@@ -31,7 +31,7 @@ from ray_sql.config.sections import (
     TrainSection,
     TuneSection,
 )
-from ray_sql.config.urls import absolute, passwordless, without_password
+from ray_sql.config.urls import absolute, mask_password, strip_password
 from ray_sql.tasks import TASKS, TaskName
 
 IDENTITY = {
@@ -135,7 +135,7 @@ class ModelConfig(JobConfig):
         once = {"config", "dry_run", "overwrite", "publish"} & set(type(self).model_fields)
         settings = self.model_dump(mode="json", exclude=TOKENS | once)
         # a mask given back would be taken for the password; without one, libpq looks for it
-        settings["data"]["databases"] = passwordless(settings["data"]["databases"])
+        settings["data"]["databases"] = strip_password(settings["data"]["databases"])
         return settings
 
 
@@ -279,7 +279,7 @@ class Config(ModelConfig):
         decides it, so that a run can be given back with another number of workers.
         """
         settings = super().public()
-        settings["tracking"]["uri"] = without_password(settings["tracking"]["uri"])
+        settings["tracking"]["uri"] = mask_password(settings["tracking"]["uri"])
         del settings["hub"]["force"]
         if self.train.global_batch_size is not None:
             del settings["grad_accum_steps"]

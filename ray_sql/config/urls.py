@@ -25,13 +25,13 @@ def _replace_password(text: str, replacement: str) -> str:
     return re.sub(r"([\w+.-]*)(://[^:/@\s\[]*):(\S*)", replace, text)
 
 
-def without_password(uri: str | None) -> str | None:
+def mask_password(uri: str | None) -> str | None:
     """Return a URI with `***` in place of its password: `postgresql://user:***@host/db`."""
     masked = uri and _replace_password(uri, ":***")
     return masked and re.sub(r"([?&]password=)[^&\s]*", r"\1***", masked)
 
 
-def passwordless(uri: str | None) -> str | None:
+def strip_password(uri: str | None) -> str | None:
     """Return a URI without its password, to be written into a file and still be opened.
 
     PGPASSWORD or ~/.pgpass gives the password then.

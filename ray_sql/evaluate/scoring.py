@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from math import sqrt
 from typing import Any
 
-from ray_sql.config import Config, without_password
+from ray_sql.config import Config, mask_password
 from ray_sql.data import linking, prompts
 from ray_sql.database import Executor, Limits, Schema
 from ray_sql.errors import DataError
@@ -230,7 +230,7 @@ def failing_gold(
             [(database, sql) for _, database, sql in golds], progress=progress
         )
     return [
-        {"id": name, "database": without_password(database), "gold": sql, "error": result.error}
+        {"id": name, "database": mask_password(database), "gold": sql, "error": result.error}
         for (name, database, sql), result in zip(golds, results, strict=True)
         if result.status != "ok"
     ]

@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_sql import cluster, data, progress, publish, tracking, train
-from ray_sql.config import Config, EvaluateConfig, absolute, without_password
+from ray_sql.config import Config, EvaluateConfig, absolute, mask_password
 from ray_sql.display import Display, percent
 from ray_sql.errors import ConfigError, DataError, TakenOver
 from ray_sql.evaluate import measure
@@ -145,7 +145,7 @@ def begin(
         run_id=folder.read_mlflow_run_id(),
         own=own,
     )
-    folder.write_mlflow_run(record.run_id, without_password(record.uri))
+    folder.write_mlflow_run(record.run_id, mask_password(record.uri))
     for split in ("train", *config.split):
         record.dataset(
             f"{config.dataset_id[:480]}: {split}",
@@ -241,7 +241,7 @@ def conclude(
         "data_fingerprint": prepared.corpus.fingerprint(),
         "identity": config.identity(),
         "mlflow_run_id": record.run_id,
-        "tracking_uri": without_password(record.uri),
+        "tracking_uri": mask_password(record.uri),
         **facts,
         **measure.summarise(measured, config),
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models, rows
-from ray_sql.config import AUTO_EXAMPLES_PER_ROW, Config, differences, passwordless
+from ray_sql.config import AUTO_EXAMPLES_PER_ROW, Config, differences, strip_password
 from ray_sql.data import Corpus, prompts
 from ray_sql.errors import ConfigError, DataError, StoreError
 from ray_sql.evaluate import scoring
@@ -130,7 +130,7 @@ def check_databases(corpus: Corpus, config: Config) -> None:
     if not TASKS[config.task_type].executes_sql or not corpus.databases:
         return
     if config.evaluate.select_examples and any(
-        passwordless(place) != place for place in corpus.databases.values()
+        strip_password(place) != place for place in corpus.databases.values()
     ):
         raise ConfigError(
             "--data.databases: the workers execute validation SQL, but a password is written into no file they read: leave it out of "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_sql import models
-from ray_sql.config import Config, passwordless
+from ray_sql.config import Config, strip_password
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
@@ -130,7 +130,7 @@ def unpack(asked: Sequence[Question], scratch: Path) -> list[Question]:
 def dump(asked: Iterable[Question]) -> str:
     """Questions as JSON lines; a database's password is not written down."""
     return "".join(
-        json.dumps(asdict(replace(question, database=passwordless(question.database)))) + "\n"
+        json.dumps(asdict(replace(question, database=strip_password(question.database)))) + "\n"
         for question in asked
     )
 

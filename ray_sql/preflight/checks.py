@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_sql import finetune, publish, tracking, tune
-from ray_sql.config import CheckConfig, Config, without_password
+from ray_sql.config import CheckConfig, Config, mask_password
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.finetune import prepare
@@ -60,7 +60,7 @@ def _replayed(config: Config) -> str:
         raise StoreError(
             f"records still wait in {', '.join(map(str, left))}: MLflow stopped answering; do the same again later"
         )
-    return f"all that was recorded of {config.output_name} is in MLflow ({without_password(tracking.absolute_uri(config.tracking.uri))})"
+    return f"all that was recorded of {config.output_name} is in MLflow ({mask_password(tracking.absolute_uri(config.tracking.uri))})"
 
 
 class _Lines:
@@ -145,7 +145,7 @@ def mlflow(config: Config) -> str:
     """The tracking store answers."""
     if not config.tracking.enabled:
         return "tracking is off"
-    return f"{without_password(tracking.check(config.tracking.uri))} answers"
+    return f"{mask_password(tracking.check(config.tracking.uri))} answers"
 
 
 def tokens(config: Config) -> str:

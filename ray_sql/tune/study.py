@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ray_sql.config import Config, differences, without_password
+from ray_sql.config import Config, differences, mask_password
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import STUDY, RunFolder
@@ -129,7 +129,7 @@ def begin(config: Config) -> Study:
     return Study(
         config.run_dir,
         key(config),
-        {**config.public(), "tracking": {"uri": without_password(config.tracking.uri)}},
+        {**config.public(), "tracking": {"uri": mask_password(config.tracking.uri)}},
     )
 
 
