@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ def test_a_receiver_that_fails_is_reported_once_and_hears_the_rest(
 
 
 def test_an_event_without_a_case_is_an_error(make_config: Any) -> None:
-    show = progress.Progress(make_config(), tracking.disabled(Path()), Display())
+    show = progress.Progress(make_config(), tracking.null_run(), Display())
     with pytest.raises(UnknownEvent, match="no case for an event of type RowsChosen"):
         show(RowsChosen(8))
     with (

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.mlflow_server import Server, free_port
 from ray_sql import tracking
+from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import StoreError
 from ray_sql.tracking import Run
 from tests.waiting import HANGS
@@ -32,15 +33,18 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 
+def in_store(uri: str | None) -> TrackingSection:
+    return TrackingSection(uri=uri, experiment="tests")
+
+
 def begin(
     uri: str | None, folder: Path, run_id: str | None = None, settings: dict[str, Any] | None = None
 ) -> Run:
     return tracking.start(
+        in_store(uri),
         settings
         or {"seed": 14, "lora": {"r": 8, "target_modules": "all-linear"}, "data": {"columns": {}}},
         name="my run",
-        uri=uri,
-        experiment="tests",
         tags={"task_type": "sql"},
         spool=folder / "spool" / "my-run.jsonl",
         run_id=run_id,
@@ -250,8 +254,14 @@ def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_pa
 def test_a_run_whose_id_was_lost_is_found_by_its_own_tags(store: str, tmp_path: Path) -> None:
     def child(number: int, parent: Run) -> Run:
         own = {"mlflow.parentRunId": parent.run_id, "trial": str(number)}
-        place = {"uri": store, "experiment": "tests", "spool": tmp_path / f"{number}.jsonl"}
-        return tracking.start({}, name=f"trial {number}", tags={}, own=own, **place)  # type: ignore[arg-type]
+        return tracking.start(
+            in_store(store),
+            {},
+            name=f"trial {number}",
+            tags={},
+            own=own,
+            spool=tmp_path / f"{number}.jsonl",
+        )
 
     parent, other = begin(store, tmp_path), begin(store, tmp_path)
     first = child(0, parent)
@@ -261,7 +271,7 @@ def test_a_run_whose_id_was_lost_is_found_by_its_own_tags(store: str, tmp_path: 
     parent.end_children("KILLED")
     assert [read(child_).info.status for child_ in (first, other)] == ["FINISHED", "RUNNING"]
     assert read(child(1, parent)).info.status == "RUNNING", "gone on with"
-    tracking.close(store, "tests", parent.run_id, {})
+    tracking.close(in_store(store), parent.run_id, {})
     from mlflow.tracking import MlflowClient
 
     left = MlflowClient(store).search_runs(
@@ -269,12 +279,13 @@ def test_a_run_whose_id_was_lost_is_found_by_its_own_tags(store: str, tmp_path: 
     )
     family = {run.data.tags.get("mlflow.parentRunId", run.info.run_id) for run in left}
     assert parent.run_id not in family and other.run_id in family
-    tracking.close(store, "tests", "0" * 32, {})  # of another store: nothing to do
-    tracking.close(store, "tests", other.run_id, {})
+    tracking.close(in_store(store), "0" * 32, {})  # of another store: nothing to do
+    tracking.close(in_store(store), other.run_id, {})
 
 
 def test_a_run_that_records_nothing_takes_everything(tmp_path: Path) -> None:
-    run = tracking.disabled(tmp_path / "spool.jsonl")
+    off = TrackingSection(enabled=False)
+    run = tracking.start(off, {}, name="none", tags={}, spool=tmp_path / "spool.jsonl")
     run.log(1, {"a": 1.0})
     run.table([{"a": 1}], "t.json")
     run.figure(None, "f.png")
@@ -288,10 +299,10 @@ def test_a_run_that_records_nothing_takes_everything(tmp_path: Path) -> None:
 
 
 def test_the_default_store_is_an_absolute_file_in_the_folder_of_the_job(tmp_path: Path) -> None:
-    assert tracking.check(None) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking.absolute_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
-    assert tracking.absolute_uri("sqlite:////data/runs.db") == "sqlite:////data/runs.db"
-    assert tracking.absolute_uri("http://host:5000") == "http://host:5000"
+    assert tracking.require_store(TrackingSection()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.store_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
+    assert tracking.store_uri("sqlite:////data/runs.db") == "sqlite:////data/runs.db"
+    assert tracking.store_uri("http://host:5000") == "http://host:5000"
 
 
 def test_a_store_that_does_not_answer_at_the_start_is_refused_with_the_way_out(
@@ -330,7 +341,7 @@ def test_the_password_of_a_server_that_does_not_answer_is_not_repeated(
         uri = f"http://me:planted@127.0.0.1:{closes.server_address[1]}"
         with pytest.raises(StoreError) as caught:
             begin(uri, tmp_path)
-        run = tracking.again(uri, "a-run", tmp_path / "spool" / "my-run.jsonl")
+        run = tracking.reopen(in_store(uri), "a-run", tmp_path / "spool" / "my-run.jsonl")
         run.log(1, {"loss": 1.0})
         closes.shutdown()
     assert "API request to http://me:***@127.0.0.1" in str(caught.value) and "planted" not in str(
@@ -413,14 +424,15 @@ def test_a_run_that_is_not_required_begins_when_its_store_is_back(
 
     def trial(required: bool = False) -> Run:
         own = {"mlflow.parentRunId": "p", "trial": "3"}
-        place = {
-            "uri": server.uri,
-            "experiment": "tests",
-            "spool": tmp_path / "spool" / "trial-003.jsonl",
-        }
         return tracking.start(
-            {"seed": 14}, name="trial", tags={}, own=own, required=required, **place
-        )  # type: ignore[arg-type]
+            in_store(server.uri),
+            {"seed": 14},
+            name="trial",
+            tags={},
+            own=own,
+            required=required,
+            spool=tmp_path / "spool" / "trial-003.jsonl",
+        )
 
     run = trial()
     for step in (1, 2, 3):
@@ -468,5 +480,5 @@ def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(
         with pytest.raises(MlflowException, match="503"):
             tracking._exists(client, "a" * 32)
         with pytest.raises(StoreError, match="MLflow cannot use it"):
-            tracking.close(client.tracking_uri, "experiment", "a" * 32, {})
+            tracking.close(in_store(client.tracking_uri), "a" * 32, {})
         server.shutdown()

@@ -591,7 +591,7 @@ def test_overwriting_a_run_that_was_killed_ends_it_in_mlflow(
         **{"train.max_steps": 1, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 1}
     )
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(finetune.train, "fit", stopped)
+        killed.setattr(train, "fit", stopped)
         killed.setattr(
             tracking.Run, "end", lambda *_: None
         )  # a process that is killed says nothing any more

@@ -445,12 +445,9 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(
     def begun(known: Study) -> tracking.Run:
         for number in range(2):
             known.ask(number, axes.start())
-        place = {
-            "uri": config.tracking.uri,
-            "experiment": config.tracking.experiment,
-            "spool": finetune.spool(config),
-        }
-        record = tracking.start({}, name="sweep", tags={}, own=known.tags, **place)  # type: ignore[arg-type]
+        record = tracking.start(
+            config.tracking, {}, name="sweep", tags={}, own=known.tags, spool=finetune.spool(config)
+        )
         known.mlflow_run_id = record.run_id
         known.save()
         return record
@@ -499,9 +496,7 @@ def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(
     begun.ask(0, space.read(config).start())
     trial = begun.change(0, state="running")
     away = config.changed({"tracking.uri": "http://127.0.0.1:9"})
-    sweep._child(away, space.read(config), trial, tracking.disabled(Path())).log(
-        2, {"objective": 0.5}
-    )
+    sweep._child(away, space.read(config), trial, tracking.null_run()).log(2, {"objective": 0.5})
     kept = sweep._spool(config, trial).read_text()
     with pytest.raises(
         StoreError, match=r"records of trial-000 wait for the study to go on: .*--resume"
@@ -512,7 +507,7 @@ def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(
 
 def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
     config = one(make_config, **{"tracking.enabled": True, "tracking.uri": "http://127.0.0.1:9"})
-    axes, parent = space.read(config), tracking.disabled(Path())
+    axes, parent = space.read(config), tracking.null_run()
     run = sweep._child(config, axes, Trial(0, axes.start()), parent)
     run.log(2, {"objective": 0.5})
     run.end("FINISHED")
@@ -529,12 +524,7 @@ def test_what_trials_kept_for_mlflow_is_sent_on_request(
     store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     config = one(make_config, **store)
     parent = tracking.start(
-        {},
-        name="sweep",
-        uri=config.tracking.uri,
-        experiment="ray_sql",
-        tags={},
-        spool=finetune.spool(config),
+        config.tracking, {}, name="sweep", tags={}, spool=finetune.spool(config)
     )
     parent.end("FINISHED")
     begun = study.begin(config)
@@ -596,7 +586,7 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     begun.ask(0, {"learning_rate": 1e-3, "lora.r": 4})
     display = Display(Console(file=out, force_terminal=True, highlight=False, width=120))
     watch = Watch(
-        begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.disabled(Path()), display
+        begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.null_run(), display
     )
 
     def shown() -> str:

@@ -47,9 +47,7 @@ def run(config: Config) -> dict[str, Any]:
             display.line(
                 f"{config.run_dir} holds a finished run of these settings; --overwrite trains it again."
             )
-            if config.tracking.enabled and (
-                left := tracking.replay(config.tracking.uri, spool(config))
-            ):
+            if left := tracking.replay(config.tracking, spool(config)):
                 display.line(
                     f"{left} records still wait in {spool(config)} for MLflow to take them"
                 )
@@ -58,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
                 publish.publish(config, display)
             return earlier
         if config.tracking.enabled:
-            tracking.check(config.tracking.uri)
+            tracking.require_store(config.tracking)
             timeline.mark("MLflow")
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
@@ -77,10 +75,10 @@ def run(config: Config) -> dict[str, Any]:
         for line in prepare.plan(prepared, config):
             display.line(line)
         timeline.mark("data")
-        if config.overwrite and config.tracking.enabled:
+        if config.overwrite:
             _close_earlier(config)
         prepare.write_inputs(prepared, config)
-        record = begin(config, prepared, tracking.start if config.tracking.enabled else None)
+        record = begin(config, prepared)
         timeline.mark("run folder and MLflow run")
         status: tracking.Status | None = "FAILED"
         try:
@@ -125,26 +123,23 @@ def preview(config: Config, display: Display) -> Prepared:
     return prepared
 
 
-def begin(
-    config: Config, prepared: Prepared, start: Any, own: Mapping[str, str] | None = None
-) -> tracking.Run:
-    """The MLflow run of this training run: the one an earlier attempt began, or a new one; nothing where `start` is None.
+def begin(config: Config, prepared: Prepared, own: Mapping[str, str] | None = None) -> tracking.Run:
+    """The MLflow run of this training run: the one an earlier attempt began, or a new one.
 
     `own` are tags by which it is found, should its id be lost.
     """
-    if start is None:
-        return tracking.disabled(spool(config))
     folder = RunFolder(config.run_dir)
-    record: tracking.Run = start(
+    record = tracking.start(
+        config.tracking,
         config.public(),
         name=config.output_name,
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
         tags=_tags(config, prepared),
         spool=spool(config),
         run_id=folder.read_mlflow_run_id(),
         own=own,
     )
+    if not record.run_id:
+        return record
     folder.write_mlflow_run(record.run_id, mask_password(record.uri))
     for split in ("train", *config.split):
         record.dataset(
@@ -159,7 +154,7 @@ def begin(
 def _close_earlier(config: Config) -> None:
     """End in MLflow what a run of this name left running there: nobody goes on with it."""
     if run_id := RunFolder(config.run_dir).read_mlflow_run_id():
-        tracking.close(config.tracking.uri, config.tracking.experiment, run_id, {})
+        tracking.close(config.tracking, run_id, {})
 
 
 def spool(config: Config) -> Path:
@@ -360,7 +355,7 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> M
         measure.check_adapter(adapter, config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, asked, config)
-    points = progress.Progress(config, tracking.disabled(Path()), display)
+    points = progress.Progress(config, tracking.null_run(), display)
     return measure.of_models(config, asked, corpus.schemas, folder, adapter, display, points)
 
 

@@ -46,6 +46,8 @@ def replay(config: CheckConfig) -> None:
 
 
 def _replayed(config: Config) -> str:
+    if not config.tracking.enabled:
+        return "tracking is off"
     spool = finetune.spool(config)
     if RunFolder(config.run_dir).has_study():
         left = tune.replay(config)
@@ -55,12 +57,12 @@ def _replayed(config: Config) -> str:
         )  # with other settings, the records would be looked for in another file
         if not spool.exists():
             return f"nothing of {config.output_name} waits for MLflow (it would in {spool})"
-        left = [spool] if tracking.replay(config.tracking.uri, spool) else []
+        left = [spool] if tracking.replay(config.tracking, spool) else []
     if left:
         raise StoreError(
             f"records still wait in {', '.join(map(str, left))}: MLflow stopped answering; do the same again later"
         )
-    return f"all that was recorded of {config.output_name} is in MLflow ({mask_password(tracking.absolute_uri(config.tracking.uri))})"
+    return f"all that was recorded of {config.output_name} is in MLflow ({mask_password(tracking.store_uri(config.tracking.uri))})"
 
 
 class _Lines:
@@ -145,7 +147,7 @@ def mlflow(config: Config) -> str:
     """The tracking store answers."""
     if not config.tracking.enabled:
         return "tracking is off"
-    return f"{mask_password(tracking.check(config.tracking.uri))} answers"
+    return f"{mask_password(tracking.require_store(config.tracking))} answers"
 
 
 def tokens(config: Config) -> str:

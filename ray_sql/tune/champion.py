@@ -142,7 +142,7 @@ def _measure(
     first = study.trials[0]
 
     def answers(config: Config, adapter: str) -> Measured:
-        points = progress.Progress(config, tracking.disabled(Path()), display)
+        points = progress.Progress(config, tracking.null_run(), display)
         return measure.of_models(
             config, asked, prepared.corpus.schemas, prepared.model_folder, adapter, display, points
         )

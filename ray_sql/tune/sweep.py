@@ -62,10 +62,10 @@ def replay(config: Config) -> list[Path]:
     Raises `StoreError` where trials that were cut off kept something, too: they have to go on first.
     """
     own, study = finetune.spool(config), load(config)
-    tracking.replay(config.tracking.uri, own)
+    tracking.replay(config.tracking, own)
     trials = []
     if study:
-        parent = tracking.again(config.tracking.uri, study.mlflow_run_id or "", own)
+        parent = tracking.reopen(config.tracking, study.mlflow_run_id or "", own)
         _replay(config, space.read(config), study, parent)
         cut_off = [
             one for one in study.trials if one.state not in SETTLED and _spool(config, one).exists()
@@ -98,8 +98,8 @@ def _publish(studies: list[Config], found: Mapping[str, Mapping[str, Any]]) -> N
     for one in studies:
         try:
             url = publish.publish(one)
-            if one.tracking.enabled and (run_id := found[one.task_type].get("mlflow_run_id")):
-                tracking.again(one.tracking.uri, run_id, finetune.spool(one)).tag({"hub_url": url})
+            if run_id := found[one.task_type].get("mlflow_run_id"):
+                tracking.reopen(one.tracking, run_id, finetune.spool(one)).tag({"hub_url": url})
         except RaySqlError as error:
             refused.append(error)
     if len(refused) > 1:
@@ -180,8 +180,7 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
             finetune.show(metrics, config, display)
             return metrics
         axes = space.read(config)
-        if config.tracking.enabled:
-            tracking.check(config.tracking.uri)
+        tracking.require_store(config.tracking)
         prepared = prepare.prepare(config, display.counter("reading data"))
         prepare.check_same_data(prepared.corpus, config)
         _check(config, prepared)
@@ -195,9 +194,7 @@ def _run(config: Config, resume: bool) -> dict[str, Any]:
         study.finished = False
         study.save()  # before all else: whatever is cut off from here on is a study that goes on
         prepare.write_inputs(prepared, config.changed({"overwrite": False}))
-        record = finetune.begin(
-            config, prepared, tracking.start if config.tracking.enabled else None, study.tags
-        )
+        record = finetune.begin(config, prepared, study.tags)
         study.mlflow_run_id = record.run_id or None
         study.save()
         metrics = _recorded(config, axes, study, prepared, room, record, display)
@@ -225,11 +222,9 @@ def _remove(config: Config) -> None:
     """Remove the study that is there; nothing of it stays open in MLflow."""
     folder = RunFolder(config.run_dir)
     earlier = folder.read_study()
-    if config.tracking.enabled and earlier:
+    if earlier:
         own = {"study": earlier.get("id", "")}
-        tracking.close(
-            config.tracking.uri, config.tracking.experiment, earlier["mlflow_run_id"], own
-        )
+        tracking.close(config.tracking, earlier["mlflow_run_id"], own)
     folder.remove()
 
 
@@ -337,14 +332,11 @@ def _trials(
 
 def _child(config: Config, axes: Space, trial: Trial, parent: tracking.Run) -> tracking.Run:
     """A trial's MLflow run, a child of the study's: the one that an earlier attempt began, or a new one. MLflow may be away just then."""
-    if not config.tracking.enabled:
-        return tracking.disabled(_spool(config, trial))
     own = settings(config, axes.settings(trial.point), trial.number)
     return tracking.start(
+        config.tracking,
         own.public(),
         name=f"{name(trial.number)} of {config.output_name}",  # in this order: MLflow shows the first words
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
         tags={"task_type": config.task_type},
         spool=_spool(config, trial),
         run_id=trial.mlflow_run_id,
