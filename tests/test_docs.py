@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -14,12 +15,13 @@ import yaml
 
 from ray_sql.cli import JOBS
 from ray_sql.config import SweepConfig, load
+from tests.test_layers import FLOORS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 YAMLS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 PAGES = [
-    ROOT / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "RESULTS.md",
 ]
@@ -99,22 +101,52 @@ def test_make_targets_in_the_readme_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_the_tree_in_the_pages_is_the_tree() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-    text = "\n".join(page.read_text() for page in pages if page.is_file())
-    block = re.search(r"```text\n(ray_sql/.*?)```", text, re.DOTALL)
-    assert block, "one of them shows the tree"
-    shown = set(re.findall(r"^  (\w+)(?:\.py|/)", block.group(1), re.MULTILINE))
-    package = {
-        path.stem
-        for path in (ROOT / "ray_sql").iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").is_file()
+def test_the_tree_in_contributing_is_the_tree() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"```text\nray_sql/\n(.*?)```", text, re.DOTALL)
+    floors = [set(re.findall(r"^  (\w+)(?:\.py|/)", block, re.MULTILINE)) for block in blocks]
+    assert floors == FLOORS
+    shown, folder = set(), ""
+    for line in "".join(blocks).splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith("    ") else name
+        shown.add(f"{folder}{name}" if line.startswith("    ") else name)
+    package = ROOT / "ray_sql"
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert {name for name in shown if name.endswith(".py")} == {
+        name for name in files if not name.endswith("__init__.py")
     }
-    assert package - {"__init__"} <= shown
-    assert shown <= package | {"configs", "demo_data"} | set(JOBS)
+
+
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.partition("## To change X, edit Y")[2].partition("## Rules")[0]
+    named = re.findall(r"`([\w.]+/[\w./]*)`", table)
+    assert len(named) > 30
+    for name in named:
+        assert (ROOT / "ray_sql" / name).exists() or (ROOT / name).exists(), name
+
+
+def test_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"{project['requires-python'].removeprefix('>=')}+<" in _badge("python")
+    assert f"{project['license']}<" in _badge("licence")
+    assert "make test<" in _badge("tests")
+
+
+def _badge(name: str) -> str:
+    return (ROOT / "docs" / f"badge-{name}.svg").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_in_the_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+        place = page.parent / target if target else page
+        assert place.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in _anchors(place), f"{page.name}: {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}

@@ -17,8 +17,8 @@ LIMITS = {  # to lower a limit, change it here; the comment has the target where
     "conditional_expressions_per_1000_lines": 20.0,  # 15
     "docstrings_without_a_verb": 136,  # 0
     "long_docstring_sentences": 62,  # 0
-    "readme_lines": 269,  # 150
-    "readme_long_sentences_percent": 21.8,  # 5
+    "readme_lines": 150,
+    "readme_long_sentences_percent": 5.0,
     "lines": 19_300,  # 17,874: what the code of commit ef6e15b has at 100 columns
 }
 TREE_TAKERS = {
