@@ -1,10 +1,11 @@
-"""What each saving of a training step is worth: the step as it is, and with one saving undone, in one interleaved run.
+"""Measure each saving of a training step: undo one at a time, in one interleaved run.
 
-    RAY_SQL_SHARED=… python -m benchmarks.ablation                   (--quick: two rounds of four variants)
+    RAY_SQL_SHARED=… python -m benchmarks.ablation     (--quick: two rounds of four variants)
 
-Examples, model and adapter are those of `benchmarks.training_speed`; a round is one optimizer step over 8 questions on one database with
-every variant, in an order drawn anew. A ratio above 1 is what the step takes longer without the saving, or with what is added ("with").
-The last line is one JSON object.
+Examples, model and adapter are those of `benchmarks.training_speed`. A round is one optimizer step
+over 8 questions on one database with every variant, in an order drawn anew. A ratio above 1 says
+how much longer the step takes without the saving, or with an addition ("with"). The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def every_logit() -> Iterator[None]:
 
 @contextmanager
 def memory_given_back() -> Iterator[None]:
-    """glibc's thresholds as they are once a program has freed something large (its dynamic maximum)."""
+    """glibc's thresholds as they are once a program has freed something large (its dynamic
+    maximum)."""
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
     mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD

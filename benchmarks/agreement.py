@@ -1,13 +1,16 @@
-"""Do our verdicts equal the official evaluators'? Spider's and BIRD's, row by row, on real predictions.
+"""Compare our verdicts with those of Spider's and BIRD's official evaluators, row by row.
 
-    RAY_SQL_SHARED=... python benchmarks/agreement.py            # every row, every column: about a minute on 2 cores
-    RAY_SQL_SHARED=... python benchmarks/agreement.py --quick    # every mutation, one in five predictions
+    RAY_SQL_SHARED=… python -m benchmarks.agreement            # all rows: a minute on 2 cores
+    RAY_SQL_SHARED=… python -m benchmarks.agreement --quick    # every mutation, a fifth of the rest
 
-The reference (`$RAY_SQL_SHARED/data/agreement/README.md`) holds 7118 (gold, predicted) pairs with the verdicts of the
-official code, called unchanged, and Spider's hardness grade and links of every dev query. Left out, as it says: verdicts the
-official code did not reach, and those that hang on an order SQL leaves open. What the official code calls right though
-it is not one read-only query (`DROP TABLE` where gold is empty) is refused here on purpose, and listed; so are the few
-rows where exact set match differs, with the official mistake that each shows.
+The reference (`$RAY_SQL_SHARED/data/agreement/README.md`) holds 7118 (gold, predicted) pairs with
+the verdicts of the official code, called unchanged, and Spider's hardness grade and links of every
+dev query. Two kinds are left out, as it says: verdicts that the official code did not reach, and
+those that hang on an order which SQL leaves open.
+
+The official code calls some predictions right that are not one read-only query (`DROP TABLE` where
+gold is empty). They are refused here on purpose, and listed. So are the few rows where exact set
+match differs, with the official mistake that each shows.
 """
 
 import argparse
@@ -35,7 +38,7 @@ JUDGEMENTS: dict[str, tuple[Semantics, bool]] = {
 
 OFFICIAL_MISTAKES = {
     "p06043": "a second WHERE, which no database accepts; the official parser stops before it",
-    "m0568": "a comment after ORDER BY; the official parser, which knows no comments, stops before it",
+    "m0568": "a comment after ORDER BY: the official parser knows no comments and stops before it",
     "m0573": "a comment after a join's ON a = b; the official parser takes its words for part of b",
     "m0584": "a comment after ORDER BY, as m0568",
     "m0585": "a comment after ORDER BY, as m0568",
@@ -99,7 +102,8 @@ def compare_hardness(rows: Iterable[Row], queries: Sequence[Row]) -> Agreement:
 def compare_links(
     rows: Sequence[Row], queries: Sequence[Row], schemas: Mapping[str, Schema]
 ) -> Agreement:
-    """Find the tables and columns of every dev query; where Spider's parser is known to err, the corrected columns count."""
+    """Find the tables and columns of every dev query; where Spider's parser is known to err, the
+    corrected columns count."""
     differing = []
     for number, (row, query) in enumerate(zip(rows, queries, strict=True)):
         links = gold_links(query["query"], schemas[row["db_id"]])
@@ -163,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quick = parser.parse_args(argv).quick
     if "RAY_SQL_SHARED" not in os.environ:
         sys.exit(
-            "RAY_SQL_SHARED is not set: it names the folder that holds data/agreement and data/spider"
+            "RAY_SQL_SHARED is not set: it names the folder that holds data/agreement and "
+            "data/spider"
         )
     data = Path(os.environ["RAY_SQL_SHARED"]) / "data"
     rows = read(data / "agreement" / "execution.jsonl")

@@ -1,16 +1,24 @@
-"""What becomes of a training run when something dies under it: every fault at every moment, against the unbroken run.
+"""Break a training run in every way at every moment, and compare it with the unbroken run.
 
-    python -m benchmarks.faults out/faults          (--quick: every fault once; --only WORD: trials that have it in their name)
+    python -m benchmarks.faults out/faults
 
-Every trial is a fine-tuning run of its own on a Ray cluster of a head and two nodes, all on this machine: 4-bit NF4 on the CPU, computed
-in float32 and without dropout so that curves compare, a Llama of random weights, a database and its questions made here. The faults are
-real: processes are killed with SIGKILL, an allocation larger than any memory is asked of torch in the worker, the storage is a link that
-leads to itself for a minute (the kernel refuses every access to it), or a small file system of its own that is filled up (root may mount
-one), a byte is changed in a file, `mlflow server` is killed and started again. Where a driver ends, the same command is given again. A
-run has survived when it ends with exit code 0, its losses are those of the unbroken run within 1e-4, and MLflow has each point of its
-curve once; steps are repeated when the driver sees them again. Trials are kept in the folder: what it has is not run again. Then a table,
-and as the last line one JSON object: `survived` of `of`, and `largest_difference`, by which a loss, repeated steps included, differs from
-the unbroken run's.
+With --quick every fault happens once; --only WORD chooses trials that have it in their name.
+
+Every trial is a fine-tuning run of its own on a Ray cluster of a head and two nodes, all on this
+machine. It trains a Llama of random weights in 4-bit NF4 on the CPU, computed in float32 and
+without dropout so that curves compare. The database and its questions are made here.
+
+The faults are real. Processes are killed with SIGKILL. An allocation larger than any memory is
+asked of torch in the worker. The storage becomes a link that leads to itself for a minute (the
+kernel refuses every access to it), or a small file system of its own that is filled up (root may
+mount one). A byte is changed in a file. `mlflow server` is killed and started again. Where a driver
+ends, the same command is given again.
+
+A run has survived when it ends with exit code 0, its losses are those of the unbroken run within
+1e-4, and MLflow has each point of its curve once. Steps are repeated when the driver sees them
+again. Trials are kept in the folder and are not run twice. The last line is one JSON object:
+`survived` of `of`, and `largest_difference` of a loss, repeated steps included, from the unbroken
+run's.
 """
 
 from __future__ import annotations
@@ -47,7 +55,8 @@ MOMENTS = {
     "during a save": ("save", 12),
     "at the last step": ("step", STEPS),
 }
-"""A step that the driver has seen, or a checkpoint whose folder is there and whose marker is not."""
+"""A step that the driver has seen, or a checkpoint whose folder is there and whose marker is
+not."""
 OUTAGE = 60.0
 """Seconds for which the storage still refuses every access once the run has noticed."""
 TOLERANCE = 1e-4
@@ -78,7 +87,9 @@ SETTINGS: dict[str, Any] = {
 SHOP = """
 CREATE TABLE customer (id INTEGER PRIMARY KEY, name TEXT, city TEXT, born INTEGER);
 CREATE TABLE product (id INTEGER PRIMARY KEY, title TEXT, colour TEXT, price REAL);
-CREATE TABLE sale (customer_id INTEGER REFERENCES customer (id), product_id INTEGER REFERENCES product (id), day TEXT, amount INTEGER);
+CREATE TABLE sale (
+  customer_id INTEGER REFERENCES customer (id), product_id INTEGER REFERENCES product (id),
+  day TEXT, amount INTEGER);
 INSERT INTO customer VALUES (1, 'Ada', 'Lisbon', 1980), (2, 'Ben', 'Porto', 1991);
 INSERT INTO product VALUES (1, 'Lamp', 'red', 20.5), (2, 'Desk', 'white', 120);
 INSERT INTO sale VALUES (1, 1, '2024-01-02', 2), (2, 2, '2024-02-01', 1);
@@ -201,12 +212,15 @@ def outcome(folder: Path, run: Run, code: int | None) -> dict[str, Any]:
 def report(results: list[dict[str, Any]]) -> None:
     """The table, and the sums."""
     print(
-        "\n| fault | moment | survived | steps repeated | largest difference | seconds |\n|---|---|---|---|---|---|"
+        "\n| fault | moment | survived | steps repeated | largest difference | seconds "
+        "|\n|---|---|---|---|---|---|"
     )
     for one in results:
         print(
-            f"| {one['fault']} | {one['moment']} | {'yes' if one['survived'] else '**no**'} | {one['steps_repeated']} | "
-            f"{'no point' if (far := one['largest_difference']) is None else format(far, '.1e')} | {one['seconds']:.0f} |"
+            f"| {one['fault']} | {one['moment']} | {'yes' if one['survived'] else '**no**'} | "
+            f"{one['steps_repeated']} | "
+            f"{'no point' if (far := one['largest_difference']) is None else format(far, '.1e')} | "
+            f"{one['seconds']:.0f} |"
         )
     largest = max(
         (far for one in results if (far := one["largest_difference"]) is not None), default=None
@@ -360,7 +374,8 @@ class Run:
         self._process.wait()
 
     def points(self) -> list[dict[str, Any]]:
-        """What the driver has seen, in all starts; a line may have been cut off when it was killed."""
+        """What the driver has seen, in all starts; a line may have been cut off when it was
+        killed."""
         text = self._points.read_text() if self._points.exists() else ""
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
@@ -395,7 +410,8 @@ class Run:
             return None
 
     def recorded(self) -> list[int]:
-        """The steps of the curve in MLflow, by step, as often as they are there; nothing where the run has not ended well."""
+        """The steps of the curve in MLflow, by step, as often as they are there; nothing where the
+        run has not ended well."""
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(self.config.tracking.uri)
@@ -421,7 +437,8 @@ def worker_killed(run: Run) -> None:
 
 
 def node_killed(run: Run) -> None:
-    """SIGKILL to all processes of the node it runs on, as when a machine is lost; the other node is free."""
+    """SIGKILL to all processes of the node it runs on, as when a machine is lost; the other node is
+    free."""
     assert run.worker
     raylet = run.worker.parent()
     assert raylet
@@ -436,14 +453,16 @@ def driver_killed(run: Run) -> None:
 
 
 def head_killed(run: Run) -> None:
-    """The head is lost with the driver on it and all nodes; the same command is given on a new cluster that sees the same folder."""
+    """The head is lost with the driver on it and all nodes; the same command is given on a new
+    cluster that sees the same folder."""
     run.kill()
     run.nodes.lose()
     run.start()
 
 
 def disk_full(run: Run) -> None:
-    """Something else fills the disk: the run ends, and the same command is given once there is room."""
+    """Something else fills the disk: the run ends, and the same command is given once there is
+    room."""
     filler = run.folder / "behind" / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as stream:
         while True:
@@ -462,7 +481,8 @@ def storage_fails(run: Run) -> None:
 
 
 def checkpoint_damaged(run: Run) -> None:
-    """The driver is killed, a byte of the newest complete checkpoint changed, and the command given again."""
+    """The driver is killed, a byte of the newest complete checkpoint changed, and the command given
+    again."""
     run.kill()
     psutil.wait_procs(
         [run.worker] if run.worker else [], timeout=PATIENCE
@@ -530,7 +550,8 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
 
 
 def without_memory(job: TrainJob, link: DriverLink, moment: tuple[str, int]) -> TrainOutcome:
-    """`train_loop_per_worker` where torch finds no memory at a moment, unless forward passes were halved."""
+    """`train_loop_per_worker` where torch finds no memory at a moment, unless forward passes were
+    halved."""
     import torch
 
     from ray_sql import train

@@ -1,23 +1,26 @@
-"""How fast questions are answered: transformers' batched `generate` against schemas computed once, on the same questions in one run.
+"""Answer the same questions with transformers' `generate` and with schemas computed once.
 
-    RAY_SQL_SHARED=… python -m benchmarks.generation_speed            (--quick: one round of few questions)
+    RAY_SQL_SHARED=… python -m benchmarks.generation_speed   (--quick: one round, few questions)
 
-RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. Schemas are written as CREATE TABLE
-statements (the default), and the questions are those of Spider dev's longest ones: the databases whose prompts are longest,
-among those with enough questions. A round asks 64 questions, as many as go on together by default, 1, 8 or 32 of each database (1 of
-each: as many as there are databases), in both ways, in an order drawn anew:
+RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used.
+Schemas are written as CREATE TABLE statements (the default). The questions are those on Spider
+dev's databases with the longest prompts, among those with enough questions. A round asks 64
+questions, the default of `evaluate.max_num_seqs`: 1, 8 or 32 of each database (1 of each: as many
+as there are databases). Both ways answer them, in an order drawn anew:
 
-    batched   transformers' `generate` of the model as peft loads it, whole prompts of similar length padded on the left,
-              --batch_size at a time, each batch until its last answer is complete
-    ours      this project's decoding: each schema once, all questions token by token together, those with their answer leave;
-              on a CPU the adapter is added to the weights meanwhile
+    batched   transformers' `generate` of the model as peft loads it: whole prompts of similar
+              length padded on the left, --batch_size at a time, each batch until its last answer
+    ours      this project's decoding: each schema once, all questions in step token by token, and
+              an answered one leaves; on a CPU the adapter is added to the weights meanwhile
 
-Both stop an answer at its end of turn, at its closing code fence, or after `evaluate.max_new_tokens` tokens. The model is
-SmolLM2-135M in 4-bit NF4, and over it --adapter where given: an adapter stops where an answer ends, the base model often rambles.
+Both stop an answer at its end of turn, at its closing code fence, or after
+`evaluate.max_new_tokens` tokens. The model is SmolLM2-135M in 4-bit NF4, and over it --adapter
+where given: an adapter stops where an answer ends, the base model often rambles.
 
-A ratio is that of seconds in the same round. Answers are the same in float32, which is checked on a few questions of every round; how
-many are in bfloat16, where sums in another order round to other tokens, is printed, and beside it how many of `generate`'s own are at
-batch size 1. The last line is one JSON object; `vs_batched` is the median at the most questions a database.
+A ratio is that of seconds in the same round. Answers are the same in float32, which is checked on a
+few questions of every round. In bfloat16, sums in another order round to other tokens: the number
+of equal answers is printed, and beside it that of `generate` itself at batch size 1. The last line
+is one JSON object; `vs_batched` is the median at the most questions a database.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from ray_sql.generate import Answer, Question, hf_generate
 PER_DATABASE = (1, 8, 32)
 """Questions of a database in a round."""
 ROUND = 64
-"""Questions of a round, where there are as many databases; an evaluation has hundreds, and as many go on together."""
+"""Questions of a round, where there are as many databases; an evaluation has hundreds, and as many
+go on together."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,7 +130,8 @@ def settings(max_new_tokens: int | None) -> Config:
 
 
 def draw(asked: Sequence[Question], each: int, size: int, rounds: int) -> Iterator[list[Question]]:
-    """Rounds of up to `size` questions, `each` of a database where it has so many, the databases with the longest prompts first."""
+    """Rounds of up to `size` questions, `each` of a database where it has so many, the databases
+    with the longest prompts first."""
     by_database: dict[str, list[Question]] = {}
     for question in asked:
         by_database.setdefault(question.db_id, []).append(question)
@@ -138,7 +143,8 @@ def draw(asked: Sequence[Question], each: int, size: int, rounds: int) -> Iterat
     count = max(1, size // each)
     chance = random.Random(14)
     for number in range(rounds):
-        # as many other databases a round as there are among the longest half; after them, other questions of the same
+        # as many other databases a round as there are among the longest half; after them, other
+        # questions of the same
         first = number * count % max(1, max(count, len(longest) // 2) - count + 1)
         yield [
             one
@@ -202,7 +208,8 @@ class Bench:
             "own_equal": _equal(other, [said["batched"][place] for place in places]),
         }
         print(
-            f"{made['n']} questions on {made['databases']} databases: batched {seconds['batched']:.1f} s, ours "
+            f"{made['n']} questions on {made['databases']} databases: batched "
+            f"{seconds['batched']:.1f} s, ours "
             f"{seconds['ours']:.1f} s, {made['ratio']:.1f}x",
             file=sys.stderr,
         )
@@ -245,7 +252,8 @@ def _equal(some: Sequence[Answer], others: Sequence[Answer]) -> int:
 def report(measured: dict[int, list[dict[str, Any]]]) -> None:
     """The table of RESULTS.md."""
     print(
-        "| questions a database | questions, databases | prompt tokens | answer tokens | batched, questions/s | ours, questions/s | "
+        "| questions a database | questions, databases | prompt tokens | answer tokens | batched, "
+        "questions/s | ours, questions/s | "
         "ratio (spread) | equal | equal in float32 | batched equal to itself one by one |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -259,10 +267,13 @@ def report(measured: dict[int, list[dict[str, Any]]]) -> None:
         }
         ratios = sorted(one["ratio"] for one in rounds)
         print(
-            f"| {each} | {n}, {max(one['databases'] for one in rounds)} a round | {min(prompts)} to {max(prompts)} (median "
-            f"{median(prompts):.0f}) | {min(answers)} to {max(answers)} (median {median(answers):.0f}) | {rate['batched']:.2f} | "
+            f"| {each} | {n}, {max(one['databases'] for one in rounds)} a round | {min(prompts)} "
+            f"to {max(prompts)} (median "
+            f"{median(prompts):.0f}) | {min(answers)} to {max(answers)} (median "
+            f"{median(answers):.0f}) | {rate['batched']:.2f} | "
             f"{rate['ours']:.2f} | {median(ratios):.1f}x ({ratios[0]:.1f} to {ratios[-1]:.1f}) | "
-            f"{sum(one['equal'] for one in rounds)} of {n} | {sum(one['exact_equal'] for one in rounds)} of {exact} | "
+            f"{sum(one['equal'] for one in rounds)} of {n} | "
+            f"{sum(one['exact_equal'] for one in rounds)} of {exact} | "
             f"{sum(one['own_equal'] for one in rounds)} of {exact} |"
         )
 

@@ -1,24 +1,30 @@
-"""How fast a training step is on a GPU: TRL one by one, padded and packed, and shared rows, with the shapes of Qwen2.5-1.5B.
+"""Measure a training step on a GPU: TRL one by one, padded and packed, and shared rows.
 
-    bash benchmarks/gpu.sh              the GPU tests, then this
-    python -m benchmarks.gpu            (--quick: fewer rounds and variants; --tiny: a rehearsal in miniature, on any machine)
+    bash benchmarks/gpu.sh          the GPU tests, then this
+    python -m benchmarks.gpu        (--quick: fewer rounds and variants; --tiny: any machine)
 
-Needs torch, transformers, peft, trl, datasets and bitsandbytes, and no network: the model has random weights, the examples random
-tokens. A round is 32 examples on one database: 400 to 1500 tokens of schema (log-uniform), then 40 to 80 of question and SQL, of
-which 20 to 35 carry the loss. Every variant makes one optimizer step (LoRA rank 64 over NF4, bfloat16, paged 8-bit AdamW) on the
-first 8 of them, or on as many as its rows hold, in an order drawn anew for each round; a ratio is that of seconds per example in
-the same round. The variants:
+Needs torch, transformers, peft, trl, datasets and bitsandbytes, and no network. The model has the
+shapes of Qwen2.5-1.5B and random weights, the examples random tokens. A round is 32 examples on one
+database: 400 to 1500 tokens of schema (log-uniform), then 40 to 80 of question and SQL, of which 20
+to 35 carry the loss. Every variant makes one optimizer step (LoRA rank 64 over NF4, bfloat16, paged
+8-bit AdamW) on the first 8 of them, or on as many as its rows hold, in an order drawn anew for each
+round. A ratio is that of seconds per example in the same round. The variants:
 
     plain         TRL, one example a forward pass
-    padded 8      TRL, 8 a pass, padded to the longest (examples of a round are of about one length: grouping by length at its best)
-    packing       TRL's best-fit-decreasing packing to 4096 tokens; FlashAttention where flash-attn is installed, else SDPA
+    padded 8      TRL, 8 a pass, padded to the longest (examples of a round are of about one length:
+                  grouping by length at its best)
+    packing       TRL's best-fit-decreasing packing to 4096 tokens; FlashAttention where flash-attn
+                  is installed, else SDPA
     packing flex  the same through transformers' FlexAttention
-    ours N        shared rows of N questions, FlexAttention, a row a pass or four of them in `one pass`; `mask`: SDPA with a mask;
-                  `expanded`: 4-bit weights expanded once, not at every call; `compiled`: every decoder layer through torch.compile
+    ours N        shared rows of N questions, FlexAttention, a row a pass or four in `one pass`
+                  `mask`: SDPA with a mask
+                  `expanded`: 4-bit weights expanded once, not at every call
+                  `compiled`: every decoder layer through torch.compile
 
-`share of peak` counts the multiplications that distinct tokens of a step need, attention's left out, against the fastest bfloat16
-product of two 8192 x 8192 matrices. Peak memory is that of a variant's own model, gradients, optimizer and activations. Each part
-runs in a process of its own, so that one that fails leaves the others. The last line is one JSON object.
+`share of peak` counts the multiplications that distinct tokens of a step need, attention's left
+out, against the fastest bfloat16 product of two 8192 x 8192 matrices. Peak memory is that of a
+variant's own model, gradients, optimizer and activations. Each part runs in a process of its own,
+so that one that fails leaves the others. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -70,7 +76,8 @@ EXAMPLES = 32
 STEP = 8
 """Of these, how many a variant takes that needs no more: the original project's global batch."""
 WARM_UP = 3
-"""Rounds before those that count: kernels are compiled in the first for one length, in the second for any."""
+"""Rounds before those that count: kernels are compiled in the first for one length, in the second
+for any."""
 PACKED_LENGTH = 4096
 TRL = ("plain", "padded 8", "packing", "packing flex")
 OURS = ("ours 2 one pass", "ours 8", "ours 8 one pass", "ours 16", "ours 32")
@@ -194,7 +201,8 @@ def device() -> str:
 
 
 def make_model(folder: Path, shape: Mapping[str, Any]) -> None:
-    """A Qwen2 of random weights in bfloat16, with a tokenizer that knows bytes: examples are made of token ids."""
+    """A Qwen2 of random weights in bfloat16, with a tokenizer that knows bytes: examples are made
+    of token ids."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -232,7 +240,8 @@ def settings(folder: str, **changes: Any) -> Config:
 
 
 def draw_rounds(count: int, folder: str, divisor: int) -> list[list[TokenizedExample]]:
-    """Rounds of examples on one database each, of the lengths that the module's docstring gives, divided by `divisor`."""
+    """Rounds of examples on one database each, of the lengths that the module's docstring gives,
+    divided by `divisor`."""
     vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     draw = random.Random(0)
 
@@ -254,7 +263,8 @@ def draw_rounds(count: int, folder: str, divisor: int) -> list[list[TokenizedExa
 
 
 class Bench:
-    """A part's trainers, one for each kind of model, and the step that each variant makes of a round."""
+    """A part's trainers, one for each kind of model, and the step that each variant makes of a
+    round."""
 
     def __init__(
         self,
@@ -273,7 +283,8 @@ class Bench:
         self.variants = list(variants)
 
     def run(self, file: Path) -> None:
-        """All rounds; `file` holds after each of them what is known: seconds an example, peak memory, what failed."""
+        """All rounds; `file` holds after each of them what is known: seconds an example, peak
+        memory, what failed."""
         seconds: dict[str, list[float]] = {variant: [] for variant in self.variants}
         flops: dict[str, list[float]] = {variant: [] for variant in self.variants}
         memory: dict[str, float] = dict.fromkeys(self.variants, 0.0)
@@ -344,9 +355,12 @@ class Bench:
             taken = time.perf_counter() - started
             own = self._own[kind(variant)]
             return taken, (peak_bytes() - before + own) / 2**30
-        except Exception as error:  # a variant that cannot run here (no memory, no kernel) must not take the others with it
+        # a variant that cannot run here (no memory, no kernel) must not take the others with it
+        except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        gc.collect()  # of a forward pass that broke off, checkpointing's hooks live on in its frames, and would catch other tensors
+        # checkpointing's hooks live on in the frames of a forward pass that broke off, and would
+        # catch other tensors
+        gc.collect()
         self._failed[variant] = reason
         print(f"{variant} failed: {reason}", flush=True)
         if kind(variant) in self._trainers:
@@ -489,7 +503,8 @@ def columns(examples: Sequence[TokenizedExample]) -> dict[str, list[list[int]]]:
 
 
 def batches(variant: str, examples: Sequence[TokenizedExample]) -> list[list[dict[str, Any]]]:
-    """What TRL's collator is given, pass by pass: one example, eight of about one length, or a packed row."""
+    """What TRL's collator is given, pass by pass: one example, eight of about one length, or a
+    packed row."""
     from datasets import Dataset
     from trl import pack_dataset
 
@@ -509,7 +524,8 @@ def packed_collator(tokenizer: Any) -> Any:
 
 
 def gradient_errors(folder: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
-    """Relative error of the LoRA gradients, all as one vector, against those of separate examples in float32; dropout off."""
+    """Relative error of the LoRA gradients, all as one vector, against those of separate examples
+    in float32; dropout off."""
     found: dict[str, torch.Tensor] = {}
     for bf16 in (False, True):
         config = settings(folder, train={"bf16": bf16}, lora={"lora_dropout": 0.0})
@@ -580,7 +596,8 @@ def synchronize() -> None:
 
 
 def clear_peak(empty: bool = False) -> int:
-    """Bytes in use on the GPU, from which a new peak is measured; `empty` gives back what PyTorch keeps for later."""
+    """Bytes in use on the GPU, from which a new peak is measured; `empty` gives back what PyTorch
+    keeps for later."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()
@@ -614,7 +631,8 @@ def table(part: str, found: Mapping[str, Any]) -> str:
         "peak memory, GiB",
     ]
     lines = [
-        f"{part}: {found['gpu']}, {found['peak'] / 1e12:.0f} TFLOP/s in bfloat16 products, packing with {found['attention']}",
+        f"{part}: {found['gpu']}, {found['peak'] / 1e12:.0f} TFLOP/s in bfloat16 products, packing "
+        f"with {found['attention']}",
         f"| {' | '.join(head)} |",
         "|" + "---|" * len(head),
     ]
@@ -627,7 +645,8 @@ def table(part: str, found: Mapping[str, Any]) -> str:
         ]
         share = sum(found["flops"][variant]) / sum(each) / found["peak"]
         lines.append(
-            f"| {variant} | {len(each) / sum(each):.1f} | {' | '.join(cells)} | {share:.2f} | {found['memory'][variant]:.1f} |"
+            f"| {variant} | {len(each) / sum(each):.1f} | {' | '.join(cells)} | {share:.2f} | "
+            f"{found['memory'][variant]:.1f} |"
         )
     return "\n".join(
         [*lines, *(f"{variant} failed: {reason}" for variant, reason in found["failed"].items())]
@@ -635,7 +654,8 @@ def table(part: str, found: Mapping[str, Any]) -> str:
 
 
 def shortest(seconds: Mapping[str, list[float]], *variants: str) -> dict[str, list[float]]:
-    """The rounds that all these variants made: a part that was stopped may lack some of the last."""
+    """The rounds that all these variants made: a part that was stopped may lack some of the
+    last."""
     count = min(len(seconds[variant]) for variant in variants)
     return {variant: seconds[variant][:count] for variant in variants}
 

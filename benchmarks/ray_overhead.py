@@ -1,12 +1,12 @@
-"""What Ray costs a training step inside its worker: the same training under Ray Train with one worker and in a plain process, taking
-turns step by step.
+"""Measure Ray's cost to a training step: the same training under Ray and in a plain process.
 
     python -m benchmarks.ray_overhead            (--quick: 6 steps)
 
-Both processes train the demo's adapter on the demo's data with `trainer.train`, as a run does, and log every step; the worker also
-sends each to the driver. They hand a turn to and fro through a file, so that each step of one is next to a step of the other and neither
-computes while the other does; what Ray's own processes do beside a step, they do beside both. The first steps do not count. A ratio is
-that of two neighbouring steps on the same examples. The last line is one JSON object.
+Both processes train the demo's adapter on the demo's data with `trainer.train`, as a run does, and
+log every step. The worker under Ray Train also sends each to the driver. The processes hand a turn
+to and fro through a file, so that neighbouring steps compare and neither computes while the other
+does. Ray's own processes work beside both. The first steps do not count. A ratio is that of two
+neighbouring steps on the same examples. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def report(bare: list[float], under_ray: list[float]) -> None:
     ratios = sorted(ours / other for ours, other in zip(under_ray, bare, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     print(
-        f"seconds a step: bare {median(bare):.3f}, under Ray {median(under_ray):.3f}; ratio {median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+        f"seconds a step: bare {median(bare):.3f}, under Ray {median(under_ray):.3f}; ratio "
+        f"{median(ratios):.3f} [{low:.3f}, {high:.3f}]"
     )
     print(
         json.dumps(

@@ -1,15 +1,18 @@
-"""How fast are predictions judged, with one process and with two, and what do runaway queries cost?
+"""Measure how fast predictions are judged, and the cost of runaway queries.
 
     python -m benchmarks.scoring_speed            # 5 rounds, about 5 minutes on 2 cores
     python -m benchmarks.scoring_speed --quick    # 1 round, about a minute
 
-The pairs are made here from the demo's databases and questions, always the same ones: `gold` judges every gold query
-against itself, `mutated` against a changed copy of it (a condition dropped, a number moved, a name misspelt, ...), and
-`runaway` is `mutated` with 1 % of its predictions replaced by queries that would never end or fill the memory. Judged
-under Spider's semantics with `--seconds` a query. A round takes every set with every number of processes, in an order
-drawn anew, each with a new executor, so that nothing is remembered from one measurement to the next; figures are medians
-over the rounds. Ends with code 1 if a runaway query was not stopped, or later than its limit and the grace allow. The
-last line is one JSON object.
+The pairs are made here from the demo's databases and questions, always the same ones. `gold` judges
+every gold query against itself, `mutated` against a changed copy of it (a condition dropped, a
+number moved, a name misspelt, ...). `runaway` is `mutated` with 1 % of its predictions replaced by
+queries that would never end or fill the memory. They are judged under Spider's semantics with
+`--seconds` a query.
+
+A round takes every set with one process and with two, in an order drawn anew, each with a new
+executor, so that nothing is remembered from one measurement to the next. Figures are medians over
+the rounds. The exit code is 1 if a runaway query was not stopped, or later than its limit and the
+grace allow. The last line is one JSON object.
 """
 
 import argparse
@@ -42,9 +45,12 @@ SLACK_SECONDS = 2.0
 
 RUNAWAYS = (
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
-    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 3000) SELECT count(*) FROM n a, n b, n c",
-    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, randomblob(1000) FROM n ORDER BY 2",
-    "WITH RECURSIVE n(s) AS (SELECT 'a' UNION ALL SELECT s || s FROM n) SELECT max(length(s)) FROM n",
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 3000) SELECT count(*) "
+    "FROM n a, n b, n c",
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, randomblob(1000) "
+    "FROM n ORDER BY 2",
+    "WITH RECURSIVE n(s) AS (SELECT 'a' UNION ALL SELECT s || s FROM n) SELECT max(length(s)) FROM "
+    "n",
     # No step of SQLite's machine ends here for minutes: only killing the process stops it.
     "SELECT hex(zeroblob(10000000)) LIKE '%' || hex(zeroblob(12000)) || '1'",
 )
@@ -129,7 +135,8 @@ def measure(pairs: Sequence[Pair], processes: int, limits: Limits) -> Measuremen
 
 
 def not_stopped(pairs: Sequence[Pair], measurement: Measurement, latest: float) -> list[str]:
-    """Runaway queries that ended otherwise than by a limit, and any pair that took longer than limits allow."""
+    """Runaway queries that ended otherwise than by a limit, and any pair that took longer than
+    limits allow."""
     runaway = [place for place, pair in enumerate(pairs) if pair.predicted.startswith(RUNAWAYS)]
     ended = [(pairs[place].predicted, measurement.verdicts[place]) for place in runaway]
     found = [
@@ -175,8 +182,8 @@ def table(sets: dict[str, dict[str, Any]]) -> str:
     for name, found in sets.items():
         rates = found["pairs_per_minute"]
         lines.append(
-            f"{name:10}{found['pairs']:>8}{rates['1']:>12}{rates['2']:>14}{found['two_over_one']:>8}"
-            f"{found['longest_pair_seconds']:>12}"
+            f"{name:10}{found['pairs']:>8}{rates['1']:>12}{rates['2']:>14}"
+            f"{found['two_over_one']:>8}{found['longest_pair_seconds']:>12}"
         )
     return "\n".join([*lines, "(pairs judged per minute)"])
 

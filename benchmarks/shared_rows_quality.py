@@ -264,7 +264,8 @@ def train(folder: Path, run: Run) -> None:
         "".join(json.dumps(asdict(answer)) + "\n" for answer in said)
     )  # last: with it the run is complete
     print(
-        f"{run.name}: {len(examples)} examples in {trained:.0f} s, held-out loss {loss:.3f}, answered after "
+        f"{run.name}: {len(examples)} examples in {trained:.0f} s, held-out loss {loss:.3f}, "
+        "answered after "
         f"{time.monotonic() - started:.0f} s",
         flush=True,
     )
@@ -272,7 +273,8 @@ def train(folder: Path, run: Run) -> None:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run came to: the mean loss on an answer's tokens, which questions were answered rightly, seconds of training."""
+    """What a run came to: the mean loss on an answer's tokens, which questions were answered
+    rightly, seconds of training."""
 
     loss: float
     right: list[bool]
@@ -295,8 +297,10 @@ def score(folder: Path) -> None:
             measured["held_out_loss"], right, measured["training_seconds"]
         )
     print(
-        "| batch | epochs | questions a row | seconds of training | held-out loss by seed | execution accuracy by seed "
-        "| pooled [95 % interval] | right alone, plain alone | McNemar p |\n|---|---|---|---|---|---|---|---|---|"
+        "| batch | epochs | questions a row | seconds of training | held-out loss by seed | "
+        "execution accuracy by seed "
+        "| pooled [95 % interval] | right alone, plain alone | McNemar p "
+        "|\n|---|---|---|---|---|---|---|---|---|"
     )
     kinds = sorted({(run.batch, run.epochs, run.together) for run in found})
     lines = [_line(Run(0, together, batch, epochs), found) for batch, epochs, together in kinds]
@@ -304,7 +308,8 @@ def score(folder: Path) -> None:
 
 
 def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
-    """One line of the table: all seeds of one kind of run, and the paired test against their plain runs."""
+    """One line of the table: all seeds of one kind of run, and the paired test against their plain
+    runs."""
     runs = sorted(run for run in found if replace(run, seed=0) == kind)
     hits, n = sum(sum(found[run].right) for run in runs), sum(len(found[run].right) for run in runs)
     interval = wilson_interval(hits, n)
@@ -328,7 +333,8 @@ def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
     print(
         f"| {kind.batch} | {kind.epochs} | {kind.together} | {line['seconds']:.0f} "
         f"| {', '.join(f'{loss:.3f}' for loss in line['held_out_loss'])} "
-        f"| {', '.join(f'{100 * share:.1f}' for share in line['by_seed'])} % | {100 * hits / n:.1f} % "
+        f"| {', '.join(f'{100 * share:.1f}' for share in line['by_seed'])} % | "
+        f"{100 * hits / n:.1f} % "
         f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] of {n} | "
         + (
             f"{alone}, {plain_alone} | {line['mcnemar_p']:.2g} |"
@@ -340,7 +346,8 @@ def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
 
 
 def _plain(run: Run, found: dict[Run, Scored]) -> list[bool] | None:
-    """Which questions the plain run of the same seed and batch got right: that of as many epochs, or where there is none, of one."""
+    """Which questions the plain run of the same seed and batch got right: that of as many epochs,
+    or where there is none, of one."""
     same, once = replace(run, together=1), replace(run, together=1, epochs=1)
     plain = found.get(same) or found.get(once)
     return plain.right if plain else None

@@ -1,10 +1,11 @@
-"""Fine-tune SmolLM2-135M on real Spider, cut to what two CPU cores can do, and measure it on the unseen databases of dev.
+"""Fine-tune SmolLM2-135M on a part of real Spider, and measure it on dev's unseen databases.
 
-    RAY_SQL_SHARED=… python -m benchmarks.spider --task_type sql        (15 to 25 minutes on 2 cores; --quick: a few examples)
+    RAY_SQL_SHARED=… python -m benchmarks.spider --task_type sql
     RAY_SQL_SHARED=… python -m benchmarks.spider --task_type schema
 
-RAY_SQL_SHARED names a folder with Spider in data/spider. Runs `jobs/configs/spider-<task>.yaml` with the changes in `CUT`, through the
-function that `jobs.finetune` calls. The last line is one JSON object.
+A run takes 15 to 25 minutes on 2 cores; with --quick it has a few examples. RAY_SQL_SHARED names a
+folder with Spider in data/spider. It runs `jobs/configs/spider-<task>.yaml` with the changes in
+`CUT`, through the function that `jobs.finetune` calls. The last line is one JSON object.
 """
 
 from __future__ import annotations

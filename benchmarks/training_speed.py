@@ -1,15 +1,19 @@
-"""How fast a step is: plain TRL, TRL's packing, and shared rows, on the same examples in one interleaved run.
+"""Measure a training step: plain TRL, TRL's packing, and shared rows, on the same examples.
 
-    RAY_SQL_SHARED=… python -m benchmarks.training_speed            (--quick: two rounds of four variants)
+    RAY_SQL_SHARED=… python -m benchmarks.training_speed   (--quick: two rounds, four variants)
 
-RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. A round takes 32 examples of one
-database, drawn at random, and makes one optimizer step with every variant, in an order drawn anew: over the first 8 of them (the
-original's global batch), over all where a row holds more. A ratio is that of two variants' seconds per example in the same round. All
-variants train the same LoRA (rank 64, dropout 0.1, all linear layers) over SmolLM2-135M in 4-bit NF4:
+RAY_SQL_SHARED names a folder with Spider in data/spider; without it the demo's data are used. A
+round takes 32 examples of one database, drawn at random, and makes one optimizer step with every
+variant, in an order drawn anew: over the first 8 of them (the original's global batch), over all
+where a row holds more. A ratio is that of two variants' seconds per example in the same round. All
+variants train the same LoRA (rank 64, dropout 0.1, all linear layers) over SmolLM2-135M in 4-bit
+NF4:
 
-    plain     TRL 1.16 as the original project sets it up: one example a forward pass, every 4-bit layer expanded at each call
+    plain     TRL 1.16 as the original project sets it up: one example a forward pass, every 4-bit
+              layer expanded at each call
     packing   TRL's best-fit-decreasing packing to 2048 tokens
-    ours N    this project's trainer with up to N questions in a row with their schema; N = 1 shares nothing
+    ours N    this project's trainer with up to N questions in a row with their schema; N = 1 shares
+              nothing
 
 Peak memory is measured in a process of its own for each variant. The last line is one JSON object.
 """
@@ -81,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{profile(bench, variant)}")
     alone = sum(products_seconds(bench.ours.model, examples) / EXAMPLES for examples in rounds)
     print(
-        f"\nthe products of ours 32 alone, each shape by itself, take {alone / sum(seconds['ours 32']):.2f} of its time and reach "
+        "\nthe products of ours 32 alone, each shape by itself, take "
+        f"{alone / sum(seconds['ours 32']):.2f} of its time and reach "
         f"{bench.share_of_peak({'ours 32': [alone]}, 'ours 32', peak):.2f} of the peak"
     )
     ratio = {name: spread(seconds, slow, fast)[1] for name, slow, fast in RATIOS}
@@ -132,7 +137,8 @@ def settings() -> Config:
 
 
 def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[TokenizedExample]]:
-    """Rounds of `EXAMPLES` tokenised examples on one database, a database's chance being its number of examples."""
+    """Rounds of `EXAMPLES` tokenised examples on one database, a database's chance being its number
+    of examples."""
     corpus = data.load(config)
     tokenizer = models.load_tokenizer(folder)
     by_database: dict[str, list[Any]] = defaultdict(list)
@@ -192,7 +198,8 @@ class Bench:
         return seconds
 
     def share_of_peak(self, seconds: dict[str, list[float]], variant: str, peak: float) -> float:
-        """Share of the machine's matrix multiplication speed that a variant reaches, counting every distinct token once."""
+        """Share of the machine's matrix multiplication speed that a variant reaches, counting every
+        distinct token once."""
         work = sum(
             useful_flops(self.ours.model, examples) / len(examples) for examples in self.rounds
         )
@@ -279,7 +286,8 @@ class Bench:
 def our_step(
     built: trainer.StepTrainer, config: Config, together: int
 ) -> Callable[[Sequence[TokenizedExample]], None]:
-    """One optimizer step of this project's trainer over examples, up to `together` of a database in a row."""
+    """One optimizer step of this project's trainer over examples, up to `together` of a database in
+    a row."""
     optimizer = torch.optim.AdamW(
         [w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True
     )
@@ -297,8 +305,9 @@ def our_step(
 
 
 def useful_flops(model: Any, examples: Sequence[TokenizedExample]) -> float:
-    """What one step of a model with LoRA cannot do without: forward and the gradient with respect to the inputs for each distinct
-    token (2 + 2 per frozen weight), forward and both gradients for LoRA's weights (6), the vocabulary only where a label is."""
+    """What one step of a model with LoRA cannot do without: forward and the gradient with respect
+    to the inputs for each distinct token (2 + 2 per frozen weight), forward and both gradients for
+    LoRA's weights (6), the vocabulary only where a label is."""
     unique = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
     labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
     lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
@@ -314,8 +323,8 @@ def useful_flops(model: Any, examples: Sequence[TokenizedExample]) -> float:
 
 
 def products_seconds(model: Any, examples: Sequence[TokenizedExample]) -> float:
-    """Seconds of the matrix products that `useful_flops` counts for a step, each shape by itself: what is left of a step if nothing
-    but its products took time."""
+    """Seconds of the matrix products that `useful_flops` counts for a step, each shape by itself:
+    what is left of a step if nothing but its products took time."""
     tokens = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
     labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
     dtype = models.compute_dtype(settings().train.bf16)
@@ -353,14 +362,16 @@ def _fastest(a: torch.Tensor, b: torch.Tensor, times: int = 7) -> float:
 
 
 def matmul_peak() -> float:
-    """FLOP/s of the largest of a few square matrix multiplications, in the type that training computes in."""
+    """FLOP/s of the largest of a few square matrix multiplications, in the type that training
+    computes in."""
     dtype = models.compute_dtype(settings().train.bf16)
     sizes = (1024, 2048, 3072)
     return max(2 * n**3 / _fastest(*(torch.randn(n, n).to(dtype) for _ in range(2))) for n in sizes)
 
 
 def own_peak() -> float:
-    """Peak resident memory of this process in GiB; `ru_maxrss` would be that of the process it was forked from, where that is larger."""
+    """Peak resident memory of this process in GiB; `ru_maxrss` would be that of the process it was
+    forked from, where that is larger."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 2**20
 
@@ -389,11 +400,13 @@ def report(
     """The table of RESULTS.md."""
     lengths = [len(row.input_ids) for examples in bench.rounds for row in examples]
     print(
-        f"{len(bench.rounds)} rounds of {EXAMPLES} examples, {min(lengths)} to {max(lengths)} tokens (median {median(lengths):.0f}); "
+        f"{len(bench.rounds)} rounds of {EXAMPLES} examples, {min(lengths)} to {max(lengths)} "
+        f"tokens (median {median(lengths):.0f}); "
         f"matrix multiplication peak {peak / 1e9:.0f} GFLOP/s\n"
     )
     print(
-        "| variant | examples/s | vs plain (spread) | vs packing (spread) | share of peak | peak memory, GiB |"
+        "| variant | examples/s | vs plain (spread) | vs packing (spread) | share of peak | peak "
+        "memory, GiB |"
     )
     print("|---|---|---|---|---|---|")
     for variant in bench.variants:
@@ -404,7 +417,8 @@ def report(
         ]
         gib = f"{memory[variant]:.1f}" if variant in memory else "not run"
         print(
-            f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} | {bench.share_of_peak(seconds, variant, peak):.2f} | {gib} |"
+            f"| {variant} | {rate:.2f} | {cells[0]} | {cells[1]} | "
+            f"{bench.share_of_peak(seconds, variant, peak):.2f} | {gib} |"
         )
 
 
@@ -469,7 +483,8 @@ def _kind(name: str) -> str:
 
 
 def gradient_error(config: Config, folder: str, examples: Sequence[TokenizedExample]) -> float:
-    """Largest relative difference of a LoRA weight's gradient between one shared row and separate rows, in fp32, dropout off."""
+    """Largest relative difference of a LoRA weight's gradient between one shared row and separate
+    rows, in fp32, dropout off."""
     exact = config.changed({"train.bf16": False, "lora.lora_dropout": 0.0})
     found = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -497,10 +512,12 @@ def gradient_error(config: Config, folder: str, examples: Sequence[TokenizedExam
                     if w.requires_grad
                 }
             )
-    alone, together_ = found
-    return float(
-        f"{max(float((together_[name] - grad).norm() / grad.norm()) for name, grad in alone.items()):.2g}"
-    )
+    separate, shared = found
+    errors = [
+        float((shared[name] - gradient).norm() / gradient.norm())
+        for name, gradient in separate.items()
+    ]
+    return float(f"{max(errors):.2g}")
 
 
 if __name__ == "__main__":

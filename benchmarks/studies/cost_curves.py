@@ -1,11 +1,14 @@
-"""How a training step's cost grows: with the length of the schema, and with the number of questions on it that share a row.
+"""Measure how a step's cost grows with the schema's length and the questions in a row.
 
-    python -m benchmarks.studies.cost_curves --figure benchmarks/studies/cost_curves.svg            (--quick: a few points, one round)
+    python -m benchmarks.studies.cost_curves --figure benchmarks/studies/cost_curves.svg
 
-Rows of random tokens over SmolLM2-135M in 4-bit NF4 with the original's LoRA: a schema, and for every question 30 tokens of its own and
-40 of an answer. Schemas have 100 to 4,000 tokens, with one question a row (nothing is shared), 8 and 32; then a schema of 500 tokens has
-1 to 64 questions in a row. Every round makes one step at every point, in an order drawn anew; a point is the median of its rounds.
-Prints two tables; the last line is one JSON object.
+With --quick it measures a few points in one round.
+
+Rows hold random tokens over SmolLM2-135M in 4-bit NF4 with the original's LoRA: a schema, and for
+every question 30 tokens of its own and 40 of an answer. Schemas have 100 to 4,000 tokens, with one
+question a row (nothing is shared), 8 and 32. Then a schema of 500 tokens has 1 to 64 questions in a
+row. Every round makes one step at every point, in an order drawn anew; a point is the median of its
+rounds. It prints two tables; the last line is one JSON object.
 """
 
 from __future__ import annotations

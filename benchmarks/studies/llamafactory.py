@@ -1,14 +1,18 @@
-"""A training step of this project beside LLaMA-Factory's, on the same examples in one interleaved run.
+"""Measure a training step beside LLaMA-Factory's, on the same examples in one interleaved run.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 llamafactory==0.9.5 bitsandbytes
-    peer/bin/pip uninstall torchvision torchaudio          where torch is built for CPUs: theirs are built for CUDA
-    RAY_SQL_SHARED=… python -m benchmarks.studies.llamafactory --python peer/bin/python            (--quick: one round)
+    peer/bin/pip uninstall torchvision torchaudio    # where torch is built for CPUs, unlike these
+    RAY_SQL_SHARED=… python -m benchmarks.studies.llamafactory --python peer/bin/python
 
-LLaMA-Factory pins other versions of transformers, TRL and PEFT, so it has an environment and a process of its own, which waits while
-this one computes. Rounds, model, LoRA and type are those of `benchmarks.training_speed`: 32 examples of one database, SmolLM2-135M in NF4.
-One example a pass and this project's 8 a row take the first 8 of a round; its packing (neat_packing, which keeps examples apart; it pads
-each row to 2,048 tokens) and 32 a row take all. A ratio is that of two variants' seconds an example in the same round. The last line is
-one JSON object.
+With --quick it has one round. LLaMA-Factory pins other versions of transformers, TRL and PEFT, so
+it has an environment and a process of its own, which waits while this one computes. Rounds, model,
+LoRA and type are those of `benchmarks.training_speed`: 32 examples of one database, SmolLM2-135M in
+NF4.
+
+One example a pass and this project's 8 a row take the first 8 of a round. LLaMA-Factory's packing
+and 32 a row take all. (Its neat_packing keeps examples apart and pads each row to 2,048 tokens.) A
+ratio is that of two variants' seconds an example in the same round. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -91,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(config, folder, rounds, ("ours 8", "ours 32"))
     seconds = run(bench, Peer(arguments.python, config, folder))
     print(
-        "| variant | examples/s | against LLaMA-Factory, one a pass | against its packing |\n|---|---|---|---|"
+        "| variant | examples/s | against LLaMA-Factory, one a pass | against its packing "
+        "|\n|---|---|---|---|"
     )
     for variant in TAKES:
         rate = len(rounds) / sum(seconds[variant])

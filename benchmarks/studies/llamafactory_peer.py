@@ -1,7 +1,9 @@
-"""LLaMA-Factory's side of `benchmarks.studies.llamafactory`, run by the Python it is installed for; nothing of this project is imported.
+"""Train steps with LLaMA-Factory for `benchmarks.studies.llamafactory`.
 
-The model, LoRA, packing, collator and trainer are LLaMA-Factory's own, made as its `run_sft` makes them. A line on stdin has a
-variant and examples as tokens and labels; one optimizer step is made of them, and its seconds are a line on stdout.
+The Python that LLaMA-Factory is installed for runs this; nothing of this project is imported. The
+model, LoRA, packing, collator and trainer are LLaMA-Factory's own, made as its `run_sft` makes
+them. A line on stdin has a variant and examples as tokens and labels. One optimizer step is made of
+them, and its seconds are a line on stdout.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def main() -> None:
 
 
 def build(given: dict[str, Any], variant: str, scratch: str) -> Any:
-    """The step of a variant: `plain` or `packing` (its neat_packing, which keeps examples apart)."""
+    """The step of a variant: `plain` or `packing` (its neat_packing, which keeps examples
+    apart)."""
     packed = variant == "packing"
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(
         {

@@ -1,16 +1,20 @@
-"""How a training step scales past one GPU: a plan on paper from measured parts, as docs/scaling.md shows it.
+"""Compute how a training step scales past one GPU: a plan on paper from measured parts.
 
     python -m benchmarks.studies.scaling_plan
 
-Measured: how long one H100 takes for a pass, forward and backward, over 8, 16 and 32 questions that share a row
-(RESULTS.md). Computed: the bytes of LoRA gradients that a step exchanges, from the shapes of Qwen2.5-1.5B, and how a
-step's questions spread over GPUs, by the very function that training uses (`rows.passes`). Assumed: the networks'
-nominal rates, a ring all-reduce, nothing of it hidden behind the backward pass. Nothing is trained; it takes seconds.
-Prints the page's tables; the last line is one JSON object.
+docs/scaling.md shows the tables that this prints.
+
+Measured: the time of a pass, forward and backward, on one H100 over 8, 16 and 32 questions that
+share a row (RESULTS.md). Computed: the bytes of LoRA gradients that a step exchanges, from the
+shapes of Qwen2.5-1.5B, and how a step's questions spread over GPUs, by the very function that
+training uses (`rows.passes`). Assumed: the networks' nominal rates, and a ring all-reduce of which
+nothing is hidden behind the backward pass. Nothing is trained, so it takes seconds with and without
+--quick. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +24,8 @@ from ray_sql.config import Config, load
 from ray_sql.rows import TokenizedExample
 
 EXAMPLES_PER_SECOND = {8: 25.6, 16: 50.4, 32: 107.7}
-"""Questions a row = examples/s on one H100 with one row a step, r = 64, no gradient checkpointing (RESULTS.md)."""
+"""Questions a row = examples/s on one H100 with one row a step, r = 64, no gradient checkpointing
+(RESULTS.md)."""
 HIDDEN, INNER, KEYS, LAYERS = 1536, 8960, 256, 28
 """Qwen2.5-1.5B: widths of its layers, of their MLPs, of keys and of values; layers."""
 BYTES = 4
@@ -30,7 +35,8 @@ NETWORKS = {"NVLink": 450e9, "100 Gb/s": 100e9 / 8, "25 Gb/s": 25e9 / 8}
 TOGETHER = 32
 """Questions a row, as the settings ask for; a step with fewer questions a GPU gets smaller rows."""
 SCHEMA, OWN = 26, 2
-"""Tokens of a schema and of what a question adds, a thirtieth of the benchmark's: only their proportion matters here."""
+"""Tokens of a schema and of what a question adds, a thirtieth of the benchmark's: only their
+proportion matters here."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Step:
 
 
 def lora_parameters(r: int) -> int:
-    """r x (inputs + outputs), summed over every linear layer that gets an adapter: q, k, v, o, gate, up, down."""
+    """r x (inputs + outputs), summed over every linear layer that gets an adapter: q, k, v, o,
+    gate, up, down."""
     shapes = [
         *((HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN)),
         *((HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)),
@@ -62,12 +69,14 @@ def lora_parameters(r: int) -> int:
 
 
 def sent(r: int, gpus: int) -> float:
-    """Bytes that each GPU sends, and receives, in a ring all-reduce: 2 (N - 1) / N of the gradients' size."""
+    """Bytes that each GPU sends, and receives, in a ring all-reduce: 2 (N - 1) / N of the
+    gradients' size."""
     return 2 * (gpus - 1) / gpus * lora_parameters(r) * BYTES
 
 
 def passes(batch: int, gpus: int) -> tuple[int, ...]:
-    """Questions in each forward pass of the first GPU, which has the most, in a step over databases of `TOGETHER` questions each."""
+    """Questions in each forward pass of the first GPU, which has the most, in a step over databases
+    of `TOGETHER` questions each."""
     config = load(
         Config,
         [],
@@ -94,7 +103,8 @@ def passes(batch: int, gpus: int) -> tuple[int, ...]:
 
 
 def pass_seconds(questions: int) -> float:
-    """Seconds of a pass: those of the smallest measured one that holds as many; below 8, where none was measured, of 8."""
+    """Seconds of a pass: those of the smallest measured one that holds as many; below 8, where none
+    was measured, of 8."""
     size = min(measured for measured in EXAMPLES_PER_SECOND if measured >= questions)
     return size / EXAMPLES_PER_SECOND[size]
 
@@ -117,7 +127,8 @@ def step(batch: int, gpus: int, network: str, r: int) -> Step:
 
 
 def plan() -> list[Step]:
-    """The page's steps: two global batches on 1, 8 and 64 GPUs, the latter over two networks and two ranks."""
+    """The page's steps: two global batches on 1, 8 and 64 GPUs, the latter over two networks and
+    two ranks."""
     steps = []
     for batch in (64, 2048):
         steps += [step(batch, 1, "NVLink", 64), step(batch, 8, "NVLink", 64)]
@@ -130,7 +141,8 @@ def plan() -> list[Step]:
 def bytes_table(ranks: Sequence[int] = (64, 16)) -> str:
     """What a step exchanges, and how long that takes."""
     lines = [
-        "| LoRA rank | weights | gradients, MB | each of 64 GPUs sends, MB | NVLink, 8 GPUs | 100 Gb/s, 64 | 25 Gb/s, 64 |"
+        "| LoRA rank | weights | gradients, MB | each of 64 GPUs sends, MB | NVLink, 8 GPUs | 100 "
+        "Gb/s, 64 | 25 Gb/s, 64 |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for r in ranks:
@@ -149,21 +161,28 @@ def bytes_table(ranks: Sequence[int] = (64, 16)) -> str:
 def steps_table() -> str:
     """Every step of the plan."""
     lines = [
-        "| global batch | GPUs | network, rank | passes a GPU | step, s | examples/s | efficiency |",
+        "| global batch | GPUs | network, rank | passes a GPU | step, s | examples/s | efficiency "
+        "|",
         "|---|---|---|---|---|---|---|",
     ]
     for one in plan():
         network = "" if one.gpus == 1 else f"{one.network}, r = {one.r}"
         layout = f"{len(one.passes)} of {one.passes[0]}"
         lines.append(
-            f"| {one.batch:,} | {one.gpus} | {network} | {layout} | {one.seconds:.2f} | {one.batch / one.seconds:,.0f} | "
+            f"| {one.batch:,} | {one.gpus} | {network} | {layout} | {one.seconds:.2f} | "
+            f"{one.batch / one.seconds:,.0f} | "
             f"{100 * one.efficiency:.0f} % |"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the tables and the JSON object."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="nothing is left out")
+    parser.parse_args(argv)
     print(f"{bytes_table()}\n\n{steps_table()}\n")
     ranks = {
         r: {"parameters": lora_parameters(r), "bytes": lora_parameters(r) * BYTES} for r in (64, 16)

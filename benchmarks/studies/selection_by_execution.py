@@ -44,8 +44,8 @@ EPOCHS, CHECKPOINTS, BATCH = 3, 4, 8
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was measured at a step of a trial: `objective` and `tie_break` of the questions to choose by, `loss` of their gold answers,
-    and which held-out questions were answered rightly."""
+    """What was measured at a step of a trial: `objective` and `tie_break` of the questions to
+    choose by, `loss` of their gold answers, and which held-out questions were answered rightly."""
 
     trial: str
     step: int
@@ -152,7 +152,8 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
             Checkpoint(f"{rate:g}, {rank}", step, total / labels, objective, tie_break, right)
         )
         print(
-            f"rate {rate:g}, rank {rank}, step {step} after {time.monotonic() - started:.0f} s: loss {total / labels:.3f}, "
+            f"rate {rate:g}, rank {rank}, step {step} after {time.monotonic() - started:.0f} s: "
+            f"loss {total / labels:.3f}, "
             f"to choose by {100 * objective:.1f} %, held out {100 * sum(right) / len(right):.1f} %",
             flush=True,
         )
@@ -184,7 +185,8 @@ def report(found: list[Checkpoint]) -> None:
     print("|---|---|---|---|---|")
     for one in found:
         print(
-            f"| {one.trial} | {one.step} | {one.loss:.3f} | {100 * one.objective:.1f} % | {accuracy([one])} |"
+            f"| {one.trial} | {one.step} | {one.loss:.3f} | {100 * one.objective:.1f} % | "
+            f"{accuracy([one])} |"
         )
     trials = list(dict.fromkeys(one.trial for one in found))
     within = [[one for one in found if one.trial == name] for name in trials]
@@ -194,7 +196,8 @@ def report(found: list[Checkpoint]) -> None:
 
 
 def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
-    """The checkpoint that each way chooses in every group, and all their held-out answers side by side."""
+    """The checkpoint that each way chooses in every group, and all their held-out answers side by
+    side."""
     by_answers = [max(group, key=_rank(group)) for group in groups]
     by_loss = [min(group, key=lambda one: one.loss) for group in groups]
     pairs = [
@@ -227,7 +230,8 @@ def accuracy(chosen: list[Checkpoint]) -> str:
     """Held-out execution accuracy with its interval."""
     right = [verdict for one in chosen for verdict in one.right]
     interval = wilson_interval(sum(right), len(right))
-    return f"{100 * sum(right) / len(right):.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    share = f"{100 * sum(right) / len(right):.1f} %"
+    return f"{share} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 if __name__ == "__main__":

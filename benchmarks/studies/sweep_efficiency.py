@@ -1,15 +1,22 @@
-"""What a sweep costs and what it gives away: against the full grid of the same points, trained to the end.
+"""Compare a sweep's cost and choice with the full grid of the same points, trained to the end.
 
-    python -m benchmarks.studies.sweep_efficiency out/sweep-efficiency          (--quick: one seed, fewer trials)
+    python -m benchmarks.studies.sweep_efficiency out/sweep-efficiency
 
-A Llama of two layers and random weights (its tokenizer is trained on the demo's questions) learns the demo's answers through LoRA, with
-the project's own training. The grid is every learning rate with every rank, each trained to the end in this process; it is
-trained once and kept in the folder. The sweep is `tune.run` over the same points, which it draws with TPE and stops with ASHA, choosing
-by the loss on the validation examples: a model so small writes no SQL that runs. What it chose is scored on examples that no trial saw
-(the demo's `seen` split), by the share of the answers' tokens that the model predicts, as is every point of the grid. Every seed
-has a split, a model, a grid and a sweep of its own. The last line is one JSON object: `share_of_passes`, examples the sweep's trials
-passed over those of the grid; `points_below_grid_best`, how far the sweep's point is below the best of the grid in that score, in
-points; both as means over the seeds.
+With --quick it has one seed and fewer trials.
+
+A Llama of two layers and random weights learns the demo's answers through LoRA, with the project's
+own training; its tokenizer is trained on the demo's questions. The grid is every learning rate with
+every rank, each trained to the end in this process. It is trained once and kept in the folder. The
+sweep is `tune.run` over the same points, which it draws with TPE and stops with ASHA. It chooses by
+the loss on the validation examples: a model so small writes no SQL that runs.
+
+The sweep's choice and every point of the grid are scored on examples that no trial saw (the demo's
+`seen` split), by the share of the answers' tokens that the model predicts. Every seed has a split,
+a model, a grid and a sweep of its own.
+
+The last line is one JSON object, with means over the seeds. `share_of_passes` is the number of
+examples that the sweep's trials passed over that of the grid. `points_below_grid_best` is the
+distance in points from the sweep's choice to the best of the grid in that score.
 """
 
 from __future__ import annotations
@@ -122,7 +129,8 @@ def one(folder: Path, seed: int, rates: list[float], ranks: list[int]) -> dict[s
 
 
 def settings(place: Path, seed: int, rates: list[float], ranks: list[int]) -> Config:
-    """The settings of a seed: the start of the sweep is the grid's rate a third of the way up and its largest rank."""
+    """The settings of a seed: the start of the sweep is the grid's rate a third of the way up and
+    its largest rank."""
     start = {
         "learning_rate": rates[len(rates) // 3],
         "lora.r": ranks[-1],
@@ -189,7 +197,8 @@ def make_model(folder: Path, seed: int) -> None:
 def trained_grid(
     file: Path, config: Config, prepared: prepare.Prepared, points: list[tuple[float, int]]
 ) -> dict[str, Any]:
-    """Loss that chooses and held-out score of every point, by point; what the file has is not trained again."""
+    """Loss that chooses and held-out score of every point, by point; what the file has is not
+    trained again."""
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for number, (rate, rank) in enumerate(points):
         if key(rate, rank) in known:
@@ -218,7 +227,8 @@ def key(rate: float, rank: int) -> str:
 
 
 def held_out(config: Config, prepared: prepare.Prepared, adapter: str) -> float:
-    """The share of the held-out answers' tokens that a model with this adapter predicts, in per cent."""
+    """The share of the held-out answers' tokens that a model with this adapter predicts, in per
+    cent."""
     import torch
 
     model = models.load_adapter(
