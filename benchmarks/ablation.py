@@ -39,7 +39,7 @@ AS_IT_IS = "as it is"
 
 
 def nothing(_: Any) -> None:
-    """Leaves a model as it is."""
+    """Leave a model as it is."""
 
 
 @dataclass(frozen=True)
@@ -55,40 +55,40 @@ class Variant:
 
 
 def expanded_at_every_call(base: Any) -> None:
-    """bitsandbytes' own forward."""
+    """Bring back bitsandbytes' own forward."""
     for module in base.modules():
         if type(module).__name__ == "Linear4bit":
             del module.forward
 
 
 def of_peft(model: Any) -> None:
-    """PEFT's forward of a layer and its adapter."""
+    """Bring back PEFT's forward of a layer and its adapter."""
     for module in model.modules():
         if hasattr(module, "lora_A") and "forward" in vars(module):
             del module.forward
 
 
 def of_torch(model: Any) -> None:
-    """torch's dropout."""
+    """Bring back torch's dropout."""
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.lora_dropout["default"] = torch.nn.Dropout(settings().lora.lora_dropout)
 
 
 def computed_again(model: Any) -> None:
-    """Every layer's activations."""
+    """Compute every layer's activations again in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def layers_compiled(model: Any) -> None:
-    """torch.compile, for rows of any length."""
+    """Compile every layer with torch.compile, for rows of any length."""
     for layer in model.get_base_model().model.layers:
         layer.compile(dynamic=True)
 
 
 @contextmanager
 def every_logit() -> Iterator[None]:
-    """The vocabulary's scores at every token."""
+    """Compute the vocabulary's scores at every token."""
 
     def loss(model: Any, batch: Any, inner_model: Any) -> torch.Tensor:
         targets = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
@@ -106,8 +106,7 @@ def every_logit() -> Iterator[None]:
 
 @contextmanager
 def memory_given_back() -> Iterator[None]:
-    """glibc's thresholds as they are once a program has freed something large (its dynamic
-    maximum)."""
+    """Set glibc's thresholds as they are once a program has freed something large."""
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
     mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
@@ -119,7 +118,7 @@ def memory_given_back() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One of the machine's cores."""
+    """Compute on one of the machine's cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -195,7 +194,7 @@ def step_of(
     examples: Sequence[TokenizedExample],
     scratch: Path,
 ) -> Callable[[Sequence[TokenizedExample]], None]:
-    """A variant's optimizer step, over a model of its own."""
+    """Return a variant's optimizer step, over a model of its own."""
     base = models.load_base(folder, config.quantization, config.train.bf16)
     variant.to_base(base)
     batching = replace(config.batching, examples_per_row=STEP)
@@ -216,7 +215,7 @@ def _within(
 def run(
     steps: dict[str, Callable[..., None]], rounds: Sequence[Sequence[TokenizedExample]]
 ) -> dict[str, list[float]]:
-    """Seconds of every variant's step in every round, after two that warm up and compile."""
+    """Return the seconds of every variant's step in every round, after two that warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     draw = random.Random(1)
     for number, examples in enumerate(rounds, start=-1):

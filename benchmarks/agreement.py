@@ -49,7 +49,7 @@ OFFICIAL_MISTAKES = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one column of the reference compares with ours; ids of rows where it does not."""
+    """Compare one column of the reference with ours; holds the ids of rows that differ."""
 
     column: str
     compared: int
@@ -59,12 +59,12 @@ class Agreement:
 
 
 def read(path: Path) -> list[Row]:
-    """The objects of a JSON lines file."""
+    """Return the objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def settled(row: Row, column: str) -> bool:
-    """Whether the official code reached a verdict here that does not hang on chance."""
+    """Return True where the official code reached a verdict that does not hang on chance."""
     left_out = {*row.get("official_error", {}), *row.get("order_dependent", [])}
     return row[column] is not None and column not in left_out
 
@@ -102,8 +102,10 @@ def compare_hardness(rows: Iterable[Row], queries: Sequence[Row]) -> Agreement:
 def compare_links(
     rows: Sequence[Row], queries: Sequence[Row], schemas: Mapping[str, Schema]
 ) -> Agreement:
-    """Find the tables and columns of every dev query; where Spider's parser is known to err, the
-    corrected columns count."""
+    """Find the tables and columns of every dev query.
+
+    Where Spider's parser is known to err, the corrected columns count.
+    """
     differing = []
     for number, (row, query) in enumerate(zip(rows, queries, strict=True)):
         links = gold_links(query["query"], schemas[row["db_id"]])
@@ -131,17 +133,17 @@ def compare_exact_set(rows: Sequence[Row], schemas: Mapping[str, Schema]) -> Agr
 
 
 def is_refusal(verdict: Verdict) -> bool:
-    """Whether the prediction was not run because it is not one read-only query."""
+    """Return True where the prediction was not run because it is not one read-only query."""
     return verdict.verdict == "error" and (verdict.error or "").startswith("refused")
 
 
 def database_file(databases: Path, name: str) -> Path:
-    """Spider's place for a database."""
+    """Return Spider's place for a database."""
     return databases / name / f"{name}.sqlite"
 
 
 def table(agreements: Sequence[Agreement]) -> str:
-    """The comparison for reading, with every row that is not equal."""
+    """Return the comparison for reading, with every row that is not equal."""
     lines = [f"{'column':28}{'compared':>10}{'agree':>10}{'refused':>10}{'differing':>10}"]
     for found in agreements:
         numbers = (found.compared, found.agree, len(found.refused), len(found.differing))
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def by_column(agreements: Sequence[Agreement]) -> dict[str, dict[str, Any]]:
-    """The comparison for machines."""
+    """Return the comparison for machines."""
     return {found.column: asdict(found) for found in agreements}
 
 

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """What came of the chosen trials, of which only those are run that the folder does not have."""
+    """Run the chosen trials that the folder does not have, and return the results of all."""
     make_data(folder / "data")
     make_model(folder / "model")
     names = [("nothing", ""), *chosen]
@@ -149,12 +149,12 @@ def trials(folder: Path, chosen: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def place(folder: Path, fault: str, moment: str) -> Path:
-    """The folder of a trial."""
+    """Return the folder of a trial."""
     return folder / f"{fault} {moment}".strip().replace(" ", "-")
 
 
 def kept(folder: Path, fault: str, moment: str) -> dict[str, Any]:
-    """The result of a trial that is over."""
+    """Return the result of a trial that is over."""
     return dict(json.loads((place(folder, fault, moment) / "result.json").read_text()))
 
 
@@ -183,7 +183,7 @@ def trial(folder: Path, nodes: Nodes, fault: str, moment: str) -> dict[str, Any]
 
 
 def outcome(folder: Path, run: Run, code: int | None) -> dict[str, Any]:
-    """Whether a run survived, and how its curve compares with the unbroken one."""
+    """Compare a run's curve with the unbroken one, and say whether it survived."""
     seen = [point for point in run.points() if "loss" in point]
     unbroken = {
         point["step"]: point["loss"]
@@ -210,7 +210,7 @@ def outcome(folder: Path, run: Run, code: int | None) -> dict[str, Any]:
 
 
 def report(results: list[dict[str, Any]]) -> None:
-    """The table, and the sums."""
+    """Print the table and the sums."""
     print(
         "\n| fault | moment | survived | steps repeated | largest difference | seconds "
         "|\n|---|---|---|---|---|---|"
@@ -230,7 +230,7 @@ def report(results: list[dict[str, Any]]) -> None:
 
 
 class Nodes:
-    """A head without CPUs, where drivers are, and two nodes of one CPU each."""
+    """Keep a head without CPUs, where drivers are, and two nodes of one CPU each."""
 
     def __init__(self) -> None:
         self._start()
@@ -242,15 +242,15 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        """Where drivers find the head."""
+        """Return the address of the head."""
         return str(self._cluster.address)
 
     def close(self) -> None:
-        """End them all."""
+        """End all nodes."""
         self._stack.close()
 
     def lose(self) -> None:
-        """SIGKILL to all processes of all of them, and other machines in their place."""
+        """Send SIGKILL to all processes of all nodes, and put other machines in their place."""
         for node in (self._cluster.head_node, *self._cluster.worker_nodes):
             _kill(psutil.Process(_raylet(node).pid))
             node.kill_all_processes(check_alive=False, allow_graceful=False)
@@ -267,7 +267,7 @@ class Nodes:
             self._cluster.add_node(num_cpus=1, **SMALL)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """Return the processes that train."""
         raylets = [_raylet(node) for node in self._cluster.worker_nodes]
         children = [
             one
@@ -288,14 +288,14 @@ def _raylet(node: Any) -> subprocess.Popen[bytes]:
 
 
 def _kill(parent: psutil.Process) -> None:
-    """SIGKILL to a process and all that it started."""
+    """Send SIGKILL to a process and all that it started."""
     for process in (parent, *parent.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 class Run:
-    """One fine-tuning run, whose command may be given several times."""
+    """Keep one fine-tuning run, whose command may be given several times."""
 
     def __init__(self, folder: Path, nodes: Nodes, fault: str = "", moment: str = "") -> None:
         self.folder, self.nodes, self.fault, self.moment = folder, nodes, fault, moment
@@ -368,14 +368,16 @@ class Run:
             )
 
     def kill(self) -> None:
-        """SIGKILL to the driver."""
+        """Send SIGKILL to the driver."""
         assert self._process
         self._process.kill()
         self._process.wait()
 
     def points(self) -> list[dict[str, Any]]:
-        """What the driver has seen, in all starts; a line may have been cut off when it was
-        killed."""
+        """Return the points that the driver has seen, in all starts.
+
+        A line may have been cut off when the driver was killed.
+        """
         text = self._points.read_text() if self._points.exists() else ""
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
@@ -398,7 +400,7 @@ class Run:
         self._waits(lambda: SAYS[self.fault] in self.log.read_text())
 
     def end(self) -> int | None:
-        """The exit code; None where it does not end."""
+        """Return the exit code; None where the run does not end."""
         assert self._process
         try:
             code = self._process.wait(PATIENCE)
@@ -410,8 +412,10 @@ class Run:
             return None
 
     def recorded(self) -> list[int]:
-        """The steps of the curve in MLflow, by step, as often as they are there; nothing where the
-        run has not ended well."""
+        """Return the steps of the curve in MLflow, sorted, repeated ones repeated.
+
+        The list is empty where the run has not ended well.
+        """
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(self.config.tracking.uri)
@@ -431,14 +435,16 @@ class Run:
 
 
 def worker_killed(run: Run) -> None:
-    """SIGKILL to the process that trains."""
+    """Send SIGKILL to the process that trains."""
     assert run.worker
     run.worker.kill()
 
 
 def node_killed(run: Run) -> None:
-    """SIGKILL to all processes of the node it runs on, as when a machine is lost; the other node is
-    free."""
+    """Send SIGKILL to all processes of the run's node, as when a machine is lost.
+
+    The other node is free.
+    """
     assert run.worker
     raylet = run.worker.parent()
     assert raylet
@@ -447,22 +453,23 @@ def node_killed(run: Run) -> None:
 
 
 def driver_killed(run: Run) -> None:
-    """SIGKILL to the driver, and the same command again."""
+    """Send SIGKILL to the driver, and give the same command again."""
     run.kill()
     run.start()
 
 
 def head_killed(run: Run) -> None:
-    """The head is lost with the driver on it and all nodes; the same command is given on a new
-    cluster that sees the same folder."""
+    """Lose the head with the driver on it and all nodes.
+
+    The same command is given on a new cluster that sees the same folder.
+    """
     run.kill()
     run.nodes.lose()
     run.start()
 
 
 def disk_full(run: Run) -> None:
-    """Something else fills the disk: the run ends, and the same command is given once there is
-    room."""
+    """Fill the disk, and give the same command once the run has ended and there is room."""
     filler = run.folder / "behind" / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as stream:
         while True:
@@ -473,7 +480,7 @@ def disk_full(run: Run) -> None:
 
 
 def storage_fails(run: Run) -> None:
-    """Every access to the storage fails for a minute."""
+    """Let every access to the storage fail for a minute."""
     _lead(run.store, run.store)
     run.notices()
     time.sleep(OUTAGE)
@@ -481,8 +488,7 @@ def storage_fails(run: Run) -> None:
 
 
 def checkpoint_damaged(run: Run) -> None:
-    """The driver is killed, a byte of the newest complete checkpoint changed, and the command given
-    again."""
+    """Kill the driver, change a byte of the newest complete checkpoint, and start again."""
     run.kill()
     psutil.wait_procs(
         [run.worker] if run.worker else [], timeout=PATIENCE
@@ -495,7 +501,7 @@ def checkpoint_damaged(run: Run) -> None:
 
 
 def mlflow_killed(run: Run) -> None:
-    """SIGKILL to the MLflow server, which is started again."""
+    """Send SIGKILL to the MLflow server, and start it again."""
     assert run.server
     run.server.kill()
     run.notices()
@@ -531,7 +537,7 @@ SAYS = {
 
 
 def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -> None:
-    """A driver: `jobs.finetune`, which also writes down every point of the curve as it sees it."""
+    """Drive a run as `jobs.finetune` does, and write down every point of the curve."""
 
     class Noting(progress.Progress):
         def __call__(self, event: Event) -> None:
@@ -550,8 +556,7 @@ def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -
 
 
 def without_memory(job: TrainJob, link: DriverLink, moment: tuple[str, int]) -> TrainOutcome:
-    """`train_loop_per_worker` where torch finds no memory at a moment, unless forward passes were
-    halved."""
+    """Train where torch finds no memory at a moment, unless passes were halved."""
     import torch
 
     from ray_sql import train
@@ -581,7 +586,7 @@ def without_memory(job: TrainJob, link: DriverLink, moment: tuple[str, int]) -> 
 
 
 def make_data(folder: Path) -> None:
-    """A folder in Spider's format: one database, questions on its columns."""
+    """Write a folder in Spider's format: one database, questions on its columns."""
     if (folder / "dev.json").is_file():
         return
     (folder / "database" / "shop").mkdir(parents=True, exist_ok=True)
@@ -610,7 +615,7 @@ def make_data(folder: Path) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """A Llama of random weights, and a tokenizer of bytes."""
+    """Save a Llama of random weights, and a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE

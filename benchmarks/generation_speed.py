@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def settings(max_new_tokens: int | None) -> Config:
-    """The default settings over the demo's model."""
+    """Return the default settings over the demo's model."""
     shared = os.environ.get("RAY_SQL_SHARED")
     return load(
         Config,
@@ -130,8 +130,10 @@ def settings(max_new_tokens: int | None) -> Config:
 
 
 def draw(asked: Sequence[Question], each: int, size: int, rounds: int) -> Iterator[list[Question]]:
-    """Rounds of up to `size` questions, `each` of a database where it has so many, the databases
-    with the longest prompts first."""
+    """Yield rounds of up to `size` questions, `each` of a database where it has that many.
+
+    The databases with the longest prompts come first.
+    """
     by_database: dict[str, list[Question]] = {}
     for question in asked:
         by_database.setdefault(question.db_id, []).append(question)
@@ -154,7 +156,7 @@ def draw(asked: Sequence[Question], each: int, size: int, rounds: int) -> Iterat
 
 
 class Bench:
-    """The model, and both ways to ask it."""
+    """Hold the model, and both ways to ask it."""
 
     def __init__(self, config: Config, adapter: str | None, batch_size: int) -> None:
         self.config, self._adapter, self._batch_size = config, adapter, batch_size
@@ -177,7 +179,7 @@ class Bench:
         self._chance = random.Random()
 
     def round(self, asked: list[Question], exact: int) -> dict[str, Any]:
-        """Both ways on the same questions: seconds, and how many answers are equal."""
+        """Ask the same questions in both ways; return seconds and the number of equal answers."""
         said: dict[str, list[Answer]] = {}
         seconds: dict[str, float] = {}
         ways: dict[str, Callable[[], list[Answer]]] = {
@@ -218,7 +220,7 @@ class Bench:
     def batched(
         self, asked: Sequence[Question], model: Any = None, size: int | None = None
     ) -> list[Answer]:
-        """transformers' `generate`, prompts of similar length together."""
+        """Answer with transformers' `generate`, prompts of similar length in a batch."""
         size = size or self._batch_size
         order = sorted(range(len(asked)), key=lambda number: -len(asked[number].input_ids))
         said: dict[int, Answer] = {}
@@ -232,7 +234,7 @@ class Bench:
         return [said[number] for number in range(len(asked))]
 
     def ours(self, asked: Sequence[Question], model: Any = None) -> list[Answer]:
-        """This project's decoding, its check of the model included."""
+        """Answer with this project's decoding, its check of the model included."""
         limit = self.config.evaluate.max_new_tokens
         return generate.answer(model or self._model, self._tokenizer, asked, max_new_tokens=limit)
 
@@ -250,7 +252,7 @@ def _equal(some: Sequence[Answer], others: Sequence[Answer]) -> int:
 
 
 def report(measured: dict[int, list[dict[str, Any]]]) -> None:
-    """The table of RESULTS.md."""
+    """Print the table of RESULTS.md."""
     print(
         "| questions a database | questions, databases | prompt tokens | answer tokens | batched, "
         "questions/s | ours, questions/s | "
@@ -279,7 +281,7 @@ def report(measured: dict[int, list[dict[str, Any]]]) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the GPU's name, or the processor's."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

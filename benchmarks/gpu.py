@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def all_parts(arguments: argparse.Namespace) -> None:
-    """Every part in a process of its own, then the tables and the last line."""
+    """Run every part in a process of its own, then print the tables and the last line."""
     chosen = (
         arguments.parts.split(",")
         if arguments.parts
@@ -164,7 +164,7 @@ def all_parts(arguments: argparse.Namespace) -> None:
 def run_part(
     part: str, folder: Path, file: Path, arguments: argparse.Namespace, limit: float
 ) -> dict[str, Any]:
-    """What a part wrote in at most `limit` seconds, whether or not it came to its end."""
+    """Return what a part wrote in at most `limit` seconds, finished or not."""
     if limit < 10:
         return {"ended": "no time left"}
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", part, str(folder), str(file)]
@@ -196,13 +196,15 @@ def one_part(part: str, folder: str, file: str, arguments: argparse.Namespace) -
 
 
 def device() -> str:
-    """Where the model is."""
+    """Return the device of the model."""
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def make_model(folder: Path, shape: Mapping[str, Any]) -> None:
-    """A Qwen2 of random weights in bfloat16, with a tokenizer that knows bytes: examples are made
-    of token ids."""
+    """Save a Qwen2 of random weights in bfloat16, with a tokenizer that knows bytes.
+
+    Examples are made of token ids.
+    """
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -224,7 +226,7 @@ def make_model(folder: Path, shape: Mapping[str, Any]) -> None:
 
 
 def settings(folder: str, **changes: Any) -> Config:
-    """Settings of all variants: the original project's LoRA, a global batch of one round."""
+    """Return the settings of all variants: the original's LoRA, a global batch of a round."""
     return load(
         Config,
         [],
@@ -240,8 +242,10 @@ def settings(folder: str, **changes: Any) -> Config:
 
 
 def draw_rounds(count: int, folder: str, divisor: int) -> list[list[TokenizedExample]]:
-    """Rounds of examples on one database each, of the lengths that the module's docstring gives,
-    divided by `divisor`."""
+    """Return rounds of examples on one database each.
+
+    Their lengths are those of the module's docstring, divided by `divisor`.
+    """
     vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     draw = random.Random(0)
 
@@ -263,8 +267,7 @@ def draw_rounds(count: int, folder: str, divisor: int) -> list[list[TokenizedExa
 
 
 class Bench:
-    """A part's trainers, one for each kind of model, and the step that each variant makes of a
-    round."""
+    """Hold a part's trainers, one for each kind of model, and each variant's step."""
 
     def __init__(
         self,
@@ -283,8 +286,10 @@ class Bench:
         self.variants = list(variants)
 
     def run(self, file: Path) -> None:
-        """All rounds; `file` holds after each of them what is known: seconds an example, peak
-        memory, what failed."""
+        """Make all rounds.
+
+        After each of them `file` holds seconds an example, peak memory and failures.
+        """
         seconds: dict[str, list[float]] = {variant: [] for variant in self.variants}
         flops: dict[str, list[float]] = {variant: [] for variant in self.variants}
         memory: dict[str, float] = dict.fromkeys(self.variants, 0.0)
@@ -318,7 +323,7 @@ class Bench:
             )
 
     def profile(self, variant: str) -> str:
-        """How much of a step's time the GPU computes, and the kernels that take most of it."""
+        """Return the GPU's share of a step's time, and the kernels that take most of it."""
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiling
 
@@ -343,7 +348,7 @@ class Bench:
     def _measured(
         self, variant: str, examples: Sequence[TokenizedExample]
     ) -> tuple[float, float] | None:
-        """Seconds and peak GiB of one step; None, and a line that says why, where it fails."""
+        """Return seconds and peak GiB of one step; None, and a reason, where it fails."""
         try:
             built = self._trainer(variant)
             self._arrange(variant, built)
@@ -407,7 +412,7 @@ class Bench:
         return built
 
     def _peer(self) -> Any:
-        """TRL's own trainer and loss."""
+        """Build TRL's own trainer and loss."""
         from datasets import Dataset
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
@@ -438,7 +443,7 @@ class Bench:
         )
 
     def _attention(self, variant: str) -> str:
-        """transformers' name of the attention that a variant of TRL uses."""
+        """Return transformers' name of the attention that a variant of TRL uses."""
         from transformers.utils import is_flash_attn_2_available
 
         if "flex" in variant:
@@ -456,7 +461,10 @@ class Bench:
             built.model.set_attn_implementation(built.fast)
 
     def _step(self, variant: str, built: Any, work: Sequence[Any]) -> None:
-        """One optimizer step; `work` is `batches`' for a variant of TRL, else examples."""
+        """Make one optimizer step.
+
+        `work` is `batches`' result for a variant of TRL, else examples.
+        """
         if kind(variant) == "trl":
             collate = (
                 packed_collator(self._tokenizer) if "packing" in variant else built.data_collator
@@ -480,14 +488,14 @@ class Bench:
 
 
 def kind(variant: str) -> str:
-    """Which trainer a variant uses: TRL's, or ours with a model loaded, expanded or compiled."""
+    """Name the trainer of a variant: TRL's, or ours with a model loaded, expanded or compiled."""
     if variant in TRL:
         return "trl"
     return next((word for word in ("expanded", "compiled") if word in variant), "ours")
 
 
 def size(variant: str) -> int:
-    """How many examples of a round a variant takes."""
+    """Return the number of examples that a variant takes of a round."""
     if variant in TRL:
         return STEP
     together = int(variant.split()[1])
@@ -495,7 +503,7 @@ def size(variant: str) -> int:
 
 
 def columns(examples: Sequence[TokenizedExample]) -> dict[str, list[list[int]]]:
-    """Examples as TRL's collator takes them."""
+    """Return examples as TRL's collator takes them."""
     return {
         "input_ids": [row.input_ids for row in examples],
         "labels": [row.labels for row in examples],
@@ -503,8 +511,10 @@ def columns(examples: Sequence[TokenizedExample]) -> dict[str, list[list[int]]]:
 
 
 def batches(variant: str, examples: Sequence[TokenizedExample]) -> list[list[dict[str, Any]]]:
-    """What TRL's collator is given, pass by pass: one example, eight of about one length, or a
-    packed row."""
+    """Return the input of TRL's collator, pass by pass.
+
+    A pass is one example, eight of about one length, or a packed row.
+    """
     from datasets import Dataset
     from trl import pack_dataset
 
@@ -517,15 +527,17 @@ def batches(variant: str, examples: Sequence[TokenizedExample]) -> list[list[dic
 
 
 def packed_collator(tokenizer: Any) -> Any:
-    """TRL's collator of packed rows, which its trainer makes where packing is set."""
+    """Return TRL's collator of packed rows, which its trainer makes where packing is set."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
 
 
 def gradient_errors(folder: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
-    """Relative error of the LoRA gradients, all as one vector, against those of separate examples
-    in float32; dropout off."""
+    """Return the relative error of the LoRA gradients, all as one vector.
+
+    The reference is separate examples in float32. Dropout is off.
+    """
     found: dict[str, torch.Tensor] = {}
     for bf16 in (False, True):
         config = settings(folder, train={"bf16": bf16}, lora={"lora_dropout": 0.0})
@@ -576,7 +588,7 @@ def gradient_errors(folder: str, examples: Sequence[TokenizedExample]) -> dict[s
 
 
 def matmul_peak() -> float:
-    """FLOP/s of the fastest of some products of two square bfloat16 matrices."""
+    """Return the FLOP/s of the fastest of some products of two square bfloat16 matrices."""
     side = 8192 if torch.cuda.is_available() else 512
     a, b = (torch.randn(side, side, device=device(), dtype=torch.bfloat16) for _ in range(2))
     best = math.inf
@@ -596,8 +608,10 @@ def synchronize() -> None:
 
 
 def clear_peak(empty: bool = False) -> int:
-    """Bytes in use on the GPU, from which a new peak is measured; `empty` gives back what PyTorch
-    keeps for later."""
+    """Return the bytes in use on the GPU, from which a new peak is measured.
+
+    `empty` gives back what PyTorch keeps for later.
+    """
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()
@@ -608,17 +622,17 @@ def clear_peak(empty: bool = False) -> int:
 
 
 def peak_bytes() -> int:
-    """Most bytes in use on the GPU since `clear_peak`."""
+    """Return the most bytes in use on the GPU since `clear_peak`."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
 def gpu() -> str:
-    """What this was measured on."""
+    """Name the device that was measured."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def table(part: str, found: Mapping[str, Any]) -> str:
-    """A part's rows of RESULTS.md."""
+    """Return a part's rows of RESULTS.md."""
     seconds = {variant: each for variant, each in found["seconds"].items() if each}
     against = [variant for variant in ("plain", "packing") if variant in seconds] or list(seconds)[
         :1
@@ -654,14 +668,16 @@ def table(part: str, found: Mapping[str, Any]) -> str:
 
 
 def shortest(seconds: Mapping[str, list[float]], *variants: str) -> dict[str, list[float]]:
-    """The rounds that all these variants made: a part that was stopped may lack some of the
-    last."""
+    """Return the rounds that all these variants made.
+
+    A part that was stopped may lack some of the last.
+    """
     count = min(len(seconds[variant]) for variant in variants)
     return {variant: seconds[variant][:count] for variant in variants}
 
 
 def summary(found: Mapping[str, Any], tests: int | None) -> dict[str, Any]:
-    """The last line: the figures of every part, and what did not run."""
+    """Return the last line: the figures of every part, and what did not run."""
     parts = {}
     for part, each in found.items():
         seconds = {variant: made for variant, made in each.get("seconds", {}).items() if made}

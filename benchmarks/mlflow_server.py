@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Server:
-    """`mlflow server` on a free port, its records and log in `folder`."""
+    """Run `mlflow server` on a free port, its records and log in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.port, self._folder = free_port(), folder
@@ -27,7 +27,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         command = [
             sys.executable,
             "-m",
@@ -57,7 +57,7 @@ class Server:
         raise AssertionError((self._folder / "server.log").read_text()[-2000:])
 
     def kill(self) -> None:
-        """Its whole process group: the server keeps workers."""
+        """Kill its whole process group: the server keeps workers."""
         if self._process is not None:
             os.killpg(self._process.pid, 9)
             self._process.wait()

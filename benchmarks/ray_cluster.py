@@ -13,8 +13,10 @@ from typing import Any
 
 @contextmanager
 def ray_cluster(**head: Any) -> Iterator[Any]:
-    """A `ray.cluster_utils.Cluster` of a head with these settings, with a token of its own in the
-    environment meanwhile."""
+    """Start a `ray.cluster_utils.Cluster` with a head of these settings.
+
+    Meanwhile the environment holds a token of the cluster's own.
+    """
     from ray._common.utils import get_default_ray_temp_dir
     from ray._private.authentication_test_utils import reset_auth_token_state
     from ray.cluster_utils import Cluster

@@ -34,13 +34,13 @@ PATIENCE = 600.0
 
 
 class Turns:
-    """A file whose length says how many steps both have made."""
+    """Take turns through a file whose length is the number of steps that both have made."""
 
     def __init__(self, folder: str, me: str) -> None:
         self._file, self._mine = Path(folder) / "turns", (BARE, RAY).index(me)
 
     def wait(self) -> None:
-        """Until it is this one's turn."""
+        """Wait until it is this process's turn."""
         started = time.monotonic()
         while (self._file.stat().st_size if self._file.exists() else 0) % 2 != self._mine:
             if time.monotonic() - started > PATIENCE:
@@ -48,14 +48,14 @@ class Turns:
             time.sleep(0.02)
 
     def over(self) -> None:
-        """The step is made; the other one may."""
+        """Give the turn to the other process: the step is made."""
         with self._file.open("a") as file:
             file.write(".")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One of the two trainings; `me` is `BARE` or `RAY`."""
+    """Describe one of the two trainings; `me` is `BARE` or `RAY`."""
 
     settings: dict[str, Any]
     folder: str
@@ -139,13 +139,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def settings(steps: int) -> Config:
-    """The demo's, logging every step."""
+    """Return the demo's settings, logging every step."""
     changes = {"train.max_steps": steps, "train.logging_steps": 1, "tracking.enabled": False}
     return load(Config, ["--config", "jobs/configs/demo.yaml"], **changes)
 
 
 def report(bare: list[float], under_ray: list[float]) -> None:
-    """Medians, and the ratio's median and quartiles."""
+    """Print medians, and the ratio's median and quartiles."""
     ratios = sorted(ours / other for ours, other in zip(under_ray, bare, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     print(

@@ -74,7 +74,7 @@ MUTATIONS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """One set judged once: wall seconds, verdicts, and the longest wall time of one pair."""
+    """Hold a set judged once: wall seconds, verdicts, and the longest time of a pair."""
 
     seconds: float
     verdicts: tuple[Verdict, ...]
@@ -82,7 +82,7 @@ class Measurement:
 
 
 def demo_pairs(cache: str) -> list[Pair]:
-    """Every question of the demo, its gold query judged against itself."""
+    """Return every question of the demo, its gold query judged against itself."""
     config = load(
         Config,
         [],
@@ -98,18 +98,18 @@ def demo_pairs(cache: str) -> list[Pair]:
 
 
 def mutated(pairs: Sequence[Pair], chance: random.Random) -> list[Pair]:
-    """The same pairs, each prediction changed in one way that its text allows."""
+    """Return the same pairs, each prediction changed in one way that its text allows."""
     return [Pair(pair.database, pair.gold, mutate(pair.gold, chance)) for pair in pairs]
 
 
 def mutate(sql: str, chance: random.Random) -> str:
-    """One change, drawn among those that change the text."""
+    """Change a query once, by a draw among the changes that change its text."""
     ways = [re.sub(old, new, sql, count=1, flags=re.IGNORECASE) for old, new in MUTATIONS]
     return chance.choice([way for way in ways if way != sql])
 
 
 def with_runaways(pairs: Sequence[Pair], chance: random.Random) -> list[Pair]:
-    """The same pairs with 1 % of the predictions replaced."""
+    """Return the same pairs with 1 % of the predictions replaced."""
     changed = list(pairs)
     for number, place in enumerate(
         chance.sample(range(len(pairs)), round(len(pairs) * RUNAWAY_SHARE))
@@ -135,8 +135,7 @@ def measure(pairs: Sequence[Pair], processes: int, limits: Limits) -> Measuremen
 
 
 def not_stopped(pairs: Sequence[Pair], measurement: Measurement, latest: float) -> list[str]:
-    """Runaway queries that ended otherwise than by a limit, and any pair that took longer than
-    limits allow."""
+    """List runaway queries that no limit ended, and pairs that took longer than limits allow."""
     runaway = [place for place, pair in enumerate(pairs) if pair.predicted.startswith(RUNAWAYS)]
     ended = [(pairs[place].predicted, measurement.verdicts[place]) for place in runaway]
     found = [
@@ -152,12 +151,12 @@ def not_stopped(pairs: Sequence[Pair], measurement: Measurement, latest: float) 
 
 
 def by_a_limit(verdict: Verdict) -> bool:
-    """Whether a query was ended from outside."""
+    """Return True where a query was ended from outside."""
     return verdict.verdict == "timeout" or (verdict.error or "").startswith("too large")
 
 
 def summary(pairs: Sequence[Pair], runs: dict[int, list[Measurement]]) -> dict[str, Any]:
-    """One set's figures for machines."""
+    """Return one set's figures for machines."""
     per_minute = {
         n: round(median(60 * len(pairs) / run.seconds for run in each)) for n, each in runs.items()
     }
@@ -175,7 +174,7 @@ def summary(pairs: Sequence[Pair], runs: dict[int, list[Measurement]]) -> dict[s
 
 
 def table(sets: dict[str, dict[str, Any]]) -> str:
-    """The figures for reading."""
+    """Return the figures for reading."""
     lines = [
         f"{'set':10}{'pairs':>8}{'1 process':>12}{'2 processes':>14}{'ratio':>8}{'longest s':>12}"
     ]
@@ -189,7 +188,7 @@ def table(sets: dict[str, dict[str, Any]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures were taken, and how busy it was."""
+    """Return where the figures were taken, and how busy that machine was."""
     return {
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),

@@ -72,7 +72,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """What sets one training apart from another."""
+    """Describe one training by what sets it apart from others."""
 
     seed: int
     together: int
@@ -81,17 +81,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its files' name."""
+        """Return the name of the run's files."""
         return f"{self.seed}-{self.together}-{self.batch}-{self.epochs}"
 
     @classmethod
     def parse(cls, name: str) -> Run:
-        """The run of that name."""
+        """Return the run of that name."""
         return cls(*map(int, name.split("-")))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The phases asked for, or all three."""
+    """Run the given phase, or all three."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,14 +135,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def settings(**changes: Any) -> Config:
-    """Settings of all runs."""
+    """Return the settings of all runs."""
     shared = os.environ.get("RAY_SQL_SHARED")
     source = f"{shared}/data/spider" if shared else "demo"
     return load(Config, [], **SETTINGS, dataset_id=source, **changes)
 
 
 def prepare(folder: Path, databases: int) -> None:
-    """Rows and questions, as files that a machine without the data can use."""
+    """Write rows and questions as files that a machine without the data can use."""
     if not os.environ.get("RAY_SQL_SHARED"):
         raise SystemExit("RAY_SQL_SHARED is not set: it names a folder with Spider in data/spider")
     config = settings()
@@ -171,7 +171,7 @@ def prepare(folder: Path, databases: int) -> None:
 
 
 def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[list[data.Example]]:
-    """`count` examples of each of so many databases that have as many."""
+    """Draw `count` examples of each of `databases` databases that have as many."""
     by_database: dict[str, list[data.Example]] = defaultdict(list)
     for example in examples:
         by_database[example.db_id].append(example)
@@ -181,7 +181,7 @@ def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[
 
 
 def train_all(folder: Path, runs: Sequence[Run], jobs: int) -> None:
-    """Every run in a process of its own, `jobs` at a time."""
+    """Train every run in a process of its own, `jobs` at a time."""
     config = settings()
     models.resolve(
         config.model_name, config.cache, config.read_token
@@ -206,7 +206,7 @@ def train_all(folder: Path, runs: Sequence[Run], jobs: int) -> None:
 
 
 def train(folder: Path, run: Run) -> None:
-    """One run: its answers to all questions, in `<folder>/<name>.jsonl`."""
+    """Train one run, and write its answers to `<folder>/<name>.jsonl`."""
     import torch
 
     from ray_sql.train import trainer
@@ -273,8 +273,7 @@ def train(folder: Path, run: Run) -> None:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run came to: the mean loss on an answer's tokens, which questions were answered
-    rightly, seconds of training."""
+    """Hold a run's mean loss on answer tokens, its right answers, and seconds of training."""
 
     loss: float
     right: list[bool]
@@ -308,8 +307,7 @@ def score(folder: Path) -> None:
 
 
 def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
-    """One line of the table: all seeds of one kind of run, and the paired test against their plain
-    runs."""
+    """Print one line of the table: all seeds of one kind of run, paired with their plain runs."""
     runs = sorted(run for run in found if replace(run, seed=0) == kind)
     hits, n = sum(sum(found[run].right) for run in runs), sum(len(found[run].right) for run in runs)
     interval = wilson_interval(hits, n)
@@ -346,8 +344,10 @@ def _line(kind: Run, found: dict[Run, Scored]) -> dict[str, Any]:
 
 
 def _plain(run: Run, found: dict[Run, Scored]) -> list[bool] | None:
-    """Which questions the plain run of the same seed and batch got right: that of as many epochs,
-    or where there is none, of one."""
+    """Return the right answers of the plain run of the same seed and batch.
+
+    It has as many epochs, or where there is none of those, one.
+    """
     same, once = replace(run, together=1), replace(run, together=1, epochs=1)
     plain = found.get(same) or found.get(once)
     return plain.right if plain else None

@@ -115,12 +115,12 @@ RATIOS = (
 
 
 def size(variant: str) -> int:
-    """How many examples of a round a variant takes."""
+    """Return the number of examples that a variant takes of a round."""
     return max(STEP, int(variant.split()[1])) if variant.startswith("ours") else STEP
 
 
 def settings() -> Config:
-    """Settings of all variants: the original project's LoRA, a global batch of one round."""
+    """Return the settings of all variants: the original's LoRA, a global batch of a round."""
     shared = os.environ.get("RAY_SQL_SHARED")
     return load(
         Config,
@@ -137,8 +137,10 @@ def settings() -> Config:
 
 
 def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[TokenizedExample]]:
-    """Rounds of `EXAMPLES` tokenised examples on one database, a database's chance being its number
-    of examples."""
+    """Yield rounds of `EXAMPLES` tokenised examples on one database.
+
+    A database's chance is its number of examples.
+    """
     corpus = data.load(config)
     tokenizer = models.load_tokenizer(folder)
     by_database: dict[str, list[Any]] = defaultdict(list)
@@ -154,7 +156,7 @@ def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[Tokeni
 
 
 class Bench:
-    """The variants' trainers, and the step each makes of a round."""
+    """Hold the variants' trainers, and the step each makes of a round."""
 
     def __init__(
         self,
@@ -179,7 +181,7 @@ class Bench:
                 self.steps[variant] = our_step(self.ours, config, int(variant.split()[1]))
 
     def run(self) -> dict[str, list[float]]:
-        """Seconds an example of every variant in every round, after a short one to warm up."""
+        """Return the seconds an example of every variant in every round, after a warm-up."""
         seconds: dict[str, list[float]] = {variant: [] for variant in self.variants}
         draw = random.Random(1)
         for number, examples in enumerate([self.rounds[0][:8], *self.rounds]):
@@ -198,8 +200,10 @@ class Bench:
         return seconds
 
     def share_of_peak(self, seconds: dict[str, list[float]], variant: str, peak: float) -> float:
-        """Share of the machine's matrix multiplication speed that a variant reaches, counting every
-        distinct token once."""
+        """Return the share of the machine's matrix multiplication speed that a variant reaches.
+
+        Every distinct token counts once.
+        """
         work = sum(
             useful_flops(self.ours.model, examples) / len(examples) for examples in self.rounds
         )
@@ -217,7 +221,7 @@ class Bench:
         )
 
     def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[TokenizedExample]], None]:
-        """TRL's own trainer, loss and collator over the same tokens."""
+        """Build TRL's own trainer, loss and collator over the same tokens."""
         from datasets import Dataset
         from peft import LoraConfig
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -275,7 +279,7 @@ class Bench:
         return step
 
     def _batches(self, built: Any, examples: Any, packing: bool) -> list[dict[str, torch.Tensor]]:
-        """The trainer's own batches of one example, or one packed row, each."""
+        """Return the trainer's own batches, of one example or one packed row each."""
         from trl import pack_dataset
 
         if packing:
@@ -286,8 +290,10 @@ class Bench:
 def our_step(
     built: trainer.StepTrainer, config: Config, together: int
 ) -> Callable[[Sequence[TokenizedExample]], None]:
-    """One optimizer step of this project's trainer over examples, up to `together` of a database in
-    a row."""
+    """Return one optimizer step of this project's trainer over examples.
+
+    Up to `together` questions of a database share a row.
+    """
     optimizer = torch.optim.AdamW(
         [w for w in built.model.parameters() if w.requires_grad], lr=1e-5, fused=True
     )
@@ -305,9 +311,12 @@ def our_step(
 
 
 def useful_flops(model: Any, examples: Sequence[TokenizedExample]) -> float:
-    """What one step of a model with LoRA cannot do without: forward and the gradient with respect
-    to the inputs for each distinct token (2 + 2 per frozen weight), forward and both gradients for
-    LoRA's weights (6), the vocabulary only where a label is."""
+    """Return the multiplications that one step of a model with LoRA cannot do without.
+
+    These are forward and the gradient with respect to the inputs for each distinct token (2 + 2 per
+    frozen weight), forward and both gradients for LoRA's weights (6), and the vocabulary only where
+    a label is.
+    """
     unique = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
     labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
     lora = sum(w.numel() for w in model.parameters() if w.requires_grad)
@@ -323,8 +332,10 @@ def useful_flops(model: Any, examples: Sequence[TokenizedExample]) -> float:
 
 
 def products_seconds(model: Any, examples: Sequence[TokenizedExample]) -> float:
-    """Seconds of the matrix products that `useful_flops` counts for a step, each shape by itself:
-    what is left of a step if nothing but its products took time."""
+    """Return the seconds of the matrix products that `useful_flops` counts.
+
+    Each shape is timed by itself: this is a step in which nothing else takes time.
+    """
     tokens = sum(row.tokens for row in rows.share(examples, len(examples), 10**9))
     labels = sum(len(row.input_ids) - row.prompt_length for row in examples)
     dtype = models.compute_dtype(settings().train.bf16)
@@ -352,7 +363,7 @@ def products_seconds(model: Any, examples: Sequence[TokenizedExample]) -> float:
 
 
 def _fastest(a: torch.Tensor, b: torch.Tensor, times: int = 7) -> float:
-    """Seconds of `a @ b`, the shortest of a few after one that warms up."""
+    """Return the seconds of `a @ b`, the shortest of a few after one that warms up."""
     took = []
     for _ in range(times + 1):
         started = time.perf_counter()
@@ -362,22 +373,23 @@ def _fastest(a: torch.Tensor, b: torch.Tensor, times: int = 7) -> float:
 
 
 def matmul_peak() -> float:
-    """FLOP/s of the largest of a few square matrix multiplications, in the type that training
-    computes in."""
+    """Return the FLOP/s of the largest of a few square products, in the training's type."""
     dtype = models.compute_dtype(settings().train.bf16)
     sizes = (1024, 2048, 3072)
     return max(2 * n**3 / _fastest(*(torch.randn(n, n).to(dtype) for _ in range(2))) for n in sizes)
 
 
 def own_peak() -> float:
-    """Peak resident memory of this process in GiB; `ru_maxrss` would be that of the process it was
-    forked from, where that is larger."""
+    """Return the peak resident memory of this process in GiB.
+
+    `ru_maxrss` would be that of the process it was forked from, where that is larger.
+    """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 2**20
 
 
 def peak_memory(variant: str) -> float:
-    """Peak resident memory in GiB of a process that makes one step of one round."""
+    """Return the peak GiB of a process that makes one step of one round."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.training_speed", "--only", variant, "--rounds", "1"],
         capture_output=True,
@@ -389,7 +401,7 @@ def peak_memory(variant: str) -> float:
 
 
 def spread(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
-    """Smallest, median and largest ratio of two variants' seconds in the same round."""
+    """Return the smallest, median and largest ratio of two variants' seconds in a round."""
     ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
     return ratios[0], median(ratios), ratios[-1]
 
@@ -397,7 +409,7 @@ def spread(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float
 def report(
     bench: Bench, seconds: dict[str, list[float]], memory: dict[str, float], peak: float
 ) -> None:
-    """The table of RESULTS.md."""
+    """Print the table of RESULTS.md."""
     lengths = [len(row.input_ids) for examples in bench.rounds for row in examples]
     print(
         f"{len(bench.rounds)} rounds of {EXAMPLES} examples, {min(lengths)} to {max(lengths)} "
@@ -423,7 +435,7 @@ def report(
 
 
 def profile(bench: Bench, variant: str) -> str:
-    """Where the time of one round goes, by kind of operation."""
+    """Return the time of one round by kind of operation."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiling
 
@@ -483,8 +495,10 @@ def _kind(name: str) -> str:
 
 
 def gradient_error(config: Config, folder: str, examples: Sequence[TokenizedExample]) -> float:
-    """Largest relative difference of a LoRA weight's gradient between one shared row and separate
-    rows, in fp32, dropout off."""
+    """Return the largest relative difference of a LoRA weight's gradient.
+
+    One shared row is compared with separate rows, in float32 with dropout off.
+    """
     exact = config.changed({"train.bf16": False, "lora.lora_dropout": 0.0})
     found = []
     with tempfile.TemporaryDirectory() as scratch:

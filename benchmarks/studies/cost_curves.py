@@ -44,7 +44,7 @@ SEPARATE = 2
 
 
 class Point(NamedTuple):
-    """What a step is made of: tokens of the schema, and questions that share it in a row."""
+    """Describe a step: tokens of the schema, and questions that share it in a row."""
 
     schema: int
     questions: int
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(points: list[Point], rounds: int) -> dict[Point, float]:
-    """Examples a second at every point."""
+    """Return the examples a second at every point."""
     # a step takes no more examples than the global batch
     config = settings().changed({"grad_accum_steps": max(point.questions for point in points)})
     folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
@@ -113,7 +113,7 @@ def measure(points: list[Point], rounds: int) -> dict[Point, float]:
 
 
 def examples(point: Point, chance: random.Random) -> list[TokenizedExample]:
-    """One row's worth of examples on one schema, or a few separate ones."""
+    """Return one row's worth of examples on one schema, or a few separate ones."""
     schema = [chance.randrange(1000, 40_000) for _ in range(point.schema)]
     count = point.questions if point.questions > 1 else SEPARATE
     own = [[chance.randrange(1000, 40_000) for _ in range(OWN + ANSWER)] for _ in range(count)]
@@ -124,7 +124,7 @@ def examples(point: Point, chance: random.Random) -> list[TokenizedExample]:
 
 
 def table(rows: str, columns: str, rates: dict[int, dict[int, float]]) -> str:
-    """Examples a second, as RESULTS.md has them."""
+    """Return the examples a second as a table of RESULTS.md."""
     head = list(next(iter(rates.values())))
     lines = [
         f"| {rows} \\ {columns} | {' | '.join(f'{each:,}' for each in head)} |",
@@ -140,7 +140,7 @@ def table(rows: str, columns: str, rates: dict[int, dict[int, float]]) -> str:
 def draw(
     by_length: dict[int, dict[int, float]], by_questions: dict[int, float], file: Path
 ) -> None:
-    """Both tables as curves."""
+    """Draw both tables as curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

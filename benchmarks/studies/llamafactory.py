@@ -45,7 +45,7 @@ TAKES = {"plain": STEP, "packing": EXAMPLES, "ours 8": STEP, "ours 32": EXAMPLES
 
 
 class Peer:
-    """LLaMA-Factory in its own process."""
+    """Run LLaMA-Factory in its own process."""
 
     def __init__(self, python: Path, config: Config, folder: str) -> None:
         script = Path(__file__).with_name("llamafactory_peer.py")
@@ -72,7 +72,7 @@ class Peer:
         return self._process.stdout.readline().strip()
 
     def step(self, variant: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
-        """Seconds of a step over these examples, and its loss."""
+        """Return the seconds of a step over these examples, and its loss."""
         asked = [{"input_ids": row.input_ids, "labels": row.labels} for row in examples]
         answer: dict[str, float] = json.loads(self._ask({"variant": variant, "examples": asked}))
         return answer
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(bench: Bench, peer: Peer) -> dict[str, list[float]]:
-    """Seconds an example of every variant in every round, after a short one to warm up."""
+    """Return the seconds an example of every variant in every round, after a warm-up."""
     seconds: dict[str, list[float]] = {variant: [] for variant in TAKES}
     draw = random.Random(1)
     for number, examples in enumerate([bench.rounds[0][:STEP], *bench.rounds]):

@@ -33,7 +33,7 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
 
 class Packing(PackedSupervisedDatasetProcessor):  # type: ignore[misc]
-    """Its packing, of examples that are tokens already."""
+    """Pack examples that are tokens already, as LLaMA-Factory does."""
 
     def _encode_data_example(
         self, prompt: Any, response: Any, **_: Any
@@ -55,8 +55,10 @@ def main() -> None:
 
 
 def build(given: dict[str, Any], variant: str, scratch: str) -> Any:
-    """The step of a variant: `plain` or `packing` (its neat_packing, which keeps examples
-    apart)."""
+    """Return the step of a variant: `plain` or `packing`.
+
+    Its neat_packing keeps examples apart.
+    """
     packed = variant == "packing"
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(
         {
@@ -139,7 +141,7 @@ def build(given: dict[str, Any], variant: str, scratch: str) -> Any:
 
 
 def pack(packing: Packing, examples: list[dict[str, list[int]]]) -> list[dict[str, Any]]:
-    """Rows of up to `cutoff_len` tokens."""
+    """Return rows of up to `cutoff_len` tokens."""
     nothing = [None] * len(examples)
     columns = packing.preprocess_dataset(
         {

@@ -41,7 +41,7 @@ proportion matters here."""
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of `batch` examples on `gpus`, as the GPU with most to do sees it."""
+    """Describe a step of `batch` examples on `gpus`, as the GPU with most to do sees it."""
 
     batch: int
     gpus: int
@@ -54,13 +54,15 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """The whole step."""
+        """Return the seconds of the whole step."""
         return self.computing + self.exchanging
 
 
 def lora_parameters(r: int) -> int:
-    """r x (inputs + outputs), summed over every linear layer that gets an adapter: q, k, v, o,
-    gate, up, down."""
+    """Return r x (inputs + outputs), summed over every layer that gets an adapter.
+
+    These are q, k, v, o, gate, up and down.
+    """
     shapes = [
         *((HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN)),
         *((HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)),
@@ -69,14 +71,18 @@ def lora_parameters(r: int) -> int:
 
 
 def sent(r: int, gpus: int) -> float:
-    """Bytes that each GPU sends, and receives, in a ring all-reduce: 2 (N - 1) / N of the
-    gradients' size."""
+    """Return the bytes that each GPU sends, and receives, in a ring all-reduce.
+
+    They are 2 (N - 1) / N of the gradients' size.
+    """
     return 2 * (gpus - 1) / gpus * lora_parameters(r) * BYTES
 
 
 def passes(batch: int, gpus: int) -> tuple[int, ...]:
-    """Questions in each forward pass of the first GPU, which has the most, in a step over databases
-    of `TOGETHER` questions each."""
+    """Return the questions in each forward pass of the first GPU, which has the most.
+
+    The step is over databases of `TOGETHER` questions each.
+    """
     config = load(
         Config,
         [],
@@ -103,14 +109,16 @@ def passes(batch: int, gpus: int) -> tuple[int, ...]:
 
 
 def pass_seconds(questions: int) -> float:
-    """Seconds of a pass: those of the smallest measured one that holds as many; below 8, where none
-    was measured, of 8."""
+    """Return the seconds of the smallest measured pass that holds as many questions.
+
+    Below 8, where none was measured, they are those of 8.
+    """
     size = min(measured for measured in EXAMPLES_PER_SECOND if measured >= questions)
     return size / EXAMPLES_PER_SECOND[size]
 
 
 def step(batch: int, gpus: int, network: str, r: int) -> Step:
-    """The step's times, and its efficiency: how much faster than on one GPU, by GPU."""
+    """Return the step's times, and its efficiency: the speed-up over one GPU, by GPU."""
     made = passes(batch, gpus)
     computing, exchanging = sum(map(pass_seconds, made)), sent(r, gpus) / NETWORKS[network]
     alone = sum(map(pass_seconds, passes(batch, 1)))
@@ -127,8 +135,10 @@ def step(batch: int, gpus: int, network: str, r: int) -> Step:
 
 
 def plan() -> list[Step]:
-    """The page's steps: two global batches on 1, 8 and 64 GPUs, the latter over two networks and
-    two ranks."""
+    """Return the page's steps: two global batches on 1, 8 and 64 GPUs.
+
+    The latter are over two networks and two ranks.
+    """
     steps = []
     for batch in (64, 2048):
         steps += [step(batch, 1, "NVLink", 64), step(batch, 8, "NVLink", 64)]
@@ -139,7 +149,7 @@ def plan() -> list[Step]:
 
 
 def bytes_table(ranks: Sequence[int] = (64, 16)) -> str:
-    """What a step exchanges, and how long that takes."""
+    """Return the table of what a step exchanges, with the time it takes."""
     lines = [
         "| LoRA rank | weights | gradients, MB | each of 64 GPUs sends, MB | NVLink, 8 GPUs | 100 "
         "Gb/s, 64 | 25 Gb/s, 64 |"
@@ -159,7 +169,7 @@ def bytes_table(ranks: Sequence[int] = (64, 16)) -> str:
 
 
 def steps_table() -> str:
-    """Every step of the plan."""
+    """Return the table of every step of the plan."""
     lines = [
         "| global batch | GPUs | network, rank | passes a GPU | step, s | examples/s | efficiency "
         "|",

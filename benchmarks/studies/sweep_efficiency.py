@@ -70,7 +70,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Grid and sweep of every seed."""
+    """Train grid and sweep of every seed, and print the comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def one(folder: Path, seed: int, rates: list[float], ranks: list[int]) -> dict[str, Any]:
-    """One seed's grid and sweep, compared."""
+    """Compare one seed's grid and sweep."""
     place = folder / f"{len(rates)}x{len(ranks)}-{seed}"
     config = settings(place, seed, rates, ranks)
     prepared = prepare.prepare(config)
@@ -129,8 +129,10 @@ def one(folder: Path, seed: int, rates: list[float], ranks: list[int]) -> dict[s
 
 
 def settings(place: Path, seed: int, rates: list[float], ranks: list[int]) -> Config:
-    """The settings of a seed: the start of the sweep is the grid's rate a third of the way up and
-    its largest rank."""
+    """Return the settings of a seed.
+
+    The sweep starts at the grid's rate a third of the way up and its largest rank.
+    """
     start = {
         "learning_rate": rates[len(rates) // 3],
         "lora.r": ranks[-1],
@@ -151,7 +153,7 @@ def settings(place: Path, seed: int, rates: list[float], ranks: list[int]) -> Co
 
 
 def make_model(folder: Path, seed: int) -> None:
-    """A Llama of random weights, and a tokenizer of the demo's words."""
+    """Save a Llama of random weights, and a tokenizer of the demo's words."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
@@ -197,8 +199,10 @@ def make_model(folder: Path, seed: int) -> None:
 def trained_grid(
     file: Path, config: Config, prepared: prepare.Prepared, points: list[tuple[float, int]]
 ) -> dict[str, Any]:
-    """Loss that chooses and held-out score of every point, by point; what the file has is not
-    trained again."""
+    """Return the loss that chooses and the held-out score of every point.
+
+    Points that the file has are not trained again.
+    """
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for number, (rate, rank) in enumerate(points):
         if key(rate, rank) in known:
@@ -222,13 +226,12 @@ def trained_grid(
 
 
 def key(rate: float, rank: int) -> str:
-    """A point's name in the file."""
+    """Return a point's name in the file."""
     return f"{rate:g} {rank}"
 
 
 def held_out(config: Config, prepared: prepare.Prepared, adapter: str) -> float:
-    """The share of the held-out answers' tokens that a model with this adapter predicts, in per
-    cent."""
+    """Return the share, in per cent, of held-out answer tokens that the adapter predicts."""
     import torch
 
     model = models.load_adapter(
