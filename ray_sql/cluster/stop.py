@@ -8,7 +8,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from ray_sql.cluster import ray_internals
@@ -109,17 +108,11 @@ class GracefulStop:
 
         Ray ends this process a minute later, whatever it is doing.
         """
-        over, told = threading.Event(), threading.Event()
-
-        def tell() -> None:
-            with suppress(Exception):  # Ray's own errors have no common base
-                self._stop.set()
-                told.set()
-            over.set()
-
-        threading.Thread(target=tell, name="ray_sql-tell", daemon=True).start()
-        over.wait(RAY_SECONDS)
-        return told.is_set()
+        try:
+            _start(self._stop.set, "ray_sql-tell").result(RAY_SECONDS)
+        except Exception:  # Ray's own errors have no common base
+            return False
+        return True
 
 
 def run_in_thread(call: Callable[[], T]) -> T:
@@ -130,6 +123,11 @@ def run_in_thread(call: Callable[[], T]) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
+    return _start(call, "ray_sql-fit").result()
+
+
+def _start(call: Callable[[], T], name: str) -> Future[T]:
+    """Call in a thread that does not keep the process alive."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -138,5 +136,5 @@ def run_in_thread(call: Callable[[], T]) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="ray_sql-fit", daemon=True).start()
-    return result.result()
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result

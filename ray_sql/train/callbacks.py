@@ -47,7 +47,7 @@ class Reporter:
         self._validation, self._watch, self._is_eval_step = validation, watch, is_eval_step
         self._step_examples = batching.global_batch_size
         self._epoch_steps = batching.steps_per_epoch(len(examples))
-        self._mean_tokens = sum(len(one.input_ids) for one in examples) / len(examples)
+        self._mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
         self._last: tuple[int, float] | None = None
         self._rank = rank()
         self._gauges = _gauges(run_name) if self._rank == 0 else {}

@@ -66,7 +66,7 @@ def starting_point(
         return uri  # this run did start there, and goes on from wherever it has come to
     checkpoint = checkpoints.read(uri)
     if checkpoint is None:
-        names = ", ".join(one.name for one in checkpoints.complete(folder)) or "none"
+        names = ", ".join(saved.name for saved in checkpoints.complete(folder)) or "none"
         raise ModelError(f"{flag}: no complete checkpoint at {uri}; this run has {names}")
     if steps is not None and checkpoint.step >= steps:
         raise ModelError(
@@ -191,7 +191,7 @@ def _curve(newest: Path, saved: Sequence[Checkpoint]) -> list[tuple[int, Mapping
         (entry["step"], {name: entry[name] for name in LOGGED if name in entry})
         for entry in entries
     ]
-    return curve + [(one.step, one.metrics) for one in saved if one.metrics]
+    return curve + [(past.step, past.metrics) for past in saved if past.metrics]
 
 
 def needs_validation(
