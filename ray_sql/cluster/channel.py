@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ray_sql.cluster.events import CheckpointSaved, Event, Note, OnEvent, UnknownEvent
+from ray_sql.errors import RaySqlError
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
@@ -120,10 +121,12 @@ class Channel:
             return self._on_event(event)
         except UnknownEvent as error:
             self._unknown = error
-        except Exception:
+        except Exception as error:
             # a display or a log that fails must not take later events with it
             if not self._failed:
-                log.exception("an event was not recorded, and perhaps later ones: %s", event)
+                text = f"{type(error).__name__}: {error}"
+                is_bug = not isinstance(error, RaySqlError)
+                log.warning("events may not be recorded: %s", text, exc_info=is_bug)
             self._failed = True
         return None
 
