@@ -178,7 +178,7 @@ def trial(folder: Path, nodes: Nodes, fault: str, moment: str) -> dict[str, Any]
     else:
         raise RuntimeError(f"{fault}, {moment}: the moment was missed three times")
     result |= {"fault": fault, "moment": moment, "seconds": round(time.monotonic() - started, 1)}
-    storage.write_whole(run.folder / "result.json", json.dumps(result, indent=1))
+    storage.write_local_text(run.folder / "result.json", json.dumps(result, indent=1))
     return result
 
 

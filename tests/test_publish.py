@@ -30,6 +30,7 @@ from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, 
 from ray_sql.evaluate import measure
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
+from ray_sql.store import retry
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import SQL
 from tests import hub as stand_ins
@@ -63,7 +64,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[stand_
             "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
-        for module in (hub, _http):
+        for module in (retry, _http):
             monkeypatch.setattr(module, "time", hasty)
         close_session()
         yield running
@@ -588,7 +589,7 @@ def test_the_hub_is_waited_for_as_long_as_it_asks(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=waited.append))
     stand_in.fail("POST /api/repos/create", 429, times=1, retry_after="30")
     stand_in.fail("POST .*/commit/", 429, times=2, retry_after="86400")
     push(publication())

@@ -221,7 +221,7 @@ def trained_grid(
             "score": held_out(own, prepared, f"{own.run_dir}/adapter"),
         }
         storage.remove(own.run_dir)
-        storage.write_whole(file, json.dumps(known, indent=1))
+        storage.write_local_text(file, json.dumps(known, indent=1))
     return known
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ray_sql.config.sections import DataSection
 from ray_sql.data.corpus import Corpus, Example, Splits
 from ray_sql.database import Schema, read_tables_json
 from ray_sql.errors import DataError
+from ray_sql.store.storage import write_atomically
 from ray_sql.tasks import TaskName
 
 SPIDER_FILES = {
@@ -167,13 +167,10 @@ def _build_database(script: Path, cache: Path) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     target = cache / "demo" / digest / f"{script.parent.name}.sqlite"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        half = target.with_suffix(f".{os.getpid()}")
-        half.unlink(missing_ok=True)
-        connection = sqlite3.connect(half)
-        connection.executescript(text)
-        connection.close()
-        os.replace(half, target)
+        with write_atomically(target) as part:
+            connection = sqlite3.connect(part)
+            connection.executescript(text)
+            connection.close()
     return str(target)
 
 

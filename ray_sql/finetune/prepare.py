@@ -174,7 +174,7 @@ def gold_errors(
     settled = [row for row in on_files if not row["error"].startswith(("timeout", "crash"))]
     lasting = (known["failing"] if known else []) + settled
     again = [row["id"] for row in on_files if row not in settled]
-    storage.write_whole(file, json.dumps({"failing": lasting, "again": again}))
+    storage.write_local_text(file, json.dumps({"failing": lasting, "again": again}))
     failing = {row["id"]: row for row in [*lasting, *found]}
     ids = [(name, *name.partition("\0")[::2]) for name, _, _ in golds if name in failing]
     return [failing[name] | {"split": split, "id": plain} for name, split, plain in ids]

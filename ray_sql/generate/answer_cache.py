@@ -50,7 +50,7 @@ class Kept:
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Replace the file, complete or not at all."""
-        storage.write_whole(
+        storage.write_local_text(
             self.file, "".join(_line(number, one) for number, one in sorted(answers.items()))
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from ray_sql.config import Config
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
+from ray_sql.store.retry import retry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -215,24 +215,28 @@ def _covers(scope: Mapping[str, Any], repo_id: str) -> bool:
 
 
 def _attempt(what: str, action: Callable[[], T]) -> T:
-    """`action`'s result, tried again after whatever may pass; the last error is raised as it is where it is final."""
+    """Return `action`'s result, trying again after errors that may pass.
+
+    A final error is raised as it is.
+    """
     from huggingface_hub.utils import get_session
 
-    for wait in (*WAITS, None):
+    def attempt() -> T:
         get_session().timeout = TIMEOUT
-        try:
-            return action()
-        except Exception as error:  # the client passes on what HTTP, TLS, and Xet raise: a family of their own each
-            if _is_final(error):
-                raise
-            if wait is None:
-                raise StoreError(
-                    f"{what} failed {len(WAITS) + 1} times, at last with {_reason(error)}"
-                ) from None
-            wait = max(wait, min(_asked_to_wait(error), LONGEST_WAIT))
-            log.warning("the Hub: %s failed (%s); again in %.0f s", what, _reason(error), wait)
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+        return action()
+
+    def wait(error: Exception, failures: int) -> float:
+        if _is_final(error):
+            raise error
+        if failures > len(WAITS):
+            raise StoreError(
+                f"{what} failed {failures} times, at last with {_reason(error)}"
+            ) from None
+        seconds = max(WAITS[failures - 1], min(_asked_to_wait(error), LONGEST_WAIT))
+        log.warning("the Hub: %s failed (%s); again in %.0f s", what, _reason(error), seconds)
+        return seconds
+
+    return retry(attempt, wait)
 
 
 def _is_final(error: Exception) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ray_sql.data import Example, prompts
 from ray_sql.data.linking import LinkError
 from ray_sql.database import SERIALIZER_VERSION, Schema, render
 from ray_sql.errors import DataError
+from ray_sql.store import storage
 from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -103,11 +103,9 @@ def prepare(
         return file, Audit(**json.loads(audit_file.read_text()))
     rows, audit = build(examples, schemas, tokenizer, config, progress)
     _check(audit)
-    file.parent.mkdir(parents=True, exist_ok=True)
     write(rows, file)
-    half = audit_file.with_suffix(f".{os.getpid()}")
-    half.write_text(json.dumps(asdict(audit)))
-    half.replace(audit_file)
+    with storage.write_atomically(audit_file) as part:
+        part.write_text(json.dumps(asdict(audit)))
     return file, audit
 
 
@@ -182,9 +180,10 @@ def write(rows: Sequence[TokenizedExample], file: Path) -> None:
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([asdict(row) for row in rows])
-    half = file.with_suffix(f".{os.getpid()}")  # trials of a sweep may write the same file at once
-    pq.write_table(table, half)
-    half.replace(file)
+    with storage.write_atomically(
+        file
+    ) as part:  # trials of a sweep may write the same file at once
+        pq.write_table(table, part)
 
 
 def read(file: str | Path) -> list[TokenizedExample]:

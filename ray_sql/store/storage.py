@@ -1,6 +1,7 @@
-"""Files on a local disk or any storage pyarrow knows (`s3://`, `gs://`, `hdfs://`).
+"""Files on a local disk or any storage that pyarrow knows (`s3://`, `gs://`, `hdfs://`).
 
-Storage that fails is asked again for two minutes: one that is restarted, or a network that stutters, must not end a run of hours.
+Storage that fails is asked again for two minutes. A restart, or a network that stutters, must not
+end a run of hours.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_sql.errors import StoreError
+from ray_sql.store.retry import retry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = 120.0
 """Seconds for which storage that fails is asked again."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+"""Seconds between two tries. Each pause is twice as long as the one before."""
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 FINAL |= {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
 """Errors that another try would meet again: no room, no right, not there."""
@@ -34,7 +39,7 @@ REFUSED = (
     "' not found",
     "Unable to load lib",
 )
-"""The same in the words of pyarrow and of object stores, where errors have no number."""
+"""The same in the words of pyarrow and of object stores, whose errors have no number."""
 
 
 def fetch(uri: str, target: Path) -> Path:
@@ -49,22 +54,26 @@ def fetch_file(uri: str, target: Path) -> Path:
 
     filesystem, path = open_store(uri)
     local = pafs.LocalFileSystem()
-    _persist(
-        uri,
-        lambda: pafs.copy_files(
+
+    def copy() -> None:
+        pafs.copy_files(
             path, str(target), source_filesystem=filesystem, destination_filesystem=local
-        ),
-    )
+        )
+
+    _persist(uri, copy)
     return target
 
 
 def put_once(local: Path, uri: str) -> None:
-    """`put` a large file, unless it lies there already as it is; its checksum is written beside it, and last."""
-    record, found = f"{uri}.checksum", checksum(local)
-    if read_text(record) != found:
+    """Copy a large file to storage unless the same content lies there already.
+
+    Its checksum is written beside it, and last.
+    """
+    record, current = f"{uri}.checksum", checksum(local)
+    if read_text(record) != current:
         remove(record)
         put(local, uri)
-        write_text(record, str(found))
+        write_text(record, str(current))
 
 
 def put(local: Path, uri: str) -> None:
@@ -74,24 +83,24 @@ def put(local: Path, uri: str) -> None:
 
 
 def upload(local: Path, uri: str) -> None:
+    """Copy a local file or folder to storage, beside whatever is there."""
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
+    source = pafs.LocalFileSystem()
+    folder = path if local.is_dir() else str(Path(path).parent)
 
     def copy() -> None:
-        filesystem.create_dir(path if local.is_dir() else str(Path(path).parent), recursive=True)
+        filesystem.create_dir(folder, recursive=True)
         pafs.copy_files(
-            str(local),
-            path,
-            source_filesystem=pafs.LocalFileSystem(),
-            destination_filesystem=filesystem,
+            str(local), path, source_filesystem=source, destination_filesystem=filesystem
         )
 
     _persist(uri, copy, writes=True)
 
 
 def list_folder(uri: str, recursive: bool = False) -> list[Any]:
-    """What pyarrow knows of everything in a folder; nothing where it is not there."""
+    """Return pyarrow's `FileInfo` of everything in a folder; none where there is no folder."""
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
@@ -100,20 +109,18 @@ def list_folder(uri: str, recursive: bool = False) -> list[Any]:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file, or a folder with anything in it."""
+    """Tell whether there is a file, or a folder with anything in it."""
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
     kind = _persist(uri, lambda: filesystem.get_file_info(path)).type
-    return (
-        bool(list_folder(uri))
-        if kind == pafs.FileType.Directory
-        else bool(kind == pafs.FileType.File)
-    )
+    if kind == pafs.FileType.Directory:
+        return bool(list_folder(uri))
+    return bool(kind == pafs.FileType.File)
 
 
 def names(uri: str) -> list[str]:
-    """The names of the files and folders in a folder; none where it is not there."""
+    """Return the names of the files and folders in a folder; none where there is no folder."""
     return sorted(info.base_name for info in list_folder(uri))
 
 
@@ -134,7 +141,7 @@ def remove(uri: str) -> None:
 
 
 def read_text(uri: str) -> str | None:
-    """The text of a file in storage, or None if it is not there."""
+    """Return the text of a file in storage; None if there is no file."""
     filesystem, path = open_store(uri)
 
     def read_all() -> str:
@@ -148,88 +155,113 @@ def read_text(uri: str) -> str | None:
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write a text file to storage, complete or not at all; `StoreError` names the place if it is full or read-only."""
+    """Write a text file to storage, whole or not at all.
+
+    Raises `StoreError` naming the place if it is full or read-only.
+    """
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
-    local = isinstance(
-        filesystem, pafs.LocalFileSystem
-    )  # object stores show a file when it is complete
-    half = f"{path}.{os.getpid()}.part" if local else path
 
     def write() -> None:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            with write_atomically(Path(path)) as part:
+                part.write_bytes(text.encode("utf-8"))
+            return
+        # object stores show a file when it is complete
         filesystem.create_dir(str(Path(path).parent), recursive=True)
-        with filesystem.open_output_stream(half) as stream:
+        with filesystem.open_output_stream(path) as stream:
             stream.write(text.encode("utf-8"))
-        if local:
-            os.replace(half, path)
 
     _persist(uri, write, writes=True)
 
 
-def _persist(uri: str, access: Callable[[], T], writes: bool = False) -> T:
-    """What `access` returns. Storage that fails is asked again, less and less often, for `PATIENCE` seconds.
+@contextmanager
+def write_atomically(file: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to, which becomes `file` if nothing was raised.
 
-    Raises `StoreError` where it fails until then, and where it `writes`, at once if there is no room or no right; what cannot be read
-    for such a reason raises what it raises.
+    Readers see the whole file or none, whoever else writes it at the same time.
     """
-    started, pause = time.monotonic(), 0.5
-    while True:
-        try:
-            return access()
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            final = error.errno in FINAL or any(said in reason for said in REFUSED)
-            if final and not writes:
-                raise
-            if final or time.monotonic() - started + pause > PATIENCE:
-                raise StoreError(
-                    f"{uri}: cannot be written ({reason}); free space, correct its rights, or choose another --output_dir"
-                    if writes
-                    else f"{uri}: cannot be read ({reason}); run the same command again when its storage answers"
-                ) from None
-        if pause == 0.5:
-            log.warning(
-                "%s: storage fails (%s); asked again for up to %.0f seconds", uri, reason, PATIENCE
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 10.0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    yield part
+    part.replace(file)
 
 
-def absolute_uri(place: str) -> str:
-    """A path made absolute; a URI as it is."""
-    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a local file complete or not at all, whoever else writes it at the same time."""
+def write_local_text(file: Path, text: str) -> None:
+    """Write a local text file, whole or not at all. Raises `StoreError` if it cannot be written."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(f".{os.getpid()}.part")
-        half.write_text(text, encoding="utf-8")
-        half.replace(file)
+        with write_atomically(file) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StoreError(
-            f"{file}: cannot be written ({error.strerror}); free space, or choose another --cache_dir"
+            f"{file}: cannot be written ({error.strerror}); free space, or choose another "
+            "--cache_dir"
         ) from None
 
 
 def checksum(file: Path) -> str | None:
+    """Return the BLAKE2 checksum of a local file; None if there is no file."""
     if not file.is_file():
         return None
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
+def absolute_uri(place: str) -> str:
+    """Return a path made absolute, and a URI as it is."""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
 def open_store(uri: str) -> tuple[Any, str]:
-    """(pyarrow filesystem, path) of an absolute path or URI; `StoreError` for a scheme it does not know."""
+    """Return (pyarrow filesystem, path) of an absolute path or URI.
+
+    Raises `StoreError` for a scheme that pyarrow does not know.
+    """
     import pyarrow as pa
     import pyarrow.fs as pafs
 
-    try:  # as patiently as any access: of a bucket without a region in its URI, the network is asked for it
+    # as patiently as any access: the network is asked for the region that a bucket's URI leaves out
+    try:
         filesystem, path = _persist(uri, lambda: pafs.FileSystem.from_uri(uri))
     except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(
-            f"{uri}: not a storage that can be opened ({' '.join(str(error).split())[:200]})"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise StoreError(f"{uri}: not a storage that can be opened ({reason})") from None
     return filesystem, path
+
+
+def _persist(uri: str, access: Callable[[], T], writes: bool = False) -> T:
+    """Return what `access` returns, asking storage that fails again for `PATIENCE` seconds.
+
+    Raises `StoreError` if it fails until then. An access that `writes` raises it at once if there
+    is no room or no right. A read raises such a reason as it is.
+    """
+    started = time.monotonic()
+
+    def wait(error: Exception, failures: int) -> float:
+        if not isinstance(error, OSError):
+            raise error
+        reason = " ".join(str(error).split())
+        final = error.errno in FINAL or any(words in reason for words in REFUSED)
+        if final and not writes:
+            raise error
+        pause = min(FIRST_PAUSE * 2.0 ** (failures - 1), LONGEST_PAUSE)
+        if final or time.monotonic() - started + pause > PATIENCE:
+            raise StoreError(_failed(uri, reason, writes)) from None
+        if failures == 1:
+            log.warning(
+                "%s: storage fails (%s); asked again for up to %.0f seconds", uri, reason, PATIENCE
+            )
+        return pause
+
+    return retry(access, wait)
+
+
+def _failed(uri: str, reason: str, writes: bool) -> str:
+    if writes:
+        return (
+            f"{uri}: cannot be written ({reason}); free space, correct its rights, or choose "
+            "another --output_dir"
+        )
+    return f"{uri}: cannot be read ({reason}); run the same command again when its storage answers"
