@@ -183,8 +183,8 @@ def _run(job: Job, words: list[str]) -> None:
 def _import(door: str) -> Callable[[Any], object]:
     """Return the function that "module:function" names. Imported late, so that --help is fast."""
     module, _, function = door.partition(":")
-    found: Callable[[Any], object] = getattr(importlib.import_module(module), function)
-    return found
+    job: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+    return job
 
 
 def _warn_of_secrets(words: Sequence[str]) -> None:
@@ -210,9 +210,9 @@ def _can_be_fixed(error: OSError, config: JobConfig) -> bool:
     return Path(str(error.filename)).is_relative_to(config.cache)
 
 
-def exit_on_signal(number: int, frame: object) -> NoReturn:
+def exit_on_signal(signum: int, frame: object) -> NoReturn:
     """End the process by an exception with the exit code of a signal; further ones are ignored."""
     # a second signal must not break into what the first has set off
-    signal.signal(number, signal.SIG_IGN)
-    _SIGNALS.append(number)
-    raise SystemExit(128 + number)
+    signal.signal(signum, signal.SIG_IGN)
+    _SIGNALS.append(signum)
+    raise SystemExit(128 + signum)

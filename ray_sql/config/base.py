@@ -64,8 +64,12 @@ class JobConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _check_no_keys_in_addresses(self) -> Self:
-        for name in ("scaling.storage_path", "output_dir", "prev_checkpoint"):
-            address = self.setting(name) if name.split(".")[0] in type(self).model_fields else None
+        addresses = {
+            "scaling.storage_path": self.scaling.storage_path,
+            "output_dir": self.output_dir,
+            "prev_checkpoint": getattr(self, "prev_checkpoint", None),
+        }
+        for name, address in addresses.items():
             if address != mask_password(address):
                 raise ValueError(
                     f"{name} {mask_password(address)}: keys do not belong into an address, "

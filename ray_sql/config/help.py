@@ -52,7 +52,7 @@ def groups(kind: type[BaseModel]) -> list[Group]:
     flat = {name: _setting(name, field) for name, field in names(kind) if "." not in name}
     first = [name for name in EVERYDAY if name in flat]
     other = [name for name in flat if name not in EVERYDAY + BATCHES + FOLDERS]
-    found = [
+    headings = [
         _group("Everyday settings", "", flat, first + other),
         _group("Batches and checkpoints", "", flat, BATCHES),
         _group("Folders and tokens", "", flat, FOLDERS),
@@ -62,16 +62,15 @@ def groups(kind: type[BaseModel]) -> list[Group]:
         if section is not None:
             settings = {name: _setting(f"{title}.{name}", item) for name, item in names(section)}
             used = [name for name in settings if title != "tune" or _uses(kind, name)]
-            found.append(_group(title, section.__doc__ or "", settings, used))
-    return [group for group in found if group.settings]
+            headings.append(_group(title, section.__doc__ or "", settings, used))
+    return [group for group in headings if group.settings]
 
 
 def help_text(usage: str, summary: str, kind: type[BaseModel]) -> str:
     """Return what `--help` of a job prints."""
     lines = [f"usage: {usage} [--setting value ...]", "", summary]
     for group in groups(kind):
-        heading = f"{group.title}: {group.sentence}" if group.sentence else group.title
-        lines += ["", heading]
+        lines += ["", f"{group.title}: {group.sentence}".removesuffix(": ")]
         for setting in group.settings:
             lines += _entry(setting)
     return "\n".join([*lines, "", FOOTER])
@@ -85,17 +84,19 @@ ignored, so a run's YAML file or config.json can be given to every job."""
 
 def _entry(setting: Setting) -> list[str]:
     """Return the lines of a setting: its flag, and its sentence below."""
-    facts = [setting.values] if setting.values != WORDS[bool] else []
+    is_switch = setting.values == WORDS[bool]
+    head = f"  --{setting.name}"
+    if is_switch and setting.default != "false":
+        head += f", --no-{setting.name}"
+    facts = [] if is_switch else [setting.values]
     if setting.default == "required":
         facts.append("required")
     elif setting.default not in ("", "false"):
         facts.append(f"default {setting.default}")
-    flags = f"--{setting.name}"
-    if setting.values == WORDS[bool] and setting.default != "false":
-        flags += f", --no-{setting.name}"
-    notes = f"  ({'; '.join(facts)})" if facts else ""
+    if facts:
+        head += f"  ({'; '.join(facts)})"
     text = textwrap.wrap(setting.sentence, 94, break_on_hyphens=False)
-    return [f"  {flags}{notes}", *(f"      {line}" for line in text)]
+    return [head, *(f"      {line}" for line in text)]
 
 
 def _group(title: str, sentence: str, settings: dict[str, Setting], used: Any) -> Group:
@@ -108,8 +109,11 @@ def _uses(kind: type[BaseModel], name: str) -> bool:
 
 
 def _setting(name: str, field: Any) -> Setting:
-    default = "required" if field.is_required() else json.dumps(field.default)
-    default = "" if default in ("null", '""', "[]", "{}") else default
+    default = "required"
+    if not field.is_required():
+        default = json.dumps(field.default).removeprefix("null")
+    if default in ('""', "[]", "{}"):
+        default = ""
     sentence = " ".join(str(field.description).split())
     return Setting(name, _values(field.annotation), default, sentence)
 
@@ -126,7 +130,7 @@ def _values(kind: Any) -> str:
     if origin in (list, tuple):
         if parts == (int, int):
             return "two integers"
-        return f"list of {_values(parts[0])}" if get_origin(parts[0]) is Literal else "list"
+        return f"list of {_values(parts[0])}" if parts[0] is not str else "list"
     if parts:
         return " or ".join(_values(part) for part in parts if part is not NoneType)
     return WORDS[kind]

@@ -77,8 +77,9 @@ class TasksConfig(Config):
     @field_validator("task_type", mode="before")
     @classmethod
     def _split_tasks(cls, given: Any) -> Any:
-        tasks = given.split(",") if isinstance(given, str) else given
-        return list(dict.fromkeys(tasks)) if isinstance(tasks, list | tuple) else tasks
+        if isinstance(given, str):
+            given = given.split(",")
+        return list(dict.fromkeys(given)) if isinstance(given, list | tuple) else given
 
     def studies(self) -> list[Config]:
         """Return the settings of each task's study.

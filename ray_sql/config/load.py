@@ -32,8 +32,8 @@ def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> 
     Raises `ConfigError` with one line per mistake, each naming the flag or file and key, what was
     given and what is allowed.
     """
-    flags = _read_flags(list(sys.argv[1:] if argv is None else argv), kind)
-    flags = merge(flags, nested(overrides))
+    argv = sys.argv[1:] if argv is None else argv
+    flags = merge(_read_flags(argv, kind), nested(overrides))
     sources = {str(file): _read_file(str(file)) for file in flags.get("config", ())}
     sources |= {variable: _read_environment(variable) for variable in ENVIRONMENT}
     sources["flags"] = flags
@@ -43,7 +43,7 @@ def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> 
     return build(kind, without_unused(kind, Config, merged), sources)
 
 
-def _read_flags(argv: list[str], kind: type[JobConfig]) -> dict[str, Any]:
+def _read_flags(argv: Sequence[str], kind: type[JobConfig]) -> dict[str, Any]:
     # the flags of a run are known to every job; what the job does not use is left out later
     known = kind if issubclass(kind, Config) else type("Flags", (Config, kind), {})
     words = _repeat_flags(_write_switches(argv, known), known)
@@ -91,9 +91,9 @@ def _repeat_flags(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
     several = {f"--{name}" for name, field in names(kind) if get_origin(field.annotation) is tuple}
     words: list[str] = []
     for word in argv:
-        flag = words[-2] if len(words) > 1 else ""
-        if flag in several and not word.startswith("-") and not words[-1].startswith("-"):
-            words.append(flag)
+        follows_value = len(words) > 1 and words[-2] in several and not words[-1].startswith("-")
+        if follows_value and not word.startswith("-"):
+            words.append(words[-2])
         words.append(word)
     return words
 
@@ -117,5 +117,6 @@ def _read_file(file: str) -> dict[str, Any]:
 
 
 def _read_environment(variable: str) -> dict[str, Any]:
-    value = os.environ.get(variable)
-    return nested(dict.fromkeys(ENVIRONMENT[variable], value)) if value else {}
+    if value := os.environ.get(variable):
+        return nested(dict.fromkeys(ENVIRONMENT[variable], value))
+    return {}

@@ -210,19 +210,21 @@ class ScalingSection(StorageSection):
         cls, given: Any, validate: ValidatorFunctionWrapHandler
     ) -> int | tuple[int, int]:
         """Read a number, or two: `1,4` on a command line, a list in YAML and JSON."""
-        value = given.split(",") if isinstance(given, str) and "," in given else given
-        with_bounds = (
+        if isinstance(given, str) and "," in given:
+            given = given.split(",")
+        allowed = (
             "input should be greater than or equal to 0, or two bounds from 1 up, "
             "the smaller first: 1,4"
         )
         try:
-            bounds: int | tuple[int, int] = validate(value)
+            bounds: int | tuple[int, int] = validate(given)
         except ValidationError:
-            raise ValueError(with_bounds) from None
-        valid = bounds >= 0 if isinstance(bounds, int) else 1 <= bounds[0] < bounds[1]
-        if not valid:
-            raise ValueError(with_bounds)
-        return bounds
+            raise ValueError(allowed) from None
+        if isinstance(bounds, int) and bounds >= 0:
+            return bounds
+        if isinstance(bounds, tuple) and 1 <= bounds[0] < bounds[1]:
+            return bounds
+        raise ValueError(allowed)
 
 
 class AnswersSection(Section):

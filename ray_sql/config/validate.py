@@ -57,7 +57,9 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         head, _, rest = str(name).partition(".")
-        result = merge(result, {head: nested({rest: value}) if rest else value})
+        if rest:
+            value = nested({rest: value})
+        result = merge(result, {head: value})
     return result
 
 
@@ -88,9 +90,10 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     """Return `high` laid over `low`, section by section."""
     result = dict(low)
     for name, value in high.items():
-        old = result.get(name)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[name] = merge(old, value) if both else value  # type: ignore[arg-type]
+        below = result.get(name)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merge(below, value)
+        result[name] = value
     return result
 
 
@@ -107,8 +110,8 @@ def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if section[key] != ignored:
             raise ValueError(f"{name}: {section[key]!r} given; {way_out}")
-        kept = {other: value for other, value in section.items() if other != key}
-        result = {**result, section_name: kept} if section_name else kept
+        remaining = {other: value for other, value in section.items() if other != key}
+        result = {**result, section_name: remaining} if section_name else remaining
     return result
 
 
@@ -133,7 +136,9 @@ def nearest(kind: type[BaseModel], unknown: str, prefix: str) -> str:
     known = [name for name, _ in names(kind)]
     near = difflib.get_close_matches(unknown, known, 1, 0.6)
     near += [name for name in known if name.split(".")[-1] == unknown]
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists all"
+    if not near:
+        return "; --help lists all"
+    return f"; did you mean {prefix}{near[0]}?"
 
 
 def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[str, Any]]) -> str:
@@ -168,7 +173,5 @@ def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:
             value = value[part] if isinstance(value, Mapping) and part in value else _ABSENT
         if value is _ABSENT:
             continue
-        if source == "flags":
-            return f"--{name}"
-        return name if source == "changes" else f"{source}: {name}"
+        return {"flags": f"--{name}", "changes": name}.get(source, f"{source}: {name}")
     return name
