@@ -549,6 +549,12 @@ def test_settings_that_were_removed_are_dropped_from_files_and_named_to_users(
     assert Config(**settings().public() | {"evaluate": {"backend": "transformers"}})
     for text in ("evaluate.backend: vllm\n", "evaluate: {backend: vllm}\n"):
         message = refusal("--config", yaml_file(tmp_path, text))
-        assert message == "evaluate.backend: 'vllm' given; vLLM answers no longer; leave it out"
+        assert (
+            message
+            == "evaluate.backend: 'vllm' given; transformers answers all questions; leave it out"
+        )
     for flags in (["--evaluate.backend", "vllm"], ["--evaluate.backend=vllm"]):
-        assert refusal(*flags) == "--evaluate.backend: vLLM answers no longer; leave it out"
+        assert (
+            refusal(*flags)
+            == "--evaluate.backend: transformers answers all questions; leave it out"
+        )

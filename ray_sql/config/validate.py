@@ -15,7 +15,8 @@ C = TypeVar("C", bound=BaseModel)
 _ABSENT = object()
 
 REMOVED: dict[str, tuple[Any, str]] = {
-    "compare": ([], "compare two files with `ray-sql compare A B`")
+    "compare": ([], "compare two files with `ray-sql compare A B`"),
+    "evaluate.backend": ("transformers", "transformers answers all questions; leave it out"),
 }
 """Settings of earlier versions: the value that saved files hold and that is ignored, and the way
 out of others."""
