@@ -56,7 +56,8 @@ def test_the_original_command_line_means_what_it_meant() -> None:
 
 def test_all_nine_optional_flags_of_the_original_are_read() -> None:
     flags = "--dataset_id d --prev_checkpoint checkpoint-9 --seed 1 --train_batch_size 2 "
-    flags += "--eval_batch_size 3 --grad_accum_steps 4 --learning_rate 5e-5 --num_epochs 6 --save_steps 7"
+    flags += "--eval_batch_size 3 --grad_accum_steps 4 --learning_rate 5e-5 --num_epochs 6 "
+    flags += "--save_steps 7"
     public = settings(*flags.split()).public()
     given = {
         "dataset_id": "d",
