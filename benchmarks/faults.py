@@ -594,24 +594,27 @@ def make_data(folder: Path) -> None:
     connection = sqlite3.connect(folder / "database" / "shop" / "shop.sqlite")
     connection.executescript(SHOP)
     connection.close()
-    asked = [
-        {"db_id": "shop", "question": question, "query": query}
-        for table, columns in COLUMNS.items()
-        for column in columns
-        for question, query in (
-            (f"Show the {column} of every {table}.", f"SELECT {column} FROM {table}"),
-            (
-                f"How many different values has {column} of {table}?",
-                f"SELECT COUNT(DISTINCT {column}) FROM {table}",
-            ),
-            (f"What is the largest {column} of a {table}?", f"SELECT MAX({column}) FROM {table}"),
-            (f"List {table} by {column}.", f"SELECT * FROM {table} ORDER BY {column}"),
-        )
+    pairs = [
+        ("Show the {column} of every {table}.", "SELECT {column} FROM {table}"),
+        (
+            "How many different values has {column} of {table}?",
+            "SELECT COUNT(DISTINCT {column}) FROM {table}",
+        ),
+        ("What is the largest {column} of a {table}?", "SELECT MAX({column}) FROM {table}"),
+        ("List {table} by {column}.", "SELECT * FROM {table} ORDER BY {column}"),
     ]
+    examples = []
+    for table, columns in COLUMNS.items():
+        for column in columns:
+            names = {"table": table, "column": column}
+            examples += [
+                {"db_id": "shop", "question": q.format(**names), "query": sql.format(**names)}
+                for q, sql in pairs
+            ]
     (folder / "tables.json").write_text("[]")
-    (folder / "train_spider.json").write_text(json.dumps(asked))
+    (folder / "train_spider.json").write_text(json.dumps(examples))
     (folder / "train_others.json").write_text("[]")
-    (folder / "dev.json").write_text(json.dumps(asked[:1]))
+    (folder / "dev.json").write_text(json.dumps(examples[:1]))
 
 
 def make_model(folder: Path) -> None:

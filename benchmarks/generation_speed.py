@@ -261,9 +261,8 @@ def report(measured: dict[int, list[dict[str, Any]]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for each, rounds in measured.items():
         n, exact = sum(one["n"] for one in rounds), sum(one["exact"] for one in rounds)
-        prompts, answers = (
-            [length for one in rounds for length in one[key]] for key in ("prompts", "answers")
-        )
+        prompts = [length for one in rounds for length in one["prompts"]]
+        answers = [length for one in rounds for length in one["answers"]]
         rate = {
             name: n / sum(one["seconds"][name] for one in rounds) for name in ("batched", "ours")
         }

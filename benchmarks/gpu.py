@@ -141,11 +141,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def all_parts(arguments: argparse.Namespace) -> None:
     """Run every part in a process of its own, then print the tables and the last line."""
-    chosen = (
-        arguments.parts.split(",")
-        if arguments.parts
-        else ["gradients", *(QUICK if arguments.quick else PARTS)]
-    )
+    chosen = ["gradients", *(QUICK if arguments.quick else PARTS)]
+    if arguments.parts:
+        chosen = arguments.parts.split(",")
     found: dict[str, Any] = {}
     until = time.monotonic() + arguments.seconds
     with tempfile.TemporaryDirectory() as scratch:
@@ -678,31 +676,7 @@ def shortest(seconds: Mapping[str, list[float]], *variants: str) -> dict[str, li
 
 def summary(found: Mapping[str, Any], tests: int | None) -> dict[str, Any]:
     """Return the last line: the figures of every part, and what did not run."""
-    parts = {}
-    for part, each in found.items():
-        seconds = {variant: made for variant, made in each.get("seconds", {}).items() if made}
-        parts[part] = (
-            {
-                variant: {
-                    "examples_per_second": round(len(made) / sum(made), 2),
-                    "share_of_peak": round(
-                        sum(each["flops"][variant]) / sum(made) / each["peak"], 4
-                    ),
-                    "peak_gib": round(each["memory"][variant], 2),
-                    "ratios": {
-                        of: [
-                            round(one, 2)
-                            for one in spread(shortest(seconds, of, variant), of, variant)
-                        ]
-                        for of in ("plain", "packing")
-                        if of in seconds
-                    },
-                }
-                for variant, made in seconds.items()
-            }
-            | ({"failed": each["failed"]} if each.get("failed") else {})
-            | ({"ended": each["ended"]} if "ended" in each else {})
-        )
+    parts = {name: part_summary(part) for name, part in found.items()}
     parts["gradients"] = found.get("gradients", "not run")
     return {
         "gpu": gpu(),
@@ -710,6 +684,29 @@ def summary(found: Mapping[str, Any], tests: int | None) -> dict[str, Any]:
         "tests": {None: "not run", 0: "passed"}.get(tests, f"failed with exit status {tests}"),
         **parts,
     }
+
+
+def part_summary(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of every variant of a part, and what failed."""
+    seconds = {name: values for name, values in part.get("seconds", {}).items() if values}
+    against = [peer for peer in ("plain", "packing") if peer in seconds]
+    figures: dict[str, Any] = {}
+    for name, values in seconds.items():
+        ratios = {}
+        for peer in against:
+            ratio = spread(shortest(seconds, peer, name), peer, name)
+            ratios[peer] = [round(value, 2) for value in ratio]
+        figures[name] = {
+            "examples_per_second": round(len(values) / sum(values), 2),
+            "share_of_peak": round(sum(part["flops"][name]) / sum(values) / part["peak"], 4),
+            "peak_gib": round(part["memory"][name], 2),
+            "ratios": ratios,
+        }
+    if part.get("failed"):
+        figures["failed"] = part["failed"]
+    if "ended" in part:
+        figures["ended"] = part["ended"]
+    return figures
 
 
 if __name__ == "__main__":

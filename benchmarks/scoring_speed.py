@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -223,13 +224,10 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         for _ in range(1 if arguments.quick else 5):
             for name, n in chance.sample(order, len(order)):
                 runs[name][n].append(measure(sets[name], n, limits))
-    problems = [
-        problem
-        for name, pairs in sets.items()
-        for each in runs[name].values()
-        for run in each
-        for problem in not_stopped(pairs, run, latest)
-    ]
+    problems = []
+    for name, pairs in sets.items():
+        for run in chain.from_iterable(runs[name].values()):
+            problems += not_stopped(pairs, run, latest)
     found = {name: summary(pairs, runs[name]) for name, pairs in sets.items()}
     say("\n".join([table(found), *problems]))
     result = {

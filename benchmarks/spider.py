@@ -78,13 +78,10 @@ def main(argv: list[str] | None = None) -> None:
         "unparsable",
         "gold_errors",
     )
-    result = {
-        model: {
-            split: {k: scores[k] for k in keep if k in scores}
-            for split, scores in metrics[model].items()
-        }
-        for model in ("base", "tuned")
-    }
+    result: dict[str, dict[str, Any]] = {"base": {}, "tuned": {}}
+    for model, splits in result.items():
+        for split, scores in metrics[model].items():
+            splits[split] = {name: scores[name] for name in keep if name in scores}
     print(
         json.dumps(
             {

@@ -884,13 +884,10 @@ def corpus() -> list[Hostile]:
         ("failed", FAILED),
         ("any", ANY),
     ]
-    found = [
-        Hostile(kind, outcome, line)
-        for outcome, kinds in blocks
-        for kind, block in kinds.items()
-        for line in block.split("\n")
-        if line
-    ]
+    found = []
+    for outcome, kinds in blocks:
+        for kind, block in kinds.items():
+            found += [Hostile(kind, outcome, line) for line in block.split("\n") if line]
     for made in (_text_tricks(), _deep(), _random_pieces()):
         found += [
             Hostile(kind, outcome, sql) for kind, (outcome, each) in made.items() for sql in each

@@ -363,7 +363,9 @@ class _Handler(BaseHTTPRequestHandler):
         for file in json.loads(body)["files"]:
             path = file["path"]
             large = path.endswith(LARGE) or file["size"] > 10 * 2**20
-            oid = None if path not in held else _sha256(held[path]) if large else _git(held[path])
+            oid = None
+            if path in held:
+                oid = _sha256(held[path]) if large else _git(held[path])
             mode = "lfs" if large else "regular"
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return 200, {"files": files}

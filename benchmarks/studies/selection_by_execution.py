@@ -104,8 +104,9 @@ def prepare(databases: int) -> Material:
     chosen = drawn(corpus.splits["train"], databases, TRAINED + CHOOSING + HELD_OUT)
     first, second = TRAINED, TRAINED + CHOOSING
     parts = [
-        [e for each in chosen for e in each[a:b]]
-        for a, b in ((0, first), (first, second), (second, None))
+        [example for database in chosen for example in database[:first]],
+        [example for database in chosen for example in database[first:second]],
+        [example for database in chosen for example in database[second:]],
     ]
     trained, choosing = (
         rows.build(part, corpus.schemas, tokenizer, config)[0] for part in parts[:2]
