@@ -1,6 +1,6 @@
-"""What the tests share: a tiny random Llama with its own tokenizer, a small shop database, and a folder in Spider's format.
+"""Share a tiny random Llama with its own tokenizer, a shop database, and a Spider folder.
 
-All of it is made here, in seconds, with no network; the whole suite runs with the Hub switched off.
+All of it is made here, in seconds, with no network. The whole suite runs with the Hub switched off.
 """
 
 from __future__ import annotations
@@ -33,20 +33,24 @@ for variable in ("HF_TOKEN", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
 from ray_sql.config import Config, load  # noqa: E402
 
 ENDED: list[int] = []
-"""With which exit code the tests have ended."""
+"""The exit code with which the tests have ended, once they have."""
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
-    """What there is to say about the tests is known now."""
+    """Note the exit code, which is known now."""
     ENDED.append(int(exitstatus))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
-    """Leave without the destructors of native libraries: threads of Ray's core, gRPC, Arrow and torch go on running beside them, and once
-    the suite ended with "1202 passed" and a segmentation fault. Ray's own workers leave like this."""
+    """Leave without the destructors of native libraries.
+
+    Threads of Ray's core, gRPC, Arrow and torch run on beside them: once the suite ended with "1202
+    passed" and a segmentation fault. Ray's own workers leave like this.
+    """
     if ENDED:
-        atexit._run_exitfuncs()  # Python's own ending is left to run: old temporary folders are removed there
+        # Python's own ending is left to run: old temporary folders are removed there
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ENDED[-1])
@@ -61,11 +65,14 @@ SHOP = """
 CREATE TABLE customer (id INTEGER PRIMARY KEY, name TEXT, city TEXT);
 CREATE TABLE product (id INTEGER PRIMARY KEY, title TEXT, price REAL);
 CREATE TABLE sale (
-  customer_id INTEGER REFERENCES customer (id), product_id INTEGER REFERENCES product (id), day TEXT, amount INTEGER,
+  customer_id INTEGER REFERENCES customer (id), product_id INTEGER REFERENCES product (id), \
+day TEXT, amount INTEGER,
   PRIMARY KEY (customer_id, product_id, day));
-INSERT INTO customer VALUES (1, 'Ada', 'Lisbon'), (2, 'Ben', 'Porto'), (3, 'Cleo', 'Lisbon'), (4, 'Dan', NULL);
+INSERT INTO customer VALUES (1, 'Ada', 'Lisbon'), (2, 'Ben', 'Porto'), \
+(3, 'Cleo', 'Lisbon'), (4, 'Dan', NULL);
 INSERT INTO product VALUES (1, 'Lamp', 20.5), (2, 'Desk', 120), (3, 'Chair', 60);
-INSERT INTO sale VALUES (1, 1, '2024-01-02', 2), (1, 2, '2024-02-01', 1), (2, 3, '2024-02-03', 4), (3, 1, '2024-03-05', 1);
+INSERT INTO sale VALUES (1, 1, '2024-01-02', 2), (1, 2, '2024-02-01', 1), \
+(2, 3, '2024-02-03', 4), (3, 1, '2024-03-05', 1);
 """
 
 QUESTIONS = [
@@ -78,14 +85,18 @@ QUESTIONS = [
     ("How many products cost more than 50?", "SELECT COUNT(*) FROM product WHERE price > 50"),
     (
         "Who bought a desk?",
-        "SELECT T1.name FROM customer AS T1 JOIN sale AS T2 ON T1.id = T2.customer_id WHERE T2.product_id = 2",
+        "SELECT T1.name FROM customer AS T1 JOIN sale AS T2 ON T1.id = T2.customer_id WHERE "
+        "T2.product_id = 2",
     ),
 ]
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The reference data, for developers and CI only; tests that need it are skipped elsewhere."""
+    """Return the reference data, for developers and CI only.
+
+    Tests that need it are skipped elsewhere.
+    """
     place = os.environ.get("RAY_SQL_SHARED")
     if not place:
         pytest.skip("RAY_SQL_SHARED is not set")
@@ -95,7 +106,10 @@ def shared() -> Path:
 def make_spider_folder(
     folder: Path, databases: tuple[str, ...] = ("shop", "store", "kiosk")
 ) -> Path:
-    """A folder in Spider's format: three databases of one make, their questions in train, and one more database in dev."""
+    """Write a folder in Spider's format.
+
+    Three databases of one make have their questions in train, and one more has its own in dev.
+    """
     for db_id in (*databases, "mall"):
         place = folder / "database" / db_id
         place.mkdir(parents=True)
@@ -116,13 +130,16 @@ def make_spider_folder(
 
 @pytest.fixture(scope="session")
 def spider_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `make_spider_folder`; shared by all tests, so none may change it."""
+    """Share one folder of `make_spider_folder` among all tests, so that none may change it."""
     return make_spider_folder(tmp_path_factory.mktemp("spider"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama (about 150k parameters) and a byte-level BPE tokenizer with a chat template, as a model folder."""
+    """Save a random two-layer Llama, about 150k parameters, as a model folder.
+
+    It has a byte-level BPE tokenizer with a chat template.
+    """
     return make_model(tmp_path_factory.mktemp("tiny_model"))
 
 
@@ -169,7 +186,7 @@ def load_base(folder: Path, config: Config, device: str = "cpu") -> Any:
 
 
 def removal_cut_off(run_dir: str, after: int) -> bool:
-    """Remove a run's folder, killed after so many deletions; False where there were no more."""
+    """Remove a run's folder, killed after `after` deletions; False where there were no more."""
     from ray_sql.store import storage
     from ray_sql.store.run_folder import RunFolder
 
@@ -193,7 +210,7 @@ def removal_cut_off(run_dir: str, after: int) -> bool:
 
 @pytest.fixture
 def ray_local() -> Iterator[None]:
-    """A Ray of the test's own; never the one that something else on this machine runs."""
+    """Start a Ray of the test's own, never one that something else on this machine runs."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
@@ -203,7 +220,10 @@ def ray_local() -> Iterator[None]:
 
 @pytest.fixture
 def make_config(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> Iterator[Any]:
-    """`make_config(**dotted settings)`: settings of a run of seconds, in process, in a folder of the test's own."""
+    """Make settings of a run of seconds: `make_config(**dotted settings)`.
+
+    It trains in process, in a folder of the test's own.
+    """
     defaults = {
         "model_name": str(tiny_model),
         "output_name": "run",

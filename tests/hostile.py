@@ -1,10 +1,16 @@
-"""A corpus of hostile SQL, written for this project: what a model, or somebody who feeds it, may send to be executed.
+"""Hostile SQL, written for this project: what a model, or somebody who feeds it, may send.
 
-Statements are grouped by kind, and kinds by what must come of them: REFUSED (not one read-only query), STOPPED (ends by a
-limit: its work grows with rows that have no end worth waiting for, since a fast machine may well finish anything less; and
-each step depends on its row, since SQLite computes a constant once), FAILED (an error in the database's words or ours), ANY (may
-even answer). One statement a line, and by code what a line cannot show.
-`{folder}` stands for the folder of the test, which holds `shop.sqlite` (`SCHEMA`), `other.sqlite` and `note.txt`.
+Statements are grouped by kind, and kinds by what must come of them:
+
+    REFUSED   not one read-only query
+    STOPPED   ends by a limit: its work grows with rows that have no end worth waiting for, since a
+              fast machine may well finish anything less; and each step depends on its row, since
+              SQLite computes a constant once
+    FAILED    an error in the database's words or ours
+    ANY       may even answer
+
+There is one statement a line, and by code what a line cannot show. `{folder}` stands for the folder
+of the test, which holds `shop.sqlite` (`SCHEMA`), `other.sqlite` and `note.txt`.
 """
 
 import random
@@ -35,7 +41,7 @@ Outcome = Literal["refused", "stopped", "failed", "any"]
 
 @dataclass(frozen=True)
 class Hostile:
-    """One statement, why it is here, and what must come of it."""
+    """Hold one statement, its kind, and what must come of it."""
 
     kind: str
     outcome: Outcome
@@ -690,7 +696,10 @@ SELECT date('now' || char(0) || 'x'), date(zeroblob(1000)), date(printf('%.*c', 
 
 
 def _text_tricks() -> dict[str, tuple[Outcome, list[str]]]:
-    """What a line of a file cannot show: control characters, encodings, look-alikes, comments over lines."""
+    """Return what a line of a file cannot show.
+
+    These are control characters, encodings, look-alikes, and comments over lines.
+    """
     bom, no_break, zero_width = "\ufeff", "\u00a0", "\u200b"
     hidden: list[str] = [
         "-- SELECT 1\nDROP TABLE item",
@@ -774,7 +783,10 @@ def _text_tricks() -> dict[str, tuple[Outcome, list[str]]]:
 
 
 def _deep() -> dict[str, tuple[Outcome, list[str]]]:
-    """Nesting and length: each fits the limit on the query's text unless it is there to break it."""
+    """Return nesting and length.
+
+    Each fits the limit on the query's text unless it is there to break it.
+    """
     wide = ", ".join(f"big b{place}" for place in range(60))
     doubling = ", ".join(f"c{n} AS (SELECT x.i FROM c{n - 1} x, c{n - 1} y)" for n in range(1, 40))
     failed = [
@@ -849,8 +861,10 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
         + ", ".join(f"(VALUES (1),(2),(3),(4)) v{place}" for place in range(40)),
         # A result's names are part of its size.
         'WITH t("' + "n" * 15_000 + '") AS (SELECT 1) SELECT ' + ", ".join(["*"] * 200) + " FROM t",
-        "SELECT count(value) FROM json_each('[' || replace(hex(zeroblob(100000)), '0', '1,') || '1]') a, big b, big c",
-        "SELECT sum(json_array_length('[' || replace(hex(zeroblob(100000)), '0', '1,') || a.i || ']')) FROM big a, big b",
+        "SELECT count(value) FROM json_each('[' || replace(hex(zeroblob(100000)), '0', '1,') || "
+        "'1]') a, big b, big c",
+        "SELECT sum(json_array_length('[' || replace(hex(zeroblob(100000)), '0', '1,') || a.i || "
+        "']')) FROM big a, big b",
         "SELECT count(json_set('{}', '$.a' || a.i, hex(randomblob(100000)))) FROM big a, big b",
         "SELECT count(*) FROM note, big a, big b, big c WHERE note MATCH 'pen OR ink'",
     ]
@@ -862,7 +876,10 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
 
 
 def _random_pieces() -> dict[str, tuple[Outcome, list[str]]]:
-    """Statements of the corpus cut and mixed, always the same ones: what a broken generation looks like."""
+    """Return statements of the corpus cut and mixed, always the same ones.
+
+    A broken generation looks like that.
+    """
     chance = random.Random(14)
     lines = [line for block in REFUSED.values() for line in block.split("\n") if line]
     glued = []
@@ -877,7 +894,7 @@ def _random_pieces() -> dict[str, tuple[Outcome, list[str]]]:
 
 
 def corpus() -> list[Hostile]:
-    """All of it, in the order of the file."""
+    """Return all of it, in the order of the file."""
     blocks: list[tuple[Outcome, dict[str, str]]] = [
         ("refused", REFUSED),
         ("stopped", STOPPED),

@@ -1,13 +1,13 @@
-"""A stand-in for the Hugging Face Hub: the endpoints that huggingface_hub 2.4 uses to publish and to download, over local HTTP.
+"""Stand in for the Hugging Face Hub, over local HTTP.
 
     with hub.running() as stand_in:
         stand_in.fail("POST .*/commit/", 503, times=2)
         subprocess.run(..., env=os.environ | stand_in.environment(home))
 
-Repositories live in memory, with their commits, branches, tags and large files; what is private is shown to those who may see it only.
-`fail` makes requests fail as the Hub and networks do: with a status, with a connection that is cut before or after the work was done, or
-that falls silent after it. The client's other road for large files, Xet, is switched off by `environment`, as a user may do: the regular
-one is spoken here.
+It has the endpoints that huggingface_hub 2.4 uses to publish and to download. Repositories live in
+memory, with their commits, branches, tags and large files. Private ones are shown only to those who
+may see them. `fail` makes requests fail as the Hub and networks do. `environment` switches off the
+client's other road for large files, Xet, as a user may do: the regular one is spoken here.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ ACCOUNTS = {
     FINE: _fine("me"),
     FINE_ELSEWHERE: _fine("somebody-else"),
 }
-"""What whoami says of each token."""
+"""The answer of whoami to each token."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A state of a repository, and how it came about."""
+    """Hold a state of a repository, and the commit that made it."""
 
     oid: str
     message: str
@@ -82,7 +82,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: its commits (of all branches, oldest first), and what branches and tags point to."""
+    """Hold a repository: commits of all branches, oldest first, and its branches and tags."""
 
     private: bool
     commits: list[Commit] = field(default_factory=list)
@@ -100,19 +100,19 @@ class Repo:
         return self.commits[-1]
 
     def pushed(self, branch: str = "main") -> list[Commit]:
-        """The commits somebody pushed to a branch; not the one that made the repository."""
+        """Return the commits that somebody pushed to a branch, without the one that made it."""
         return [commit for commit in self.commits if commit.message.startswith(f"{branch}: ")]
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What main holds."""
+        """Return the files of main."""
         head = self.at("main")
         return head.files if head else {}
 
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose `METHOD /path` matches."""
+    """Describe what happens to the next `times` requests whose `METHOD /path` matches."""
 
     match: str
     what: int | Cut | float | threading.Event
@@ -121,7 +121,7 @@ class Fault:
 
 
 class Hub:
-    """The stand-in's state, and its switches."""
+    """Hold the stand-in's state, and its switches."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -129,7 +129,8 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.settled: list[str] = []
-        """Requests that were carried out or refused, whether or not anybody still waited for the answer."""
+        """Requests that were carried out or refused, whether or not anybody still waited for the
+        answer."""
         self._faults: list[Fault] = []
         self.lock = threading.RLock()
 
@@ -140,8 +141,12 @@ class Hub:
         times: int = 10**6,
         **headers: str,
     ) -> None:
-        """Answer matching requests with a status, cut their connection before or after the work, or
-        say nothing after it. A float delays the work by that many seconds, an event until it is set."""
+        """Let matching requests fail.
+
+        A number is the status of the answer. A word cuts the connection before or after the work,
+        or falls silent after it. A float delays the work by that many seconds, an event until it is
+        set.
+        """
         self._faults.append(
             Fault(
                 match,
@@ -164,17 +169,17 @@ class Hub:
         return None
 
     def add(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> Repo:
-        """A repository that is there already."""
+        """Add a repository that is there already."""
         repo = self.repos[repo_id] = Repo(private)
         repo.commit("main", "initial commit", files)
         return repo
 
     def count(self, match: str) -> int:
-        """How many requests matched."""
+        """Return the number of requests that matched."""
         return sum(bool(re.search(match, request)) for request in self.requests)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs to take this for the Hub, with its cache in `home`."""
+        """Return variables that make a process take this for the Hub, with its cache in `home`."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
@@ -186,7 +191,7 @@ class Hub:
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """A stand-in on a free local port."""
+    """Run a stand-in on a free local port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     server.hub = Hub(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
@@ -200,7 +205,7 @@ def running() -> Iterator[Hub]:
 
 
 class _Refused(Exception):
-    """An answer other than success: status, and the Hub's own code and message."""
+    """Raise an answer other than success: status, and the Hub's own code and message."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message)
@@ -294,7 +299,10 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Refused(404, message=f"no such endpoint here: {self.command} {path}")
 
     def _token(self) -> str | None:
-        """The token of a request, if it has one; one that nobody was given is refused."""
+        """Return the token of a request, if it has one.
+
+        A token that nobody was given is refused.
+        """
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if given and given not in ACCOUNTS:
             raise _Refused(401, message="Invalid credentials in Authorization header")

@@ -1,4 +1,5 @@
-"""Our verdicts and hardness grades equal the official evaluators', on every row of the reference that settles one."""
+"""Our verdicts and hardness grades equal the official evaluators', on every row of the reference
+that settles one."""
 
 import json
 import os
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     "RAY_SQL_SHARED" not in os.environ, reason="needs the reference data: RAY_SQL_SHARED"
 )
 
-# What may be refused though officially right: empty text, several statements, and anything that is no query.
+# What may be refused though officially right: empty text, several statements, and anything that is
+# no query.
 NO_QUERY = ("err_blank_or_stub", "multi_", "stmt_")
 
 
@@ -84,7 +86,8 @@ def test_queries_are_read_as_in_spiders_own_trees(data: Path) -> None:
 
 
 class Names:
-    """Spider's tree of a query, whose columns and words are numbers, with the names for the numbers."""
+    """Spider's tree of a query, whose columns and words are numbers, with the names for the
+    numbers."""
 
     AGGREGATES = ("", "max", "min", "count", "sum", "avg")
     OPERATIONS = ("", "-", "+", "*", "/")

@@ -1,4 +1,5 @@
-"""The pre-flight check on a cluster: what each node says, and what a cluster that is wrong costs: one line, within seconds."""
+"""The pre-flight check on a cluster: what each node says, and what a cluster that is wrong costs:
+one line, within seconds."""
 
 from __future__ import annotations
 
@@ -151,8 +152,8 @@ def test_a_token_that_the_cluster_refuses_costs_one_line(
     code, out, _ = job(flags, RAY_AUTH_TOKEN="f" * 32)
     assert code == 2
     assert (
-        f"FAIL  cluster: RAY_ADDRESS {cluster.address}: the cluster refuses this process's token; set RAY_AUTH_"
-        in out
+        f"FAIL  cluster: RAY_ADDRESS {cluster.address}: the cluster refuses this process's token; "
+        "set RAY_AUTH_" in out
     )
 
 
@@ -163,7 +164,8 @@ def test_a_node_that_differs_is_named(cluster: Any, flags: dict[str, str], tmp_p
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
     other = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}"})
-    # /proc/self/cwd is another folder to every process that was started elsewhere, as a local disk is to every node
+    # /proc/self/cwd is another folder to every process that was started elsewhere, as a local disk
+    # is to every node
     places = {"scaling.storage_path": "/proc/self/cwd/runs", "scaling.num_workers": "7"}
     code, out, err = job(flags | places, folder=tmp_path)
     assert code == 2

@@ -1,4 +1,5 @@
-"""Guesses repeat what followed the same tokens before, and a decoder that uses them needs fewer passes for the same answers."""
+"""Guesses repeat what followed the same tokens before, and a decoder that uses them needs fewer
+passes for the same answers."""
 
 from pathlib import Path
 from typing import Any

@@ -194,7 +194,8 @@ def test_workers_come_and_go_and_the_curve_stays(
     fit(make_config(output_name="whole", grad_accum_steps=8, **settings), whole)
     farthest = max(abs(loss - whole.losses[step]) for step, loss, _ in log.points)
     print(
-        f"workers {log.sizes}, {len(log.order) - STEPS} of {STEPS} steps repeated, losses differ by "
+        f"workers {log.sizes}, {len(log.order) - STEPS} of {STEPS} steps repeated, losses differ "
+        "by "
         f"up to {farthest:.1e}"
     )
     assert log.sizes == [1, 2, 1]

@@ -1,9 +1,9 @@
-"""On a GPU: shared rows have the gradients of separate ones with FlexAttention and with a mask, and training and generation work.
+"""On a GPU: shared rows have the gradients of separate ones with FlexAttention and with a mask, and
+training and generation work.
 
     python -m pytest -m gpu tests/test_gpu.py
 
-Needs torch, transformers, peft, trl and bitsandbytes; no network, no Ray and no MLflow.
-"""
+Needs torch, transformers, peft, trl and bitsandbytes; no network, no Ray and no MLflow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ LONG = {"schema": 300, "count": 12}
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    """float32 means float32, and nothing compiled for another test's model is met: a process trains one model."""
+    """float32 means float32, and nothing compiled for another test's model is met: a process trains
+    one model."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.compiler.reset()
@@ -63,7 +64,8 @@ def compare(
     prepare: Any = packed_attention.install,
     shared_by: int = 8,
 ) -> tuple[float, float, list[str]]:
-    """Relative error of the loss and of the LoRA gradients of shared rows against separate ones, and the attention used."""
+    """Relative error of the loss and of the LoRA gradients of shared rows against separate ones,
+    and the attention used."""
     used = []
 
     def remember(model: Any) -> None:

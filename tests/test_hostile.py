@@ -1,8 +1,8 @@
-"""The corpus of `hostile.py` against the real executor: no byte changes, every query ends, the next one is answered.
+"""The corpus of `hostile.py` against the real executor: no byte changes, every query ends, the next
+one is answered.
 
-Statements run two at a time, as they do in an evaluation, each kind in a test of its own. A property test keeps the same
-promises for SQL drawn at random.
-"""
+Statements run two at a time, as they do in an evaluation, each kind in a test of its own. A
+property test keeps the same promises for SQL drawn at random."""
 
 import hashlib
 import os
@@ -36,7 +36,8 @@ KINDS = list(dict.fromkeys(one.kind for one in CORPUS))
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with databases, an executor whose workers sit in it, and what the folder held before."""
+    """A folder with databases, an executor whose workers sit in it, and what the folder held
+    before."""
 
     folder: Path
     executor: Executor
@@ -85,7 +86,8 @@ def complaints(
     )
     if len(result.rows) > LIMITS.rows or max(size, sum(map(len, result.columns))) > LIMITS.bytes:
         found.append(
-            f"too large an answer: {len(result.rows)} rows, {size} bytes, {len(result.columns)} columns"
+            f"too large an answer: {len(result.rows)} rows, {size} bytes, {len(result.columns)} "
+            "columns"
         )
     if result.status == "ok" and result.error is not None:
         found.append("both an answer and an error")
@@ -149,7 +151,8 @@ def test_the_corpus_is_large_and_says_nothing_twice() -> None:
     assert {one.outcome for one in CORPUS} == {"refused", "stopped", "failed", "any"}
 
 
-# Holds a database open in its own process: a process that merely closes a file loses all its locks on it.
+# Holds a database open in its own process: a process that merely closes a file loses all its locks
+# on it.
 WRITER = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -187,24 +190,38 @@ def test_nothing_is_written_to_a_database_with_a_write_ahead_log(tmp_path: Path,
         assert executor.run(place.database, "SELECT price FROM item WHERE id = 3").rows == ((3,),)
 
 
-# Words of SQL, names of the schema, pieces of the corpus, and values: enough for what is drawn to be compiled now and then.
-NAMES = "item sold big note page box cheap id name price i text body rowid rank sqlite_master main.item temp.item x".split()
+# Words of SQL, names of the schema, pieces of the corpus, and values: enough for what is drawn to
+# be compiled now and then.
+NAMES = (
+    "item sold big note page box cheap id name price i text body rowid rank "
+    "sqlite_master main.item temp.item x"
+).split()
 WORDS = (
-    "SELECT FROM WHERE GROUP BY ORDER HAVING LIMIT OFFSET UNION ALL EXCEPT INTERSECT JOIN LEFT CROSS ON USING AS DISTINCT "
-    "CASE WHEN THEN ELSE END IN LIKE GLOB MATCH BETWEEN IS NOT NULL AND OR EXISTS CAST COLLATE OVER PARTITION WITH RECURSIVE "
-    "VALUES INSERT INTO REPLACE UPDATE SET DELETE CREATE TABLE TEMP VIEW INDEX TRIGGER VIRTUAL DROP ALTER RENAME ATTACH DETACH "
-    "VACUUM PRAGMA BEGIN COMMIT SAVEPOINT ANALYZE REINDEX EXPLAIN QUERY PLAN RETURNING CONFLICT DO NOTHING IF"
+    "SELECT FROM WHERE GROUP BY ORDER HAVING LIMIT OFFSET UNION ALL EXCEPT INTERSECT JOIN LEFT "
+    "CROSS ON USING AS DISTINCT "
+    "CASE WHEN THEN ELSE END IN LIKE GLOB MATCH BETWEEN IS NOT NULL AND OR EXISTS CAST COLLATE "
+    "OVER PARTITION WITH RECURSIVE "
+    "VALUES INSERT INTO REPLACE UPDATE SET DELETE CREATE TABLE TEMP VIEW INDEX TRIGGER VIRTUAL "
+    "DROP ALTER RENAME ATTACH DETACH "
+    "VACUUM PRAGMA BEGIN COMMIT SAVEPOINT ANALYZE REINDEX EXPLAIN QUERY PLAN RETURNING CONFLICT DO "
+    "NOTHING IF"
 ).split()
 MARKS = (
     "( ) , ; . * + - / % || < > = == != << >> & | ~ -> ->> ? :a @b $c -- /* */ ' \" ` [ ]".split()
 )
 CALLS = (
-    "abs({0})|max({0}, {1})|hex({0})|zeroblob({0})|randomblob({0})|printf('%*d', {0}, {1})|printf('%s%q', {0}, {1})|char({0}, {1})|"
-    "replace({0}, {1}, {0})|instr({0}, {1})|substr({0}, {1})|json_array({0}, {1})|json_extract({0}, '$[0]')|json_group_array({0})|"
-    "group_concat({0}, {1})|count({0})|sum({0})|date({0}, {1})|strftime({0}, {1})|load_extension({0})|fts3_tokenizer({0}, {1})|"
-    "readfile({0})|snippet({0})|optimize({0})|sum({0}) OVER (ORDER BY {1})|row_number() OVER (PARTITION BY {0})|CAST({0} AS {1})|"
-    "CASE WHEN {0} THEN {1} END|({0} IN (SELECT i FROM big))|({0} LIKE {1})|({0} GLOB {1})|({0} || {1})|({0} * {1})|({0} << {1})|"
-    "(SELECT {0})|EXISTS (SELECT {0} FROM sold)|({0} -> {1})|(SELECT count(*) FROM big x, big y, big z WHERE x.i + y.i < {0})"
+    "abs({0})|max({0}, {1})|hex({0})|zeroblob({0})|randomblob({0})|printf('%*d', {0}, "
+    "{1})|printf('%s%q', {0}, {1})|char({0}, {1})|"
+    "replace({0}, {1}, {0})|instr({0}, {1})|substr({0}, {1})|json_array({0}, "
+    "{1})|json_extract({0}, '$[0]')|json_group_array({0})|"
+    "group_concat({0}, {1})|count({0})|sum({0})|date({0}, {1})|strftime({0}, "
+    "{1})|load_extension({0})|fts3_tokenizer({0}, {1})|"
+    "readfile({0})|snippet({0})|optimize({0})|sum({0}) OVER (ORDER BY {1})|row_number() OVER "
+    "(PARTITION BY {0})|CAST({0} AS {1})|"
+    "CASE WHEN {0} THEN {1} END|({0} IN (SELECT i FROM big))|({0} LIKE {1})|({0} GLOB {1})|({0} || "
+    "{1})|({0} * {1})|({0} << {1})|"
+    "(SELECT {0})|EXISTS (SELECT {0} FROM sold)|({0} -> {1})|(SELECT count(*) FROM big x, big y, "
+    "big z WHERE x.i + y.i < {0})"
 ).split("|")
 
 values = st.one_of(

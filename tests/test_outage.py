@@ -1,4 +1,5 @@
-"""A training run while its MLflow server dies: nothing is lost, nothing is there twice, and the run does not care."""
+"""A training run while its MLflow server dies: nothing is lost, nothing is there twice, and the run
+does not care."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def at_steps(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], No
 
 
 def recorded(server: Server, run_id: str) -> Any:
-    """The run in MLflow, after making sure that it is whole: parameters, every point once, table, figures and files."""
+    """The run in MLflow, after making sure that it is whole: parameters, every point once, table,
+    figures and files."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(server.uri)

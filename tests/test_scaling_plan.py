@@ -1,4 +1,5 @@
-"""docs/scaling.md says what benchmarks.studies.scaling_plan computes, and that computes with what was measured and what PEFT makes."""
+"""docs/scaling.md says what benchmarks.studies.scaling_plan computes, and that computes with what
+was measured and what PEFT makes."""
 
 from __future__ import annotations
 
