@@ -41,6 +41,7 @@ import torch
 from ray_sql import cluster, data, generate, models
 from ray_sql.config import Config, load
 from ray_sql.generate import Answer, Question, hf_generate
+from ray_sql.generate.answers import Decoding, answer_questions
 
 PER_DATABASE = (1, 8, 32)
 """Questions of a database in a round."""
@@ -168,7 +169,7 @@ class Bench:
         self.asked = [
             question
             for split in config.split
-            for question in generate.questions(
+            for question in generate.make_questions(
                 corpus.splits[split], split, corpus, self._tokenizer, config
             )
         ]
@@ -236,7 +237,7 @@ class Bench:
     def ours(self, asked: Sequence[Question], model: Any = None) -> list[Answer]:
         """Answer with this project's decoding, its check of the model included."""
         limit = self.config.evaluate.max_new_tokens
-        return generate.answer(model or self._model, self._tokenizer, asked, max_new_tokens=limit)
+        return answer_questions(model or self._model, self._tokenizer, asked, Decoding(limit))
 
     def _load(self, config: Config) -> Any:
         model = models.load_base(self._folder, config.quantization, config.train.bf16, self.device)

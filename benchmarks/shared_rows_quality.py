@@ -160,7 +160,7 @@ def prepare(folder: Path, databases: int) -> None:
     trained = [example for examples in chosen for example in examples[:TRAINED]]
     asked = [example for examples in chosen for example in examples[TRAINED:]]
     file, audit = rows.prepare(trained, corpus.schemas, tokenizer, config)
-    questions = generate.questions(asked, "held-out", corpus, tokenizer, config)
+    questions = generate.make_questions(asked, "held-out", corpus, tokenizer, config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.parquet").write_bytes(file.read_bytes())
     (folder / "held-out.parquet").write_bytes(
@@ -209,6 +209,7 @@ def train(folder: Path, run: Run) -> None:
     """Train one run, and write its answers to `<folder>/<name>.jsonl`."""
     import torch
 
+    from ray_sql.generate.answers import Decoding, answer_questions
     from ray_sql.train import trainer
 
     target = folder / f"{run.name}.jsonl"
@@ -245,7 +246,7 @@ def train(folder: Path, run: Run) -> None:
         )
         loss = total / labels
         said.extend(
-            generate.answer(model, tokenizer, asked, max_new_tokens=config.evaluate.max_new_tokens)
+            answer_questions(model, tokenizer, asked, Decoding(config.evaluate.max_new_tokens))
         )
 
     with tempfile.TemporaryDirectory() as scratch:

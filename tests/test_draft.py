@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_sql import generate
 from ray_sql.generate import decoder
+from ray_sql.generate.answers import Decoding, answer_questions
 from ray_sql.generate.draft import Draft
 from ray_sql.models import load_tokenizer
 from tests.test_shared_generation import build, one_by_one, several, told
@@ -49,14 +49,14 @@ def test_what_repeats_itself_is_answered_in_fewer_passes(
     alone = one_by_one(model, tokenizer, asked, 40)
     assert max(length for _, _, length in alone) == 40
     passes: list[Any] = []
-    forward = decoder._Decoder._forward
+    forward = decoder.Decoder.forward
     monkeypatch.setattr(
-        decoder._Decoder,
-        "_forward",
+        decoder.Decoder,
+        "forward",
         lambda *args, **given: (passes.append(1), forward(*args, **given))[1],
     )
-    assert told(generate.answer(model, tokenizer, asked, max_new_tokens=40)) == alone
+    assert told(answer_questions(model, tokenizer, asked, Decoding(40))) == alone
     guessed = len(passes)
-    monkeypatch.setattr(decoder, "GUESS", 0)
-    assert told(generate.answer(model, tokenizer, asked, max_new_tokens=40)) == alone
+    monkeypatch.setattr(decoder, "MAX_GUESSES", 0)
+    assert told(answer_questions(model, tokenizer, asked, Decoding(40))) == alone
     assert 3 * guessed < 2 * (len(passes) - guessed)

@@ -42,7 +42,7 @@ def test_gold_as_answers_scores_all(
     corpus: Corpus, tokenizer: Any, make_config: Any, semantics: str
 ) -> None:
     config = make_config(**{"evaluate.semantics": semantics})
-    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     judged = scoring.score(asked, [said(one.gold) for one in asked], config)
     scores = scoring.summarise(judged, config)
     assert (scores["execution_accuracy"], scores["n"], scores["correct"]) == (
@@ -57,7 +57,7 @@ def test_gold_as_answers_scores_all(
 
 def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     config = make_config(task_type="schema")
-    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     judged = scoring.score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
     scores = scoring.summarise(judged, config)
     for name in (
@@ -155,7 +155,7 @@ def test_hardness_is_graded_where_the_dataset_has_none(
 ) -> None:
     for task in ("sql", "schema"):
         config = make_config(task_type=task)
-        asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+        asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
         judged = scoring.score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
         levels = {row["hardness"] for row in judged}
         assert levels <= set(scoring.HARDNESS) - {"unknown"} and len(levels) > 1

@@ -9,6 +9,7 @@ import pytest
 from ray_sql import data, generate
 from ray_sql.data import Corpus
 from ray_sql.generate import Answer, Question
+from ray_sql.generate.answers import Decoding, answer_questions
 from ray_sql.models import load_tokenizer
 from tests.conftest import make_model
 
@@ -71,13 +72,13 @@ def told(answers: list[Answer]) -> list[tuple[str, int, int]]:
 def ask(
     model: Any, tokenizer: Any, asked: list[Question], batch_size: int, limit: int = 12
 ) -> list[Answer]:
-    return generate.answer(model, tokenizer, asked, together=batch_size, max_new_tokens=limit)
+    return answer_questions(model, tokenizer, asked, Decoding(limit, max_num_seqs=batch_size))
 
 
 def test_a_batch_answers_as_one_by_one(make_config: Any, model: Any, tokenizer: Any) -> None:
     config = make_config()
     corpus: Corpus = data.load(config)
-    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     asked += [
         question(tokenizer, text)
         for text in ("S", "SELECT name FROM customer WHERE city = ", "customer product")
@@ -141,18 +142,14 @@ def test_asking_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
     model.eval()
 
 
-def test_progress_counts_every_question_once(model: Any, tokenizer: Any) -> None:
-    seen: list[tuple[int, int]] = []
+def test_every_answer_is_told_once(model: Any, tokenizer: Any) -> None:
+    seen: list[tuple[int, Answer]] = []
     asked = [question(tokenizer, "a customer")] * 5
-    generate.answer(
-        model,
-        tokenizer,
-        asked,
-        together=2,
-        max_new_tokens=1,
-        progress=lambda *point: seen.append(point),
+    decoding = Decoding(1, max_num_seqs=2)
+    answers = answer_questions(
+        model, tokenizer, asked, decoding, on_answer=lambda *one: seen.append(one)
     )
-    assert seen == [(done, 5) for done in range(1, 6)]
+    assert sorted(seen, key=lambda one: one[0]) == list(enumerate(answers)) and len(answers) == 5
     assert ask(model, tokenizer, [], 2) == []
 
 
@@ -163,7 +160,7 @@ def test_questions_survive_their_journey_as_text(
     config = make_config(task_type=task)
     corpus = data.load(config)
     odd = [e.__class__(**{**vars(e), "question": "a\u2028b\nc"}) for e in corpus.splits["dev"]]
-    asked = generate.questions(odd, "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(odd, "dev", corpus, tokenizer, config)
     assert generate.parse(generate.dump(asked)) == asked
     assert asked[0].database == corpus.databases["mall"]
     assert asked[0].gold == (
@@ -175,6 +172,6 @@ def test_gold_that_cannot_be_linked_is_asked_all_the_same(make_config: Any, toke
     config = make_config(task_type="schema")
     corpus = data.load(config)
     broken = data.Example("0", "mall", "Who?", "SELECT x FROM nowhere")
-    assert [one.gold for one in generate.questions([broken], "dev", corpus, tokenizer, config)] == [
-        ""
-    ]
+    assert [
+        one.gold for one in generate.make_questions([broken], "dev", corpus, tokenizer, config)
+    ] == [""]

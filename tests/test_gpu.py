@@ -17,6 +17,7 @@ import torch
 from ray_sql import generate, models
 from ray_sql.cluster.events import TrainOutcome
 from ray_sql.generate import hf_generate
+from ray_sql.generate.answers import Decoding, answer_questions
 from ray_sql.models import packed_attention
 from ray_sql.rows import passes
 from ray_sql.rows.probe import why_not_share
@@ -231,9 +232,10 @@ def test_answers_on_a_gpu_are_those_of_one_by_one_decoding(
         hf_generate.answer_batch(model, tokenizer, [one.input_ids], 24)[0].raw for one in asked
     ]
     assert any(alone)
-    for together in (None, 1, 5):
-        said = generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24)
-        assert [one.raw for one in said] == alone
+    for max_num_seqs in (None, 1, 5):
+        decoding = Decoding(24, max_num_seqs=max_num_seqs)
+        answers = answer_questions(model, tokenizer, asked, decoding)
+        assert [one.raw for one in answers] == alone
 
 
 def test_the_phases_of_a_step_are_its_time_on_the_device() -> None:

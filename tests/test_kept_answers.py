@@ -19,7 +19,7 @@ from ray_sql.cluster.events import AnswersCounted
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.evaluate import measure, scoring
-from ray_sql.generate import Answer, Kept
+from ray_sql.generate import Answer, AnswerCache
 from ray_sql.models import load_tokenizer
 
 DISPLAY = Display(Console(file=io.StringIO()))
@@ -30,7 +30,7 @@ def ask(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
     """The judged rows by model, and the counts of answers that came while asking."""
     corpus, tokenizer = data.load(config), load_tokenizer(str(model))
-    asked = generate.questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     events: list[Any] = []
     return measure.of_models(
         config, asked, corpus.schemas, str(model), adapter, DISPLAY, events.append
@@ -42,7 +42,7 @@ def files(config: Any) -> list[Path]:
 
 
 def test_answers_survive_their_file_and_a_line_cut_off(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "deep" / "answers.jsonl")
+    kept = AnswerCache(tmp_path / "deep" / "answers.jsonl")
     assert kept.read() == {}
     answers = {3: Answer("a\u2028b\n", 1, 2, 0.5), 0: Answer("c", 1, 2, 0.5, ["c", "d"])}
     for number, answer in answers.items():
@@ -158,7 +158,7 @@ def test_two_workers_answer_as_one_process(
 def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Path) -> None:
     config = make_config(**{"evaluate.num_beams": 3, "evaluate.first_executable": True})
     corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))
-    asked = generate.questions(corpus.splits["dev"][:4], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["dev"][:4], "dev", corpus, tokenizer, config)
     bad, good, other = "SELECT x FROM nowhere", "SELECT COUNT(*) FROM customer", "SELECT 7"
     candidates: Sequence[list[str]] = ([bad, good, other], [other, good, bad], [bad, "", bad], [])
     answers = [Answer((each or [bad])[0], 1, 1, 0.0, each) for each in candidates]

@@ -252,7 +252,7 @@ def test_links_are_compared_by_the_score_that_heads_their_table(make_config: Any
 def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model: Path) -> None:
     config = make_config(**{"quantization.load_in_4bit": False, "evaluate.max_new_tokens": 3})
     corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))
-    asked = generate.questions(corpus.splits["dev"][:3], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["dev"][:3], "dev", corpus, tokenizer, config)
     points: list[Any] = []
 
     def ask() -> Any:

@@ -62,7 +62,7 @@ def test_a_rows_prompt_is_what_generation_reads(
     config = make_config(task_type=task)
     if not chat:
         tokenizer.chat_template = None
-    asked = generate.questions(corpus.splits["train"], "train", corpus, tokenizer, config)
+    asked = generate.make_questions(corpus.splits["train"], "train", corpus, tokenizer, config)
     for example, question in zip(corpus.splits["train"], asked, strict=True):
         row = rows.encode(example, corpus.schemas, tokenizer, config)
         assert row.input_ids[: row.prompt_length] == question.input_ids

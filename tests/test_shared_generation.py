@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_sql import generate
-from ray_sql.generate import Question, decoder, hf_generate
+from ray_sql.generate import Answer, Question, decoder, hf_generate
+from ray_sql.generate.answers import Decoding, answer_questions, spread
 from ray_sql.models import decode_attention, load_tokenizer
 
 WIDTH = {
@@ -96,7 +96,7 @@ def several(vocabulary: int) -> list[Question]:
     return asked
 
 
-def told(answers: list[generate.Answer]) -> list[tuple[str, int, int]]:
+def told(answers: list[Answer]) -> list[tuple[str, int, int]]:
     return [(answer.raw, answer.prompt_tokens, answer.new_tokens) for answer in answers]
 
 
@@ -117,20 +117,13 @@ def test_answers_are_those_of_one_by_one_decoding(tokenizer: Any, family: str, l
     alone = one_by_one(model, tokenizer, asked, 24)
     assert len(set(alone)) > 10
     before = model.config._attn_implementation
-    assert (decoder.why_not(model, 80) is None) == (family in SHARES)
-    whole: list[str] = []
-    for together in (None, 1, 3, 16):
-        answers = generate.answer(
-            model,
-            tokenizer,
-            asked,
-            together=together,
-            batch_size=4,
-            max_new_tokens=24,
-            on_whole=whole.append,
-        )
+    assert (decoder.why_not_share(model, 80) is None) == (family in SHARES)
+    reasons: list[str] = []
+    for max_num_seqs in (None, 1, 3, 16):
+        decoding = Decoding(24, batch_size=4, max_num_seqs=max_num_seqs)
+        answers = answer_questions(model, tokenizer, asked, decoding, on_fallback=reasons.append)
         assert told(answers) == alone
-    assert len(whole) == (0 if family in SHARES else 4), (
+    assert len(reasons) == (0 if family in SHARES else 4), (
         "a model that has to compute prompts whole says so"
     )
     assert model.config._attn_implementation == before
@@ -142,12 +135,10 @@ def test_answers_are_the_same_without_the_kernel_for_cpus(
     asked = several(len(tokenizer))
     model = adapted(build("llama", len(tokenizer)))
     alone = one_by_one(model, tokenizer, asked, 24)
-    monkeypatch.setattr(decode_attention, "_flash", decode_attention._plain)
-    for together in (None, 3):
-        assert (
-            told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=24))
-            == alone
-        )
+    monkeypatch.setattr(decode_attention, "attend_by_kernel", decode_attention.attend_by_products)
+    for max_num_seqs in (None, 3):
+        decoding = Decoding(24, max_num_seqs=max_num_seqs)
+        assert told(answer_questions(model, tokenizer, asked, decoding)) == alone
 
 
 def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
@@ -158,11 +149,9 @@ def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
     asked = several(len(tokenizer)) * 2
     alone = one_by_one(model, tokenizer, asked, 60)
     assert len({length for _, _, length in alone}) > 6
-    for together in (None, 5):
-        assert (
-            told(generate.answer(model, tokenizer, asked, together=together, max_new_tokens=60))
-            == alone
-        )
+    for max_num_seqs in (None, 5):
+        decoding = Decoding(60, max_num_seqs=max_num_seqs)
+        assert told(answer_questions(model, tokenizer, asked, decoding)) == alone
 
 
 def test_room_for_few_tokens_is_enough(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +160,11 @@ def test_room_for_few_tokens_is_enough(tokenizer: Any, monkeypatch: pytest.Monke
     alone = one_by_one(model, tokenizer, asked, 12)
     for tokens in (0, 90, 300):
         monkeypatch.setattr(
-            decoder, "memory", lambda model, tokens=tokens: tokens * decoder.token_bytes(model)
+            decoder,
+            "free_memory",
+            lambda model, tokens=tokens: tokens * decoder.bytes_per_token(model),
         )
-        assert told(generate.answer(model, tokenizer, asked, max_new_tokens=12)) == alone
+        assert told(answer_questions(model, tokenizer, asked, Decoding(12))) == alone
 
 
 def test_a_prefix_is_computed_once_for_all_its_questions(
@@ -181,16 +172,16 @@ def test_a_prefix_is_computed_once_for_all_its_questions(
 ) -> None:
     model = build("llama", len(tokenizer))
     computed: list[int] = []
-    prefill = decoder._Decoder._prefill
+    prefill = decoder.Decoder.prefill
     monkeypatch.setattr(
-        decoder._Decoder,
-        "_prefill",
+        decoder.Decoder,
+        "prefill",
         lambda self, tokens: computed.append(len(tokens)) or prefill(self, tokens),
     )
     schema = list(range(3, 60))
     asked = [question("one", [*schema, 70 + number, 71]) for number in range(20)]
-    generate.answer(model, tokenizer, asked, together=4, max_new_tokens=3)
-    assert computed[decoder.DRAWS :] == [len(schema)]  # those before are the probe's
+    answer_questions(model, tokenizer, asked, Decoding(3, max_num_seqs=4))
+    assert computed[decoder.PROBES :] == [len(schema)]  # those before are the probe's
 
 
 def test_groups_share_at_least_half_of_every_prompt() -> None:
@@ -202,11 +193,11 @@ def test_groups_share_at_least_half_of_every_prompt() -> None:
         schema[:30] + [301] * 5,
         schema[:20] + [9] * 200,
     ]
-    groups = decoder.group(prompts, ["a"] * 5)
-    found = {frozenset(one.questions): one.prefix for one in groups}
+    groups = decoder.group_prompts(prompts, ["a"] * 5)
+    found = {frozenset(one.members): one.prefix for one in groups}
     assert found == {frozenset({0, 1}): 100, frozenset({2, 3}): 30, frozenset({4}): 219}
-    assert [one.prefix for one in decoder.group(prompts[:2], ["a", "b"])] == [101, 100]
-    assert [one.prefix for one in decoder.group([schema, schema], ["a", "a"])] == [99]
+    assert [one.prefix for one in decoder.group_prompts(prompts[:2], ["a", "b"])] == [101, 100]
+    assert [one.prefix for one in decoder.group_prompts([schema, schema], ["a", "a"])] == [99]
 
 
 @pytest.mark.parametrize(
@@ -224,11 +215,11 @@ def test_what_only_long_prompts_show_is_found_in_the_settings(
 ) -> None:
     model = build("llama", len(tokenizer))
     model.config.max_position_embeddings = 60
-    assert decoder.why_not(model, 80) is None
+    assert decoder.why_not_share(model, 80) is None
     for name, value in settings.items():
         setattr(model.config, name, value)
-    assert decoder.why_not(model, 40) is None
-    assert reason in (decoder.why_not(model, 80) or "")
+    assert decoder.why_not_share(model, 40) is None
+    assert reason in (decoder.why_not_share(model, 80) or "")
 
 
 def test_bfloat16_answers_too(tokenizer: Any) -> None:
@@ -236,33 +227,33 @@ def test_bfloat16_answers_too(tokenizer: Any) -> None:
 
     model = build("llama", len(tokenizer)).to(torch.bfloat16)
     asked = several(len(tokenizer))
-    assert decoder.why_not(model, 80) is None
-    answers = generate.answer(model, tokenizer, asked, max_new_tokens=8)
+    assert decoder.why_not_share(model, 80) is None
+    answers = answer_questions(model, tokenizer, asked, Decoding(8))
     assert [answer.prompt_tokens for answer in answers] == [len(one.input_ids) for one in asked]
 
 
 def test_workers_get_whole_databases_about_equal_in_tokens(tokenizer: Any) -> None:
     asked = several(len(tokenizer))
     for world in (1, 2, 3, 40):
-        shares = generate.spread(asked, world, 20)
+        shares = spread(asked, world, 20)
         assert sorted(number for share in shares for number in share) == list(range(len(asked)))
-    names = [{asked[number].db_id for number in share} for share in generate.spread(asked, 2, 20)]
+    names = [{asked[number].db_id for number in share} for share in spread(asked, 2, 20)]
     assert names[0] & names[1] <= {"many"}  # it has half of the questions
     even = [question(name, list(range(3, 60)) + [70 + n]) for name in "abcd" for n in range(5)]
-    names = [{even[number].db_id for number in share} for share in generate.spread(even, 2, 20)]
+    names = [{even[number].db_id for number in share} for share in spread(even, 2, 20)]
     assert sorted(map(len, names)) == [2, 2] and not names[0] & names[1]
 
 
 def test_beams_are_kept_best_first(tokenizer: Any) -> None:
     model = build("llama", len(tokenizer))
     asked = several(len(tokenizer))[:5]
-    greedy = generate.answer(model, tokenizer, asked, max_new_tokens=6)
-    found = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3, batch_size=2)
+    greedy = answer_questions(model, tokenizer, asked, Decoding(6))
+    found = answer_questions(model, tokenizer, asked, Decoding(6, batch_size=2, num_beams=3))
     assert all(answer.candidates == [] for answer in greedy)
     assert all(
         len(answer.candidates) == 3 and answer.candidates[0] == answer.raw for answer in found
     )
-    alone = generate.answer(model, tokenizer, asked, max_new_tokens=6, num_beams=3)
+    alone = answer_questions(model, tokenizer, asked, Decoding(6, num_beams=3))
     assert [one.candidates for one in alone] == [one.candidates for one in found]
     assert any(a.raw != b.raw for a, b in zip(greedy, found, strict=True))
 
@@ -283,8 +274,8 @@ def test_the_kernel_for_cpus_gives_what_plain_arithmetic_gives(prefix: int) -> N
     if prefix:  # seen whole, by all
         query, key, value, bias = query[:1], some(1, 2, prefix, 16), some(1, 2, prefix, 16), None
     for found, wanted in zip(
-        decode_attention._flash(query, key, value, bias, 0.3),
-        decode_attention._plain(query, key, value, bias, 0.3),
+        decode_attention.attend_by_kernel(query, key, value, bias, 0.3),
+        decode_attention.attend_by_products(query, key, value, bias, 0.3),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted)

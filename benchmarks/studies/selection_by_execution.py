@@ -44,11 +44,8 @@ EPOCHS, CHECKPOINTS, BATCH = 3, 4, 8
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Hold what was measured at a step of a trial.
-
-    `objective` and `tie_break` come from the questions to choose by, and `loss` from their gold
-    answers. `right` says which held-out questions were answered rightly.
-    """
+    """What was measured at a step of a trial: `objective` and `tie_break` of the questions to
+    choose by, `loss` of their gold answers, and which held-out questions were answered rightly."""
 
     trial: str
     step: int
@@ -86,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """Hold rows to train on, questions to choose by with their rows, and held-out questions."""
+    """Rows to train on, questions to choose by with their rows, and held-out questions."""
 
     trained: list[rows.TokenizedExample]
     choosing: list[Question]
@@ -95,7 +92,7 @@ class Material:
 
 
 def prepare(databases: int) -> Material:
-    """Return what every trial reads."""
+    """What every trial reads."""
     config = settings()
     corpus = data.load(config)
     tokenizer = models.load_tokenizer(
@@ -111,7 +108,9 @@ def prepare(databases: int) -> Material:
     trained, choosing = (
         rows.build(part, corpus.schemas, tokenizer, config)[0] for part in parts[:2]
     )
-    asked = [generate.questions(part, "train", corpus, tokenizer, config) for part in parts[1:]]
+    asked = [
+        generate.make_questions(part, "train", corpus, tokenizer, config) for part in parts[1:]
+    ]
     return Material(trained, asked[0], choosing, asked[1])
 
 
@@ -177,14 +176,14 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
 
 def judged(model: Any, tokenizer: Any, config: Config, asked: list[Question]) -> list[scoring.Row]:
     """Return the model's answers with their verdicts."""
-    answers = generate.answer(
-        model, tokenizer, asked, max_new_tokens=config.evaluate.max_new_tokens
-    )
+    from ray_sql.generate.answers import Decoding, answer_questions
+
+    answers = answer_questions(model, tokenizer, asked, Decoding(config.evaluate.max_new_tokens))
     return list(scoring.score(asked, answers, config))
 
 
 def report(found: list[Checkpoint]) -> None:
-    """Print both choices, and what the paired test says of them."""
+    """Both choices, and what the paired test says of them."""
     print("| rate, rank | step | loss | accuracy that chooses | held-out accuracy |")
     print("|---|---|---|---|---|")
     for one in found:
@@ -200,7 +199,8 @@ def report(found: list[Checkpoint]) -> None:
 
 
 def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
-    """Compare the checkpoints that each way chooses, by all their held-out answers."""
+    """The checkpoint that each way chooses in every group, and all their held-out answers side by
+    side."""
     by_answers = [max(group, key=_rank(group)) for group in groups]
     by_loss = [min(group, key=lambda one: one.loss) for group in groups]
     pairs = [
@@ -224,13 +224,13 @@ def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
 
 
 def _rank(group: list[Checkpoint]) -> Callable[[Checkpoint], tuple[float, float, int, int]]:
-    """Rank as a sweep does: of equals the earlier trial, and of its checkpoints the later."""
+    """As a sweep ranks: of equal checkpoints those of the earlier trial, and of these the later."""
     trials = [one.trial for one in group]
     return lambda one: (one.objective, one.tie_break, -trials.index(one.trial), one.step)
 
 
 def accuracy(chosen: list[Checkpoint]) -> str:
-    """Return the held-out execution accuracy with its interval."""
+    """Held-out execution accuracy with its interval."""
     right = [verdict for one in chosen for verdict in one.right]
     interval = wilson_interval(sum(right), len(right))
     share = f"{100 * sum(right) / len(right):.1f} %"

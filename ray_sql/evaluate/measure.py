@@ -24,12 +24,13 @@ from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import scoring
 from ray_sql.evaluate.scoring import Row
-from ray_sql.generate import Kept, Question
+from ray_sql.generate import AnswerCache, Question
 from ray_sql.metrics import hardness
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder, RunFolder
+from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ def questions(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
     asked = []
     for split in config.split:
         examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-        asked += generate.questions(examples, split, corpus, tokenizer, config)
+        asked += generate.make_questions(examples, split, corpus, tokenizer, config)
     return asked
 
 
@@ -211,7 +212,7 @@ def check_adapter(adapter: str, config: Config, model_folder: str, revision: str
 
 def _kept(
     config: Config, asked: Sequence[Question], model_folder: str, adapter: str | None
-) -> Kept:
+) -> AnswerCache:
     """Where a model's answers are kept: a file whose name changes with whatever they depend on, which is its weights' identity,
     precision, limits, the libraries that compute and the prompts."""
     files = sorted(
@@ -234,7 +235,7 @@ def _kept(
         [(question.db_id, question.input_ids) for question in asked],
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    return Kept(config.cache / "answers" / f"{key}.jsonl")
+    return AnswerCache(config.cache / "answers" / f"{key}.jsonl")
 
 
 def digest(adapter: str | None) -> str | None:
@@ -303,7 +304,7 @@ def _file_row(
             _text(prediction["gold"], config, f"{where}: gold") or "",
         )
     else:
-        db_id, gold = example.db_id, generate.gold(example, corpus, config)
+        db_id, gold = example.db_id, generate.gold_answer(example, corpus, TASKS[config.task_type])
     if db_id not in corpus.databases and db_id not in corpus.schemas:
         raise DataError(
             f"{where}: unknown db_id {db_id!r}; the dataset has no database of that name"

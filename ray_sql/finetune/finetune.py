@@ -354,7 +354,7 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> M
     if adapter:
         measure.check_adapter(adapter, config, folder, revision)
     asked = measure.questions(corpus, models.load_tokenizer(folder), config)
-    generate.check_window(folder, asked, config)
+    generate.check_window(folder, asked, config.evaluate.max_new_tokens)
     points = progress.Progress(config, tracking.null_run(), display)
     return measure.of_models(config, asked, corpus.schemas, folder, adapter, display, points)
 

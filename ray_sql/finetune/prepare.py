@@ -65,7 +65,7 @@ class Prepared:
             for split in config.split
             for question in self._asked(split, config, config.evaluate.limit)
         ]
-        generate.check_window(self.model_folder, asked, config)
+        generate.check_window(self.model_folder, asked, config.evaluate.max_new_tokens)
         return asked
 
     def validation(self, config: Config) -> list[Question]:
@@ -93,7 +93,7 @@ class Prepared:
 
     def _asked(self, split: str, config: Config, limit: int | None) -> list[Question]:
         examples = data.sample(self.corpus.splits[split], limit, config.seed)
-        return generate.questions(examples, split, self.corpus, self.tokenizer, config)
+        return generate.make_questions(examples, split, self.corpus, self.tokenizer, config)
 
 
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
@@ -222,7 +222,7 @@ def write_inputs(prepared: Prepared, config: Config) -> None:
     if (
         config.scaling.storage_path or cluster.address()
     ):  # else workers are on this machine, where the databases are
-        asked = generate.carry(asked, folder)
+        asked = generate.stage_databases(asked, folder)
     storage.write_text(folder.validation_questions, generate.dump(asked))
     if held_out := prepared.validation_rows(config):
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:

@@ -1,22 +1,20 @@
-"""Questions → answers with a base model and, where given, its adapter: each database's schema computed once and shared by its
-questions (`shared`), as one-by-one greedy decoding would answer them; beams and other models in plain batches (`plain`)."""
+"""Questions become answers of a base model, with or without an adapter.
 
-from ray_sql.generate.answer_cache import Kept
-from ray_sql.generate.answers import (
-    VERSION,
-    answer,
-    answer_loop_per_worker,
-    answer_together,
-    spread,
-)
+A driver needs `questions`, `answer_cache` and the worker's entry point. `answers` asks a model, and is
+imported by those who have one. It computes each database's schema once (`decoder`). Beams and
+models that cannot share a prefix go through transformers (`hf_generate`).
+"""
+
+from ray_sql.generate.answer_cache import VERSION, AnswerCache
 from ray_sql.generate.questions import (
     Answer,
     Question,
-    carry,
     check_window,
     dump,
-    gold,
+    gold_answer,
+    localize,
+    make_questions,
     parse,
-    questions,
-    unpack,
+    stage_databases,
 )
+from ray_sql.generate.worker import answer_loop_per_worker

@@ -1,4 +1,4 @@
-"""Answers that are kept as they come, so that a run that was cut off asks only what is left."""
+"""Answers kept as they come, so that a run that was cut off asks only what is left."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from ray_sql.errors import StoreError
 from ray_sql.generate.questions import Answer
 from ray_sql.store import storage
 
+VERSION = 4
+"""Raise when the code of this package makes other answers from the same questions."""
 
-class Kept:
-    """A file of answers, one JSON object a line with the `question` it belongs to: its place among those asked.
 
-    Its name must change with whatever the answers depend on. It is written by one process, and read by any.
+class AnswerCache:
+    """A file of answers, one JSON object a line, with the index of the `question` in each.
+
+    Its name must change with whatever the answers depend on. One process writes it, any may read it.
     """
 
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
 
     def read(self) -> dict[int, Answer]:
-        """All whole answers, by question; none where there is no file."""
+        """Return all complete answers by index of their question; none where there is no file."""
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
         except OSError:
@@ -33,27 +36,27 @@ class Kept:
                 values = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written when the run was cut off
                 continue
-            number = values.pop("question")
-            answers[number] = Answer(**values)
+            index = values.pop("question")
+            answers[index] = Answer(**values)
         return answers
 
-    def add(self, question: int, answer: Answer) -> None:
+    def add(self, index: int, answer: Answer) -> None:
         """Append one answer. Raises `StoreError` if it cannot be written."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(_line(question, answer))
+                stream.write(_line(index, answer))
         except OSError as error:
             raise StoreError(
-                f"{self.file}: cannot be written ({error.strerror}); free space, or choose another --cache_dir"
+                f"{self.file}: cannot be written ({error.strerror}); "
+                "free space, or choose another --cache_dir"
             ) from None
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Replace the file, complete or not at all."""
-        storage.write_local_text(
-            self.file, "".join(_line(number, one) for number, one in sorted(answers.items()))
-        )
+        lines = (_line(index, answer) for index, answer in sorted(answers.items()))
+        storage.write_local_text(self.file, "".join(lines))
 
 
-def _line(question: int, answer: Answer) -> str:
-    return json.dumps({"question": question, **asdict(answer)}) + "\n"
+def _line(index: int, answer: Answer) -> str:
+    return json.dumps({"question": index, **asdict(answer)}) + "\n"

@@ -1,8 +1,9 @@
-"""Guesses at an answer's next tokens: what followed the same tokens before, in the prompt or in the answer itself.
+"""Guesses at an answer's next tokens: those that followed the same tokens before.
 
-SQL repeats the names of its schema, and a small model that rambles repeats itself. A guess costs little to check: a pass over a few
-tokens of a question takes about as long as over one, so several are computed at once, and those that greedy decoding would have chosen
-are kept. Source: prompt lookup decoding (Saxena 2023), after LLMA (Yang et al., arXiv 2304.04487).
+SQL repeats the names of its schema, and a small model that rambles repeats itself. A guess costs
+little to check: a pass over a few tokens of a question takes about as long as over one. So several
+are computed at once, and those that greedy decoding would have chosen are kept. Source: prompt
+lookup decoding (Saxena 2023), after LLMA (Yang et al., arXiv 2304.04487).
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SIZES = (3, 2, 1)
-"""Lengths of what has to be the same, tried in this order."""
+"""Lengths of the token sequences that are looked up, tried in this order."""
 
 
 class Draft:
-    """The tokens of a question and its answer so far, and where each short sequence of them last occurred."""
+    """The tokens of a question and its answer so far, and where each short sequence last occurred."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
@@ -23,17 +24,17 @@ class Draft:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """One more token."""
-        for size in SIZES:  # what ended with the last one is followed by this one
+        """Add the next token."""
+        for size in SIZES:  # the sequences that end with the last token are followed by this one
             if len(self._tokens) >= size:
                 self._after[tuple(self._tokens[-size:])] = len(self._tokens)
         self._tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next: what came last time, again and again if need be; none if nothing was alike."""
+        """Return up to `most` tokens that may come next, repeated if need be; none if all is new."""
         for size in SIZES:
             place = self._after.get(tuple(self._tokens[-size:]))
             if place is not None:
                 period = len(self._tokens) - place
-                return [self._tokens[place + number % period] for number in range(most)]
+                return [self._tokens[place + offset % period] for offset in range(most)]
         return []

@@ -1,7 +1,7 @@
 """Questions as they are asked, and answers as they come back.
 
-A `Question` carries everything that asking and scoring need, prompt tokens included, and travels as a line of JSON, so that
-generation runs on machines that see neither the dataset nor the databases.
+A `Question` carries everything that asking and scoring need, prompt tokens included, and travels as
+a line of JSON. So generation runs on machines that see neither the dataset nor the databases.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
 from ray_sql.rows import encode_prompt
 from ray_sql.store import storage
-from ray_sql.store.run_folder import DATABASES, RunFolder
-from ray_sql.tasks import TASKS
+from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,80 +28,82 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """One question, ready to be asked (`input_ids`) and scored (`gold`: SQL, or links as JSON text; `database`: path, URL or None)."""
+    """One question, ready to be asked and scored."""
 
     id: str
     split: str
     db_id: str
     question: str
     gold: str
+    """SQL, or links as JSON text."""
     hardness: str | None
     database: str | None
+    """Where SQL is executed: a path or a URL."""
     input_ids: list[int]
+    """The tokens of the prompt."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said: the raw text, how many tokens it read and wrote, its share of the seconds, and, with beams, all it might
-    have said instead, best first."""
+    """A model's answer: the raw text, tokens read and written, and its share of the seconds."""
 
     raw: str
     prompt_tokens: int
     new_tokens: int
     seconds: float
     candidates: list[str] = field(default_factory=list)
+    """All beams, best first; empty if the answer is greedy."""
 
 
-def questions(
+def make_questions(
     examples: Iterable[Example],
     split: str,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> list[Question]:
-    """The examples of a split as questions; under task `schema`, gold that cannot be linked becomes an empty `gold`."""
-    made = []
+    """Return the examples of a split as questions."""
+    task = TASKS[config.task_type]
+    questions = []
     for example in examples:
         try:
             schema = prompts.schema_text(example, corpus.schemas, config)
-        except LinkError:  # a reduced form of a schema that its gold does not fit; the question is asked all the same
-            schema = prompts.schema_text(
-                example, corpus.schemas, config.changed({"prompt.schema_form": "full"})
-            )
-        turns = prompts.messages(
-            TASKS[config.task_type], schema, example.question, example.evidence
-        )
-        made.append(
+        except LinkError:  # its gold does not fit a reduced form of the schema; it is asked anyway
+            full = config.changed({"prompt.schema_form": "full"})
+            schema = prompts.schema_text(example, corpus.schemas, full)
+        turns = prompts.messages(task, schema, example.question, example.evidence)
+        questions.append(
             Question(
                 id=example.id,
                 split=split,
                 db_id=example.db_id,
                 question=example.question,
-                gold=gold(example, corpus, config),
+                gold=gold_answer(example, corpus, task),
                 hardness=example.hardness or hardness(example.gold),
                 database=corpus.executable(example.db_id),
                 input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
             )
         )
-    return made
+    return questions
 
 
-def check_window(folder: str, asked: Sequence[Question], config: Config) -> None:
-    """Raise `ModelError` if a prompt and its answer are longer than what the model of `folder` was made for."""
-    longest = max((len(question.input_ids) for question in asked), default=0)
+def check_window(folder: str, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Raise `ModelError` if a prompt and its answer are longer than the model of `folder` reads."""
+    longest = max((len(question.input_ids) for question in questions), default=0)
     shorter = (
         "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"
     )
     models.check_window(
-        folder,
-        longest + config.evaluate.max_new_tokens,
-        f"a prompt and its answer have {{tokens}}: {shorter}",
+        folder, longest + max_new_tokens, f"a prompt and its answer have {{tokens}}: {shorter}"
     )
 
 
-def gold(example: Example, corpus: Corpus, config: Config) -> str:
-    """What an answer is compared with: SQL, or links as JSON; empty where the SQL cannot be linked."""
-    if TASKS[config.task_type].executes_sql:
+def gold_answer(example: Example, corpus: Corpus, task: Task) -> str:
+    """Return what answers are compared with: SQL, or links as JSON.
+
+    It is empty where links are wanted and the SQL cannot be linked.
+    """
+    if task.executes_sql:
         return example.gold
     try:
         return json.dumps(prompts.gold_links(example, corpus.schemas))
@@ -109,32 +111,42 @@ def gold(example: Example, corpus: Corpus, config: Config) -> str:
         return ""
 
 
-def carry(asked: Sequence[Question], folder: RunFolder) -> list[Question]:
-    """The questions with copies of their SQLite databases in the run's folder, which workers on other machines can read."""
-    carried: dict[str, str] = {}
-    for question in asked:
+def stage_databases(questions: Sequence[Question], folder: RunFolder) -> list[Question]:
+    """Copy the questions' SQLite databases into the run's folder, where all workers read them."""
+    staged: dict[str, str] = {}
+    for question in questions:
         file = question.database
-        if file and "://" not in file and file not in carried:
-            carried[file] = f"{folder.databases}/{question.db_id}.sqlite"
-            storage.put_once(Path(file), carried[file])
-    return [replace(one, database=carried.get(one.database or "", one.database)) for one in asked]
+        if file and "://" not in file and file not in staged:
+            staged[file] = f"{folder.databases}/{question.db_id}.sqlite"
+            storage.put_once(Path(file), staged[file])
+    return [_move(question, staged) for question in questions]
 
 
-def unpack(asked: Sequence[Question], scratch: Path) -> list[Question]:
-    """The questions with those databases that were carried in local files."""
-    there = {one.database for one in asked if one.database and f"/{DATABASES}/" in one.database}
-    local = {uri: str(storage.fetch_file(uri, scratch / Path(uri).name)) for uri in there}
-    return [replace(one, database=local.get(one.database or "", one.database)) for one in asked]
+def localize(questions: Sequence[Question], folder: RunFolder, scratch: Path) -> list[Question]:
+    """Fetch the databases of `stage_databases` into local files."""
+    local: dict[str, str] = {}
+    for question in questions:
+        staged = question.database
+        if staged and staged.startswith(f"{folder.databases}/") and staged not in local:
+            local[staged] = str(storage.fetch_file(staged, scratch / Path(staged).name))
+    return [_move(question, local) for question in questions]
 
 
-def dump(asked: Iterable[Question]) -> str:
-    """Questions as JSON lines; a database's password is not written down."""
-    return "".join(
-        json.dumps(asdict(replace(question, database=strip_password(question.database)))) + "\n"
-        for question in asked
-    )
+def _move(question: Question, places: dict[str, str]) -> Question:
+    if question.database is None:
+        return question
+    return replace(question, database=places.get(question.database, question.database))
+
+
+def dump(questions: Iterable[Question]) -> str:
+    """Write questions as JSON lines, without a database's password."""
+    lines = []
+    for question in questions:
+        values = asdict(replace(question, database=strip_password(question.database)))
+        lines.append(json.dumps(values) + "\n")
+    return "".join(lines)
 
 
 def parse(text: str) -> list[Question]:
-    """Questions from JSON lines."""
+    """Read questions from JSON lines."""
     return [Question(**json.loads(line)) for line in text.splitlines()]

@@ -1,9 +1,10 @@
-"""Attention of questions that are answered together: each sees the schema of its database, kept once, and its own tokens.
+"""Attention of questions that are answered together over the schemas that they share.
 
-A cache of transformers holds every question's whole prompt. Here the prefix that a group of questions shares is held once
-(`Prefix`), and each question has only what is its own (`OwnTokens`). All questions of a group are rows of one matrix product with the
-prefix's keys. Attention to the prefix and to own tokens is computed apart and weighted by the sums of their exponentials, as
-FlashAttention joins its blocks (arXiv 2205.14135), so the result is that of the whole prompt.
+A cache of transformers holds every question's whole prompt. Here the prefix of a group of questions
+is held once (`Prefix`), and each question has only its own tokens (`OwnTokens`). All questions of a
+group are rows of one matrix product with the prefix's keys. Attention to the prefix and to own
+tokens is computed apart and weighted by the sums of their exponentials, as FlashAttention joins its
+blocks (arXiv 2205.14135). So the result is that of the whole prompt.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 NAME = "ray_sql_shared_prefix"
 """The attention implementation's name in transformers' registry."""
-SEEN = "shared_prefixes"
-"""The keyword argument of a model's forward that carries `Seen`."""
-GROW = 64
-"""Columns by which the questions' own tokens get more room."""
+RUNS = "prefix_runs"
+"""The keyword argument of a model's forward that carries `PrefixRuns`."""
+COLUMN_STEP = 64
+"""Columns by which the questions' own tokens get more memory."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Which prefix the rows of a forward pass see, as runs (how many rows, prefix or None) in the order of the rows.
+class PrefixRuns:
+    """The prefix that each row of a forward pass sees, as runs of rows in their order.
 
-    `bias` `[rows, 1, tokens, own]` is added to the scores of their own tokens; no sequence will be longer than `limit`.
+    A run is (rows, prefix or None). `bias` `[rows, 1, tokens, own]` is added to the scores of their
+    own tokens. No sequence will be longer than `limit`.
     """
 
     runs: Sequence[tuple[int, Prefix | None]]
@@ -49,9 +51,9 @@ class Seen:
 
 
 class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by mypy
-    """Keys and values of the rows' own tokens, by layer `[rows, key heads, columns, head size]`, with room to grow.
+    """Keys and values of the rows' own tokens, by layer `[rows, key heads, columns, head size]`.
 
-    `at` says where the next forward pass writes, and thereby which rows it computes.
+    `write_to` says where the next forward pass writes, and thereby which rows it computes.
     """
 
     def __init__(self) -> None:
@@ -63,56 +65,59 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         self._columns = torch.zeros(0)
         self._width = 0
 
-    def at(self, first: int, columns: torch.Tensor, width: int) -> None:
-        """Write the next pass's tokens to these columns, `[rows, tokens]`, all below `width`, of the rows from `first` on."""
+    def write_to(self, first: int, columns: torch.Tensor, width: int) -> None:
+        """Write the next pass's tokens to `columns` `[rows, tokens]` of the rows from `first` on.
+
+        All columns are below `width`.
+        """
         self._first, self._columns, self._width = first, columns, width
         self._rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
-        for kept in (self.keys, self.values):
-            for layer, old in enumerate(kept):
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
                 if old.shape[0] < first + len(columns) or old.shape[2] < self._width:
-                    kept[layer] = self._room(old)
-                    kept[layer][: old.shape[0], :, : old.shape[2]] = old
+                    tensors[layer] = self._allocate(old)
+                    tensors[layer][: old.shape[0], :, : old.shape[2]] = old
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> Any:
-        """Keep `[rows, heads, tokens, size]` of a layer; returns all own keys and values of these rows."""
-        for kept, new in ((self.keys, keys), (self.values, values)):
-            if layer_idx == len(kept):
-                kept.append(self._room(new[:0, :, :0]))
-            kept[layer_idx][self._rows, :, self._columns] = new.transpose(1, 2)
-        here = slice(self._first, self._first + len(keys))
-        return self.keys[layer_idx][here, :, : self._width], self.values[layer_idx][
-            here, :, : self._width
-        ]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep `[rows, heads, tokens, size]` of a layer; return all own tokens of these rows."""
+        for tensors, new in ((self.keys, keys), (self.values, values)):
+            if layer_idx == len(tensors):
+                tensors.append(self._allocate(new[:0, :, :0]))
+            tensors[layer_idx][self._rows, :, self._columns] = new.transpose(1, 2)
+        rows, columns = slice(self._first, self._first + len(keys)), slice(self._width)
+        return self.keys[layer_idx][rows, :, columns], self.values[layer_idx][rows, :, columns]
 
-    def keep(self, rows: Sequence[int], width: int) -> None:
-        """Let the first rows be these, of which none comes before its own place; they have their tokens in columns below `width`."""
+    def compact(self, rows: Sequence[int], width: int) -> None:
+        """Keep these rows as the first ones, in this order; none moves down.
+
+        Their tokens are in columns below `width`.
+        """
         first = next((place for place, row in enumerate(rows) if place != row), len(rows))
         moved = torch.tensor(rows[first:], dtype=torch.long, device=self._columns.device)
-        for whole in (*self.keys, *self.values):
-            whole[first : len(rows), :, :width] = whole[moved, :, :width]
+        for tensor in (*self.keys, *self.values):
+            tensor[first : len(rows), :, :width] = tensor[moved, :, :width]
 
     @property
-    def room(self) -> tuple[int, int]:
+    def allocated(self) -> tuple[int, int]:
         """Rows and columns that memory is held for."""
         return (self.keys[0].shape[0], self.keys[0].shape[2]) if self.keys else (0, 0)
 
     def get_seq_length(self, *_: Any) -> int:
-        """Not asked for by models that are given positions."""
+        """Return the width. Models that are given positions do not ask for it."""
         return self._width
 
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
+    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         rows = max(like.shape[0], self._first + len(self._columns))
-        columns = max(like.shape[2], -(-self._width // GROW) * GROW)
-        return like.new_zeros(
-            rows, like.shape[1], columns, like.shape[3]
-        )  # zeros: what is masked must still be a number
+        columns = max(like.shape[2], -(-self._width // COLUMN_STEP) * COLUMN_STEP)
+        # zeros: what is masked must still be a number
+        return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
 
 
 @contextmanager
 def installed(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` compute attention this way wherever a forward pass is given `SEEN`, and as PyTorch's (SDPA) elsewhere."""
+    """Let `model` compute attention this way in passes that are given `RUNS`, else by SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -134,75 +139,88 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: `[rows, heads, tokens, head size]` in, `[rows, tokens, heads, head size]` out."""
-    seen: Seen | None = options.pop(SEEN, None)
-    if seen is None:
+    """Serve as transformers' attention function.
+
+    It takes `[rows, heads, tokens, head size]` and returns `[rows, tokens, heads, head size]`.
+    """
+    shared: PrefixRuns | None = options.pop(RUNS, None)
+    if shared is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
-    _refuse(options, seen.limit)
+    _refuse(options, shared.limit)
     rows, heads, tokens, size = query.shape
     scale = options.get("scaling") or size**-0.5
     # heads that share a key are rows of one product, so that keys need not be repeated
     query = query.to(key.dtype).reshape(rows, key.shape[1], -1, size)
-    bias = seen.bias.expand(-1, heads // key.shape[1], -1, -1).reshape(rows, 1, query.shape[2], -1)
-    attend = _flash if query.device.type == "cpu" else _plain
+    bias = shared.bias.expand(-1, heads // key.shape[1], -1, -1)
+    bias = bias.reshape(rows, 1, query.shape[2], -1)
     output, total = attend(query, key, value, bias, scale)
-    if any(prefix for _, prefix in seen.runs):
-        others, totals = zip(
-            *_to_prefixes(query, seen.runs, int(module.layer_idx), scale), strict=True
-        )
-        share = torch.sigmoid(torch.cat(totals) - total)[..., None]
-        output = torch.lerp(output.float(), torch.cat(others).float(), share)
+    if any(prefix for _, prefix in shared.runs):
+        by_run = list(_attend_to_prefixes(query, shared.runs, int(module.layer_idx), scale))
+        prefix_output = torch.cat([outputs for outputs, _ in by_run])
+        prefix_total = torch.cat([totals for _, totals in by_run])
+        share = torch.sigmoid(prefix_total - total)[..., None]
+        output = torch.lerp(output.float(), prefix_output.float(), share)
     return output.to(value.dtype).view(rows, heads, tokens, -1).transpose(1, 2), None
 
 
-def _to_prefixes(
+def _attend_to_prefixes(
     query: torch.Tensor, runs: Sequence[tuple[int, Prefix | None]], layer: int, scale: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the rows of every run see of their prefix, as `_flash` says it; nothing has the weight 0."""
-    attend = _flash if query.device.type == "cpu" else _plain
-    for (count, prefix), asking in zip(
-        runs, query.split([count for count, _ in runs]), strict=True
-    ):
+    """Yield the result of `attend` for every run and its prefix; no prefix has the weight 0."""
+    queries = query.split([rows for rows, _ in runs])
+    for (rows, prefix), own in zip(runs, queries, strict=True):
         if prefix is None:
-            yield (
-                torch.zeros_like(asking),
-                asking.new_full(asking.shape[:3], float("-inf"), dtype=torch.float32),
-            )
+            nothing = own.new_full(own.shape[:3], float("-inf"), dtype=torch.float32)
+            yield torch.zeros_like(own), nothing
             continue
-        together = asking.transpose(0, 1).flatten(1, 2)[None]
-        output, total = attend(
-            together, prefix.keys[layer][None], prefix.values[layer][None], None, scale
-        )
-        shape = (asking.shape[1], count, asking.shape[2])
+        merged = own.transpose(0, 1).flatten(1, 2)[None]
+        keys, values = prefix.keys[layer][None], prefix.values[layer][None]
+        output, total = attend(merged, keys, values, None, scale)
+        shape = (own.shape[1], rows, own.shape[2])
         yield output.view(*shape, -1).transpose(0, 1), total.view(shape).transpose(0, 1)
 
 
-def _flash(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `[rows, heads, asking, size]`, and the logarithm of the sum of its exponentials, `[rows, heads, asking]`.
+    """Return attention, and the logarithm of the sum of its exponentials.
 
-    PyTorch's own kernel for CPUs, called by its name because the public function keeps the second result to itself.
+    They are `[rows, heads, queries, size]` and `[rows, heads, queries]`. Every query sees something.
+    """
+    attend_on_device = attend_by_kernel if query.device.type == "cpu" else attend_by_products
+    return attend_on_device(query, key, value, bias, scale)
+
+
+def attend_by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `attend` by PyTorch's own kernel for CPUs.
+
+    It is called by its private name, because the public function keeps the second result to itself.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, total = kernel(query, key, value, attn_mask=bias, scale=scale)
     return output, total
 
 
-def _plain(
+def attend_by_products(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `_flash`, on any device, for queries that see anything at all."""
+    """Compute `attend` by matrix products, on any device."""
     scores = ((query * scale) @ key.transpose(2, 3)).float()
     if bias is not None:
         scores += bias
@@ -211,7 +229,7 @@ def _plain(
 
 
 def _refuse(options: dict[str, Any], limit: int) -> None:
-    """Raise `NotImplementedError` for attention that is more than a softmax over all that came before."""
+    """Raise `NotImplementedError` for attention that is more than a softmax over all before."""
     window = options.get("sliding_window")
     if window is not None and window < limit:
         raise NotImplementedError(

@@ -16,10 +16,11 @@ from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import CONTRACT, RunFolder
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import LOGGED, check_owned
-from ray_sql.train.validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ray_sql.train.validation import Validation
 
 GAUGES = {
     "loss": "Training loss",

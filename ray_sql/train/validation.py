@@ -9,6 +9,7 @@ from ray_sql import generate, rows
 from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config import Batching, Config
 from ray_sql.evaluate import scoring
+from ray_sql.generate.answers import Decoding, answer_on_all_ranks
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
@@ -29,7 +30,7 @@ class Validation:
         folder = RunFolder(config.run_dir)
         self._questions = generate.parse(storage.read_text(folder.validation_questions) or "")
         if rank() == 0:  # the rank that executes
-            self._questions = generate.unpack(self._questions, scratch)
+            self._questions = generate.localize(self._questions, folder, scratch)
         self._examples = []
         if storage.exists(folder.validation_rows):
             local = storage.fetch_file(folder.validation_rows, scratch / "validation.parquet")
@@ -37,6 +38,7 @@ class Validation:
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
         self._tokenizer, self._batching = tokenizer, batching
+        self._decoding = Decoding.from_settings(config.evaluate, config.eval_batch_size)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
         """Return `objective`, `tie_break` and `metrics` on rank 0.
@@ -51,7 +53,7 @@ class Validation:
         if self._config.tune.objective == "eval_loss":
             objective = -metrics["validation/loss"] if self._examples else None
             return {"objective": objective, "tie_break": None, "metrics": metrics}
-        answers = generate.answer_together(model, self._tokenizer, self._questions, self._config)
+        answers = answer_on_all_ranks(model, self._tokenizer, self._questions, self._decoding)
         if answers is None:
             return None
         judged = scoring.score(self._questions, answers, self._config)
