@@ -55,7 +55,7 @@ def fresh() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.compiler.reset()
-    packed_attention._flex_works.cache_clear()
+    packed_attention.flex_works.cache_clear()
 
 
 def compare(

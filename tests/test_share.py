@@ -170,7 +170,7 @@ def test_attention_weights_that_are_not_kept_are_computed_again(
     config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
     folder, data = family("llama", tmp_path / "model"), some_rows()
     kept = gradients(folder, data, config, 8, tmp_path)
-    monkeypatch.setattr(packed_attention, "KEPT", 0)
+    monkeypatch.setattr(packed_attention, "MAX_SAVED_WEIGHTS", 0)
     again = gradients(folder, data, config, 8, tmp_path)
     assert again[0] == kept[0] and relative_error(again[1], kept[1]) < 1e-7
 

@@ -1,5 +1,7 @@
-"""How examples become optimizer steps: an optimizer step always sees the same number of examples,
-however they are laid out."""
+"""The layout of examples in optimizer steps and forward passes.
+
+An optimizer step always sees the same number of examples, however they are laid out.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: i
     `auto` leaves a step at least as many rows as a row has examples. After the same number of
     examples, rows of 2 in steps of 8 and of 4 in steps of 32 answered as many new questions as
     plain rows; rows of 8 answered fewer (`benchmarks.shared_rows_quality`). The result divides the
-    step where a number above 1 does, so that a step's end cuts no group of one database in two.
+    step where a number above 1 does, so that the end of a step cuts no group of a database in two.
     """
     if setting != "auto":
         return min(setting, global_batch_size)

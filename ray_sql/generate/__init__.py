@@ -1,7 +1,7 @@
 """Questions become answers of a base model, with or without an adapter.
 
-A driver needs `questions`, `answer_cache` and the worker's entry point. `answers` asks a model, and is
-imported by those who have one. It computes each database's schema once (`decoder`). Beams and
+A driver needs `questions`, `answer_cache` and the worker's entry point. `answers` asks a model, and
+is imported by those who have one. It computes each database's schema once (`decoder`). Beams and
 models that cannot share a prefix go through transformers (`hf_generate`).
 """
 

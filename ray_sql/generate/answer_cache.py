@@ -18,7 +18,7 @@ VERSION = 4
 class AnswerCache:
     """A file of answers, one JSON object a line, with the index of the `question` in each.
 
-    Its name must change with whatever the answers depend on. One process writes it, any may read it.
+    Its name must change with whatever the answers depend on. One process writes it, all may read.
     """
 
     def __init__(self, file: str | Path) -> None:

@@ -2,9 +2,9 @@
 
 Questions of one database whose prompts begin alike are a group. The prefix of a group is computed
 once and kept once. The rest of each prompt is computed in one pass for many questions. Then all of
-them go on together, whatever their database: by a token a pass, or by several where few are left and
-the next tokens can be guessed (`draft`). A question that has its answer leaves, and another takes its
-place.
+them go on together, whatever their database: by a token a pass, or by several where few are left
+and the next tokens can be guessed (`draft`). A question that has its answer leaves, and another
+takes its place.
 
 The answers are those of one-by-one decoding, token for token but for the rounding of equal sums in
 another order (tested in float32). This is why it stays beside transformers' continuous batching
@@ -209,7 +209,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def free_memory(model: PreTrainedModel) -> int:
-    """Return the bytes that keys and values may fill: half of a free GPU, a quarter of a free CPU."""
+    """Return the bytes for keys and values: half of what a GPU has free, a quarter on a CPU."""
     if model.device.type == "cuda":
         return int(torch.cuda.mem_get_info(model.device)[0] // 2)
     return int(psutil.virtual_memory().available // 4)
@@ -247,8 +247,8 @@ class Decoder:
     def run(self, ended: Ended, finish: Finish) -> None:
         """Answer everything."""
         while self._waiting or self._slots:
-            # A quarter of the slots is filled at a time: a pass costs about as much for one question
-            # as for several.
+            # A quarter of the slots is filled at a time: a pass costs about as much for one
+            # question as for several.
             if self._waiting and len(self._slots) <= self._max_num_seqs * 3 // 4:
                 for chunk in self._prompt_passes(self._admit()):
                     first = len(self._slots)
@@ -283,7 +283,7 @@ class Decoder:
         return new
 
     def _fits(self, group: int, question: int, slots: Sequence[Slot]) -> bool:
-        """Tell whether a question fits beside `slots`, should all answers reach their full length."""
+        """Tell whether a question fits beside `slots`, should all answers be as long as allowed."""
         if self._budget is None or not slots:
             return True
         pairs = [(slot.group, slot.question) for slot in slots] + [(group, question)]

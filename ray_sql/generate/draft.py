@@ -15,7 +15,7 @@ SIZES = (3, 2, 1)
 
 
 class Draft:
-    """The tokens of a question and its answer so far, and where each short sequence last occurred."""
+    """The tokens of a question and its answer so far, and the last place of each short sequence."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
@@ -31,7 +31,7 @@ class Draft:
         self._tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """Return up to `most` tokens that may come next, repeated if need be; none if all is new."""
+        """Return up to `most` tokens that may come next, repeated if need be, or none."""
         for size in SIZES:
             place = self._after.get(tuple(self._tokens[-size:]))
             if place is not None:

@@ -1,4 +1,4 @@
-"""The end of an answer: the end of the turn, or of its code block, for the rest would be ignored."""
+"""The end of an answer: that of the turn, or of its code block, for the rest would be ignored."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _FencesClosed:
-    """Ends an answer, or a beam, once its code block is closed; transformers asks after each token."""
+    """Ends an answer, or a beam, once its code block is closed. Asked after each token."""
 
     def __init__(self, ends: Ends, prompt_width: int) -> None:
         self._ends, self._start = ends, prompt_width

@@ -1,8 +1,8 @@
-"""4-bit linear layers and their LoRA on a CPU: weights expanded once, and fewer passes over outputs.
+"""4-bit linear layers and their LoRA on a CPU: weights expanded once, fewer passes over outputs.
 
 bitsandbytes expands a layer's weights at every call. peft copies a layer's output, scales its
-adapter's and adds the two. Each is a pass over as many numbers as the layer has outputs, forward and
-backward. On a CPU such passes take as long as the adapter's products.
+adapter's and adds the two. Each is a pass over as many numbers as the layer has outputs, forward
+and backward. On a CPU such passes take as long as the adapter's products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ExpandedLinear:
-    """The forward of a linear layer with plain weights `[out, in]`, put over that of a 4-bit one."""
+    """The forward of a linear layer with weights `[out, in]`, put over that of a 4-bit one."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -31,7 +31,7 @@ class ExpandedLinear:
 
 
 class FusedLora:
-    """The forward of a LoRA layer over `ExpandedLinear`: products that both need are computed once."""
+    """The forward of a LoRA layer over `ExpandedLinear`, in the products that both need."""
 
     def __init__(self, layer: LoraLayer, name: str, base: ExpandedLinear) -> None:
         self._layer, self._name, self._base = layer, name, base

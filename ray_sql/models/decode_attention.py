@@ -191,7 +191,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention, and the logarithm of the sum of its exponentials.
 
-    They are `[rows, heads, queries, size]` and `[rows, heads, queries]`. Every query sees something.
+    They are `[rows, heads, queries, size]` and `[rows, heads, queries]`. Each query sees a token.
     """
     attend_on_device = attend_by_kernel if query.device.type == "cpu" else attend_by_products
     return attend_on_device(query, key, value, bias, scale)

@@ -1,14 +1,17 @@
-"""Attention over a shared row without the places that no question sees: by its parts on a CPU, by FlexAttention on a GPU.
+"""Attention over a shared row without the pairs of tokens that do not see each other.
 
-A mask says who sees whom, and is what a model gets; but a kernel computes every pair and throws the masked ones away.
+A model gets a mask that says who sees whom. But a kernel computes every pair and throws the masked
+ones away.
 
-On a CPU the prefix is computed by itself, and a few questions at a time with the prefix and themselves, as plain matrix products:
-PyTorch's own kernel for CPUs (2.13, bfloat16) takes 2 to 2.6 times as long, most of it in its backward. Where a model's layers do
-not hand `SPANS` on to their attention, the mask is used: slower, and equal.
+On a CPU the prefix is computed by itself, and then a few questions at a time with the prefix and
+themselves, as plain matrix products. PyTorch's own kernel for CPUs (2.13, bfloat16) takes 2 to 2.6
+times as long, most of it in its backward. Where a model's layers do not hand `SPANS` on to their
+attention, the mask is used: slower, and equal.
 
-On a GPU a `BlockMask` takes the mask's place, made on the device from the segments of each row: FlexAttention skips blocks of 128 by
-128 tokens that nobody sees. It is compiled where it runs, so `install` tries it first, gradients included, and keeps the mask where
-it fails. Rows of one example, and generation, go through PyTorch's SDPA as before.
+On a GPU a `BlockMask` takes the mask's place, made on the device from the segments of each row.
+FlexAttention skips blocks of 128 by 128 tokens that nobody sees. It is compiled where it runs, so
+`install` tries it first, gradients included, and keeps the mask where it fails. Rows of one
+example, and generation, go through PyTorch's SDPA as before.
 """
 
 from __future__ import annotations
@@ -35,52 +38,65 @@ log = logging.getLogger(__name__)
 NAME = "ray_sql_shared_rows"
 """The attention implementation's name in transformers' registry."""
 MASKED = "ray_sql_masked_rows"
-"""The name of SDPA with a mask, for a model on a GPU whose shared rows FlexAttention cannot compute."""
+"""The name of SDPA with a mask, for a GPU on which FlexAttention cannot compute shared rows."""
 SPANS = "shared_spans"
 """The keyword argument of a model's forward that carries each row's `Spans`."""
-AT_ONCE = 8
-"""Questions computed together on a CPU: fewer make many small products, more compute pairs of tokens that do not see each other."""
-KEPT = 2**24
-"""Attention weights of a part and layer that are kept for the backward pass on a CPU; where there are more, as of a schema of 2,000
-tokens, they are computed again: those of a schema of 4,000 and 32 questions would be 14 GiB over SmolLM2's 30 layers, by count."""
-TRIED = ((1, 200), (1, 328), (2, 328), (3, 200))
-"""Rows, and their length, that FlexAttention is tried on: the second length makes it compile for any, and so do three rows for any
-number of several."""
+QUESTIONS_PER_PART = 8
+"""Questions computed together on a CPU.
+
+Fewer make many small products, more compute pairs of tokens that do not see each other.
+"""
+MAX_SAVED_WEIGHTS = 2**24
+"""Maximum attention weights of a part and layer that are saved for the backward pass on a CPU.
+
+More, as of a schema of 2,000 tokens, are computed again. Those of a schema of 4,000 tokens and 32
+questions would be 14 GiB over SmolLM2's 30 layers, by count.
+"""
+TRIAL_SHAPES = ((1, 200), (1, 328), (2, 328), (3, 200))
+"""(rows, length) that FlexAttention is tried on.
+
+The second length makes it compile for any, and three rows make it compile for any number of them.
+"""
 TOLERANCE = 0.05
 """Relative difference of attention, and of its gradients, that arithmetic explains."""
 RECOMPILE_LIMIT = 64
-"""Kernels that PyTorch may compile for one function (its own limit is 8): with and without gradients, in several types."""
+"""Kernels that PyTorch may compile for one function, with and without gradients, in several types.
+
+Its own limit is 8.
+"""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """A row's parts: `lengths` in tokens, the prefix (or the whole of a plain row) first, then a few questions each, without padding;
-    `biases` `[own, seen]` are added to a part's scores, 0 where a token sees another and -inf where not (the tokens seen are the
-    prefix's, then the part's own)."""
+    """A row's parts without padding: the prefix (or a plain row), then a few questions each.
+
+    `lengths` are tokens. `biases` `[own, seen]` are added to a part's scores: 0 where a token sees
+    another, -inf where not. The tokens seen are the prefix's, then the part's own.
+    """
 
     lengths: list[int]
     biases: list[torch.Tensor]
 
 
 def spans(segments: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> Spans:
-    """The parts of one row, from its `segments` `[length]` and who sees whom in it, `[length, length]`."""
-    counts = torch.bincount(segments[segments >= 0]).tolist()
-    prefix, questions = counts[0], counts[1:]
-    lengths = [
-        prefix,
-        *(sum(questions[start : start + AT_ONCE]) for start in range(0, len(questions), AT_ONCE)),
-    ]
+    """Return the parts of one row.
+
+    `segments` is `[length]`, `visible` (query, key) is bool `[length, length]`.
+    """
+    prefix, *questions = torch.bincount(segments[segments >= 0]).tolist()
+    starts = range(0, len(questions), QUESTIONS_PER_PART)
+    lengths = [prefix, *(sum(questions[start : start + QUESTIONS_PER_PART]) for start in starts)]
     ends = torch.tensor(lengths).cumsum(0).tolist()
     bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-    biases = [
-        torch.cat([bias[start:end, :prefix], bias[start:end, start:end]], dim=1)
-        for start, end in pairwise(ends)
-    ]
-    return Spans(lengths, [bias[:prefix, :prefix], *biases])
+    biases = [bias[:prefix, :prefix]]
+    for start, end in pairwise(ends):
+        own = bias[start:end]
+        biases.append(torch.cat([own[:, :prefix], own[:, start:end]], dim=1))
+    return Spans(lengths, biases)
 
 
 def block_mask(segments: torch.Tensor) -> BlockMask:
-    """Who sees whom in rows of `segments` `[rows, length]`, as FlexAttention takes it, on their device."""
+    """Return who sees whom for `segments` `[rows, length]`, for FlexAttention on their device."""
 
     def seen(
         row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -95,9 +111,10 @@ def block_mask(segments: torch.Tensor) -> BlockMask:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let `model` compute shared rows this way if its attention is PyTorch's (SDPA); all else is computed as before.
+    """Let `model` compute shared rows this way if its attention is PyTorch's (SDPA).
 
-    A GPU on which FlexAttention does not work, or not rightly, gets the mask, and the log says why.
+    All else is computed as before. A GPU on which FlexAttention fails, or computes something else,
+    gets the mask, and the log says why.
     """
     if model.config._attn_implementation != "sdpa" or model.device.type not in ("cpu", "cuda"):
         return
@@ -108,7 +125,7 @@ def install(model: PreTrainedModel) -> None:
 
 
 def use_mask(model: PreTrainedModel) -> None:
-    """Let `model` compute shared rows by SDPA and a mask, whatever `install` would choose."""
+    """Let `model` compute shared rows by SDPA and a mask, even where `install` would not."""
     _register(model, MASKED)
 
 
@@ -129,15 +146,17 @@ def _attention(
     attention_mask: torch.Tensor | BlockMask | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: `[rows, heads, tokens, head size]` in, `[rows, tokens, heads, head size]` out."""
+    """Serve as transformers' attention function.
+
+    It takes `[rows, heads, tokens, head size]` and returns `[rows, tokens, heads, head size]`.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts: list[Spans] | None = options.pop(SPANS, None)
     plain = not options.get("dropout") and options.get("position_bias") is None
     if plain and isinstance(attention_mask, BlockMask):
-        return _flex(query, key, value, attention_mask, options.get("scaling")).transpose(
-            1, 2
-        ).contiguous(), None
+        output = _flex(query, key, value, attention_mask, options.get("scaling"))
+        return output.transpose(1, 2).contiguous(), None
     if plain and parts is not None:
         rows = zip(query, key, value, parts, strict=True)
         return torch.stack([_by_parts(*row, options.get("scaling")) for row in rows]), None
@@ -151,24 +170,28 @@ def _attention(
 def _by_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Spans, scaling: float | None
 ) -> torch.Tensor:
-    """One row's attention: `[heads, tokens, head size]` in, `[tokens, heads, head size]` out, 0 where it is padded."""
+    """Compute one row's attention from `[heads, tokens, head size]`.
+
+    The result is `[tokens, heads, head size]`, and 0 in padding.
+    """
     scale = scaling or query.shape[-1] ** -0.5
     dtype, tokens = parts.biases[0].dtype, sum(parts.lengths)
     queries, keys, values = (
-        whole[:, :tokens].to(dtype).split(parts.lengths, dim=1)
-        for whole in (query * scale, key, value)
+        tensor[:, :tokens].to(dtype).split(parts.lengths, dim=1)
+        for tensor in (query * scale, key, value)
     )
     outputs = []
-    for number, bias in enumerate(parts.biases):
-        seen = [
-            torch.cat([whole[0], whole[number]], dim=1) if number else whole[0]
-            for whole in (keys, values)
-        ]
+    for part, bias in enumerate(parts.biases):
+        seen_keys, seen_values = keys[0], values[0]
+        if part > 0:
+            seen_keys = torch.cat([keys[0], keys[part]], dim=1)
+            seen_values = torch.cat([values[0], values[part]], dim=1)
         # heads that share a key are rows of one product, so that keys need not be repeated
-        grouped = queries[number].reshape(len(seen[0]), -1, query.shape[-1])
-        outputs.append(_Attend.apply(grouped, *seen, bias).reshape(*queries[number].shape[:2], -1))
-    out = torch.cat(outputs, dim=1).transpose(0, 1)
-    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[1] - tokens))
+        grouped = queries[part].reshape(len(seen_keys), -1, query.shape[-1])
+        output = _Attend.apply(grouped, seen_keys, seen_values, bias)
+        outputs.append(output.reshape(*queries[part].shape[:2], -1))
+    joined = torch.cat(outputs, dim=1).transpose(0, 1)
+    return torch.nn.functional.pad(joined, (0, 0, 0, 0, 0, query.shape[1] - tokens))
 
 
 def _flex(
@@ -178,7 +201,8 @@ def _flex(
     mask: BlockMask,
     scaling: float | None,
 ) -> torch.Tensor:
-    # uncompiled it computes every pair, which is for tests on a CPU; inside a compiled model it is compiled with the rest
+    # Uncompiled it computes every pair, which is for tests on a CPU. Inside a compiled model it is
+    # compiled with the rest.
     kernel = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else _kernel
     # autocast, which SDPA obeys, does not reach it
     out: torch.Tensor = kernel(query.to(value.dtype), key.to(value.dtype), value, mask, scaling)
@@ -192,7 +216,10 @@ def _kernel(
     mask: BlockMask,
     scaling: float | None,
 ) -> Any:
-    """FlexAttention; a function of our own, so that nobody else's calls decide for which sizes it is compiled."""
+    """Call FlexAttention.
+
+    A function of our own, so that nobody else's calls decide for which sizes it is compiled.
+    """
     return flex_attention(
         query,
         key,
@@ -200,7 +227,7 @@ def _kernel(
         block_mask=mask,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
-        # there is another kernel for short rows, which needs compiling too and takes fewer numbers of heads
+        # The other kernel, for short rows, needs compiling too and takes fewer numbers of heads.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
 
@@ -214,26 +241,27 @@ def _compiled() -> Any:
 
 
 def _flex_fits(model: PreTrainedModel) -> bool:
-    """Whether FlexAttention works for the model's number and size of heads; FlexAttention knows no dropout."""
+    """Tell whether FlexAttention works for a model's heads. It knows no dropout."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return not getattr(config, "attention_dropout", 0) and _flex_works(
+    return not getattr(config, "attention_dropout", 0) and flex_works(
         heads, shared, size, model.dtype, model.device
     )
 
 
 @lru_cache
-def _flex_works(
+def flex_works(
     heads: int, shared: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether FlexAttention compiles on `device` and gives what SDPA gives, gradients included."""
+    """Tell whether FlexAttention compiles on `device` and gives SDPA's outputs and gradients."""
     try:
-        difference = max(_difference(*tried, heads, shared, size, dtype, device) for tried in TRIED)
-    except (
-        Exception
-    ) as error:  # no compiler, no kernel for this head size, an old GPU: each fails in its own way
+        difference = max(
+            _difference(*shape, heads, shared, size, dtype, device) for shape in TRIAL_SHAPES
+        )
+    # no compiler, no kernel for this head size, an old GPU: each fails in its own way
+    except Exception as error:
         log.warning(
             "shared rows are computed with a mask: FlexAttention failed (%s: %.300s)",
             type(error).__name__,
@@ -256,47 +284,56 @@ def _difference(
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    """Largest relative difference between FlexAttention and SDPA with a mask, of outputs and gradients, on random rows."""
-    draw = torch.Generator(device).manual_seed(0)
+    """Return the largest relative difference between FlexAttention and SDPA with a mask.
 
-    def some(
-        count: int,
-    ) -> torch.Tensor:  # laid out as layers lay it out, for a kernel is compiled for a layout
-        made = torch.randn(rows, length, count, size, generator=draw, device=device, dtype=dtype)
-        return made.transpose(1, 2).requires_grad_()
+    Outputs and gradients of random rows are compared.
+    """
+    generator = torch.Generator(device).manual_seed(0)
 
-    given, upstream = [some(heads), some(shared), some(shared)], some(heads).detach()
+    def draw(count: int) -> torch.Tensor:
+        # laid out as layers lay it out, for a kernel is compiled for a layout
+        shape = (rows, length, count, size)
+        tensor = torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+        return tensor.transpose(1, 2).requires_grad_()
+
+    query, key, value = draw(heads), draw(shared), draw(shared)
+    upstream = draw(heads).detach()
     prefixes = torch.arange(rows, device=device)[:, None] * 7 + length // 2  # another in every row
-    segments = (
-        (torch.arange(length, device=device) - prefixes).clamp(min=0).div(9, rounding_mode="floor")
-    )
+    places = torch.arange(length, device=device) - prefixes
+    segments = places.clamp(min=0).div(9, rounding_mode="floor")
     mask = block_mask(segments)
     dense = create_mask(mask.mask_mod, rows, 1, length, length, device)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        key, value = (each.repeat_interleave(heads // shared, dim=1) for each in given[1:])
-        wanted = torch.nn.functional.scaled_dot_product_attention(
-            given[0], key, value, attn_mask=dense
+        repeated = [tensor.repeat_interleave(heads // shared, dim=1) for tensor in (key, value)]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, *repeated, attn_mask=dense
         )
-        found = _flex(given[0], given[1], given[2], mask, None)
-        pairs = [(found, wanted)]
-        pairs += zip(
-            *(torch.autograd.grad(out, given, upstream) for out in (found, wanted)), strict=True
-        )
-    return max(
-        float((one - other).detach().float().norm() / other.detach().float().norm())
-        for one, other in pairs
-    )
+        actual = _flex(query, key, value, mask, None)
+        inputs = [query, key, value]
+        expected_grads = torch.autograd.grad(expected, inputs, upstream)
+        actual_grads = torch.autograd.grad(actual, inputs, upstream)
+    pairs = zip((actual, *actual_grads), (expected, *expected_grads), strict=True)
+    return max(_relative(result, wanted) for result, wanted in pairs)
 
 
-class _Attend(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed by mypy
-    """softmax(query key' + bias) value, for `[heads, groups * own, size]`, twice `[heads, seen, size]`, and `[own, seen]`."""
+def _relative(result: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((result - wanted).detach().float().norm() / wanted.detach().float().norm())
+
+
+class _Attend(torch.autograd.Function):  # type: ignore[misc]  # mypy does not follow torch
+    """softmax(query key' + bias) value.
+
+    Shapes: query `[heads, groups * own, size]`, key and value `[heads, seen, size]`, bias
+    `[own, seen]`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         weights = _weights(query, key, bias)
-        ctx.save_for_backward(query, key, value, bias, None if weights.numel() > KEPT else weights)
+        saved = weights if weights.numel() <= MAX_SAVED_WEIGHTS else None
+        ctx.save_for_backward(query, key, value, bias, saved)
         return weights @ value
 
     @staticmethod

@@ -24,8 +24,8 @@ PADDING = -1
 class Pass:
     """One forward pass: rows, shared or plain, padded to one length.
 
-    All four tensors are `[rows, length]`, int64. `segments` is 0 for a prefix or a plain row, 1, 2, …
-    for the questions after a prefix, and `PADDING`. `labels` are `IGNORED` except on answers.
+    All four tensors are `[rows, length]`, int64. `segments` is 0 for a prefix or a plain row, 1, 2,
+    … for the questions after a prefix, and `PADDING`. `labels` are `IGNORED` except on answers.
     """
 
     input_ids: torch.Tensor
@@ -93,7 +93,7 @@ def collate(rows: Sequence[SharedRow], pad: int) -> Pass:
 
 
 def model_inputs(batch: Pass, model: PreTrainedModel) -> dict[str, Any]:
-    """Return the arguments, on the model's device, with which `model` computes the rows of a pass."""
+    """Return the arguments, on its device, with which `model` computes the rows of a pass."""
     # asked before the pass is moved: a GPU's answer would have to be waited for
     shared = bool((batch.segments > 0).any())
     unpadded = bool((batch.segments == 0).all())

@@ -7,9 +7,9 @@ In this task a prompt is mostly schema, and many questions share it. A shared ro
 Every question sees the prefix and itself, and its positions go on from the prefix's end. Each token
 then meets exactly what it would meet in a row of its own. So loss and gradients are those of the
 separate examples, and the prefix is computed once. The prefix is the longest common one of the
-*tokens*, so nothing is assumed about a template. The idea is known where one prompt has many sampled
-answers (PrefixGrouper, arXiv 2506.05433; tree packing for GRPO, TRL PR 7328). Here the questions
-differ.
+*tokens*, so nothing is assumed about a template. The idea is known where one prompt has many
+sampled answers (PrefixGrouper, arXiv 2506.05433; tree packing for GRPO, TRL PR 7328). Here the
+questions differ.
 
 `step_order` says which examples meet in an optimizer step. `passes` lays out one rank's part of a
 step. Both work on token ids alone; `batch` makes tensors of what they return.
@@ -231,7 +231,7 @@ def _fill(
 def _join(examples: tuple[TokenizedExample, ...]) -> SharedRow:
     if len(examples) == 1:
         return SharedRow(examples, 0)
-    # Each question keeps at least one token of its prompt: an answer's first token is predicted from
-    # the token before it, and that of a prefix could only be asked for one of them.
+    # Each question keeps at least one token of its prompt: an answer's first token is predicted
+    # from the token before it, and that of a prefix could only be asked for one of them.
     prompts = [example.input_ids[: example.prompt_length - 1] for example in examples]
     return SharedRow(examples, common_prefix(prompts))
