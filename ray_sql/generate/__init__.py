@@ -17,4 +17,4 @@ from ray_sql.generate.questions import (
     parse,
     stage_databases,
 )
-from ray_sql.generate.worker import answer_loop_per_worker
+from ray_sql.generate.worker import answer_loop_per_worker, load_model

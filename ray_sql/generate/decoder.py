@@ -2,14 +2,13 @@
 
 Questions of one database whose prompts begin alike are a group. The prefix of a group is computed
 once and kept once. The rest of each prompt is computed in one pass for many questions. Then all of
-them go on together, whatever their database: by a token a pass, or by several where few are left
-and the next tokens can be guessed (`draft`). A question that has its answer leaves, and another
+them go on together, whatever their database, by a token a pass. Where few are left, the next tokens
+are guessed and several are checked in a pass (`draft`). A question that has its answer leaves, and another
 takes its place.
 
-The answers are those of one-by-one decoding, token for token but for the rounding of equal sums in
-another order (tested in float32). This is why it stays beside transformers' continuous batching
-(`generate_batch`) and vLLM's prefix caching: it is exact in float32, also on a CPU, and an adapter
-is measured over the very layers that it was trained over.
+The answers are those of one-by-one decoding, token for token (tested in float32). Only the rounding
+of equal sums in another order differs. So it stays beside transformers' continuous batching
+(`generate_batch`) and vLLM's prefix caching: it is exact in float32, also on a CPU.
 """
 
 from __future__ import annotations

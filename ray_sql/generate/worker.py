@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_sql import cluster, models
 from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswerOutcome, DriverLink, Note
@@ -12,6 +13,19 @@ from ray_sql.config import Config
 from ray_sql.generate.answer_cache import AnswerCache
 from ray_sql.generate.questions import Answer, parse
 from ray_sql.store import storage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    folder: str, config: Config, device: torch.device | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model that the driver has in `folder` on a worker's device, and its tokenizer."""
+    place = models.on_this_node(folder, config.model_name, config.cache, config.read_token)
+    base = models.load_base(place, config.quantization, config.train.bf16, device)
+    return base, models.load_tokenizer(place)
 
 
 def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
@@ -38,11 +52,8 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
         adapter = None
         if job.adapter and "tuned" in job.models:
             adapter = storage.fetch(job.adapter, Path(scratch))
-        model, tokenizer = agreed(
-            lambda: models.load_on_node(
-                job.model_folder, config, cluster.claim_device(config.scaling)
-            )
-        )
+        device = cluster.claim_device(config.scaling)
+        model, tokenizer = agreed(lambda: load_model(job.model_folder, config, device))
         # the base comes first: its layers are changed in place by the adapter's
         for name in job.models:
             # all ranks must agree on the rest; a dead worker's answers may be in the file alone

@@ -10,7 +10,6 @@ from ray_sql.models.load import (
     compute_dtype,
     load_adapter,
     load_base,
-    load_on_node,
     load_tokenizer,
     on_this_node,
     resolve,

@@ -3,8 +3,8 @@
 A cache of transformers holds every question's whole prompt. Here the prefix of a group of questions
 is held once (`Prefix`), and each question has only its own tokens (`OwnTokens`). All questions of a
 group are rows of one matrix product with the prefix's keys. Attention to the prefix and to own
-tokens is computed apart and weighted by the sums of their exponentials, as FlashAttention joins its
-blocks (arXiv 2205.14135). So the result is that of the whole prompt.
+tokens is computed apart. The two are weighted by the sums of their exponentials, as FlashAttention
+joins its blocks (arXiv 2205.14135). So the result is that of the whole prompt.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from ray_sql.config import Config, absolute
+from ray_sql.config import absolute
 from ray_sql.config.sections import QuantizationSection
 from ray_sql.errors import ModelError
 from ray_sql.models.demo import demo_folder, demo_model
@@ -88,15 +88,6 @@ def on_this_node(folder: str, model_name: str, cache: Path, token: SecretStr | N
         f"--model_name {model_name}: {folder} is not on every node; "
         "put it where all see it, or give a Hub id"
     )
-
-
-def load_on_node(
-    folder: str, config: Config, device: torch.device | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model that the driver has in `folder` on this node, and its tokenizer."""
-    place = on_this_node(folder, config.model_name, config.cache, config.read_token)
-    base = load_base(place, config.quantization, config.train.bf16, device)
-    return base, load_tokenizer(place)
 
 
 def revision_of(contract: Mapping[str, Any] | None, model_name: str) -> str | None:

@@ -3,7 +3,7 @@
 A model gets a mask that says who sees whom. But a kernel computes every pair and throws the masked
 ones away.
 
-On a CPU the prefix is computed by itself, and then a few questions at a time with the prefix and
+On a CPU the prefix is computed by itself, then a few questions at a time with the prefix and
 themselves, as plain matrix products. PyTorch's own kernel for CPUs (2.13, bfloat16) takes 2 to 2.6
 times as long, most of it in its backward. Where a model's layers do not hand `SPANS` on to their
 attention, the mask is used: slower, and equal.

@@ -1,4 +1,4 @@
-"""Training rows: tokenised examples in a file that all workers read, and how they share rows.
+"""Training rows: tokenised examples in a file that all workers read, several of them in a row.
 
 `tokenise` makes the examples once, `share` lays several on one database out in a row. What computes
 rows loads torch and is imported by those who compute: `batch` makes tensors, `probe` asks a model.

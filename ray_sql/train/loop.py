@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ray_sql import cluster, models, rows
+from ray_sql import cluster, generate, models, rows
 from ray_sql.cluster.events import (
     DriverLink,
     Event,
@@ -49,7 +49,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
         tell(Note(f"training with {world_size()} of {bounds} workers"))
     tell(StageEnded("imports of the training stack"))
     device = cluster.claim_device(config.scaling)
-    base, tokenizer = agreed(lambda: models.load_on_node(job.model_folder, config, device))
+    base, tokenizer = agreed(lambda: generate.load_model(job.model_folder, config, device))
     tell(StageEnded("model"))
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as temporary:
         scratch = Path(temporary)
