@@ -1,5 +1,4 @@
-"""Guesses repeat what followed the same tokens before, and a decoder that uses them needs fewer
-passes for the same answers."""
+"""Guesses repeat tokens that followed before, and make fewer passes for the same answers."""
 
 from pathlib import Path
 from typing import Any

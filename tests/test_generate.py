@@ -1,4 +1,4 @@
-"""Answers do not depend on who else is in the batch, and end at the closing fence or the end of the turn."""
+"""Answers do not depend on their batch, and end at the closing fence or the end of the turn."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ def model(tiny_model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def parrot(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
-    """`parrot(chain, chain)`: a model whose next token is a function of the last one, along the chains of texts given."""
+    """Make models whose next token follows from the last one, along the chains of texts given."""
     import torch
     from transformers import AutoModelForCausalLM
 

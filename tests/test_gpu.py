@@ -1,5 +1,4 @@
-"""On a GPU: shared rows have the gradients of separate ones with FlexAttention and with a mask, and
-training and generation work.
+"""On a GPU: shared rows have the gradients of separate ones, and training and generation work.
 
     python -m pytest -m gpu tests/test_gpu.py
 
@@ -50,8 +49,7 @@ LONG = {"schema": 300, "count": 12}
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    """float32 means float32, and nothing compiled for another test's model is met: a process trains
-    one model."""
+    """Compute float32 as float32, and meet nothing that was compiled for another test's model."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.compiler.reset()
@@ -65,8 +63,10 @@ def compare(
     prepare: Any = packed_attention.install,
     shared_by: int = 8,
 ) -> tuple[float, float, list[str]]:
-    """Relative error of the loss and of the LoRA gradients of shared rows against separate ones,
-    and the attention used."""
+    """Return the relative errors of loss and LoRA gradients, and the attention used.
+
+    Shared rows are compared with separate ones.
+    """
     used = []
 
     def remember(model: Any) -> None:

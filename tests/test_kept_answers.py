@@ -1,4 +1,4 @@
-"""Answers are kept as they come: a run that is killed asks only what is left, and never takes an answer to another question."""
+"""Answers are kept as they come, and a run that was cut off asks only the rest."""
 
 import io
 import json
@@ -113,8 +113,9 @@ def test_another_question_limit_or_adapter_has_its_own_answers(
 def test_a_killed_evaluation_goes_on_where_it_ended(
     make_config: Any, tiny_model: Path, spider_folder: Path, tmp_path: Path
 ) -> None:
-    flags = f"--model_name {tiny_model} --dataset_id {spider_folder} --output_name run --output_dir {tmp_path / 'out'} "
-    flags += f"--cache_dir {tmp_path / 'cache'} --scaling.num_workers 0 --evaluate.max_new_tokens 40 --train.bf16 false "
+    flags = f"--model_name {tiny_model} --dataset_id {spider_folder} --output_name run "
+    flags += f"--output_dir {tmp_path / 'out'} --cache_dir {tmp_path / 'cache'} "
+    flags += "--scaling.num_workers 0 --evaluate.max_new_tokens 40 --train.bf16 false "
     flags += "--evaluate.max_num_seqs 1 --evaluate.processes 1 --tracking.enabled false"
     command = [sys.executable, "-m", "jobs.evaluate", *flags.split()]
     root = Path(__file__).parent.parent

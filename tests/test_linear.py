@@ -1,4 +1,4 @@
-"""Fused layers train as peft's do, merged ones answer as theirs do, and both go back to what they were."""
+"""Fused layers train as peft's do, merged ones answer as theirs do, and both can be undone."""
 
 from pathlib import Path
 from typing import Any

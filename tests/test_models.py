@@ -1,4 +1,4 @@
-"""Base models: 4-bit weights mean what NF4 says, gradients pass them after a validation, and what cannot be loaded says why."""
+"""Base models: 4-bit weights are NF4's, gradients pass them, and a load that fails says why."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def test_a_layer_multiplies_with_exactly_what_its_4_bits_stand_for(
 def test_gradients_pass_the_base_model_after_a_forward_in_eval_mode(
     tiny_model: Path, make_config: Any, bf16: bool
 ) -> None:
-    """bitsandbytes 0.50.2 repacks 4-bit weights in eval mode for CPUs with AVX512-BF16, and the repacked ones have no backward."""
+    """bitsandbytes 0.50.2 repacks 4-bit weights in eval mode for CPUs with AVX512-BF16.
+
+    The repacked ones have no backward.
+    """
     model = load_base(tiny_model, make_config(**{"train.bf16": bf16}))
     embeddings = (
         model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8]])).detach().requires_grad_()
@@ -94,7 +97,10 @@ def test_an_adapter_of_another_model_is_refused(
 
 
 def ask(stand_in: hub.Hub, home: Path, code: str) -> Any:
-    """What a process with a Hub cache of its own, another node say, prints for `code` over `resolve` and `on_this_node`."""
+    """Return what `code` prints, over `resolve` and `on_this_node`, in a process with its own cache.
+
+    Such a process stands for another node.
+    """
     setup = (
         "import json; from pathlib import Path; from ray_sql import models\n"
         "def resolve(*revision): return models.resolve('me/base', Path('none'), None, *revision)\n"

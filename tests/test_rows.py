@@ -1,4 +1,7 @@
-"""A row is the prompt that generation sees plus the answer, with loss on the answer only; nothing is cut silently; no row is stale."""
+"""A row is the prompt that generation sees and the answer, with loss on the answer only.
+
+Nothing is cut silently, and no row is stale.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

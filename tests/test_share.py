@@ -1,4 +1,4 @@
-"""Shared rows compute what separate rows compute: the same loss, the same gradient of every LoRA weight, the same steps."""
+"""Shared rows compute what separate rows compute: loss, gradients, and optimizer steps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def family(kind: str, folder: Path, **shape: Any) -> Path:
 def some_rows(
     count: int = 12, databases: int = 2, seed: int = 0, schema: int = 40
 ) -> list[TokenizedExample]:
-    """Random rows on a few databases: `schema` tokens of schema, then 5 to 9 of question and 4 to 8 of answer."""
+    """Return random examples on a few databases.
+
+    They have `schema` tokens of schema, then 5 to 9 of question and 4 to 8 of answer.
+    """
     draw = random.Random(seed)
     schemas = [[draw.randrange(3, 250) for _ in range(schema)] for _ in range(databases)]
     made = []
@@ -81,7 +84,10 @@ def gradients(
     device: str = "cpu",
     prepare: Callable[[Any], None] = packed_attention.install,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and LoRA gradients of the first step, as the trainer computes them with the attention that `prepare` gives the model."""
+    """Return loss and LoRA gradients of the trainer's first step.
+
+    `prepare` gives the model its attention.
+    """
     torch.manual_seed(0)
     base = load_base(folder, config, device)
     prepare(base)

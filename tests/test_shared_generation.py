@@ -1,4 +1,4 @@
-"""Answers over a shared prefix are those of one-by-one greedy decoding, token for token, whoever else is answered beside them."""
+"""Answers over a shared prefix are those of one-by-one greedy decoding, token for token."""
 
 import random
 from pathlib import Path
@@ -75,7 +75,10 @@ def question(db_id: str, ids: list[int]) -> Question:
 
 
 def several(vocabulary: int) -> list[Question]:
-    """Questions on databases with many, two and single ones, equal ones, and one whose prompt is a single token."""
+    """Return questions on databases with many, two and single ones.
+
+    Some are equal, and one has a prompt of a single token.
+    """
     draw = random.Random(0)
 
     def tokens(count: int) -> list[int]:

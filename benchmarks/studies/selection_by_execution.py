@@ -44,8 +44,11 @@ EPOCHS, CHECKPOINTS, BATCH = 3, 4, 8
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was measured at a step of a trial: `objective` and `tie_break` of the questions to
-    choose by, `loss` of their gold answers, and which held-out questions were answered rightly."""
+    """Hold what was measured at a step of a trial.
+
+    `objective` and `tie_break` come from the questions to choose by, and `loss` from their gold
+    answers. `right` says which held-out questions were answered rightly.
+    """
 
     trial: str
     step: int
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """Rows to train on, questions to choose by with their rows, and held-out questions."""
+    """Hold rows to train on, questions to choose by with their rows, and held-out questions."""
 
     trained: list[rows.TokenizedExample]
     choosing: list[Question]
@@ -92,7 +95,7 @@ class Material:
 
 
 def prepare(databases: int) -> Material:
-    """What every trial reads."""
+    """Return what every trial reads."""
     config = settings()
     corpus = data.load(config)
     tokenizer = models.load_tokenizer(
@@ -183,7 +186,7 @@ def judged(model: Any, tokenizer: Any, config: Config, asked: list[Question]) ->
 
 
 def report(found: list[Checkpoint]) -> None:
-    """Both choices, and what the paired test says of them."""
+    """Print both choices, and what the paired test says of them."""
     print("| rate, rank | step | loss | accuracy that chooses | held-out accuracy |")
     print("|---|---|---|---|---|")
     for one in found:
@@ -199,8 +202,7 @@ def report(found: list[Checkpoint]) -> None:
 
 
 def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
-    """The checkpoint that each way chooses in every group, and all their held-out answers side by
-    side."""
+    """Compare the checkpoints that each way chooses, by all their held-out answers."""
     by_answers = [max(group, key=_rank(group)) for group in groups]
     by_loss = [min(group, key=lambda one: one.loss) for group in groups]
     pairs = [
@@ -224,13 +226,13 @@ def compared(groups: list[list[Checkpoint]]) -> dict[str, Any]:
 
 
 def _rank(group: list[Checkpoint]) -> Callable[[Checkpoint], tuple[float, float, int, int]]:
-    """As a sweep ranks: of equal checkpoints those of the earlier trial, and of these the later."""
+    """Rank as a sweep does: of equals the earlier trial, and of its checkpoints the later."""
     trials = [one.trial for one in group]
     return lambda one: (one.objective, one.tie_break, -trials.index(one.trial), one.step)
 
 
 def accuracy(chosen: list[Checkpoint]) -> str:
-    """Held-out execution accuracy with its interval."""
+    """Return the held-out execution accuracy with its interval."""
     right = [verdict for one in chosen for verdict in one.right]
     interval = wilson_interval(sum(right), len(right))
     share = f"{100 * sum(right) / len(right):.1f} %"

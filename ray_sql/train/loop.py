@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ray_sql import cluster, generate, models, rows
+from ray_sql import cluster, generate, rows
 from ray_sql.cluster.events import (
     DriverLink,
     Event,
