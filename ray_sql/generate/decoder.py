@@ -2,9 +2,9 @@
 
 Questions of one database whose prompts begin alike are a group. The prefix of a group is computed
 once and kept once. The rest of each prompt is computed in one pass for many questions. Then all of
-them go on together, whatever their database, by a token a pass. Where few are left, the next tokens
-are guessed and several are checked in a pass (`draft`). A question that has its answer leaves, and another
-takes its place.
+them go on together, whatever their database, by a token a pass. Where few are left, the next
+tokens are guessed and several are checked in a pass (`draft`). A question that has its answer
+leaves, and another takes its place.
 
 The answers are those of one-by-one decoding, token for token (tested in float32). Only the rounding
 of equal sums in another order differs. So it stays beside transformers' continuous batching
@@ -288,7 +288,9 @@ class Decoder:
         pairs = [(slot.group, slot.question) for slot in slots] + [(group, question)]
         used = {index for index, _ in pairs} | set(self._prefixes)
         prefixes = sum(self._groups[index].prefix for index in used)
-        own = max(len(self._prompts[asked]) - self._groups[index].prefix for index, asked in pairs)
+        own = max(
+            len(self._prompts[member]) - self._groups[index].prefix for index, member in pairs
+        )
         # the cache grows and never shrinks
         rows, columns = self._own.allocated
         columns = max(own + self._max_new_tokens + MAX_GUESSES, columns)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def load_model(
     folder: str, config: Config, device: torch.device | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model that the driver has in `folder` on a worker's device, and its tokenizer."""
+    """Load the base model that the driver has in `folder` on a worker's device, and a tokenizer."""
     place = models.on_this_node(folder, config.model_name, config.cache, config.read_token)
     base = models.load_base(place, config.quantization, config.train.bf16, device)
     return base, models.load_tokenizer(place)

@@ -34,7 +34,7 @@ def memory_estimate(
     given = config.train.gradient_checkpointing
     checkpointed = gpu if given is None else given
     per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
-    # on a CPU the attention of shared rows keeps its matrix (rows/attention.py): at most every pair of a row's tokens
+    # on a CPU the attention of shared rows keeps its matrix (models/packed_attention.py): at most every pair of a row's tokens
     matrices = (
         0 if gpu or config.batching.examples_per_row == 1 else (1 if checkpointed else layers)
     )

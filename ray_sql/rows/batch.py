@@ -88,7 +88,7 @@ def collate(rows: Sequence[SharedRow], pad: int) -> Pass:
     columns = []
     for column, fill in enumerate((pad, 0, PADDING, IGNORED)):
         values = (line[column] for line in lines)
-        columns.append(torch.tensor([one + [fill] * (width - len(one)) for one in values]))
+        columns.append(torch.tensor([row + [fill] * (width - len(row)) for row in values]))
     return Pass(*columns)
 
 

@@ -47,7 +47,8 @@ class SharedRow:
     @property
     def tokens(self) -> int:
         """Tokens that the row computes."""
-        return self.prefix + sum(len(one.input_ids) - self.prefix for one in self.examples)
+        own = (len(example.input_ids) - self.prefix for example in self.examples)
+        return self.prefix + sum(own)
 
 
 def step_order(
@@ -128,10 +129,10 @@ def epoch_order(databases: Sequence[str], examples_per_row: int, draw: random.Ra
     placed: list[tuple[float, list[int]]] = []
     for indices in (*(members[name] for name in sorted(members)), left):
         count = len(indices) // examples_per_row
-        for number in range(count):
-            start = number * examples_per_row
+        for part in range(count):
+            start = part * examples_per_row
             group = indices[start : start + examples_per_row]
-            placed.append(((number + draw.random()) / count, group))
+            placed.append(((part + draw.random()) / count, group))
     last = left[len(left) - len(left) % examples_per_row :]
     return [*chain.from_iterable(group for _, group in sorted(placed)), *last]
 
@@ -189,13 +190,13 @@ def passes(
         load[lightest] += row.tokens
         if lightest == rank:
             own.append(row)
-    made: list[list[SharedRow]] = []
+    result: list[list[SharedRow]] = []
     for row in own:
-        if made and _fits([*made[-1], row], batch_size):
-            made[-1].append(row)
+        if result and _fits([*result[-1], row], batch_size):
+            result[-1].append(row)
         else:
-            made.append([row])
-    return made
+            result.append([row])
+    return result
 
 
 def _fits(rows: Sequence[SharedRow], batch_size: int) -> bool:
