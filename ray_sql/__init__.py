@@ -7,4 +7,4 @@ finetune.run(Config(model_name="demo", output_name="mine", task_type="sql", data
 
 from ray_sql.config import Config
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

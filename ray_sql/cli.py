@@ -194,7 +194,7 @@ def _warn_of_secrets(words: Sequence[str]) -> None:
         print(f"warning: {flag} {shows}; HF_TOKEN in the environment does not", file=sys.stderr)
     for word in words:
         if mask_password(word) != word:
-            way_out = "give it in the environment (docs/cluster.md, Tokens)"
+            way_out = "give it in the environment (docs/secrets.md)"
             print(
                 f"warning: the password in {mask_password(word)} {shows}; {way_out}",
                 file=sys.stderr,

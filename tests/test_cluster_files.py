@@ -33,7 +33,9 @@ from ray_sql.config import Config, load
 ROOT = Path(__file__).parent.parent
 FILES = ("cluster.yaml", "cluster.local.yaml")
 RAY = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
+PAGE = "\n".join(
+    (ROOT / "docs" / name).read_text() for name in ("cluster.md", "running.md", "secrets.md")
+)
 
 
 def read(file: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ray_sql import __version__
 from ray_sql.cli import JOBS
 from ray_sql.config import SweepConfig, load
 from tests.test_layers import FLOORS
@@ -132,6 +133,12 @@ def test_badges_are_true() -> None:
     assert f"{project['requires-python'].removeprefix('>=')}+<" in _badge("python")
     assert f"{project['license']}<" in _badge("licence")
     assert "make test<" in _badge("tests")
+
+
+def test_the_changelog_and_the_citation_are_of_this_version() -> None:
+    newest = re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == __version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
 
 
 def _badge(name: str) -> str:
