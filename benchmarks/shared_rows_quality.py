@@ -45,6 +45,7 @@ from ray_sql import data, generate, models, rows
 from ray_sql.config import Config, load
 from ray_sql.generate import Answer
 from ray_sql.metrics import mcnemar, wilson_interval
+from ray_sql.tasks import TASKS
 
 TOGETHER, PASS = (1, 8), 8
 TRAINED, ASKED = 40, 15
@@ -290,7 +291,10 @@ def score(folder: Path) -> None:
     found: dict[Run, Scored] = {}
     for file in sorted(folder.glob("*-*-*-*.jsonl")):
         answers = [Answer(**json.loads(line)) for line in file.read_text().splitlines()]
-        verdicts = [row["verdict"] for row in scoring.score(asked, answers, config)]
+        verdicts = [
+            row["verdict"]
+            for row in scoring.score(asked, answers, TASKS[config.task_type], config.evaluate)
+        ]
         right = [verdict == "correct" for verdict in verdicts if verdict != "gold_error"]
         measured = json.loads(file.with_suffix(".json").read_text())
         found[Run.parse(file.stem)] = Scored(

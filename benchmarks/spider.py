@@ -18,6 +18,7 @@ from typing import Any
 
 from ray_sql import finetune
 from ray_sql.config import Config, load
+from ray_sql.tasks import TASKS
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir=arguments.output_dir,
     )
     metrics = finetune.run(config)
-    key = "execution_accuracy" if arguments.task_type == "sql" else "strict_recall"
+    key = TASKS[arguments.task_type].metric
     keep = (
         key,
         "interval",

@@ -76,7 +76,7 @@ JOBS = {
     "evaluate": Job(
         "Score a model, its adapter, or a file of predictions.",
         EvaluateConfig,
-        run="ray_sql.finetune:evaluate",
+        run="ray_sql.evaluate:run",
     ),
     "compare": Job(
         "Compare two scored files question by question.",

@@ -23,6 +23,7 @@ from ray_sql.cluster.events import (
 from ray_sql.config import Config
 from ray_sql.display import Display, percent
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Progress:
 
 def validation_scores(values: Mapping[str, float]) -> str:
     """Say how a checkpoint did on the validation questions, as a clause that begins with a comma."""
-    for name in ("execution_accuracy", "strict_recall"):
+    for name in (task.metric for task in TASKS.values()):
         if f"validation/{name}" in values:
             return f", validation {name} {percent(values[f'validation/{name}'])} of {values['validation/n']:.0f}"
     return (

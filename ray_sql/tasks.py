@@ -32,6 +32,12 @@ class Task:
     """Scores shown beside the main one, with their labels, where they were measured."""
     hub_tag: str
     hub_label: str
+    purpose: str
+    """The sentence of the model card on what the model does, after its subject."""
+    metric_meaning: str
+    """The sentence of the model card on the main score, without its rule and full stop."""
+    caveat: str
+    """The warning of the model card: how an answer may be wrong."""
 
     def objective(self, scores: Mapping[str, Any]) -> tuple[float, float]:
         """Return (main score, tie-break) of a summary; higher is better."""
@@ -61,6 +67,12 @@ SQL = Task(
     },
     hub_tag="text-to-sql",
     hub_label="text to SQL",
+    purpose="answers a question about a database, given its schema, with one SQL query.",
+    metric_meaning=(
+        "Execution accuracy: the share of questions whose SQL, executed, gives the result of the "
+        "reference query"
+    ),
+    caveat="SQL may run and still answer another question",
 )
 
 SCHEMA = Task(
@@ -82,6 +94,15 @@ SCHEMA = Task(
     },
     hub_tag="schema-linking",
     hub_label="schema linking",
+    purpose=(
+        "names the tables and columns of a database that a question needs, given its schema, as "
+        "JSON (schema linking)."
+    ),
+    metric_meaning=(
+        "Strict recall: the share of questions of which every table and column that is needed was "
+        "named"
+    ),
+    caveat="An answer may leave out what is needed",
 )
 
 TASKS: Mapping[TaskName, Task] = {task.name: task for task in (SQL, SCHEMA)}

@@ -10,7 +10,9 @@ import pytest
 from ray_sql.config import CompareConfig, load
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.evaluate import compare
+from ray_sql.evaluate.predictions_file import evaluate_file
 from ray_sql.metrics import mcnemar, resolvable_difference
+from ray_sql.store.run_folder import json_lines
 
 Row = dict[str, Any]
 
@@ -169,7 +171,6 @@ def test_what_measure_writes_can_be_compared(
     run: Any, make_config: Any, spider_folder: Path, tmp_path: Path
 ) -> None:
     from ray_sql.display import Display
-    from ray_sql.evaluate import measure, scoring
 
     files = {}
     for name, sql in (
@@ -177,8 +178,8 @@ def test_what_measure_writes_can_be_compared(
         ("b", "SELECT MAX(price) FROM product"),
     ):
         (tmp_path / f"{name}.sql").write_text(f"{sql}\n" * 8)
-        judged = measure.of_file(tmp_path / f"{name}.sql", make_config(), Display())["file"]
-        files[name] = scoring.dump(judged).splitlines()
+        judged = evaluate_file(tmp_path / f"{name}.sql", make_config(), Display())["file"]
+        files[name] = json_lines(judged).splitlines()
     result, _, _ = run(files["a"], files["b"])
     assert (result["n"], result["only_a"], result["only_b"]) == (8, 1, 1)
 

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from ray_sql import data, generate
+from ray_sql.config import Config
 from ray_sql.data import Corpus, Example
 from ray_sql.errors import DataError
 from ray_sql.evaluate import scoring
-from ray_sql.finetune import prepare
+from ray_sql.finetune import gold
 from ray_sql.generate import Answer, Question
+from ray_sql.metrics.judged import HARDNESS
 from ray_sql.models import load_tokenizer
+from ray_sql.store.run_folder import json_lines
+from ray_sql.tasks import TASKS
 from tests.conftest import QUESTIONS
 
 
@@ -37,14 +41,24 @@ def ask(
     return Question("0", "dev", db_id, "?", gold, hardness, database, [1])
 
 
+def score(
+    asked: list[Question], answers: list[Answer], config: Config, schemas: Any = None
+) -> list[dict[str, Any]]:
+    return scoring.score(asked, answers, TASKS[config.task_type], config.evaluate, schemas)
+
+
+def summarise(rows: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    return scoring.summarise(rows, TASKS[config.task_type], config.evaluate)
+
+
 @pytest.mark.parametrize("semantics", ["spider", "bird", "strict"])
 def test_gold_as_answers_scores_all(
     corpus: Corpus, tokenizer: Any, make_config: Any, semantics: str
 ) -> None:
     config = make_config(**{"evaluate.semantics": semantics})
     asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-    judged = scoring.score(asked, [said(one.gold) for one in asked], config)
-    scores = scoring.summarise(judged, config)
+    judged = score(asked, [said(one.gold) for one in asked], config)
+    scores = summarise(judged, config)
     assert (scores["execution_accuracy"], scores["n"], scores["correct"]) == (
         1.0,
         len(QUESTIONS),
@@ -58,8 +72,8 @@ def test_gold_as_answers_scores_all(
 def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     config = make_config(task_type="schema")
     asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-    judged = scoring.score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
-    scores = scoring.summarise(judged, config)
+    judged = score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
+    scores = summarise(judged, config)
     for name in (
         "strict_recall",
         "exact_match",
@@ -92,7 +106,7 @@ def judged(corpus: Corpus, make_config: Any) -> list[dict[str, Any]]:
         ("SELECT 1", "SELECT 1", "easy", None),
     ]
     asked = [ask(gold, hardness, database) for gold, _, hardness, database in cases]
-    return scoring.score(asked, [said(answer) for _, answer, _, _ in cases], make_config())
+    return score(asked, [said(answer) for _, answer, _, _ in cases], make_config())
 
 
 def test_every_answer_has_its_verdict_and_reason(judged: list[dict[str, Any]]) -> None:
@@ -119,7 +133,7 @@ def test_every_answer_has_its_verdict_and_reason(judged: list[dict[str, Any]]) -
 def test_failing_gold_is_counted_apart_and_all_numbers_agree(
     judged: list[dict[str, Any]], make_config: Any
 ) -> None:
-    scores = scoring.summarise(judged, make_config())
+    scores = summarise(judged, make_config())
     assert (scores["n"], scores["correct"], scores["gold_errors"]) == (5, 2, 2)
     assert (scores["execution_accuracy"], scores["valid_sql"]) == (2 / 5, 3 / 5)
     assert list(scores["by_hardness"]) == ["easy", "hard", "odd"]
@@ -137,16 +151,14 @@ def test_failing_gold_is_counted_apart_and_all_numbers_agree(
 def test_an_interval_clustered_by_database_is_there_where_databases_differ(
     judged: list[dict[str, Any]], make_config: Any
 ) -> None:
-    assert "clustered_interval" not in scoring.summarise(judged, make_config()), "one database"
+    assert "clustered_interval" not in summarise(judged, make_config()), "one database"
     rows = [row | {"db_id": name} for name, share in (("a", 2), ("b", 3)) for row in judged[:share]]
-    scores = scoring.summarise(rows, make_config())
+    scores = summarise(rows, make_config())
     assert scores["clustered_interval"] == [2 / 3, 1.0] and scores["execution_accuracy"] == 4 / 5
     links = make_config(task_type="schema")
     answers = [("a", '{"customer": ["name", "city"]}'), ("b", '{"customer": ["name"]}')]
     asked = [ask(json.dumps(GOLD), db_id=db_id) for db_id, _ in answers]
-    scores = scoring.summarise(
-        scoring.score(asked, [said(one, "json") for _, one in answers], links), links
-    )
+    scores = summarise(score(asked, [said(one, "json") for _, one in answers], links), links)
     assert scores["clustered_interval"] == [0.0, 1.0] and scores["strict_recall"] == 0.5
 
 
@@ -156,10 +168,10 @@ def test_hardness_is_graded_where_the_dataset_has_none(
     for task in ("sql", "schema"):
         config = make_config(task_type=task)
         asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
-        judged = scoring.score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
+        judged = score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
         levels = {row["hardness"] for row in judged}
-        assert levels <= set(scoring.HARDNESS) - {"unknown"} and len(levels) > 1
-        scores = scoring.summarise(judged, config)
+        assert levels <= set(HARDNESS) - {"unknown"} and len(levels) > 1
+        scores = summarise(judged, config)
         assert set(scores["by_hardness"]) == levels and set(scores["by_database"]) == {"mall"}
         for group in (*scores["by_hardness"].values(), *scores["by_database"].values()):
             assert (
@@ -175,7 +187,7 @@ def test_gold_that_does_not_run_is_found(corpus: Corpus, make_config: Any) -> No
         ("b", place, "SELECT x FROM nowhere"),
         ("c", place, "DELETE FROM sale"),
     ]
-    found = scoring.failing_gold(golds, make_config())
+    found = scoring.failing_gold(golds, make_config().evaluate)
     assert [row["id"] for row in found] == ["b", "c"]
     assert "nowhere" in found[0]["error"] and found[0]["gold"] == "SELECT x FROM nowhere"
 
@@ -189,7 +201,9 @@ def test_only_gold_that_timed_out_is_asked_again(corpus: Corpus, make_config: An
 
     def failing(corpus: Corpus) -> list[tuple[str, str]]:
         asked.clear()
-        rows = prepare.gold_errors(corpus, config, lambda _, total: asked.append(total))
+        rows = gold.failing(
+            corpus, config.evaluate, config.cache, lambda _, total: asked.append(total)
+        )
         return [(row["id"], row["error"].split(":")[0]) for row in rows]
 
     changed = replace(corpus, splits={"dev": examples})
@@ -218,7 +232,7 @@ def test_links_are_judged_by_name(
     corpus: Corpus, make_config: Any, answer: str | None, verdict: str, kind: str
 ) -> None:
     config = make_config(task_type="schema")
-    (row,) = scoring.score([ask(json.dumps(GOLD))], [said(answer, "json")], config, corpus.schemas)
+    (row,) = score([ask(json.dumps(GOLD))], [said(answer, "json")], config, corpus.schemas)
     assert (row["verdict"], row["error_kind"]) == (verdict, kind)
 
 
@@ -226,10 +240,8 @@ def test_linking_scores_count_names_over_all_questions(corpus: Corpus, make_conf
     config = make_config(task_type="schema")
     answers = ['{"customer": ["name", "city"]}', '{"customer": ["name", "shoe"], "hat": []}', None]
     asked = [ask(json.dumps(GOLD)) for _ in answers] + [ask("")]
-    judged = scoring.score(
-        asked, [said(one, "json") for one in [*answers, "{}"]], config, corpus.schemas
-    )
-    scores = scoring.summarise(judged, config)
+    judged = score(asked, [said(one, "json") for one in [*answers, "{}"]], config, corpus.schemas)
+    scores = summarise(judged, config)
     assert (scores["n"], scores["gold_errors"], judged[-1]["verdict"]) == (3, 1, "gold_error")
     assert scores["strict_recall"] == scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["interval"][0] < scores["strict_recall"] < scores["interval"][1]
@@ -261,10 +273,10 @@ def test_linking_scores_count_names_over_all_questions(corpus: Corpus, make_conf
 @pytest.mark.parametrize("task", ["sql", "schema"])
 def test_a_split_without_usable_gold_has_a_score_of_none(make_config: Any, task: str) -> None:
     config = make_config(task_type=task)
-    judged = scoring.score([ask("")], [said("x")], config)
-    scores = scoring.summarise(judged, config)
+    judged = score([ask("")], [said("x")], config)
+    scores = summarise(judged, config)
     assert (scores["n"], scores["gold_errors"], scores["interval"]) == (0, 1, [0.0, 1.0])
-    assert scoring.objective(scores) == (0.0, 0.0)
+    assert TASKS[config.task_type].objective(scores) == (0.0, 0.0)
 
 
 def test_databases_on_which_no_gold_runs_are_an_error(corpus: Corpus, make_config: Any) -> None:
@@ -273,7 +285,7 @@ def test_databases_on_which_no_gold_runs_are_an_error(corpus: Corpus, make_confi
         DataError,
         match=r"nothing can be scored.* \(1 in all\), as that of 0 on mall: no such table",
     ):
-        scoring.score(asked, [said("SELECT 1")] * 2, make_config())
+        score(asked, [said("SELECT 1")] * 2, make_config())
 
 
 def test_models_are_ordered_by_the_tasks_metric_then_by_the_tie_break() -> None:
@@ -296,10 +308,8 @@ def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
 
     place = corpus.databases["mall"]
     asked = [ask("SELECT 1", level, place) for level in ("easy", "très dur!", "a+b", "x (y)")]
-    scores = scoring.summarise(
-        scoring.score(asked, [said("SELECT 1")] * 4, make_config()), make_config()
-    )
-    metrics = scoring.flat(scores, "tuned/my split#1")
+    scores = summarise(score(asked, [said("SELECT 1")] * 4, make_config()), make_config())
+    metrics = scoring.mlflow_metrics(scores, "tuned/my split#1")
     for name, value in metrics.items():
         _validate_metric_name(name)
         assert isinstance(Metric(name, value, 0, 0).value, float)
@@ -314,7 +324,7 @@ def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
 
 def test_predictions_are_written_one_a_line(judged: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = [judged[0] | {"question": "a\u2028b\nc — é"}, *judged[1:]]
-    (tmp_path / "p.jsonl").write_text(scoring.dump(rows), encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(json_lines(rows), encoding="utf-8")
     assert data.read_records(tmp_path / "p.jsonl") == rows
 
 
@@ -334,10 +344,10 @@ def test_exact_set_match_is_a_second_score_where_the_schema_is_known(
         ("SELECT x FROM nowhere", "SELECT x FROM nowhere", "hard"),  # failing gold is not counted
     ]
     asked = [ask(gold, hardness, place) for gold, _, hardness in cases]
-    judged = scoring.score(asked, [said(one) for _, one, _ in cases], make_config(), corpus.schemas)
+    judged = score(asked, [said(one) for _, one, _ in cases], make_config(), corpus.schemas)
     assert [row["exact_set_match"] for row in judged] == [True, False, False, False, False]
     assert [row["verdict"] for row in judged[:2]] == ["wrong", "correct"]
-    scores = scoring.summarise(judged, make_config())
+    scores = summarise(judged, make_config())
     assert (scores["exact_set_match"], scores["exact_set_match_n"], scores["exact_set_unread"]) == (
         1 / 4,
         4,
@@ -345,13 +355,13 @@ def test_exact_set_match_is_a_second_score_where_the_schema_is_known(
     )
     assert scores["exact_set_match_interval"][0] < 1 / 4 < scores["exact_set_match_interval"][1]
     assert [group["exact_set_match"] for group in scores["by_hardness"].values()] == [1 / 2, 0]
-    metrics = scoring.flat(scores, "tuned/dev")
+    metrics = scoring.mlflow_metrics(scores, "tuned/dev")
     assert (metrics["tuned/dev/exact_set_match"], metrics["tuned/dev/easy/exact_set_match"]) == (
         1 / 4,
         1 / 2,
     )
-    without = scoring.summarise(
-        scoring.score(asked, [said(one) for _, one, _ in cases], make_config()), make_config()
+    without = summarise(
+        score(asked, [said(one) for _, one, _ in cases], make_config()), make_config()
     )
     assert not [key for key in without if "exact_set" in key]
 
@@ -368,7 +378,7 @@ def test_soft_f1_is_measured_under_birds_rule(corpus: Corpus, make_config: Any) 
         ("SELECT title FROM product", "SELECT nothing FROM product", 0),
     ]
     config = make_config(**{"evaluate.semantics": "bird"})
-    judged = scoring.score(
+    judged = score(
         [ask(gold, "easy", place) for gold, _, _ in cases],
         [said(one) for _, one, _ in cases],
         config,
@@ -376,10 +386,10 @@ def test_soft_f1_is_measured_under_birds_rule(corpus: Corpus, make_config: Any) 
     assert [row["soft_f1"] for row in judged] == pytest.approx(
         [share for *_, share in cases], abs=1e-4
     )
-    assert scoring.summarise(judged, config)["soft_f1"] == pytest.approx(5 / 9, abs=1e-4)
+    assert summarise(judged, config)["soft_f1"] == pytest.approx(5 / 9, abs=1e-4)
     assert (
         "soft_f1"
-        not in scoring.score([ask("SELECT 1", "easy", place)], [said("SELECT 1")], make_config())[0]
+        not in score([ask("SELECT 1", "easy", place)], [said("SELECT 1")], make_config())[0]
     )
 
 
@@ -397,7 +407,7 @@ def test_right_queries_are_timed_against_their_gold(corpus: Corpus, make_config:
         [said(one) for _, one in cases],
     )
     config = make_config(**{"evaluate.semantics": "bird", "evaluate.ves_iterations": 3})
-    judged = scoring.score(asked, answers, config)
+    judged = score(asked, answers, config)
     assert [row["ves_reward"] for row in judged] == [
         1.25,
         0.25,
@@ -405,6 +415,6 @@ def test_right_queries_are_timed_against_their_gold(corpus: Corpus, make_config:
         0,
     ]  # faster, slower, wrong, not SQL
     # R-VES takes the mean of the rewards' roots
-    assert scoring.summarise(judged, config)["r_ves"] == pytest.approx((1.25**0.5 + 0.25**0.5) / 4)
+    assert summarise(judged, config)["r_ves"] == pytest.approx((1.25**0.5 + 0.25**0.5) / 4)
     untimed = make_config(**{"evaluate.semantics": "bird"})
-    assert "r_ves" not in scoring.summarise(scoring.score(asked, answers, untimed), untimed)
+    assert "r_ves" not in summarise(score(asked, answers, untimed), untimed)

@@ -18,9 +18,11 @@ from ray_sql import data, generate
 from ray_sql.cluster.events import AnswersCounted
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
-from ray_sql.evaluate import measure, scoring
+from ray_sql.evaluate import scoring
+from ray_sql.evaluate.models import evaluate_models
 from ray_sql.generate import Answer, AnswerCache
 from ray_sql.models import load_tokenizer
+from ray_sql.tasks import SQL
 
 DISPLAY = Display(Console(file=io.StringIO()))
 
@@ -32,7 +34,7 @@ def ask(
     corpus, tokenizer = data.load(config), load_tokenizer(str(model))
     asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
     events: list[Any] = []
-    return measure.of_models(
+    return evaluate_models(
         config, asked, corpus.schemas, str(model), adapter, DISPLAY, events.append
     ), [event for event in events if isinstance(event, AnswersCounted)]
 
@@ -163,12 +165,12 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
     bad, good, other = "SELECT x FROM nowhere", "SELECT COUNT(*) FROM customer", "SELECT 7"
     candidates: Sequence[list[str]] = ([bad, good, other], [other, good, bad], [bad, "", bad], [])
     answers = [Answer((each or [bad])[0], 1, 1, 0.0, each) for each in candidates]
-    rows = scoring.score(asked, answers, config)
+    rows = scoring.score(asked, answers, SQL, config.evaluate)
     assert [row["predicted"] for row in rows] == [good, other, bad, bad]
     assert [row.get("candidates") for row in rows] == [*candidates[:3], None] and rows[0][
         "verdict"
     ] == "correct"
-    plain = scoring.score(asked, answers, make_config(**{"evaluate.num_beams": 3}))
+    plain = scoring.score(asked, answers, SQL, make_config(**{"evaluate.num_beams": 3}).evaluate)
     assert [row["predicted"] for row in plain] == [bad, other, bad, bad]
 
 

@@ -13,11 +13,14 @@ from ray_sql import data, generate
 from ray_sql.data import prompts
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
-from ray_sql.evaluate import measure
+from ray_sql.evaluate import results
+from ray_sql.evaluate.models import check_adapter, evaluate_models
+from ray_sql.evaluate.predictions_file import evaluate_file
 from ray_sql.metrics.paired import PairedTest
 from ray_sql.models import load_tokenizer
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import SQL, TASKS
 from tests.conftest import QUESTIONS, make_model
 
 GOLD = [sql for _, sql in QUESTIONS]
@@ -36,8 +39,10 @@ def of_file(make_config: Any, tmp_path: Path) -> Any:
             "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
         )
         config = make_config(**settings)
-        measured = measure.of_file(file, config, DISPLAY)
-        return measured["file"], measure.summarise(measured, config)["file"]
+        measured = evaluate_file(file, config, DISPLAY)
+        return measured["file"], results.summarise(
+            measured, TASKS[config.task_type], config.evaluate
+        )["file"]
 
     return run
 
@@ -108,7 +113,7 @@ def test_our_own_predictions_can_be_scored_again(of_file: Any, tmp_path: Path) -
             for n, sql in enumerate([*GOLD[:5], "SELECT", "x", "SELECT 1"])
         ]
     )
-    measure.write(RunFolder(str(tmp_path / "out")), {"file": rows}, scores)
+    results.write(RunFolder(str(tmp_path / "out")), {"file": rows}, scores)
     again, same = of_file((tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
     assert same == scores and [row["verdict"] for row in again] == [row["verdict"] for row in rows]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == scores
@@ -195,7 +200,7 @@ def test_a_missing_an_empty_and_a_binary_file_are_named(
     (tmp_path / "predictions.bin").write_bytes(b"\xff\xfe\x00")
     for name in ("predictions.no", "predictions.bin"):
         with pytest.raises(DataError, match=rf"^--predictions_file .*{name}: cannot be read"):
-            measure.of_file(tmp_path / name, make_config(), DISPLAY)
+            evaluate_file(tmp_path / name, make_config(), DISPLAY)
 
 
 # Models
@@ -219,15 +224,15 @@ def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_
         name: [row(split, verdict) for split, verdict in zip(splits, verdicts, strict=True)]
         for name, verdicts in (("base", base), ("tuned", tuned))
     }
-    summary = measure.summarise(measured, make_config())
+    summary = results.summarise(measured, SQL, make_config().evaluate)
     assert summary["compared"]["a"] == {"only_base": 1, "only_tuned": 2, "mcnemar_p": 1.0}
     assert summary["compared"]["b"]["only_tuned"] == 1
     assert (summary["base"]["a"]["n"], summary["tuned"]["a"]["correct"]) == (4, 3)
-    measure.write(RunFolder(str(tmp_path)), measured, summary)
+    results.write(RunFolder(str(tmp_path)), measured, summary)
     assert (tmp_path / "predictions.jsonl").read_text() != (
         tmp_path / "base_predictions.jsonl"
     ).read_text()
-    measure.write(RunFolder(str(tmp_path / "base")), {"base": measured["base"]}, summary)
+    results.write(RunFolder(str(tmp_path / "base")), {"base": measured["base"]}, summary)
     assert (tmp_path / "base" / "predictions.jsonl").is_file()
 
 
@@ -244,7 +249,7 @@ def test_links_are_compared_by_the_score_that_heads_their_table(make_config: Any
         "tuned": ["extra names", "extra names", "missing names"],
     }
     measured = {name: [row(kind) for kind in each] for name, each in kinds.items()}
-    assert measure.paired(measured, "base") == PairedTest(1, 1), (
+    assert results.paired(measured, "base") == PairedTest(1, 1), (
         "strict recall: spare names do no harm"
     )
 
@@ -256,7 +261,7 @@ def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model:
     points: list[Any] = []
 
     def ask() -> Any:
-        return measure.of_models(
+        return evaluate_models(
             config, asked, corpus.schemas, str(tiny_model), None, DISPLAY, points.append
         )
 
@@ -274,13 +279,13 @@ def test_an_adapter_of_another_contract_is_refused(
 ) -> None:
     adapter, config = str(tmp_path / "run" / "adapter"), make_config()
     with pytest.raises(ContractError, match=r"holds no contract.json; give the adapter folder"):
-        measure.check_adapter(adapter, config, str(tiny_model), None)
+        check_adapter(adapter, config, str(tiny_model), None)
     trained = prompts.contract(make_config(), load_tokenizer(str(tiny_model)), None)
     storage.write_text(f"{adapter}/contract.json", json.dumps(trained))
-    measure.check_adapter(adapter, config, str(tiny_model), None)
+    check_adapter(adapter, config, str(tiny_model), None)
     other = make_model(tmp_path / "other")
     tokenizer = load_tokenizer(str(other))
     tokenizer.add_tokens(["SELECT DISTINCT"])
     tokenizer.save_pretrained(other)
     with pytest.raises(ContractError, match="trained with tokenizer_hash"):
-        measure.check_adapter(adapter, config, str(other), None)
+        check_adapter(adapter, config, str(other), None)

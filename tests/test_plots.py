@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from ray_sql.evaluate import measure
+from ray_sql.evaluate import results
 from ray_sql.metrics import wilson_interval
 from ray_sql.report import figures
+from ray_sql.tasks import SQL
 
 
 def rows(verdicts: str, **changes: Any) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def rows(verdicts: str, **changes: Any) -> list[dict[str, Any]]:
 
 def drawn(measured: dict[str, list[dict[str, Any]]], make_config: Any) -> dict[str, Any]:
     return figures.figures(
-        {"task_type": "sql", **measure.summarise(measured, make_config())}, measured
+        {"task_type": "sql", **results.summarise(measured, SQL, make_config().evaluate)}, measured
     )
 
 

@@ -23,14 +23,16 @@ from typing import Any
 
 import pytest
 
-from ray_sql import data, finetune, generate
+from ray_sql import data, evaluate, finetune, generate
 from ray_sql.config import EvaluateConfig
 from ray_sql.database import Executor, Limits, reflect
 from ray_sql.errors import ConfigError, DataError
-from ray_sql.evaluate import measure, scoring
-from ray_sql.finetune import prepare
+from ray_sql.evaluate import scoring
+from ray_sql.evaluate.predictions_file import require_executable
+from ray_sql.finetune import plan, prepare
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics import Pair, classify_error, judge
+from ray_sql.tasks import SQL
 from tests.conftest import QUESTIONS, SHOP
 from tests.waiting import wait_until
 
@@ -414,7 +416,7 @@ def test_a_predictions_file_is_scored_on_a_server(
         "\n".join(json.dumps({"id": str(n), "predicted": p}) for n, p in enumerate(predicted))
     )
     config = make_config(EvaluateConfig, predictions_file=str(tmp_path / "p.jsonl"), **questions)
-    scores = finetune.evaluate(config)["file"]["dev"]
+    scores = evaluate.run(config)["file"]["dev"]
     assert (scores["n"], scores["correct"], scores["gold_errors"]) == (6, 3, 1)
     assert scores["errors"] == {"wrong rows": 1, "no such column": 1, "refused": 1}
 
@@ -428,14 +430,11 @@ def test_gold_and_answers_of_a_run_are_judged_on_a_server(
         ("dev", "SELECT x FROM nowhere")
     ]
     asked = prepared.questions(config)
-    judged = scoring.score(
-        asked, [Answer(f"```sql\n{one.gold}\n```", 1, 1, 0.1) for one in asked], config
-    )
+    answers = [Answer(f"```sql\n{one.gold}\n```", 1, 1, 0.1) for one in asked]
+    judged = scoring.score(asked, answers, SQL, config.evaluate)
     assert {row["verdict"] for row in judged} <= {"correct", "gold_error"} and len(judged) == 4
     assert prepared.validation(config) != []
-    assert not [
-        line for line in prepare.plan(prepared, config) if "nothing can be executed" in line
-    ]
+    assert not [line for line in plan.lines(prepared, config) if "nothing can be executed" in line]
 
 
 def test_a_run_trains_and_measures_on_a_server(questions: dict[str, str], make_config: Any) -> None:
@@ -472,13 +471,11 @@ def test_a_password_is_in_no_file_and_workers_that_need_it_are_refused(
         ]
 
 
-def test_other_servers_are_refused_where_sql_is_to_be_scored(make_config: Any) -> None:
+def test_other_servers_are_refused_where_sql_is_to_be_scored() -> None:
     corpus = data.Corpus({"dev": ()}, {}, {"a": "mysql://host/a"})
     with pytest.raises(DataError, match="SQLite files and on PostgreSQL, not on mysql"):
-        measure.check_executable(corpus, make_config())
-    measure.check_executable(
-        replace(corpus, databases={"a": "postgresql+psycopg://host/a"}), make_config()
-    )
+        require_executable(corpus, SQL)
+    require_executable(replace(corpus, databases={"a": "postgresql+psycopg://host/a"}), SQL)
     assert corpus.executable("a") is None and corpus.executable("b") is None
     assert (
         replace(corpus, databases={"a": "sqlite:////data/a.sqlite"}).executable("a")

@@ -27,12 +27,13 @@ from ray_sql.config import Config, EvaluateConfig, PublishConfig, load
 from ray_sql.data import prompts
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, StoreError
-from ray_sql.evaluate import measure
+from ray_sql.evaluate import results
+from ray_sql.evaluate.models import check_adapter
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
 from ray_sql.store import retry
 from ray_sql.store.run_folder import RunFolder
-from ray_sql.tasks import SQL
+from ray_sql.tasks import SQL, TASKS
 from tests import hub as stand_ins
 from tests.hub import FINE, FINE_ELSEWHERE, READER, WRITER
 from tests.waiting import wait_until
@@ -124,7 +125,11 @@ def run_dir(unproven: Path) -> Path:
     config = Config(**json.loads((unproven / "config.json").read_text()))
     tracked = {"mlflow_run_id": RUN_ID, "tracking_uri": f"sqlite:///{unproven}/mlflow.db"}
     metrics = json.loads((unproven / "metrics.json").read_text()) | tracked
-    measure.write(RunFolder(str(unproven)), measured, metrics | measure.summarise(measured, config))
+    results.write(
+        RunFolder(str(unproven)),
+        measured,
+        metrics | results.summarise(measured, TASKS[config.task_type], config.evaluate),
+    )
     return unproven
 
 
@@ -232,9 +237,7 @@ def test_the_published_settings_and_contract_fit_each_other(
     ]
     config = load(EvaluateConfig, given)
     assert config.model_name == "tests/tiny"
-    measure.check_adapter(
-        str(folder), config.as_run(), str(tiny_model), None
-    )  # raises where they differ
+    check_adapter(str(folder), config.as_run(), str(tiny_model), None)  # raises where they differ
 
 
 def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(

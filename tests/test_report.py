@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from ray_sql.evaluate import measure, scoring
+from ray_sql.evaluate import results, scoring
 from ray_sql.generate import Answer, Question
 from ray_sql.report import figures, html
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import SCHEMA, TASKS
 
 HOSTILE = r"""$\frac{$ </script><script>alert('x')</script><img src=x onerror=alert(1)> & "quoted" 'SQL'"""
 
@@ -52,7 +53,11 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def page_of(measured: dict[str, list[dict[str, Any]]], config: Any, task: str = "sql") -> str:
-    metrics = {"task_type": task, "dataset_id": "some data", **measure.summarise(measured, config)}
+    metrics = {
+        "task_type": task,
+        "dataset_id": "some data",
+        **results.summarise(measured, TASKS[config.task_type], config.evaluate),
+    }
     return html.page("my run", metrics, measured, figures.figures(metrics, measured))
 
 
@@ -123,9 +128,8 @@ def test_links_have_a_page_too(make_config: Any) -> None:
     gold = '{"customer": ["name", "city"]}'
     asked = [Question(str(n), "dev", f"db{n}", "Who?", gold, None, None, [1]) for n in range(3)]
     said = [gold, '{"customer": ["name", "city", "id"]}', "no links at all"]
-    judged = scoring.score(
-        asked, [Answer(f"```json\n{one}\n```", 10, 5, 0.1) for one in said], config
-    )
+    answers = [Answer(f"```json\n{text}\n```", 10, 5, 0.1) for text in said]
+    judged = scoring.score(asked, answers, SCHEMA, config.evaluate)
     text = page_of({"file": judged}, config, "schema")
     for shown in (
         "strict recall",
@@ -151,8 +155,12 @@ def test_it_is_written_into_the_runs_folder(make_config: Any, tmp_path: Path) ->
     measured = {"file": questions(3)}
     html.write(
         RunFolder(config.run_dir),
-        config.output_name,
-        {"task_type": "sql", "dataset_id": "d", **measure.summarise(measured, config)},
+        "my run",
+        {
+            "task_type": "sql",
+            "dataset_id": "d",
+            **results.summarise(measured, TASKS[config.task_type], config.evaluate),
+        },
         measured,
         {},
     )

@@ -20,6 +20,7 @@ import torch
 from ray_sql import cluster, finetune, rows, tracking, train
 from ray_sql.cluster.events import CheckpointSaved, Event, Note, TrainPoint
 from ray_sql.config import Config
+from ray_sql.display import Display
 from ray_sql.errors import (
     ConfigError,
     ContractError,
@@ -260,7 +261,7 @@ def test_a_run_without_memory_goes_on_with_smaller_passes_as_the_unbroken_one(
     assert max(tried[:2]) > 4 and tried[2] > 4 and tried[3] in (3, 4) and max(tried[4:]) <= 2
     assert broken.order == [1, 2, 3, 4, 5], "on from the checkpoint of step 2"
     assert broken.losses == pytest.approx(whole.losses, abs=1e-4)
-    assert prepare.earlier_run(config) is None, "it is the same run still"
+    assert finetune.finished_metrics(config) is None, "it is the same run still"
     tried.clear()
     fit(config.changed({"train.max_steps": 6}), Curve())
     assert max(tried) <= 2, "the same command does not go where memory was full"
@@ -525,7 +526,7 @@ def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(
     config = make_config(
         **{"train.max_steps": 2, "tracking.enabled": True, "tracking.uri": uri, "evaluate.limit": 2}
     )
-    monkeypatch.setattr(finetune.measure, "of_models", lambda *_: 1 / 0)
+    monkeypatch.setattr(finetune.finetune, "evaluate_models", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune.run(config)
     monkeypatch.undo()
@@ -543,16 +544,16 @@ def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> N
     with pytest.raises(
         ConfigError, match=r"learning_rate 0.0001 there, 0.5 here.*--output_name.*--overwrite"
     ):
-        prepare.earlier_run(config.changed({"learning_rate": 0.5}))
-    assert prepare.earlier_run(config.changed({"evaluate.timeout": 5})) is None, (
+        finetune.finished_metrics(config.changed({"learning_rate": 0.5}))
+    assert finetune.finished_metrics(config.changed({"evaluate.timeout": 5})) is None, (
         "an unfinished run of the same settings goes on"
     )
     anew = config.changed({"learning_rate": 0.5, "overwrite": True})
-    assert prepare.earlier_run(anew) is None
+    assert finetune.finished_metrics(anew) is None
     assert os.path.exists(config.run_dir), "nothing is removed before everything has been checked"
     Path(config.run_dir, "metrics.json").write_text("{}")
-    prepare.write_inputs(prepare.prepare(anew), anew)
-    assert not os.path.exists(f"{config.run_dir}/metrics.json")
+    with finetune.Session(anew, Display()):
+        assert not os.path.exists(f"{config.run_dir}/metrics.json")
 
 
 def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: Any) -> None:
@@ -569,7 +570,7 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: A
             f"{config.run_dir}/inputs/finished",
         ):
             storage.write_text(file, "{}")
-        assert prepare.earlier_run(config) == {}, "a finished run"
+        assert finetune.finished_metrics(config) == {}, "a finished run"
         if not removal_cut_off(config.run_dir, after):
             break
         assert os.path.exists(config.run_dir)
@@ -577,7 +578,7 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: A
             "it cannot be published"
         )
         again = config.changed({"learning_rate": 0.5, "overwrite": after % 2 == 0})
-        assert prepare.earlier_run(again) is None and not os.path.exists(config.run_dir)
+        assert finetune.finished_metrics(again) is None and not os.path.exists(config.run_dir)
     assert after > 3 and not os.path.exists(config.run_dir)
 
 

@@ -23,13 +23,23 @@ import pytest
 from ray_sql import cluster, finetune, preflight, tracking, tune
 from ray_sql.cluster.events import Note, TrainPoint, TrialEvent
 from ray_sql.config import CheckConfig, Config, SweepConfig, load
+from ray_sql.display import Display
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
-from ray_sql.tune import champion, search, space, study, sweep
-from ray_sql.tune.study import Measure, Study, Trial
+from ray_sql.tune import champion, search, session, space, study, sweep
+from ray_sql.tune.objective import Objective
+from ray_sql.tune.session import (
+    StudySession,
+    begin_trial_record,
+    concurrent_trials,
+    plan,
+    trial_capacity,
+    trial_spool,
+)
+from ray_sql.tune.study import StepScore, Study, TrialRecord, open_or_begin, trial_name
 from tests.conftest import removal_cut_off
 
 SWEEP = {
@@ -68,9 +78,9 @@ def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(
 ) -> None:
     config = one(make_config, **{"lora.r": 4, "lora.lora_alpha": 8})
     axes = space.read(config)
-    assert axes.start() == {"learning_rate": 1e-3, "lora.r": 4}
-    assert config.changed(axes.settings(axes.start())).identity() == config.identity()
-    assert axes.settings({"learning_rate": 0.1, "lora.r": 8}) == {
+    assert axes.start == {"learning_rate": 1e-3, "lora.r": 4}
+    assert config.changed(axes.changes(axes.start)).identity() == config.identity()
+    assert axes.changes({"learning_rate": 0.1, "lora.r": 8}) == {
         "learning_rate": 0.1,
         "lora.r": 8,
         "lora.lora_alpha": 16,
@@ -79,7 +89,7 @@ def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(
         make_config,
         **{"tune.space": {"lora.r": {"choice": [2, 4]}, "lora.lora_alpha": {"choice": [8, 16]}}},
     )
-    assert space.read(free).settings({"lora.r": 2, "lora.lora_alpha": 8}) == {
+    assert space.read(free).changes({"lora.r": 2, "lora.lora_alpha": 8}) == {
         "lora.r": 2,
         "lora.lora_alpha": 8,
     }
@@ -88,7 +98,7 @@ def test_the_first_trial_is_the_settings_and_alpha_keeps_its_ratio_to_the_rank(
 def test_the_default_space_holds_the_default_settings() -> None:
     config = load(Config, ["--model_name", "m", "--output_name", "o", "--task_type", "sql"])
     axes = space.read(config)
-    assert axes.start() == {"learning_rate": 1e-4, "lora.r": 64}
+    assert axes.start == {"learning_rate": 1e-4, "lora.r": 64}
     assert [axis.text for axis in axes.axes] == [
         "learning_rate loguniform 2e-05 … 0.002",
         "lora.r choice 8, 16, 32, 64, 128",
@@ -187,7 +197,7 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
     root = Path(__file__).parent.parent
     for path in sorted((root / "jobs" / "configs").glob("*.yaml")):
         for config in load(SweepConfig, ["--config", str(path)]).studies():
-            assert space.read(config).start()["learning_rate"] == config.learning_rate, path
+            assert space.read(config).start["learning_rate"] == config.learning_rate, path
     (shown,) = re.findall(
         r"```yaml\n(.*?)```", (root / "docs" / "sweeps.md").read_text(), re.DOTALL
     )
@@ -207,16 +217,16 @@ def test_trials_that_cannot_be_scheduled_are_refused(
     monkeypatch.setattr(cluster.resources, "cluster_nodes", lambda: [{"CPU": 64.0, "GPU": 4.0}])
     two = one(make_config, **{"scaling.num_workers": 2})
     room = cluster.training_capacity(two.scaling)
-    assert sweep.at_once(two, room) == 2
-    assert sweep.at_once(one(make_config, **{"tune.max_concurrent_trials": 1}), room) == 1
+    assert concurrent_trials(two, room) == 2
+    assert concurrent_trials(one(make_config, **{"tune.max_concurrent_trials": 1}), room) == 1
     with pytest.raises(
         ConfigError, match=r"no trial can be scheduled: 4 GPU here / 8 a trial \(8 x 1\) = 0; lower"
     ):
-        sweep._room(one(make_config, **{"scaling.num_workers": 8}))
+        trial_capacity(one(make_config, **{"scaling.num_workers": 8}))
     with pytest.raises(
         ConfigError, match=r"max_concurrent_trials 9, but only 4 fit: 4 GPU here / 1 a trial"
     ):
-        sweep._room(one(make_config, **{"tune.max_concurrent_trials": 9}))
+        trial_capacity(one(make_config, **{"tune.max_concurrent_trials": 9}))
 
 
 def test_trials_on_several_nodes_need_a_shared_folder(
@@ -232,12 +242,12 @@ def test_trials_on_several_nodes_need_a_shared_folder(
     with pytest.raises(
         ConfigError, match=r"no trial can be scheduled: 0 workers of 4 GPU .*\(the largest has 3\)"
     ):
-        sweep._room(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
+        trial_capacity(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
     axes, prepared = space.read(both), prepare.prepare(both)
     shared = f"on 2 nodes: {both.run_dir} must be a folder that they share; else give --scaling.storage_path"
-    assert shared in "\n".join(sweep.plan(both, axes, prepared, room))
+    assert shared in "\n".join(plan(both, axes, prepared, room))
     stored = both.changed({"scaling.storage_path": "s3://runs"})
-    assert "on 2 nodes" not in "\n".join(sweep.plan(stored, axes, prepared, room))
+    assert "on 2 nodes" not in "\n".join(plan(stored, axes, prepared, room))
 
 
 def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any) -> None:
@@ -263,10 +273,13 @@ def optuna_points(
 ) -> list[dict[str, Any]]:
     """The points of a study whose trials so far had these values."""
     asked = Study(
-        "/nowhere", "", {}, trials=[Trial(n, point) for n, (point, _) in enumerate(known)]
+        RunFolder("/nowhere"),
+        "",
+        {},
+        trials=[TrialRecord(n, point) for n, (point, _) in enumerate(known)],
     )
     asked.save = lambda: None  # type: ignore[method-assign]
-    searching = search.Search(space.read(config), asked)
+    searching = search.StudySearch(space.read(config), asked, config.tune.num_samples, config.seed)
     for n in range(number):
         searching.suggest(str(n))
         searching.on_trial_complete(
@@ -279,7 +292,7 @@ def optuna_points(
 def test_a_resumed_search_goes_on_as_the_unbroken_one(make_config: Any) -> None:
     config = one(make_config, **{"tune.num_samples": 16})
     whole = optuna_points(config, [], 12)
-    assert whole[0] == space.read(config).start()
+    assert whole[0] == space.read(config).start
     for cut in (1, 5, 11):
         known = [(point, -point["learning_rate"]) for point in whole[:cut]]
         assert optuna_points(config, known, 12) == whole
@@ -302,10 +315,15 @@ def test_no_point_is_tried_twice_while_there_are_others(make_config: Any) -> Non
 
 def test_rungs_are_where_trials_are_measured(make_config: Any) -> None:
     config = one(make_config, **{"save_steps": 5, "tune.reduction_factor": 3})
-    assert search.rungs(config, 100) == [5, 15, 45]
-    assert search.rungs(config.changed({"tune.grace_period": 12}), 100) == [15, 40]
-    assert search.rungs(config.changed({"tune.scheduler": "fifo"}), 100) == []
-    assert search.rungs(config, 4) == []
+
+    def rungs(steps: int, **changes: Any) -> list[int]:
+        changed = config.changed({f"tune.{name}": value for name, value in changes.items()})
+        return search.rungs(changed.tune, steps, changed.eval_every)
+
+    assert rungs(100) == [5, 15, 45]
+    assert rungs(100, grace_period=12) == [15, 40]
+    assert rungs(100, scheduler="fifo") == []
+    assert rungs(4) == []
 
 
 # What a study knows
@@ -313,7 +331,7 @@ def test_rungs_are_where_trials_are_measured(make_config: Any) -> None:
 
 def test_scores_order_as_objective_and_then_tie_break() -> None:
     measures = [
-        Measure(1, right / 8, tie / 8, {"validation/n": 8})
+        StepScore(1, right / 8, tie / 8, {"validation/n": 8})
         for right in range(9)
         for tie in range(9)
     ]
@@ -329,28 +347,28 @@ def test_of_equal_checkpoints_a_study_names_the_one_that_is_kept(tmp_path: Path)
         scores = {"objective": {1: 0.25, 4: 0.0}.get(step, 0.5), "tie_break": None, "metrics": {}}
         checkpoints.save(local, RunFolder(str(tmp_path / "run")), step, scores)
         checkpoints.prune(RunFolder(str(tmp_path / "run")))
-    study.record(
+    study.write_scores(
         RunFolder(str(tmp_path / "run")),
-        [Measure(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)],
+        [StepScore(s, 0.25 if s == 1 else 0.5, None, {}) for s in (1, 2, 3)],
     )
-    best = max(study.measured(RunFolder(str(tmp_path / "run"))), key=lambda one: one.rank)
+    best = max(study.read_scores(RunFolder(str(tmp_path / "run"))), key=lambda one: one.rank)
     kept = checkpoints.best(checkpoints.complete(RunFolder(str(tmp_path / "run"))))
     assert kept and kept.step == best.step == 3
 
 
 def test_the_winner_is_the_earliest_of_equals_and_no_failed_trial(make_config: Any) -> None:
-    good = Measure(2, 0.5, 0.5, {})
-    trials = [Trial(n, {}, "finished", good) for n in range(3)]
-    assert Study("/x", "", {}, trials=trials).best() == trials[0]
+    good = StepScore(2, 0.5, 0.5, {})
+    trials = [TrialRecord(n, {}, "finished", good) for n in range(3)]
+    assert Study(RunFolder("/x"), "", {}, trials=trials).best() == trials[0]
     later = replace(trials[2], best=replace(good, step=4))
-    assert Study("/x", "", {}, trials=[*trials[:2], later]).best() == trials[0]
+    assert Study(RunFolder("/x"), "", {}, trials=[*trials[:2], later]).best() == trials[0]
     better = replace(trials[2], best=replace(good, tie_break=0.6))
-    assert Study("/x", "", {}, trials=[*trials[:2], better]).best() == better
+    assert Study(RunFolder("/x"), "", {}, trials=[*trials[:2], better]).best() == better
     assert (
-        Study("/x", "", {}, trials=[*trials[:2], replace(better, state="failed")]).best()
+        Study(RunFolder("/x"), "", {}, trials=[*trials[:2], replace(better, state="failed")]).best()
         == trials[0]
     )
-    assert Study("/x", "", {}, trials=[Trial(0, {})]).best() is None
+    assert Study(RunFolder("/x"), "", {}, trials=[TrialRecord(0, {})]).best() is None
 
 
 def test_a_study_is_found_again_and_one_of_other_settings_refused(
@@ -358,8 +376,8 @@ def test_a_study_is_found_again_and_one_of_other_settings_refused(
 ) -> None:
     config = one(make_config)
     begun = study.begin(config)
-    begun.ask(0, {"learning_rate": 1e-3})
-    begun.change(0, state="finished", best=Measure(2, -1.5, None, {"validation/loss": 1.5}))
+    begun.trial_at(0, {"learning_rate": 1e-3})
+    begun.change(0, state="finished", best=StepScore(2, -1.5, None, {"validation/loss": 1.5}))
     assert study.load(config) == begun
     assert study.load(config.changed({"tune.num_samples": 9})) == begun, (
         "a study may be given more trials later"
@@ -373,13 +391,13 @@ def test_a_study_is_found_again_and_one_of_other_settings_refused(
         ConfigError,
         match=r"was cut off, with 1 of 4 trials settled: --resume goes on with it, --overwrite",
     ):
-        sweep._study(config, resume=False)
-    assert sweep._study(config, resume=True) == begun
+        open_or_begin(config, resume=False)
+    assert open_or_begin(config, resume=True) == begun
     other = config.changed({"output_name": "thesis", "overwrite": True})
     Path(other.run_dir).mkdir(parents=True)
     (Path(other.run_dir) / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match="is no study"):
-        sweep._study(other, resume=False)
+        open_or_begin(other, resume=False)
 
 
 def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
@@ -392,10 +410,10 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
-        cut.setattr(prepare, "write_inputs", killed)
-        sweep._run(config, resume=False)
+        cut.setattr(session, "write_inputs", killed)
+        sweep.run_study(config, resume=False)
     begun = study.load(config)
-    assert begun and sweep._study(config, resume=True) == begun
+    assert begun and open_or_begin(config, resume=True) == begun
     prepare.write_inputs(prepare.prepare(config), config)
     storage.remove(f"{config.run_dir}/study.json")  # as earlier versions could leave it
     for given, resume in (
@@ -403,20 +421,20 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
         (config, True),
         (config.changed({"overwrite": True}), False),
     ):
-        assert sweep._study(given, resume).trials == []
+        assert open_or_begin(given, resume).trials == []
     storage.write_text(f"{config.run_dir}/adapter/adapter_model.safetensors", "a week's work")
     for overwrite in (True, False):
         with pytest.raises(StoreError, match="is no study"):
-            sweep._study(config.changed({"overwrite": overwrite}), resume=False)
+            open_or_begin(config.changed({"overwrite": overwrite}), resume=False)
 
 
 def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config: Any) -> None:
     config = one(make_config)
-    prepared, point = prepare.prepare(config), space.read(config).start()
+    prepared, point = prepare.prepare(config), space.read(config).start
     for after in itertools.count():
         prepare.write_inputs(prepared, config)
         begun = study.begin(config)
-        begun.ask(0, point)
+        begun.trial_at(0, point)
         begun.finished = True
         begun.save()
         for file in (
@@ -429,7 +447,7 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config:
         if not removal_cut_off(config.run_dir, after):
             break
         again = config.changed({"overwrite": after % 2 == 0})
-        assert sweep._study(again, resume=True).trials == [] and not os.path.exists(config.run_dir)
+        assert open_or_begin(again, resume=True).trials == [] and not os.path.exists(config.run_dir)
     assert after > 3 and not os.path.exists(config.run_dir)
 
 
@@ -444,7 +462,7 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(
 
     def begun(known: Study) -> tracking.Run:
         for number in range(2):
-            known.ask(number, axes.start())
+            known.trial_at(number, axes.start)
         record = tracking.start(
             config.tracking, {}, name="sweep", tags={}, own=known.tags, spool=finetune.spool(config)
         )
@@ -453,9 +471,9 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(
         return record
 
     def measured(
-        under: Config, trial: Trial, parent: tracking.Run, objective: float
+        under: Config, trial: TrialRecord, parent: tracking.Run, objective: float
     ) -> tracking.Run:
-        run = sweep._child(under, axes, trial, parent)
+        run = begin_trial_record(under, axes, trial, parent.run_id)
         run.log(2, {"objective": objective})
         return run
 
@@ -465,14 +483,14 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(
     measured(
         away, old.trials[1], first, 0.2
     )  # began while MLflow was away, so that only its file knows of it
-    sweep._remove(config)
+    StudySession(config, Display(), study.begin(config), axes).remove_earlier()
     client = MlflowClient(config.tracking.uri)
     assert {run.info.run_id: run.info.status for run in client.search_runs(["1"])} == {
         first.run_id: "KILLED",
         running.run_id: "KILLED",
     }
 
-    new = sweep._study(config, resume=False)
+    new = open_or_begin(config, resume=False)
     second = begun(new)
     for trial in new.trials:
         measured(config, trial, second, 0.7).end("FINISHED")
@@ -484,7 +502,7 @@ def test_overwriting_a_study_that_was_cut_off_ends_its_runs_and_begins_others(
     assert [(run.info.status, run.data.metrics) for run in children] == [
         ("FINISHED", {"objective": 0.7})
     ] * 2
-    assert not any(sweep._spool(config, trial).exists() for trial in new.trials)
+    assert not any(trial_spool(config, trial.number).exists() for trial in new.trials)
 
 
 def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(
@@ -493,27 +511,25 @@ def test_what_a_trial_that_was_cut_off_kept_waits_for_the_study_to_go_on(
     store = {"tracking.enabled": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     config = one(make_config, **store)
     begun = study.begin(config)
-    begun.ask(0, space.read(config).start())
+    begun.trial_at(0, space.read(config).start)
     trial = begun.change(0, state="running")
     away = config.changed({"tracking.uri": "http://127.0.0.1:9"})
-    sweep._child(away, space.read(config), trial, tracking.null_run()).log(2, {"objective": 0.5})
-    kept = sweep._spool(config, trial).read_text()
+    begin_trial_record(away, space.read(config), trial, "").log(2, {"objective": 0.5})
+    kept = trial_spool(config, trial.number).read_text()
     with pytest.raises(
         StoreError, match=r"records of trial-000 wait for the study to go on: .*--resume"
     ):
         preflight.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
-    assert sweep._spool(config, trial).read_text() == kept and "0.5" in kept
+    assert trial_spool(config, trial.number).read_text() == kept and "0.5" in kept
 
 
 def test_a_trial_starts_while_mlflow_is_away(make_config: Any) -> None:
     config = one(make_config, **{"tracking.enabled": True, "tracking.uri": "http://127.0.0.1:9"})
     axes, parent = space.read(config), tracking.null_run()
-    run = sweep._child(config, axes, Trial(0, axes.start()), parent)
+    run = begin_trial_record(config, axes, TrialRecord(0, axes.start), parent.run_id)
     run.log(2, {"objective": 0.5})
     run.end("FINISHED")
-    assert (
-        run.run_id == "" and len(sweep._spool(config, Trial(0, {})).read_text().splitlines()) == 3
-    )
+    assert run.run_id == "" and len(trial_spool(config, 0).read_text().splitlines()) == 3
 
 
 def test_what_trials_kept_for_mlflow_is_sent_on_request(
@@ -528,21 +544,17 @@ def test_what_trials_kept_for_mlflow_is_sent_on_request(
     )
     parent.end("FINISHED")
     begun = study.begin(config)
-    begun.ask(0, {})
+    begun.trial_at(0, {})
     begun.mlflow_run_id = parent.run_id
     begun.change(0, state="finished")
-    run = sweep._child(
-        config.changed({"tracking.uri": "http://127.0.0.1:9"}),
-        space.read(config),
-        begun.trials[0],
-        parent,
-    )
+    away = config.changed({"tracking.uri": "http://127.0.0.1:9"})
+    run = begin_trial_record(away, space.read(config), begun.trials[0], parent.run_id)
     run.log(2, {"objective": 0.5})
     run.end("FINISHED")
-    assert sweep._spool(config, begun.trials[0]).is_file()
+    assert trial_spool(config, begun.trials[0].number).is_file()
     preflight.replay(make_config(CheckConfig, **(SWEEP | store | {"replay": True})))
     assert "all that was recorded of sweep is in MLflow" in capfd.readouterr().out
-    assert not sweep._spool(config, begun.trials[0]).exists()
+    assert not trial_spool(config, begun.trials[0].number).exists()
     client = MlflowClient(config.tracking.uri)
     family = {found.info.run_id: found for found in client.search_runs(["1"])}
     (child,) = (found for key, found in family.items() if key != parent.run_id)
@@ -551,25 +563,23 @@ def test_what_trials_kept_for_mlflow_is_sent_on_request(
     assert study.load(config).trials[0].mlflow_run_id == child.info.run_id  # type: ignore[union-attr]
 
 
-def test_a_win_needs_the_paired_test(make_config: Any) -> None:
-    config = one(make_config)
-
+def test_a_win_needs_the_paired_test() -> None:
     def rows(right: int) -> list[dict[str, Any]]:
         return [
             {"split": "dev", "verdict": "correct" if n < right else "wrong", "error_kind": "none"}
             for n in range(40)
         ]
 
-    assert champion.judge({"base": rows(0), "tuned": rows(20)}, config)[0]
-    assert not champion.judge({"base": rows(18), "tuned": rows(20)}, config)[0], (
+    assert champion.judge({"base": rows(0), "tuned": rows(20)})[0]
+    assert not champion.judge({"base": rows(18), "tuned": rows(20)})[0], (
         "two questions more are no win"
     )
-    assert champion.judge({"base": rows(0), "default": rows(21), "tuned": rows(20)}, config)[0], (
+    assert champion.judge({"base": rows(0), "default": rows(21), "tuned": rows(20)})[0], (
         "nor is one more a loss"
     )
-    won, verdict = champion.judge({"base": rows(0), "default": rows(40), "tuned": rows(20)}, config)
+    won, verdict = champion.judge({"base": rows(0), "default": rows(40), "tuned": rows(20)})
     assert not won and "against the default settings 0 to 20" in verdict
-    assert not champion.judge({"tuned": rows(20)}, config)[0]
+    assert not champion.judge({"tuned": rows(20)})[0]
 
 
 # The driver's view
@@ -578,15 +588,22 @@ def test_a_win_needs_the_paired_test(make_config: Any) -> None:
 def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: Any) -> None:
     from rich.console import Console
 
-    from ray_sql.display import Display
-    from ray_sql.tune.callback import Watch
+    from ray_sql.tune.callback import SweepCallback
 
     config, out = one(make_config), io.StringIO()
     begun = study.begin(config)
-    begun.ask(0, {"learning_rate": 1e-3, "lora.r": 4})
+    begun.trial_at(0, {"learning_rate": 1e-3, "lora.r": 4})
     display = Display(Console(file=out, force_terminal=True, highlight=False, width=120))
-    watch = Watch(
-        begun, space.read(config), 4, ("CPU", 1.0), lambda _: tracking.null_run(), display
+    axes, unit, now = space.read(config), ("CPU", 1.0), [0.0]
+    watch = SweepCallback(
+        begun,
+        axes,
+        Objective.of(config),
+        4,
+        unit,
+        lambda _: tracking.null_run(),
+        display,
+        clock=lambda: now[0],
     )
 
     def shown() -> str:
@@ -602,19 +619,18 @@ def test_the_table_is_there_from_the_start_and_moves_with_training(make_config: 
     assert re.search(r" 4 │ +3 │.*running", shown()) and begun.trials[0].steps == 0, (
         "none of them measured"
     )
-    watch._clocks[0] -= 3600
-    assert watch.hours() == pytest.approx(1, abs=0.01)
+    now[0] += 3600
+    assert watch.hours() == pytest.approx(1)
     watch.on_trial_recover(0, [], tuned)
-    watch._clocks.clear()
     watch.on_trial_start(0, [], tuned)
-    assert watch.hours() == pytest.approx(1, abs=0.01), "what the process that died has used"
+    assert watch.hours() == pytest.approx(1), "what the process that died has used"
     watch.on_event(TrialEvent(0, Note("out of memory: once more")))
     watch.on_trial_complete(0, [], tuned)
     assert "trial-000: out of memory: once more" in out.getvalue()
     assert "trial-000: failed: diverged by step 3" in out.getvalue(), (
         "a terminal's table goes when the sweep ends"
     )
-    assert begun.trials[0].steps == 3 and begun.trials[0].seconds == pytest.approx(3600, abs=30)
+    assert begun.trials[0].steps == 3 and begun.trials[0].seconds == pytest.approx(3600)
 
 
 # A trial, without Tune
@@ -624,21 +640,16 @@ class Alone:
     """A trial driven by hand, as Ray Tune drives it: steps, and a stop."""
 
     def __init__(self, config: Config, settled: str | None = None, **changes: Any) -> None:
-        from ray_sql.tune.trial import Trial as Trainable
+        from ray_sql.tune.trial import TrialJob, TrialTrainable
 
         prepared = prepare.prepare(config)
         prepare.write_inputs(prepared, config)
         self._events: list[TrialEvent] = []
         self.folder = RunFolder(config.run_dir).trial("trial-001")
-        plan = {
-            "config": config.for_workers(),
-            "model_folder": prepared.model_folder,
-            "inputs": config.run_dir,
-            "steps": config.batching.steps(prepared.audit.rows),
-            "sender": self._events.append,
-        }
-        self._trial = Trainable.__new__(Trainable)
-        self._trial.setup({"trial": 1, "changes": changes, "settled": settled}, plan=plan)
+        steps = prepared.steps(config)
+        job = TrialJob(config.for_workers(), prepared.model_folder, steps, self._events.append)
+        self._trial = TrialTrainable.__new__(TrialTrainable)
+        self._trial.setup({"trial": 1, "changes": changes, "settled": settled}, job=job)
 
     def steps(self, most: int = 99) -> list[dict[str, Any]]:
         """The results of so many steps, or until it is done."""
@@ -683,9 +694,9 @@ def test_a_trial_stops_where_it_is_told_and_goes_on_later(make_config: Any) -> N
 def test_the_winner_is_measured_as_this_command_says(make_config: Any) -> None:
     config = one(make_config)
     begun = study.begin(config)
-    trial = begun.ask(0, {"learning_rate": 1e-2, "lora.r": 8})
+    trial = begun.trial_at(0, {"learning_rate": 1e-2, "lora.r": 8})
     again = config.changed({"split": ["validation"], "evaluate.limit": 500})
-    chosen = champion._settings(again, trial)
+    chosen = again.changed(space.read(again).changes(trial.point))
     assert (chosen.split, chosen.evaluate.limit, chosen.run_dir) == (
         ("validation",),
         500,
@@ -777,16 +788,18 @@ def test_a_sweep_from_its_space_to_its_champion(
         run.data.tags["mlflow.parentRunId"] for run in children.values()
     } == {parent.info.run_id}
     assert parent.info.status == "FINISHED" and parent.data.tags["winner"].startswith(
-        study.name(best.number)
+        trial_name(best.number)
     )
     for trial in known.trials:
         run = children[str(trial.number)]
         assert run.info.status == ("FAILED" if trial.state == "failed" else "FINISHED")
         assert float(run.data.params["learning_rate"]) == trial.point["learning_rate"]
     curve = client.get_metric_history(children["0"].info.run_id, "objective")
-    assert [point.step for point in curve] == [one.step for one in study.measured(known.folder(0))]
+    assert [point.step for point in curve] == [
+        one.step for one in study.read_scores(known.trial_folder(0))
+    ]
     assert client.get_metric_history(children["0"].info.run_id, "train/loss")
-    adapter = f"adapter-{study.name(best.number)}-step-{best.best.step}"
+    adapter = f"adapter-{trial_name(best.number)}-step-{best.best.step}"
     names = {
         item.path
         for folder in ("", "figures")
@@ -831,7 +844,7 @@ class Driver:
     def start_and_measure(self, config: Config) -> subprocess.Popen[bytes]:
         """A driver whose first trial has been measured."""
         process, deadline = self.start(), time.monotonic() + 200
-        while not study.measured(RunFolder(f"{config.run_dir}/trials/trial-000")):
+        while not study.read_scores(RunFolder(f"{config.run_dir}/trials/trial-000")):
             assert process.poll() is None and time.monotonic() < deadline, self._log.read_text()[
                 -3000:
             ]
@@ -912,13 +925,17 @@ def test_a_killed_driver_resumes_its_study(
         ).read_text()[-3000:]
         text = storage.read_text(f"{config.run_dir}/study.json")
         known = study.load(config) if text else None
-        if settled(known) == 1 and len(known.trials) == 2 and study.measured(known.folder(1)):  # type: ignore[union-attr]
+        if (
+            settled(known) == 1
+            and len(known.trials) == 2
+            and study.read_scores(known.trial_folder(1))
+        ):  # type: ignore[union-attr]
             break
         time.sleep(0.02)
     gone(first)
     before = study.load(config)
     assert before and before.trials[0].state == "finished"
-    weights = Path(before.folder(0).uri, "checkpoint-4", "adapter_model.safetensors")
+    weights = Path(before.trial_folder(0).uri, "checkpoint-4", "adapter_model.safetensors")
     trained = weights.stat().st_mtime_ns
     refused = driver.start()
     assert refused.wait(timeout=120) == 2
@@ -929,7 +946,9 @@ def test_a_killed_driver_resumes_its_study(
     assert [trial.point for trial in after.trials[:2]] == [trial.point for trial in before.trials]
     (run,) = (run for run in runs(tracked["tracking.uri"]) if run.data.tags.get("trial") == "1")
     curve = MlflowClient(tracked["tracking.uri"]).get_metric_history(run.info.run_id, "objective")
-    assert [point.step for point in curve] == [one.step for one in study.measured(after.folder(1))]
+    assert [point.step for point in curve] == [
+        one.step for one in study.read_scores(after.trial_folder(1))
+    ]
     assert (
         after.trials[0].best == before.trials[0].best
         and after.trials[0].seconds == before.trials[0].seconds
@@ -1040,7 +1059,7 @@ def test_a_dry_run_shows_the_space_and_the_arithmetic_and_starts_nothing(
         assert line in out
     assert not os.path.exists(given.run_dir)
     (config,) = given.studies()
-    assert prepare.earlier_run(config) is None
+    assert finetune.finished_metrics(config) is None
     crowned = study.begin(config)
     crowned.finished = True
     crowned.save()

@@ -34,6 +34,8 @@ from ray_sql.config import Config
 from ray_sql.evaluate import scoring
 from ray_sql.generate import Question
 from ray_sql.metrics import mcnemar, wilson_interval
+from ray_sql.metrics.judged import JudgedRow
+from ray_sql.tasks import TASKS
 
 POINTS = ((3e-4, 64), (1e-3, 16), (2e-3, 8))
 """(learning rate, LoRA rank) of every trial: slow, middling and fast."""
@@ -136,6 +138,7 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
     config = config.changed(
         {"save_steps": -(-config.batching.steps(len(made.trained)) // CHECKPOINTS)}
     )
+    task = TASKS[config.task_type]
     model_folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     tokenizer = models.load_tokenizer(model_folder)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -145,10 +148,10 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
     def on_save(step: int, local: Path, model: Any) -> None:
         pad = tokenizer.pad_token_id
         total, labels = trainer.held_out_loss(model, made.choosing_rows, config.batching, 0, 1, pad)
-        ask: Callable[[list[Question]], list[scoring.Row]] = partial(
-            judged, model, tokenizer, config
+        ask: Callable[[list[Question]], list[JudgedRow]] = partial(judged, model, tokenizer, config)
+        objective, tie_break = task.objective(
+            scoring.summarise(ask(made.choosing), task, config.evaluate)
         )
-        objective, tie_break = scoring.objective(scoring.summarise(ask(made.choosing), config))
         right = [
             row["verdict"] == "correct"
             for row in ask(made.held_out)
@@ -177,12 +180,12 @@ def trial(made: Material, rate: float, rank: int, epochs: int) -> list[Checkpoin
     return measured
 
 
-def judged(model: Any, tokenizer: Any, config: Config, asked: list[Question]) -> list[scoring.Row]:
+def judged(model: Any, tokenizer: Any, config: Config, asked: list[Question]) -> list[JudgedRow]:
     """Return the model's answers with their verdicts."""
     from ray_sql.generate.answers import Decoding, answer_questions
 
     answers = answer_questions(model, tokenizer, asked, Decoding(config.evaluate.max_new_tokens))
-    return list(scoring.score(asked, answers, config))
+    return list(scoring.score(asked, answers, TASKS[config.task_type], config.evaluate))
 
 
 def report(found: list[Checkpoint]) -> None:

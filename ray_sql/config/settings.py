@@ -258,13 +258,17 @@ class Config(ModelConfig):
             seed=self.seed,
         )
 
+    @property
+    def eval_every(self) -> int:
+        """The optimizer steps between two evaluations of checkpoints."""
+        return self.evaluate.eval_steps or self.save_steps
+
     def is_eval_step(self, step: int, examples: int) -> bool:
         """Say whether a checkpoint is measured: at every `eval_steps`, and at the run's last step.
 
         `examples` is the number of training examples.
         """
-        eval_steps = self.evaluate.eval_steps or self.save_steps
-        return step % eval_steps == 0 or step >= self.batching.steps(examples)
+        return step % self.eval_every == 0 or step >= self.batching.steps(examples)
 
     @property
     def publishes(self) -> bool:

@@ -1,9 +1,10 @@
-"""Two files of judged predictions, question by question: is one model better, and on which questions do they differ?
+"""Compare two files of judged predictions, question by question.
 
     ray-sql compare A/predictions.jsonl B/predictions.jsonl
 
-Nothing is executed again: verdicts are taken as they stand in the files, paired by split and id. Both must have been scored against
-the same gold, and under the same semantics, which is known where `metrics.json` still lies beside a file.
+Nothing is executed: verdicts are taken as they stand in the files, paired by split and id. Both
+files must have been scored against the same gold, and under the same semantics, which is known
+where `metrics.json` still lies beside a file.
 """
 
 from __future__ import annotations
@@ -17,59 +18,69 @@ from ray_sql import data
 from ray_sql.config import CompareConfig
 from ray_sql.display import Display, percent
 from ray_sql.errors import DataError
-from ray_sql.evaluate.scoring import Row, clustered
-from ray_sql.metrics import VerdictName, mcnemar, resolvable_difference, wilson_interval
-from ray_sql.metrics.judged import HARDNESS, grouped, is_right
+from ray_sql.evaluate.shares import clustered, interval
+from ray_sql.metrics import VerdictName, resolvable_difference
+from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped, is_right
+from ray_sql.metrics.paired import ALPHA, paired_test
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import SCHEMA, SQL, Task
 
 Key = tuple[str, str]
 """Split and id of a question."""
 
-ALPHA = 0.05
-"""p above which a difference is called not significant."""
+GROUPS = {"by_split": "split", "by_hardness": "hardness", "by_database": "db_id"}
+"""Groups of a comparison, and the fields they are made by."""
 
-QUESTIONS = "--- questions that only A gets right"
-"""Where the listing goes on with single questions."""
+QUESTIONS = "--- questions that only {side} gets right"
+"""The line where the listing of single questions begins."""
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The questions that both files judge, in the order of the first, and how many had to be left out."""
+class PairedRows:
+    """The questions that both files judge, in the order of the first, and counts of those left out."""
 
-    rows: list[tuple[Row, Row]]
+    rows: list[tuple[JudgedRow, JudgedRow]]
+    task: Task
     only_in_a: int
     only_in_b: int
     gold_errors: int
 
 
 def run(config: CompareConfig) -> dict[str, Any]:
-    """Compare the two files of `config.files`, write `compare.json` and `compare.txt`; returns what the former holds."""
-    display = Display()
-    files = [storage.absolute_uri(file) for file in config.files]
+    """Compare the two files of `config.files`, and return what `compare.json` holds."""
+    display, folder = Display(), RunFolder(config.run_dir)
+    a, b = (storage.absolute_uri(file) for file in config.files)
     if config.dry_run:
-        display.line(f"would compare {files[0]} with {files[1]} and write {config.run_dir}")
+        display.line(f"would compare {a} with {b} and write {config.run_dir}")
         return {}
-    paired = pair(read(files[0]), read(files[1]), files)
-    rules = [semantics(file) for file in files]
-    if all(rules) and rules[0] != rules[1]:
-        raise DataError(
-            f"--files: {files[0]} was scored under semantics {rules[0]}, {files[1]} under {rules[1]}; score one of them again: "
-            f"ray-sql evaluate --predictions_file … --evaluate.semantics {rules[0]}"
-        )
-    result = {"a": files[0], "b": files[1], **compare(paired)}
+    result = compare_files(a, b)
     text = listing(result)
-    storage.write_text(f"{config.run_dir}/compare.txt", text)
-    storage.write_text(
-        f"{config.run_dir}/compare.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    )
-    display.line(text.split(f"\n\n{QUESTIONS}")[0])
-    display.line(f"\nquestions on which they differ  {config.run_dir}/compare.txt")
+    storage.write_text(folder.comparison_text, text)
+    storage.write_text(folder.comparison, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    display.line(text.split(f"\n\n{QUESTIONS.format(side='A')}")[0])
+    display.line(f"\nquestions on which they differ  {folder.comparison_text}")
     return result
 
 
-def read(file: str) -> dict[Key, Row]:
-    """The judged rows of a file by split and id; raises `DataError` with the line of the first that is none."""
+def compare_files(a: str, b: str) -> dict[str, Any]:
+    """Compare two files, at paths or URIs. Raises `DataError` where they cannot be compared."""
+    paired = pair(read(a), read(b), a, b)
+    rules = semantics(a), semantics(b)
+    if all(rules) and rules[0] != rules[1]:
+        raise DataError(
+            f"--files: {a} was scored under semantics {rules[0]}, {b} under {rules[1]}; score one "
+            "of them again: ray-sql evaluate --predictions_file … --evaluate.semantics "
+            f"{rules[0]}"
+        )
+    return {"a": a, "b": b, **compare(paired)}
+
+
+def read(file: str) -> dict[Key, JudgedRow]:
+    """Return the judged rows of a file by split and id.
+
+    Raises `DataError` with the first line that holds no judged row, or one that came before.
+    """
     try:
         text = storage.read_text(file)
     except (OSError, UnicodeDecodeError) as error:
@@ -80,13 +91,14 @@ def read(file: str) -> dict[Key, Row]:
         raise DataError(
             f"--files {file}: no such file; give the predictions.jsonl of a run or an evaluation"
         )
-    rows: dict[Key, Row] = {}
+    rows: dict[Key, JudgedRow] = {}
     lines: dict[Key, int] = {}
     for line, row in data.parse_lines(file, text).items():
         key = _key(row, f"{file}, line {line}")
         if key in rows:
             raise DataError(
-                f"{file}, line {line}: id {key[1]!r} of split {key[0]!r} was on line {lines[key]} before"
+                f"{file}, line {line}: id {key[1]!r} of split {key[0]!r} was on line {lines[key]} "
+                "before"
             )
         rows[key], lines[key] = row, line
     return rows
@@ -107,40 +119,43 @@ def _key(row: Any, where: str) -> Key:
 
 
 def semantics(file: str) -> str | None:
-    """Under which rule the rows of a file were judged, if the `metrics.json` beside it says so."""
+    """Return the rule that a file was judged under, if the `metrics.json` beside it names one.
+
+    A rule that keeps DISTINCT is another one; it is written as its flags.
+    """
     try:
         metrics = RunFolder(file.rpartition("/")[0]).read_metrics() or {}
-    except ValueError:
+    except json.JSONDecodeError:
         return None
-    scores = [one for name in ("tuned", "base", "file") for one in metrics.get(name, {}).values()]
-    if not scores or "semantics" not in scores[0]:
-        return None
-    # with DISTINCT kept it is another rule, and said as one asks for it
-    return str(scores[0]["semantics"]) + (
-        " --evaluate.keep_distinct" if scores[0].get("keep_distinct") else ""
-    )
+    for model in ("tuned", "base", "file"):
+        for scores in metrics.get(model, {}).values():
+            if "semantics" not in scores:
+                return None
+            distinct = " --evaluate.keep_distinct" if scores.get("keep_distinct") else ""
+            return f"{scores['semantics']}{distinct}"
+    return None
 
 
-def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Paired:
-    """The questions in both; raises `DataError` where there are none, or where the same id means another question."""
+def pair(
+    a: Mapping[Key, JudgedRow], b: Mapping[Key, JudgedRow], file_a: str, file_b: str
+) -> PairedRows:
+    """Pair the questions in both files.
+
+    Raises `DataError` if there are none, or if the same id means another question or task.
+    """
     common = [key for key in a if key in b]
     if not common:
         raise DataError(
-            f"--files: {files[0]} ({len(a)} questions{_example(a)}) and {files[1]} ({len(b)} questions{_example(b)}) have no "
-            "split and id in common"
+            f"--files: {file_a} ({len(a)} questions{_example(a)}) and {file_b} ({len(b)} questions"
+            f"{_example(b)}) have no split and id in common"
         )
-    if len({_task(rows) for rows in (a, b)}) == 2:
+    task_a, task_b = _task(a), _task(b)
+    if task_a != task_b:
         raise DataError(
-            f"--files: {files[0]} holds answers of task {_task(a)}, {files[1]} of task {_task(b)}"
+            f"--files: {file_a} holds answers of task {task_a.name}, {file_b} of task {task_b.name}"
         )
     for key in common:
-        for field in ("db_id", "question", "gold"):
-            one, other = a[key].get(field), b[key].get(field)
-            if one and other and one != other:
-                raise DataError(
-                    f"--files: split {key[0]!r}, id {key[1]!r} has {field} {str(one)[:80]!r} in {files[0]}, but "
-                    f"{str(other)[:80]!r} in {files[1]}; score both against the same data"
-                )
+        _check_same_question(key, a[key], b[key], file_a, file_b)
     judged = [
         (a[key], b[key])
         for key in common
@@ -148,113 +163,122 @@ def pair(a: Mapping[Key, Row], b: Mapping[Key, Row], files: Sequence[str]) -> Pa
     ]
     if not judged:
         raise DataError(
-            f"--files: the gold of all {len(common)} questions in common fails, so nothing was judged"
+            f"--files: the gold of all {len(common)} questions in common fails, so nothing was "
+            "judged"
         )
-    return Paired(judged, len(a) - len(common), len(b) - len(common), len(common) - len(judged))
+    left_out = len(a) - len(common), len(b) - len(common), len(common) - len(judged)
+    return PairedRows(judged, task_a, *left_out)
 
 
-def _example(rows: Mapping[Key, Row]) -> str:
+def _check_same_question(key: Key, a: JudgedRow, b: JudgedRow, file_a: str, file_b: str) -> None:
+    for field in ("db_id", "question", "gold"):
+        in_a, in_b = a.get(field), b.get(field)
+        if in_a and in_b and in_a != in_b:
+            raise DataError(
+                f"--files: split {key[0]!r}, id {key[1]!r} has {field} {str(in_a)[:80]!r} in "
+                f"{file_a}, but {str(in_b)[:80]!r} in {file_b}; score both against the same data"
+            )
+
+
+def _example(rows: Mapping[Key, JudgedRow]) -> str:
     split, name = next(iter(rows), ("", ""))
     return f", e.g. split {split!r} id {name!r}" if rows else ""
 
 
-def _task(rows: Mapping[Key, Row]) -> str:
-    return "schema" if any("linking" in row for row in rows.values()) else "sql"
+def _task(rows: Mapping[Key, JudgedRow]) -> Task:
+    return SCHEMA if any("linking" in row for row in rows.values()) else SQL
 
 
-def compare(paired: Paired) -> dict[str, Any]:
-    """Accuracies, difference, paired test and verdict, in all and by split, hardness and database; and what differs."""
-    schema = any("linking" in row for row, _ in paired.rows)
+def compare(paired: PairedRows) -> dict[str, Any]:
+    """Return accuracies, their difference, paired test and verdict, in all and by group.
+
+    Both tasks are compared by exact answers, schema linking by strict recall too. `discordant`
+    holds the questions that only one of the two gets right.
+    """
     total = _test(paired.rows)
-    recalled = {"strict_recall": _test(paired.rows, is_right)} if schema else {}
-    pairs = [(a, b) for a, b in paired.rows if _exact(a) != _exact(b)]
-    groups = {}
-    for name, field in (
-        ("by_split", "split"),
-        ("by_hardness", "hardness"),
-        ("by_database", "db_id"),
-    ):
-        keyed = [{"key": a.get(field) or "unknown", "pair": (a, b)} for a, b in paired.rows]
-        parts = grouped(keyed, "key", HARDNESS if field == "hardness" else ())
-        groups[name] = {part: _test([one["pair"] for one in rows]) for part, rows in parts.items()}
-    return {
-        "metric": "exact_match" if schema else "execution_accuracy",
+    result = {
+        "metric": SQL.metric if paired.task.executes_sql else "exact_match",
         "verdict": verdict(total),
         **total,
-        **recalled,
+    }
+    if not paired.task.executes_sql:
+        result[paired.task.metric] = _test(paired.rows, is_right)
+    result |= {
         "only_in_a": paired.only_in_a,
         "only_in_b": paired.only_in_b,
         "gold_errors": paired.gold_errors,
-        **groups,
-        "discordant": [_discordant(a, b) for a, b in sorted(pairs, key=lambda one: _exact(one[1]))],
     }
+    for name, field in GROUPS.items():
+        keyed = [{"key": a.get(field) or "unknown", "pair": (a, b)} for a, b in paired.rows]
+        groups = grouped(keyed, "key", HARDNESS if field == "hardness" else ())
+        result[name] = {
+            group: _test([row["pair"] for row in rows]) for group, rows in groups.items()
+        }
+    differing = [(a, b) for a, b in paired.rows if _is_correct(a) != _is_correct(b)]
+    differing.sort(key=lambda rows: _is_correct(rows[1]))
+    return result | {"discordant": [_discordant(a, b) for a, b in differing]}
 
 
-def _exact(row: Row) -> bool:
+def _is_correct(row: JudgedRow) -> bool:
     return bool(row["verdict"] == "correct")
 
 
 def _test(
-    rows: Sequence[tuple[Row, Row]], counts: Callable[[Row], bool] = _exact
+    rows: Sequence[tuple[JudgedRow, JudgedRow]], counts: Callable[[JudgedRow], bool] = _is_correct
 ) -> dict[str, Any]:
-    """The accuracies of both sides, where `counts` says which answers count, and the paired test of their difference."""
+    """Return the accuracies of both sides and the paired test; `counts` tells right answers."""
     n, marks = len(rows), [(counts(a), counts(b)) for a, b in rows]
-    in_a, in_b = (sum(side) for side in zip(*marks, strict=True))
-    only_a, only_b = sum(a and not b for a, b in marks), sum(b and not a for a, b in marks)
-    intervals = [wilson_interval(count, n) for count in (in_a, in_b)]
+    right_a, right_b = (sum(side) for side in zip(*marks, strict=True))
+    test = paired_test(marks)
     by_database = clustered([a for a, _ in rows], [b - a for a, b in marks])
     return {
         "n": n,
-        "accuracy_a": in_a / n,
-        "interval_a": [intervals[0].low, intervals[0].high],
-        "accuracy_b": in_b / n,
-        "interval_b": [intervals[1].low, intervals[1].high],
-        "difference": (in_b - in_a) / n,
-        **{f"difference_{name}": value for name, value in by_database.items()},
-        "only_a": only_a,
-        "only_b": only_b,
-        "mcnemar_p": mcnemar(only_a, only_b),
-        "resolvable_difference": resolvable_difference(n, only_a + only_b),
+        "accuracy_a": right_a / n,
+        "interval_a": interval(right_a, n),
+        "accuracy_b": right_b / n,
+        "interval_b": interval(right_b, n),
+        "difference": (right_b - right_a) / n,
+        **{f"difference_{name}": bounds for name, bounds in by_database.items()},
+        **test.named("a", "b"),
+        "resolvable_difference": resolvable_difference(n, test.only_a + test.only_b),
     }
 
 
 def verdict(test: Mapping[str, Any]) -> str:
-    """What the numbers allow one to say, in words."""
+    """Say in words what the numbers of a test allow one to say."""
     n, p = test["n"], test["mcnemar_p"]
     if p > ALPHA:
-        found = test["resolvable_difference"]
-        can = (
-            f"resolve about {100 * found:.1f} points"
-            if found < 1
-            else "are too few to resolve any difference"
-        )
+        points = 100 * test["resolvable_difference"]
+        can = "are too few to resolve any difference"
+        if points < 100:
+            can = f"resolve about {points:.1f} points"
         return (
             f"no significant difference at this size: {n:,} questions {can} (McNemar p = {p:.2g})"
         )
     better = "B" if test["difference"] > 0 else "A"
-    text = f"{better} is significantly better, by {100 * abs(test['difference']):.1f} points (McNemar p = {p:.2g})"
+    points = 100 * abs(test["difference"])
+    text = f"{better} is significantly better, by {points:.1f} points (McNemar p = {p:.2g})"
     low, high = test.get("difference_clustered_interval", (1, 1))
     if low <= 0 <= high:
         text += (
-            f"; but not on every choice of databases: resampled, the difference B − A lies in [{_points(low)}, "
-            f"{_points(high)}] points"
+            "; but not on every choice of databases: resampled, the difference B − A lies in "
+            f"[{_points(low)}, {_points(high)}] points"
         )
     return text
 
 
-def _discordant(a: Row, b: Row) -> dict[str, Any]:
+def _discordant(a: JudgedRow, b: JudgedRow) -> dict[str, Any]:
     shared = {key: a.get(key) for key in ("id", "split", "db_id", "hardness", "question", "gold")}
     sides = {
         f"{key}_{side}": row.get(key)
         for side, row in (("a", a), ("b", b))
         for key in ("predicted", "verdict", "error")
     }
-    return {**shared, "right": "a" if _exact(a) else "b", **sides}
+    return {**shared, "right": "a" if _is_correct(a) else "b", **sides}
 
 
 def listing(result: Mapping[str, Any]) -> str:
-    """The whole comparison as text to read: scores, groups, then every question that only one of the two got right."""
-    metric = result["metric"].replace("_", " ")
+    """Return the comparison as text: scores, groups, then the questions that only one gets right."""
     lines = [
         f"A  {result['a']}",
         f"B  {result['b']}",
@@ -266,32 +290,30 @@ def listing(result: Mapping[str, Any]) -> str:
         "only in B": result["only_in_b"],
         "whose gold fails": result["gold_errors"],
     }
-    lines += [f"left out: {count:,} {why}" for why, count in left_out.items() if count]
-    lines += ["", *_scores(metric, result), "", result["verdict"]]
-    if "strict_recall" in result:
-        lines += [
-            "",
-            *_scores("strict recall", result["strict_recall"]),
-            "",
-            verdict(result["strict_recall"]),
-        ]
-    for name in ("by_split", "by_hardness", "by_database"):
+    lines += [f"left out: {count:,} {reason}" for reason, count in left_out.items() if count]
+    lines += ["", *_scores(result["metric"], result), "", result["verdict"]]
+    if recall := result.get(SCHEMA.metric):
+        lines += ["", *_scores(SCHEMA.metric, recall), "", verdict(recall)]
+    for name in GROUPS:
         if len(result[name]) > 1 or name != "by_split":
             lines += ["", *_table(name.removeprefix("by_"), result[name])]
     for side in ("a", "b"):
-        found = [one for one in result["discordant"] if one["right"] == side]
-        lines += ["", f"{QUESTIONS.replace(' A ', f' {side.upper()} ')}: {len(found)}"]
-        for one in found:
-            lines += ["", *_question(one)]
+        questions = [row for row in result["discordant"] if row["right"] == side]
+        lines += ["", f"{QUESTIONS.format(side=side.upper())}: {len(questions)}"]
+        for question in questions:
+            lines += ["", *_question(question)]
     return "\n".join(lines) + "\n"
 
 
 def _scores(metric: str, test: Mapping[str, Any]) -> list[str]:
+    resampled = ""
+    if bounds := test.get("difference_clustered_interval"):
+        resampled = f" [{_points(bounds[0])}, {_points(bounds[1])}], resampling databases"
     return [
-        f"{metric}, 95 % intervals",
+        f"{metric.replace('_', ' ')}, 95 % intervals",
         f"  A       {percent(test['accuracy_a'], test['interval_a'])}",
         f"  B       {percent(test['accuracy_b'], test['interval_b'])}",
-        f"  B − A   {_points(test['difference'])} points{_resampled(test)}",
+        f"  B − A   {_points(test['difference'])} points{resampled}",
         f"  only A is right on {test['only_a']}, only B on {test['only_b']}",
     ]
 
@@ -300,24 +322,14 @@ def _points(difference: float) -> str:
     return f"{100 * difference:+.1f}"
 
 
-def _resampled(test: Mapping[str, Any]) -> str:
-    if "difference_clustered_interval" not in test:
-        return ""
-    low, high = test["difference_clustered_interval"]
-    return f" [{_points(low)}, {_points(high)}], resampling databases"
-
-
 def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     width = max(len(title), *(len(name) for name in groups))
     lines = [f"{title:<{width}}      n      A %      B %   B − A   only A   only B        p"]
     for name, test in groups.items():
-        a, b, difference = (
-            100 * test["accuracy_a"],
-            100 * test["accuracy_b"],
-            _points(test["difference"]),
-        )
+        a, b = 100 * test["accuracy_a"], 100 * test["accuracy_b"]
         lines.append(
-            f"{name:<{width}}  {test['n']:>5}  {a:>7.1f}  {b:>7.1f} {difference:>7}  {test['only_a']:>7}  {test['only_b']:>7}  "
+            f"{name:<{width}}  {test['n']:>5}  {a:>7.1f}  {b:>7.1f} "
+            f"{_points(test['difference']):>7}  {test['only_a']:>7}  {test['only_b']:>7}  "
             f"{test['mcnemar_p']:>7.2g}"
         )
     if len(groups) > 5:
@@ -325,19 +337,19 @@ def _table(title: str, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _question(one: Mapping[str, Any]) -> list[str]:
-    place = ", ".join(str(part) for part in (one["split"], one["db_id"], one["hardness"]) if part)
+def _question(row: Mapping[str, Any]) -> list[str]:
+    place = ", ".join(str(row[key]) for key in ("split", "db_id", "hardness") if row[key])
     lines = [
-        f"  {one['id']}  ({place})",
-        f"    question  {_flat(one['question'])}",
-        f"    gold      {_flat(one['gold'])}",
+        f"  {row['id']}  ({place})",
+        f"    question  {_on_one_line(row['question'])}",
+        f"    gold      {_on_one_line(row['gold'])}",
     ]
     for side in ("a", "b"):
-        reason = one[f"error_{side}"] or one[f"verdict_{side}"]
-        note = "" if one["right"] == side else f"    ◄ {_flat(reason)}"
-        lines.append(f"    {side.upper()}         {_flat(one[f'predicted_{side}'])}{note}")
+        reason = row[f"error_{side}"] or row[f"verdict_{side}"]
+        note = "" if row["right"] == side else f"    ◄ {_on_one_line(reason)}"
+        lines.append(f"    {side.upper()}         {_on_one_line(row[f'predicted_{side}'])}{note}")
     return lines
 
 
-def _flat(text: Any) -> str:
+def _on_one_line(text: Any) -> str:
     return " ".join(str(text).split()) if text else "(none)"

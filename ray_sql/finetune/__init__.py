@@ -1,13 +1,10 @@
-"""One training run from end to end: prepare, record, train, measure, report (`finetune`)."""
+"""One training run from end to end.
 
-from ray_sql.finetune.finetune import (
-    begin,
-    conclude,
-    dry_run,
-    evaluate,
-    log_results,
-    preview,
-    run,
-    show,
-    spool,
-)
+`finetune` is the door. `session` owns what a recorded run needs, `prepare` reads and checks its
+data, `gold` finds gold queries that do not run, `plan` says what will be done, `earlier` looks at an
+earlier run of the same name, and `results` writes and records what came of it.
+"""
+
+from ray_sql.finetune.earlier import finished_metrics, require_scored_alike
+from ray_sql.finetune.finetune import dry_run, preview, run
+from ray_sql.finetune.session import Session, spool

@@ -13,6 +13,10 @@ JudgedRow = dict[str, Any]
 """One question with its answer and verdict; docs/evaluation.md lists the fields."""
 
 
+Evaluation = dict[str, list[JudgedRow]]
+"""The judged rows of all splits by model: `base`, `default`, `tuned`, `merged` or `file`."""
+
+
 def is_right(row: Mapping[str, Any]) -> bool:
     """Tell whether a judged row counts for its task's main score.
 

@@ -52,9 +52,8 @@ def _replayed(config: Config) -> str:
     if RunFolder(config.run_dir).has_study():
         left = tune.replay(config)
     else:
-        prepare.earlier_run(
-            config
-        )  # with other settings, the records would be looked for in another file
+        # with other settings, the records would be looked for in another file
+        finetune.finished_metrics(config)
         if not spool.exists():
             return f"nothing of {config.output_name} waits for MLflow (it would in {spool})"
         left = [spool] if tracking.replay(config.tracking, spool) else []
@@ -137,9 +136,8 @@ def output(config: Config) -> str:
         there = None if config.overwrite else study.load(config)
         holds = "a study of these settings" if there else ""
     else:
-        holds = (
-            "a finished run of these settings" if prepare.earlier_run(config) is not None else ""
-        )
+        finished = finetune.finished_metrics(config) is not None
+        holds = "a finished run of these settings" if finished else ""
     return f"{config.run_dir} can be written{f' and holds {holds}' if holds else ''}"
 
 

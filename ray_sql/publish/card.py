@@ -12,10 +12,10 @@ from typing import Any
 
 from ray_sql.config import absolute
 from ray_sql.database import Column, ForeignKey, Schema, Table, render
-from ray_sql.display import percent
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
-from ray_sql.report import html
+from ray_sql.report.scores import Scores, score_lines
+from ray_sql.tasks import TASKS, Task
 
 SAMPLE = Schema(
     "shop",
@@ -33,17 +33,6 @@ SAMPLE = Schema(
     ),
 )
 QUESTION = "How many customers live in Lisbon?"
-MAIN = {
-    "sql": ("execution_accuracy", "execution accuracy"),
-    "schema": ("strict_recall", "strict recall"),
-}
-"""The score that a task is judged by: its key in metrics.json, and what people call it."""
-OTHERS = {
-    "sql": html.SECONDARY,
-    "schema": {"exact_match": "exact match", "table_f1": "table F1", "column_f1": "column F1"},
-}
-"""The scores beside it, where they were measured."""
-
 COLUMNS = {"base": "base model", "tuned": "with this adapter", "merged": "this merged model"}
 """What the table of results calls a model of metrics.json."""
 
@@ -61,6 +50,7 @@ def card(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     metrics, config = bundle.metrics, bundle.config
+    task = TASKS[config.task_type]
     models: dict[str, Mapping[str, Any]] = {
         name: metrics[name] for name in ("base", "tuned") if name in metrics
     }
@@ -74,10 +64,10 @@ def card(
         repo_id=repo_id,
         license=license.get("license_name", license.get("license")),
         merged=merged,
-        main=MAIN[config.task_type][1],
+        task=task,
         semantics=next(iter(metrics["tuned"].values())).get("semantics"),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
-        rows=table(models, config.task_type),
+        rows=table(models, task),
         schema=render(SAMPLE, config.prompt.serializer),
         question=QUESTION,
         questions=sum(scores["n"] for scores in metrics["tuned"].values()),
@@ -86,23 +76,18 @@ def card(
     return f"---\n{metadata(bundle, repo_id, license, merged)}\n---\n\n{body}"
 
 
-def table(models: Mapping[str, Mapping[str, Any]], task: str) -> list[list[str]]:
-    """One row a split and score, one column a model, with 95 % intervals where they were computed."""
-    main, label = MAIN[task]
-    rows = []
-    for split in next(iter(models.values())):
-        scores = [model[split] for model in models.values()]
-        cells = [percent(one[main], one["interval"], one["n"]) for one in scores]
-        rows.append([split, f"**{label}**", f"{scores[-1]['n']:,}", *cells])
-        for key, name in OTHERS[task].items():
-            n = scores[-1].get(f"{key}_n", scores[-1]["n"])
-            cells = [
-                percent(one[key], one.get(f"{key}_interval"), n) if key in one else "–"
-                for one in scores
-            ]
-            if set(cells) != {"–"}:
-                rows.append([split, name, f"{n:,}", *cells])
-    return rows
+def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
+    """Return one row per split and score, with one column per model."""
+    return [
+        [
+            line.split,
+            f"**{line.label}**" if line.kind == "main" else line.label,
+            f"{line.n:,}",
+            *line.cells,
+        ]
+        for line in score_lines(models, task)
+        if line.kind != "level"
+    ]
 
 
 def metadata(
@@ -121,7 +106,7 @@ def metadata(
         pipeline_tag="text-generation",
         **license,
         datasets=[dataset] if on_hub(dataset) else None,
-        tags=["text-to-sql" if config.task_type == "sql" else "schema-linking", "lora", "ray_sql"],
+        tags=[TASKS[config.task_type].hub_tag, "lora", "ray_sql"],
         eval_results=[
             result for split, scores in scored.items() for result in _results(bundle, split, scores)
         ],
@@ -137,24 +122,23 @@ def on_hub(dataset: str) -> bool:
 def _results(bundle: Bundle, split: str, scores: Mapping[str, Any]) -> Sequence[Any]:
     from huggingface_hub import EvalResult
 
-    task = bundle.config.task_type
-    key, label = MAIN[task]
+    task = TASKS[bundle.config.task_type]
     if not scores["n"]:
         return []
     facts = {"n": scores["n"], "interval_95": [round(end, 4) for end in scores["interval"]]}
-    facts |= {"semantics": scores["semantics"]} if task == "sql" else {}
-    rule = f" ({scores['semantics']})" if task == "sql" else ""
+    if "semantics" in scores:
+        facts["semantics"] = scores["semantics"]
     return [
         EvalResult(
             task_type="text-generation",
-            task_name="text to SQL" if task == "sql" else "schema linking",
+            task_name=task.hub_label,
             dataset_type=str(bundle.metrics["dataset_id"]),
             dataset_name=str(bundle.metrics["dataset_id"]),
             dataset_split=split,
             dataset_revision=str(bundle.metrics["data_fingerprint"]),
-            metric_type=key,
-            metric_name=f"{label}{rule}",
-            metric_value=round(scores[key], 4),
+            metric_type=task.metric,
+            metric_name=f"{task.label}{task.rule(scores)}",
+            metric_value=round(scores[task.metric], 4),
             metric_args=facts,
         )
     ]

@@ -18,11 +18,13 @@ from ray_sql.config import Config
 from ray_sql.config.sections import QuantizationSection
 from ray_sql.display import Display
 from ray_sql.errors import ModelError
-from ray_sql.evaluate import measure
+from ray_sql.evaluate import results
+from ray_sql.evaluate.models import adapter_digest, evaluate_models, scored_questions
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 from ray_sql.store.run_folder import CONTRACT, METRICS, RunFolder
+from ray_sql.tasks import TASKS
 
 
 def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
 
     What an earlier call did with the same adapter is kept. Raises `ModelError` if it answers significantly fewer questions.
     """
-    adapter, saved = measure.digest(run.adapter.uri), run.merged.read_metrics() or {}
+    adapter, saved = adapter_digest(run.adapter.uri), run.merged.read_metrics() or {}
     if saved.get("adapter") != adapter:
         with tempfile.TemporaryDirectory(prefix="ray_sql-", dir=_room(config)) as scratch:
             folder = Path(scratch) / run.merged.name
@@ -76,7 +78,7 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
     """The merged model's scores on the run's questions, and the paired test against what the adapter answered."""
     plain = config.changed({"quantization.load_in_4bit": False})
     corpus = data.load_split(plain, plain.split)
-    asked = measure.questions(corpus, models.load_tokenizer(str(folder)), plain)
+    asked = scored_questions(corpus, models.load_tokenizer(str(folder)), plain)
 
     def show(event: Event) -> None:
         match event:
@@ -87,7 +89,7 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
             case _:
                 raise UnknownEvent(event)
 
-    rows = measure.of_models(plain, asked, corpus.schemas, str(folder), None, display, show)["base"]
+    rows = evaluate_models(plain, asked, corpus.schemas, str(folder), None, display, show)["base"]
     before = _right(run.read_predictions())
     pairs = [
         (before[row["split"], row["id"]], is_right(row))
@@ -95,7 +97,10 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
         if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
     ]
     compared = {"n": len(pairs), **paired_test(pairs).named("adapter", "merged")}
-    return {**measure.summarise({"merged": rows}, plain), "compared": compared}
+    return {
+        **results.summarise({"merged": rows}, TASKS[plain.task_type], plain.evaluate),
+        "compared": compared,
+    }
 
 
 def _right(rows: Sequence[Mapping[str, Any]]) -> Mapping[tuple[str, str], bool]:

@@ -20,10 +20,11 @@ from ray_sql.publish import bundle as bundles
 from ray_sql.publish import hub as hubs
 from ray_sql.publish import merge
 from ray_sql.publish.bundle import Bundle
-from ray_sql.publish.card import MAIN, card
+from ray_sql.publish.card import card
 from ray_sql.publish.hub import Hub, License, Pushed
 from ray_sql.store import storage
 from ray_sql.store.run_folder import ADAPTER_WEIGHTS, CONTRACT
+from ray_sql.tasks import TASKS
 
 
 def check(config: Config) -> str:
@@ -136,9 +137,11 @@ def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -
 
 
 def _message(bundle: Bundle, measured: Mapping[str, Any]) -> str:
-    key, label = MAIN[bundle.config.task_type]
-    scores = [f"{percent(one[key])} of {one['n']} {split}" for split, one in measured.items()]
-    return f"{bundle.config.output_name}: {label} {', '.join(scores)} (ray_sql {__version__})"
+    task = TASKS[bundle.config.task_type]
+    scores = [
+        f"{percent(one[task.metric])} of {one['n']} {split}" for split, one in measured.items()
+    ]
+    return f"{bundle.config.output_name}: {task.label} {', '.join(scores)} (ray_sql {__version__})"
 
 
 def _line(pushed: Pushed) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql.metrics import wilson_interval
 from ray_sql.metrics.judged import grouped, is_right
+from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ Rows = Sequence[dict[str, Any]]
 def figures(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> dict[str, Figure]:
     """Figures by file name: accuracy and databases per split, prompt lengths, and the errors of all models."""
     splits = next(metrics[name] for name in measured)
-    what = "execution accuracy, %" if metrics["task_type"] == "sql" else "strict recall, %"
+    what = f"{TASKS[metrics['task_type']].label}, %"
     made = {f"accuracy_{split}.png": accuracy(metrics, list(measured), split) for split in splits}
     for split in splits:
         counted = {
@@ -46,14 +47,14 @@ def figures(metrics: Mapping[str, Any], measured: Mapping[str, Rows]) -> dict[st
 def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Figure:
     """Execution accuracy or strict recall of each model, in all and by hardness, with 95 % intervals."""
     figure, axes = _axes(7, 4)
-    key = "execution_accuracy" if metrics["task_type"] == "sql" else "strict_recall"
-    rule = f" ({metrics[names[-1]][split]['semantics']})" if metrics["task_type"] == "sql" else ""
+    task = TASKS[metrics["task_type"]]
+    rule = task.rule(metrics[names[-1]][split])
     levels = list(metrics[names[-1]][split]["by_hardness"])
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         scores = metrics[name][split]
         groups = [scores, *(scores["by_hardness"][level] for level in levels)]
-        heights = [100 * group[key] for group in groups]
+        heights = [100 * group[task.metric] for group in groups]
         low = [
             max(0.0, h - 100 * group["interval"][0])
             for h, group in zip(heights, groups, strict=True)
@@ -75,9 +76,9 @@ def accuracy(metrics: Mapping[str, Any], names: Sequence[str], split: str) -> Fi
         for level, count in zip(["all", *levels], counts, strict=True)
     ]
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels)
-    axes.set_ylabel(f"{key.replace('_', ' ')}, %")
+    axes.set_ylabel(f"{task.label}, %")
     axes.set_ylim(0, 100)
-    axes.set_title(f"{_name(split)}: {key.replace('_', ' ')}{rule}, 95 % intervals")
+    axes.set_title(f"{_name(split)}: {task.label}{rule}, 95 % intervals")
     _legend(axes)
     return figure
 
@@ -210,10 +211,12 @@ def sweep(trials: Rows, axes: Sequence[tuple[str, str]], what: str) -> Figure:
     return figure
 
 
-def courses(courses: Mapping[str, Sequence[tuple[int, float]]], best: str, what: str) -> Figure:
+def learning_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]], best: str, what: str
+) -> Figure:
     """The objective of every trial by step, as (step, objective); the best trial's stands out."""
     figure, axes = _axes(7, 4)
-    for name, points in courses.items():
+    for name, points in curves.items():
         chief = name == best
         axes.plot(
             *zip(*points, strict=True),

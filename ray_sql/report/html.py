@@ -12,68 +12,52 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from ray_sql.display import percent
+from ray_sql.report.scores import paired_lines, secondary_scores, share_text
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
-LINKING = {
-    "exact match": ["exact_match"],
-    "table F1 (micro / macro)": ["table_f1", "table_f1_macro"],
-    "column F1 (micro / macro)": ["column_f1", "column_f1_macro"],
-    "unparsable": ["unparsable"],
-}
-"""Scores of task schema beside strict recall: what the page calls them, and their keys."""
-
-
-SECONDARY = {
-    "valid_sql": "valid SQL",
-    "exact_set_match": "exact set match",
-    "soft_f1": "soft F1",
-    "r_ves": "R-VES (if the machine was idle)",
-}
-"""Scores of task sql beside execution accuracy, and what pages and tables call them."""
-
 
 def write(
     folder: RunFolder,
     title: str,
     metrics: Mapping[str, Any],
-    measured: Mapping[str, Rows],
+    evaluation: Mapping[str, Rows],
     figures: Mapping[str, Figure],
 ) -> None:
     """Write `report.html` into the run's folder."""
-    storage.write_text(folder.report, page(title, metrics, measured, figures))
+    storage.write_text(folder.report, page(title, metrics, evaluation, figures))
 
 
 def page(
     title: str,
     metrics: Mapping[str, Any],
-    measured: Mapping[str, Rows],
+    evaluation: Mapping[str, Rows],
     figures: Mapping[str, Figure],
 ) -> str:
-    """The report as HTML; `metrics` is what `metrics.json` holds, `measured` the judged rows of each model, in one order."""
-    header, cells = summary(metrics, measured)
-    questions = list(zip(*measured.values(), strict=True))
+    """The report as HTML; `metrics` is what `metrics.json` holds, `evaluation` the judged rows of each model, in one order."""
+    header, cells = summary(metrics, evaluation)
+    questions = list(zip(*evaluation.values(), strict=True))
     return render(
         "report.jinja",
         title,
-        facts(metrics, list(measured)),
+        facts(metrics, list(evaluation)),
         figures,
         header=header,
         cells=cells,
-        compared=metrics.get("compared", {}),
-        compared_default=metrics.get("compared_default", {}),
-        models=list(measured),
+        comparisons=paired_lines(metrics),
+        models=list(evaluation),
         questions=questions,
         choices=[
             *_choices(questions),
             *(
                 (f"verdict-{name}", f"{name}: verdict", _known(rows, "verdict"))
-                for name, rows in measured.items()
+                for name, rows in evaluation.items()
             ),
         ],
     )
@@ -122,49 +106,38 @@ def facts(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
 
 
 def summary(
-    metrics: Mapping[str, Any], measured: Mapping[str, Rows]
+    metrics: Mapping[str, Any], evaluation: Mapping[str, Rows]
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table of scores: one row a split and model."""
-    models = list(measured)
-    main = "execution_accuracy" if metrics["task_type"] == "sql" else "strict_recall"
-    rest = LINKING if main == "strict_recall" else _secondary(metrics, models)
+    """Return the head and the rows of the table of scores: one row per split and model."""
+    task, models = TASKS[metrics["task_type"]], list(evaluation)
+    keys = secondary_scores([scores for name in models for scores in metrics[name].values()], task)
+    # a score that counts names over all questions has a twin: the mean over questions
+    pairs = {key: f"{key}_macro" for key in keys if key.endswith("_f1") and not task.executes_sql}
     head = [
-        "split",
-        "model",
-        "n",
-        main.replace("_", " "),
-        "95 % interval",
-        "clustered (databases)",
-        *rest,
+        *("split", "model", "n", task.label, "95 % interval", "clustered (databases)"),
+        *(task.secondary[key] + " (micro / macro)" * (key in pairs) for key in keys),
         "gold fails",
     ]
-    rows = [
-        [
-            split,
-            name,
-            f"{scores['n']:,}",
-            percent(scores[main], n=scores["n"]),
-            _range(scores.get("interval")),
-            _range(scores.get("clustered_interval"), f" ({_databases(measured[name], split)})"),
-            *(" / ".join(_percent(scores, key) for key in keys) for keys in rest.values()),
-            str(scores["gold_errors"]),
-        ]
-        for split in metrics[models[-1]]
-        for name, scores in ((name, metrics[name][split]) for name in models)
-    ]
+    rows = []
+    for split in metrics[models[-1]]:
+        for name in models:
+            scores = metrics[name][split]
+            databases = _databases(evaluation[name], split)
+            rows.append(
+                [
+                    *(split, name, f"{scores['n']:,}"),
+                    percent(scores[task.metric], n=scores["n"]),
+                    _range(scores.get("interval")),
+                    _range(scores.get("clustered_interval"), f" ({databases})"),
+                    *(_cell(scores, key, pairs.get(key)) for key in keys),
+                    str(scores["gold_errors"]),
+                ]
+            )
     return head, rows
 
 
-def _secondary(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, list[str]]:
-    """The scores of task sql beside execution accuracy that any model and split has."""
-    scores = [one for name in models for one in metrics[name].values()]
-    return {label: [key] for key, label in SECONDARY.items() if any(key in one for one in scores)}
-
-
-def _percent(scores: Mapping[str, Any], key: str) -> str:
-    return (
-        percent(scores[key], scores.get(f"{key}_interval"), scores["n"]) if key in scores else "–"
-    )
+def _cell(scores: Mapping[str, Any], key: str, macro: str | None) -> str:
+    return " / ".join(share_text(scores, name) for name in (key, macro) if name)
 
 
 def _range(interval: Sequence[float] | None, of: str = "") -> str:

@@ -168,6 +168,16 @@ class RunFolder(_Folder):
         """The place of the page about a sweep."""
         return self.place("sweep.html")
 
+    @property
+    def comparison(self) -> str:
+        """The place of a comparison as JSON."""
+        return self.place("compare.json")
+
+    @property
+    def comparison_text(self) -> str:
+        """The place of a comparison as text to read."""
+        return self.place("compare.txt")
+
     def artifacts(self, scratch: Path) -> list[Path]:
         """Return local paths of what MLflow keeps; files of a remote store are copied to `scratch`."""
         if self.is_local:

@@ -12,6 +12,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.generate.answers import Decoding, answer_on_all_ranks
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS
 from ray_sql.train import trainer
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ class Validation:
         answers = answer_on_all_ranks(model, self._tokenizer, self._questions, self._decoding)
         if answers is None:
             return None
-        judged = scoring.score(self._questions, answers, self._config)
-        scores = scoring.summarise(judged, self._config)
-        objective, tie_break = scoring.objective(scores)
-        metrics |= scoring.flat(scores, "validation")
+        task, settings = TASKS[self._config.task_type], self._config.evaluate
+        rows = scoring.score(self._questions, answers, task, settings)
+        scores = scoring.summarise(rows, task, settings)
+        objective, tie_break = task.objective(scores)
+        metrics |= scoring.mlflow_metrics(scores, "validation")
         return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
 
     def _loss(self, model: PreTrainedModel) -> float:

@@ -1,4 +1,8 @@
-"""Sweeps: what is varied (`space`), where the next trial is (`search`), one trial (`trial`), what a study knows (`study`), the
-driver's view of it (`watch`, `page`), its best adapter (`champion`), and all of it in one command (`sweep`)."""
+"""Sweeps: trials over axes of settings, the best one measured where no trial looked.
+
+`sweep` is the door. `space` has the axes, `search` chooses the next trial, `trial` runs one, `study`
+keeps what is known, `session` and `callback` are the driver's side, `champion` measures the best
+adapter, `objective` and `sweep_report` are what people read.
+"""
 
 from ray_sql.tune.sweep import dry_run, replay, run

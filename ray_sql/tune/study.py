@@ -1,8 +1,11 @@
-"""What a study knows: its trials, each with its point, state and best checkpoint, in `study.json`.
+"""A study: the trials of a sweep, each with its point, state and best checkpoint, in `study.json`.
 
-The file is written whole at every change, and a resumed sweep starts from it alone: recorded points are tried again in their order, what
-was measured of them is reported again from their folders, and only what is missing is trained. Ray Tune's own snapshot is not used: it
-is written every ten seconds and in place, so that a driver killed between two of them forgets trials, and in one of them, all of them.
+The file is written whole at every change, and a resumed sweep starts from it alone. Recorded points
+are tried again in their order, their scores are reported again from their folders, and only what
+is missing is trained. Ray Tune's own snapshot is not used: it is written every ten seconds and in
+place, so a driver killed between two snapshots forgets trials, and one killed in a snapshot
+forgets all of them. Optuna's own storage is not used either: it needs a local file, and a study
+may lie on `s3://`.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ from ray_sql.tune.space import Point
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 SETTLED = ("finished", "stopped", "failed")
 WORST = -sys.float_info.max
-"""The score of a trial that failed: the search learns to keep away."""
+"""The score of a failed trial: the search learns to keep away."""
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What was measured at a step of a trial; a higher objective is better, the tie-break decides between equal ones."""
+class StepScore:
+    """The validation scores of a trial at a step. A higher objective is better.
+
+    The tie-break decides between equal objectives.
+    """
 
     step: int
     objective: float
@@ -38,56 +44,67 @@ class Measure:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Sorts the better last, and of equal ones the later, as `Checkpoint.rank` does: what is the best is never pruned."""
+        """Sort the better last, and the later of equal ones, as `Checkpoint.rank` does.
+
+        So the best score is always that of a checkpoint which was not pruned.
+        """
         return self.objective, WORST if self.tie_break is None else self.tie_break, self.step
 
     @property
     def score(self) -> float:
-        """Objective and tie-break as one number in the same order: of n answers, objectives differ by 1/n at least."""
+        """Return objective and tie-break as one number in the same order.
+
+        Objectives of n answers differ by 1/n at least.
+        """
         return self.objective + (self.tie_break or 0.0) / (
             self.metrics.get("validation/n", 1.0) + 1
         )
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One trial. `steps` were trained in `seconds` of all attempts; `reason` says why it failed."""
+class TrialRecord:
+    """What is known of one trial. `steps` and `seconds` count all attempts; `reason` is a failure's."""
 
     number: int
     point: Point
     state: State = "waiting"
-    best: Measure | None = None
+    best: StepScore | None = None
     steps: int = 0
     seconds: float = 0.0
     reason: str | None = None
     mlflow_run_id: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Name the trial for people and for its folder."""
+        return trial_name(self.number)
+
 
 @dataclass
 class Study:
-    """The trials of one task's sweep, in the folder `run_dir`. `id` is of this study alone: one that replaces it has another."""
+    """The trials of one task's sweep. `id` is this study's alone: a study that replaces it has another."""
 
-    run_dir: str
+    folder: RunFolder
     key: str
     settings: dict[str, Any]
     mlflow_run_id: str | None = None
-    trials: list[Trial] = field(default_factory=list)
+    trials: list[TrialRecord] = field(default_factory=list)
     finished: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def tags(self) -> dict[str, str]:
-        """What its MLflow run is found by, should the run's id be lost."""
+        """Return the tags that find its MLflow run, should the run's id be lost."""
         return {"study": self.id}
 
-    def ask(self, number: int, point: Point) -> Trial:
-        """The trial of a number, added to the study if it is new."""
+    def trial_at(self, number: int, point: Point) -> TrialRecord:
+        """Return the trial of a number, added to the study if it is new."""
         if number == len(self.trials):
-            self.trials.append(Trial(number, point))
+            self.trials.append(TrialRecord(number, point))
             self.save()
         return self.trials[number]
 
-    def change(self, number: int, **values: Any) -> Trial:
+    def change(self, number: int, **values: Any) -> TrialRecord:
         """Change what is known of a trial."""
         self.trials[number] = replace(self.trials[number], **values)
         self.save()
@@ -95,98 +112,132 @@ class Study:
 
     def save(self) -> None:
         """Write the file."""
-        RunFolder(self.run_dir).write_study(asdict(self))
+        values = {"run_dir": self.folder.uri, **asdict(self)}
+        del values["folder"]
+        self.folder.write_study(values)
 
-    def folder(self, number: int) -> RunFolder:
-        """A trial's run folder."""
-        return RunFolder(self.run_dir).trial(name(number))
+    def trial_folder(self, number: int) -> RunFolder:
+        """Return a trial's own folder."""
+        return self.folder.trial(trial_name(number))
 
     def settled(self, count: int) -> int:
-        """How many of the first `count` trials have ended, in whatever way."""
+        """Count those of the first `count` trials that have ended, in whatever way."""
         return sum(trial.state in SETTLED for trial in self.trials[:count])
 
-    def best(self) -> Trial | None:
-        """The trial with the best checkpoint, the earlier of two equal ones; None where none was measured."""
-        measured = [trial for trial in self.trials if trial.best and trial.state != "failed"]
-        return max(measured, key=lambda trial: (*trial.best.rank[:2], -trial.number), default=None)  # type: ignore[union-attr]
+    def best(self) -> TrialRecord | None:
+        """Return the trial with the best checkpoint, the earlier of two equal ones, if there is any."""
+        scored = [trial for trial in self.trials if trial.best and trial.state != "failed"]
+
+        def rank(trial: TrialRecord) -> tuple[float, float, int]:
+            assert trial.best
+            objective, tie_break, _ = trial.best.rank
+            return objective, tie_break, -trial.number
+
+        return max(scored, key=rank, default=None)
 
 
-def name(number: int) -> str:
-    """What a trial is called."""
+def trial_name(number: int) -> str:
+    """Name a trial: `trial-003`."""
     return f"trial-{number:03}"
 
 
-def settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
-    """The settings of a trial of the study `config`, whose own folder lies in the study's."""
+def trial_settings(config: Config, changes: Mapping[str, Any], number: int) -> Config:
+    """Return the settings of a trial of the study `config`; its folder lies in the study's."""
     root = "scaling.storage_path" if config.scaling.storage_path else "output_dir"
-    return config.changed(
-        {**changes, root: RunFolder(config.run_dir).trials, "output_name": name(number)}
-    )
+    trials = RunFolder(config.run_dir).trials
+    return config.changed({**changes, root: trials, "output_name": trial_name(number)})
 
 
 def begin(config: Config) -> Study:
-    """A study that has no trials yet."""
-    return Study(
-        config.run_dir,
-        key(config),
-        {**config.public(), "tracking": {"uri": mask_password(config.tracking.uri)}},
-    )
+    """Return a study that has no trials yet."""
+    tracking = {"uri": mask_password(config.tracking.uri)}
+    return Study(RunFolder(config.run_dir), key(config), {**config.public(), "tracking": tracking})
 
 
 def load(config: Config) -> Study | None:
-    """The study in the folder of `config`; None where there is none.
+    """Return the study in the folder of `config`; None where there is none.
 
-    Raises `ConfigError` if it is of other settings, `StoreError` if the folder holds something else.
+    Raises `ConfigError` for one of other settings, `StoreError` if the folder holds something else.
     """
     folder = RunFolder(config.run_dir)
     folder.finish_removal()
     saved = folder.read_study()
     if saved is None:
-        check_free(config)
+        require_free(folder)
         return None
-    trials = [
-        Trial(**{**one, "best": one["best"] and Measure(**one["best"])})
-        for one in saved.pop("trials")
-    ]
+    del saved["run_dir"]  # a folder that was moved or copied is its own
     if saved["key"] != key(config):
-        differing = differences(saved["settings"], config.public()) or "another version"
+        changed = differences(saved["settings"], config.public())
         raise ConfigError(
-            f"{config.run_dir} holds a study of other settings ({differing}); choose another "
-            "--output_name, or replace it with --overwrite"
+            f"{folder.uri} holds a study of other settings ({changed or 'another version'}); choose "
+            "another --output_name, or replace it with --overwrite"
         )
-    return Study(**saved, trials=trials)
+    return Study(folder, **{**saved, "trials": [_trial(values) for values in saved["trials"]]})
 
 
-def check_free(config: Config) -> None:
-    """Raise `StoreError` if the folder of `config` holds something that is no study; inputs from which nothing was trained may go."""
-    folder = RunFolder(config.run_dir)
-    folder.finish_removal()
+def open_or_begin(config: Config, resume: bool) -> Study:
+    """Return the study to go on with, or a new one.
+
+    Raises `ConfigError` where a study was cut off and `resume` is not set.
+    """
+    if config.overwrite:
+        folder = RunFolder(config.run_dir)
+        folder.finish_removal()
+        require_free(folder)
+        return begin(config)
+    study = load(config)
+    if study and not study.finished and not resume:
+        settled, count = study.settled(config.tune.num_samples), config.tune.num_samples
+        raise ConfigError(
+            f"{config.run_dir} holds a study that was cut off, with {settled} of {count} trials "
+            "settled: --resume goes on with it, --overwrite starts afresh"
+        )
+    return study or begin(config)
+
+
+def require_free(folder: RunFolder) -> None:
+    """Raise `StoreError` if a folder holds something that is no study.
+
+    Inputs from which nothing was trained may be replaced.
+    """
     if folder.has_study() or not folder.exists():
         return
     trained = checkpoints.complete(folder) or folder.adapter.exists()
     if trained or not folder.has_inputs():
         raise StoreError(
-            f"{folder}: exists, but is no study ({STUDY} is missing); choose another --output_name"
+            f"{folder.uri}: exists, but is no study ({STUDY} is missing); choose another --output_name"
         )
 
 
 def key(config: Config) -> str:
-    """Changes with whatever trials and their objective depend on; the number of trials may be raised later."""
+    """Return 12 hex digits over all that trials and their objective depend on.
+
+    The number of trials is not part of it: a study may be given more later.
+    """
     tune = config.tune.model_dump(mode="json", exclude={"num_samples", "max_concurrent_trials"})
-    asked = {"semantics", "keep_distinct", "max_new_tokens", "select_examples", "eval_steps"}
-    parts = [config.identity(), tune, config.evaluate.model_dump(include=asked)]
+    answering = {"semantics", "keep_distinct", "max_new_tokens", "select_examples", "eval_steps"}
+    parts = [config.identity(), tune, config.evaluate.model_dump(include=answering)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def measured(folder: RunFolder) -> list[Measure]:
-    """What was measured of a trial, by step: as its file has it, and as its checkpoints say, should the file have been too late."""
-    found = {one["step"]: Measure(**one) for one in folder.read_trial_measures()}
-    for one in checkpoints.complete(folder):
-        if one.objective is not None:
-            found.setdefault(one.step, Measure(one.step, one.objective, one.tie_break, one.metrics))
-    return [found[step] for step in sorted(found)]
+def read_scores(folder: RunFolder) -> list[StepScore]:
+    """Return a trial's scores by step, from its file and from its checkpoints.
+
+    A process may have been killed before it wrote the file.
+    """
+    scores = {values["step"]: StepScore(**values) for values in folder.read_trial_measures()}
+    for saved in checkpoints.complete(folder):
+        if saved.objective is not None:
+            score = StepScore(saved.step, saved.objective, saved.tie_break, saved.metrics)
+            scores.setdefault(saved.step, score)
+    return [scores[step] for step in sorted(scores)]
 
 
-def record(folder: RunFolder, measures: list[Measure]) -> None:
-    """Keep what was measured of a trial."""
-    folder.write_trial_measures(asdict(measure) for measure in measures)
+def write_scores(folder: RunFolder, scores: list[StepScore]) -> None:
+    """Keep a trial's scores in its folder."""
+    folder.write_trial_measures([asdict(score) for score in scores])
+
+
+def _trial(values: Mapping[str, Any]) -> TrialRecord:
+    best = values["best"]
+    return TrialRecord(**{**values, "best": StepScore(**best) if best else None})

@@ -10,108 +10,92 @@ from ray_sql.display import percent
 from ray_sql.report import figures as plots
 from ray_sql.report import html
 from ray_sql.store import storage
-from ray_sql.store.run_folder import RunFolder
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Axis, Space, shown
-from ray_sql.tune.study import Study, Trial, measured, name
+from ray_sql.tune.study import Study, TrialRecord, read_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTE = (
-    "The objective is that of a trial's best checkpoint on the validation questions, which chose it: expect less of it on others. "
-    "The first trial has the settings as they were given. A trial marked stopped fell behind the others at a rung of ASHA."
+    "The objective is that of a trial's best checkpoint on the validation questions, which chose "
+    "it: expect less of it on others. The first trial has the settings as they were given. A trial "
+    "marked stopped fell behind the others at a rung of ASHA."
 )
 
 
-def write(config: Config, space: Space, study: Study, hours: str) -> dict[str, Figure]:
-    """Write the page into the study's folder; returns its figures by file name."""
-    made = figures(config, space, study)
+def write(config: Config, space: Space, study: Study, used: str) -> dict[str, Figure]:
+    """Write the page into the study's folder. Returns its figures by file name."""
+    goal = Objective.of(config)
+    figures = draw(goal, space, study)
+    axes = [axis.name for axis in space.axes]
     page = html.render(
         "sweep.jinja",
         f"{config.output_name}: {len(study.trials)} trials",
-        _facts(config, study, hours),
-        made,
-        header=[
-            "trial",
-            *(axis.name for axis in space.axes),
-            "steps",
-            Objective.of(config).axis_label,
-            "tie-break",
-            "minutes",
-            "state",
-        ],
-        trials=[_row(config, space, study, trial) for trial in study.trials],
+        _facts(config, study, used),
+        figures,
+        header=["trial", *axes, "steps", goal.axis_label, "tie-break", "minutes", "state"],
+        trials=[_row(goal, space, study, trial) for trial in study.trials],
         note=NOTE,
     )
-    storage.write_text(RunFolder(study.run_dir).sweep_report, page)
-    return made
+    storage.write_text(study.folder.sweep_report, page)
+    return figures
 
 
-def figures(config: Config, space: Space, study: Study) -> dict[str, Figure]:
-    """Every trial's best over the axes, and the objectives by step."""
-    objective = Objective.of(config)
-    rows = [
+def draw(goal: Objective, space: Space, study: Study) -> dict[str, Figure]:
+    """Draw every trial's best over the axes, and the objectives by step."""
+    trials = [
         {
             **trial.point,
             "trial": trial.number,
-            "objective": objective.plotted(trial.best.objective) if trial.best else None,
+            "objective": goal.plotted(trial.best.objective) if trial.best else None,
             "stopped": trial.state == "stopped",
         }
         for trial in study.trials
     ]
-    courses = {
-        name(trial.number): [(one.step, objective.plotted(one.objective)) for one in points]
-        for trial in study.trials
-        if (points := measured(study.folder(trial.number)))
-    }
+    curves = {}
+    for trial in study.trials:
+        scores = read_scores(study.trial_folder(trial.number))
+        if scores:
+            curves[trial.name] = [(score.step, goal.plotted(score.objective)) for score in scores]
     best = study.best()
+    axes = [(axis.name, _scale(axis)) for axis in space.axes]
     return {
-        "objective.png": plots.sweep(
-            rows, [(axis.name, _kind(axis)) for axis in space.axes], objective.axis_label
-        ),
-        "courses.png": plots.courses(
-            courses, name(best.number) if best else "", objective.axis_label
-        ),
+        "objective.png": plots.sweep(trials, axes, goal.axis_label),
+        "courses.png": plots.learning_curves(curves, best.name if best else "", goal.axis_label),
     }
 
 
-def _kind(axis: Axis) -> str:
-    if axis.kind != "choice":
-        return "log" if axis.kind.startswith("log") else "linear"
-    return "category"
+def _scale(axis: Axis) -> str:
+    if axis.kind == "choice":
+        return "category"
+    return "log" if axis.is_logarithmic else "linear"
 
 
-def _facts(config: Config, study: Study, hours: str) -> Mapping[str, str]:
+def _facts(config: Config, study: Study, used: str) -> Mapping[str, str]:
     best = study.best()
-    known: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "task": config.task_type,
         "data": config.dataset_id,
         "base model": config.model_name,
-        "best": name(best.number) if best else "none",
-        "used": hours,
+        "best": best.name if best else "none",
+        "used": used,
         "MLflow run": study.mlflow_run_id,
     }
-    return {key: str(one) for key, one in known.items() if one}
+    return {name: str(value) for name, value in facts.items() if value}
 
 
-def _row(config: Config, space: Space, study: Study, trial: Trial) -> tuple[str, list[str]]:
+def _row(goal: Objective, space: Space, study: Study, trial: TrialRecord) -> tuple[str, list[str]]:
+    """Return (CSS class, cells) of a trial."""
     best = study.best()
-    chief = best is not None and best.number == trial.number
-    objective = Objective.of(config).text(trial.best.objective) if trial.best else ""
-    tie_break = (
-        "" if trial.best is None or trial.best.tie_break is None else percent(trial.best.tie_break)
-    )
-    called = name(trial.number) + (" (the settings)" if trial.number == 0 else "")
+    is_best = best is not None and best.number == trial.number
+    score, tie_break = "", ""
+    if trial.best:
+        score = goal.text(trial.best.objective)
+        tie_break = "" if trial.best.tie_break is None else percent(trial.best.tie_break)
+    name = trial.name + (" (the settings)" if trial.number == 0 else "")
     state = trial.state + (f": {trial.reason}" if trial.reason else "")
     values = [shown(trial.point[axis.name]) for axis in space.axes]
-    cells = [
-        called,
-        *values,
-        str(trial.steps),
-        objective,
-        tie_break,
-        f"{trial.seconds / 60:.1f}",
-        state,
-    ]
-    return "best" if chief else trial.state, cells
+    minutes = f"{trial.seconds / 60:.1f}"
+    cells = [name, *values, str(trial.steps), score, tie_break, minutes, state]
+    return "best" if is_best else trial.state, cells

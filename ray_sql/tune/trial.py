@@ -1,9 +1,11 @@
-"""One trial, in a process of its own: `train.fit` at a point, its measures to Ray Tune, and Tune's decision back to the training loop.
+"""One trial, in a process of its own: `train.fit` at a point, with Tune's decision at every score.
 
-A class trainable, not a function: with a function, Tune stops a trial by ending its process in the middle of `fit`, and over Ray Train
-the workers' placement group then stays until a detached actor finds out through the State API (it did not within minutes here, so that
-the next trial waited). Here training waits at every measurement for the decision, ends in order where it is to stop, and has kept its best
-checkpoint by then. With `scaling.num_workers` 0 it trains in this process, else this process only drives Ray Train's workers.
+A class trainable, not a function: Tune stops a function by ending its process in the middle of
+`fit`. Over Ray Train the workers' placement group then stays until a detached actor finds out
+through the State API, and the next trial waits (for minutes, when it was tried). Here training waits
+at every score for the decision, ends in order where it is to stop, and has kept its best
+checkpoint by then. With `scaling.num_workers` 0 a trial trains in its own process, else that
+process only drives Ray Train's workers.
 """
 
 from __future__ import annotations
@@ -11,59 +13,78 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray.tune import Trainable
 
-from ray_sql import cluster, train
-from ray_sql.cluster.events import CheckpointSaved, TrialEvent
+from ray_sql import train
+from ray_sql.cluster.channel import Sender
+from ray_sql.cluster.events import CheckpointSaved, Event, TrialEvent
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
 from ray_sql.store.run_folder import RunFolder
-from ray_sql.tune.study import WORST, Measure, measured, record, settings
+from ray_sql.tune.study import WORST, StepScore, read_scores, trial_settings, write_scores
 
 log = logging.getLogger(__name__)
 
 
-class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
-    """What Tune runs. The result of a step is a measure; a trial that cannot go on has a last one with `failure`."""
+@dataclass(frozen=True)
+class TrialJob:
+    """What every trial of a study is given. `steps` is the number of optimizer steps of a whole trial."""
 
-    def setup(self, config: dict[str, Any], plan: dict[str, Any] | None = None) -> None:
-        """Read what an earlier attempt left; training starts when that has been reported again."""
-        assert plan is not None
-        self._number, self._plan, self._settled = config["trial"], plan, config["settled"]
-        self._settings = settings(Config(**plan["config"]), config["changes"], self._number)
-        self._folder = RunFolder(self._settings.run_dir)
-        self._fresh = not self._folder.has_settings()
-        self._measures = [] if self._fresh else measured(self._folder)
-        self._left = list(self._measures)
-        self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
+    settings: Mapping[str, Any]
+    model_folder: str
+    steps: int
+    sender: Sender
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Training came to its end; `failure` says why if it failed."""
+
+    failure: str | None = None
+
+
+class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
+    """A trial as Tune runs it. The result of a step is a score; a failed trial's last has `failure`."""
+
+    def setup(self, config: dict[str, Any], job: TrialJob | None = None) -> None:
+        """Read what an earlier attempt left. Training starts once that has been reported again."""
+        assert job is not None
+        self._number, self._job, self._settled = config["trial"], job, config["settled"]
+        study = Config(**job.settings)
+        self._study_folder = RunFolder(study.run_dir)
+        self._config = trial_settings(study, config["changes"], self._number)
+        self._folder = RunFolder(self._config.run_dir)
+        self._is_new = not self._folder.has_settings()
+        self._scores = [] if self._is_new else read_scores(self._folder)
+        self._unreported = list(self._scores)
+        self._outbox: queue.Queue[StepScore | Ended] = queue.Queue()
         self._decisions: queue.Queue[bool] = queue.Queue()
-        self._waits = self._stopping = False
+        self._awaits_decision = self._stopping = False
         self._thread: threading.Thread | None = None
 
     def step(self) -> dict[str, Any]:
-        """The next measure; the last of them `done`."""
-        if self._left:
-            return self._result(self._left.pop(0))
-        if self._settled:  # the search is told what it was told then
-            return {
-                **self._result(),
-                **({"score": WORST} if self._settled == "failed" else {}),
-                "done": True,
-            }
+        """Return the next score; the last one is `done`."""
+        if self._unreported:
+            return self._result(self._unreported.pop(0))
+        if self._settled:  # the search is told again what it was told then
+            return self._last_result(failed=self._settled == "failed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="ray_sql-trial", daemon=True)
             self._thread.start()
-        if self._waits:
+        if self._awaits_decision:
             self._decide(True)
-        kind, value = self._said.get()
-        if kind == "measure":
-            self._waits = True
-            return self._result(value)
-        failure = {"failure": value} if kind == "failed" else {}
-        return {**self._result(), **failure, **({"score": WORST} if failure else {}), "done": True}
+        match self._outbox.get():
+            case StepScore() as score:
+                self._awaits_decision = True
+                return self._result(score)
+            case Ended(None):
+                return self._last_result(failed=False)
+            case Ended(failure):
+                return self._last_result(failed=True) | {"failure": failure}
 
     def cleanup(self) -> None:
         """Stop training in order, and wait until its workers have given back what they held."""
@@ -73,60 +94,61 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
             self._thread.join()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Go on as another trial: what was imported stays."""
+        """Become another trial, and keep what was imported."""
         self.cleanup()
         train.free_memory()
         self.setup(new_config)
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a trial's folder is its checkpoint."""
+        """Save nothing: a trial's folder is its checkpoint."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: `setup` finds what there is."""
+        """Load nothing: `setup` reads the folder."""
 
     def _decide(self, go_on: bool) -> None:
-        self._waits = False
+        self._awaits_decision = False
         self._decisions.put(go_on)
 
-    def _result(self, new: Measure | None = None) -> dict[str, Any]:
-        """Everything Tune and the driver need, every time: what Tune keeps of a trial is its last result."""
-        seen = [one for one in self._measures if new is None or one.step <= new.step]
-        best = max(seen, key=lambda one: one.rank, default=None)
-        last = seen[-1] if seen else None
+    def _result(self, upto: StepScore | None = None) -> dict[str, Any]:
+        """Return all that Tune and the driver need: Tune keeps a trial's last result only."""
+        scores = [s for s in self._scores if upto is None or s.step <= upto.step]
+        best = max(scores, key=lambda score: score.rank, default=None)
         return {
-            "step": last.step if last else 0,
+            "step": scores[-1].step if scores else 0,
             "score": best.score if best else WORST,
             "best": asdict(best) if best else None,
-            "objective": last.objective if last else None,
+            "objective": scores[-1].objective if scores else None,
             "failure": None,
         }
 
+    def _last_result(self, failed: bool) -> dict[str, Any]:
+        result = self._result() | {"done": True}
+        return result | {"score": WORST} if failed else result
+
     def _train(self) -> None:
         try:
-            if self._fresh:
-                self._folder.copy_inputs(RunFolder(self._plan["inputs"]))
-                self._folder.write_settings(self._settings.public())
-            train.fit(self._settings, self._plan["model_folder"], self._on_event, decides=True)
-        except (
-            Exception
-        ) as error:  # of whatever kind: it ends this trial and not the sweep, which records it
+            if self._is_new:
+                self._folder.copy_inputs(self._study_folder)
+                self._folder.write_settings(self._config.public())
+            train.fit(self._config, self._job.model_folder, self._on_event, decides=True)
+        except Exception as error:  # of any kind: it ends this trial, and the sweep records it
             if not isinstance(error, RaySqlError):
                 log.exception("trial %s failed", self._number)
-            self._said.put(("failed", " ".join(str(error).split()) or type(error).__name__))
+            self._outbox.put(Ended(" ".join(str(error).split()) or type(error).__name__))
         else:
-            self._said.put(("ended", None))
+            self._outbox.put(Ended())
 
-    def _on_event(self, event: cluster.Event) -> bool | None:
-        self._plan["sender"](TrialEvent(self._number, event))
+    def _on_event(self, event: Event) -> bool | None:
+        self._job.sender(TrialEvent(self._number, event))
         if not isinstance(event, CheckpointSaved) or event.objective is None:
             return not self._stopping
-        measure = Measure(event.step, event.objective, event.tie_break, dict(event.values))
-        self._measures.append(measure)
-        record(self._folder, self._measures)
+        score = StepScore(event.step, event.objective, event.tie_break, dict(event.values))
+        self._scores.append(score)
+        write_scores(self._folder, self._scores)
         if self._stopping:
             return False
-        if measure.step >= self._plan["steps"]:
-            return None  # there is nothing to decide; it is reported when the run is complete, adapter and all
-        self._said.put(("measure", measure))
+        if score.step >= self._job.steps:
+            return None  # nothing to decide: it is reported once the adapter is in its folder
+        self._outbox.put(score)
         return self._decisions.get()

@@ -1,0 +1,134 @@
+"""Judge schema links by comparing names with those of the gold SQL, and summarise a split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ray_sql.config.sections import AnswersSection
+from ray_sql.data import linking
+from ray_sql.database import Executor, Schema
+from ray_sql.evaluate.judge_sql import Progress
+from ray_sql.evaluate.shares import (
+    clustered,
+    error_counts,
+    interval,
+    resampled,
+    share,
+    without_gold_errors,
+)
+from ray_sql.metrics import Counts, LinkingScore, score_links, summarise_links
+from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped, is_right
+
+
+def parse(text: str) -> str | None:
+    """Return the links in an answer as JSON text; None where there are none to read."""
+    links = linking.parse_links(text)
+    return None if links is None else json.dumps(links)
+
+
+def read(value: Any, where: str) -> str | None:
+    """Return the links of a predictions file, JSON or text, as JSON text; None as for `parse`."""
+    return parse(value if isinstance(value, str) else json.dumps(value))
+
+
+def judge(
+    rows: Sequence[JudgedRow],
+    databases: Sequence[str | None],
+    schemas: Mapping[str, Schema],
+    settings: AnswersSection,
+    progress: Progress | None = None,
+    shared: Executor | None = None,
+) -> list[JudgedRow]:
+    """Add the verdict and the link counts of each row; nothing is executed."""
+    return [row | _verdict_fields(row, schemas.get(row["db_id"])) for row in rows]
+
+
+def _verdict_fields(row: JudgedRow, schema: Schema | None) -> dict[str, Any]:
+    if not row["gold"]:
+        return {
+            "verdict": "gold_error",
+            "error": "the gold SQL cannot be linked to the schema",
+            "error_kind": "gold error",
+        }
+    predicted = json.loads(row["predicted"]) if row["predicted"] is not None else None
+    names = {table.name: table.column_names for table in schema.tables} if schema else None
+    score = score_links(json.loads(row["gold"]), predicted, names)
+    verdict, error, kind = "wrong", None, "missing names"
+    if not score.parsed:
+        verdict, error, kind = "error", "no JSON object of tables and columns", "unparsable"
+    elif score.exact:
+        verdict, kind = "correct", "none"
+    elif score.strict_recall:
+        kind = "extra names"
+    return {"verdict": verdict, "error": error, "error_kind": kind, "linking": asdict(score)}
+
+
+def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, Any]:
+    """Return the scores of one split as plain JSON values, in all, by hardness and by database."""
+    counted = without_gold_errors(rows)
+    by_hardness = grouped(counted, "hardness", HARDNESS)
+    by_database = grouped(counted, "db_id")
+    return {
+        **_recall(counted),
+        **_name_scores(counted),
+        "gold_errors": len(rows) - len(counted),
+        "by_hardness": {level: _recall(group) for level, group in by_hardness.items()},
+        "by_database": {db_id: _recall(group) for db_id, group in by_database.items()},
+        "errors": error_counts(counted),
+    }
+
+
+def _recall(rows: Sequence[JudgedRow]) -> dict[str, Any]:
+    """Return the shares of questions with all of gold, and with gold exactly."""
+    recalled, n = sum(map(is_right, rows)), len(rows)
+    exact = sum(row["verdict"] == "correct" for row in rows)
+    return {
+        "strict_recall": share(recalled, n),
+        "interval": interval(recalled, n),
+        "n": n,
+        "exact_match": share(exact, n),
+        "exact_match_interval": interval(exact, n),
+    }
+
+
+def _name_scores(rows: Sequence[JudgedRow]) -> dict[str, Any]:
+    """Return precision, recall and F1 of tables and columns, and the questions that go astray."""
+    if not rows:
+        return {"table_f1": 0.0, "column_f1": 0.0, "unparsable": 0.0}
+    scores = [_linking_score(row) for row in rows]
+    total, n = summarise_links(scores), len(scores)
+    shares = {
+        "table_strict_recall": sum(score.table_strict_recall for score in scores),
+        "questions_hallucinating": total.questions_hallucinating,
+        "unparsable": total.unparsable,
+    }
+    return {
+        **clustered(rows, [score.strict_recall for score in scores]),
+        **{name: share(part, n) for name, part in shares.items()},
+        **{f"{name}_interval": interval(part, n) for name, part in shares.items()},
+        **{f"table_{key}": value for key, value in asdict(total.table_micro).items()},
+        **{f"column_{key}": value for key, value in asdict(total.column_micro).items()},
+        **{f"table_{key}_macro": value for key, value in asdict(total.table_macro).items()},
+        **{f"column_{key}_macro": value for key, value in asdict(total.column_macro).items()},
+        **resampled("table_f1", [_f1_parts(score.tables) for score in scores]),
+        **resampled("column_f1", [_f1_parts(score.columns) for score in scores]),
+        "hallucinated_names": total.hallucinated,
+    }
+
+
+def _f1_parts(counts: Counts) -> tuple[float, int]:
+    """Return numerator and denominator of F1."""
+    return 2 * counts.shared, counts.gold + counts.predicted
+
+
+def _linking_score(row: JudgedRow) -> LinkingScore:
+    stored = row["linking"]
+    return LinkingScore(
+        Counts(**stored["tables"]),
+        Counts(**stored["columns"]),
+        stored["hallucinated"],
+        stored["parsed"],
+    )

@@ -1,0 +1,173 @@
+"""Ask a base model and its adapter on the workers, and judge their answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_sql import cluster, data, generate, models
+from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
+from ray_sql.config import Config
+from ray_sql.data import Corpus, prompts
+from ray_sql.database import Schema
+from ray_sql.display import Display
+from ray_sql.errors import ContractError
+from ray_sql.evaluate import scoring
+from ray_sql.generate import Answer, AnswerCache, Question
+from ray_sql.metrics.judged import Evaluation
+from ray_sql.store import storage
+from ray_sql.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate_models(
+    config: Config,
+    questions: Sequence[Question],
+    schemas: Mapping[str, Schema],
+    model_folder: str,
+    adapter: str | None,
+    display: Display,
+    on_event: cluster.OnEvent,
+) -> Evaluation:
+    """Return the judged answers of the base model, of the base with `adapter`, or of both.
+
+    The base model is asked under `evaluate.baseline` and where there is no adapter. Answers of an
+    earlier attempt that was cut off are kept.
+    """
+    wanted = ["base"] if config.evaluate.baseline or adapter is None else []
+    if adapter:
+        wanted.append("tuned")
+    answers = _ask(config, questions, model_folder, adapter, wanted, display, on_event)
+    task, settings = TASKS[config.task_type], config.evaluate
+    with scoring.executor(settings) as shared:
+        return {
+            model: scoring.score(
+                questions,
+                [answers[model][index] for index in range(len(questions))],
+                task,
+                settings,
+                schemas,
+                display.counter(f"executing {model}'s SQL"),
+                shared,
+            )
+            for model in wanted
+        }
+
+
+def _ask(
+    config: Config,
+    questions: Sequence[Question],
+    model_folder: str,
+    adapter: str | None,
+    wanted: Sequence[str],
+    display: Display,
+    on_event: cluster.OnEvent,
+) -> dict[str, dict[int, Answer]]:
+    """Return the answers of each model by index of the question, asking only those not cached."""
+    adapters = {"base": None, "tuned": adapter}
+    caches = {
+        model: _answer_cache(config, questions, model_folder, adapters[model]) for model in wanted
+    }
+    answers = {model: cache.read() for model, cache in caches.items()}
+    for model in wanted:
+        if answers[model]:
+            display.line(
+                f"{model}: {len(answers[model])} of {len(questions)} answers are there from before "
+                f"({caches[model].file})"
+            )
+    missing = [model for model in wanted if len(answers[model]) < len(questions)]
+    if not missing:
+        return answers
+
+    def keep(event: cluster.Event) -> None:
+        if isinstance(event, AnswerGiven):
+            caches[event.model].add(event.question, event.answer)
+            answers[event.model][event.question] = event.answer
+            event = AnswersCounted(event.model, len(answers[event.model]), len(questions))
+        on_event(event)
+
+    job = AnswerJob(
+        settings=config.for_workers(),
+        model_folder=model_folder,
+        adapter=adapter,
+        models=missing,
+        questions=generate.dump(questions),
+        known={model: dict(answers[model]) for model in missing},
+        caches={model: str(caches[model].file) for model in missing},
+    )
+    outcome = cluster.run_workers(
+        generate.answer_loop_per_worker, job, config.scaling, config.run_dir, keep
+    )
+    for model, answered in outcome.answers.items():
+        answers[model] = dict(answered)
+        caches[model].write(answers[model])
+    return answers
+
+
+def scored_questions(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> list[Question]:
+    """Return the questions of `config.split`, at most `evaluate.limit` of each split."""
+    questions = []
+    for split in config.split:
+        examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+        questions += generate.make_questions(examples, split, corpus, tokenizer, config)
+    return questions
+
+
+def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:
+    """Raise `ContractError` unless an adapter was trained for this prompt, tokenizer and base."""
+    saved = storage.read_text(f"{adapter}/contract.json")
+    if saved is None:
+        raise ContractError(
+            f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
+        )
+    current = prompts.contract(config, models.load_tokenizer(model_folder), revision)
+    prompts.check_contract(json.loads(saved), current, adapter)
+
+
+def _answer_cache(
+    config: Config, questions: Sequence[Question], model_folder: str, adapter: str | None
+) -> AnswerCache:
+    """Return the file that keeps a model's answers.
+
+    Its name changes with everything that answers depend on: weights, precision, limits, prompts,
+    and the libraries that compute.
+    """
+    weights = sorted(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in Path(model_folder).iterdir()
+    )
+    parts = [
+        generate.VERSION,
+        model_folder,
+        weights,
+        adapter and adapter_digest(adapter),
+        [
+            config.quantization.model_dump(),
+            str(models.compute_dtype(config.train.bf16)),
+            config.scaling.use_gpu,
+            config.eval_batch_size,
+        ],
+        [version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")],
+        config.evaluate.model_dump(include={"max_new_tokens", "max_num_seqs", "num_beams"}),
+        [(question.db_id, question.input_ids) for question in questions],
+    ]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return AnswerCache(config.cache / "answers" / f"{key}.jsonl")
+
+
+def adapter_digest(adapter: str) -> str:
+    """Return a digest of an adapter's files, at a path or URI."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        for file in sorted(storage.fetch(adapter, Path(scratch)).glob("adapter_*")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

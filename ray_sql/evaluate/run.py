@@ -1,0 +1,87 @@
+"""Score a predictions file, or a base model and its adapter: the door of `ray-sql evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ray_sql import data, generate, models, tracking
+from ray_sql.config import Config, EvaluateConfig, absolute
+from ray_sql.display import Display
+from ray_sql.errors import ConfigError
+from ray_sql.evaluate import predictions_file, results
+from ray_sql.evaluate.models import check_adapter, evaluate_models, scored_questions
+from ray_sql.metrics.judged import Evaluation
+from ray_sql.progress import Progress
+from ray_sql.report import figures, html, terminal
+from ray_sql.store import storage
+from ray_sql.store.run_folder import AdapterFolder, RunFolder
+from ray_sql.tasks import TASKS
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Score what `config` names on its splits, write the results, and return `metrics.json`."""
+    settings, folder = config.as_run(), RunFolder(config.run_dir)
+    folder.finish_removal()
+    if folder.holds_training_run():
+        raise ConfigError(
+            f"{config.run_dir} holds a training run; give the evaluation an --output_name of its "
+            "own"
+        )
+    with Display() as display:
+        if config.dry_run:
+            for line in _plan(config, settings):
+                display.line(line)
+            return {}
+        if config.predictions_file:
+            path = absolute(config.predictions_file)
+            evaluation = predictions_file.evaluate_file(path, settings, display)
+        else:
+            evaluation = _evaluate_models(settings, config.adapter, display)
+        metrics = {
+            "task_type": config.task_type,
+            "dataset_id": config.dataset_id,
+            **results.summarise(evaluation, TASKS[config.task_type], settings.evaluate),
+        }
+        folder.write_settings(config.public())
+        results.write(folder, evaluation, metrics)
+        drawn = figures.figures(metrics, evaluation)
+        html.write(folder, config.output_name, metrics, evaluation, drawn)
+        terminal.show(folder, config.output_name, metrics, display)
+    return metrics
+
+
+def _plan(config: EvaluateConfig, settings: Config) -> Iterator[str]:
+    """Yield lines on what would be scored, after reading it; with a model, one of its prompts."""
+    corpus = data.load_split(settings, settings.split)
+    if config.predictions_file:
+        predictions = predictions_file.read(absolute(config.predictions_file))
+        source = f"{len(predictions)} predictions of {config.predictions_file}"
+    else:
+        base, _ = models.resolve(settings.model_name, settings.cache, settings.read_token)
+        tokenizer = models.load_tokenizer(base)
+        first = scored_questions(corpus, tokenizer, settings)[0]
+        yield f"--- prompt ---\n{tokenizer.decode(first.input_ids)}\n--- plan ---"
+        source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
+    counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
+    yield (
+        f"would score {source} on {counts}, semantics {config.evaluate.semantics}, and write "
+        f"{config.run_dir}"
+    )
+
+
+def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Evaluation:
+    corpus = data.load_split(config, config.split)
+    predictions_file.require_executable(corpus, TASKS[config.task_type])
+    pinned = None
+    if adapter:
+        adapter = storage.absolute_uri(adapter)
+        contract = AdapterFolder(adapter).read_contract()
+        pinned = models.revision_of(contract, config.model_name)
+    folder, revision = models.resolve(config.model_name, config.cache, config.read_token, pinned)
+    if adapter:
+        check_adapter(adapter, config, folder, revision)
+    questions = scored_questions(corpus, models.load_tokenizer(folder), config)
+    generate.check_window(folder, questions, config.evaluate.max_new_tokens)
+    progress = Progress(config, tracking.null_run(), display)
+    return evaluate_models(config, questions, corpus.schemas, folder, adapter, display, progress)

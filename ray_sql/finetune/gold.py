@@ -1,0 +1,108 @@
+"""Gold queries that do not run: found before training, once for the same data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_sql.config.sections import EvaluateSection
+from ray_sql.data import Corpus
+from ray_sql.errors import DataError
+from ray_sql.evaluate import scoring
+from ray_sql.store import storage
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GoldQuery:
+    """The gold query of an example that has a database; `place` is the database's path or URL."""
+
+    split: str
+    id: str
+    place: str
+    sql: str
+
+    @property
+    def key(self) -> str:
+        """Name the example, ids being unique in a split only."""
+        return f"{self.split}\0{self.id}"
+
+    @property
+    def is_on_server(self) -> bool:
+        """Tell a database on a server, whose content may change unseen, from a file."""
+        return "://" in self.place
+
+
+def failing(
+    corpus: Corpus, evaluate: EvaluateSection, cache: Path, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """Return the gold queries that do not run, as rows with id, split, database, gold and error.
+
+    The result is kept under `cache` for the same data. Queries that timed out or crashed are asked
+    again every time, for that may have been the machine's fault, and so are queries on a server.
+    Examples without a database are not among them.
+    """
+    queries = _queries(corpus)
+    file = cache / "gold_queries" / f"{_cache_key(corpus, queries)}-{evaluate.timeout:g}.json"
+    known = json.loads(file.read_text()) if file.is_file() else None
+    todo = [
+        (query.key, query.place, query.sql)
+        for query in queries
+        if known is None or query.is_on_server or query.key in known["again"]
+    ]
+    errors = scoring.failing_gold(todo, evaluate, progress)
+    on_files = [row for row in errors if "://" not in row["database"]]
+    again = [row for row in on_files if row["error"].startswith(("timeout", "crash"))]
+    lasting = [row for row in on_files if row not in again]
+    if known:
+        lasting = known["failing"] + lasting
+    cached = {"failing": lasting, "again": [row["id"] for row in again]}
+    storage.write_local_text(file, json.dumps(cached))
+    by_key = {row["id"]: row for row in [*lasting, *errors]}
+    return [
+        by_key[query.key] | {"split": query.split, "id": query.id}
+        for query in queries
+        if query.key in by_key
+    ]
+
+
+def require_scorable(
+    corpus: Corpus, splits: Sequence[str], failing: Sequence[dict[str, Any]]
+) -> None:
+    """Raise `DataError` if scored splits have gold queries and none of them runs."""
+    golds = sum(
+        corpus.executable(example.db_id) is not None
+        for split in splits
+        for example in corpus.splits[split]
+    )
+    wrong = [row for row in failing if row["split"] in splits]
+    if golds and len(wrong) == golds:
+        raise DataError(
+            f"--split {','.join(splits)}: nothing could be scored, for none of its {golds} gold "
+            f"queries runs; that of {wrong[0]['id']} fails with: {wrong[0]['error']}; check the "
+            "databases and the gold SQL"
+        )
+
+
+def _queries(corpus: Corpus) -> list[GoldQuery]:
+    queries = []
+    for split, examples in corpus.splits.items():
+        for example in examples:
+            place = corpus.executable(example.db_id)
+            if place:
+                queries.append(GoldQuery(split, example.id, place, example.gold))
+    return queries
+
+
+def _cache_key(corpus: Corpus, queries: Sequence[GoldQuery]) -> str:
+    """Return 24 hex digits over the questions, the schemas and the state of every SQLite file."""
+    files = sorted({Path(query.place) for query in queries if not query.is_on_server})
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    parts = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    content = json.dumps([corpus.fingerprint(), parts])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]

@@ -1,0 +1,162 @@
+"""A recorded run: what a training run and a sweep need around their work, in one order.
+
+    with Session(config, display, clock) as session:
+        ...  # session.prepared, session.questions, session.folder, session.record
+
+Entering checks whatever would fail later, reads the data, starts Ray, shows the plan, lays out the
+folder and begins the MLflow run. Leaving ends the MLflow run with the status that fits. A sweep
+overrides the steps in which it differs (`tune/session.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ray_sql import cluster, tracking, train
+from ray_sql.config import Config, mask_password
+from ray_sql.display import Display
+from ray_sql.errors import TakenOver
+from ray_sql.finetune import plan
+from ray_sql.finetune.earlier import require_same_data
+from ray_sql.finetune.prepare import Prepared, prepare, write_inputs
+from ray_sql.generate import Question
+from ray_sql.progress import StartupClock
+from ray_sql.store.run_folder import RunFolder
+
+
+class Session:
+    """One recorded run. Raises `RaySqlError` on entering for whatever the user can fix."""
+
+    prepared: Prepared
+    questions: list[Question]
+    """The questions that will be scored."""
+    record: tracking.Run
+
+    def __init__(self, config: Config, display: Display, clock: StartupClock | None = None) -> None:
+        self.config, self.display = config, display
+        self.clock = clock or StartupClock()
+        self.folder = RunFolder(config.run_dir)
+
+    def __enter__(self) -> Self:
+        config = self.config
+        tracking.require_store(config.tracking)
+        self.clock.mark("MLflow")
+        self.prepared = prepare(config, self.display.counter("reading data"))
+        require_same_data(self.prepared.corpus, config)
+        self.questions = self.prepared.questions(config)
+        self.check()
+        self.start_ray()
+        for line in self.plan():
+            self.display.line(line)
+        self.clock.mark("data")
+        if config.overwrite:
+            self.remove_earlier()
+        self.lay_out()
+        self.record = self.begin_record()
+        self.clock.mark("run folder and MLflow run")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.end("FINISHED")
+        elif issubclass(kind, KeyboardInterrupt | SystemExit):
+            self.end("KILLED")
+        elif not issubclass(kind, TakenOver):  # the MLflow run is the other driver's now
+            self.end("FAILED")
+
+    # The steps in which a sweep differs
+
+    def check(self) -> None:
+        """Raise for settings that do not fit the data, before anything is written."""
+        train.starting_point(
+            self.config.prev_checkpoint,
+            self.folder,
+            self.prepared.contract,
+            self.config.lora,
+            self.prepared.steps(self.config),
+        )
+
+    def start_ray(self) -> None:
+        """Start or join Ray, beside whatever comes next."""
+        if self.config.scaling.num_workers:
+            cluster.start_ray_in_background()
+
+    def plan(self) -> Iterable[str]:
+        """Return the lines that tell people what will be done."""
+        return plan.lines(self.prepared, self.config)
+
+    def remove_earlier(self) -> None:
+        """Remove an earlier run of this name; nothing of it stays open in MLflow."""
+        if run_id := self.folder.read_mlflow_run_id():
+            tracking.close(self.config.tracking, run_id, {})
+        self.folder.remove()
+
+    def lay_out(self) -> None:
+        """Write the settings, and all that workers read."""
+        write_inputs(self.prepared, self.config)
+
+    def tags(self) -> dict[str, str]:
+        """Return tags that no other MLflow run has: they find this one, should its id be lost."""
+        return {}
+
+    def end(self, status: tracking.Status) -> None:
+        """End the MLflow run."""
+        self.record.end(status)
+
+    # The MLflow run
+
+    def begin_record(self) -> tracking.Run:
+        """Begin the MLflow run, or go on with the one that an earlier attempt began."""
+        config = self.config
+        record = tracking.start(
+            config.tracking,
+            config.public(),
+            name=config.output_name,
+            tags=self._facts(),
+            spool=spool(config),
+            run_id=self.folder.read_mlflow_run_id(),
+            own=self.tags(),
+        )
+        if record.run_id:
+            self.folder.write_mlflow_run(record.run_id, mask_password(record.uri))
+        fingerprint = self.prepared.corpus.fingerprint()
+        for split in ("train", *config.split):
+            name = f"{config.dataset_id[:480]}: {split}"
+            record.dataset(name, fingerprint, config.dataset_id, split)
+        return record
+
+    def _facts(self) -> dict[str, str]:
+        """Return the tags that say what the run was made from and by."""
+        facts = {
+            "task_type": self.config.task_type,
+            "data_fingerprint": self.prepared.corpus.fingerprint(),
+            "template_hash": str(self.prepared.contract["template_hash"]),
+            "git_commit": _git_commit(),
+            "ray_job_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+        }
+        return {name: value for name, value in facts.items() if value}
+
+
+def spool(config: Config) -> Path:
+    """Return where a run's records wait while MLflow does not answer."""
+    return config.cache / "spool" / f"{config.output_name}-{config.identity()}.jsonl"
+
+
+def _git_commit() -> str:
+    """Return the commit of the folder that the job runs in, if it is one and git is installed."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

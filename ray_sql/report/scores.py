@@ -1,0 +1,71 @@
+"""The table of scores, as values that the terminal, `report.html` and the model card lay out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray_sql.display import percent
+from ray_sql.tasks import Task
+
+Scores = Mapping[str, Mapping[str, Any]]
+"""The summary of each split, as `metrics.json` holds it for one model."""
+
+
+@dataclass(frozen=True)
+class ScoreLine:
+    """One score of a split: a cell per model, in the order of the table's models."""
+
+    kind: Literal["main", "level", "secondary"]
+    """`level` is the main score on one level of hardness."""
+    split: str
+    label: str
+    n: int
+    cells: list[str]
+
+
+def score_lines(models: Mapping[str, Scores], task: Task) -> Iterator[ScoreLine]:
+    """Yield the scores of each split: the main one, the same by hardness, then the secondary ones.
+
+    Counts are those of the last model. A secondary score that no model has is left out.
+    """
+    last = list(models.values())[-1]
+    for split, scores in last.items():
+        by_model = [summary[split] for summary in models.values()]
+        cells = [percent(each[task.metric], each["interval"], each["n"]) for each in by_model]
+        yield ScoreLine("main", split, task.label, scores["n"], cells)
+        for level, group in scores.get("by_hardness", {}).items():
+            groups = [each["by_hardness"].get(level, group) for each in by_model]
+            cells = [percent(each[task.metric], each["interval"]) for each in groups]
+            yield ScoreLine("level", split, level, group["n"], cells)
+        for key in secondary_scores(by_model, task):
+            cells = [share_text(each, key) for each in by_model]
+            n = scores.get(f"{key}_n", scores["n"])
+            yield ScoreLine("secondary", split, task.secondary[key], n, cells)
+
+
+def secondary_scores(summaries: Sequence[Mapping[str, Any]], task: Task) -> list[str]:
+    """Return the keys of the secondary scores that at least one summary has."""
+    return [key for key in task.secondary if any(key in summary for summary in summaries)]
+
+
+def share_text(scores: Mapping[str, Any], key: str) -> str:
+    """Write a secondary score with its interval; a dash where it was not measured."""
+    if key not in scores:
+        return "–"
+    n = scores.get(f"{key}_n", scores["n"])
+    return percent(scores[key], scores.get(f"{key}_interval"), n)
+
+
+def paired_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each paired test of the tuned model in `metrics.json`."""
+    lines = []
+    for key, other in (("compared", "base"), ("compared_default", "default")):
+        name = "the default settings" if other == "default" else other
+        for split, test in metrics.get(key, {}).items():
+            lines.append(
+                f"{split}: tuned alone is right on {test['only_tuned']}, {name} alone on "
+                f"{test[f'only_{other}']} (McNemar p = {test['mcnemar_p']:.2g})"
+            )
+    return lines

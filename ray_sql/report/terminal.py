@@ -1,0 +1,63 @@
+"""The result of a run or an evaluation on the terminal: its scores, and where its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from ray_sql.display import Display
+from ray_sql.report.scores import paired_lines, score_lines
+from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS
+
+MODELS = ("base", "default", "tuned", "file")
+"""Models of `metrics.json`, in the order of the table's columns."""
+
+
+def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Display) -> None:
+    """Print the scores of `metrics.json` and the places of the run's files."""
+    display.console.print(_table(title, metrics))
+    for line in paired_lines(metrics):
+        display.line(line)
+    if "training_seconds" in metrics:
+        display.line(
+            f"time         {metrics['seconds']:.0f} s, of them training "
+            f"{metrics['training_seconds']:.0f} s"
+        )
+        display.line(f"adapter      {folder.adapter.uri}")
+    display.line(f"predictions  {folder.predictions()}")
+    display.line(f"report       {folder.report}")
+    if metrics.get("mlflow_run_id"):
+        display.line(f"MLflow run   {metrics['mlflow_run_id']}")
+        address = metrics["tracking_uri"]
+        if not address.startswith("http"):
+            address = f"make ui    (mlflow ui --backend-store-uri {address})"
+        display.line(f"MLflow UI    {address}")
+
+
+def _table(title: str, metrics: Mapping[str, Any]) -> Table:
+    task = TASKS[metrics["task_type"]]
+    models = {name: metrics[name] for name in MODELS if name in metrics}
+    last = list(models.values())[-1]
+    semantics = next(iter(last.values())).get("semantics")
+    rule = f", {semantics} semantics" if semantics else ""
+    table = Table(title=f"{title}: {task.label}{rule} [95 % interval]", title_justify="left")
+    for column in ("split", ""):
+        table.add_column(column)
+    for column in ("n", *models):
+        table.add_column(column, justify="right")
+    for split, lines in groupby(score_lines(models, task), lambda line: line.split):
+        for line in lines:
+            names = {
+                "main": (split, line.label, str(line.n)),
+                "level": ("", f"  {line.label}", str(line.n)),
+                "secondary": ("", line.label, ""),
+            }
+            table.add_row(*names[line.kind], *line.cells)
+        if failing := last[split]["gold_errors"]:
+            table.add_row("", "gold fails (not counted)", str(failing))
+        table.add_section()
+    return table
