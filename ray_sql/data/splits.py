@@ -98,7 +98,8 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus
                 known = join_some(corpus.databases or corpus.schemas)
                 raise DataError(
                     f"{source.flag}, {split} example {example.id}: unknown db_id {db_id!r}: no "
-                    f"database file {db_id}/{db_id}.sqlite and no entry in tables.json; have {known}"
+                    f"database file {db_id}/{db_id}.sqlite and no entry in tables.json; have "
+                    f"{known}"
                 )
     return replace(corpus, schemas=schemas)
 

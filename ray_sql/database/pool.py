@@ -1,4 +1,4 @@
-"""A pool of killable processes that run queries, and the results they gave, each computed once."""
+"""Run queries in a pool of killable processes, and compute each result once."""
 
 import marshal
 import os
@@ -22,10 +22,10 @@ from ray_sql.errors import DataError
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 Progress = Callable[[int, int], None]
-"""Called with the number done and the number of all, from the thread that asked."""
+"""Called with (done, total), in the calling thread."""
 
 GRACE_SECONDS = 1.0
-"""What a worker may take beyond the limit before it is killed: it stops by itself at the limit if it can."""
+"""Time beyond the limit before a worker is killed; it stops by itself at the limit if it can."""
 START_SECONDS = 60.0
 CACHE_BYTES = 256 * 2**20
 DEFAULT_LIMITS = Limits()
@@ -37,11 +37,11 @@ PACKAGES = Path(__file__).parents[2]
 
 
 class Executor:
-    """Runs untrusted queries, `workers` at a time; use it as a context manager, from any number of threads.
+    """Run untrusted queries, `workers` at a time, from any number of threads; a context manager.
 
-    Results are kept by (database, sql, limits), so that a gold query runs once however many predictions it judges. A SQLite
-    file that changed is another database; of a server no change can be seen, so an executor should live no longer than its
-    content is meant to stay.
+    Results are cached by (database, sql, limits), so a gold query runs once for all predictions.
+    A SQLite file that changed counts as another database. A change on a server cannot be seen, so
+    use an executor no longer than the server's content stays the same.
     """
 
     def __init__(self, workers: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -49,7 +49,7 @@ class Executor:
         self.limits = limits
         self._results = _Results()
         self._closed = False
-        # A slot is None until it is needed, so that an executor that runs nothing starts nothing.
+        # A slot is None until it is needed, so an idle executor starts no process.
         self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(self.workers):
             self._slots.put(None)
@@ -71,24 +71,23 @@ class Executor:
             return
         self._closed = True
         for _ in range(self.workers):
-            if (worker := self._slots.get()) is not None:
+            worker = self._slots.get()
+            if worker is not None:
                 worker.kill()
 
     def run(
         self, database: Place, sql: str, limits: Limits | None = None, *, again: bool = False
     ) -> QueryResult:
-        """Run one query, or return what it gave before; `again` runs it in any case, for its seconds.
+        """Run one query, or return its cached result; `again` runs it anew, to time it.
 
-        Raises DataError where `database` is missing, out of reach, or neither a SQLite file nor a PostgreSQL URL; whatever
-        the query does wrong is a result.
+        Raises:
+            DataError: `database` is missing, unreachable, or neither a SQLite file nor a
+                PostgreSQL URL. A mistake in the query is a result instead.
         """
         if self._closed:
             raise RuntimeError("this Executor is closed")
-        source = (
-            _server(database)
-            if isinstance(database, str) and "://" in database
-            else _file(Path(database))
-        )
+        is_url = isinstance(database, str) and "://" in database
+        source = _server(str(database)) if is_url else _file(Path(database))
         limits = limits or self.limits
         if again:
             return self._run_in_worker(source, sql, limits).result
@@ -103,7 +102,7 @@ class Executor:
         limits: Limits | None = None,
         progress: Progress | None = None,
     ) -> list[QueryResult]:
-        """Run (database, sql) pairs in parallel; results in the order of the pairs."""
+        """Run (database, sql) pairs in parallel; return results in the order of the pairs."""
         return self.map(lambda query: self.run(*query, limits), queries, progress)
 
     def map(
@@ -112,7 +111,7 @@ class Executor:
         items: Sequence[Item],
         progress: Progress | None = None,
     ) -> list[Answer]:
-        """Apply a function that calls `run` to every item, one thread per worker; answers in input order."""
+        """Apply a function that calls `run` to every item, in threads; return answers in order."""
         with ThreadPoolExecutor(self.workers) as threads:
             futures = [threads.submit(function, item) for item in items]
             try:
@@ -139,7 +138,7 @@ class Executor:
 
 
 class _Sized(NamedTuple):
-    """A result and roughly how many bytes it holds."""
+    """A result and its approximate size in bytes."""
 
     result: QueryResult
     size: int
@@ -150,14 +149,14 @@ class _Worker:
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self._socket, theirs = Pipe()
-        command, environment = _start(kind)
-        with theirs:
+        self._socket, child_socket = Pipe()
+        command, environment = _command(kind)
+        with child_socket:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
+                [*command, str(child_socket.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_socket.fileno(),),
                 env=environment,
             )
         try:
@@ -169,32 +168,30 @@ class _Worker:
             raise RuntimeError(f"an SQL worker did not start: {' '.join(command)}") from error
 
     def alive(self) -> bool:
-        """Whether the process can take a query."""
+        """Tell whether the process can take a query."""
         return self._process.poll() is None
 
     def ask(self, uri: str, sql: str, limits: Limits) -> _Sized:
-        """Run one query there; a process that hangs or dies is ended and what it did is the result."""
+        """Run one query in the process; a process that hangs or dies is a result too."""
         try:
             self._socket.send_bytes(marshal.dumps((uri, sql, *astuple(limits))))
             if not self._socket.poll(limits.seconds + GRACE_SECONDS):
                 self.kill()
                 error = f"timeout: killed after {limits.seconds:g} s"
-                return _Sized(
-                    QueryResult("timeout", (), (), error, limits.seconds + GRACE_SECONDS), 0
-                )
+                seconds = limits.seconds + GRACE_SECONDS
+                return _Sized(QueryResult("timeout", (), (), error, seconds), 0)
             reply = self._socket.recv_bytes()
         except (EOFError, ConnectionError):
             self.kill()
-            error = (
-                f"crash: the process that ran the query ended with code {self._process.returncode}"
-            )
+            code = self._process.returncode
+            error = f"crash: the process that ran the query ended with code {code}"
             return _Sized(QueryResult("crash", (), (), error, 0.0), 0)
-        status, *rest = marshal.loads(reply)
+        status, columns, rows, error, seconds = marshal.loads(reply)
         if status == "unreachable":
             raise DataError(
-                f"cannot connect to PostgreSQL: {rest[2]}; check the URL, and PGPASSWORD or ~/.pgpass"
+                f"cannot connect to PostgreSQL: {error}; check the URL, and PGPASSWORD or ~/.pgpass"
             )
-        return _Sized(QueryResult(status, *rest), len(reply))
+        return _Sized(QueryResult(status, columns, rows, error, seconds), len(reply))
 
     def kill(self) -> None:
         """End the process and free its socket."""
@@ -203,29 +200,27 @@ class _Worker:
         self._socket.close()
 
 
-def _start(kind: Kind) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a worker.
+def _command(kind: Kind) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment of a worker.
 
-    For SQLite by path and isolated: no fork of this process (which may hold torch and threads), no import of anything but the
-    standard library, and no token from the environment within reach of the query. For PostgreSQL, where queries run elsewhere,
-    with the packages of this process and what libpq takes from the environment (PGPASSWORD, ~/.pgpass).
+    A worker for SQLite starts by path and isolated. It does not fork this process, which may hold
+    torch and threads. It imports the standard library only, and no token of the environment is
+    within reach of the query. A worker for PostgreSQL runs no query itself, so it gets the packages
+    of this process and the variables that libpq reads (PGPASSWORD, ~/.pgpass).
     """
     names = ["PATH", "LD_LIBRARY_PATH"]
     if kind == "sqlite":
         command = [sys.executable, "-I", "-S", str(WORKER)]
-    else:
-        command = [sys.executable, "-P", "-m", "ray_sql.database.postgres_worker"]
-        names += ["HOME", *(name for name in os.environ if name.startswith("PG"))]
+        return command, {name: os.environ[name] for name in names if name in os.environ}
+    command = [sys.executable, "-P", "-m", "ray_sql.database.postgres_worker"]
+    names += ["HOME", *(name for name in os.environ if name.startswith("PG"))]
     environment = {name: os.environ[name] for name in names if name in os.environ}
-    if kind == "postgresql":
-        environment["PYTHONPATH"] = os.pathsep.join(
-            path for path in [str(PACKAGES), *sys.path] if path
-        )
-    return command, environment
+    paths = [path for path in [str(PACKAGES), *sys.path] if path]
+    return command, environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 class _Results:
-    """Results by key, each computed once even if many threads ask at the same time; the oldest go first."""
+    """Results by key, each computed once for any number of threads; the oldest go first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -233,15 +228,15 @@ class _Results:
         self._size = 0
 
     def get(self, key: Hashable, compute: Callable[[], _Sized]) -> QueryResult:
-        """The result kept under `key`, or that of `compute()`."""
+        """Return the result cached under `key`, or that of `compute()`."""
         with self._lock:
             future = self._futures.get(key)
-            mine = future is None
+            is_first = future is None
             if future is None:
                 future = self._futures[key] = Future()
             else:
                 self._futures.move_to_end(key)
-        if mine:
+        if is_first:
             self._fill(key, future, compute)
         return future.result().result
 
@@ -255,10 +250,9 @@ class _Results:
             raise
         future.set_result(sized)
         with self._lock:
+            # These may be the machine's fault and not the query's: the next caller tries again.
             if sized.result.status in ("timeout", "crash"):
-                del self._futures[
-                    key
-                ]  # may be the machine's fault and not the query's: the next asker tries again
+                del self._futures[key]
                 return
             self._size += sized.size
             if self._size > CACHE_BYTES:
@@ -273,10 +267,11 @@ class _Results:
 
 
 class _Source(NamedTuple):
-    """Where a database is and which state of it: equal values read equal rows.
+    """A database and its state: equal values read equal rows.
 
-    The state is size and time of change, not a hash of the content: hashing reads a file of gigabytes to run a query
-    that touches a page, and on a file system with nanosecond times a change that leaves both alone takes intent.
+    The state is size and time of change, not a hash of the content. Hashing would read a file of
+    gigabytes for a query that touches one page. On a file system with nanosecond times, only
+    intent makes a change that alters neither.
     """
 
     kind: Kind
@@ -285,11 +280,16 @@ class _Source(NamedTuple):
 
 
 def _server(url: str) -> _Source:
-    """A PostgreSQL URL as libpq reads it; DataError where it is another server's, or psycopg is not installed."""
+    """Return a PostgreSQL URL as libpq reads it.
+
+    Raises:
+        DataError: another server's URL, or psycopg is not installed.
+    """
     dialect, _, rest = url.partition("://")
-    if not is_postgresql(url):
+    if dialect.partition("+")[0] not in ("postgresql", "postgres"):
         raise DataError(
-            f"{dialect}: queries can be executed on SQLite files and on PostgreSQL (postgresql://…), on nothing else"
+            f"{dialect}: queries can be executed on SQLite files and on PostgreSQL "
+            "(postgresql://…), on nothing else"
         )
     if find_spec("psycopg") is None:
         raise DataError(
@@ -298,38 +298,39 @@ def _server(url: str) -> _Source:
     return _Source("postgresql", f"postgresql://{rest}", ())
 
 
-def is_postgresql(url: str) -> bool:
-    """Whether a URL names a PostgreSQL database: by libpq's scheme, or by SQLAlchemy's with any driver."""
-    return url.partition("://")[0].partition("+")[0] in ("postgresql", "postgres")
-
-
 def _file(database: Path) -> _Source:
-    """Find an SQLite file and how to open it without ever creating or changing one; DataError if it is none."""
+    """Find out how to open a SQLite file without ever creating or changing one.
+
+    Raises:
+        DataError: the file is missing, is no SQLite database, or needs a repair after a crash.
+    """
     path = database.resolve()
     try:
         with path.open("rb") as file:
             header = file.read(len(SQLITE_HEADER) + 4)
-            found = os.fstat(file.fileno())
+            stat = os.fstat(file.fileno())
     except OSError as error:
         raise DataError(
             f"{database}: cannot open this database ({error.strerror}); check the path"
         ) from error
     if not header.startswith(SQLITE_HEADER):
         raise DataError(
-            f"{database}: not an SQLite database ({found.st_size} bytes); check the path"
+            f"{database}: not an SQLite database ({stat.st_size} bytes); check the path"
         )
-    uri, state = f"{path.as_uri()}?mode=ro", (found.st_ino, found.st_size, found.st_mtime_ns)
+    uri = f"{path.as_uri()}?mode=ro"
+    state: tuple[int, ...] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if WAL_VERSION not in header[18:20]:
         return _Source("sqlite", uri, state)
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
-    if not log.exists() or not (written := log.stat()).st_size:
-        # Nobody writes: say so, or a reader would create the two side files, which a worker may not.
+    log_stat = log.stat() if log.exists() else None
+    if log_stat is None or not log_stat.st_size:
+        # Nobody writes: say so, or a reader would create the two side files, as no worker may.
         return _Source("sqlite", f"{uri}&immutable=1", state)
     if not index.exists():
         raise DataError(
-            f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 to merge"
+            f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 "
+            "to merge"
         )
-    # Read-only, or the first reader after a crash would empty the index and could not fill it again.
-    return _Source(
-        "sqlite", f"{uri}&readonly_shm=1", (*state, written.st_size, written.st_mtime_ns)
-    )
+    # Read-only: else the first reader after a crash empties the index and cannot fill it again.
+    state = (*state, log_stat.st_size, log_stat.st_mtime_ns)
+    return _Source("sqlite", f"{uri}&readonly_shm=1", state)

@@ -1,19 +1,23 @@
-"""The child process for PostgreSQL: answers one query after another over a socket, as `worker` does for SQLite.
+"""The child process for PostgreSQL: answer queries over a socket, as `sqlite_worker` does.
 
-What keeps a query from doing harm, the strongest first:
+These guards keep a query from doing harm, the strongest first:
 
-- a READ ONLY transaction, always rolled back: the server refuses writes, DDL, `nextval`, `setval` and row locks;
-- a cursor, declared through the extended protocol: the server's own grammar lets one SELECT, VALUES or WITH through and no
-  COPY, SET, CALL, DO, SELECT INTO or second statement;
-- no volatile function of the server or of its extensions but a few harmless ones: it is those that act outside of the
-  transaction (`pg_terminate_backend`, `pg_read_file`, `lo_export`, `dblink`, advisory locks, `set_config`). Any word of the
-  text that names one is refused, wherever it stands, so that no quoting and no comment hides it; functions that run SQL
-  given as text are refused with them;
-- `statement_timeout` and `lock_timeout` on the server, rows taken in small portions, and a parent that kills this process.
+- a READ ONLY transaction, always rolled back: the server refuses writes, DDL, `nextval`, `setval`
+  and row locks;
+- a cursor, declared through the extended protocol: the server's own grammar admits one SELECT,
+  VALUES or WITH, and no COPY, SET, CALL, DO, SELECT INTO or second statement;
+- no volatile function of the server or of its extensions, but for a few harmless ones. Volatile
+  functions act outside of the transaction (`pg_terminate_backend`, `pg_read_file`, `lo_export`,
+  `dblink`, advisory locks, `set_config`). A query is refused if any word of its text names one,
+  wherever it stands, so no quoting and no comment hides it. Functions that run SQL given as text
+  are refused too;
+- `statement_timeout` and `lock_timeout` on the server, rows fetched in small portions, and a parent
+  that kills this process.
 
-What they do not cover: the query may read whatever its role may read, and call the database's own functions; memory and temporary
-files are the server's, bounded by its `work_mem` and `temp_file_limit`. So give the URL a role of its own, that may SELECT
-from the tables of the questions, owns nothing and is in no other role.
+They leave some risks. The query may read all that its role may read, and call the database's own
+functions. Memory and temporary files are the server's, bounded by its `work_mem` and
+`temp_file_limit`. So give the URL a role of its own: one that may SELECT from the tables of the
+questions, owns nothing and is in no other role.
 
 Needs psycopg 3 (`pip install -e '.[postgres]'`).
 """
@@ -30,33 +34,23 @@ from psycopg import pq
 
 from ray_sql.database.sqlite_worker import Reply, one_line, restrict, serve
 
-HARMLESS = {
-    "random",
-    "random_normal",
-    "clock_timestamp",
-    "timeofday",
-    "gen_random_uuid",
-    "uuid_generate_v4",
-}
-"""Volatile because they answer anew each time, and nothing else."""
-RUNS_TEXT = {
-    "crosstab",
-    "crosstab2",
-    "crosstab3",
-    "crosstab4",
-    "crosstabn",
-    "connectby",
-    "xpath_table",
-}
-"""Of the server's own extensions: not declared volatile, though they run a query given as text."""
-# Functions with an argument of type `internal` can be called by no query, and have names such as "system".
+HARMLESS = set(
+    "random random_normal clock_timestamp timeofday gen_random_uuid uuid_generate_v4".split()
+)
+"""Volatile only because they answer anew each time."""
+RUNS_TEXT = set("crosstab crosstab2 crosstab3 crosstab4 crosstabn connectby xpath_table".split())
+"""Functions of the server's extensions that run a query given as text, not declared volatile."""
+# No query can call a function with an argument of type `internal`, whose name may be "system".
 VOLATILE = """
 SELECT DISTINCT lower(p.proname) FROM pg_catalog.pg_proc p
-WHERE p.provolatile = 'v' AND p.prorettype <> 'trigger'::regtype AND NOT 'internal'::regtype = ANY (p.proargtypes::oid[])
+WHERE p.provolatile = 'v' AND p.prorettype <> 'trigger'::regtype
+  AND NOT 'internal'::regtype = ANY (p.proargtypes::oid[])
   AND (p.pronamespace = 'pg_catalog'::regnamespace OR EXISTS (
-    SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
+    SELECT FROM pg_catalog.pg_depend d
+    WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
 """
-# Output that depends on no server's defaults, and scans that begin at the beginning: equal questions get equal answers.
+# No output depends on a server's defaults, and scans begin at the beginning: equal questions get
+# equal answers.
 BEGIN = """
 BEGIN READ ONLY;
 SET LOCAL TIME ZONE 'UTC';
@@ -71,7 +65,8 @@ SET LOCAL idle_in_transaction_session_timeout = {idle}
 """
 TIMEOUTS = "SET LOCAL statement_timeout = {left}; SET LOCAL lock_timeout = {left}"
 MOST_ROWS_AT_ONCE = 4096
-PREFIXES = {  # of SQLSTATE -> what `QueryResult.error` opens with
+# The start of an SQLSTATE -> the opening of `QueryResult.error`.
+PREFIXES = {
     "42703": "no such column: ",
     "42P01": "no such table: ",
     "25006": "refused: ",
@@ -81,25 +76,41 @@ PREFIXES = {  # of SQLSTATE -> what `QueryResult.error` opens with
 }
 SYNTAX = "42601"
 COMMAND = re.compile(
-    r"[\s;]*(insert|update|delete|merge|create|alter|drop|truncate|copy|set|reset|call|do|explain|show|vacuum|analyze|begin|start|"
-    r"commit|rollback|abort|end|savepoint|release|lock|grant|revoke|notify|listen|unlisten|prepare|execute|deallocate|declare|fetch|"
-    r"move|close|cluster|reindex|comment|security|load|discard|checkpoint|refresh|import|reassign)\b",
+    r"[\s;]*(insert|update|delete|merge|create|alter|drop|truncate|copy|set|reset|call|do|explain|"
+    r"show|vacuum|analyze|begin|start|commit|rollback|abort|end|savepoint|release|lock|grant|revoke|"
+    r"notify|listen|unlisten|prepare|execute|deallocate|declare|fetch|move|close|cluster|reindex|"
+    r"comment|security|load|discard|checkpoint|refresh|import|reassign)\b",
     re.IGNORECASE,
 )
-LATE = ("57014", "55P03")  # statement_timeout, lock_timeout
-LOST = ("08", "57P", "25P03")  # the connection, or the server
-BAD_REQUEST = "08P01"  # parameters without values: the query's own fault
+LATE = ("57014", "55P03")
+"""statement_timeout, lock_timeout."""
+LOST = ("08", "57P", "25P03")
+"""The connection, or the server."""
+BAD_REQUEST = "08P01"
+"""Parameters without values: a mistake in the query."""
 
-ESCAPED = re.compile(r'u&"', re.IGNORECASE)  # a name in Unicode escapes
+ESCAPED = re.compile(r'u&"', re.IGNORECASE)
+"""A name in Unicode escapes."""
+
+UNREADABLE_URL = (
+    "not a URL that libpq reads: percent-encode the password, or leave it to PGPASSWORD or "
+    "~/.pgpass"
+)
 
 CONNECTIONS: dict[str, tuple[psycopg.Connection[Any], frozenset[str]]] = {}
-"""The one to the last URL asked, with the functions that are refused there: a kept one a URL would use up the server's."""
+"""The connection to the last URL, with the functions refused there.
+
+One open connection for each URL would use up the server's.
+"""
 
 
 def query(
     uri: str, sql: str, seconds: float, rows: int, size: int, memory: int, sql_length: int
 ) -> Reply:
-    """Run one query under its limits; every mistake of the query becomes a reply, and a server out of reach is "unreachable"."""
+    """Run one query under its limits.
+
+    A mistake in the query becomes a reply. The status is "unreachable" for a server out of reach.
+    """
     started = time.monotonic()
 
     def reply(status: str, error: str) -> Reply:
@@ -116,43 +127,36 @@ def query(
             return reply("error", "refused: a name in Unicode escapes")
         try:
             connection, refused = connect(uri, seconds)
-        except psycopg.ProgrammingError as error:
-            if error.sqlstate is None:  # libpq says what it cannot read, which may be a password
-                unread = "not a URL that libpq reads: percent-encode the password, or leave it to PGPASSWORD or ~/.pgpass"
-                return reply("unreachable", unread)
-            return reply("unreachable", str(error))
         except psycopg.Error as error:
+            # libpq quotes a URL that it cannot read, and the quoted part may be a password.
+            if isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None:
+                return reply("unreachable", UNREADABLE_URL)
             return reply("unreachable", str(error))
-        if named := refused & words(sql):
+        named = refused & words(sql)
+        if named:
             return reply("error", f"refused: FUNCTION {min(named)}")
         began = time.monotonic()
-        names, found = fetch(connection, text, started + seconds, seconds, rows, size)
-        return (
-            "ok",
-            names,
-            found,
-            None,
-            time.monotonic() - began,
-        )  # of the query alone: efficiency is judged by it
+        names, result_rows = fetch(connection, text, started + seconds, seconds, rows, size)
+        # The seconds of the query alone, because efficiency is judged by them.
+        return "ok", names, result_rows, None, time.monotonic() - began
     except psycopg.Error as error:
         return reply(*explain(error, sql, seconds))
     except TimeoutError:
         return reply("timeout", f"timeout: stopped after {seconds:g} s")
     except MemoryError:
         return reply("error", "too large: out of memory")
-    except (
-        OverflowError,
-        ValueError,
-    ) as error:  # a text that is no UTF-8, a number of more digits than Python reads
+    # A text that is no UTF-8, or a number of more digits than Python reads, is a ValueError.
+    except (OverflowError, ValueError) as error:
         return reply("error", str(error))
     finally:
         clean(uri)
 
 
 def connect(uri: str, seconds: float) -> tuple[psycopg.Connection[Any], frozenset[str]]:
-    """A connection to the server, kept for the next query, and the names of the functions that a query may not use there.
+    """Return a connection, reused by the next query, and the functions that are refused there.
 
-    Found within about a query's `seconds`: this process is killed soon after, and the server would count as a slow query.
+    Connecting takes at most about a query's `seconds`. The parent kills this process soon after,
+    and the server would count as a slow query.
     """
     if uri not in CONNECTIONS:
         for other in list(CONNECTIONS):
@@ -171,7 +175,7 @@ def connect(uri: str, seconds: float) -> tuple[psycopg.Connection[Any], frozense
 
 
 def clean(uri: str) -> None:
-    """Roll back, and leave nothing of the session to the next query; a connection that cannot be cleaned is closed."""
+    """Roll back and reset the session for the next query; close it where that fails."""
     if uri not in CONNECTIONS:
         return
     connection, _ = CONNECTIONS[uri]
@@ -184,7 +188,7 @@ def clean(uri: str) -> None:
 
 
 def words(sql: str) -> set[str]:
-    """Every word of the text in lower case, inside comments and quotes, too."""
+    """Return every word in lower case, inside comments and quotes too."""
     return {word.lower() for word in re.findall(r"[^\W\d][\w$]*", sql)}
 
 
@@ -196,50 +200,46 @@ def fetch(
     most_rows: int,
     size: int,
 ) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
-    """Names and rows of a query; OverflowError beyond `most_rows` rows or `size` bytes, TimeoutError after the deadline."""
+    """Return the names and rows of a query.
+
+    Raises:
+        OverflowError: more than `most_rows` rows or `size` bytes.
+        TimeoutError: the deadline has passed.
+    """
     run(connection, BEGIN.format(idle=milliseconds(seconds + 60)).encode())
     run(connection, timeouts(deadline))
     # Not `execute`: the simple protocol would take many statements.
-    checked(
-        connection,
-        connection.pgconn.exec_params(b"DECLARE answer NO SCROLL CURSOR FOR " + sql, None),
-    )
+    declare = b"DECLARE answer NO SCROLL CURSOR FOR " + sql
+    checked(connection.pgconn.exec_params(declare, None))
     names: tuple[str, ...] = ()
     rows: list[tuple[Any, ...]] = []
     used, portion = 0, 1
     while True:
         run(connection, timeouts(deadline))
         result = run(connection, b"FETCH FORWARD %d FROM answer" % portion)
+        columns = range(result.nfields)
         if not names:
-            names = tuple(
-                (result.fname(column) or b"").decode(errors="ignore")
-                for column in range(result.nfields)
-            )
+            names = tuple((result.fname(i) or b"").decode(errors="ignore") for i in columns)
             if sum(map(len, names)) > size:
                 raise OverflowError(f"too large: more than {size} bytes of column names")
-        loaders = [LOADERS.get(result.ftype(column), text) for column in range(result.nfields)]
+        loaders = [LOADERS.get(result.ftype(column), text) for column in columns]
         for row in range(result.ntuples):
-            cells = [result.get_value(row, column) for column in range(result.nfields)]
+            cells = [result.get_value(row, column) for column in columns]
             used += sum(8 if cell is None else max(8, len(cell)) for cell in cells)
             if len(rows) == most_rows:
                 raise OverflowError(f"too large: more than {most_rows} rows")
             if used > size:
                 raise OverflowError(f"too large: more than {size} bytes of rows")
-            rows.append(
-                tuple(
-                    None if cell is None else load(cell)
-                    for load, cell in zip(loaders, cells, strict=True)
-                )
-            )
+            values = zip(loaders, cells, strict=True)
+            rows.append(tuple(None if cell is None else load(cell) for load, cell in values))
         if result.ntuples < portion:
             return names, tuple(rows)
-        portion = min(
-            2 * portion, MOST_ROWS_AT_ONCE
-        )  # the next holds about as much as all before: bounded by `size`
+        # The next portion is about as large as all before it, so `size` bounds it.
+        portion = min(2 * portion, MOST_ROWS_AT_ONCE)
 
 
 def timeouts(deadline: float) -> bytes:
-    """What makes the server stop at the deadline; TimeoutError where it has passed."""
+    """Return the command that stops the server at the deadline; raise TimeoutError after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("too late")
@@ -247,24 +247,24 @@ def timeouts(deadline: float) -> bytes:
 
 
 def milliseconds(seconds: float) -> int:
-    """At least 1 (0 would be no limit), at most what the server takes."""
+    """Return at least 1, because 0 would be no limit, and at most the server's largest value."""
     return max(1, min(int(1000 * seconds), 2**31 - 1))
 
 
 def run(connection: psycopg.Connection[Any], command: bytes) -> Any:
-    """The last result of a command of our own, with every value as text."""
-    return checked(connection, connection.pgconn.exec_(command))
+    """Run a command of our own; return its last result, with every value as text."""
+    return checked(connection.pgconn.exec_(command))
 
 
-def checked(connection: psycopg.Connection[Any], result: Any) -> Any:
-    """The result, or its error raised."""
+def checked(result: Any) -> Any:
+    """Return the result, or raise its error."""
     if result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
         return result
     raise psycopg.errors.error_from_result(result, encoding="utf-8")
 
 
 def explain(error: psycopg.Error, sql: str, seconds: float) -> tuple[str, str]:
-    """Status and one line on what went wrong, in the words that `QueryResult.error` promises."""
+    """Return status and one line about an error, in the words that `QueryResult.error` promises."""
     state, message = error.sqlstate or "", error.diag.message_primary or str(error)
     if state in LATE:
         return "timeout", f"timeout: stopped after {seconds:g} s"
@@ -274,44 +274,45 @@ def explain(error: psycopg.Error, sql: str, seconds: float) -> tuple[str, str]:
         return "crash", f"crash: {message}"
     if "multiple commands" in message:
         return "error", "refused: more than one statement"
-    if (
-        "DECLARE CURSOR" in message
-        or "INTO is not allowed" in message
-        or (state == SYNTAX and COMMAND.match(sql))
-    ):
+    is_command = state == SYNTAX and COMMAND.match(sql)
+    if is_command or "DECLARE CURSOR" in message or "INTO is not allowed" in message:
         return "error", "refused: not a query that only reads"
-    return "error", next(
-        (prefix for code, prefix in PREFIXES.items() if state.startswith(code)), ""
-    ) + message
+    for code, prefix in PREFIXES.items():
+        if state.startswith(code):
+            return "error", prefix + message
+    return "error", message
 
 
 def text(value: bytes) -> str:
-    """Anything else, as the server writes it."""
+    """Read any other type, as the server writes it."""
     return value.decode(errors="ignore")
 
 
 def boolean(value: bytes) -> int:
-    """1 or 0, as in SQLite: `count(*) > 1` and `CASE … THEN 1` are the same answer."""
+    """Read 1 or 0, as in SQLite: `count(*) > 1` and `CASE … THEN 1` are the same answer."""
     return int(value == b"t")
 
 
 def real(value: bytes) -> float | str:
-    """A double; what is no number is text, since no NaN equals another and the same answer must."""
+    """Read a double; NaN becomes text, because no NaN equals another and equal answers must."""
     return "NaN" if value == b"NaN" else float(value)
 
 
 def numeric(value: bytes) -> int | float | str:
-    """Exact where it has no decimals, else the nearest double: an average is the same whichever type computed it."""
+    """Read an int where there are no decimals, else the nearest double.
+
+    So an average is the same whichever type computed it.
+    """
     return int(value) if value.lstrip(b"-").isdigit() else real(value)
 
 
 def bytestring(value: bytes) -> bytes:
-    """`\\x` and hexadecimal digits."""
+    """Read `\\x` and hexadecimal digits."""
     return bytes.fromhex(value[2:].decode())
 
 
 def padded(value: bytes) -> str:
-    """`char(n)` without the blanks that fill it up, which do not count in its own comparisons."""
+    """Read `char(n)` without its padding, which does not count in its own comparisons."""
     return text(value).rstrip(" ")
 
 
@@ -323,7 +324,7 @@ LOADERS: dict[int, Callable[[bytes], Any]] = {
     1042: padded,
     1700: numeric,
 }
-"""By the type's oid, which is the same in every server."""
+"""By the type's oid, which is the same on every server."""
 
 
 if __name__ == "__main__":

@@ -1,43 +1,46 @@
-"""The plain values of execution: what a query may use, and what came of it."""
+"""The plain values of execution: the limits of a query, and its result."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 Place = Path | str
-"""Where a query runs: the path of a SQLite file, or the URL of a PostgreSQL database (`postgresql://user@host/name`)."""
-Row = tuple[Any, ...]
+"""A database: the path of a SQLite file, or a PostgreSQL URL (`postgresql://user@host/name`)."""
+ResultRow = tuple[Any, ...]
 """One result row; a cell is None, int, float, str or bytes.
 
-From PostgreSQL, `numeric` is int where it has no decimals and else float, `boolean` is 1 or 0, and dates, times and all other types are
-text in ISO form and UTC, as the server writes them.
+From PostgreSQL, `numeric` is int where it has no decimals and else float, and `boolean` is 1 or 0.
+Dates, times and all other types are text in ISO form and UTC, as the server writes them.
 """
-Rows = tuple[Row, ...]
+Rows = tuple[ResultRow, ...]
 Status = Literal["ok", "error", "timeout", "crash"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one query may use before it is stopped."""
+    """The resources that one query may use before it is stopped."""
 
     seconds: float = 30.0
     """Wall time from the first step to the last row."""
     rows: int = 100_000
     """Rows of the result."""
     bytes: int = 256 * 2**20
-    """Bytes of the whole result (a number counts 8), and of any single string or blob on the way to it."""
+    """Bytes of the whole result (a number counts 8), and of any string or blob on the way to it."""
     memory: int = 2 * 2**30
-    """Bytes of address space of the process that runs the query, for PostgreSQL of the one that takes the result (Linux only)."""
+    """Bytes of address space of the child process (Linux only).
+
+    The child runs the query, or for PostgreSQL takes the result.
+    """
     sql_length: int = 100_000
     """Bytes of the query's own text."""
 
 
 @dataclass(frozen=True)
 class QueryResult:
-    """What came of one query; `rows` and `columns` are empty unless `status` is "ok".
+    """The result of one query; `rows` and `columns` are empty unless `status` is "ok".
 
-    `error` is one line. It opens with `refused:` (not one read-only query), `too large:` (a limit other than time),
-    `timeout:` or `crash:`, or else it is the database's own message.
+    `error` is one line. It opens with `refused:` (not one read-only query), `too large:` (a limit
+    other than time), `timeout:` or `crash:`, or else it is the database's own message.
     """
 
     status: Status

@@ -1,6 +1,6 @@
-"""The schema of a live database, read by SQLAlchemy: SQLite files, Postgres, MySQL or whatever has a dialect.
+"""Read the schema of a live database by SQLAlchemy: SQLite, PostgreSQL, MySQL or another dialect.
 
-SQLAlchemy is imported inside the functions, because most jobs need a schema's values and never open a database.
+SQLAlchemy is imported inside the functions, because most jobs never open a database.
 """
 
 import re
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
 
 EXAMPLE_ROWS = 10_000
-"""Rows read for example values: a table's first ones, so that a large table costs no more than a small one."""
+"""Rows read for example values: a table's first ones, so that a large table costs no more."""
 
 EXAMPLE_LENGTH = 40
-"""Longest example value in characters: longer ones cost tokens, and questions do not quote them."""
+"""Longest example value in characters: longer ones cost tokens, and no question quotes them."""
 
 
 def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema:
-    """Reads tables (no views), columns, types, whole primary keys and foreign keys of a live database.
+    """Read tables (no views), columns, types, whole primary keys and foreign keys.
+
+    SQLite's tables come in creation order; other databases keep no such order, so theirs are sorted
+    by name. Foreign keys come in the order of their columns. A foreign key to a table or column
+    that does not exist is left out: real databases have them.
 
     Args:
         database: a path to a SQLite file, opened read-only, or an SQLAlchemy URL.
         db_id: the name that the schema gets.
-        example_values: how many of its most frequent short values each column carries; 0 reads no rows.
-
-    Tables come in creation order from SQLite and sorted by name from other databases, which keep no such order; foreign
-    keys in the order of their columns. A foreign key to a table or column that does not exist is left out: there are
-    databases in use that have them.
+        example_values: the number of most frequent short values per column; 0 reads no rows.
 
     Raises:
         DataError: no such file, not a database, no driver for it, no connection.
@@ -43,32 +43,28 @@ def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema
     from sqlalchemy.exc import SAWarning, SQLAlchemyError
 
     url = _url(database)
-    shown = (
-        url.render_as_string(hide_password=True)
-        if url.get_backend_name() != "sqlite"
-        else url.database
-    )
+    name = url.database
+    if url.get_backend_name() != "sqlite":
+        name = url.render_as_string(hide_password=True)
     try:
         with warnings.catch_warnings(), _engine(url).connect() as connection:
-            # SQLite takes any word as a type. SQLAlchemy maps those it does not know by affinity and warns of each.
+            # SQLite takes any word as a type. SQLAlchemy warns of each that it does not know.
             warnings.simplefilter("ignore", SAWarning)
             schema = _with_resolved_keys(Schema(db_id, _tables(connection)))
             return _with_examples(schema, connection, example_values) if example_values else schema
     except ModuleNotFoundError as error:
-        way_out = (
-            "pip install -e '.[postgres]'"
-            if error.name == "psycopg"
-            else "install this database's driver"
-        )
-        raise DataError(f"{shown}: Python has no module {error.name!r}; {way_out}") from error
-    except ImportError as error:  # a driver that lacks its own library
+        way_out = "install this database's driver"
+        if error.name == "psycopg":
+            way_out = "pip install -e '.[postgres]'"
+        raise DataError(f"{name}: Python has no module {error.name!r}; {way_out}") from error
+    except ImportError as error:  # A driver lacks its own library.
         raise DataError(
-            f"{shown}: {' '.join(str(error).split())}; install this database's driver whole"
+            f"{name}: {' '.join(str(error).split())}; install this database's driver whole"
         ) from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
-            f"{shown}: cannot read its schema: {reason}; check the database and your rights to it"
+            f"{name}: cannot read its schema: {reason}; check the database and your rights to it"
         ) from error
 
 
@@ -80,20 +76,18 @@ def _url(database: str | Path) -> "URL":
         return URL.create("sqlite", database=str(database))
     try:
         url = make_url(str(database))
-        # psycopg 3, which queries are executed with, where the URL is as libpq has it and names no driver
-        return (
-            url.set(drivername="postgresql+psycopg")
-            if url.drivername in ("postgresql", "postgres")
-            else url
-        )
-    except ArgumentError as error:  # the text may hold a password, so it is not repeated
+    except ArgumentError as error:  # The text may hold a password, so it is not repeated.
         raise DataError(
             "database: not a URL that SQLAlchemy reads; write dialect://user:password@host/name"
         ) from error
+    # A URL as libpq has it names no driver; queries are executed by psycopg 3.
+    if url.drivername in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    return url
 
 
 def _engine(url: "URL") -> "Engine":
-    """An engine that keeps no connection open; a SQLite file is opened read-only and so never created."""
+    """Return an engine that keeps no connection open, and opens a SQLite file read-only."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
@@ -107,7 +101,7 @@ def _engine(url: "URL") -> "Engine":
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        # Databases in use hold bytes that are no UTF-8; a schema must not fail on them.
+        # Real databases hold bytes that are no UTF-8; a schema must not fail on them.
         connection.text_factory = lambda raw: raw.decode(errors="ignore")
         return connection
 
@@ -115,7 +109,7 @@ def _engine(url: "URL") -> "Engine":
 
 
 def _tables(connection: "Connection") -> tuple[Table, ...]:
-    """The tables as the database declares them, foreign keys unchecked."""
+    """Return the tables as the database declares them, foreign keys unchecked."""
     from sqlalchemy import inspect
 
     inspector = inspect(connection)
@@ -124,30 +118,24 @@ def _tables(connection: "Connection") -> tuple[Table, ...]:
     columns = inspector.get_multi_columns(filter_names=names)
     primary = inspector.get_multi_pk_constraint(filter_names=names)
     foreign = inspector.get_multi_foreign_keys(filter_names=names)
-    return tuple(
-        Table(
-            name=name,
-            columns=tuple(
-                Column(
-                    column["name"],
-                    _type_text(column["type"], connection.dialect),
-                    bool(column["nullable"]),
-                )
-                for column in columns[None, name]
-            ),
-            primary_key=tuple(primary[None, name]["constrained_columns"]),
-            foreign_keys=tuple(
-                ForeignKey(
-                    tuple(key["constrained_columns"]),
-                    key["referred_table"],
-                    tuple(key["referred_columns"]),
-                )
-                for key in foreign[None, name]
-                if key["referred_schema"] is None  # a table of another schema is not shown
-            ),
-        )
-        for name in names
-    )
+    tables = []
+    for name in names:
+        table_columns = [
+            Column(c["name"], _type_text(c["type"], connection.dialect), bool(c["nullable"]))
+            for c in columns[None, name]
+        ]
+        keys = [
+            ForeignKey(
+                tuple(key["constrained_columns"]),
+                key["referred_table"],
+                tuple(key["referred_columns"]),
+            )
+            for key in foreign[None, name]
+            if key["referred_schema"] is None  # A table of another schema is not shown.
+        ]
+        primary_key = tuple(primary[None, name]["constrained_columns"])
+        tables.append(Table(name, tuple(table_columns), primary_key, tuple(keys)))
+    return tuple(tables)
 
 
 def _table_names(connection: "Connection") -> list[str]:
@@ -159,14 +147,18 @@ def _table_names(connection: "Connection") -> list[str]:
     query = """
         SELECT name FROM sqlite_master
         WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'
-          AND name NOT IN (SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow')
+          AND name NOT IN (
+            SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow')
         ORDER BY rowid
     """
     return list(connection.execute(text(query)).scalars())
 
 
 def _type_text(kind: "TypeEngine[Any]", dialect: "Dialect") -> str:
-    """The type in its database's words, without character set and collation; empty for a column without a type."""
+    """Return the type in its database's words, without character set and collation.
+
+    It is empty for a column without a type.
+    """
     from sqlalchemy.types import NullType
 
     if isinstance(kind, NullType):
@@ -175,58 +167,50 @@ def _type_text(kind: "TypeEngine[Any]", dialect: "Dialect") -> str:
 
 
 def _with_resolved_keys(schema: Schema) -> Schema:
-    """The schema with only the foreign keys that lead somewhere, once each, in the order of their columns."""
+    """Keep the foreign keys that lead somewhere, once each, in the order of their columns."""
     tables = []
     for table in schema.tables:
         position = {name: index for index, name in enumerate(table.column_names)}
         keys = {_resolved_key(key, table, schema) for key in table.foreign_keys}
-        found = sorted(
-            (key for key in keys if key),
-            key=lambda key: (
-                [position[name] for name in key.columns],
-                key.ref_table,
-                key.ref_columns,
-            ),
-        )
-        tables.append(replace(table, foreign_keys=tuple(found)))
+        order = {
+            key: ([position[name] for name in key.columns], key.ref_table, key.ref_columns)
+            for key in keys
+            if key is not None
+        }
+        tables.append(replace(table, foreign_keys=tuple(sorted(order, key=order.__getitem__))))
     return replace(schema, tables=tuple(tables))
 
 
 def _resolved_key(key: ForeignKey, table: Table, schema: Schema) -> ForeignKey | None:
-    """The key with all names as the tables spell them, or None where a table or column does not exist."""
+    """Return the key with names as the tables spell them; None where one does not exist."""
     target = schema.table(key.ref_table)
     if target is None or len(key.columns) != len(key.ref_columns):
         return None
-    columns = [table.column(name) for name in key.columns]
-    refs = [target.column(name) for name in key.ref_columns]
-    if None in columns or None in refs:
+    columns = [column.name for name in key.columns if (column := table.column(name))]
+    refs = [column.name for name in key.ref_columns if (column := target.column(name))]
+    if not len(columns) == len(refs) == len(key.columns):
         return None
-    return ForeignKey(
-        tuple(c.name for c in columns if c), target.name, tuple(c.name for c in refs if c)
-    )
+    return ForeignKey(tuple(columns), target.name, tuple(refs))
 
 
 def _with_examples(schema: Schema, connection: "Connection", count: int) -> Schema:
-    return replace(
-        schema,
-        tables=tuple(_table_with_examples(table, connection, count) for table in schema.tables),
-    )
+    tables = [_table_with_examples(table, connection, count) for table in schema.tables]
+    return replace(schema, tables=tuple(tables))
 
 
 def _table_with_examples(table: Table, connection: "Connection", count: int) -> Table:
-    from sqlalchemy import column, select
-    from sqlalchemy import table as table_clause
+    import sqlalchemy as sa
 
-    clauses: list[ColumnClause[Any]] = [column(name) for name in table.column_names]
-    query = select(*clauses).select_from(table_clause(table.name)).limit(EXAMPLE_ROWS)
+    clauses: list[ColumnClause[Any]] = [sa.column(name) for name in table.column_names]
+    query = sa.select(*clauses).select_from(sa.table(table.name)).limit(EXAMPLE_ROWS)
     counts: list[Counter[str]] = [Counter() for _ in table.columns]
     for row in connection.execution_options(stream_results=True).execute(query):
         for counter, value in zip(counts, row, strict=True):
             if _is_example(value):
                 counter[str(value)] += 1
-    examples = [_most_frequent(counter, count) for counter in counts]
     columns = tuple(
-        replace(old, examples=new) for old, new in zip(table.columns, examples, strict=True)
+        replace(column, examples=_most_frequent(counter, count))
+        for column, counter in zip(table.columns, counts, strict=True)
     )
     return replace(table, columns=columns)
 
@@ -239,5 +223,5 @@ def _is_example(value: object) -> bool:
 
 
 def _most_frequent(counter: Counter[str], count: int) -> tuple[str, ...]:
-    """By falling frequency, equals by value: `Counter.most_common` would leave equals in row order."""
+    """Sort by falling frequency, then by value: `Counter.most_common` leaves ties in row order."""
     return tuple(sorted(counter, key=lambda value: (-counter[value], value))[:count])

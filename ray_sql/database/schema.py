@@ -1,24 +1,27 @@
-"""A database schema as frozen values: comparable, hashable, cacheable as JSON; and its restriction to schema links.
+"""A database schema as frozen values, and its restriction to schema links.
 
-Names keep the spelling of their source and are looked up without regard to case, as SQL does.
+Names keep the spelling of their source and are looked up in any case, as in SQL.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ray_sql.errors import DataError
 
 Links = dict[str, list[str]]
-"""Schema links: each table a query needs, with the columns it needs of it (none for `count(*)`)."""
+"""Schema links: table → the columns of it that a query needs (none for `count(*)`)."""
 
 Form = Literal["full", "tables", "reduced"]
-"""How much of a schema a prompt shows; see `restrict`."""
+"""The part of a schema that a prompt shows; see `restrict`."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column; `type` is the source's own word, maybe empty; `examples` are values it holds, most frequent first."""
+    """A column.
+
+    `type` is the source's own word, maybe empty. `examples` are its most frequent values first.
+    """
 
     name: str
     type: str
@@ -37,7 +40,7 @@ class ForeignKey:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `primary_key` holds column names, more than one when it is composite."""
+    """A table; `primary_key` holds column names, several where it is composite."""
 
     name: str
     columns: tuple[Column, ...]
@@ -49,7 +52,7 @@ class Table:
         return tuple(column.name for column in self.columns)
 
     def column(self, name: str) -> Column | None:
-        """The column of this name in any case, or None."""
+        """Return the column of this name in any case, or None."""
         return next(
             (column for column in self.columns if column.name.lower() == name.lower()), None
         )
@@ -57,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Schema:
-    """The tables of one database, in the order in which it was built; every foreign key points into it."""
+    """The tables of one database in creation order; every foreign key points into it."""
 
     db_id: str
     tables: tuple[Table, ...]
@@ -67,16 +70,16 @@ class Schema:
         return tuple(table.name for table in self.tables)
 
     def table(self, name: str) -> Table | None:
-        """The table of this name in any case, or None."""
+        """Return the table of this name in any case, or None."""
         return next((table for table in self.tables if table.name.lower() == name.lower()), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `json.dumps` takes and `from_dict` reads back."""
+        """Return plain values that `json.dumps` takes and `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Schema":
-        """The schema that `to_dict` wrote, also after a trip through JSON.
+        """Return the schema that `to_dict` wrote, also after a trip through JSON.
 
         Raises:
             DataError: a field is missing or of another kind.
@@ -85,7 +88,8 @@ class Schema:
             return cls(value["db_id"], tuple(_table_from_dict(table) for table in value["tables"]))
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"saved schema: field missing or malformed ({error!r}); delete the file and make it again"
+                f"saved schema: field missing or malformed ({error!r}); delete the file and make "
+                "it again"
             ) from error
 
 
@@ -101,48 +105,49 @@ def _table_from_dict(value: Mapping[str, Any]) -> Table:
 
 
 def restrict(schema: Schema, links: Links, form: Form) -> Schema:
-    """The part of a schema that `links` name, in the schema's own order; unknown names are ignored.
+    """Return the part of a schema that `links` name, in the schema's order.
 
-    `full` is the schema unchanged, `tables` the linked tables whole, `reduced` only their linked columns, with primary
-    keys and both ends of the foreign keys that join two kept tables. A foreign key to a dropped table is dropped; links
-    without a known table leave no table at all. A table that would have no column keeps its first one, because SQL
+    `full` is the schema unchanged, and `tables` the linked tables whole. `reduced` has only their
+    linked columns, with primary keys and both ends of the foreign keys that join two kept tables.
+
+    Unknown names are ignored. A foreign key to a dropped table is dropped. Links without a known
+    table leave no table at all. A table that would have no column keeps its first one, because SQL
     has no tables without columns.
     """
     if form == "full":
         return schema
-    wanted = {
-        table.lower(): {column.lower() for column in columns} for table, columns in links.items()
-    }
+    wanted = {table.lower(): _lower(columns) for table, columns in links.items()}
     kept = [_keep_keys(table, wanted) for table in schema.tables if table.name.lower() in wanted]
     if form == "reduced":
         joined = _join_columns(kept)
-        kept = [
-            _keep_columns(table, wanted[table.name.lower()] | joined[table.name.lower()])
-            for table in kept
-        ]
+        for index, table in enumerate(kept):
+            name = table.name.lower()
+            kept[index] = _keep_columns(table, wanted[name] | joined[name])
     return replace(schema, tables=tuple(kept))
 
 
+def _lower(names: Iterable[str]) -> set[str]:
+    return {name.lower() for name in names}
+
+
 def _keep_keys(table: Table, tables: Collection[str]) -> Table:
-    """The table with only the foreign keys that lead to `tables` (lower-case names)."""
-    return replace(
-        table,
-        foreign_keys=tuple(key for key in table.foreign_keys if key.ref_table.lower() in tables),
-    )
+    """Return the table with only the foreign keys that lead to `tables` (lower-case names)."""
+    keys = [key for key in table.foreign_keys if key.ref_table.lower() in tables]
+    return replace(table, foreign_keys=tuple(keys))
 
 
 def _join_columns(tables: list[Table]) -> dict[str, set[str]]:
-    """Per table, the columns at either end of a foreign key; all names in lower case."""
+    """Return table → its columns at either end of a foreign key; all names in lower case."""
     joined: dict[str, set[str]] = {table.name.lower(): set() for table in tables}
     for table in tables:
         for key in table.foreign_keys:
-            joined[table.name.lower()].update(name.lower() for name in key.columns)
-            joined[key.ref_table.lower()].update(name.lower() for name in key.ref_columns)
+            joined[table.name.lower()] |= _lower(key.columns)
+            joined[key.ref_table.lower()] |= _lower(key.ref_columns)
     return joined
 
 
 def _keep_columns(table: Table, names: set[str]) -> Table:
-    """The table with its primary key and the columns of `names` (lower case)."""
-    wanted = names | {name.lower() for name in table.primary_key}
+    """Return the table with its primary key and the columns of `names` (lower case)."""
+    wanted = names | _lower(table.primary_key)
     kept = tuple(column for column in table.columns if column.name.lower() in wanted)
     return replace(table, columns=kept or table.columns[:1])

@@ -1,7 +1,7 @@
-"""A schema as the text of a prompt, in three forms.
+"""Write a schema as the text of a prompt, in three forms.
 
-The exact text is part of the prompt contract: an adapter reads only the text it was trained on. Any change to what
-`render` prints must raise `SERIALIZER_VERSION`.
+The exact text is part of the prompt contract: an adapter reads only the text it was trained on. Any
+change to the output of `render` must raise `SERIALIZER_VERSION`.
 """
 
 import re
@@ -14,21 +14,23 @@ SERIALIZER_VERSION = 1
 
 Serializer = Literal["ddl", "compact", "m_schema"]
 
-# What SQLite (3.40, tried one by one) rejects as a bare table or column name, and what Postgres reserves besides.
+# First the words that SQLite (3.40, tried one by one) rejects as a bare table or column name, then
+# those that PostgreSQL reserves besides.
 _RESERVED_WORDS = """
-add all alter and as autoincrement between case cast check collate commit constraint create current_date
-current_time current_timestamp default deferrable delete distinct drop else escape except exists foreign from group
-having if in index insert intersect into is isnull join limit not nothing notnull null on or order primary raise
-references returning select set table then to transaction union unique update using values when where
+add all alter and as autoincrement between case cast check collate commit constraint create
+current_date current_time current_timestamp default deferrable delete distinct drop else escape
+except exists foreign from group having if in index insert intersect into is isnull join limit not
+nothing notnull null on or order primary raise references returning select set table then to
+transaction union unique update using values when where
 
-analyse analyze any array asc asymmetric both column current_catalog current_role current_user desc do end false
-fetch for grant initially lateral leading localtime localtimestamp offset only placing session_user some symmetric
-trailing true user variadic window with
+analyse analyze any array asc asymmetric both column current_catalog current_role current_user desc
+do end false fetch for grant initially lateral leading localtime localtimestamp offset only placing
+session_user some symmetric trailing true user variadic window with
 """
 _RESERVED = frozenset(_RESERVED_WORDS.split())
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-# First words of SQL types that say the same to a reader of a query.
+# First words of SQL types that mean the same to a reader of a query.
 _SHORT_TYPES = {
     **dict.fromkeys(("integer", "tinyint", "smallint", "mediumint", "bigint"), "int"),
     **dict.fromkeys(("char", "varchar", "nchar", "nvarchar", "character", "clob"), "text"),
@@ -39,10 +41,12 @@ _SHORT_TYPES = {
 
 
 def render(schema: Schema, serializer: Serializer) -> str:
-    """The schema as text, without a final newline; a schema without tables is empty text in `ddl` and `compact`.
+    """Return the schema as text, without a final newline.
 
-    `ddl`: one CREATE TABLE per table, a line per column and key. `compact`: one line per table, types shortened.
-    `m_schema`: the M-Schema of XiYan-SQL (arXiv 2411.08599), the only form that shows example values.
+    `ddl`: one CREATE TABLE per table, a line per column and key. `compact`: one line per table,
+    types shortened. `m_schema`: the M-Schema of XiYan-SQL (arXiv 2411.08599), the only form with
+    example values.
+    A schema without tables is empty text in `ddl` and `compact`.
     """
     if serializer == "ddl":
         return "\n\n".join(_ddl_table(table) for table in schema.tables)
@@ -72,21 +76,18 @@ def _ddl_table(table: Table) -> str:
 
 
 def _compact_table(table: Table) -> str:
-    composite = [key for key in table.foreign_keys if len(key.columns) > 1]
     parts = [_compact_column(column, table) for column in table.columns]
-    parts += [
-        f"({_names(key.columns)}) -> {_quoted(key.ref_table)}({_names(key.ref_columns)})"
-        for key in composite
-    ]
+    for key in table.foreign_keys:
+        if len(key.columns) > 1:
+            target = f"{_quoted(key.ref_table)}({_names(key.ref_columns)})"
+            parts.append(f"({_names(key.columns)}) -> {target}")
     return f"{_quoted(table.name)}({', '.join(parts)})"
 
 
 def _compact_column(column: Column, table: Table) -> str:
-    words = [
-        _quoted(column.name),
-        _short_type(column.type),
-        "pk" if column.name in table.primary_key else "",
-    ]
+    words = [_quoted(column.name), _short_type(column.type)]
+    if column.name in table.primary_key:
+        words.append("pk")
     words += [f"-> {_target(key)}" for key in table.foreign_keys if key.columns == (column.name,)]
     return " ".join(word for word in words if word)
 
@@ -96,7 +97,7 @@ def _target(key: ForeignKey) -> str:
 
 
 def _short_type(declared: str) -> str:
-    """The first word of a type in lower case and without length, in its shortest spelling: `VARCHAR(20)` is `text`."""
+    """Return the shortest spelling of a type, without length: `VARCHAR(20)` is `text`."""
     word = re.split(r"[\s(]", declared.strip().lower(), maxsplit=1)[0]
     return _SHORT_TYPES.get(word, word)
 
@@ -116,7 +117,7 @@ def _m_schema(schema: Schema) -> str:
 
 
 def _m_schema_column(column: Column, table: Table) -> str:
-    # M-Schema drops lengths: TEXT, not VARCHAR(20), is what decides how a value is written.
+    # M-Schema drops lengths: TEXT, not VARCHAR(20), decides how a value is written.
     base_type = column.type.split("(")[0].strip().upper()
     parts = [f"{column.name}:{base_type}"]
     if column.name in table.primary_key:

@@ -1,8 +1,12 @@
-"""Spider's and BIRD's `tables.json`: every schema of a dataset in one file, readable without any database.
+"""Read the `tables.json` of Spider and BIRD: every schema of a dataset in one file.
 
-Format, per database: `table_names_original`; `column_names_original` as `[table index, name]`, of which the first is
-`[-1, "*"]`; `column_types` beside it; `primary_keys` as column indices (BIRD: a list of them for a composite key);
-`foreign_keys` as pairs of column indices.
+Each database has these keys:
+
+- `table_names_original`;
+- `column_names_original`: pairs `[table index, name]`, the first of them `[-1, "*"]`;
+- `column_types`, parallel to it;
+- `primary_keys`: column indices (in BIRD a list of them for a composite key);
+- `foreign_keys`: pairs of column indices.
 """
 
 import json
@@ -13,7 +17,7 @@ from typing import Any
 from ray_sql.database.schema import Column, ForeignKey, Schema, Table
 from ray_sql.errors import DataError
 
-_Place = tuple[int, str]  # table index and column name
+_Place = tuple[int, str]  # (table index, column name)
 _KEYS = (
     "table_names_original",
     "column_names_original",
@@ -24,10 +28,10 @@ _KEYS = (
 
 
 def read_tables_json(path: str | Path) -> dict[str, Schema]:
-    """The schemas of a `tables.json` by database id, with original names and the file's own type words.
+    """Return db_id → schema, with original names and the file's own type words.
 
     Raises:
-        DataError: no such file, no JSON, or an entry that is malformed; names the file, the database and the key.
+        DataError: no such file, no JSON, or a malformed entry, by file, database and key.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -41,9 +45,7 @@ def read_tables_json(path: str | Path) -> dict[str, Schema]:
         raise DataError(
             f"{path}: must be a list with one object per database, found {type(entries).__name__}"
         )
-    schemas = (
-        _read_entry(entry, f"{path}: entry {number}") for number, entry in enumerate(entries)
-    )
+    schemas = [_read_entry(entry, f"{path}: entry {index}") for index, entry in enumerate(entries)]
     return {schema.db_id: schema for schema in schemas}
 
 
@@ -57,25 +59,20 @@ def _read_entry(entry: Any, where: str) -> Schema:
     if not all(isinstance(name, str) for name in entry["table_names_original"]):
         raise DataError(f"{where}: `table_names_original` must hold texts")
     places = _places(entry, where)
-    if len(entry["column_types"]) != len(places):
-        raise DataError(
-            f"{where}: `column_types` has {len(entry['column_types'])} items for {len(places)} columns"
-        )
+    types = entry["column_types"]
+    if len(types) != len(places):
+        raise DataError(f"{where}: `column_types` has {len(types)} items for {len(places)} columns")
     primary = _primary_keys(entry, places, where)
     foreign = _foreign_keys(entry, places, primary, where)
-    tables = (
-        Table(
-            name=name,
-            columns=tuple(
-                Column(place[1], str(kind))
-                for place, kind in zip(places, entry["column_types"], strict=True)
-                if place[0] == index
-            ),
-            primary_key=primary.get(index, ()),
-            foreign_keys=foreign.get(index, ()),
-        )
-        for index, name in enumerate(entry["table_names_original"])
-    )
+    tables = []
+    for index, name in enumerate(entry["table_names_original"]):
+        columns = [
+            Column(column, str(kind))
+            for (table, column), kind in zip(places, types, strict=True)
+            if table == index
+        ]
+        keys = primary.get(index, ()), foreign.get(index, ())
+        tables.append(Table(name, tuple(columns), *keys))
     return Schema(entry["db_id"], tuple(tables))
 
 
@@ -87,7 +84,8 @@ def _places(entry: Mapping[str, Any], where: str) -> list[_Place]:
                 pass
             case _:
                 raise DataError(
-                    f"{where}: `column_names_original` must hold [table index, name] pairs, found {item!r}"
+                    f"{where}: `column_names_original` must hold [table index, name] pairs, found "
+                    f"{item!r}"
                 )
     return [(table, name) for table, name in entry["column_names_original"]]
 
@@ -115,35 +113,30 @@ def _foreign_keys(
     primary: Mapping[int, tuple[str, ...]],
     where: str,
 ) -> dict[int, tuple[ForeignKey, ...]]:
-    pairs: dict[
-        tuple[int, int], dict[tuple[str, str], None]
-    ] = {}  # a dict keeps the order and drops repeated pairs
+    # The inner dict keeps the order and drops repeated pairs.
+    pairs: dict[tuple[int, int], dict[tuple[str, str], None]] = {}
     for item in entry["foreign_keys"]:
         if not isinstance(item, list) or len(item) != 2:
             raise DataError(
                 f"{where}: `foreign_keys` must hold pairs of column indices, found {item!r}"
             )
-        (table, name), (target, ref) = (
-            _place(index, places, "foreign_keys", where) for index in item
-        )
+        table, name = _place(item[0], places, "foreign_keys", where)
+        target, ref = _place(item[1], places, "foreign_keys", where)
         pairs.setdefault((table, target), {})[name, ref] = None
     keys: dict[int, tuple[ForeignKey, ...]] = {}
     for (table, target), joined in pairs.items():
-        grouped = _group(list(joined), primary.get(target, ()))
         target_name = entry["table_names_original"][target]
-        made = (
-            ForeignKey(tuple(a for a, _ in group), target_name, tuple(b for _, b in group))
-            for group in grouped
-        )
-        keys[table] = (*keys.get(table, ()), *made)
+        for group in _group(list(joined), primary.get(target, ())):
+            names, refs = zip(*group, strict=True)
+            keys[table] = (*keys.get(table, ()), ForeignKey(names, target_name, refs))
     return keys
 
 
 def _group(pairs: list[tuple[str, str]], key: Iterable[str]) -> list[list[tuple[str, str]]]:
-    """Pairs between the same two tables as composite keys.
+    """Group the pairs between two tables into keys: one composite key, or a key per pair.
 
-    The file does not say which pairs belong together: they do when no column occurs twice on either side and they
-    cover the target's primary key, of which Spider lists only the first column.
+    The file does not say which pairs belong together. They do when no column occurs twice on either
+    side and they cover the target's primary key, of which Spider lists only the first column.
     """
     names, refs = {name for name, _ in pairs}, {ref for _, ref in pairs}
     composite = len(names) == len(refs) == len(pairs) and bool(key) and set(key) <= refs

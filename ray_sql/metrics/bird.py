@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import isfinite, sqrt
 from statistics import fmean, pstdev
 
-from ray_sql.database import Row, Rows
+from ray_sql.database import ResultRow, Rows
 
 REWARDS = ((2.0, 1.25), (1.0, 1.0), (0.5, 0.75), (0.25, 0.5))
 """Least ratio of the gold's time to the prediction's -> reward of a right prediction, the best first."""
@@ -81,7 +81,7 @@ def soft_f1(gold: Rows, predicted: Rows) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _row_shares(gold: Row, predicted: Row) -> tuple[float, float, float]:
+def _row_shares(gold: ResultRow, predicted: ResultRow) -> tuple[float, float, float]:
     """Cells of the prediction found in gold, cells of it not found there, and cells of gold missed, by gold's width."""
     found = sum(cell in gold for cell in predicted)
     missed = sum(cell not in predicted for cell in gold)

@@ -13,7 +13,7 @@ from sqlparse.engine import FilterStack
 from sqlparse.sql import Token
 from sqlparse.tokens import Comment
 
-from ray_sql.database import Row, Rows
+from ray_sql.database import ResultRow, Rows
 
 Semantics = Literal["spider", "bird", "strict"]
 
@@ -76,7 +76,7 @@ def _same_sorted_rows(gold: Rows, predicted: Rows, ordered: bool) -> bool:
     return gold_rows == predicted_rows if ordered else set(gold_rows) == set(predicted_rows)
 
 
-def _sorted_row(row: Row) -> Row:
+def _sorted_row(row: ResultRow) -> ResultRow:
     return row if len(row) == 1 else tuple(sorted(row, key=lambda cell: f"{cell}{type(cell)}"))
 
 
