@@ -9,6 +9,7 @@ import pytest
 
 from ray_sql import data
 from ray_sql.config import Config
+from ray_sql.config.sections import PromptSection
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.errors import ContractError, DataError
 from ray_sql.models import load_tokenizer
@@ -50,7 +51,7 @@ def corpus(make_config: Any) -> Corpus:
 
 
 def prompt_of(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> str:
-    schema = prompts.schema_text(example, corpus.schemas, config)
+    schema = prompts.schema_text(example, corpus.schemas, config.prompt)
     return prompts.render_prompt(
         tokenizer, prompts.messages(TASKS[config.task_type], schema, example.question)
     )
@@ -163,13 +164,15 @@ def test_the_answer_of_each_task_is_a_fenced_block(corpus: Corpus) -> None:
 def test_the_schema_form_shows_only_what_the_gold_needs(corpus: Corpus, make_config: Any) -> None:
     example = Example("0", "mall", "?", "SELECT name FROM customer")
     full, tables, reduced = (
-        prompts.schema_text(example, corpus.schemas, make_config(**{"prompt.schema_form": form}))
+        prompts.schema_text(
+            example, corpus.schemas, PromptSection(schema_form=form, serializer="compact")
+        )
         for form in ("full", "tables", "reduced")
     )
     assert "product" in full and "product" not in tables + reduced
     assert "city" in tables and "city" not in reduced and "name" in reduced
     own = Example("0", "mall", "?", "SELECT 1", schema_text="its own words")
-    assert prompts.schema_text(own, {}, make_config()) == "its own words"
+    assert prompts.schema_text(own, {}, PromptSection()) == "its own words"
 
 
 def test_links_that_cannot_be_had_are_named_by_their_example() -> None:

@@ -1,8 +1,8 @@
-"""Schema links: which tables and columns a question's SQL needs, exactly, and how a model writes them down.
+"""Schema links: find the tables and columns that a question's SQL needs, and read a model's own.
 
-Labels come from the scopes of the parsed query, not from the words in it: a column counts for the table it belongs
-to in its own subquery, CTE or half of a UNION, and a name inside a string never counts. Answers are real JSON, and
-nothing that a model wrote is ever evaluated as code.
+Labels come from the scopes of the parsed query, not from its words. A column counts for the table
+that it belongs to in its own subquery, CTE or half of a UNION. A name inside a string never counts.
+Answers are real JSON, and no text of a model is ever evaluated as code.
 """
 
 import ast
@@ -21,7 +21,7 @@ from sqlglot.schema import MappingSchema
 from ray_sql.database import Links, Schema
 from ray_sql.errors import DataError
 
-# After parsing, names match as in SQLite, in any case and quoted or not, whatever the query's dialect.
+# After parsing, names match as in SQLite in every dialect: in any case, quoted or not.
 _MATCHING = "sqlite"
 
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -29,20 +29,20 @@ _LONGEST_LITERAL = 100_000
 
 
 class LinkError(DataError):
-    """A query whose links cannot be told: it does not parse, or it names a table that its schema lacks."""
+    """A query without links: it does not parse, or it names a table that its schema lacks."""
 
 
 def gold_links(sql: str, schema: Schema, dialect: str = "sqlite") -> Links:
-    """The tables and columns that a query reads, spelled and ordered as in the schema.
+    """Return the tables and columns that a query reads, spelled and ordered as in the schema.
 
-    `*` names no columns, so `count(*)` gives its table with none. What is no column of the tables at hand (a string
-    in double quotes, an output alias, a rowid) gives no link.
+    `*` names no columns, so `count(*)` gives its table with none. Names that are no column of the
+    query's tables give no link: a string in double quotes, an output alias, a rowid.
 
     Args:
-        dialect: how to parse the query, in sqlglot's words.
+        dialect: the query's dialect, as sqlglot names it.
 
     Raises:
-        LinkError: with one line that names the query or the table.
+        LinkError: one line that names the query or the table.
     """
     try:
         tree = normalize_identifiers(_parse(sql, dialect), dialect=_MATCHING)
@@ -62,13 +62,12 @@ def gold_links(sql: str, schema: Schema, dialect: str = "sqlite") -> Links:
         raise LinkError(
             f"query that cannot be analysed ({_one_line(str(error))}): {_one_line(sql)}"
         ) from error
-    return {
-        table.name: [
-            name for name in table.column_names if name.lower() in used[table.name.lower()]
-        ]
-        for table in schema.tables
-        if table.name.lower() in used
-    }
+    links: Links = {}
+    for table in schema.tables:
+        columns = used.get(table.name.lower())
+        if columns is not None:
+            links[table.name] = [name for name in table.column_names if name.lower() in columns]
+    return links
 
 
 def _parse(sql: str, dialect: str) -> exp.Query:
@@ -78,22 +77,23 @@ def _parse(sql: str, dialect: str) -> exp.Query:
             return query
         case _:
             raise LinkError(
-                f"must be one query that reads, found {len(statements)} statements: {_one_line(sql)}"
+                f"must be one query that reads, found {len(statements)} statements: "
+                f"{_one_line(sql)}"
             )
 
 
 def _one_line(text: str) -> str:
-    """Text that fits in an error message; sqlglot underlines errors with terminal codes."""
+    """Return text for an error message; sqlglot underlines errors with terminal codes."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())[:200]
 
 
 _Known = dict[str, frozenset[str]]  # table -> columns, all in lower case
-_Source = exp.Expression | Scope  # what a query reads from
+_Source = exp.Expression | Scope  # a table or a subquery that a query reads
 
 
 @lru_cache(maxsize=256)
 def _lookup(schema: Schema) -> tuple[_Known, MappingSchema]:
-    """The names of a schema, for us and for sqlglot; cached, because a database has many questions."""
+    """Return a schema's names, for us and for sqlglot; cached for a database's many questions."""
     known = {
         table.name.lower(): frozenset(name.lower() for name in table.column_names)
         for table in schema.tables
@@ -105,43 +105,55 @@ def _lookup(schema: Schema) -> tuple[_Known, MappingSchema]:
 
 
 def _table_name(source: _Source) -> str:
-    """The name of a stored table; empty for a subquery, a CTE or a table function."""
+    """Return the name of a stored table; empty for a subquery, a CTE or a table function."""
     return source.name if isinstance(source, exp.Table) else ""
 
 
+def _table_names(scopes: list[Scope]) -> set[str]:
+    sources = [source for scope in scopes for source in scope.sources.values()]
+    return {_table_name(source) for source in sources} - {""}
+
+
 def _check_tables(scopes: list[Scope], known: _Known, db_id: str) -> None:
-    names = {_table_name(source) for scope in scopes for source in scope.sources.values()}
-    missing = ", ".join(sorted(names - known.keys() - {""}))
+    missing = ", ".join(sorted(_table_names(scopes) - known.keys()))
     if missing:
         raise LinkError(f"query on tables that the schema of {db_id} lacks: {missing}")
 
 
 def _used_columns(scopes: list[Scope], known: _Known) -> dict[str, set[str]]:
-    """Every table that the scopes read, with the columns that they name."""
-    names = {_table_name(source) for scope in scopes for source in scope.sources.values()}
-    used: dict[str, set[str]] = {name: set() for name in names - {""}}
+    """Return every table that the scopes read, with the columns that they name."""
+    used: dict[str, set[str]] = {name: set() for name in _table_names(scopes)}
     for scope in scopes:
         for column in scope.columns:
-            # A qualifier from an enclosing query is met again in that query's scope. What sqlglot left unqualified is
-            # an alias, a string, or comes through the star of a subquery; only then does one of the sources own it.
-            sources = [
-                source for name, source in scope.sources.items() if column.table in ("", name)
-            ]
-            for table in {table for source in sources for table in _origins(source, column.name)}:
+            for table in _owners(scope, column):
                 if column.name in known[table]:
                     used[table].add(column.name)
     return used
 
 
+def _owners(scope: Scope, column: exp.Column) -> set[str]:
+    """Return the stored tables that may own a column in this scope.
+
+    A qualifier of an enclosing query comes up again in that query's scope. A column that sqlglot
+    left unqualified is an alias, a string, or comes through the star of a subquery. Only the last
+    belongs to a source.
+    """
+    tables: set[str] = set()
+    for name, source in scope.sources.items():
+        if column.table in ("", name):
+            tables |= _origins(source, column.name)
+    return tables
+
+
 def _origins(source: _Source, column: str) -> set[str]:
-    """The stored tables that a column of this source may come from, through `SELECT *` however deep."""
+    """Return the stored tables that may own a source's column, through `SELECT *` at any depth."""
     if not isinstance(source, Scope):
         return {_table_name(source)} - {""}
     return {name for inner in _starred(source, column) for name in _origins(inner, column)}
 
 
 def _starred(scope: Scope, column: str) -> Iterable[_Source]:
-    """The sources of which a subquery passes all columns on, unless it defines the column itself."""
+    """Return the sources whose columns a subquery all passes on, unless it defines the column."""
     if scope.set_operation_scopes:
         return scope.set_operation_scopes
     if not isinstance(scope.expression, exp.Query) or column in scope.expression.named_selects:
@@ -157,7 +169,7 @@ def _starred(scope: Scope, column: str) -> Iterable[_Source]:
 
 
 def format_links(links: Links) -> str:
-    """Links as a model is to write them: one line of JSON, without a fence.
+    """Return links as a model must write them: one line of JSON, without a fence.
 
     Example: `{"singer": ["name", "age"], "concert": []}`
     """
@@ -165,33 +177,30 @@ def format_links(links: Links) -> str:
 
 
 def parse_links(answer: str) -> Links | None:
-    """The links in a model's answer, each column once; None unless they are a JSON object of lists of names.
+    """Return the links in a model's answer, each column once.
 
-    Reads the first fenced block, also one that was cut off before its end; without a fence, or where the object comes before
-    it, the first JSON object.
+    Reads the first fenced block, even one that was cut off. Without a fence, or with an object
+    before it, reads the first JSON object. None means no JSON object of lists of names.
     """
+    fenced = _FENCED.search(answer)
     try:
-        fenced = None if answer.lstrip().startswith("{") else _FENCED.search(answer)
-        return _as_links(json.loads(fenced[1]) if fenced else _first_object(answer))
-    except (ValueError, RecursionError):  # RecursionError: a model that repeats "[" for ever
+        if fenced is None or answer.lstrip().startswith("{"):
+            return _as_links(_first_object(answer))
+        return _as_links(json.loads(fenced[1]))
+    except (ValueError, RecursionError):  # A model may repeat "[" until RecursionError.
         return None
 
 
 def parse_python_literal(text: str) -> Links | None:
-    """The links in a Python dict literal, fenced or bare, as older datasets label them. Never for model answers."""
+    """Return the links in a Python dict literal of an older dataset; never for model answers."""
     fenced = _FENCED.search(text)
     literal = fenced[1] if fenced else text.strip()
     if len(literal) > _LONGEST_LITERAL:
         return None
     try:
         return _as_links(ast.literal_eval(literal))
-    except (
-        ValueError,
-        TypeError,
-        SyntaxError,
-        MemoryError,
-        RecursionError,
-    ):  # all that literal_eval documents
+    # All errors that literal_eval documents.
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 
 
@@ -206,7 +215,10 @@ def _first_object(text: str) -> object:
 
 
 def _as_links(value: object) -> Links | None:
-    """The value as links, or None; names that UTF-8 cannot store raise UnicodeEncodeError, a ValueError."""
+    """Return the value as links, or None.
+
+    Names that UTF-8 cannot store raise UnicodeEncodeError, a ValueError.
+    """
     if not isinstance(value, dict):
         return None
     links: Links = {}

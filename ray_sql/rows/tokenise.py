@@ -159,7 +159,7 @@ def encode(
     schema: str | None = None,
 ) -> TokenizedExample:
     """One example as a row, with `schema` in place of its own schema text where given."""
-    schema = prompts.schema_text(example, schemas, config) if schema is None else schema
+    schema = prompts.schema_text(example, schemas, config.prompt) if schema is None else schema
     turns = prompts.messages(TASKS[config.task_type], schema, example.question, example.evidence)
     completion = prompts.render_completion(
         tokenizer, turns, prompts.answer(TASKS[config.task_type], example, schemas)
@@ -237,7 +237,7 @@ def _shorten(
             f"example {example.id}: its schema is a text of the dataset, so --rows.too_long trim_schema cannot leave tables out; "
             "use drop, or raise --rows.max_length"
         )
-    schema = prompts.shown_schema(example, schemas, config)
+    schema = prompts.shown_schema(example, schemas, config.prompt.schema_form)
     needed = {name.lower() for name in prompts.gold_links(example, schemas)}
     unused = sorted(
         (t for t in schema.tables if t.name.lower() not in needed), key=lambda t: len(t.columns)
