@@ -1,16 +1,15 @@
-"""Hostile SQL, written for this project: what a model, or somebody who feeds it, may send.
+"""A corpus of hostile SQL, written for this project: statements that a model or an attacker may send.
 
-Statements are grouped by kind, and kinds by what must come of them:
+Statements are grouped by kind, and kinds by outcome:
 
-    REFUSED   not one read-only query
-    STOPPED   ends by a limit: its work grows with rows that have no end worth waiting for, since a
-              fast machine may well finish anything less; and each step depends on its row, since
-              SQLite computes a constant once
-    FAILED    an error in the database's words or ours
-    ANY       may even answer
+- REFUSED: not one read-only query.
+- STOPPED: ends by a limit. Its work grows with rows without end, because a fast machine may finish
+  anything less. Each step depends on its row, because SQLite computes a constant once.
+- FAILED: an error in the database's words or ours.
+- ANY: may even answer.
 
-There is one statement a line, and by code what a line cannot show. `{folder}` stands for the folder
-of the test, which holds `shop.sqlite` (`SCHEMA`), `other.sqlite` and `note.txt`.
+Each line is a statement; those that a line cannot show are made by code. `{folder}` stands for the
+folder of the test, which holds `shop.sqlite` (`SCHEMA`), `other.sqlite` and `note.txt`.
 """
 
 import random
@@ -20,10 +19,12 @@ from typing import Literal
 SCHEMA = """
 CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT UNIQUE, price REAL);
 INSERT INTO item VALUES (1, 'pen', 1.5), (2, 'ink', NULL), (3, 'nib', 2.0);
-CREATE TABLE sold (item_id INTEGER REFERENCES item (id) ON DELETE CASCADE, day TEXT, amount INTEGER);
+CREATE TABLE sold (
+  item_id INTEGER REFERENCES item (id) ON DELETE CASCADE, day TEXT, amount INTEGER);
 INSERT INTO sold VALUES (1, '2024-01-02', 3), (3, '2024-02-03', 1);
 CREATE TABLE big (i);
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 2000) INSERT INTO big SELECT i FROM n;
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 2000)
+  INSERT INTO big SELECT i FROM n;
 CREATE INDEX item_price ON item (price);
 CREATE VIEW cheap AS SELECT * FROM item WHERE price < 2;
 CREATE TRIGGER cheap_insert INSTEAD OF INSERT ON cheap BEGIN DELETE FROM item; END;
@@ -696,10 +697,7 @@ SELECT date('now' || char(0) || 'x'), date(zeroblob(1000)), date(printf('%.*c', 
 
 
 def _text_tricks() -> dict[str, tuple[Outcome, list[str]]]:
-    """Return what a line of a file cannot show.
-
-    These are control characters, encodings, look-alikes, and comments over lines.
-    """
+    """Return what no line shows: control characters, encodings, look-alikes, long comments."""
     bom, no_break, zero_width = "\ufeff", "\u00a0", "\u200b"
     hidden: list[str] = [
         "-- SELECT 1\nDROP TABLE item",
@@ -783,10 +781,7 @@ def _text_tricks() -> dict[str, tuple[Outcome, list[str]]]:
 
 
 def _deep() -> dict[str, tuple[Outcome, list[str]]]:
-    """Return nesting and length.
-
-    Each fits the limit on the query's text unless it is there to break it.
-    """
+    """Return deep and long statements; they fit the limit on the query's text, or break it."""
     wide = ", ".join(f"big b{place}" for place in range(60))
     doubling = ", ".join(f"c{n} AS (SELECT x.i FROM c{n - 1} x, c{n - 1} y)" for n in range(1, 40))
     failed = [
@@ -861,10 +856,10 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
         + ", ".join(f"(VALUES (1),(2),(3),(4)) v{place}" for place in range(40)),
         # A result's names are part of its size.
         'WITH t("' + "n" * 15_000 + '") AS (SELECT 1) SELECT ' + ", ".join(["*"] * 200) + " FROM t",
-        "SELECT count(value) FROM json_each('[' || replace(hex(zeroblob(100000)), '0', '1,') || "
-        "'1]') a, big b, big c",
-        "SELECT sum(json_array_length('[' || replace(hex(zeroblob(100000)), '0', '1,') || a.i || "
-        "']')) FROM big a, big b",
+        "SELECT count(value) FROM json_each('[' || replace(hex(zeroblob(100000)), '0', '1,') "
+        "|| '1]') a, big b, big c",
+        "SELECT sum(json_array_length('[' || replace(hex(zeroblob(100000)), '0', '1,') || a.i "
+        "|| ']')) FROM big a, big b",
         "SELECT count(json_set('{}', '$.a' || a.i, hex(randomblob(100000)))) FROM big a, big b",
         "SELECT count(*) FROM note, big a, big b, big c WHERE note MATCH 'pen OR ink'",
     ]
@@ -876,10 +871,7 @@ def _deep() -> dict[str, tuple[Outcome, list[str]]]:
 
 
 def _random_pieces() -> dict[str, tuple[Outcome, list[str]]]:
-    """Return statements of the corpus cut and mixed, always the same ones.
-
-    A broken generation looks like that.
-    """
+    """Return statements cut and mixed, always the same ones, as from a broken generation."""
     chance = random.Random(14)
     lines = [line for block in REFUSED.values() for line in block.split("\n") if line]
     glued = []
@@ -901,12 +893,15 @@ def corpus() -> list[Hostile]:
         ("failed", FAILED),
         ("any", ANY),
     ]
-    found = []
-    for outcome, kinds in blocks:
-        for kind, block in kinds.items():
-            found += [Hostile(kind, outcome, line) for line in block.split("\n") if line]
-    for made in (_text_tricks(), _deep(), _random_pieces()):
-        found += [
-            Hostile(kind, outcome, sql) for kind, (outcome, each) in made.items() for sql in each
+    statements = [
+        Hostile(kind, outcome, line)
+        for outcome, kinds in blocks
+        for kind, block in kinds.items()
+        for line in block.split("\n")
+        if line
+    ]
+    for group in (_text_tricks(), _deep(), _random_pieces()):
+        statements += [
+            Hostile(kind, outcome, sql) for kind, (outcome, lines) in group.items() for sql in lines
         ]
-    return found
+    return statements

@@ -1,5 +1,4 @@
-"""Our verdicts and hardness grades equal the official evaluators', on every row of the reference
-that settles one."""
+"""Our verdicts and hardness grades equal the official evaluators' on every settled row."""
 
 import json
 import os
@@ -26,8 +25,7 @@ pytestmark = pytest.mark.skipif(
     "RAY_SQL_SHARED" not in os.environ, reason="needs the reference data: RAY_SQL_SHARED"
 )
 
-# What may be refused though officially right: empty text, several statements, and anything that is
-# no query.
+# Officially right, and refused here: empty text, several statements, and anything but a query.
 NO_QUERY = ("err_blank_or_stub", "multi_", "stmt_")
 
 
@@ -45,33 +43,33 @@ def executor() -> Iterator[Executor]:
 @pytest.mark.parametrize("column", JUDGEMENTS)
 def test_verdicts_equal_the_official_ones(executor: Executor, data: Path, column: str) -> None:
     rows = read(data / "agreement" / "execution.jsonl")
-    found = compare_execution(executor, rows, data / "spider" / "database", column)
-    assert found.compared > 7000
-    assert found.differing == ()
+    comparison = compare_execution(executor, rows, data / "spider" / "database", column)
+    assert comparison.compared > 7000
+    assert comparison.differing == ()
     kinds = {row["id"]: row.get("kind", "prediction") for row in rows}
-    assert [row for row in found.refused if not kinds[row].startswith(NO_QUERY)] == []
+    assert [row for row in comparison.refused if not kinds[row].startswith(NO_QUERY)] == []
 
 
 def test_hardness_equals_the_official_grade(data: Path) -> None:
     queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
-    found = compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries)
-    assert found.compared == len(queries) == 1034
-    assert found.differing == ()
+    comparison = compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries)
+    assert comparison.compared == len(queries) == 1034
+    assert comparison.differing == ()
 
 
 def test_links_equal_those_of_spiders_parser(data: Path) -> None:
     queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
     schemas = read_tables_json(data / "spider" / "tables.json")
-    found = compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas)
-    assert found.compared == 1034 and found.differing == ()
+    comparison = compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas)
+    assert comparison.compared == 1034 and comparison.differing == ()
 
 
 def test_exact_set_match_equals_the_official_one_but_for_listed_mistakes(data: Path) -> None:
     rows = read(data / "agreement" / "execution.jsonl")
-    found = compare_exact_set(rows, read_tables_json(data / "spider" / "tables.json"))
-    assert found.compared == 7070
-    assert found.agree / found.compared >= 0.995
-    assert sorted(found.differing) == sorted(OFFICIAL_MISTAKES)
+    comparison = compare_exact_set(rows, read_tables_json(data / "spider" / "tables.json"))
+    assert comparison.compared == 7070
+    assert comparison.agree / comparison.compared >= 0.995
+    assert sorted(comparison.differing) == sorted(OFFICIAL_MISTAKES)
 
 
 def test_queries_are_read_as_in_spiders_own_trees(data: Path) -> None:
@@ -86,8 +84,7 @@ def test_queries_are_read_as_in_spiders_own_trees(data: Path) -> None:
 
 
 class Names:
-    """Spider's tree of a query, whose columns and words are numbers, with the names for the
-    numbers."""
+    """Read Spider's tree of a query, and put names for its numbers of columns and words."""
 
     AGGREGATES = ("", "max", "min", "count", "sum", "avg")
     OPERATIONS = ("", "-", "+", "*", "/")

@@ -37,13 +37,14 @@ def test_the_reward_is_a_grade_of_how_much_faster_than_gold(ratio: float, reward
 
 
 def test_the_ratios_are_averaged_and_not_the_times() -> None:
-    # By total time the prediction is slower (6 s against 5 s); by the mean of the ratios 4 and 0.25 it is twice as fast.
+    # By total time the prediction is slower (6 s against 5 s). By the mean of the ratios 4 and 0.25
+    # it is twice as fast.
     assert ves_reward([4, 1], [1, 4]) == 1.25
     assert ves_reward([1, 4], [1, 5]) == 0.75
 
 
 def test_an_outlier_is_left_out() -> None:
-    # Mean 1.89, standard deviation 9.9: a hundred times faster once in a hundred is over three deviations away.
+    # Mean 1.89, standard deviation 9.9: one ratio of 100 is over three deviations away.
     often, once = [0.9] * 99, [100.0]
     assert ves_reward(often + once, [1] * 100) == 0.75
     # One of two is never an outlier: both lie exactly one deviation from the mean.
@@ -99,7 +100,7 @@ def test_the_score_is_the_mean_root_of_the_rewards_in_per_cent() -> None:
             ((1, 1.0),),
             1,
         ),  # a value found twice counts twice: 2 of 1, nothing added, nothing missed
-        # 1 + 1 + 1/2 found, nothing added, 1/2 missed, and a last row of each: precision 1, recall 2.5 / 3
+        # 1 + 1 + 1/2 found, nothing added, 1/2 missed, a last row of each: recall 2.5 / 3
         (
             (("pen", 3), ("ink", 5), ("nib", 7)),
             ((3, "pen"), (5, "ink"), ("nib",)),
@@ -113,13 +114,13 @@ def test_soft_f1_by_hand(gold: Rows, predicted: Rows, score: float) -> None:
 
 def soft_f1_by_counting(gold: Rows, predicted: Rows) -> float:
     """The same from whole counts, row by row, as 2 tp / (2 tp + fp + fn)."""
-    kept = [
+    distinct = [
         [row for place, row in enumerate(rows) if row not in rows[:place]]
         for rows in (gold, predicted)
     ]
     tp = fp = fn = 0.0
-    for place in range(max(map(len, kept))):
-        ours, theirs = (rows[place] if place < len(rows) else None for rows in kept)
+    for place in range(max(map(len, distinct))):
+        ours, theirs = (rows[place] if place < len(rows) else None for rows in distinct)
         if ours is None:
             fp += 1
         elif theirs is None:

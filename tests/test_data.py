@@ -1,4 +1,4 @@
-"""Five forms of data become one corpus; splits are disjoint and seeded; every mistake is one line that names its place."""
+"""Five forms of data become one corpus; splits are disjoint; mistakes are named by their place."""
 
 import json
 import shutil
@@ -409,9 +409,9 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(
 
 def test_a_missing_folder_is_named_with_what_may_be_given(make_config: Any, tmp_path: Path) -> None:
     message = refusal(make_config(dataset_id=str(tmp_path / "nowhere")))
-    assert (
-        message
-        == f"--dataset_id {tmp_path}/nowhere: no such file or folder; give a path, a Hub id (owner/name), or demo"
+    assert message == (
+        f"--dataset_id {tmp_path}/nowhere: no such file or folder; give a path, a Hub id "
+        "(owner/name), or demo"
     )
 
 

@@ -252,8 +252,8 @@ def test_what_spiders_parser_rejects_matches_nothing(sql: str) -> None:
 
 def test_an_order_after_a_set_operation_belongs_to_its_last_query() -> None:
     query = read_query(
-        "SELECT id FROM baker UNION SELECT id FROM cake EXCEPT SELECT id FROM cake ORDER BY cost "
-        "LIMIT 1",
+        "SELECT id FROM baker UNION SELECT id FROM cake EXCEPT SELECT id FROM cake "
+        "ORDER BY cost LIMIT 1",
         BAKERY,
     )
     assert query is not None and not query.order

@@ -1,4 +1,4 @@
-"""Whatever a model writes: no byte changes, nothing outlives its limit, the parent survives, and rows come back right."""
+"""For any SQL of a model: no byte changes, no query outlives its limit, and rows are right."""
 
 import hashlib
 import shutil
@@ -116,9 +116,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with sqlite3.connect(folder / "shop.sqlite") as connection:
         connection.executescript("""
             CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);
-            INSERT INTO item VALUES (1, 'pen', 1.5), (2, 'ink', NULL), (3, CAST(x'63ff61' AS TEXT), 2.0);
+            INSERT INTO item VALUES
+                (1, 'pen', 1.5), (2, 'ink', NULL), (3, CAST(x'63ff61' AS TEXT), 2.0);
             CREATE TABLE big (i);
-            WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 5000) INSERT INTO big SELECT i FROM n;
+            WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 5000)
+                INSERT INTO big SELECT i FROM n;
         """)
     connection.close()
     return folder
@@ -216,8 +218,8 @@ def test_full_text_tables_can_be_searched(executor: Executor, tmp_path: Path) ->
             "CREATE VIRTUAL TABLE note USING fts5(text); INSERT INTO note VALUES ('ink and pen')"
         )
     connection.close()
-    found = executor.run(tmp_path / "words.sqlite", "SELECT text FROM note WHERE note MATCH 'pen'")
-    assert found.rows == (("ink and pen",),)
+    result = executor.run(tmp_path / "words.sqlite", "SELECT text FROM note WHERE note MATCH 'pen'")
+    assert result.rows == (("ink and pen",),)
 
 
 def test_limits_hold_to_the_row_and_to_the_byte(executor: Executor, database: Path) -> None:

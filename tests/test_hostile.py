@@ -1,8 +1,8 @@
-"""The corpus of `hostile.py` against the real executor: no byte changes, every query ends, the next
-one is answered.
+"""Run the corpus of `hostile.py`: no byte changes, every query ends, the next one is answered.
 
-Statements run two at a time, as they do in an evaluation, each kind in a test of its own. A
-property test keeps the same promises for SQL drawn at random."""
+Statements run two at a time, as in an evaluation, each kind in a test of its own. A property test
+checks the same promises for SQL drawn at random.
+"""
 
 import hashlib
 import os
@@ -31,13 +31,12 @@ PATIENT = replace(
 GRACE_SECONDS = 0.3  # less than users get: much of this file's time is waiting for it
 HARMLESS, ITS_ROWS = "SELECT id, name FROM item ORDER BY id", ((1, "pen"), (2, "ink"), (3, "nib"))
 CORPUS = corpus()
-KINDS = list(dict.fromkeys(one.kind for one in CORPUS))
+KINDS = list(dict.fromkeys(statement.kind for statement in CORPUS))
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with databases, an executor whose workers sit in it, and what the folder held
-    before."""
+    """A folder with databases, an executor whose workers sit in it, and its first state."""
 
     folder: Path
     executor: Executor
@@ -78,19 +77,19 @@ def complaints(
     started = time.monotonic()
     result = place.executor.run(place.database, sql, limits)
     elapsed = time.monotonic() - started
-    found = [] if elapsed < HANGS else [f"took {elapsed:.2f} s"]
+    problems = [] if elapsed < HANGS else [f"took {elapsed:.2f} s"]
     if place.state() != before:
-        found.append(f"files changed: {dict(place.state().items() ^ before.items()).keys()}")
+        problems.append(f"files changed: {dict(place.state().items() ^ before.items()).keys()}")
     size = sum(
         len(cell) if isinstance(cell, (str, bytes)) else 8 for row in result.rows for cell in row
     )
     if len(result.rows) > LIMITS.rows or max(size, sum(map(len, result.columns))) > LIMITS.bytes:
-        found.append(
-            f"too large an answer: {len(result.rows)} rows, {size} bytes, {len(result.columns)} "
-            "columns"
+        problems.append(
+            f"too large an answer: {len(result.rows)} rows, {size} bytes, "
+            f"{len(result.columns)} columns"
         )
     if result.status == "ok" and result.error is not None:
-        found.append("both an answer and an error")
+        problems.append("both an answer and an error")
     if result.status != "ok":
         error = result.error or ""
         if (
@@ -100,59 +99,58 @@ def complaints(
             or result.rows
             or result.columns
         ):
-            found.append(f"no error of one short line: {error[:100]!r} of {len(error)}")
+            problems.append(f"no error of one short line: {error[:100]!r} of {len(error)}")
     after = place.executor.run(
         place.database, f"{HARMLESS} -- after {sql!a}"[:1000], Limits(seconds=20)
     )
     if after.rows != ITS_ROWS:
-        found.append(f"the next query gave {after}")
-    return result, found
+        problems.append(f"the next query gave {after}")
+    return result, problems
 
 
-def unlike(one: Hostile, result: QueryResult) -> list[str]:
-    """What is wrong with the outcome of a statement that asks for a certain one."""
+def unlike(statement: Hostile, result: QueryResult) -> list[str]:
+    """Say that the outcome of a statement is not its kind's; nothing where it is."""
     error = result.error or ""
-    as_asked = {
+    as_expected = {
         "refused": result.status == "error" and error.startswith("refused: "),
         "stopped": result.status == "timeout" or error.startswith("too large: "),
         "failed": result.status == "error",
         "any": result.status != "crash",
     }
-    return (
-        [] if as_asked[one.outcome] else [f"not {one.outcome} but {result.status}: {error[:100]}"]
-    )
+    if as_expected[statement.outcome]:
+        return []
+    return [f"not {statement.outcome} but {result.status}: {error[:100]}"]
 
 
-def report(sql: str, found: list[str]) -> list[str]:
-    return [f"{ascii(sql)[:100]}: {'; '.join(found)}"] if found else []
+def report(sql: str, problems: list[str]) -> list[str]:
+    return [f"{ascii(sql)[:100]}: {'; '.join(problems)}"] if problems else []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_statements_do_no_harm(place: Place, kind: str) -> None:
     before, files_open = place.state(), psutil.Process().num_fds()
 
-    def judge(one: Hostile) -> list[str]:
-        sql = one.sql.replace("{folder}", str(place.folder))
-        limits = PATIENT if one.outcome in ("refused", "failed") else LIMITS
-        result, found = complaints(place, before, sql, limits)
-        return report(sql, found + unlike(one, result))
+    def judge(statement: Hostile) -> list[str]:
+        sql = statement.sql.replace("{folder}", str(place.folder))
+        limits = PATIENT if statement.outcome in ("refused", "failed") else LIMITS
+        result, problems = complaints(place, before, sql, limits)
+        return report(sql, problems + unlike(statement, result))
 
-    statements = [one for one in CORPUS if one.kind == kind]
+    statements = [statement for statement in CORPUS if statement.kind == kind]
     assert statements
-    found = [line for lines in place.executor.map(judge, statements) for line in lines]
-    assert not found, "\n".join(["", *found])
+    problems = [line for lines in place.executor.map(judge, statements) for line in lines]
+    assert not problems, "\n".join(["", *problems])
     assert psutil.Process().num_fds() <= files_open + WORKERS
     assert list((place.folder / "work").iterdir()) == [] and Path.cwd() == place.folder / "work"
 
 
 def test_the_corpus_is_large_and_says_nothing_twice() -> None:
     assert len(CORPUS) >= 300
-    assert len({one.sql for one in CORPUS}) == len(CORPUS)
-    assert {one.outcome for one in CORPUS} == {"refused", "stopped", "failed", "any"}
+    assert len({statement.sql for statement in CORPUS}) == len(CORPUS)
+    assert {statement.outcome for statement in CORPUS} == {"refused", "stopped", "failed", "any"}
 
 
-# Holds a database open in its own process: a process that merely closes a file loses all its locks
-# on it.
+# Hold a database open in its own process: a process that closes a file loses all its locks on it.
 WRITER = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -190,38 +188,32 @@ def test_nothing_is_written_to_a_database_with_a_write_ahead_log(tmp_path: Path,
         assert executor.run(place.database, "SELECT price FROM item WHERE id = 3").rows == ((3,),)
 
 
-# Words of SQL, names of the schema, pieces of the corpus, and values: enough for what is drawn to
-# be compiled now and then.
+# Words of SQL, names of the schema, pieces of the corpus, and values: some draws compile.
 NAMES = (
-    "item sold big note page box cheap id name price i text body rowid rank "
-    "sqlite_master main.item temp.item x"
+    "item sold big note page box cheap id name price i text body rowid rank sqlite_master "
+    "main.item temp.item x"
 ).split()
 WORDS = (
     "SELECT FROM WHERE GROUP BY ORDER HAVING LIMIT OFFSET UNION ALL EXCEPT INTERSECT JOIN LEFT "
-    "CROSS ON USING AS DISTINCT "
-    "CASE WHEN THEN ELSE END IN LIKE GLOB MATCH BETWEEN IS NOT NULL AND OR EXISTS CAST COLLATE "
-    "OVER PARTITION WITH RECURSIVE "
-    "VALUES INSERT INTO REPLACE UPDATE SET DELETE CREATE TABLE TEMP VIEW INDEX TRIGGER VIRTUAL "
-    "DROP ALTER RENAME ATTACH DETACH "
-    "VACUUM PRAGMA BEGIN COMMIT SAVEPOINT ANALYZE REINDEX EXPLAIN QUERY PLAN RETURNING CONFLICT DO "
-    "NOTHING IF"
+    "CROSS ON USING AS DISTINCT CASE WHEN THEN ELSE END IN LIKE GLOB MATCH BETWEEN IS NOT NULL "
+    "AND OR EXISTS CAST COLLATE OVER PARTITION WITH RECURSIVE VALUES INSERT INTO REPLACE UPDATE "
+    "SET DELETE CREATE TABLE TEMP VIEW INDEX TRIGGER VIRTUAL DROP ALTER RENAME ATTACH DETACH "
+    "VACUUM PRAGMA BEGIN COMMIT SAVEPOINT ANALYZE REINDEX EXPLAIN QUERY PLAN RETURNING CONFLICT "
+    "DO NOTHING IF"
 ).split()
 MARKS = (
     "( ) , ; . * + - / % || < > = == != << >> & | ~ -> ->> ? :a @b $c -- /* */ ' \" ` [ ]".split()
 )
 CALLS = (
-    "abs({0})|max({0}, {1})|hex({0})|zeroblob({0})|randomblob({0})|printf('%*d', {0}, "
-    "{1})|printf('%s%q', {0}, {1})|char({0}, {1})|"
-    "replace({0}, {1}, {0})|instr({0}, {1})|substr({0}, {1})|json_array({0}, "
-    "{1})|json_extract({0}, '$[0]')|json_group_array({0})|"
-    "group_concat({0}, {1})|count({0})|sum({0})|date({0}, {1})|strftime({0}, "
-    "{1})|load_extension({0})|fts3_tokenizer({0}, {1})|"
-    "readfile({0})|snippet({0})|optimize({0})|sum({0}) OVER (ORDER BY {1})|row_number() OVER "
-    "(PARTITION BY {0})|CAST({0} AS {1})|"
-    "CASE WHEN {0} THEN {1} END|({0} IN (SELECT i FROM big))|({0} LIKE {1})|({0} GLOB {1})|({0} || "
-    "{1})|({0} * {1})|({0} << {1})|"
-    "(SELECT {0})|EXISTS (SELECT {0} FROM sold)|({0} -> {1})|(SELECT count(*) FROM big x, big y, "
-    "big z WHERE x.i + y.i < {0})"
+    "abs({0})|max({0}, {1})|hex({0})|zeroblob({0})|randomblob({0})|printf('%*d', {0}, {1})|"
+    "printf('%s%q', {0}, {1})|char({0}, {1})|replace({0}, {1}, {0})|instr({0}, {1})|"
+    "substr({0}, {1})|json_array({0}, {1})|json_extract({0}, '$[0]')|json_group_array({0})|"
+    "group_concat({0}, {1})|count({0})|sum({0})|date({0}, {1})|strftime({0}, {1})|"
+    "load_extension({0})|fts3_tokenizer({0}, {1})|readfile({0})|snippet({0})|optimize({0})|"
+    "sum({0}) OVER (ORDER BY {1})|row_number() OVER (PARTITION BY {0})|CAST({0} AS {1})|"
+    "CASE WHEN {0} THEN {1} END|({0} IN (SELECT i FROM big))|({0} LIKE {1})|({0} GLOB {1})|({0} |"
+    "| {1})|({0} * {1})|({0} << {1})|(SELECT {0})|EXISTS (SELECT {0} FROM sold)|({0} -> {1})|"
+    "(SELECT count(*) FROM big x, big y, big z WHERE x.i + y.i < {0})"
 ).split("|")
 
 values = st.one_of(
@@ -299,7 +291,7 @@ writes = st.builds(
 tokens = st.one_of(
     st.sampled_from([*WORDS, *NAMES, *MARKS]),
     values,
-    st.sampled_from([one.sql[:200] for one in CORPUS]),
+    st.sampled_from([statement.sql[:200] for statement in CORPUS]),
 )
 salads = st.builds(str.join, st.sampled_from([" ", " ", "", "\n"]), st.lists(tokens, max_size=12))
 # Any text at all: with halves of surrogate pairs, NUL and what no font shows.
@@ -318,7 +310,7 @@ noise = st.text(st.characters(exclude_categories=()), max_size=40)
 )
 def test_sql_drawn_at_random_does_no_harm(place: Place, sql: str) -> None:
     before = place.state()
-    result, found = complaints(place, before, sql.replace("{folder}", str(place.folder)))
+    result, problems = complaints(place, before, sql.replace("{folder}", str(place.folder)))
     assert result.status != "crash", result
-    assert not found, found
+    assert not problems, problems
     assert Path(os.getcwd()) == place.folder / "work"

@@ -43,7 +43,8 @@ ZOO = Schema(
     [
         # Names come out in the schema's spelling and order, whatever the query's
         ("select BORN, name from ANIMALS", {"Animals": ["Name", "Born"]}),
-        ("select k.name, a.born from keepers k, animals as A", {"Animals": ["Born"], "Keepers": ["Name"]}),
+        ("select k.name, a.born from keepers k, animals as A",
+         {"Animals": ["Born"], "Keepers": ["Name"]}),
         ('select "Id", [group], `Id` from "order"', {"order": ["Id", "group"]}),
         ("select a.name from main.animals as a;", {"Animals": ["Name"]}),
         # Stars
@@ -53,9 +54,11 @@ ZOO = Schema(
         # What is no column
         ('select id from animals where name = "Leo"', {"Animals": ["Id", "Name"]}),
         ("select id from animals where name = 'boss'", {"Animals": ["Id", "Name"]}),
-        ('select 1 from animals a join keepers k where a.name = "boss"', {"Animals": ["Name"], "Keepers": ["Boss"]}),
+        ('select 1 from animals a join keepers k where a.name = "boss"',
+         {"Animals": ["Name"], "Keepers": ["Boss"]}),
         ("select count(*) as born from animals order by born", {"Animals": []}),
-        ("select name as n, count(*) as c from animals group by n having c > 1 order by c", {"Animals": ["Name"]}),
+        ("select name as n, count(*) as c from animals group by n having c > 1 order by c",
+         {"Animals": ["Name"]}),
         ("select a.rowid, a.nothing, nothing from animals a", {"Animals": []}),
         ("select value from animals, json_each(animals.name)", {"Animals": ["Name"]}),
         # Scopes
@@ -63,33 +66,41 @@ ZOO = Schema(
          {"Animals": ["Name", "Keeper_Id"], "Keepers": ["Id", "Boss"]}),
         ("select t.name from animals t where exists (select 1 from keepers t where t.boss = 2)",
          {"Animals": ["Name"], "Keepers": ["Boss"]}),
-        ("select 1 from animals a where exists (select 1 from keepers where id = a.keeper_id and born > 3)",
+        ("select 1 from animals a "
+         "where exists (select 1 from keepers where id = a.keeper_id and born > 3)",
          {"Animals": ["Keeper_Id", "Born"], "Keepers": ["Id"]}),
         ("select t.born from animals t intersect select t.boss from keepers t",
          {"Animals": ["Born"], "Keepers": ["Boss"]}),
-        ("select id from animals union select id from keepers order by id", {"Animals": ["Id"], "Keepers": ["Id"]}),
-        ("select n from (select name as n, born from animals) where n > 1", {"Animals": ["Name", "Born"]}),
+        ("select id from animals union select id from keepers order by id",
+         {"Animals": ["Id"], "Keepers": ["Id"]}),
+        ("select n from (select name as n, born from animals) where n > 1",
+         {"Animals": ["Name", "Born"]}),
         ("with k as (select boss as name from keepers) select name from k", {"Keepers": ["Boss"]}),
-        ("with animals as (select boss as name from keepers) select name from animals", {"Keepers": ["Boss"]}),
-        ("select (select max(boss) from keepers) from animals limit 3", {"Animals": [], "Keepers": ["Boss"]}),
+        ("with animals as (select boss as name from keepers) select name from animals",
+         {"Keepers": ["Boss"]}),
+        ("select (select max(boss) from keepers) from animals limit 3",
+         {"Animals": [], "Keepers": ["Boss"]}),
         # Columns that a star passes on
         ("select name from (select * from animals) where born > 3", {"Animals": ["Name", "Born"]}),
-        ("select x.name from (select k.* from animals a join keepers k on 1) x", {"Animals": [], "Keepers": ["Name"]}),
+        ("select x.name from (select k.* from animals a join keepers k on 1) x",
+         {"Animals": [], "Keepers": ["Name"]}),
         ("select name from (select *, 1 as name from animals)", {"Animals": []}),
         ("select name from (select * from animals union select * from keepers)",
          {"Animals": ["Name"], "Keepers": ["Name"]}),
-        ("with recursive r as (select * from keepers union select * from r) select boss from r", {"Keepers": ["Boss"]}),
+        ("with recursive r as (select * from keepers union select * from r) select boss from r",
+         {"Keepers": ["Boss"]}),
         # Joins that name their columns by halves, or not at all
-        ("select boss from animals join keepers using (name)", {"Animals": ["Name"], "Keepers": ["Name", "Boss"]}),
+        ("select boss from animals join keepers using (name)",
+         {"Animals": ["Name"], "Keepers": ["Name", "Boss"]}),
         ("select boss from animals natural join keepers",
          {"Animals": ["Id", "Name"], "Keepers": ["Id", "Name", "Boss"]}),
         ("select 1", {}),
     ],
 )  # fmt: skip
 def test_links_are_the_columns_that_the_query_reads(sql: str, links: Links) -> None:
-    found = gold_links(sql, ZOO)
-    assert found == links
-    assert list(found) == [name for name in ZOO.table_names if name in links]
+    actual = gold_links(sql, ZOO)
+    assert actual == links
+    assert list(actual) == [name for name in ZOO.table_names if name in links]
 
 
 def test_other_dialects_are_read_too() -> None:

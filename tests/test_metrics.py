@@ -1,4 +1,4 @@
-"""Each score says what it claims to: checked against its definition worked out the slow way, and against known values."""
+"""Check each score against its definition, computed the slow way, and against known values."""
 
 import itertools
 import random
@@ -136,8 +136,8 @@ def test_the_three_semantics_differ_where_they_should() -> None:
     }
     for name, (predicted, *expected) in cases.items():
         names: tuple[Semantics, ...] = ("spider", "bird", "strict")
-        found = [execution_match(gold, predicted, semantics=semantics) for semantics in names]
-        assert found == expected, name
+        matches = [execution_match(gold, predicted, semantics=semantics) for semantics in names]
+        assert matches == expected, name
     assert not execution_match(gold, gold[::-1], semantics="spider", ordered=True)
     assert execution_match(gold, gold[::-1], semantics="bird", ordered=True)
 
@@ -182,7 +182,10 @@ def test_prepare_spider(sql: str, prepared: str, kept: str) -> None:
 
 
 def test_on_a_server_a_distinct_that_the_grammar_needs_stays() -> None:
-    sql = "SELECT DISTINCT ON (a) DISTINCT b FROM t WHERE b IS NOT DISTINCT FROM c AND c IS DISTINCT FROM d"
+    sql = (
+        "SELECT DISTINCT ON (a) DISTINCT b FROM t "
+        "WHERE b IS NOT DISTINCT FROM c AND c IS DISTINCT FROM d"
+    )
     prepared = prepare_spider(sql, server=True)
     assert prepared.split() == sql.replace(" DISTINCT b", " b").split()
     assert "DISTINCT" not in prepare_spider(sql)
@@ -230,7 +233,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.parent.mkdir()
     with sqlite3.connect(path) as connection:
         connection.executescript(
-            "CREATE TABLE item (name TEXT, price INT); INSERT INTO item VALUES ('pen', 2), ('ink', 5), ('pen', 3);"
+            "CREATE TABLE item (name TEXT, price INT);"
+            "INSERT INTO item VALUES ('pen', 2), ('ink', 5), ('pen', 3);"
         )
     connection.close()
     return path
@@ -271,8 +275,8 @@ JUDGED = [
 def test_verdicts_and_their_kinds(executor: Executor, shop: Path) -> None:
     pairs = [Pair(shop, gold, predicted) for gold, predicted, *_ in JUDGED]
     verdicts = judge_many(executor, pairs, semantics="spider")
-    found = [(verdict.verdict, classify_error(verdict)) for verdict in verdicts]
-    assert found == [(verdict, kind) for *_, verdict, kind in JUDGED]
+    kinds = [(verdict.verdict, classify_error(verdict)) for verdict in verdicts]
+    assert kinds == [(verdict, kind) for *_, verdict, kind in JUDGED]
     assert all((verdict.error is None) == (verdict.verdict == "correct") for verdict in verdicts)
     assert verdicts[2] == judge(
         executor, pairs[2], semantics="spider"
@@ -394,9 +398,9 @@ def test_an_interval_clustered_by_database_holds_the_rate_as_often_as_it_says() 
     for trial in range(200):
         rates = [generator.betavariate(2, 2) for _ in range(40)]
         groups = [(sum(generator.random() < rate for _ in range(25)), 25) for rate in rates]
-        found = clustered_interval(groups, draws=500, seed=trial)
-        assert found
-        held += found.low <= 0.5 <= found.high
+        interval = clustered_interval(groups, draws=500, seed=trial)
+        assert interval
+        held += interval.low <= 0.5 <= interval.high
     assert 0.88 <= held / 200 <= 0.99
 
 
@@ -405,13 +409,13 @@ def test_a_resolvable_difference_is_found_four_times_in_five(
     questions: int, discordant: int
 ) -> None:
     difference, share = resolvable_difference(questions, discordant), discordant / questions
-    generator, found = random.Random(2), 0
+    generator, detected = random.Random(2), 0
     for _ in range(400):
         draws = [generator.random() for _ in range(questions)]
         only_a = sum(draw < (share - difference) / 2 for draw in draws)
         only_b = sum((share - difference) / 2 <= draw < share for draw in draws)
-        found += mcnemar(only_a, only_b) <= 0.05
-    assert 0.68 <= found / 400 <= 0.87  # exact, so a little below 0.8
+        detected += mcnemar(only_a, only_b) <= 0.05
+    assert 0.68 <= detected / 400 <= 0.87  # exact, so a little below 0.8
 
 
 def test_a_resolvable_difference_at_known_points() -> None:

@@ -1,7 +1,8 @@
-"""Questions on a real PostgreSQL server: nothing is written, everything ends, and gold, verdicts and scores are those of SQLite.
+"""Questions on a real PostgreSQL server: no write, every query ends, verdicts are SQLite's.
 
-The server is started here from whatever is installed, on a socket in a folder of its own, and by another user where the tests run as
-root, which PostgreSQL refuses. Without a server or psycopg these tests skip.
+The server is started from the installed binaries, on a socket in a folder of its own. Where the
+tests run as root, which PostgreSQL refuses, it runs as another user. Without a server or psycopg
+these tests skip.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ LIMITS = Limits(seconds=1, rows=1000, bytes=2**20, memory=2**29, sql_length=20_0
 ENDLESS = "SELECT count(*) FROM generate_series(1, 1000000) a, generate_series(1, 1000000) b"
 
 TABLES = """
-CREATE TABLE item (id int PRIMARY KEY, name text, price numeric(8, 2), weight float8, made date, sold boolean, code char(6));
-INSERT INTO item VALUES (1, 'pen', 1.50, 0.5, '2024-01-02', true, 'p1'), (2, 'ink', NULL, NULL, '2024-02-03', false, 'i1'),
+CREATE TABLE item (id int PRIMARY KEY, name text, price numeric(8, 2), weight float8, made date,
+  sold boolean, code char(6));
+INSERT INTO item VALUES (1, 'pen', 1.50, 0.5, '2024-01-02', true, 'p1'),
+  (2, 'ink', NULL, NULL, '2024-02-03', false, 'i1'),
   (3, 'nib', 2.00, 0.25, NULL, NULL, 'n1');
 CREATE SEQUENCE number;
 CREATE FUNCTION remove() RETURNS int LANGUAGE plpgsql AS 'BEGIN DELETE FROM item; RETURN 1; END';
@@ -77,7 +80,7 @@ class Server:
         return f"postgresql://owner@/{name}?host={self._folder}"
 
     def state(self) -> list[Any]:
-        """What a query could have changed: rows, relations, functions, large objects, sequences, settings."""
+        """Read what a query could change: rows, relations, functions, large objects, settings."""
         with psycopg.connect(self.url("hostile")) as connection:
             return [
                 connection.execute(question).fetchall()
@@ -98,10 +101,11 @@ class Server:
     def busy(self) -> list[int]:
         """Process ids of the backends that work on a query of an executor."""
         with psycopg.connect(self.url("postgres")) as connection:
-            found = connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE application_name = 'ray_sql' AND state = 'active'"
+            pids = connection.execute(
+                "SELECT pid FROM pg_stat_activity "
+                "WHERE application_name = 'ray_sql' AND state = 'active'"
             )
-            return [pid for (pid,) in found]
+            return [pid for (pid,) in pids]
 
     def close(self) -> None:
         self._command("pg_ctl", "-m", "immediate", "stop")
@@ -118,10 +122,12 @@ class Server:
 def find_binaries() -> Path | None:
     """The folder of the newest server that is installed; Debian keeps it off the PATH."""
     on_path = shutil.which("initdb")
-    kept = sorted(
+    installed = sorted(
         Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
     )
-    return Path(on_path).resolve().parent if on_path else kept[-1].parent if kept else None
+    if on_path:
+        return Path(on_path).resolve().parent
+    return installed[-1].parent if installed else None
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +215,8 @@ STOPPED = [
     "SELECT * FROM generate_series(1, 1000000000)",
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n",
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n",
-    "SELECT a.x FROM generate_series(1, 1000000) a(x), generate_series(1, 1000000) b ORDER BY a.x DESC",
+    "SELECT a.x FROM generate_series(1, 1000000) a(x), generate_series(1, 1000000) b "
+    "ORDER BY a.x DESC",
     "SELECT repeat('x', 100000000)",
     "SELECT repeat('x', 2000000)",
     "SELECT repeat('x', 10000) FROM generate_series(1, 1000)",
@@ -241,7 +248,7 @@ def test_hostile_statements_do_no_harm(
 ) -> None:
     before, files = server.state(), server.files()
     wrong = []
-    for sql in statements:
+    for index, sql in enumerate(statements):
         result = executor.run(server.url("hostile"), sql)
         if result.rows or not result.error:
             wrong.append((sql[:80], result.status))
@@ -254,7 +261,7 @@ def test_hostile_statements_do_no_harm(
         if not as_asked[outcome]:
             wrong.append((sql[:80], result.status, error[:100]))
         after = executor.run(
-            server.url("hostile"), f"SELECT count(*), {len(wrong)} FROM item -- {sql!a}"
+            server.url("hostile"), f"SELECT count(*), {len(wrong)} FROM item -- {outcome} {index}"
         )
         assert after.rows == ((3, len(wrong)),), (sql, after)
     assert wrong == []
@@ -285,7 +292,8 @@ def test_values_are_plain_and_equal_values_are_equal(server: Server, executor: E
         "SELECT 'NaN'::float8, 'NaN'::numeric, 'Infinity'::float8, NULL, true, 0.1::real"
     ) == (*("NaN", "NaN", float("inf"), None, 1, 0.1),)
     assert cells(
-        "SELECT timestamptz '2024-01-02 03:04:05+02', interval '90 minutes', '\\x00ff'::bytea, ARRAY[1, 2]"
+        "SELECT timestamptz '2024-01-02 03:04:05+02', interval '90 minutes', '\\x00ff'::bytea, "
+        "ARRAY[1, 2]"
     ) == (*("2024-01-02 01:04:05+00", "01:30:00", b"\x00\xff", "{1,2}"),)
     assert cells("SELECT 12345678901234567890::numeric, -7::numeric, raised(1.5)") == (
         12345678901234567890,
@@ -304,11 +312,11 @@ def test_a_server_that_hangs_is_given_up_at_the_limit(server: Server) -> None:
     with Executor(1, replace(LIMITS, seconds=2)) as executor:
         assert executor.run(server.url("hostile"), "SELECT 1").rows == ((1,),)
         with ThreadPoolExecutor() as threads:
-            asked = threads.submit(executor.run, server.url("hostile"), ENDLESS)
+            answer = threads.submit(executor.run, server.url("hostile"), ENDLESS)
             wait_until(server.busy)
             (working,) = server.busy()
             os.kill(working, signal.SIGSTOP)
-            result = asked.result()
+            result = answer.result()
             os.kill(working, signal.SIGCONT)
         assert result.status == "timeout" and "killed" in (result.error or "")
         assert executor.run(server.url("hostile"), "SELECT 2").rows == ((2,),)
@@ -386,13 +394,13 @@ def questions(server: Server, tmp_path: Path) -> dict[str, str]:
     """Settings of a run on questions of the database `mall`, which is on the server."""
     folder = tmp_path / "questions"
     folder.mkdir()
-    for split, asked in (
+    for split, pairs in (
         ("train", QUESTIONS),
         ("dev", QUESTIONS[:6] + [("What fails?", "SELECT x FROM nowhere")]),
     ):
         lines = [
             json.dumps({"db_id": "mall", "question": question, "query": sql})
-            for question, sql in asked
+            for question, sql in pairs
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     return {"dataset_id": str(folder), "data.databases": server.url("{db_id}")}
@@ -429,9 +437,9 @@ def test_gold_and_answers_of_a_run_are_judged_on_a_server(
     assert [(row["split"], row["gold"]) for row in prepared.gold_errors] == [
         ("dev", "SELECT x FROM nowhere")
     ]
-    asked = prepared.questions(config)
-    answers = [Answer(f"```sql\n{one.gold}\n```", 1, 1, 0.1) for one in asked]
-    judged = scoring.score(asked, answers, SQL, config.evaluate)
+    scored = prepared.questions(config)
+    answers = [Answer(f"```sql\n{question.gold}\n```", 1, 1, 0.1) for question in scored]
+    judged = scoring.score(scored, answers, SQL, config.evaluate)
     assert {row["verdict"] for row in judged} <= {"correct", "gold_error"} and len(judged) == 4
     assert prepared.validation(config) != []
     assert not [line for line in plan.lines(prepared, config) if "nothing can be executed" in line]
@@ -457,10 +465,10 @@ def test_a_password_is_in_no_file_and_workers_that_need_it_are_refused(
         prepare.prepare(make_config(**questions | {"data.databases": secret}))
     config = make_config(**questions | {"data.databases": secret, "evaluate.select_examples": 0})
     prepared = prepare.prepare(config)
-    asked = prepared.questions(config)
-    assert "verysecret" in (asked[0].database or "")
-    assert generate.parse(generate.dump(asked))[0] == replace(
-        asked[0], database=open_url.replace("{db_id}", "mall")
+    scored = prepared.questions(config)
+    assert "verysecret" in (scored[0].database or "")
+    assert generate.parse(generate.dump(scored))[0] == replace(
+        scored[0], database=open_url.replace("{db_id}", "mall")
     )
     prepare.write_inputs(prepared, config)
     for place in (Path(config.run_dir), config.cache):

@@ -1,4 +1,4 @@
-"""A prompt puts the schema first and the question last in the model's own template; answers are read strictly; drift is refused."""
+"""A prompt has schema first and question last; answers are read strictly; drift is refused."""
 
 import json
 import time
@@ -19,14 +19,17 @@ from tests.waiting import HANGS
 
 TURNS = prompts.messages(SQL, "customer(id, name)", "How many?", "count the rows")
 NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     + (
-        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+        "{{ m['content'] | trim }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
     )
 )
 REWRITING = (  # shows the earlier turns in another way once there is an answer
-    "{% for m in messages %}{% if loop.last or messages[-1]['role'] == 'user' %}<|start|>{{ m['content'] }}<|end|>\n{% endif %}"
+    "{% for m in messages %}{% if loop.last or messages[-1]['role'] == 'user' %}"
+    "<|start|>{{ m['content'] }}<|end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
 )
 
@@ -114,10 +117,10 @@ def test_a_completion_is_the_answer_and_one_end_of_turn(
 def test_prompt_and_completion_are_together_what_the_template_writes(
     use_template: Any, template: str
 ) -> None:
-    tokenizer, said = use_template(template), "```sql\nSELECT 'é—ü'\n```"
+    tokenizer, answer = use_template(template), "```sql\nSELECT 'é—ü'\n```"
     parts = (
         prompts.render_prompt(tokenizer, TURNS),
-        prompts.render_completion(tokenizer, TURNS, said),
+        prompts.render_completion(tokenizer, TURNS, answer),
     )
     ids = [
         token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]
@@ -126,7 +129,7 @@ def test_prompt_and_completion_are_together_what_the_template_writes(
     merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
     turns = [
         *([merged] if template == NO_SYSTEM else TURNS),
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": answer},
     ]
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False).rstrip(
         "\n"
@@ -185,7 +188,7 @@ def test_links_that_cannot_be_had_are_named_by_their_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "sql"),
+    ("answer", "sql"),
     [
         ("```sql\nSELECT 1\n```", "SELECT 1"),
         ("Here you are:\n```sql\nSELECT 1\n```\nIt counts ```x```.", "SELECT 1"),
@@ -215,8 +218,8 @@ def test_links_that_cannot_be_had_are_named_by_their_example() -> None:
         ("```sql", None),
     ],
 )
-def test_sql_is_read_from_an_answer(said: str, sql: str | None) -> None:
-    assert prompts.parse_sql(said) == sql
+def test_sql_is_read_from_an_answer(answer: str, sql: str | None) -> None:
+    assert prompts.parse_sql(answer) == sql
 
 
 def test_a_long_answer_without_an_end_is_read_in_no_time() -> None:
@@ -378,14 +381,15 @@ def test_of_several_chat_templates_it_is_the_default_one(
     tokenizer: Any, use_template: Any, make_config: Any
 ) -> None:
     turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
-    one, known = (
+    prompt, contract = (
         prompts.render_prompt(tokenizer, turns),
         prompts.contract(make_config(), tokenizer, None),
     )
     use_template({"default": CHAT_TEMPLATE, "tool_use": NO_SYSTEM})
-    assert prompts.render_prompt(tokenizer, turns) == one
+    assert prompts.render_prompt(tokenizer, turns) == prompt
     assert (
-        prompts.contract(make_config(), tokenizer, None)["template_hash"] == known["template_hash"]
+        prompts.contract(make_config(), tokenizer, None)["template_hash"]
+        == contract["template_hash"]
     )
 
 

@@ -94,10 +94,7 @@ _Source = exp.Expression | Scope  # a table or a subquery that a query reads
 @lru_cache(maxsize=256)
 def _lookup(schema: Schema) -> tuple[_Known, MappingSchema]:
     """Return a schema's names, for us and for sqlglot; cached for a database's many questions."""
-    known = {
-        table.name.lower(): frozenset(name.lower() for name in table.column_names)
-        for table in schema.tables
-    }
+    known = schema.lower_names()
     types: dict[str, object] = {
         table: dict.fromkeys(columns, "text") for table, columns in known.items() if columns
     }

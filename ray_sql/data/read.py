@@ -135,8 +135,8 @@ def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
     `path` serves the error message only.
     """
     # splitlines would also split at U+2028 and others, which JSON allows inside a string.
-    lines = enumerate(text.split("\n"), 1)
-    return {number: _parse(path, line, number) for number, line in lines if line.strip()}
+    lines = dict(enumerate(text.split("\n"), 1))
+    return {row: _parse(path, line, row) for row, line in lines.items() if line.strip()}
 
 
 def _parse(path: Path | str, text: str, first_line: int) -> Any:

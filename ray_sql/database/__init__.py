@@ -1,7 +1,7 @@
 """Databases: their schemas, and one untrusted query run on them.
 
-`schema` holds the dataclasses and `restrict`, `reflection` reads a live database, `tables_json`
-reads the file of Spider and BIRD, and `serialize` writes a schema as text.
+`schema` holds the dataclasses and `restrict`. `reflection` reads a live database. `tables_json`
+reads the file of Spider and BIRD. `serialize` writes a schema as text.
 
 SQL written by a model runs in a pool of child processes (`pool`). From inside, SQLite can be
 stopped only between the steps of its virtual machine. Planning a join of sixty tables, or one call

@@ -2,15 +2,15 @@
 
 These guards keep a query from doing harm, the strongest first:
 
-- a READ ONLY transaction, always rolled back: the server refuses writes, DDL, `nextval`, `setval`
-  and row locks;
-- a cursor, declared through the extended protocol: the server's own grammar admits one SELECT,
-  VALUES or WITH, and no COPY, SET, CALL, DO, SELECT INTO or second statement;
-- no volatile function of the server or of its extensions, but for a few harmless ones. Volatile
+- A READ ONLY transaction, always rolled back. The server refuses writes, DDL, `nextval`, `setval`
+  and row locks.
+- A cursor, declared through the extended protocol. The server's own grammar admits one SELECT,
+  VALUES or WITH, and no COPY, SET, CALL, DO, SELECT INTO or second statement.
+- No volatile function of the server or of its extensions, but for a few harmless ones. Volatile
   functions act outside of the transaction (`pg_terminate_backend`, `pg_read_file`, `lo_export`,
   `dblink`, advisory locks, `set_config`). A query is refused if any word of its text names one,
   wherever it stands, so no quoting and no comment hides it. Functions that run SQL given as text
-  are refused too;
+  are refused too.
 - `statement_timeout` and `lock_timeout` on the server, rows fetched in small portions, and a parent
   that kills this process.
 

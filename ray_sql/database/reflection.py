@@ -7,7 +7,9 @@ import re
 import sqlite3
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,27 +172,31 @@ def _with_resolved_keys(schema: Schema) -> Schema:
     """Keep the foreign keys that lead somewhere, once each, in the order of their columns."""
     tables = []
     for table in schema.tables:
-        position = {name: index for index, name in enumerate(table.column_names)}
-        keys = {_resolved_key(key, table, schema) for key in table.foreign_keys}
-        order = {
-            key: ([position[name] for name in key.columns], key.ref_table, key.ref_columns)
-            for key in keys
-            if key is not None
-        }
-        tables.append(replace(table, foreign_keys=tuple(sorted(order, key=order.__getitem__))))
+        resolved = {_resolved_key(key, table, schema) for key in table.foreign_keys}
+        keys = sorted((key for key in resolved if key), key=partial(_key_order, table))
+        tables.append(replace(table, foreign_keys=tuple(keys)))
     return replace(schema, tables=tuple(tables))
+
+
+def _key_order(table: Table, key: ForeignKey) -> tuple[list[int], str, tuple[str, ...]]:
+    positions = [table.column_names.index(name) for name in key.columns]
+    return positions, key.ref_table, key.ref_columns
 
 
 def _resolved_key(key: ForeignKey, table: Table, schema: Schema) -> ForeignKey | None:
     """Return the key with names as the tables spell them; None where one does not exist."""
     target = schema.table(key.ref_table)
-    if target is None or len(key.columns) != len(key.ref_columns):
+    if target is None:
         return None
-    columns = [column.name for name in key.columns if (column := table.column(name))]
-    refs = [column.name for name in key.ref_columns if (column := target.column(name))]
-    if not len(columns) == len(refs) == len(key.columns):
-        return None
-    return ForeignKey(tuple(columns), target.name, tuple(refs))
+    columns, refs = _spelled(table, key.columns), _spelled(target, key.ref_columns)
+    sizes = {len(columns), len(refs), len(key.columns), len(key.ref_columns)}
+    return ForeignKey(columns, target.name, refs) if len(sizes) == 1 else None
+
+
+def _spelled(table: Table, names: Iterable[str]) -> tuple[str, ...]:
+    """Return names as the table spells them, without those that do not exist."""
+    columns = [table.column(name) for name in names]
+    return tuple(column.name for column in columns if column)
 
 
 def _with_examples(schema: Schema, connection: "Connection", count: int) -> Schema:

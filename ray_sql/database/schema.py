@@ -3,11 +3,9 @@
 Names keep the spelling of their source and are looked up in any case, as in SQL.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
-
-from ray_sql.errors import DataError
 
 Links = dict[str, list[str]]
 """Schema links: table → the columns of it that a query needs (none for `count(*)`)."""
@@ -73,35 +71,13 @@ class Schema:
         """Return the table of this name in any case, or None."""
         return next((table for table in self.tables if table.name.lower() == name.lower()), None)
 
+    def lower_names(self) -> dict[str, frozenset[str]]:
+        """Return table → its columns, all in lower case."""
+        return {table.name.lower(): frozenset(_lower(table.column_names)) for table in self.tables}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that `json.dumps` takes and `from_dict` reads back."""
+        """Return plain values for JSON, of which hashes and cache keys are made."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "Schema":
-        """Return the schema that `to_dict` wrote, also after a trip through JSON.
-
-        Raises:
-            DataError: a field is missing or of another kind.
-        """
-        try:
-            return cls(value["db_id"], tuple(_table_from_dict(table) for table in value["tables"]))
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"saved schema: field missing or malformed ({error!r}); delete the file and make "
-                "it again"
-            ) from error
-
-
-def _table_from_dict(value: Mapping[str, Any]) -> Table:
-    columns = (
-        Column(c["name"], c["type"], c["nullable"], tuple(c["examples"])) for c in value["columns"]
-    )
-    keys = (
-        ForeignKey(tuple(k["columns"]), k["ref_table"], tuple(k["ref_columns"]))
-        for k in value["foreign_keys"]
-    )
-    return Table(value["name"], tuple(columns), tuple(value["primary_key"]), tuple(keys))
 
 
 def restrict(schema: Schema, links: Links, form: Form) -> Schema:
@@ -117,13 +93,13 @@ def restrict(schema: Schema, links: Links, form: Form) -> Schema:
     if form == "full":
         return schema
     wanted = {table.lower(): _lower(columns) for table, columns in links.items()}
-    kept = [_keep_keys(table, wanted) for table in schema.tables if table.name.lower() in wanted]
+    tables = [_keep_keys(table, wanted) for table in schema.tables if table.name.lower() in wanted]
     if form == "reduced":
-        joined = _join_columns(kept)
-        for index, table in enumerate(kept):
+        joined = _join_columns(tables)
+        for index, table in enumerate(tables):
             name = table.name.lower()
-            kept[index] = _keep_columns(table, wanted[name] | joined[name])
-    return replace(schema, tables=tuple(kept))
+            tables[index] = _keep_columns(table, wanted[name] | joined[name])
+    return replace(schema, tables=tuple(tables))
 
 
 def _lower(names: Iterable[str]) -> set[str]:
@@ -149,5 +125,5 @@ def _join_columns(tables: list[Table]) -> dict[str, set[str]]:
 def _keep_columns(table: Table, names: set[str]) -> Table:
     """Return the table with its primary key and the columns of `names` (lower case)."""
     wanted = names | _lower(table.primary_key)
-    kept = tuple(column for column in table.columns if column.name.lower() in wanted)
-    return replace(table, columns=kept or table.columns[:1])
+    columns = tuple(column for column in table.columns if column.name.lower() in wanted)
+    return replace(table, columns=columns or table.columns[:1])

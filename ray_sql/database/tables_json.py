@@ -2,10 +2,10 @@
 
 Each database has these keys:
 
-- `table_names_original`;
-- `column_names_original`: pairs `[table index, name]`, the first of them `[-1, "*"]`;
-- `column_types`, parallel to it;
-- `primary_keys`: column indices (in BIRD a list of them for a composite key);
+- `table_names_original`: names.
+- `column_names_original`: pairs `[table index, name]`, the first of them `[-1, "*"]`.
+- `column_types`: one for each column.
+- `primary_keys`: column indices (in BIRD a list of them for a composite key).
 - `foreign_keys`: pairs of column indices.
 """
 

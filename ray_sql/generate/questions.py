@@ -68,13 +68,11 @@ def make_questions(
     for example in examples:
         try:
             schema = prompts.schema_text(example, corpus.schemas, config.prompt)
-        except LinkError:  # a reduced form of a schema that its gold does not fit; the question is asked all the same
+        except LinkError:  # its gold does not fit a reduced form of the schema; it is asked anyway
             full = config.prompt.model_copy(update={"schema_form": "full"})
             schema = prompts.schema_text(example, corpus.schemas, full)
-        turns = prompts.messages(
-            TASKS[config.task_type], schema, example.question, example.evidence
-        )
-        made.append(
+        turns = prompts.messages(task, schema, example.question, example.evidence)
+        questions.append(
             Question(
                 id=example.id,
                 split=split,

@@ -1,11 +1,12 @@
-"""Exact set match: do gold and prediction consist of the same parts, clause by clause, whatever they return?
+"""Exact set match: compare gold and prediction clause by clause, whatever they return.
 
-Spider's other judgement, older than execution and blind where it is not: values are not compared, and two queries that
-mean the same count only if they are built alike. Report it beside execution accuracy; never optimise it.
+This is Spider's other judgement, older than execution and blind where execution is not. Values are
+not compared, and two queries that mean the same count only if they are built alike. Report it
+beside execution accuracy; never optimise it.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -15,74 +16,87 @@ from ray_sql.metrics.spider_query import Conditions, SpiderQuery, Term, Unit
 
 
 def exact_set_match(gold: str, predicted: str, schema: Schema) -> bool:
-    """Whether both queries have the same clauses as sets: columns, tables, conditions, keys, set operations.
+    """Tell whether both queries have the same clauses as sets.
 
-    Values and DISTINCT do not count, nor does the order of columns, tables and conditions; columns joined by foreign
-    keys are one. The order of GROUP BY and ORDER BY counts. A query that Spider's parser would reject, or that names
-    what the schema lacks, matches nothing, not even itself.
+    The clauses are columns, tables, conditions, keys and set operations. Values and DISTINCT do not
+    count, nor does the order of columns, tables and conditions. Columns joined by foreign keys
+    are one. The order of GROUP BY and ORDER BY counts. A query that Spider's parser would reject,
+    or that names something outside the schema, matches nothing, not even itself.
 
-    Source: exact set match of Spider (Yu et al. 2018), `evaluation.py` of taoyds/test-suite-sql-eval; how far the
-    verdicts agree is in benchmarks/agreement.py. Kept because published scores depend on it, though it is wrong:
+    Source: exact set match of Spider (Yu et al. 2018), `evaluation.py` of
+    taoyds/test-suite-sql-eval. benchmarks/agreement.py measures the agreement with its verdicts.
+    These mistakes are kept, because published scores depend on them:
 
-    - good SQL that its parser cannot read is wrong (`spider_grammar` has its limits), and some bad SQL is read;
-    - joins count only by their tables and the OR, NOT, IN and LIKE in their conditions, so `ON` may be anything;
-    - AND and OR count only by which of them a WHERE has, not by what they connect;
-    - an alias defined twice means the same table everywhere, and `a = b OR …` loses what follows the OR;
-    - inside a nested query everything but values counts, in the order written: DISTINCT too, foreign keys unmerged.
+    - good SQL outside its parser's grammar (`spider_grammar`) is wrong, and some bad SQL is read;
+    - joins count only by their tables and the OR, NOT, IN and LIKE in their conditions, so `ON` may
+      be anything;
+    - AND and OR count only by which of them a WHERE has, not by the conditions they connect;
+    - an alias defined twice means the same table everywhere, and `a = b OR …` loses the rest
+      after the OR;
+    - inside a nested query everything but values counts, in the order written: DISTINCT too, and
+      foreign keys unmerged.
 
-    Not kept: officially the values inside a subquery in FROM are compared, and text that is no SQL is passed over where
-    it follows the last clause (a second WHERE, a comment).
+    Two are not kept. Officially the values inside a subquery in FROM are compared. And text that is
+    no SQL is passed over after the last clause (a second WHERE, a comment).
     """
     return bool(exact_set_verdict(gold, predicted, schema))
 
 
 def exact_set_verdict(gold: str, predicted: str, schema: Schema) -> bool | None:
-    """`exact_set_match`, with None where one of the two is no query that it can read, which counts as no match."""
-    expected, found = read_query(gold, schema), read_query(predicted, schema)
-    if expected is None or found is None:
+    """Return `exact_set_match`, or None (no match) where one query cannot be read."""
+    gold_query, predicted_query = read_query(gold, schema), read_query(predicted, schema)
+    if gold_query is None or predicted_query is None:
         return None
     representatives = _representatives(schema)
     try:
-        return _same(_merged(expected, representatives), _merged(found, representatives))
-    except (
-        RecursionError
-    ):  # hundreds of set operations in a row, as a model writes that does not stop
+        return _same(
+            _merged(gold_query, representatives), _merged(predicted_query, representatives)
+        )
+    # A model that does not stop writes hundreds of set operations in a row.
+    except RecursionError:
         return None
 
 
 @lru_cache(maxsize=256)
 def _representatives(schema: Schema) -> Mapping[str, str]:
-    """For each column in a foreign key the first column, in the schema's order, of those it is joined with."""
+    """Return column of a foreign key → the first column, in schema order, of those it joins."""
     names = [
-        f"{table.name}.{column}".lower() for table in schema.tables for column in table.column_names
+        f"{table.name}.{name}".lower() for table in schema.tables for name in table.column_names
     ]
-    place = {name: index for index, name in enumerate(names)}
+    position = {name: index for index, name in enumerate(names)}
     groups: list[set[str]] = []
+    for column, target in _joined_columns(schema):
+        # A pair that joins two groups stays in the first: officially they are not united.
+        for group in groups:
+            if column in group or target in group:
+                group |= {column, target}
+                break
+        else:
+            groups.append({column, target})
+    return {name: min(group, key=position.__getitem__) for group in groups for name in group}
+
+
+def _joined_columns(schema: Schema) -> Iterator[tuple[str, str]]:
+    """Yield (column, referenced column) of every foreign key, as lower-case "table.column"."""
     for table in schema.tables:
         for key in table.foreign_keys:
             for column, target in zip(key.columns, key.ref_columns, strict=True):
-                pair = {f"{table.name}.{column}".lower(), f"{key.ref_table}.{target}".lower()}
-                # A pair that joins two groups stays in the first: officially they are not united.
-                group = next((group for group in groups if group & pair), None)
-                if group is None:
-                    groups.append(group := set())
-                group |= pair
-    return {name: min(group, key=place.__getitem__) for group in groups for name in group}
+                yield f"{table.name}.{column}".lower(), f"{key.ref_table}.{target}".lower()
 
 
 def _merged(query: SpiderQuery, representatives: Mapping[str, str]) -> SpiderQuery:
-    """The query without DISTINCT and with one column for all that foreign keys join, where its tables have them.
+    """Drop DISTINCT, and write one column for all that foreign keys join in the query's tables.
 
-    Nested queries stay as they are; those added by a set operation are judged by the tables of the first.
+    Nested queries stay as they are; those of a set operation are judged by the first one's tables.
     """
-    here = {
-        name: kept
-        for name, kept in representatives.items()
+    columns = {
+        name: first
+        for name, first in representatives.items()
         if name.partition(".")[0] in query.tables
     }
 
     def unit(old: Unit) -> Unit:
-        return Unit(old.aggregate, here.get(old.column, old.column), False)
+        return Unit(old.aggregate, columns.get(old.column, old.column), False)
 
     def term(old: Term) -> Term:
         return Term(old.operation, unit(old.left), None if old.right is None else unit(old.right))
@@ -123,18 +137,20 @@ def _same(gold: SpiderQuery, predicted: SpiderQuery) -> bool:
 
 
 def _keywords(query: SpiderQuery) -> set[str]:
-    """The telling words in any of a query's conditions, those of its joins included."""
+    """Return the OR, NOT, IN and LIKE of a query's conditions, those of its joins included."""
     clauses = (query.on, query.where, query.having)
-    words = {word for clause in clauses for word in clause.connectors if word == "or"}
-    for item in (item for clause in clauses for item in clause.items):
-        words |= {"not"} if item.negated else set()
-        words |= {item.comparison} & {"in", "like"}
+    words = set()
+    for clause in clauses:
+        words |= {"or"} & set(clause.connectors)
+        for item in clause.items:
+            words |= {item.comparison} & {"in", "like"}
+            if item.negated:
+                words.add("not")
     return words
 
 
 def _same_combined(gold: SpiderQuery, predicted: SpiderQuery) -> bool:
     if gold.combined is None or predicted.combined is None:
         return gold.combined is predicted.combined
-    return gold.combined[0] == predicted.combined[0] and _same(
-        gold.combined[1], predicted.combined[1]
-    )
+    (gold_word, gold_query), (word, query) = gold.combined, predicted.combined
+    return gold_word == word and _same(gold_query, query)

@@ -1,10 +1,11 @@
-"""How hard a query is by Spider's grading, read from the SQL itself, with no tables.json and no other parser.
+"""Grade the hardness of a query as Spider does, from the SQL alone.
 
-Spider grades its own parse of a query, which looks only at the outermost SELECT (of a UNION: the first one) and has
-habits of its own, kept here because the grades of published tables depend on them: a NOT before a condition counts as
-an aggregate, and so does each AND or OR of a HAVING.
+Spider grades its own parse of a query, which looks only at the outermost SELECT (of a UNION: the
+first one). Its odd habits are kept, because published tables depend on the grades. A NOT before a
+condition counts as an aggregate, and so does each AND or OR of a HAVING.
 """
 
+from itertools import chain
 from typing import Literal
 
 import sqlglot
@@ -19,9 +20,10 @@ NEGATABLE = (exp.In, exp.Like, exp.Between, exp.Exists)
 
 
 def hardness(sql: str) -> Hardness:
-    """Spider's grade of a query, or "unknown" where it is no SELECT that sqlglot can parse.
+    """Return Spider's grade, or "unknown" for anything but a SELECT that sqlglot can parse.
 
-    Source: the official evaluator's `eval_hardness`; equal on all of Spider's dev set (see benchmarks/agreement.py).
+    Source: the official evaluator's `eval_hardness`. The grades are equal on all of Spider's dev
+    set (see benchmarks/agreement.py).
     """
     try:
         tree: exp.Expr | None = sqlglot.parse_one(
@@ -35,15 +37,11 @@ def hardness(sql: str) -> Hardness:
         tree = tree.this
     if not isinstance(tree, exp.Select):
         return "unknown"
-    joined = [
-        node
-        for join in tree.args.get("joins") or ()
-        for node in _condition_nodes(join.args.get("on"))
-    ]
+    joins = [_condition_nodes(join.args.get("on")) for join in tree.args.get("joins") or ()]
     where, having = (_condition_nodes(_body(tree, clause)) for clause in ("where", "having"))
-    everywhere = joined + where + having
-    nested = set_operation + sum(_compares_with_query(node) for node in everywhere)
-    return _grade(_clauses(tree, everywhere), nested, _plurals(tree, where, having))
+    conditions = [*chain.from_iterable(joins), *where, *having]
+    nested = set_operation + sum(_compares_with_query(node) for node in conditions)
+    return _grade(_clauses(tree, conditions), nested, _plurals(tree, where, having))
 
 
 def _grade(clauses: int, nested: int, plurals: int) -> Hardness:
@@ -59,56 +57,47 @@ def _grade(clauses: int, nested: int, plurals: int) -> Hardness:
 
 
 def _clauses(select: exp.Select, conditions: list[exp.Expr]) -> int:
-    """Clauses beyond SELECT and FROM, plus joins, ORs and LIKEs."""
-    present = sum(
-        select.args.get(clause) is not None for clause in ("where", "group", "order", "limit")
-    )
-    joins = len(select.args.get("joins") or ())
-    return (
-        present
-        + joins
-        + sum(isinstance(_affirmed(node), (exp.Or, exp.Like)) for node in conditions)
-    )
+    """Count the clauses beyond SELECT and FROM, the joins, and the ORs and LIKEs."""
+    clauses = ("where", "group", "order", "limit")
+    present = sum(select.args.get(clause) is not None for clause in clauses)
+    words = sum(isinstance(_affirmed(node), (exp.Or, exp.Like)) for node in conditions)
+    return present + len(select.args.get("joins") or ()) + words
 
 
 def _plurals(select: exp.Select, where: list[exp.Expr], having: list[exp.Expr]) -> int:
-    """How many of these there are more than one of: aggregates, columns, conditions, columns grouped by."""
+    """Count which of aggregates, columns, conditions and GROUP BY columns there are several of."""
     columns, groups = select.expressions, _listed(select, "group")
-    connectors = sum(isinstance(node, exp.Connector) for node in having)
-    aggregates = (
-        sum(isinstance(column.unalias(), AGGREGATES) for column in [*columns, *groups])
-        + sum(
-            isinstance(side, AGGREGATES)
-            for key in _listed(select, "order")
-            for side in _operands(key.this)
-        )
-        + sum(_negated(node) for node in where + having)
-        + connectors
-    )
+    terms = [column.unalias() for column in [*columns, *groups]]
+    for key in _listed(select, "order"):
+        terms += _operands(key.this)
+    aggregates = sum(isinstance(term, AGGREGATES) for term in terms)
+    aggregates += sum(_negated(node) for node in where + having)
+    aggregates += sum(isinstance(node, exp.Connector) for node in having)
     conditions = sum(not isinstance(node, exp.Connector) for node in where)
     return sum(count > 1 for count in (aggregates, len(columns), conditions, len(groups)))
 
 
 def _body(select: exp.Select, clause: str) -> exp.Expr | None:
-    found: exp.Expr | None = select.args.get(clause)
-    return None if found is None else found.this
+    node: exp.Expr | None = select.args.get(clause)
+    return None if node is None else node.this
 
 
 def _listed(select: exp.Select, clause: str) -> list[exp.Expr]:
-    found: exp.Expr | None = select.args.get(clause)
-    return [] if found is None else found.expressions
+    node: exp.Expr | None = select.args.get(clause)
+    return [] if node is None else node.expressions
 
 
 def _condition_nodes(tree: exp.Expr | None) -> list[exp.Expr]:
-    """Each AND and OR of a condition and each thing they connect, parentheses left out."""
-    found: list[exp.Expr] = []
-    left = [] if tree is None else [tree]
-    while left:  # not recursive: a generated chain of conditions can be deeper than Python's stack
-        node = left.pop().unnest()
-        found.append(node)
+    """Return each AND and OR of a condition and its operands, without parentheses."""
+    nodes: list[exp.Expr] = []
+    pending = [] if tree is None else [tree]
+    # Not recursive: a generated chain of conditions can be deeper than Python's stack.
+    while pending:
+        node = pending.pop().unnest()
+        nodes.append(node)
         if isinstance(node, exp.Connector):
-            left += [node.left, node.right]
-    return found
+            pending += [node.left, node.right]
+    return nodes
 
 
 def _affirmed(node: exp.Expr) -> exp.Expr:
@@ -116,13 +105,13 @@ def _affirmed(node: exp.Expr) -> exp.Expr:
 
 
 def _negated(node: exp.Expr) -> bool:
-    return (isinstance(node, exp.Not) and isinstance(node.this, NEGATABLE)) or bool(
-        node.args.get("negate")
-    )
+    if isinstance(node, exp.Not) and isinstance(node.this, NEGATABLE):
+        return True
+    return bool(node.args.get("negate"))
 
 
 def _compares_with_query(node: exp.Expr) -> bool:
-    """Whether a condition, not a connector, has a whole query on its right-hand side."""
+    """Tell whether a condition, not a connector, has a whole query on its right-hand side."""
     condition = _affirmed(node)
     if isinstance(condition, exp.Connector):
         return False

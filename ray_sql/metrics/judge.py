@@ -1,9 +1,9 @@
-"""Run gold and prediction on their database and say what came of it: one verdict a question, one kind an error."""
+"""Run gold and prediction on their database: one verdict per question, one kind per error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from ray_sql.database import Executor, Limits, Place, QueryResult
 from ray_sql.database.pool import Progress
@@ -25,7 +25,14 @@ ErrorKind = Literal[
     "gold error",
     "other",
 ]
-ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
+PREFIXES: tuple[ErrorKind, ...] = (
+    "refused",
+    "too large",
+    "crash",
+    "no such column",
+    "no such table",
+)
+"""Kinds that open the message of their errors."""
 
 EMPTY = "empty result"
 SYNTAX = (
@@ -39,7 +46,7 @@ SYNTAX = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A gold query and a predicted one for the same question on one SQLite file or PostgreSQL database."""
+    """A gold and a predicted query for one question on one database."""
 
     database: Place
     gold: str
@@ -48,9 +55,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a prediction: the reason where it is not correct, and the seconds its own query took.
+    """The judgement of a prediction: `error` is the reason where it is not correct.
 
-    `soft_f1`, under semantics "bird" only, says how nearly right it is; 0 where it does not run.
+    `seconds` are the prediction's own. `soft_f1` is measured under semantics "bird" only, and is 0
+    for a query that does not run.
     """
 
     verdict: VerdictName
@@ -67,10 +75,14 @@ def judge(
     keep_distinct: bool = False,
     limits: Limits | None = None,
 ) -> Verdict:
-    """Judge one prediction; only a missing database raises (DataError).
+    """Judge one prediction.
 
-    Under "spider" DISTINCT is dropped from both queries unless `keep_distinct`, and where the database's folder is a
-    test suite (`shop/shop.sqlite` beside `shop/*.sqlite`) the results must agree on every file of it.
+    Under "spider" DISTINCT is dropped from both queries unless `keep_distinct`. Where the
+    database's folder is a test suite (`shop/shop.sqlite` beside `shop/*.sqlite`), the results must
+    agree on every file of it.
+
+    Raises:
+        DataError: the database is missing.
     """
     gold, predicted = pair.gold, pair.predicted
     databases: tuple[Place, ...] = (pair.database,)
@@ -85,36 +97,34 @@ def judge(
         expected = executor.run(database, gold, limits)
         if expected.status != "ok":
             return Verdict("gold_error", expected.error, seconds)
-        found = executor.run(database, predicted, limits)
-        seconds += found.seconds
-        if found.status != "ok":
-            return Verdict(
-                "timeout" if found.status == "timeout" else "error", found.error, seconds, share
-            )
+        actual = executor.run(database, predicted, limits)
+        seconds += actual.seconds
+        if actual.status != "ok":
+            failure: VerdictName = "timeout" if actual.status == "timeout" else "error"
+            return Verdict(failure, actual.error, seconds, share)
         if semantics == "bird":
-            share = soft_f1(expected.rows, found.rows)
-        if not execution_match(
-            expected.rows, found.rows, semantics=semantics, ordered=is_ordered(gold)
-        ):
-            return Verdict("wrong", _difference(expected, found), seconds, share)
+            share = soft_f1(expected.rows, actual.rows)
+        ordered = is_ordered(gold)
+        if not execution_match(expected.rows, actual.rows, semantics=semantics, ordered=ordered):
+            return Verdict("wrong", _difference(expected, actual), seconds, share)
     return Verdict("correct", None, seconds, share)
 
 
 def time_pair(executor: Executor, pair: Pair, iterations: int) -> float:
-    """The reward that BIRD's R-VES gives a *right* prediction for its speed: both queries run `iterations` times in turn.
+    """Return BIRD's R-VES reward of a *right* prediction, after `iterations` runs of both in turn.
 
-    Where either fails this time, by running into its limit, it earns what a wrong one does; officially the limit is on all runs of
-    a pair together, here on each query. Nothing else may run beside it.
+    A failure now, by running into its limit, earns the reward of a wrong prediction, 0. Officially
+    the limit is on all runs of a pair together, here on each query. Run nothing else beside it.
     """
-    seconds: tuple[list[float], list[float]] = ([], [])
+    gold_seconds: list[float] = []
+    predicted_seconds: list[float] = []
     for _ in range(iterations):
-        for kept, sql in zip(seconds, (pair.predicted, pair.gold), strict=True):
+        for seconds, sql in ((predicted_seconds, pair.predicted), (gold_seconds, pair.gold)):
             result = executor.run(pair.database, sql, again=True)
             if result.status != "ok":
                 return 0.0
-            kept.append(result.seconds)
-    predicted, gold = seconds
-    return ves_reward(gold, predicted)
+            seconds.append(result.seconds)
+    return ves_reward(gold_seconds, predicted_seconds)
 
 
 def judge_many(
@@ -126,18 +136,18 @@ def judge_many(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> list[Verdict]:
-    """Judge many predictions over all workers; verdicts in the order of the pairs."""
+    """Judge many predictions over all workers; return verdicts in the order of the pairs."""
 
-    def one(pair: Pair) -> Verdict:
+    def judge_pair(pair: Pair) -> Verdict:
         return judge(
             executor, pair, semantics=semantics, keep_distinct=keep_distinct, limits=limits
         )
 
-    return executor.map(one, pairs, progress)
+    return executor.map(judge_pair, pairs, progress)
 
 
 def classify_error(verdict: Verdict) -> ErrorKind:
-    """The kind of failure, for counting; "none" for a correct prediction."""
+    """Return the kind of failure, for counting; "none" for a correct prediction."""
     message = (verdict.error or "").lower()
     match verdict.verdict:
         case "correct":
@@ -148,41 +158,32 @@ def classify_error(verdict: Verdict) -> ErrorKind:
             return "timeout"
         case "wrong":
             return "empty" if message.startswith(EMPTY) else "wrong rows"
-    prefixes: tuple[ErrorKind, ...] = (
-        "refused",
-        "too large",
-        "crash",
-        "no such column",
-        "no such table",
-    )
-    for kind in prefixes:
+    for kind in PREFIXES:
         if message.startswith(kind):
             return kind
     return "syntax" if any(sign in message for sign in SYNTAX) else "other"
 
 
-def _difference(gold: QueryResult, found: QueryResult) -> str:
-    """Why two results do not match, as far as their sizes tell."""
-    if gold.rows and not found.rows:
+def _difference(gold: QueryResult, predicted: QueryResult) -> str:
+    """Say why two results do not match, as far as their sizes tell."""
+    if gold.rows and not predicted.rows:
         return f"{EMPTY}, gold has {len(gold.rows)} rows"
-    if len(found.rows) != len(gold.rows):
-        return f"{len(found.rows)} rows, gold has {len(gold.rows)}"
-    if len(found.columns) != len(gold.columns):
-        return f"{len(found.columns)} columns, gold has {len(gold.columns)}"
+    if len(predicted.rows) != len(gold.rows):
+        return f"{len(predicted.rows)} rows, gold has {len(gold.rows)}"
+    if len(predicted.columns) != len(gold.columns):
+        return f"{len(predicted.columns)} columns, gold has {len(gold.columns)}"
     return "other values or another order than gold"
 
 
 def _test_suite(database: Place) -> tuple[Place, ...]:
-    """Every database that a query on this one must hold on, this one first.
+    """Return every database on which a query must be right, this one first.
 
-    Only a folder named after the database is a test suite: a folder of unrelated databases must not become one.
+    Only a folder named after the database is a test suite, not a folder of unrelated databases.
     """
     if isinstance(database, str) and "://" in database:
         return (database,)
     database = Path(database)
     if database.parent.name != database.stem:
         return (database,)
-    return (
-        database,
-        *(path for path in sorted(database.parent.glob("*.sqlite")) if path != database),
-    )
+    others = sorted(set(database.parent.glob("*.sqlite")) - {database})
+    return (database, *others)

@@ -1,4 +1,4 @@
-"""Judged questions, the rows of `predictions.jsonl`: which count as right, and how they are grouped."""
+"""Judged questions, the rows of `predictions.jsonl`: count them as right, and group them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Evaluation = dict[str, list[JudgedRow]]
 def is_right(row: Mapping[str, Any]) -> bool:
     """Tell whether a judged row counts for its task's main score.
 
-    That is a correct answer; in schema linking also one that has all of gold and spare names beside it (strict recall).
+    A correct answer counts. In schema linking, an answer with spare names beside all of gold counts
+    too (strict recall).
     """
     return bool(row["verdict"] == "correct" or row.get("error_kind") == "extra names")
 

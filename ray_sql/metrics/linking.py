@@ -1,7 +1,7 @@
-"""How well predicted schema links (table -> columns) cover the tables and columns that the gold SQL reads.
+"""Score predicted schema links (table -> columns) against the names that the gold SQL reads.
 
-For the SQL that follows, a missing name is fatal and a spare one costs a few tokens: look at strict recall (all gold
-names kept) first, and at precision after it.
+For the SQL that follows, a missing name is fatal and a spare one costs a few tokens. So look at
+strict recall (all gold names kept) first, and at precision after it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ class PRF:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many names are in gold, in the prediction, and in both."""
+    """Counts of the names in gold, in the prediction, and in both."""
 
     gold: int
     predicted: int
@@ -32,11 +32,17 @@ class Counts:
 
     @property
     def scores(self) -> PRF:
-        """Precision, recall, F1; a share of no names at all is 1, for nothing was wrong or missed."""
-        precision = self.shared / self.predicted if self.predicted else 1.0
-        recall = self.shared / self.gold if self.gold else 1.0
-        total = self.gold + self.predicted
-        return PRF(precision, recall, 2 * self.shared / total if total else 1.0)
+        """Return precision, recall and F1; a share of no names is 1: none was wrong or missed."""
+        return PRF(
+            _share(self.shared, self.predicted),
+            _share(self.shared, self.gold),
+            _share(2 * self.shared, self.gold + self.predicted),
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Tell whether the prediction has all of gold's names and no other."""
+        return self.gold == self.shared == self.predicted
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -51,36 +57,37 @@ class LinkingScore:
     tables: Counts
     columns: Counts
     hallucinated: int
-    """Predicted tables and columns that the schema does not have; a column of an unknown table counts too."""
+    """Predicted tables and columns outside the schema; a column of an unknown table counts too."""
     parsed: bool
-    """False where the answer held no links at all that could be read; it then scores as an empty one."""
+    """False where no links could be read from the answer; it then scores as an empty one."""
 
     @property
     def exact(self) -> bool:
-        """Whether the prediction has all of gold's tables and columns and nothing else."""
-        return self.parsed and all(
-            kind.gold == kind.shared == kind.predicted for kind in (self.tables, self.columns)
-        )
+        """Tell whether the prediction has all of gold's tables and columns and no other."""
+        return self.table_exact and self.columns.exact
 
     @property
     def table_exact(self) -> bool:
-        """Whether the prediction has all of gold's tables and no other."""
-        return self.parsed and self.tables.gold == self.tables.shared == self.tables.predicted
+        """Tell whether the prediction has all of gold's tables and no other."""
+        return self.parsed and self.tables.exact
 
     @property
     def table_strict_recall(self) -> bool:
-        """Whether every gold table is kept."""
+        """Tell whether every gold table is kept."""
         return self.parsed and self.tables.shared == self.tables.gold
 
     @property
     def strict_recall(self) -> bool:
-        """Whether every gold table and column is kept, so that the right SQL can still be written."""
+        """Tell whether every gold name is kept, so the right SQL can still be written."""
         return self.table_strict_recall and self.columns.shared == self.columns.gold
 
 
 @dataclass(frozen=True)
 class LinkingSummary:
-    """The links of many questions: micro counts every name once, macro every question once; the rest are shares."""
+    """The links of many questions; values without a comment are shares.
+
+    Micro counts every name once, macro every question once.
+    """
 
     questions: int
     table_micro: PRF
@@ -99,7 +106,10 @@ class LinkingSummary:
 
 
 def score_links(gold: Links, predicted: Links | None, schema: Links | None = None) -> LinkingScore:
-    """Score one prediction; None is an answer that could not be parsed. Without `schema` nothing is a hallucination."""
+    """Score one prediction; None is an unparsable answer.
+
+    Without `schema` no name counts as hallucinated.
+    """
     gold_tables, gold_columns = _names(gold)
     tables, columns = _names(predicted or {})
     unknown = 0
@@ -136,10 +146,17 @@ def summarise_links(scores: Sequence[LinkingScore]) -> LinkingSummary:
 
 
 def _names(links: Links) -> tuple[set[str], set[Name]]:
-    tables = {table.lower() for table in links}
-    return tables, {
-        (table.lower(), column.lower()) for table, columns in links.items() for column in columns
-    }
+    """Return the tables, and the (table, column) pairs, in lower case."""
+    tables: set[str] = set()
+    columns: set[Name] = set()
+    for table, names in links.items():
+        tables.add(table.lower())
+        columns |= {(table.lower(), name.lower()) for name in names}
+    return tables, columns
+
+
+def _share(part: int, total: int) -> float:
+    return part / total if total else 1.0
 
 
 def _mean(scores: Sequence[PRF]) -> PRF:

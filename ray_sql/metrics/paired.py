@@ -1,4 +1,4 @@
-"""Two models on the same questions: the paired test, and what counts as a difference."""
+"""Compare two models on the same questions: the paired test, and its significance level."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from ray_sql.metrics.statistics import mcnemar
 
 ALPHA = 0.05
-"""p above which a difference counts as none."""
+"""The largest p at which a difference counts."""
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """How many questions only one of two models gets right; `p` is McNemar's, exact and two-sided."""
+    """The questions that only one of two models gets right; `p` is McNemar's, exact, two-sided."""
 
     only_a: int
     only_b: int
 
     @property
     def p(self) -> float:
-        """The chance of a split at least as uneven, were both models equally good."""
+        """Return the chance of a split at least as uneven, were both models equally good."""
         return mcnemar(self.only_a, self.only_b)
 
     @property

@@ -1,17 +1,19 @@
-"""A query as Spider's own parser understands it, or None where that parser would reject it.
+"""Read a query as Spider's own parser does, or reject it as that parser would.
 
-Spider's grammar is a small part of SQL: one list of joined tables, five aggregates over one column or an operation on
-two, conditions without parentheses, a nested query as a value, one set operation after another. Names must be the
-schema's. sqlglot reads the query; this module decides what of it Spider can express, and keeps the habits of Spider's
-parser that verdicts depend on:
+Spider's grammar is a small part of SQL. It has one list of joined tables, and five aggregates over
+one column or an operation on two. Conditions have no parentheses, a nested query may be a value,
+and set operations follow one another. Names must be the schema's. sqlglot reads the query; this
+module decides which parts Spider can express. It keeps the habits of Spider's parser that verdicts
+depend on:
 
-- Spelling counts: `<>`, `==`, `NOT a IN`, quoted or bracketed names, an alias without AS and an operator that touches a
-  word or a quote (`a='x'`) are rejected, because it works on words parted by blanks.
+- Spelling counts, because it works on words separated by blanks. It rejects `<>`, `==`, `NOT a IN`
+  and quoted or bracketed names. It rejects an alias without AS, and an operator that touches a word
+  or a quote (`a='x'`).
 - Aliases belong to the whole text: the last definition of T1 holds everywhere.
-- A column on the right of a comparison swallows what follows it up to the next AND or clause: an OR and its condition
-  (`a = b OR c = d AND …`), or the LEFT of the next join.
-- `ORDER BY a DESC, b` has one direction, the last one written. Only the presence of LIMIT counts, not its number.
-- What follows the end of the query (a second statement, OFFSET) is not read.
+- A column on the right of a comparison swallows the text up to the next AND or clause: an OR and
+  its condition (`a = b OR c = d AND …`), or the LEFT of the next join.
+- `ORDER BY a DESC, b` has one direction, the last one written. LIMIT counts, its number does not.
+- Text after the end of the query (a second statement, OFFSET) is not read.
 """
 
 import re
@@ -68,7 +70,7 @@ _CLAUSES = {
 
 
 def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
-    """The query as Spider's parser has it, names in lower case; None where it rejects it."""
+    """Return the query as Spider's parser sees it, in lower case; None where it rejects it."""
     sql = re.sub(r"([<>!])\s+=", r"\1=", sql)
     try:
         tokens = first_statement(SQLite().tokenize(sql))
@@ -81,16 +83,11 @@ def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
         return None
 
 
-@lru_cache(maxsize=256)
-def _columns(schema: Schema) -> dict[str, frozenset[str]]:
-    return {
-        table.name.lower(): frozenset(name.lower() for name in table.column_names)
-        for table in schema.tables
-    }
+_columns = lru_cache(maxsize=256)(Schema.lower_names)
 
 
 class _Reader:
-    """Turns sqlglot's tree into Spider's; every method raises `UnreadableError` at what Spider cannot express."""
+    """Turn sqlglot's tree into Spider's; raise `UnreadableError` where Spider cannot express it."""
 
     def __init__(self, columns: dict[str, frozenset[str]], aliases: dict[str, str]) -> None:
         if not columns.keys().isdisjoint(aliases):
@@ -99,24 +96,23 @@ class _Reader:
         self.aliases = aliases
 
     def query(self, node: exp.Expr, *, outermost: bool = False) -> SpiderQuery:
-        """A query that set operations may follow; Spider reads them from the right, ORDER BY in the last SELECT."""
+        """Read a query and its set operations from the right; ORDER BY is in the last SELECT."""
         (operation, last), *earlier = reversed(_combined(node))
         modifiers = {
             name: value for name, value in node.args.items() if name in ("order", "limit", "offset")
         }
-        found = self._select(last, modifiers, cut_off=outermost)
+        query = self._select(last, modifiers, cut_off=outermost)
         for earlier_operation, part in earlier:
-            found = replace(self._select(part, {}, cut_off=False), combined=(operation, found))
+            query = replace(self._select(part, {}, cut_off=False), combined=(operation, query))
             operation = earlier_operation
-        return found
+        return query
 
     def _select(
         self, node: exp.Expr, modifiers: dict[str, exp.Expr | None], *, cut_off: bool
     ) -> SpiderQuery:
-        if isinstance(node, exp.Subquery) and not any(
-            value for name, value in node.args.items() if name != "this"
-        ):
-            node = node.this
+        if isinstance(node, exp.Subquery):
+            others = [value for name, value in node.args.items() if name != "this"]
+            node = node if any(others) else node.this
         if not isinstance(node, exp.Select):
             raise UnreadableError(node.key)
         clauses = {name: value for name, value in {**node.args, **modifiers}.items() if value}
@@ -125,18 +121,18 @@ class _Reader:
             raise UnreadableError(", ".join(clauses))
         tables, default, on = self._tables(clauses["from_"].this, clauses.get("joins", []))
         keys = clauses["order"].expressions if "order" in clauses else []
-        directions = [key.args["desc"] for key in keys if key.args.get("desc") is not None]
+        where = Conditions()
+        if "where" in clauses:
+            where = self._conditions(clauses["where"].this, default)
         return SpiderQuery(
             distinct="distinct" in clauses,
             select=tuple(self._selected(item, default) for item in clauses["expressions"]),
             tables=tables,
             on=on,
-            where=self._conditions(clauses["where"].this, default)
-            if "where" in clauses
-            else Conditions(),
+            where=where,
             group=self._group(clauses, default),
             having=self._having(clauses, default),
-            direction="" if not keys else "desc" if directions and directions[-1] else "asc",
+            direction=_direction(keys),
             order=tuple(self._term(key.this, default) for key in keys),
             limited="limit" in clauses,
         )
@@ -155,7 +151,7 @@ class _Reader:
     def _tables(
         self, first: exp.Expr, joins: Iterable[exp.Join]
     ) -> tuple[tuple[str | SpiderQuery, ...], list[str], Conditions]:
-        """Tables in order, the names of those that a bare column may belong to, and all join conditions."""
+        """Return the tables in order, the names that may own a bare column, and all conditions."""
         default: list[str] = []
         tables = [self._table(first, default)]
         items: list[Condition] = []
@@ -163,18 +159,14 @@ class _Reader:
         swallows = False
         for join in joins:
             kind = join.args.get("kind")
-            if (
-                join.args.get("using")
-                or kind == "CROSS"
-                or (not swallows and (kind or join.side or join.method))
-            ):
+            named = kind or join.side or join.method
+            if join.args.get("using") or kind == "CROSS" or (named and not swallows):
                 raise UnreadableError("join")
             tables.append(self._table(join.this, default))
             condition = join.args.get("on")
             swallows = False
-            if condition is not None and not isinstance(
-                condition, exp.Boolean
-            ):  # sqlglot adds ON TRUE where none is
+            # sqlglot adds ON TRUE where there is none.
+            if condition is not None and not isinstance(condition, exp.Boolean):
                 read = self._conditions(condition, default)
                 connectors += [*(["and"] if items else []), *read.connectors]
                 items += read.items
@@ -184,18 +176,11 @@ class _Reader:
     def _table(self, node: exp.Expr, default: list[str]) -> str | SpiderQuery:
         if isinstance(node, exp.Subquery) and not node.alias:
             return self.query(node.this)
-        if (
-            not isinstance(node, exp.Table)
-            or not isinstance(node.this, exp.Identifier)
-            or node.args.get("db")
-        ):
+        is_name = isinstance(node, exp.Table) and isinstance(node.this, exp.Identifier)
+        if not is_name or node.args.get("db"):
             raise UnreadableError(node.key)
-        name = node.name.lower()
-        if (
-            node.this.quoted
-            or name not in self.columns
-            or (node.alias and node.alias.lower() not in self.aliases)
-        ):
+        name, alias = node.name.lower(), node.alias.lower()
+        if node.this.quoted or name not in self.columns or (alias and alias not in self.aliases):
             raise UnreadableError(name)
         default.append(name)
         return name
@@ -226,11 +211,9 @@ class _Reader:
     def _column(self, node: exp.Expr, default: Sequence[str]) -> str:
         if isinstance(node, exp.Star) and not any(node.args.values()):
             return "*"
-        if (
-            not isinstance(node, exp.Column)
-            or not isinstance(node.this, exp.Identifier)
-            or node.this.quoted
-        ):
+        if not isinstance(node, exp.Column) or not isinstance(node.this, exp.Identifier):
+            raise UnreadableError(node.key)
+        if node.this.quoted:
             raise UnreadableError(node.key)
         name, owner = node.name.lower(), node.table.lower()
         for table in [self.aliases.get(owner, owner)] if owner else default:
@@ -265,14 +248,22 @@ class _Reader:
         if isinstance(node, exp.Query):
             return self.query(node)
         if not _is_constant(node.unnest()):
-            while type(node) in _OPERATIONS:  # only the first column is read
+            while type(node) in _OPERATIONS:  # Only the first column is read.
                 node = node.this
             self._column(node, default)
         return None
 
 
+def _direction(keys: Sequence[exp.Expr]) -> str:
+    """Return the last direction written in an ORDER BY, "asc" by default; empty without keys."""
+    if not keys:
+        return ""
+    written = [key.args["desc"] for key in keys if key.args.get("desc") is not None]
+    return "desc" if written and written[-1] else "asc"
+
+
 def _combined(node: exp.Expr) -> list[tuple[str, exp.Expr]]:
-    """The parts of a chain of set operations as they are written, each with the word before it."""
+    """Return the parts of a chain of set operations in order, each with the word before it."""
     if type(node) not in _SETS:
         return [("", node)]
     if not node.args.get("distinct"):  # UNION ALL
@@ -282,18 +273,19 @@ def _combined(node: exp.Expr) -> list[tuple[str, exp.Expr]]:
 
 
 def _flattened(node: exp.Expr) -> Iterator[tuple[str, exp.Expr]]:
-    """The conditions of a tree without parentheses as they are written, each with the word before it."""
-    left: list[tuple[str, exp.Expr]] = [("", node)]
-    while left:  # not recursive: a generated chain of conditions can be deeper than Python's stack
-        connector, node = left.pop()
+    """Yield the conditions of a tree without parentheses in order, with the word before each."""
+    pending: list[tuple[str, exp.Expr]] = [("", node)]
+    # Not recursive: a generated chain of conditions can be deeper than Python's stack.
+    while pending:
+        connector, node = pending.pop()
         if isinstance(node, exp.Connector):
-            left += [(node.key, node.right), (connector, node.left)]
+            pending += [(node.key, node.right), (connector, node.left)]
         else:
             yield connector, node
 
 
 def _argument(node: exp.Expr) -> tuple[exp.Expr, bool]:
-    """What an aggregate is over, and whether DISTINCT stands before it."""
+    """Return the argument of an aggregate, and whether DISTINCT stands before it."""
     inner = node.this
     if inner is None or node.expressions:
         raise UnreadableError("an aggregate of no value or of several")
@@ -305,7 +297,7 @@ def _argument(node: exp.Expr) -> tuple[exp.Expr, bool]:
 
 
 def _values(node: exp.Expr) -> list[exp.Expr]:
-    """The right-hand side of a comparison."""
+    """Return the right-hand side of a comparison."""
     if isinstance(node, exp.Between):
         return [node.args["low"], node.args["high"]]
     if not isinstance(node, exp.In):
@@ -319,7 +311,7 @@ def _values(node: exp.Expr) -> list[exp.Expr]:
 
 
 def _is_constant(node: exp.Expr) -> bool:
-    """A text or a number; a word in double quotes is a text."""
+    """Tell whether a node is a text or a number; a word in double quotes is a text."""
     if isinstance(node, exp.Neg):
         return isinstance(node.this, exp.Literal) and not node.this.is_string
     if isinstance(node, exp.Column):
@@ -328,12 +320,10 @@ def _is_constant(node: exp.Expr) -> bool:
 
 
 def _ends_in_column(node: exp.Expr) -> bool:
-    """Whether the last thing written in a condition is a column's value, after which Spider's parser loses its place."""
+    """Tell whether a condition ends in a column, after which Spider's parser loses its place."""
     *_, (_, last) = _flattened(node)
     last = last.this if isinstance(last, exp.Not) else last
     value = last.args.get("high") or last.args.get("expression")
-    return (
-        value is not None
-        and not isinstance(value, (exp.Query, exp.Paren))
-        and not _is_constant(value)
-    )
+    if value is None or isinstance(value, (exp.Query, exp.Paren)):
+        return False
+    return not _is_constant(value)

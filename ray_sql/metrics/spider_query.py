@@ -1,4 +1,4 @@
-"""The parts of a query that Spider's judgements look at, as values that compare."""
+"""The parts of a query that Spider's judgements compare, as plain values."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Term(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """A comparison; of its values only nested queries are kept."""
+    """A comparison; of its values, only nested queries are kept."""
 
     negated: bool
     comparison: str

@@ -1,7 +1,8 @@
-"""A query as the words that Spider's parser cuts it into, which decide some verdicts before there is any grammar."""
+"""Check a query's words as Spider's parser splits them, which decides some verdicts by itself."""
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 
 from sqlglot import Token, TokenType
 
@@ -15,13 +16,12 @@ class UnreadableError(Exception):
 
 
 def first_statement(tokens: Sequence[Token]) -> list[Token]:
-    """The tokens before the first semicolon: Spider's parser never reads on."""
-    ends = (place for place, token in enumerate(tokens) if token.token_type is TokenType.SEMICOLON)
-    return list(tokens[: next(ends, len(tokens))])
+    """Return the tokens before the first semicolon: Spider's parser never reads on."""
+    return list(takewhile(lambda token: token.token_type is not TokenType.SEMICOLON, tokens))
 
 
 def aliases(tokens: Sequence[Token]) -> dict[str, str]:
-    """What stands after an AS -> what stands before it, over the whole text."""
+    """Return the word after an AS → the word before it, over the whole text."""
     return {
         tokens[place + 1].text.lower(): tokens[place - 1].text.lower()
         for place, token in enumerate(tokens[:-1])
@@ -30,10 +30,13 @@ def aliases(tokens: Sequence[Token]) -> dict[str, str]:
 
 
 def check_spelling(sql: str, tokens: Sequence[Token]) -> None:
-    """Reject what is good SQL, but not cut into the words that Spider's parser knows.
+    """Reject good SQL that does not split into words which Spider's parser knows.
 
-    A comment is words to it, too. Where one comes after all that it reads (an ORDER BY), it takes the query; here a
-    comment is always rejected.
+    A comment is words to it too. It accepts one that comes after everything it reads (an ORDER BY);
+    here a comment is always rejected.
+
+    Raises:
+        UnreadableError: names the word.
     """
     if not tokens or tokens[0].token_type not in (TokenType.SELECT, TokenType.L_PAREN):
         raise UnreadableError("no query")
