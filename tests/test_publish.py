@@ -39,6 +39,8 @@ from tests.hub import FINE, FINE_ELSEWHERE, READER, WRITER
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
+RAY_SQL = [sys.executable, "-c", "from ray_sql import cli; cli.main()"]
+"""The command `ray-sql`, installed or not."""
 FILES = [
     "README.md",
     "adapter_config.json",
@@ -576,7 +578,7 @@ def test_a_hub_that_stays_down_leaves_the_adapter_and_the_command_that_pushes_it
     command = shlex.split(message.partition("push it later with: ")[2])
     environment = os.environ | stand_in.environment(tmp_path / "home")
     done = subprocess.run(
-        [sys.executable, *command[1:]],
+        [*RAY_SQL, *command[1:]],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -1024,11 +1026,11 @@ def test_a_run_that_is_stopped_does_not_wait_long_for_a_hub_that_does_not_answer
 def test_the_pages_commands_publish(stand_in: stand_ins.Hub, run_dir: Path, tmp_path: Path) -> None:
     run_dir.rename(run_dir.parent / "demo")
     page = (ROOT / "docs" / "publish.md").read_text().replace("\\\n", " ")
-    commands = [line for line in page.splitlines() if line.startswith("python -m jobs.publish")]
+    commands = [line for line in page.splitlines() if line.startswith("ray-sql publish")]
     assert commands
     environment = os.environ | stand_in.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
     for command in commands:
-        words = [sys.executable, *shlex.split(command)[1:]]
+        words = [*RAY_SQL, *shlex.split(command)[1:]]
         done = subprocess.run(
             words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
         )
