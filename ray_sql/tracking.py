@@ -4,8 +4,8 @@ Only the driver talks to MLflow. A configured store must answer at the start. Af
 here raises: records that cannot be sent are kept in a spool file, and one warning is printed. The
 spool is replayed when the run ends, or when it continues after a restart. A run that belongs to
 another one, such as a sweep's trial, may even begin while the store is away. Points carry their
-step, and a step that was logged before is not logged again. Where tracking is off, every function
-returns or does nothing, so callers need not ask. This module is a sink: it knows none of the stages.
+step, and a step that was logged before is not logged again. Where tracking is off, no function
+does anything, so callers need not ask. This module is a sink: it knows none of the stages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 """Params that MLflow takes in one call."""
 RETRY_SECONDS = 60.0
-"""Seconds for which records go straight to the spool after a failure. Each try costs a run seconds."""
+"""Seconds for which records go straight to the spool after a failure: each try costs seconds."""
 
 
 class Run:
@@ -189,7 +189,7 @@ class Run:
             log.warning("a %s record is lost: %s cannot be written (%s)", kind, file, error)
 
     def _try(self, action: Callable[[], object]) -> bool:
-        """Return True if a record is settled: sent, or refused for good. False keeps it for later."""
+        """Return True if a record is settled: sent, or refused for good."""
         if self._begin is None:
             return True
         if time.monotonic() < self._retry_at:

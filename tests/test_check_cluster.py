@@ -19,6 +19,7 @@ from ray_sql import preflight
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.preflight import nodes
+from ray_sql.store.run_folder import RunFolder
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).parent.parent
@@ -84,25 +85,41 @@ def test_the_smallest_gpu_and_the_fullest_disk_decide(make_config: Any) -> None:
     config = make_config(**{"scaling.num_workers": 2, "scaling.use_gpu": True})
     prepared = prepare.prepare(config)
     found = [machine("head", gpus=()), machine("a"), machine("b", gpus=(2**35, 2**33))]
-    text = nodes.memory(config, prepared, found)
+    text = nodes.require_memory(config, prepared, found)
     assert "8.0 GiB on the GPU of b, which holds one of " in text
     most = int(text.split("which holds one of ")[1].split(":")[0])
     estimate = functools.partial(preflight.memory_estimate, config, prepared.model_folder, gpu=True)
     assert estimate(tokens=most) <= 2**33 < estimate(tokens=most + 1)
-    assert "no node with room for a worker is up yet" in nodes.memory(config, prepared, found[:1])
+    assert "no node with room for a worker is up yet" in nodes.require_memory(
+        config, prepared, found[:1]
+    )
     with pytest.raises(
         ConfigError, match=r"GiB needed .*; 0\.0 GiB on the GPU of b; lower --train_batch_size"
     ):
-        nodes.memory(config, prepared, [*found[:2], machine("b", gpus=(2**18,))])
-    assert "4 checkpoints take up to" in nodes.disk(config, prepared, found)
+        nodes.require_memory(config, prepared, [*found[:2], machine("b", gpus=(2**18,))])
+    assert "4 checkpoints take up to" in nodes.require_disk(
+        config.lora.r, RunFolder(config.run_dir), prepared, found
+    )
     with pytest.raises(StoreError, match=r"on b has 9.5e-07; make room, or set TMPDIR"):
-        nodes.disk(config, prepared, [*found, machine("b", scratch=2**10)])
+        nodes.require_disk(
+            config.lora.r,
+            RunFolder(config.run_dir),
+            prepared,
+            [*found, machine("b", scratch=2**10)],
+        )
     with pytest.raises(
         StoreError,
         match=r"run has 9.5e-07 GiB; make room, or choose another --scaling.storage_path",
     ):
-        nodes.disk(config, prepared, [*found, machine("b", storage=2**10)])
-    assert "where they are kept" not in nodes.disk(config, prepared, [machine("a", storage=None)])
+        nodes.require_disk(
+            config.lora.r,
+            RunFolder(config.run_dir),
+            prepared,
+            [*found, machine("b", storage=2**10)],
+        )
+    assert "where they are kept" not in nodes.require_disk(
+        config.lora.r, RunFolder(config.run_dir), prepared, [machine("a", storage=None)]
+    )
 
 
 @pytest.fixture(scope="module")

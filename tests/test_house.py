@@ -13,7 +13,7 @@ from benchmarks import house
 
 LIMITS = {  # to lower a limit, change it here; the comment has the target where it is not reached
     "functions_that_take_config": 147,  # 90
-    "run_file_f_strings": 9,  # 0
+    "run_file_f_strings": 0,
     "kind_dispatches": 0,
     "top_level_names": 24,
     "own_imports_in_functions": 11,  # 6

@@ -21,6 +21,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.generate import Answer, AnswerCache, Question
 from ray_sql.metrics.judged import Evaluation
 from ray_sql.store import storage
+from ray_sql.store.run_folder import AdapterFolder
 from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -124,13 +125,13 @@ def scored_questions(
 
 def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:
     """Raise `ContractError` unless an adapter was trained for this prompt, tokenizer and base."""
-    saved = storage.read_text(f"{adapter}/contract.json")
+    saved = AdapterFolder(adapter).read_contract()
     if saved is None:
         raise ContractError(
             f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
         )
     current = prompts.contract(config, models.load_tokenizer(model_folder), revision)
-    prompts.check_contract(json.loads(saved), current, adapter)
+    prompts.check_contract(saved, current, adapter)
 
 
 def _answer_cache(

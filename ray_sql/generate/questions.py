@@ -19,7 +19,7 @@ from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
 from ray_sql.rows import encode_prompt
 from ray_sql.store import storage
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import DATABASES, RunFolder
 from ray_sql.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -117,17 +117,20 @@ def stage_databases(questions: Sequence[Question], folder: RunFolder) -> list[Qu
     for question in questions:
         file = question.database
         if file and "://" not in file and file not in staged:
-            staged[file] = f"{folder.databases}/{question.db_id}.sqlite"
+            staged[file] = folder.database(question.db_id)
             storage.put_once(Path(file), staged[file])
     return [_move(question, staged) for question in questions]
 
 
-def localize(questions: Sequence[Question], folder: RunFolder, scratch: Path) -> list[Question]:
-    """Fetch the databases of `stage_databases` into local files."""
+def localize(questions: Sequence[Question], scratch: Path) -> list[Question]:
+    """Fetch the databases of `stage_databases` into local files.
+
+    A trial's questions name databases in its study's folder.
+    """
     local: dict[str, str] = {}
     for question in questions:
         staged = question.database
-        if staged and staged.startswith(f"{folder.databases}/") and staged not in local:
+        if staged and f"/{DATABASES}/" in staged and staged not in local:
             local[staged] = str(storage.fetch_file(staged, scratch / Path(staged).name))
     return [_move(question, local) for question in questions]
 

@@ -1,1 +1,1 @@
-"""What a run keeps, and where: plain storage (`storage`), checkpoints (`checkpoints`), and a run's folder (`run_folder`)."""
+"""Keep what a run leaves: files (`storage`), checkpoints, and the run's folder (`run_folder`)."""

@@ -1,9 +1,10 @@
 """Checkpoints of a run: complete or absent.
 
-A checkpoint's files are copied first, and `checkpoint.json` with their sizes and checksums last. Whatever lacks it, or has other
-sizes, is passed over, so that a run falls back to the checkpoint before; what was fetched is compared with the checksums before
-anything is made of it. Ray Train's own checkpoint manager is not used because it keeps nothing in local mode, and because a run must
-be readable without the state of the driver that made it.
+A checkpoint's files are copied first, and `checkpoint.json` with their sizes and checksums last. A
+checkpoint without that file, or with other sizes, is passed over: the run falls back to the one
+before. Fetched files are compared with the checksums before they are used. Ray Train's own
+checkpoint manager is not used: it keeps nothing in local mode, and a run must be readable without
+the state of the driver that made it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ MARKER = "checkpoint.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete checkpoint. `objective` and `tie_break` order checkpoints, higher is better; None where not measured."""
+    """One complete checkpoint.
+
+    `objective` and `tie_break` order checkpoints: higher is better, None was not measured.
+    """
 
     uri: str
     step: int
@@ -38,7 +42,7 @@ class Checkpoint:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Sorts the best last: by objective, then by tie-break, then the later one."""
+        """Sort the best last: by objective, then by tie-break, then by step."""
         worst = float("-inf")
         return (
             worst if self.objective is None else self.objective,
@@ -48,7 +52,10 @@ class Checkpoint:
 
 
 def save(local: Path, folder: RunFolder, step: int, scores: Mapping[str, Any]) -> Checkpoint:
-    """Copy the files of `local` to a run's checkpoint; `scores` has objective, tie_break and metrics, or nothing yet."""
+    """Copy the files of `local` to a run's checkpoint.
+
+    `scores` has objective, tie_break and metrics, or nothing yet.
+    """
     uri = folder.checkpoint(step).uri
     storage.remove(uri)
     files = {
@@ -67,8 +74,10 @@ def save(local: Path, folder: RunFolder, step: int, scores: Mapping[str, Any]) -
 
 
 def damaged(folder: Path) -> str | None:
-    """The first file of a checkpoint fetched to `folder` that is not as it was saved; None where all are, or where the marker, of an
-    earlier version, has no checksums."""
+    """Return the first file of a fetched checkpoint that is not as it was saved.
+
+    None means that all are intact, or that the marker of an earlier version has no checksums.
+    """
     if not (folder / MARKER).is_file():
         return MARKER
     checksums = json.loads((folder / MARKER).read_text()).get("checksums", {})
@@ -79,13 +88,15 @@ def damaged(folder: Path) -> str | None:
 
 
 def set_aside(uri: str) -> None:
-    """Take the marker from a checkpoint: from now on it is passed over like one that was never completed. Its files stay to be looked
-    at, until later ones are complete."""
+    """Take the marker from a checkpoint, so that it is passed over from now on.
+
+    Its files stay to be looked at, until later checkpoints are complete.
+    """
     storage.remove(f"{uri}/{MARKER}")
 
 
 def score(uri: str, scores: Mapping[str, Any]) -> None:
-    """Add to a complete checkpoint what it was measured at: objective, tie_break and metrics."""
+    """Add scores to a complete checkpoint: objective, tie_break and metrics."""
     marker = json.loads(storage.read_text(f"{uri}/{MARKER}") or "")
     storage.write_text(f"{uri}/{MARKER}", json.dumps(marker | dict(scores), indent=1))
 
@@ -97,33 +108,35 @@ def complete(folder: RunFolder) -> list[Checkpoint]:
 
 
 def read(uri: str) -> Checkpoint | None:
-    """The checkpoint at `uri`, or None if it is incomplete: no whole marker, or a file missing or of another size than it says."""
+    """Return the checkpoint at `uri`; None if it is incomplete.
+
+    An incomplete one has no whole marker, or lacks a file of the size that the marker gives.
+    """
     try:
         marker = json.loads(storage.read_text(f"{uri}/{MARKER}") or "")
         files = marker["files"]
-        found = Checkpoint(
+        checkpoint = Checkpoint(
             uri, marker["step"], marker["objective"], marker["tie_break"], marker["metrics"]
         )
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # none, one that was cut off while it was written, or a damaged one
+    except (ValueError, KeyError, TypeError):  # no marker, one that was cut off, or a damaged one
         return None
     path = storage.open_store(uri)[1]
-    there = storage.list_folder(uri, recursive=True)
-    sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in there if info.is_file}
-    return None if any(sizes.get(name) != size for name, size in files.items()) else found
+    infos = storage.list_folder(uri, recursive=True)
+    sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in infos if info.is_file}
+    intact = all(sizes.get(name) == size for name, size in files.items())
+    return checkpoint if intact else None
 
 
 def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint with the highest measured objective; the last one where none was measured."""
+    """Return the checkpoint with the highest objective; the last one if none was measured."""
     return max(checkpoints, key=lambda checkpoint: checkpoint.rank, default=None)
 
 
 def prune(folder: RunFolder) -> None:
-    """Remove all checkpoints but the best, the last, and the one before it, should the last turn out to be damaged; and what was left
-    half-written, or set aside, before those."""
+    """Remove all checkpoints but the best and the last two: the last may turn out to be damaged.
+
+    Earlier ones that were left half-written, or were set aside, go too.
+    """
     checkpoints = complete(folder)
     top = best(checkpoints)
     if top is None:

@@ -1,4 +1,4 @@
-"""One retry loop for storage and for the Hub. Each says for itself what may pass, and how long to wait."""
+"""One retry loop for storage and for the Hub. Each decides what may pass, and how long to wait."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@
       logs/ ray/ run.json                           TensorBoard, Ray's own state, the MLflow run
       study.json trials/<trial>/                    of a sweep
 
-A new file of a run is a name and a method here. Whoever adds one for MLflow to keep adds it to `ARTIFACTS` too.
+A new file of a run is a name and a method here. A file for MLflow to keep is in `ARTIFACTS` too.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _TRIAL_MEASURES = "measured.json"
 _REMOVED = "removed-by-ray_sql"
 """Marks a folder whose removal has begun. Written first and removed last."""
 _MAIN_MODELS = ("tuned", "file")
-"""Models whose answers lie in `predictions.jsonl`; those of others lie beside it, as in `base_predictions.jsonl`."""
+"""Models whose answers lie in `predictions.jsonl`. Other files have the model's name in front."""
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of storage. `uri` is an absolute path, or a URI of any storage that pyarrow knows."""
+    """A folder of storage. `uri` is an absolute path, or a URI that pyarrow knows."""
 
     uri: str
 
@@ -92,7 +92,7 @@ class _Folder:
 
 @dataclass(frozen=True)
 class AdapterFolder(_Folder):
-    """An adapter and its recipe: a run's `adapter/`, one of its checkpoints, or a copy of either."""
+    """An adapter and its recipe: a run's `adapter/`, a checkpoint, or a copy of either."""
 
     def read_adapter_config(self) -> dict[str, Any] | None:
         """Return PEFT's configuration; None if there is none."""
@@ -116,7 +116,10 @@ class RunFolder(_Folder):
         return storage.exists(self.place(CONFIG))
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the settings of the run; none where there is no file. Raises `ValueError` if they are cut off."""
+        """Return the settings; none where there is no file.
+
+        Raises `ValueError` if they are cut off.
+        """
         return dict(self._read_json(CONFIG) or {})
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
@@ -141,7 +144,10 @@ class RunFolder(_Folder):
         self._write_json(METRICS, metrics)
 
     def predictions(self, model: str = "tuned", alone: bool = False) -> str:
-        """Return the place of a model's judged answers; a model that is `alone` in its run has the main file."""
+        """Return the place of a model's judged answers.
+
+        A model that is `alone` in its run has the main file.
+        """
         prefix = "" if alone or model in _MAIN_MODELS else f"{model}_"
         return self.place(f"{prefix}{PREDICTIONS}")
 
@@ -179,7 +185,10 @@ class RunFolder(_Folder):
         return self.place("compare.txt")
 
     def artifacts(self, scratch: Path) -> list[Path]:
-        """Return local paths of what MLflow keeps; files of a remote store are copied to `scratch`."""
+        """Return local paths of what MLflow keeps.
+
+        Files of a remote store are copied to `scratch`.
+        """
         if self.is_local:
             return [path for name in ARTIFACTS if (path := Path(self.place(name))).exists()]
         scratch.mkdir(parents=True, exist_ok=True)
@@ -197,8 +206,10 @@ class RunFolder(_Folder):
         return AdapterFolder(self.place(ADAPTER))
 
     def write_adapter(self, local: Path) -> None:
-        """Write `adapter/` from a local folder, which gets the run's recipe if it has none: an adapter carries it
-        wherever it is copied to."""
+        """Write `adapter/` from a local folder, with the run's recipe.
+
+        An adapter carries its recipe wherever it is copied to.
+        """
         storage.fetch_file(self.place(CONFIG), local / CONFIG)
         if not (local / CONTRACT).exists():
             storage.fetch_file(self.place(CONTRACT), local / CONTRACT)
@@ -230,10 +241,9 @@ class RunFolder(_Folder):
         """The place of the validation questions."""
         return self.place(_VALIDATION_QUESTIONS)
 
-    @property
-    def databases(self) -> str:
-        """The folder of the databases that travel with the run."""
-        return self.place(DATABASES)
+    def database(self, db_id: str) -> str:
+        """Return the place of the copy of a SQLite database that travels with the run."""
+        return self.place(f"{DATABASES}/{db_id}.sqlite")
 
     def has_inputs(self) -> bool:
         """Tell whether a run was laid out here."""

@@ -31,7 +31,7 @@ class Validation:
         folder = RunFolder(config.run_dir)
         self._questions = generate.parse(storage.read_text(folder.validation_questions) or "")
         if rank() == 0:  # the rank that executes
-            self._questions = generate.localize(self._questions, folder, scratch)
+            self._questions = generate.localize(self._questions, scratch)
         self._examples = []
         if storage.exists(folder.validation_rows):
             local = storage.fetch_file(folder.validation_rows, scratch / "validation.parquet")
