@@ -95,7 +95,7 @@ class Log:
 
 def fit(config: Config, on_event: Any) -> train.FitResult:
     prepared = prepare.prepare(config)
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     return train.fit(config, prepared.model_folder, on_event)
 
 

@@ -437,12 +437,12 @@ def test_gold_and_answers_of_a_run_are_judged_on_a_server(
     assert [(row["split"], row["gold"]) for row in prepared.gold_errors] == [
         ("dev", "SELECT x FROM nowhere")
     ]
-    scored = prepared.questions(config)
+    scored = prepared.questions()
     answers = [Answer(f"```sql\n{question.gold}\n```", 1, 1, 0.1) for question in scored]
     judged = scoring.score(scored, answers, SQL, config.evaluate)
     assert {row["verdict"] for row in judged} <= {"correct", "gold_error"} and len(judged) == 4
-    assert prepared.validation(config) != []
-    assert not [line for line in plan.lines(prepared, config) if "nothing can be executed" in line]
+    assert prepared.validation() != []
+    assert not [line for line in plan.lines(prepared) if "nothing can be executed" in line]
 
 
 def test_a_run_trains_and_measures_on_a_server(questions: dict[str, str], make_config: Any) -> None:
@@ -465,12 +465,12 @@ def test_a_password_is_in_no_file_and_workers_that_need_it_are_refused(
         prepare.prepare(make_config(**questions | {"data.databases": secret}))
     config = make_config(**questions | {"data.databases": secret, "evaluate.select_examples": 0})
     prepared = prepare.prepare(config)
-    scored = prepared.questions(config)
+    scored = prepared.questions()
     assert "verysecret" in (scored[0].database or "")
     assert generate.parse(generate.dump(scored))[0] == replace(
         scored[0], database=open_url.replace("{db_id}", "mall")
     )
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     for place in (Path(config.run_dir), config.cache):
         assert not [
             path

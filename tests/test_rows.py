@@ -211,17 +211,16 @@ def test_validation_examples_that_could_not_be_trained_on_have_no_part_in_the_lo
     config = make_config(**{"prompt.schema_form": "reduced"})
     fitting = corpus.splits["validation"]
     splits = {**corpus.splits, "validation": [UNLINKABLE, *fitting]}
+    audit = Audit(*[0] * 9, "error")
     prepared = Prepared(
-        replace(corpus, splits=splits), "", tokenizer, tmp_path, Audit(*[0] * 9, "error"), {}, []
+        config, replace(corpus, splits=splits), "", tokenizer, tmp_path, audit, {}, []
     )
-    assert {question.id for question in prepared.validation(config)} == {
+    assert {question.id for question in prepared.validation()} == {
         "broken",
         *(e.id for e in fitting),
     }
-    assert {row.id for row in prepared.validation_rows(config)} == {
-        example.id for example in fitting
-    }
-    assert not prepared.validation_rows(config.changed({"rows.max_length": 16}))
+    assert {row.id for row in prepared.validation_rows()} == {example.id for example in fitting}
+    assert not replace(prepared, config=config.changed({"rows.max_length": 16})).validation_rows()
 
 
 # The cache

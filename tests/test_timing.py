@@ -62,7 +62,7 @@ def test_every_point_says_where_the_time_went(
         **{"train.max_steps": 7, "train.logging_steps": 3, "evaluate.select_examples": 0}
     )
     prepared = prepare.prepare(config)
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     points: list[TrainPoint] = []
     reads: list[int] = []
     read = StepClock.read
@@ -139,7 +139,7 @@ def test_a_slow_rank_shows_in_the_phases_of_the_others(
         }
     )
     prepared = prepare.prepare(config)
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     last: Mapping[str, float] = {}
     shown = ""
 

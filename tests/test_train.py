@@ -62,7 +62,7 @@ class Curve:
 
 def fit(config: Config, on_event: Any) -> train.FitResult:
     prepared = prepare.prepare(config)
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     return train.fit(config, prepared.model_folder, on_event)
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_was_taken_over_ends_without_saving(make_config: Any) -> None
 def test_a_folder_that_workers_do_not_see_is_named(make_config: Any) -> None:
     config = make_config()
     prepared = prepare.prepare(config)
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     storage.remove(
         RunFolder(config.run_dir).rows
     )  # as on a node where the folder of that name is another one
@@ -470,11 +470,11 @@ def test_workers_read_nothing_but_the_runs_folder(
         }
     )
     prepared = prepare.prepare(config)
-    prepare.write_inputs(prepared, config)
+    prepare.write_inputs(prepared)
     shutil.rmtree(dataset)
     shutil.rmtree(config.cache)
     result = train.fit(config, prepared.model_folder, Curve())
-    assert result.best.metrics["validation/n"] == len(prepared.validation(config)) > 0
+    assert result.best.metrics["validation/n"] == len(prepared.validation()) > 0
     assert result.best.metrics["validation/gold_errors"] == 0
 
 
@@ -540,7 +540,7 @@ def test_a_failed_run_ends_as_failed_and_goes_on_as_the_same_run(
 
 def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> None:
     config = make_config()
-    prepare.write_inputs(prepare.prepare(config), config)
+    prepare.write_inputs(prepare.prepare(config))
     with pytest.raises(
         ConfigError, match=r"learning_rate 0.0001 there, 0.5 here.*--output_name.*--overwrite"
     ):
@@ -563,7 +563,7 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: A
         f"{config.run_dir}/adapter/adapter_model.safetensors",
     )
     for after in itertools.count():
-        prepare.write_inputs(prepared, config)
+        prepare.write_inputs(prepared)
         for file in (
             adapter,
             f"{config.run_dir}/metrics.json",

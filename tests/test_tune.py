@@ -211,22 +211,26 @@ def test_every_configuration_and_the_page_on_sweeps_can_be_swept() -> None:
 # What fits
 
 
+def capacity_of(config: Config) -> cluster.Capacity:
+    return trial_capacity(config.scaling, config.tune)
+
+
 def test_trials_that_cannot_be_scheduled_are_refused(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster.resources, "cluster_nodes", lambda: [{"CPU": 64.0, "GPU": 4.0}])
     two = one(make_config, **{"scaling.num_workers": 2})
     room = cluster.training_capacity(two.scaling)
-    assert concurrent_trials(two, room) == 2
-    assert concurrent_trials(one(make_config, **{"tune.max_concurrent_trials": 1}), room) == 1
+    assert concurrent_trials(two.tune, room) == 2
+    assert concurrent_trials(one(make_config, **{"tune.max_concurrent_trials": 1}).tune, room) == 1
     with pytest.raises(
         ConfigError, match=r"no trial can be scheduled: 4 GPU here / 8 a trial \(8 x 1\) = 0; lower"
     ):
-        trial_capacity(one(make_config, **{"scaling.num_workers": 8}))
+        capacity_of(one(make_config, **{"scaling.num_workers": 8}))
     with pytest.raises(
         ConfigError, match=r"max_concurrent_trials 9, but only 4 fit: 4 GPU here / 1 a trial"
     ):
-        trial_capacity(one(make_config, **{"tune.max_concurrent_trials": 9}))
+        capacity_of(one(make_config, **{"tune.max_concurrent_trials": 9}))
 
 
 def test_trials_on_several_nodes_need_a_shared_folder(
@@ -242,12 +246,12 @@ def test_trials_on_several_nodes_need_a_shared_folder(
     with pytest.raises(
         ConfigError, match=r"no trial can be scheduled: 0 workers of 4 GPU .*\(the largest has 3\)"
     ):
-        trial_capacity(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
+        capacity_of(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
     axes, prepared = space.read(both), prepare.prepare(both)
     shared = f"on 2 nodes: {both.run_dir} must be a folder that they share; else give --scaling.storage_path"
-    assert shared in "\n".join(plan(both, axes, prepared, room))
+    assert shared in "\n".join(plan(prepared, axes, room))
     stored = both.changed({"scaling.storage_path": "s3://runs"})
-    assert "on 2 nodes" not in "\n".join(plan(stored, axes, prepared, room))
+    assert "on 2 nodes" not in "\n".join(plan(replace(prepared, config=stored), axes, room))
 
 
 def test_a_sweep_that_cannot_choose_is_refused_before_it_starts(make_config: Any) -> None:
@@ -414,7 +418,7 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
         sweep.run_study(config, resume=False)
     begun = study.load(config)
     assert begun and open_or_begin(config, resume=True) == begun
-    prepare.write_inputs(prepare.prepare(config), config)
+    prepare.write_inputs(prepare.prepare(config))
     storage.remove(f"{config.run_dir}/study.json")  # as earlier versions could leave it
     for given, resume in (
         (config, False),
@@ -432,7 +436,7 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_study(make_config:
     config = one(make_config)
     prepared, point = prepare.prepare(config), space.read(config).start
     for after in itertools.count():
-        prepare.write_inputs(prepared, config)
+        prepare.write_inputs(prepared)
         begun = study.begin(config)
         begun.trial_at(0, point)
         begun.finished = True
@@ -643,10 +647,10 @@ class Alone:
         from ray_sql.tune.trial import TrialJob, TrialTrainable
 
         prepared = prepare.prepare(config)
-        prepare.write_inputs(prepared, config)
+        prepare.write_inputs(prepared)
         self._events: list[TrialEvent] = []
         self.folder = RunFolder(config.run_dir).trial("trial-001")
-        steps = prepared.steps(config)
+        steps = prepared.steps
         job = TrialJob(config.for_workers(), prepared.model_folder, steps, self._events.append)
         self._trial = TrialTrainable.__new__(TrialTrainable)
         self._trial.setup({"trial": 1, "changes": changes, "settled": settled}, job=job)

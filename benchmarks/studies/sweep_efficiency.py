@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -33,6 +34,7 @@ from ray_sql import data, models, rows, train, tune
 from ray_sql.config import Config, SweepConfig, load
 from ray_sql.finetune import prepare
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tune import study
 
 RATES = [3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
@@ -214,7 +216,8 @@ def trained_grid(
             "output_name": f"grid-{number}",
         }
         own = config.changed(changes | {"overwrite": True})
-        prepare.write_inputs(prepared, own)
+        RunFolder(own.run_dir).remove()
+        prepare.write_inputs(replace(prepared, config=own))
         fitted = train.fit(own, prepared.model_folder, lambda point: None)
         known[key(rate, rank)] = {
             "loss": -(fitted.best.objective or 0.0),

@@ -66,7 +66,7 @@ def preview(config: Config, display: Display) -> Prepared:
     display.line("--- answer (carries the loss) ---")
     display.line(str(prepared.tokenizer.decode(answer)))
     display.line("--- plan ---")
-    for line in plan.lines(prepared, config):
+    for line in plan.lines(prepared):
         display.line(line)
     return prepared
 

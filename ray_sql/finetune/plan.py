@@ -7,21 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ray_sql import data, rows
-from ray_sql.config import AUTO_EXAMPLES_PER_ROW, Config
+from ray_sql.config import AUTO_EXAMPLES_PER_ROW
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.tasks import TASKS
 
 
-def lines(prepared: Prepared, config: Config) -> Iterator[str]:
+def lines(prepared: Prepared) -> Iterator[str]:
     """Yield the plan of a training run, a line each."""
-    yield from _data(prepared, config)
-    yield from _training(prepared, config)
-    yield from _scoring(prepared, config)
+    config = prepared.config
+    yield from _data(prepared)
+    yield from _training(prepared)
+    yield from _scoring(prepared)
     yield f"run       {config.run_dir}"
-    yield from _lost_with_the_job(config)
+    yield from _lost_with_the_job(prepared)
 
 
-def _data(prepared: Prepared, config: Config) -> Iterator[str]:
+def _data(prepared: Prepared) -> Iterator[str]:
+    config = prepared.config
     corpus = prepared.corpus
     fingerprint, databases = corpus.fingerprint(), len(corpus.schemas)
     yield f"data      {config.dataset_id}, fingerprint {fingerprint}, {databases} databases"
@@ -35,9 +37,10 @@ def _data(prepared: Prepared, config: Config) -> Iterator[str]:
         yield "gold      every query runs"
 
 
-def _training(prepared: Prepared, config: Config) -> Iterator[str]:
+def _training(prepared: Prepared) -> Iterator[str]:
+    config = prepared.config
     yield f"rows      {prepared.audit.line()}"
-    yield from _sharing(prepared, config)
+    yield from _sharing(prepared)
     scaling = config.scaling
     made_of = (
         f"{config.train_batch_size} x {config.accumulation_steps} x {scaling.max_workers} workers"
@@ -45,7 +48,7 @@ def _training(prepared: Prepared, config: Config) -> Iterator[str]:
     if scaling.elastic:
         made_of = f"with {scaling.min_workers} to {scaling.max_workers} workers alike"
     yield (
-        f"training  {prepared.steps(config)} steps of {config.batching.global_batch_size} examples ({made_of}), "
+        f"training  {prepared.steps} steps of {config.batching.global_batch_size} examples ({made_of}), "
         f"a checkpoint every {config.save_steps}"
     )
     if config.evaluate.select_examples:
@@ -55,7 +58,8 @@ def _training(prepared: Prepared, config: Config) -> Iterator[str]:
         )
 
 
-def _sharing(prepared: Prepared, config: Config) -> Iterator[str]:
+def _sharing(prepared: Prepared) -> Iterator[str]:
+    config = prepared.config
     batching = config.batching
     shared = batching.examples_per_row
     if shared == 1:
@@ -74,7 +78,8 @@ def _sharing(prepared: Prepared, config: Config) -> Iterator[str]:
         )
 
 
-def _scoring(prepared: Prepared, config: Config) -> Iterator[str]:
+def _scoring(prepared: Prepared) -> Iterator[str]:
+    config = prepared.config
     splits = {split: prepared.corpus.splits[split] for split in config.split}
     limit = config.evaluate.limit
     counts = [f"{min(len(s), limit or len(s))} of {split}" for split, s in splits.items()]
@@ -89,8 +94,9 @@ def _scoring(prepared: Prepared, config: Config) -> Iterator[str]:
             yield f"          nothing can be executed on {split}, so it gets no score: {why}"
 
 
-def _lost_with_the_job(config: Config) -> Iterator[str]:
+def _lost_with_the_job(prepared: Prepared) -> Iterator[str]:
     """Warn of what Ray removes with a submitted job's working folder."""
+    config = prepared.config
     if not os.environ.get("RAY_JOB_SUBMISSION_ID"):
         return
     if Path(config.run_dir).is_relative_to(Path.cwd()):

@@ -36,6 +36,7 @@ TRAINED_ON = ("train", "validation")
 class Prepared:
     """What a run starts from. `gold_errors` are the gold queries that do not run, over all splits."""
 
+    config: Config
     corpus: Corpus
     model_folder: str
     tokenizer: PreTrainedTokenizerBase
@@ -44,46 +45,48 @@ class Prepared:
     contract: dict[str, Any]
     gold_errors: list[dict[str, Any]]
 
-    def steps(self, config: Config) -> int:
-        """Return the optimizer steps of the run."""
-        return config.batching.steps(self.audit.rows)
+    @property
+    def steps(self) -> int:
+        """The optimizer steps of the run."""
+        return self.config.batching.steps(self.audit.rows)
 
-    def questions(self, config: Config) -> list[Question]:
+    def questions(self) -> list[Question]:
         """Return the questions to score, at most `evaluate.limit` of each split.
 
         Raises `ModelError` for a prompt that is longer than the model's window.
         """
-        questions = []
-        for split in config.split:
-            questions += self._questions(split, config, config.evaluate.limit)
-        generate.check_window(self.model_folder, questions, config.evaluate.max_new_tokens)
+        settings, questions = self.config.evaluate, list[Question]()
+        for split in self.config.split:
+            questions += self._questions(split, settings.limit)
+        generate.check_window(self.model_folder, questions, settings.max_new_tokens)
         return questions
 
-    def validation(self, config: Config) -> list[Question]:
+    def validation(self) -> list[Question]:
         """Return the validation questions that choose the best checkpoint: those whose gold runs."""
-        if not config.evaluate.select_examples:
+        count = self.config.evaluate.select_examples
+        if not count:
             return []
-        executes = TASKS[config.task_type].executes_sql
+        executes = TASKS[self.config.task_type].executes_sql
         failing = {row["id"] for row in self.gold_errors if row["split"] == "validation"}
         usable = [
             question
-            for question in self._questions("validation", config, None)
+            for question in self._questions("validation", None)
             if question.gold and question.id not in failing and (question.database or not executes)
         ]
-        return list(data.sample(usable, config.evaluate.select_examples, config.seed))
+        return list(data.sample(usable, count, self.config.seed))
 
-    def validation_rows(self, config: Config) -> list[rows.TokenizedExample]:
+    def validation_rows(self) -> list[rows.TokenizedExample]:
         """Return the examples of `validation` with their gold answers, for their loss.
 
         Examples that could not be trained on either are left out.
         """
         by_id = {example.id: example for example in self.corpus.splits["validation"]}
-        examples = [by_id[question.id] for question in self.validation(config)]
-        return rows.build(examples, self.corpus.schemas, self.tokenizer, config)[0]
+        examples = [by_id[question.id] for question in self.validation()]
+        return rows.build(examples, self.corpus.schemas, self.tokenizer, self.config)[0]
 
-    def _questions(self, split: str, config: Config, limit: int | None) -> list[Question]:
-        examples = data.sample(self.corpus.splits[split], limit, config.seed)
-        return generate.make_questions(examples, split, self.corpus, self.tokenizer, config)
+    def _questions(self, split: str, limit: int | None) -> list[Question]:
+        examples = data.sample(self.corpus.splits[split], limit, self.config.seed)
+        return generate.make_questions(examples, split, self.corpus, self.tokenizer, self.config)
 
 
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
@@ -114,22 +117,23 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     failing = gold.failing(corpus, config.evaluate, config.cache, progress)
     if executes:
         gold.require_scorable(corpus, config.split, failing)
-    return Prepared(corpus, folder, tokenizer, file, audit, contract, failing)
+    return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing)
 
 
-def write_inputs(prepared: Prepared, config: Config) -> None:
+def write_inputs(prepared: Prepared) -> None:
     """Lay out the run's folder: settings, contract, rows, validation, and failing gold queries."""
+    config = prepared.config
     folder = RunFolder(config.run_dir)
     folder.write_settings(config.public())
     folder.write_contract(prepared.contract)
     folder.write_data_fingerprint(prepared.corpus.fingerprint(TRAINED_ON))
     storage.put(prepared.rows_file, folder.rows)
-    questions = prepared.validation(config)
+    questions = prepared.validation()
     if config.scaling.storage_path or cluster.address():
         # workers may be on machines that do not see the databases
         questions = generate.stage_databases(questions, folder)
     storage.write_text(folder.validation_questions, generate.dump(questions))
-    validation_rows = prepared.validation_rows(config)
+    validation_rows = prepared.validation_rows()
     if validation_rows:
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
             local = Path(scratch) / "rows.parquet"

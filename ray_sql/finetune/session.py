@@ -48,7 +48,7 @@ class Session:
         self.clock.mark("MLflow")
         self.prepared = prepare(config, self.display.counter("reading data"))
         require_same_data(self.prepared.corpus, config)
-        self.questions = self.prepared.questions(config)
+        self.questions = self.prepared.questions()
         self.check()
         self.start_ray()
         for line in self.plan():
@@ -83,7 +83,7 @@ class Session:
             self.folder,
             self.prepared.contract,
             self.config.lora,
-            self.prepared.steps(self.config),
+            self.prepared.steps,
         )
 
     def start_ray(self) -> None:
@@ -93,7 +93,7 @@ class Session:
 
     def plan(self) -> Iterable[str]:
         """Return the lines that tell people what will be done."""
-        return plan.lines(self.prepared, self.config)
+        return plan.lines(self.prepared)
 
     def remove_earlier(self) -> None:
         """Remove an earlier run of this name; nothing of it stays open in MLflow."""
@@ -103,7 +103,7 @@ class Session:
 
     def lay_out(self) -> None:
         """Write the settings, and all that workers read."""
-        write_inputs(self.prepared, self.config)
+        write_inputs(self.prepared)
 
     def tags(self) -> dict[str, str]:
         """Return tags that no other MLflow run has: they find this one, should its id be lost."""

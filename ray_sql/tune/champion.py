@@ -64,7 +64,7 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
     artifact = f"adapter-{best.name}-step-{score.step}"
     every_fact = {**steps, "sweep": sweep}
     metrics = conclude(chosen, session.prepared, evaluation, session.record, every_fact, artifact)
-    _register(session.record, chosen, metrics, artifact, won)
+    _register(session.record, metrics, artifact, won)
     session.display.line(f"champion  {best.name}: {verdict}")
     return metrics
 
@@ -160,19 +160,17 @@ def _evaluate(session: StudySession, chosen: Config, best: TrialRecord) -> Evalu
     return {**evaluation, "tuned": tuned}
 
 
-def _register(
-    record: tracking.Run, config: Config, metrics: Mapping[str, Any], artifact: str, won: bool
-) -> None:
-    task = TASKS[config.task_type]
+def _register(record: tracking.Run, metrics: Mapping[str, Any], artifact: str, won: bool) -> None:
+    task = TASKS[metrics["task_type"]]
     scores = metrics["tuned"].values()
     n = sum(split["n"] for split in scores)
     correct = sum(split[task.metric] * split["n"] for split in scores)
     semantics = next(iter(scores)).get("semantics", "")
-    splits = ",".join(config.split)
+    splits = ",".join(metrics["tuned"])
     tags = {
         "score": str(correct / max(1, n)),
         "metric": task.metric,
         "measured_on": f"{metrics['data_fingerprint']} {splits} {n} {semantics}".strip(),
-        "model_name": config.model_name,
+        "model_name": metrics["model_name"],
     }
     record.register(f"ray-sql-{task.name}", artifact, tags, ALIAS, won)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ray_sql import cluster, tracking
 from ray_sql.cluster import Capacity
 from ray_sql.config import Config
+from ray_sql.config.sections import ScalingSection, TuneSection
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.finetune import plan as run_plan
@@ -36,21 +37,21 @@ class StudySession(Session):
     @property
     def steps(self) -> int:
         """The optimizer steps of a whole trial."""
-        return self.prepared.steps(self.config)
+        return self.prepared.steps
 
     def check(self) -> None:
         """Raise `ConfigError` where there is nothing to choose trials by."""
-        require_choosable(self.config, self.prepared)
+        require_choosable(self.prepared)
 
     def start_ray(self) -> None:
         """Start or join Ray, and see how many trials fit. Raises `ConfigError` if none does."""
         cluster.start_ray()
-        self.capacity = trial_capacity(self.config)
+        self.capacity = trial_capacity(self.config.scaling, self.config.tune)
 
     def plan(self) -> Iterator[str]:
         """Yield the plan of a run, then that of the sweep."""
-        yield from run_plan.lines(self.prepared, self.config)
-        yield from plan(self.config, self.space, self.prepared, self.capacity)
+        yield from run_plan.lines(self.prepared)
+        yield from plan(self.prepared, self.space, self.capacity)
 
     def remove_earlier(self) -> None:
         """Remove the study that is there; nothing of it stays open in MLflow."""
@@ -63,7 +64,7 @@ class StudySession(Session):
         """Write the study, then all that trials read: once cut off, it is a study that goes on."""
         self.study.finished = False
         self.study.save()
-        write_inputs(self.prepared, self.config)
+        write_inputs(self.prepared)
 
     def tags(self) -> dict[str, str]:
         """Return the tag that finds the study's MLflow run."""
@@ -99,14 +100,15 @@ class StudySession(Session):
         self.record.end(status)
 
 
-def require_choosable(config: Config, prepared: Prepared) -> None:
+def require_choosable(prepared: Prepared) -> None:
     """Raise `ConfigError` for settings under which trials could not be chosen between."""
+    config = prepared.config
     if config.prev_checkpoint:
         raise ConfigError(
             "--prev_checkpoint: the trials of a sweep start from the base model; leave it out"
         )
     by_loss = config.tune.objective == "eval_loss"
-    if prepared.validation_rows(config) if by_loss else prepared.validation(config):
+    if prepared.validation_rows() if by_loss else prepared.validation():
         return
     databases = ", and give their databases" if TASKS[config.task_type].executes_sql else ""
     raise ConfigError(
@@ -115,15 +117,15 @@ def require_choosable(config: Config, prepared: Prepared) -> None:
     )
 
 
-def trial_capacity(config: Config) -> Capacity:
+def trial_capacity(scaling: ScalingSection, tune: TuneSection) -> Capacity:
     """Return how many trials fit. Raises `ConfigError` if none does, or fewer than asked for."""
-    capacity = cluster.training_capacity(config.scaling)
+    capacity = cluster.training_capacity(scaling)
     if not capacity.trainings:
         raise ConfigError(
             f"no trial can be scheduled: {capacity.arithmetic}; lower --scaling.num_workers or "
             "--scaling.resources_per_worker, or add nodes"
         )
-    wanted = config.tune.max_concurrent_trials or 0
+    wanted = tune.max_concurrent_trials or 0
     if wanted > capacity.trainings:
         raise ConfigError(
             f"--tune.max_concurrent_trials {wanted}, but only {capacity.trainings} fit: "
@@ -133,22 +135,22 @@ def trial_capacity(config: Config) -> Capacity:
     return capacity
 
 
-def concurrent_trials(config: Config, capacity: Capacity) -> int:
+def concurrent_trials(tune: TuneSection, capacity: Capacity) -> int:
     """Return how many trials run at a time."""
-    most = config.tune.max_concurrent_trials or capacity.trainings
-    return min(capacity.trainings, most, config.tune.num_samples)
+    most = tune.max_concurrent_trials or capacity.trainings
+    return min(capacity.trainings, most, tune.num_samples)
 
 
-def plan(config: Config, space: Space, prepared: Prepared, capacity: Capacity) -> Iterator[str]:
+def plan(prepared: Prepared, space: Space, capacity: Capacity) -> Iterator[str]:
     """Yield what a study would do, a line each."""
     from ray_sql.tune.search import rungs  # here: it loads Ray Tune and Optuna
 
-    steps, questions = prepared.steps(config), len(prepared.validation(config))
+    config, steps, questions = prepared.config, prepared.steps, len(prepared.validation())
     titles = ["space", *[""] * len(space.axes)]
     for title, axis in zip(titles, space.axes, strict=False):
         yield f"{title:<9} {axis.text}"
     yield f"start     {shown_point(space.start)}: the settings, as the first trial"
-    at_once = concurrent_trials(config, capacity)
+    at_once = concurrent_trials(config.tune, capacity)
     yield f"trials    {config.tune.num_samples}, {at_once} at a time: {capacity.arithmetic}"
     if capacity.nodes > 1 and not config.scaling.storage_path:
         yield (

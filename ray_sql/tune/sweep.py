@@ -82,8 +82,9 @@ def dry_run(config: SweepConfig) -> None:
         )  # its name must hold a study of these settings, or nothing
         with Display() as display:
             prepared = preview(study, display)
-            require_choosable(study, prepared)
-            for line in plan(study, axes, prepared, trial_capacity(study)):
+            require_choosable(prepared)
+            capacity = trial_capacity(study.scaling, study.tune)
+            for line in plan(prepared, axes, capacity):
                 display.line(line)
 
 
@@ -145,7 +146,7 @@ def _search(session: StudySession) -> dict[str, Any]:
     session.display.console.print(callback.table())
     unit = session.capacity.unit[0]
     used = f"{callback.hours():.2f} {unit}-hours"
-    figures = sweep_report.write(session.config, session.space, study, used)
+    figures = sweep_report.write(session, used)
     facts = {
         "hours": round(callback.hours(), 3),
         "unit": unit,
@@ -187,7 +188,7 @@ def _run_trials(session: StudySession) -> None:
                 search_alg=search.StudySearch(session.space, study, count, config.seed),
                 scheduler=search.scheduler(config.tune, session.steps, config.eval_every),
                 num_samples=count,
-                max_concurrent_trials=concurrent_trials(config, capacity),
+                max_concurrent_trials=concurrent_trials(config.tune, capacity),
                 # a process that trained on a GPU would take its CUDA context along
                 reuse_actors=bool(config.scaling.num_workers) or not on_gpu,
             ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ray_sql.config import Config
 from ray_sql.display import percent
 from ray_sql.report import figures as plots
 from ray_sql.report import html
 from ray_sql.store import storage
 from ray_sql.tune.objective import Objective
+from ray_sql.tune.session import StudySession
 from ray_sql.tune.space import Axis, Space, shown
 from ray_sql.tune.study import Study, TrialRecord, read_scores
 
@@ -24,15 +24,16 @@ NOTE = (
 )
 
 
-def write(config: Config, space: Space, study: Study, used: str) -> dict[str, Figure]:
+def write(session: StudySession, used: str) -> dict[str, Figure]:
     """Write the page into the study's folder. Returns its figures by file name."""
+    config, study, space = session.config, session.study, session.space
     goal = Objective.of(config)
     figures = draw(goal, space, study)
     axes = [axis.name for axis in space.axes]
     page = html.render(
         "sweep.jinja",
         f"{config.output_name}: {len(study.trials)} trials",
-        _facts(config, study, used),
+        _facts(session, used),
         figures,
         header=["trial", *axes, "steps", goal.axis_label, "tie-break", "minutes", "state"],
         trials=[_row(goal, space, study, trial) for trial in study.trials],
@@ -72,7 +73,8 @@ def _scale(axis: Axis) -> str:
     return "log" if axis.is_logarithmic else "linear"
 
 
-def _facts(config: Config, study: Study, used: str) -> Mapping[str, str]:
+def _facts(session: StudySession, used: str) -> Mapping[str, str]:
+    config, study = session.config, session.study
     best = study.best()
     facts: dict[str, Any] = {
         "task": config.task_type,
