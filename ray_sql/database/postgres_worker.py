@@ -11,13 +11,13 @@ These guards keep a query from doing harm, the strongest first:
   `dblink`, advisory locks, `set_config`). A query is refused if any word of its text names one,
   wherever it stands, so no quoting and no comment hides it. Functions that run SQL given as text
   are refused too.
-- `statement_timeout` and `lock_timeout` on the server, rows fetched in small portions, and a parent
-  that kills this process.
+- `statement_timeout` and `lock_timeout` on the server, and rows fetched in small portions.
+- A parent that kills this process.
 
 They leave some risks. The query may read all that its role may read, and call the database's own
 functions. Memory and temporary files are the server's, bounded by its `work_mem` and
-`temp_file_limit`. So give the URL a role of its own: one that may SELECT from the tables of the
-questions, owns nothing and is in no other role.
+`temp_file_limit`. So give the URL a role of its own. It should be allowed to SELECT from the
+tables of the questions, own nothing and be in no other role.
 
 Needs psycopg 3 (`pip install -e '.[postgres]'`).
 """

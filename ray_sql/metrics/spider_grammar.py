@@ -10,8 +10,8 @@ depend on:
   and quoted or bracketed names. It rejects an alias without AS, and an operator that touches a word
   or a quote (`a='x'`).
 - Aliases belong to the whole text: the last definition of T1 holds everywhere.
-- A column on the right of a comparison swallows the text up to the next AND or clause: an OR and
-  its condition (`a = b OR c = d AND …`), or the LEFT of the next join.
+- A column on the right of a comparison swallows the text up to the next AND or clause. That may be
+  an OR and its condition (`a = b OR c = d AND …`), or the LEFT of the next join.
 - `ORDER BY a DESC, b` has one direction, the last one written. LIMIT counts, its number does not.
 - Text after the end of the query (a second statement, OFFSET) is not read.
 """
