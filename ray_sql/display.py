@@ -1,18 +1,18 @@
-"""What a person sees while a job runs: one moving line per stage on a terminal, plain lines elsewhere (logs, `ray job`)."""
+"""Progress of a job: one moving line per stage on a terminal, plain lines in a log or `ray job`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
-"""How often a stage writes a line where there is no terminal."""
+"""Least seconds between two lines of a stage where there is no terminal."""
 
 
 class Display:
@@ -29,10 +29,10 @@ class Display:
             console=self.console,
         )
         self._below: RenderableType = ""
-        self._live = Live(get_renderable=self._shown, console=self.console, refresh_per_second=4)
-        self._tasks: dict[str, TaskID] = {}
+        self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
+        self._bars: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
-        self._said: dict[str, float] = {}
+        self._printed: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -49,7 +49,7 @@ class Display:
             self._below = ""  # what stays was printed as lines
             self._live.stop()
 
-    def _shown(self) -> RenderableType:
+    def _render(self) -> RenderableType:
         return Group(self._progress, self._below) if self._below else self._progress
 
     def below(self, table: RenderableType) -> None:
@@ -57,51 +57,45 @@ class Display:
         self._below = table
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays."""
         self.console.print(text, markup=False)
 
     def counter(self, stage: str) -> Callable[[int, int], None]:
-        """A `progress(done, total)` function for a stage."""
+        """Return a `progress(done, total)` function for a stage."""
         return lambda done, total: self.update(stage, done, total)
 
     def train(self, step: int, steps: int, values: Mapping[str, float]) -> None:
-        """A point of the training curve."""
-        parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
-        parts += [f"lr {values['learning_rate']:.2e}"] if "learning_rate" in values else []
-        speeds = {
-            "examples/s": values.get("examples_per_second"),
-            "tokens/s": values.get("tokens_per_second"),
+        """Show a point of the training curve."""
+        formats = {
+            "loss": "loss {:.3f}",
+            "learning_rate": "lr {:.2e}",
+            "examples_per_second": "{:,.1f} examples/s",
+            "tokens_per_second": "{:,.0f} tokens/s",
         }
-        parts += [
-            f"{speed:,.{int(unit == 'examples/s')}f} {unit}"
-            for unit, speed in speeds.items()
-            if speed is not None
-        ]
+        parts = [text.format(values[name]) for name, text in formats.items() if name in values]
         self.update("training", step, steps, "  ".join(parts), every=0)
 
     def update(
         self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS
     ) -> None:
-        """How far a stage is; `every` is the least time between two plain lines."""
+        """Show how far a stage is; `every` is the least seconds between two plain lines."""
         now = time.monotonic()
-        first, already = self._started.setdefault(stage, (now, done))
+        begun, done_before = self._started.setdefault(stage, (now, done))
         if self.console.is_terminal:
-            task = self._tasks.get(stage)
-            if task is None:
-                task = self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
-            self._progress.update(task, completed=done, total=total, note=note)
+            if stage not in self._bars:
+                self._bars[stage] = self._progress.add_task(stage, total=total, note=note)
+            self._progress.update(self._bars[stage], completed=done, total=total, note=note)
             return
-        if done < total and now - self._said.get(stage, first) < every:
+        if done < total and now - self._printed.get(stage, begun) < every:
             return
-        self._said[stage] = now
-        left = (
-            f"  {_clock((now - first) / (done - already) * (total - done))} left"
-            if already < done < total
-            else ""
-        )
-        self.console.print(
-            f"{stage}: {done}/{total}{left}{'  ' + note if note else ''}", markup=False
-        )
+        self._printed[stage] = now
+        parts = [f"{stage}: {done}/{total}"]
+        if done_before < done < total:
+            left = (now - begun) / (done - done_before) * (total - done)
+            parts.append(f"{_clock(left)} left")
+        if note:
+            parts.append(note)
+        self.line("  ".join(parts))
 
 
 def _clock(seconds: float) -> str:
@@ -110,11 +104,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def percent(share: float, interval: Any = None, n: int = 1) -> str:
-    """A share of `n` as per cent, with its interval where given; nothing can be said of a share of none."""
+def percent(share: float, interval: Sequence[float] | None = None, n: int = 1) -> str:
+    """Write a share of `n` questions as per cent, with its interval where given."""
     if n == 0:
         return "not scored"
     text = f"{100 * share:.1f} %"
-    return (
-        text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    )
+    if interval is not None:
+        text += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return text

@@ -88,7 +88,7 @@ class Progress:
         self._tensorboard(step, named)
 
     def _first_step(self) -> None:
-        """Say once how long it took to come here; what restarted workers mark later belongs to no start."""
+        """Say once how long the start took. Marks of restarted workers belong to no start."""
         if self._startup:
             self._startup.mark("first step")
             self._display.line(self._startup.line())
@@ -119,23 +119,24 @@ class Progress:
 
 
 def validation_scores(values: Mapping[str, float]) -> str:
-    """Say how a checkpoint did on the validation questions, as a clause that begins with a comma."""
+    """Return a checkpoint's validation score as a clause that begins with a comma."""
     for name in (task.metric for task in TASKS.values()):
         if f"validation/{name}" in values:
-            return f", validation {name} {percent(values[f'validation/{name}'])} of {values['validation/n']:.0f}"
+            share, n = values[f"validation/{name}"], values["validation/n"]
+            return f", validation {name} {percent(share)} of {n:.0f}"
     return (
         f", validation loss {values['validation/loss']:.3f}" if "validation/loss" in values else ""
     )
 
 
 class StartupClock:
-    """Stages that follow each other, from the start of this process; a stage ends where it is marked."""
+    """Clock of the stages between the start of this process and the first step."""
 
     def __init__(self) -> None:
         self._marks = [("", process_started())]
 
     def mark(self, stage: str, at: float | None = None) -> None:
-        """The stage called so ended at `at` (seconds since the epoch), by default now; another process may have seen it end."""
+        """Record that a stage ended at `at` (seconds since the epoch), by default now."""
         self._marks.append((stage, time.time() if at is None else at))
 
     def stages(self) -> dict[str, float]:
@@ -153,7 +154,7 @@ class StartupClock:
 
 
 def process_started() -> float:
-    """When this process was started, in seconds since the epoch."""
+    """Return the start of this process in seconds since the epoch."""
     import psutil
 
     return float(psutil.Process(os.getpid()).create_time())

@@ -1,4 +1,4 @@
-"""What is special about each task: the words of its prompt, the form of its answers, its scores.
+"""The tasks: words of the prompt, form of the answer, scores and their labels.
 
 A third task is one more record here, and its judge in `evaluate/scoring.py`.
 """
@@ -44,8 +44,8 @@ class Task:
         return scores[self.metric], scores[self.tie_break]
 
     def rule(self, scores: Mapping[str, Any]) -> str:
-        """Name the rule that results were compared by, as ` (spider)`; empty where none is."""
-        return f" ({scores['semantics']})" if "semantics" in scores else ""
+        """Name the rule that results were compared by, as ` (spider)`; empty for links."""
+        return f" ({scores['semantics']})" if self.executes_sql else ""
 
 
 SQL = Task(

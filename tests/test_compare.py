@@ -1,4 +1,4 @@
-"""Two judged files are paired by split and id, what cannot be paired is said, and the verdict claims no more than n allows."""
+"""Two judged files are paired by split and id, and the verdict claims no more than n allows."""
 
 import json
 from collections.abc import Sequence
@@ -189,10 +189,16 @@ def test_what_measure_writes_can_be_compared(
     [
         ([row(0, "correct"), "", "{oops"], "b.jsonl, line 3: not valid JSON"),
         ([row(0, "correct"), "[1]"], "b.jsonl, line 2: no field 'id'"),
-        ([{"id": "0", "predicted": "SELECT 1"}], "b.jsonl, line 1: no field 'verdict'; --files takes judged predictions"),
+        ([{"id": "0", "predicted": "x"}], "no field 'verdict'; --files takes judged predictions"),
         ([row(0, "perfect")], "b.jsonl, line 1: verdict 'perfect' is none of correct, wrong"),
-        ([row(0, "correct"), row(0, "wrong")], "b.jsonl, line 2: id '0' of split 'dev' was on line 1 before"),
-        ([row(0, "correct", split="test")], "b.jsonl (1 questions, e.g. split 'test' id '0') have no split and id in common"),
+        (
+            [row(0, "correct"), row(0, "wrong")],
+            "b.jsonl, line 2: id '0' of split 'dev' was on line 1 before",
+        ),
+        (
+            [row(0, "correct", split="test")],
+            "b.jsonl (1 questions, e.g. split 'test' id '0') have no split and id in common",
+        ),
         ([], "b.jsonl (0 questions) have no split and id in common"),
         ([row(0, "correct", gold="SELECT 5")], "id '0' has gold 'SELECT 0' in"),
         ([row(0, "correct", question="Else?")], "id '0' has question 'Question 0?' in"),

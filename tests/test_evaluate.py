@@ -1,4 +1,4 @@
-"""Gold scores 100 %, failing gold is counted apart, and every number of a summary agrees with the others."""
+"""Gold scores 100 %, failing gold is counted apart, and the numbers of a summary agree."""
 
 import json
 from dataclasses import replace
@@ -94,7 +94,7 @@ def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_co
 
 @pytest.fixture
 def judged(corpus: Corpus, make_config: Any) -> list[dict[str, Any]]:
-    """Two right, one wrong, one that does not run, one empty answer; and two golds that fail, one for want of a database."""
+    """Five answers, two of them right, and two golds that fail, one for want of a database."""
     place = corpus.databases["mall"]
     cases = [
         ("SELECT COUNT(*) FROM customer", "SELECT 4", "easy", place),
@@ -395,7 +395,10 @@ def test_soft_f1_is_measured_under_birds_rule(corpus: Corpus, make_config: Any) 
 
 def test_right_queries_are_timed_against_their_gold(corpus: Corpus, make_config: Any) -> None:
     place = corpus.databases["mall"]
-    slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000) SELECT MAX(i) FROM n"
+    slow = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000) "
+        "SELECT MAX(i) FROM n"
+    )
     cases = [
         (slow, "SELECT 100000"),
         ("SELECT 100000", slow),

@@ -1,4 +1,4 @@
-"""A predictions file is matched to its gold by id, by order or by its own gold, and what cannot be matched is named by its line."""
+"""A predictions file is matched to its gold, and a line that cannot be matched is named."""
 
 import io
 import json
@@ -216,7 +216,7 @@ def test_base_and_tuned_are_compared_question_by_question(make_config: Any, tmp_
             "error_kind": "none",
         }
 
-    # the last of split a: gold that failed for the base alone, as a timeout may, says nothing about the two
+    # the last of split a: gold that failed for the base alone says nothing about the two
     base = ["correct", "wrong", "wrong", "error", "gold_error", "gold_error", "wrong"]
     tuned = ["wrong", "correct", "correct", "wrong", "gold_error", "correct", "correct"]
     splits = ["a"] * 6 + ["b"]

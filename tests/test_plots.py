@@ -19,8 +19,9 @@ def rows(verdicts: str, **changes: Any) -> list[dict[str, Any]]:
     }
     return [
         {
-            "id": str(n), "split": "dev", "db_id": f"db{n % 2}", "hardness": "easy", "verdict": names[letter][0],
-            "error_kind": names[letter][1], "prompt_tokens": 100 + n, **changes,
+            "id": str(n), "split": "dev", "db_id": f"db{n % 2}", "hardness": "easy",
+            "verdict": names[letter][0], "error_kind": names[letter][1],
+            "prompt_tokens": 100 + n, **changes,
         }
         for n, letter in enumerate(verdicts)
     ]  # fmt: skip

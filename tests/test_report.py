@@ -1,4 +1,4 @@
-"""The report is one file that loads nothing, shows every number and question, and runs none of the text that it shows."""
+"""The report loads nothing, shows every number and question, and runs no text that it shows."""
 
 import re
 import shutil
@@ -15,7 +15,10 @@ from ray_sql.report import figures, html
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import SCHEMA, TASKS
 
-HOSTILE = r"""$\frac{$ </script><script>alert('x')</script><img src=x onerror=alert(1)> & "quoted" 'SQL'"""
+HOSTILE = (
+    r"$\frac{$ </script><script>alert('x')</script><img src=x onerror=alert(1)> & "
+    """"quoted" 'SQL'"""
+)
 
 
 class Page(HTMLParser):
@@ -45,8 +48,10 @@ class Page(HTMLParser):
 def questions(count: int) -> list[dict[str, Any]]:
     return [
         {
-            "id": str(n), "split": "dev", "db_id": f"db{n % 2}", "hardness": "easy", "question": f"Question {n}?", "gold": f"SELECT {n}",
-            "predicted": f"SELECT {n}", "raw": "", "prompt_tokens": 100 + n, "verdict": "correct", "error": None, "error_kind": "none",
+            "id": str(n), "split": "dev", "db_id": f"db{n % 2}", "hardness": "easy",
+            "question": f"Question {n}?", "gold": f"SELECT {n}", "predicted": f"SELECT {n}",
+            "raw": "", "prompt_tokens": 100 + n,
+            "verdict": "correct", "error": None, "error_kind": "none",
         }
         for n in range(count)
     ]  # fmt: skip
@@ -63,7 +68,7 @@ def page_of(measured: dict[str, list[dict[str, Any]]], config: Any, task: str = 
 
 @pytest.fixture
 def text(make_config: Any) -> str:
-    """Thirty questions: the base model is right on a third of them, the tuned one on all but one, which is hostile."""
+    """Thirty questions: the base model is right on a third, the tuned one on all but one."""
     tuned = questions(30)
     wrong = {"verdict": "wrong", "error": "other rows", "error_kind": "wrong rows"}
     tuned[7] |= dict.fromkeys(("question", "hardness", "db_id"), HOSTILE)

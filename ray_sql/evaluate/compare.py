@@ -38,7 +38,7 @@ QUESTIONS = "--- questions that only {side} gets right"
 
 @dataclass(frozen=True)
 class PairedRows:
-    """The questions that both files judge, in the order of the first, and counts of those left out."""
+    """The questions that both files judge, in the first's order, and counts of those left out."""
 
     rows: list[tuple[JudgedRow, JudgedRow]]
     task: Task
@@ -278,7 +278,7 @@ def _discordant(a: JudgedRow, b: JudgedRow) -> dict[str, Any]:
 
 
 def listing(result: Mapping[str, Any]) -> str:
-    """Return the comparison as text: scores, groups, then the questions that only one gets right."""
+    """Return the comparison as text: scores, groups, then questions that only one gets right."""
     lines = [
         f"A  {result['a']}",
         f"B  {result['b']}",

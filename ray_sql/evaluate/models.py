@@ -150,7 +150,7 @@ def _answer_cache(
         generate.VERSION,
         model_folder,
         weights,
-        adapter and adapter_digest(adapter),
+        adapter_digest(adapter) if adapter else None,
         [
             config.quantization.model_dump(),
             str(models.compute_dtype(config.train.bf16)),

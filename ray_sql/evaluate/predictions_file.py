@@ -1,4 +1,4 @@
-"""Read a file of predictions that anybody may have made, match its lines to gold, and judge them."""
+"""Read a file of predictions from any source, match its lines to gold, and judge them."""
 
 from __future__ import annotations
 

@@ -73,11 +73,11 @@ def _plan(config: EvaluateConfig, settings: Config) -> Iterator[str]:
 def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Evaluation:
     corpus = data.load_split(config, config.split)
     predictions_file.require_executable(corpus, TASKS[config.task_type])
-    pinned = None
+    contract = None
     if adapter:
         adapter = storage.absolute_uri(adapter)
         contract = AdapterFolder(adapter).read_contract()
-        pinned = models.revision_of(contract, config.model_name)
+    pinned = models.revision_of(contract, config.model_name)
     folder, revision = models.resolve(config.model_name, config.cache, config.read_token, pinned)
     if adapter:
         check_adapter(adapter, config, folder, revision)

@@ -1,1 +1,1 @@
-"""What people look at: figures (`figures`) and one page that needs nothing else (`html`)."""
+"""Show results to people: figures, one page that needs nothing else, tables on a terminal."""

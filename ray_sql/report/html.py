@@ -1,7 +1,7 @@
-"""`report.html`: scores, figures and every question of a run in one file that needs nothing else, to read, mail or keep.
+"""Write `report.html`: scores, figures and every question in one file that needs nothing else.
 
-The page is `report.jinja`; every text from a dataset or a model is escaped. Its filters are in its address after `#`, so that a
-view of it can be bookmarked.
+The template is `report.jinja`. Every text from a dataset or a model is escaped. Filters stand in
+the page's address after `#`, so that a view can be bookmarked.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def page(
     evaluation: Mapping[str, Rows],
     figures: Mapping[str, Figure],
 ) -> str:
-    """The report as HTML; `metrics` is what `metrics.json` holds, `evaluation` the judged rows of each model, in one order."""
+    """Return the report as HTML.
+
+    `metrics` is the content of `metrics.json`. The rows of all models are in the same order.
+    """
     header, cells = summary(metrics, evaluation)
-    questions = list(zip(*evaluation.values(), strict=True))
     return render(
         "report.jinja",
         title,
@@ -52,14 +54,8 @@ def page(
         cells=cells,
         comparisons=paired_lines(metrics),
         models=list(evaluation),
-        questions=questions,
-        choices=[
-            *_choices(questions),
-            *(
-                (f"verdict-{name}", f"{name}: verdict", _known(rows, "verdict"))
-                for name, rows in evaluation.items()
-            ),
-        ],
+        questions=list(zip(*evaluation.values(), strict=True)),
+        choices=_filters(evaluation),
     )
 
 
@@ -70,7 +66,7 @@ def render(
     figures: Mapping[str, Figure],
     **values: Any,
 ) -> str:
-    """A page that needs nothing else, from one of the package's templates; every value is escaped."""
+    """Return a page from one of the package's templates; every value is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("ray_sql", "report/templates")
@@ -91,7 +87,7 @@ def render(
 
 
 def facts(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
-    """What was measured, how, and where its record is."""
+    """Return task, data, model, rule and MLflow run, as far as they are known."""
     scores: Mapping[str, Any] = next(iter(metrics[models[-1]].values()), {})
     steps = f"{metrics['best_step']} of {metrics['steps']}" if "best_step" in metrics else None
     known = {
@@ -110,12 +106,15 @@ def summary(
 ) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the table of scores: one row per split and model."""
     task, models = TASKS[metrics["task_type"]], list(evaluation)
-    keys = secondary_scores([scores for name in models for scores in metrics[name].values()], task)
-    # a score that counts names over all questions has a twin: the mean over questions
-    pairs = {key: f"{key}_macro" for key in keys if key.endswith("_f1") and not task.executes_sql}
+    summaries = [scores for name in models for scores in metrics[name].values()]
+    keys = secondary_scores(summaries, task)
+    labels = dict(task.secondary)
+    for key in keys:
+        if any(f"{key}_macro" in scores for scores in summaries):
+            labels[key] += " (micro / macro)"
     head = [
         *("split", "model", "n", task.label, "95 % interval", "clustered (databases)"),
-        *(task.secondary[key] + " (micro / macro)" * (key in pairs) for key in keys),
+        *(labels[key] for key in keys),
         "gold fails",
     ]
     rows = []
@@ -129,19 +128,24 @@ def summary(
                     percent(scores[task.metric], n=scores["n"]),
                     _range(scores.get("interval")),
                     _range(scores.get("clustered_interval"), f" ({databases})"),
-                    *(_cell(scores, key, pairs.get(key)) for key in keys),
+                    *(_cell(scores, key) for key in keys),
                     str(scores["gold_errors"]),
                 ]
             )
     return head, rows
 
 
-def _cell(scores: Mapping[str, Any], key: str, macro: str | None) -> str:
-    return " / ".join(share_text(scores, name) for name in (key, macro) if name)
+def _cell(scores: Mapping[str, Any], key: str) -> str:
+    """Write a score; with its mean over questions behind it, where it counts over all of them."""
+    macro = f"{key}_macro"
+    text = share_text(scores, key)
+    return f"{text} / {share_text(scores, macro)}" if macro in scores else text
 
 
-def _range(interval: Sequence[float] | None, of: str = "") -> str:
-    return "–" if interval is None else f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f} %{of}"
+def _range(interval: Sequence[float] | None, suffix: str = "") -> str:
+    if interval is None:
+        return "–"
+    return f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f} %{suffix}"
 
 
 def _databases(rows: Rows, split: str) -> int:
@@ -150,19 +154,24 @@ def _databases(rows: Rows, split: str) -> int:
     )
 
 
-def _choices(questions: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, list[str]]]:
-    """(key, label, values) of what every model's row of a question shares."""
-    rows = [question[-1] for question in questions]
+def _filters(evaluation: Mapping[str, Rows]) -> list[tuple[str, str, list[str]]]:
+    """Return (key, label, values) of each filter that has values to choose from."""
+    last = list(evaluation.values())[-1]
     fields = {"split": "split", "db_id": "database", "hardness": "hardness"}
-    return [(key, label, values) for key, label in fields.items() if (values := _known(rows, key))]
+    filters = [(key, label, _values(last, key)) for key, label in fields.items()]
+    filters += [
+        (f"verdict-{name}", f"{name}: verdict", _values(rows, "verdict"))
+        for name, rows in evaluation.items()
+    ]
+    return [(key, label, values) for key, label, values in filters if values]
 
 
-def _known(rows: Rows, key: str) -> list[str]:
+def _values(rows: Rows, key: str) -> list[str]:
     return list(dict.fromkeys(str(row[key]) for row in rows if row.get(key)))
 
 
 def _image(figure: Figure) -> str:
-    """A figure as the address of an image inside the page: vectors, the same bytes for the same figure."""
+    """Return a figure as a data URI: vectors, the same bytes for the same figure."""
     import matplotlib
 
     stream = BytesIO()
