@@ -1,0 +1,110 @@
+"""Make the README's pictures from a finished run:  python docs/pictures.py out/demo
+
+Shows the run again in a terminal of 100 columns, and opens its report and its page in MLflow with
+headless Chromium. Needs `chromium`; overwrites docs/demo-*.png. Look at each picture afterwards.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+DOCS = Path(__file__).parent
+PLACE = "~/ray_sql"
+"""Stands for the folder that the run was made in."""
+PAGE = """<body style="margin:0;background:#1b1e24"><pre style="margin:0;padding:18px 22px;color:#d8dee9;
+font:14px/1.35 'DejaVu Sans Mono',monospace">{code}</pre></body>"""
+
+
+def terminal(run: Path) -> None:
+    """Picture what a finished run shows: its scores, and where everything is."""
+    command = ["ray-sql", "demo"]
+    code = "import sys; from ray_sql.cli import main; main('finetune', sys.argv[1:])"
+    flags = ["--config", str(run / "config.json"), "--no-overwrite", "--no-tracking.enabled"]
+    colours = {"COLUMNS": "100", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        env=os.environ | colours,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = done.stdout.replace(f"{run.parent.parent}/", f"{PLACE}/")
+    start = re.search(r"[^\n]*execution accuracy", shown)
+    assert start, f"the run shows no table of scores: {shown}"
+    console = Console(record=True, width=100, file=StringIO())
+    console.print(Text.from_ansi(f"$ {' '.join(command)}\n…\n{shown[start.start() :].rstrip()}"))
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "terminal.html"
+        console.save_html(str(page), code_format=PAGE, inline_styles=True)
+        lines = len(page.read_text().splitlines())
+        shoot(page.as_uri(), "demo-terminal.png", 900, 19 * lines + 30)
+
+
+def report(run: Path) -> None:
+    """Picture the top of the run's report."""
+    shoot((run / "report.html").as_uri(), "demo-report.png", 1200, 1000)
+
+
+def mlflow(run: Path) -> None:
+    """Picture the run's page in MLflow, whose database lies where the job was started."""
+    recorded = json.loads((run / "run.json").read_text())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+        + ["--backend-store-uri", recorded["tracking_uri"]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/health")
+                break
+            except OSError:
+                time.sleep(1)
+        page = f"{address}/#/experiments/1/runs/{recorded['mlflow_run_id']}"
+        shoot(page, "demo-mlflow.png", 1400, 1000)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def shoot(address: str, name: str, width: int, height: int) -> None:
+    """Write a picture of a page, with a new profile and nothing fetched from elsewhere."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    assert browser, "install chromium"
+    quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
+    flags = f"headless no-sandbox hide-scrollbars disable-component-update {quiet}".split()
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            [browser, *(f"--{flag}" for flag in flags), f"--user-data-dir={profile}"]
+            + [f"--window-size={width},{height}", "--virtual-time-budget=30000"]
+            + [f"--screenshot={DOCS / name}", address],
+            check=True,
+            capture_output=True,
+        )
+    size = (DOCS / name).stat().st_size
+    print(f"{DOCS / name}: {size / 1024:.0f} KiB")
+    assert size < 300 * 1024, "too large for a page"
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]).resolve()
+    terminal(folder)
+    report(folder)
+    mlflow(folder)
