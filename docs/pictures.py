@@ -17,14 +17,16 @@ import urllib.request
 from io import StringIO
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
+from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 DOCS = Path(__file__).parent
 PLACE = "~/ray_sql"
 """Stands for the folder that the run was made in."""
 PAGE = """<body style="margin:0;background:#1b1e24"><pre style="margin:0;padding:18px 22px;color:#d8dee9;
-font:14px/1.35 'DejaVu Sans Mono',monospace">{code}</pre></body>"""
+font:14px/1.2 'DejaVu Sans Mono',monospace">{code}</pre></body>"""
 
 
 def terminal(run: Path) -> None:
@@ -47,9 +49,9 @@ def terminal(run: Path) -> None:
     console.print(Text.from_ansi(f"$ {' '.join(command)}\n…\n{shown[start.start() :].rstrip()}"))
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "terminal.html"
-        console.save_html(str(page), code_format=PAGE, inline_styles=True)
+        console.save_html(str(page), theme=MONOKAI, code_format=PAGE, inline_styles=True)
         lines = len(page.read_text().splitlines())
-        shoot(page.as_uri(), "demo-terminal.png", 900, 19 * lines + 30)
+        shoot(page.as_uri(), "demo-terminal.png", 900, 17 * lines + 40)
 
 
 def report(run: Path) -> None:
@@ -71,21 +73,21 @@ def mlflow(run: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(120):
+        for _ in range(300):
             try:
                 urllib.request.urlopen(f"{address}/health")
                 break
             except OSError:
                 time.sleep(1)
-        page = f"{address}/#/experiments/1/runs/{recorded['mlflow_run_id']}"
-        shoot(page, "demo-mlflow.png", 1400, 1000)
+        page = f"{address}/#/experiments/1/runs/{recorded['mlflow_run_id']}/model-metrics"
+        shoot(page, "demo-mlflow.png", 1400, 1000, shown=1035)  # beside it is MLflow's assistant
     finally:
         server.terminate()
         server.wait()
 
 
-def shoot(address: str, name: str, width: int, height: int) -> None:
-    """Write a picture of a page, with a new profile and nothing fetched from elsewhere."""
+def shoot(address: str, name: str, width: int, height: int, shown: int | None = None) -> None:
+    """Write a picture of a page, or of its left part, with a new profile of the browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "install chromium"
     quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
@@ -98,6 +100,8 @@ def shoot(address: str, name: str, width: int, height: int) -> None:
             check=True,
             capture_output=True,
         )
+    picture = Image.open(DOCS / name)
+    picture.crop((0, 0, shown or width, height)).save(DOCS / name, optimize=True)
     size = (DOCS / name).stat().st_size
     print(f"{DOCS / name}: {size / 1024:.0f} KiB")
     assert size < 300 * 1024, "too large for a page"
