@@ -106,7 +106,7 @@ def _saved(folder: RunFolder) -> Config:
             f"{folder}: no run of ray_sql (no config.json); give --output_name and --output_dir of a run"
         )
     try:
-        return Config(**folder.read_settings())
+        return Config(**(folder.read_settings() or {}))
     except ValueError:  # cut off, or of another version
         raise ConfigError(
             f"{folder.place(CONFIG)} cannot be read by this version; publish with the one that wrote it"

@@ -115,12 +115,13 @@ class RunFolder(_Folder):
         """Tell whether a run, or an evaluation, wrote its settings here."""
         return storage.exists(self.place(CONFIG))
 
-    def read_settings(self) -> dict[str, Any]:
-        """Return the settings; none where there is no file.
+    def read_settings(self) -> dict[str, Any] | None:
+        """Return the settings; None where there is no file.
 
         Raises `ValueError` if they are cut off.
         """
-        return dict(self._read_json(CONFIG) or {})
+        settings: dict[str, Any] | None = self._read_json(CONFIG)
+        return settings
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write `config.json`."""

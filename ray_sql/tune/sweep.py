@@ -111,7 +111,7 @@ def replay(config: Config) -> list[Path]:
 
 def _show_finished(config: Config, display: Display) -> dict[str, Any]:
     folder = RunFolder(config.run_dir)
-    require_scored_alike(Config(**folder.read_settings()), config)
+    require_scored_alike(Config(**(folder.read_settings() or {})), config)
     display.line(
         f"{config.run_dir} holds a finished study of these settings; --overwrite runs it again."
     )
