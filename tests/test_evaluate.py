@@ -17,7 +17,7 @@ from ray_sql.generate import Answer, Question
 from ray_sql.metrics.judged import HARDNESS
 from ray_sql.models import load_tokenizer
 from ray_sql.store.run_folder import json_lines
-from ray_sql.tasks import TASKS
+from ray_sql.tasks import SCHEMA, SQL, TASKS
 from tests.conftest import QUESTIONS
 
 
@@ -292,12 +292,12 @@ def test_models_are_ordered_by_the_tasks_metric_then_by_the_tie_break() -> None:
     sql = [
         {"execution_accuracy": a, "valid_sql": v} for a, v in ((0.5, 0.7), (0.2, 0.9), (0.5, 0.6))
     ]
-    assert sorted(sql, key=scoring.objective) == [sql[1], sql[2], sql[0]]
+    assert sorted(sql, key=SQL.objective) == [sql[1], sql[2], sql[0]]
     links = [
         {"strict_recall": r, "column_f1": f, "column_precision": 1}
         for r, f in ((0.3, 0.4), (0.1, 0.9), (0.3, 0.2))
     ]
-    assert sorted(links, key=scoring.objective) == [links[1], links[2], links[0]]
+    assert sorted(links, key=SCHEMA.objective) == [links[1], links[2], links[0]]
 
 
 def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
