@@ -432,7 +432,7 @@ def test_what_cannot_be_published_is_refused_before_and_after_training(
     )
     for refusal in (
         lambda: push(config),
-        lambda: publish.check(as_trained),
+        lambda: publish.require_publishable(as_trained),
         lambda: finetune.run(as_trained.changed({"publish": True})),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)) as caught:

@@ -34,7 +34,7 @@ def run(config: Config) -> dict[str, Any]:
     clock.mark("imports")
     with Display() as display:
         if config.publishes:  # what could not be published is known before training
-            display.line(f"Hub       {publish.check(config)}")
+            display.line(f"Hub       {publish.require_publishable(config)}")
         earlier = finished_metrics(config)
         if earlier is not None:
             _show_finished(config, earlier, display)

@@ -195,7 +195,7 @@ def check_hub(config: Config) -> str:
     """
     if not config.publishes:
         return "nothing will be published (--publish)"
-    return publish.check(config)
+    return publish.require_publishable(config)
 
 
 def check_data(scored: Sequence[str], task: TaskName, prepared: Prepared) -> str:

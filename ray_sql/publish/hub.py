@@ -1,8 +1,9 @@
-"""One repository of the Hub, through huggingface_hub's client: who may write it, what is in it, one commit per push.
+"""One repository of the Hub, through huggingface_hub's client. A push is one commit.
 
-The client retries an upload of large files by itself, but not the calls around it (2.4); here every call is tried again, a bounded number
-of times, after an answer or an accident that may pass. A push that was cut off is simply done again: the client compares what is there
-with what it has, and a commit names the one before it, so that nothing is committed twice.
+The client (2.4) retries an upload of large files, but not the calls around it. Here every call is
+tried again, a bounded number of times, after an answer or an accident that may pass. A push that
+was cut off is done again: the client compares the repository's files with its own, and a commit
+names its parent, so that nothing is committed twice.
 """
 
 from __future__ import annotations
@@ -15,28 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray_sql.config import Config
+from pydantic import SecretStr
+
+from ray_sql.config.sections import RepositorySection
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.store.retry import retry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 License = dict[str, str]
-"""A card's `license`, and for one that the Hub has no word for (`other`) `license_name` and `license_link`, where they are known."""
+"""A card's `license`. One without a word of the Hub's (`other`) may have a name and a link."""
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries; longer where the Hub says so, up to LONGEST_WAIT."""
+"""Seconds between tries, longer if the Hub asks for it, up to LONGEST_WAIT."""
 LONGEST_WAIT = 120.0
 TIMEOUT = 120.0
-"""Seconds of silence after which a connection counts as cut; the client's default is to wait for ever."""
+"""Seconds of silence after which a connection counts as cut. The client waits for ever."""
 PASSING = {408, 412, 429, 500, 502, 503, 504}
-"""Answers after which another try may succeed; 412: another commit came first."""
+"""Answers after which another try may succeed. 412 means that another commit came first."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push came to: the repository's address, the commit, and whether it is a new one or was there already."""
+    """A push: the repository's address and the commit, which is `new` or existed before."""
 
     url: str
     commit: str
@@ -52,9 +55,10 @@ class Hub:
     private: bool
 
     def base_model(self) -> str | None:
-        """The base model that the repository names; None if there is no such repository, or no weights in it.
+        """Return the base model that the repository names.
 
-        Raises `ConfigError` where there are weights and no base model: whatever it is, it was not published from here.
+        None means that there is no such repository, or that it holds no weights. Raises
+        `ConfigError` for weights without a base model: they were not published from here.
         """
         info = self._info()
         if info is None or not any(
@@ -65,17 +69,18 @@ class Hub:
         base = named[0] if isinstance(named, list) else named
         if base is None:
             raise ConfigError(
-                f"--hub.repo_id {self.repo_id}: holds a model that names no base model; choose another --hub.repo_id"
+                f"--hub.repo_id {self.repo_id}: holds a model that names no base model; choose "
+                "another --hub.repo_id"
             )
         return str(base)
 
     def public(self) -> bool | None:
-        """Whether everybody can read the repository; None if there is none."""
+        """Tell whether everybody can read the repository; None if there is none."""
         info = self._info()
         return None if info is None else not info.private
 
     def _info(self) -> Any:
-        """What the Hub says of the repository; None if there is none."""
+        """Return the Hub's `ModelInfo`; None if there is no repository."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         with _named(f"{self.repo_id} on {self.api.endpoint}"):
@@ -91,9 +96,10 @@ class Hub:
         branch: str = "main",
         tag: str | None = None,
     ) -> Pushed:
-        """Commit the files (path in the repository → what it holds) to a branch at once; a tag moves to that commit.
+        """Commit files, a mapping of paths in the repository to content, as one commit.
 
-        Raises `StoreError` if the Hub does not take them, and `ConfigError` if it does not let this token.
+        A `tag` moves to that commit. Raises `StoreError` if the Hub does not take them, and
+        `ConfigError` if this token may not write them.
         """
         with _named(f"{self.repo_id} on {self.api.endpoint}"):
             self._create(branch)
@@ -119,9 +125,11 @@ class Hub:
     def _commit(self, files: Mapping[str, Path | bytes], message: str, branch: str) -> str:
         from huggingface_hub import CommitOperationAdd
 
-        # Asked at every try: a try given up may be carried out while this one is under way, and only one of two with the same parent is.
+        # asked at every try: an abandoned try may still be carried out, and of two commits with the
+        # same parent only one succeeds
         parent = self.api.model_info(self.repo_id, revision=branch).sha
-        # made anew at every try: they remember what the repository held, which a commit whose answer was lost has changed
+        # made anew at every try: they remember the repository's content, which a commit may have
+        # changed whose answer was lost
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         commit = self.api.create_commit(
             self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
@@ -136,9 +144,8 @@ class Hub:
         if at == commit:
             return
         if at is not None:
-            with suppress(
-                RevisionNotFoundError
-            ):  # a try before this one removed it, and its answer was lost
+            # an earlier try may have removed it, and its answer was lost
+            with suppress(RevisionNotFoundError):
                 _attempt("moving the tag", lambda: self.api.delete_tag(self.repo_id, tag=name))
         _attempt(
             "the tag",
@@ -146,7 +153,7 @@ class Hub:
         )
 
     def license_of(self, model: str) -> License:
-        """The licence fields that the Hub has for a model; none where it has none, or does not show that model."""
+        """Return a model's licence fields on the Hub; none where the Hub does not show them."""
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         try:
@@ -157,43 +164,49 @@ class Hub:
         return {name: str(value) for name in fields if card and (value := getattr(card, name))}
 
 
-def login(config: Config, suffix: str = "") -> Hub:
-    """The repository that `config.hub` names (and `suffix`), after making sure that the token may write it; sends nothing.
+def login(settings: RepositorySection, output_name: str, write_token: SecretStr | None) -> Hub:
+    """Return the repository of the settings, by default named `output_name`. Sends nothing.
 
-    Raises `ConfigError` without a token, for one that may only read, or that belongs to neither the repository's owner nor a member.
+    Raises `ConfigError` without a token, for one that may only read, and for one that belongs to
+    neither the repository's owner nor a member.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()  # one line says what was pushed, and a bar would break the display of a training run
-    token = config.write_token.get_secret_value() if config.write_token else get_token()
+    # one line says what was pushed, and a bar would break the display of a training run
+    disable_progress_bars()
+    token = write_token.get_secret_value() if write_token else get_token()
     if not token:
         raise ConfigError(
-            "publishing needs a Hub token that may write: make one and set HF_TOKEN (or run `hf auth login`)"
+            "publishing needs a Hub token that may write: make one and set HF_TOKEN (or run "
+            "`hf auth login`)"
         )
     api = HfApi(token=token, library_name="ray_sql")
     with _named(f"the Hub at {api.endpoint}"):
         account = _attempt("whoami", api.whoami)
     user = str(account["name"])
-    repo_id = config.hub.repo_id or config.output_name
-    repo_id = (repo_id if "/" in repo_id else f"{user}/{repo_id}") + suffix
-    _check_access(account, repo_id)
-    return Hub(api, repo_id, config.hub.private)
+    repo_id = settings.repo_id or output_name
+    if "/" not in repo_id:
+        repo_id = f"{user}/{repo_id}"
+    _require_access(account, repo_id)
+    return Hub(api, repo_id, settings.private)
 
 
-def _check_access(account: Mapping[str, Any], repo_id: str) -> None:
-    """Raise `ConfigError` if whoami's answer says that its token cannot write the repository."""
+def _require_access(account: Mapping[str, Any], repo_id: str) -> None:
+    """Raise `ConfigError` if the token of whoami's answer cannot write the repository."""
     token = account.get("auth", {}).get("accessToken", {})
     owner, role = repo_id.split("/")[0], token.get("role")
     if role == "read":
         raise ConfigError(
-            f"the Hub token of {account['name']} may only read; make one that may write, and set HF_TOKEN"
+            f"the Hub token of {account['name']} may only read; make one that may write, and set "
+            "HF_TOKEN"
         )
-    members = {str(one["name"]): one.get("roleInOrg") for one in account.get("orgs", ())}
+    members = {str(org["name"]): org.get("roleInOrg") for org in account.get("orgs", ())}
     if owner != account["name"] and members.get(owner, "read") == "read":
         raise ConfigError(
-            f"--hub.repo_id {repo_id}: {account['name']} may not write there; use {account['name']}/{repo_id.split('/')[1]}, or the "
-            f"token of a member of {owner} who may"
+            f"--hub.repo_id {repo_id}: {account['name']} may not write there; use "
+            f"{account['name']}/{repo_id.split('/')[1]}, or the token of a member of {owner} "
+            "who may"
         )
     scopes = token.get("fineGrained", {}).get("scoped")
     if (
@@ -202,8 +215,9 @@ def _check_access(account: Mapping[str, Any], repo_id: str) -> None:
         and not any(_covers(scope, repo_id) for scope in scopes)
     ):
         raise ConfigError(
-            f"the Hub token of {account['name']} has no right to write {repo_id}; give it `write access to contents` of {owner}'s "
-            "repositories, or set HF_TOKEN to one that has it"
+            f"the Hub token of {account['name']} has no right to write {repo_id}; give it "
+            f"`write access to contents` of {owner}'s repositories, or set HF_TOKEN to one that "
+            "has it"
         )
 
 
@@ -240,7 +254,7 @@ def _attempt(what: str, action: Callable[[], T]) -> T:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another try would fail in the same way: the Hub understood and refused, or the client was told not to ask."""
+    """Tell whether another try must fail too: the Hub refused, or the client is offline."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     status = _status(error)
@@ -257,11 +271,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _response(error: BaseException) -> Any:
-    """The Hub's answer behind an error; the client wraps what an upload raises."""
-    return next(
-        (found for one in _chain(error) if (found := getattr(one, "response", None)) is not None),
-        None,
-    )
+    """Return the Hub's answer behind an error, which the client may have wrapped."""
+    responses = (getattr(cause, "response", None) for cause in _chain(error))
+    return next((response for response in responses if response is not None), None)
 
 
 def _status(error: BaseException) -> int | None:
@@ -276,7 +288,7 @@ def _asked_to_wait(error: BaseException) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of an error, from the cause that a user can recognise."""
+    """Return an error in one line, from the cause that a user can recognise."""
     status, first = _status(error), list(_chain(error))[-1]
     if status is not None:
         return f"HTTP {status}"
@@ -285,7 +297,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _named(place: str) -> Iterator[None]:
-    """What the client raises for good, as one line about `place`."""
+    """Raise the client's final errors as one line about `place`."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
@@ -304,7 +316,7 @@ def _named(place: str) -> Iterator[None]:
             ) from None
         if status in (402, 403, 404):
             raise ConfigError(
-                f"{place}: the token may not write there (HTTP {status}); choose another --hub.repo_id, or set HF_TOKEN to a token "
-                "that may"
+                f"{place}: the token may not write there (HTTP {status}); choose another "
+                "--hub.repo_id, or set HF_TOKEN to a token that may"
             ) from None
         raise StoreError(f"{place}: refused: {' '.join(str(error).split())[:300]}") from None

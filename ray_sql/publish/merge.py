@@ -1,7 +1,8 @@
-"""The merged model: the adapter added to the unquantised base in bfloat16, for servers and converters that know no adapters.
+"""Merge the adapter into the unquantised base in bfloat16, for servers that know no adapters.
 
-The adapter was trained over 4-bit weights and is added to others here, so the merged model is another one: it answers the run's own
-questions again, and is refused where it answers significantly fewer than the adapter did.
+The adapter was trained over 4-bit weights and is added to others here, so the merged model is
+another one. It answers the run's own questions again, and is refused if it answers significantly
+fewer than the adapter did.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from ray_sql.tasks import TASKS
 
 
 def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
-    """Write `<run_dir>/merged` and measure it; returns its `metrics.json`: scores by split, and the paired test against the adapter.
+    """Write and score the merged model. Return its `metrics.json`.
 
-    What an earlier call did with the same adapter is kept. Raises `ModelError` if it answers significantly fewer questions.
+    The file holds scores by split and the paired test against the adapter. A merged model of the
+    same adapter is used again. Raises `ModelError` if it answers significantly fewer questions.
     """
     adapter, saved = adapter_digest(run.adapter.uri), run.merged.read_metrics() or {}
     if saved.get("adapter") != adapter:
-        with tempfile.TemporaryDirectory(prefix="ray_sql-", dir=_room(config)) as scratch:
+        with tempfile.TemporaryDirectory(
+            prefix="ray_sql-", dir=_scratch_dir(config.cache)
+        ) as scratch:
             folder = Path(scratch) / run.merged.name
             _write(config, run, folder)
             saved = {"adapter": adapter, **_measure(config, run, folder, display)}
@@ -42,25 +46,26 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
             storage.put(folder, run.merged.uri)
     test = saved["compared"]
     display.line(
-        f"merged    {run.merged}: it alone is right on {test['only_merged']} questions, the adapter alone on "
-        f"{test['only_adapter']} (McNemar p = {test['mcnemar_p']:.2g})"
+        f"merged    {run.merged}: it alone is right on {test['only_merged']} questions, the "
+        f"adapter alone on {test['only_adapter']} (McNemar p = {test['mcnemar_p']:.2g})"
     )
     if PairedTest(test["only_adapter"], test["only_merged"]).a_is_better:
         raise ModelError(
-            f"{run.merged}: merged, the model is worse than with its adapter (McNemar p = {test['mcnemar_p']:.2g}), so it is not "
-            "published; use the adapter, or train with --no-quantization.load_in_4bit"
+            f"{run.merged}: merged, the model is worse than with its adapter (McNemar p = "
+            f"{test['mcnemar_p']:.2g}), so it is not published; use the adapter, or train with "
+            "--no-quantization.load_in_4bit"
         )
     return saved
 
 
-def _room(config: Config) -> Path:
-    """A folder for something as large as a model: the cache, where base models lie, too."""
-    config.cache.mkdir(parents=True, exist_ok=True)
-    return config.cache
+def _scratch_dir(cache: Path) -> Path:
+    """Return a folder with room for a model: the cache, where base models lie too."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def _write(config: Config, run: RunFolder, folder: Path) -> None:
-    """The merged model with its tokenizer, as a Hugging Face folder."""
+    """Write the merged model with its tokenizer, as a Hugging Face folder."""
     from peft import PeftModel
 
     revision = models.revision_of(run.read_contract(), config.model_name)
@@ -68,17 +73,18 @@ def _write(config: Config, run: RunFolder, folder: Path) -> None:
     base = models.load_base(place, QuantizationSection(load_in_4bit=False), bf16=True)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         adapter = storage.fetch(run.adapter.uri, Path(scratch))
-        # not models.load_adapter, which rounds LoRA's weights for generation: their product is rounded once, when it is added
+        # not models.load_adapter, which rounds LoRA's weights for generation: here their product is
+        # rounded once, when it is added
         PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
     storage.fetch_file(run.place(CONTRACT), folder / CONTRACT)
 
 
 def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> dict[str, Any]:
-    """The merged model's scores on the run's questions, and the paired test against what the adapter answered."""
+    """Score the merged model on the run's questions, and compare it with the adapter's answers."""
     plain = config.changed({"quantization.load_in_4bit": False})
     corpus = data.load_split(plain, plain.split)
-    asked = scored_questions(corpus, models.load_tokenizer(str(folder)), plain)
+    questions = scored_questions(corpus, models.load_tokenizer(str(folder)), plain)
 
     def show(event: Event) -> None:
         match event:
@@ -89,13 +95,10 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
             case _:
                 raise UnknownEvent(event)
 
-    rows = evaluate_models(plain, asked, corpus.schemas, str(folder), None, display, show)["base"]
-    before = _right(run.read_predictions())
-    pairs = [
-        (before[row["split"], row["id"]], is_right(row))
-        for row in rows
-        if row["verdict"] != "gold_error" and (row["split"], row["id"]) in before
-    ]
+    model = str(folder)
+    rows = evaluate_models(plain, questions, corpus.schemas, model, None, display, show)["base"]
+    before, after = _right(run.read_predictions()), _right(rows)
+    pairs = [(before[key], right) for key, right in after.items() if key in before]
     compared = {"n": len(pairs), **paired_test(pairs).named("adapter", "merged")}
     return {
         **results.summarise({"merged": rows}, TASKS[plain.task_type], plain.evaluate),
@@ -104,7 +107,7 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
 
 
 def _right(rows: Sequence[Mapping[str, Any]]) -> Mapping[tuple[str, str], bool]:
-    """Whether the adapter's answer to a question was right, by split and id; questions whose gold fails are not among them."""
+    """Return whether each answer is right, by split and id, without questions whose gold fails."""
     return {
         (row["split"], row["id"]): is_right(row) for row in rows if row["verdict"] != "gold_error"
     }

@@ -1,7 +1,7 @@
-"""Check before training whether a run could be published, and publish it when it is finished.
+"""Check before training that a run can be published, and publish it when it is finished.
 
-check(config)    whoever owns the token may write the repository, and it holds no model of another base
-publish(config)  adapter, contract, settings, metrics and model card as one commit, tagged with the MLflow run
+A push is one commit of adapter, contract, settings, metrics and model card, tagged with the MLflow
+run.
 """
 
 from __future__ import annotations
@@ -27,33 +27,37 @@ from ray_sql.store.run_folder import ADAPTER_WEIGHTS, CONTRACT
 from ray_sql.tasks import TASKS
 
 
-def check(config: Config) -> str:
-    """What a run of `config` would be published as; sends nothing.
+def require_publishable(config: Config) -> str:
+    """Return where a run would be published, over which base model. Sends nothing.
 
-    Raises `ConfigError` without a token that may write, where the repository holds a model of another base, or the base has no name on
-    the Hub, and `StoreError` if the Hub does not answer.
+    Raises `ConfigError` without a token that may write, for a repository with a model of another
+    base, and for a base without a name on the Hub. Raises `StoreError` if the Hub does not answer.
     """
-    base, hub = bundles.base_name(config), hubs.login(config)
-    there, public = _same_base(hub, base), hub.public()
+    base = bundles.base_name(config.model_name, config.hub)
+    hub = hubs.login(config.hub, config.output_name, config.write_token)
+    holds_model, public = _require_same_base(hub, base), hub.public()
     if public is None:
-        place = f"if there is none, {'a private one' if config.hub.private else 'a public one'} is created"
+        kind = "private" if config.hub.private else "public"
+        place = f"if there is none, a {kind} one is created"
     else:
-        place = "on top of what it holds" if there else "which holds no model yet"
-        place += "; it is public: everybody can read what is pushed there" if public else ""
+        place = "on top of what it holds" if holds_model else "which holds no model yet"
+        if public:
+            place += "; it is public: everybody can read what is pushed there"
     return f"{hub.repo_id}, {place}, base model {base}"
 
 
 def publish(config: Config | PublishConfig, display: Display | None = None) -> str:
-    """Push the finished run in `config.run_dir`, under the hub settings and tokens of `config`; returns the repository's address.
+    """Push the finished run in `config.run_dir`. Return the repository's address.
 
-    Raises `ConfigError`, `ContractError` or `ModelError` for a run that is not to be published (see `bundle.read`), and `StoreError`,
-    with the command that does it later, where the Hub cannot be reached: the adapter stays where it is.
+    Raises `ConfigError`, `ContractError` or `ModelError` for a run that must not be published (see
+    `bundle.read`). Raises `StoreError`, with the command that pushes later, if the Hub cannot be
+    reached. The adapter stays where it is.
     """
     display = display or Display()
     bundle = bundles.read(config)
     try:
-        hub = hubs.login(bundle.config)
-        _same_base(hub, bundle.base_model)
+        hub = _login(bundle)
+        _require_same_base(hub, bundle.base_model)
         license = _license(hub, bundle)
         pushed = _push_adapter(hub, bundle, license)
         display.line(_line(pushed))
@@ -61,46 +65,50 @@ def publish(config: Config | PublishConfig, display: Display | None = None) -> s
             display.line(_line(_push_merged(hub, bundle, license, display)))
     except StoreError as error:
         raise StoreError(
-            f"{error}; nothing is lost: the adapter is in {bundle.folder.adapter}; with HF_TOKEN set, push it later with: {later(bundle)}"
+            f"{error}; nothing is lost: the adapter is in {bundle.folder.adapter}; with HF_TOKEN "
+            f"set, push it later with: {command_to_publish(bundle)}"
         ) from None
     return pushed.url
 
 
 def dry_run(config: Config | PublishConfig) -> None:
-    """Say what `publish` would push where, and show the model card; raises what it would, and sends nothing."""
+    """Show what `publish` would push where, and the card. Raises as it does, sends nothing."""
     display, bundle = Display(), bundles.read(config)
-    display.line(f"Hub       {check(bundle.config)}")
-    hub = hubs.login(bundle.config)
+    display.line(f"Hub       {require_publishable(bundle.config)}")
+    hub = _login(bundle)
     license = _license(hub, bundle)
-    display.line(
-        f"files     {', '.join(sorted((ADAPTER_WEIGHTS, 'README.md', *bundle.json_files())))}, as one commit, tag {bundle.tag}"
-    )
+    files = ", ".join(sorted((ADAPTER_WEIGHTS, "README.md", *bundle.json_files())))
+    display.line(f"files     {files}, as one commit, tag {bundle.tag}")
     display.line(f"--- README.md ---\n{card(bundle, hub.repo_id, license)}")
 
 
-def later(bundle: Bundle) -> str:
-    """The command that publishes a run as it was to be; the token comes from the environment."""
+def command_to_publish(bundle: Bundle) -> str:
+    """Return the command that publishes a run with these settings, without the token."""
     root, _, name = bundle.folder.uri.rpartition("/")
     place = ["--scaling.storage_path" if "://" in root else "--output_dir", root]
     words = ["ray-sql", "publish", "--output_name", name, *place]
-    for setting, value in bundle.asked.items():
-        flag = f"--hub.{setting}"
-        words += (
-            [flag if value else f"--no-hub.{setting}"]
-            if isinstance(value, bool)
-            else [flag, str(value)]
-        )
+    for setting, value in bundle.changed.items():
+        if value is False:
+            words.append(f"--no-hub.{setting}")
+        else:
+            words += [f"--hub.{setting}"] if value is True else [f"--hub.{setting}", str(value)]
     return shlex.join(words)
 
 
-def _same_base(hub: Hub, base: str) -> bool:
-    """Whether the repository holds a model already. Raises `ConfigError` if it is one of another base."""
-    there = hub.base_model()
-    if there not in (None, base):
+def _login(bundle: Bundle) -> Hub:
+    config = bundle.config
+    return hubs.login(config.hub, config.output_name, config.write_token)
+
+
+def _require_same_base(hub: Hub, base: str) -> bool:
+    """Tell whether the repository holds a model. Raises `ConfigError` for one of another base."""
+    published = hub.base_model()
+    if published not in (None, base):
         raise ConfigError(
-            f"--hub.repo_id {hub.repo_id}: holds a model over {there}, this run is over {base}; choose another --hub.repo_id"
+            f"--hub.repo_id {hub.repo_id}: holds a model over {published}, this run is "
+            f"over {base}; choose another --hub.repo_id"
         )
-    return there is not None
+    return published is not None
 
 
 def _license(hub: Hub, bundle: Bundle) -> License:
@@ -122,10 +130,10 @@ def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
 
 
 def _push_merged(hub: Hub, bundle: Bundle, license: License, display: Display) -> Pushed:
-    """Push the merged model to a repository of its own, whose root is the model, as servers and converters expect it."""
+    """Push the merged model to the root of a repository of its own, where servers expect it."""
     measured = merge.merged(bundle.config, bundle.folder, display)
     other = Hub(hub.api, f"{hub.repo_id}-merged", hub.private)
-    _same_base(other, bundle.base_model)
+    _require_same_base(other, bundle.base_model)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         folder = storage.fetch(bundle.folder.merged.uri, Path(scratch))
         files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
@@ -145,4 +153,5 @@ def _message(bundle: Bundle, measured: Mapping[str, Any]) -> str:
 
 
 def _line(pushed: Pushed) -> str:
-    return f"Hub       {pushed.url}, commit {pushed.commit[:12]}{'' if pushed.new else ', which was there already'}"
+    line = f"Hub       {pushed.url}, commit {pushed.commit[:12]}"
+    return line if pushed.new else f"{line}, which was there already"

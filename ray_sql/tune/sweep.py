@@ -50,7 +50,7 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     for one_task in studies:  # what is wrong with the second is known before the first has run
         space.read(one_task)
         if one_task.publish:
-            publish.check(one_task)
+            publish.require_publishable(one_task)
     try:
         metrics = {study.task_type: run_study(study, config.resume) for study in studies}
     finally:
