@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import make_encoder
 from ray_sql import cluster, data, generate, models
 from ray_sql.config import Config, load
 from ray_sql.generate import Answer, Question, hf_generate
@@ -166,12 +167,11 @@ class Bench:
         self._folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
         self._tokenizer = models.load_tokenizer(self._folder)
         corpus = data.load_split(config, config.split)
+        encoder = make_encoder(self._tokenizer, config, corpus.schemas)
         self.asked = [
             question
             for split in config.split
-            for question in generate.make_questions(
-                corpus.splits[split], split, corpus, self._tokenizer, config
-            )
+            for question in generate.make_questions(corpus.splits[split], split, corpus, encoder)
         ]
         self._model = self._load(config)
         self.dtype = str(self._model.dtype).removeprefix("torch.")

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import make_encoder
 from ray_sql import cluster
 from ray_sql.cluster.events import DriverLink, TrainPoint
 from ray_sql.config import Config, load
@@ -64,7 +65,7 @@ class Job:
 
 def loop(job: Job, driver: DriverLink) -> list[float]:
     """Train, and return the seconds of every step; on a Ray worker or in a process of its own."""
-    from ray_sql import data, models, rows
+    from ray_sql import data, models
     from ray_sql.train import trainer
 
     config, me = Config(**job.settings), job.me
@@ -76,10 +77,8 @@ def loop(job: Job, driver: DriverLink) -> list[float]:
     folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     tokenizer = models.load_tokenizer(folder)
     corpus = data.load(config)
-    examples = [
-        rows.encode(example, corpus.schemas, tokenizer, config)
-        for example in corpus.splits["train"]
-    ]
+    encoder = make_encoder(tokenizer, config, corpus.schemas)
+    examples = [encoder.encode(example) for example in corpus.splits["train"]]
     turns, seconds = Turns(job.folder, me), []
     started = 0.0
 

@@ -41,6 +41,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import make_encoder
 from ray_sql import data, generate, models, rows
 from ray_sql.config import Config, load
 from ray_sql.generate import Answer
@@ -151,21 +152,21 @@ def prepare(folder: Path, databases: int) -> None:
     tokenizer = models.load_tokenizer(
         models.resolve(config.model_name, config.cache, config.read_token)[0]
     )
+    encoder = make_encoder(tokenizer, config, corpus.schemas)
     short = [
         example
         for example in corpus.splits["train"]
-        if len(rows.encode(example, corpus.schemas, tokenizer, config).input_ids)
-        <= config.rows.max_length
+        if len(encoder.encode(example).input_ids) <= config.rows.max_length
     ]
     chosen = drawn(short, databases, TRAINED + ASKED)
     trained = [example for examples in chosen for example in examples[:TRAINED]]
     asked = [example for examples in chosen for example in examples[TRAINED:]]
-    file, audit = rows.prepare(trained, corpus.schemas, tokenizer, config)
-    questions = generate.make_questions(asked, "held-out", corpus, tokenizer, config)
+    file, audit = rows.prepare(trained, encoder, config.rows, config.cache)
+    questions = generate.make_questions(asked, "held-out", corpus, encoder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.parquet").write_bytes(file.read_bytes())
     (folder / "held-out.parquet").write_bytes(
-        rows.prepare(asked, corpus.schemas, tokenizer, config)[0].read_bytes()
+        rows.prepare(asked, encoder, config.rows, config.cache)[0].read_bytes()
     )
     (folder / "questions.jsonl").write_text(generate.dump(questions))
     print(f"{audit.line()}; {len(questions)} questions")

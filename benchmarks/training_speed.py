@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import make_encoder
 from ray_sql import cluster, data, models, rows
 from ray_sql.config import Config, load
 from ray_sql.rows import TokenizedExample
@@ -147,12 +148,13 @@ def draw_rounds(config: Config, folder: str, count: int) -> Iterator[list[Tokeni
     for example in corpus.splits["train"]:
         by_database[example.db_id].append(example)
     large = {name: examples for name, examples in by_database.items() if len(examples) >= EXAMPLES}
+    encoder = make_encoder(tokenizer, config, corpus.schemas)
     draw = random.Random(0)
     for name in draw.choices(
         list(large), weights=[len(examples) for examples in large.values()], k=count
     ):
         chosen = draw.sample(large[name], EXAMPLES)
-        yield [rows.encode(example, corpus.schemas, tokenizer, config) for example in chosen]
+        yield [encoder.encode(example) for example in chosen]
 
 
 class Bench:

@@ -178,6 +178,14 @@ def make_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
     return folder
 
 
+def make_encoder(tokenizer: Any, config: Config, schemas: Any) -> Any:
+    """Return the encoder of a run with these settings."""
+    from ray_sql import rows
+    from ray_sql.tasks import TASKS
+
+    return rows.Encoder(tokenizer, TASKS[config.task_type], config.prompt, schemas)
+
+
 def load_base(folder: Path, config: Config, device: str = "cpu") -> Any:
     """Load the base model of a folder as a run with these settings does."""
     from ray_sql import models

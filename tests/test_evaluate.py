@@ -18,7 +18,7 @@ from ray_sql.metrics.judged import HARDNESS
 from ray_sql.models import load_tokenizer
 from ray_sql.store.run_folder import json_lines
 from ray_sql.tasks import SCHEMA, SQL, TASKS
-from tests.conftest import QUESTIONS
+from tests.conftest import QUESTIONS, make_encoder
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,9 @@ def test_gold_as_answers_scores_all(
     corpus: Corpus, tokenizer: Any, make_config: Any, semantics: str
 ) -> None:
     config = make_config(**{"evaluate.semantics": semantics})
-    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["dev"], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     judged = score(asked, [said(one.gold) for one in asked], config)
     scores = summarise(judged, config)
     assert (scores["execution_accuracy"], scores["n"], scores["correct"]) == (
@@ -71,7 +73,9 @@ def test_gold_as_answers_scores_all(
 
 def test_gold_links_as_answers_score_all(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     config = make_config(task_type="schema")
-    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["dev"], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     judged = score(asked, [said(one.gold, "json") for one in asked], config, corpus.schemas)
     scores = summarise(judged, config)
     for name in (
@@ -167,7 +171,9 @@ def test_hardness_is_graded_where_the_dataset_has_none(
 ) -> None:
     for task in ("sql", "schema"):
         config = make_config(task_type=task)
-        asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+        asked = generate.make_questions(
+            corpus.splits["dev"], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+        )
         judged = score(asked, [said(one.gold) for one in asked], config, corpus.schemas)
         levels = {row["hardness"] for row in judged}
         assert levels <= set(HARDNESS) - {"unknown"} and len(levels) > 1

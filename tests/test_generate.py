@@ -11,7 +11,7 @@ from ray_sql.data import Corpus
 from ray_sql.generate import Answer, Question
 from ray_sql.generate.answers import Decoding, answer_questions
 from ray_sql.models import load_tokenizer
-from tests.conftest import make_model
+from tests.conftest import make_encoder, make_model
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,9 @@ def ask(
 def test_a_batch_answers_as_one_by_one(make_config: Any, model: Any, tokenizer: Any) -> None:
     config = make_config()
     corpus: Corpus = data.load(config)
-    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["dev"], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     asked += [
         question(tokenizer, text)
         for text in ("S", "SELECT name FROM customer WHERE city = ", "customer product")
@@ -160,7 +162,9 @@ def test_questions_survive_their_journey_as_text(
     config = make_config(task_type=task)
     corpus = data.load(config)
     odd = [e.__class__(**{**vars(e), "question": "a\u2028b\nc"}) for e in corpus.splits["dev"]]
-    asked = generate.make_questions(odd, "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        odd, "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     assert generate.parse(generate.dump(asked)) == asked
     assert asked[0].database == corpus.databases["mall"]
     assert asked[0].gold == (
@@ -173,5 +177,8 @@ def test_gold_that_cannot_be_linked_is_asked_all_the_same(make_config: Any, toke
     corpus = data.load(config)
     broken = data.Example("0", "mall", "Who?", "SELECT x FROM nowhere")
     assert [
-        one.gold for one in generate.make_questions([broken], "dev", corpus, tokenizer, config)
+        one.gold
+        for one in generate.make_questions(
+            [broken], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+        )
     ] == [""]

@@ -23,6 +23,7 @@ from ray_sql.evaluate.models import evaluate_models
 from ray_sql.generate import Answer, AnswerCache
 from ray_sql.models import load_tokenizer
 from ray_sql.tasks import SQL
+from tests.conftest import make_encoder
 
 DISPLAY = Display(Console(file=io.StringIO()))
 
@@ -32,7 +33,9 @@ def ask(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
     """The judged rows by model, and the counts of answers that came while asking."""
     corpus, tokenizer = data.load(config), load_tokenizer(str(model))
-    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["dev"], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     events: list[Any] = []
     return evaluate_models(
         config, asked, corpus.schemas, str(model), adapter, DISPLAY, events.append
@@ -161,7 +164,9 @@ def test_two_workers_answer_as_one_process(
 def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Path) -> None:
     config = make_config(**{"evaluate.num_beams": 3, "evaluate.first_executable": True})
     corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))
-    asked = generate.make_questions(corpus.splits["dev"][:4], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["dev"][:4], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     bad, good, other = "SELECT x FROM nowhere", "SELECT COUNT(*) FROM customer", "SELECT 7"
     candidates: Sequence[list[str]] = ([bad, good, other], [other, good, bad], [bad, "", bad], [])
     answers = [Answer((each or [bad])[0], 1, 1, 0.0, each) for each in candidates]

@@ -21,7 +21,7 @@ from ray_sql.models import load_tokenizer
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import SQL, TASKS
-from tests.conftest import QUESTIONS, make_model
+from tests.conftest import QUESTIONS, make_encoder, make_model
 
 GOLD = [sql for _, sql in QUESTIONS]
 DISPLAY = Display(Console(file=io.StringIO()))
@@ -257,7 +257,9 @@ def test_links_are_compared_by_the_score_that_heads_their_table(make_config: Any
 def test_a_base_model_is_asked_once_and_remembered(make_config: Any, tiny_model: Path) -> None:
     config = make_config(**{"quantization.load_in_4bit": False, "evaluate.max_new_tokens": 3})
     corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))
-    asked = generate.make_questions(corpus.splits["dev"][:3], "dev", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["dev"][:3], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     points: list[Any] = []
 
     def ask() -> Any:

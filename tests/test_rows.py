@@ -19,9 +19,22 @@ from ray_sql.finetune.prepare import Prepared
 from ray_sql.models import load_tokenizer
 from ray_sql.rows import Audit
 from ray_sql.tasks import SQL, TASKS
-from tests.conftest import QUESTIONS
+from tests.conftest import QUESTIONS, make_encoder
 
 UNLINKABLE = Example("broken", "shop", "Who?", "SELECT name FROM nowhere")
+
+
+def build(examples: Any, schemas: Any, tokenizer: Any, config: Any) -> Any:
+    return rows.build(examples, make_encoder(tokenizer, config, schemas), config.rows)
+
+
+def prepare(examples: Any, schemas: Any, tokenizer: Any, config: Any) -> Any:
+    encoder = make_encoder(tokenizer, config, schemas)
+    return rows.prepare(examples, encoder, config.rows, config.cache)
+
+
+def cache_key(examples: Any, schemas: Any, tokenizer: Any, config: Any) -> str:
+    return rows.cache_key(examples, make_encoder(tokenizer, config, schemas), config.rows)
 
 
 @pytest.fixture
@@ -35,7 +48,7 @@ def corpus(make_config: Any) -> Corpus:
 
 
 def lengths_of(corpus: Corpus, tokenizer: Any, config: Config) -> list[int]:
-    made, _ = rows.build(corpus.splits["train"], corpus.schemas, tokenizer, config)
+    made, _ = build(corpus.splits["train"], corpus.schemas, tokenizer, config)
     return [len(row.input_ids) for row in made]
 
 
@@ -44,7 +57,7 @@ def test_the_loss_is_on_exactly_the_completion(
     corpus: Corpus, tokenizer: Any, make_config: Any, tmp_path: Path, task: str
 ) -> None:
     config, examples = make_config(task_type=task), corpus.splits["train"]
-    made, _ = rows.build(examples, corpus.schemas, tokenizer, config)
+    made, _ = build(examples, corpus.schemas, tokenizer, config)
     rows.write(made, tmp_path / "rows.parquet")
     read = rows.read(tmp_path / "rows.parquet")
     assert len(read) == len(examples)
@@ -65,9 +78,11 @@ def test_a_rows_prompt_is_what_generation_reads(
     config = make_config(task_type=task)
     if not chat:
         tokenizer.chat_template = None
-    asked = generate.make_questions(corpus.splits["train"], "train", corpus, tokenizer, config)
+    asked = generate.make_questions(
+        corpus.splits["train"], "train", corpus, make_encoder(tokenizer, config, corpus.schemas)
+    )
     for example, question in zip(corpus.splits["train"], asked, strict=True):
-        row = rows.encode(example, corpus.schemas, tokenizer, config)
+        row = make_encoder(tokenizer, config, corpus.schemas).encode(example)
         assert row.input_ids[: row.prompt_length] == question.input_ids
 
 
@@ -75,7 +90,7 @@ def test_rows_keep_the_order_and_the_audit_counts_their_tokens(
     corpus: Corpus, tokenizer: Any, make_config: Any
 ) -> None:
     examples = corpus.splits["train"]
-    made, audit = rows.build(examples, corpus.schemas, tokenizer, make_config())
+    made, audit = build(examples, corpus.schemas, tokenizer, make_config())
     lengths = sorted(len(row.input_ids) for row in made)
     assert [row.id for row in made] == [example.id for example in examples]
     assert (audit.examples, audit.rows, audit.tokens, audit.longest) == (
@@ -95,7 +110,7 @@ def test_a_row_that_is_too_long_is_refused_with_the_numbers_and_the_way_out(
     longest = max(lengths_of(corpus, tokenizer, make_config()))
     examples, schemas = corpus.splits["train"], corpus.schemas
     with pytest.raises(DataError) as caught:
-        rows.prepare(examples, schemas, tokenizer, make_config(**{"rows.max_length": longest - 3}))
+        prepare(examples, schemas, tokenizer, make_config(**{"rows.max_length": longest - 3}))
     message = str(caught.value)
     assert (
         f"are over --rows.max_length {longest - 3}, the longest has {longest} tokens" in message
@@ -113,7 +128,7 @@ def test_rows_that_are_too_long_can_be_dropped_and_are_counted(
     lengths = lengths_of(corpus, tokenizer, make_config())
     limit = sorted(lengths)[len(lengths) // 2]
     config = make_config(**{"rows.max_length": limit, "rows.too_long": "drop"})
-    made, audit = rows.build(corpus.splits["train"], corpus.schemas, tokenizer, config)
+    made, audit = build(corpus.splits["train"], corpus.schemas, tokenizer, config)
     fitting = [length for length in lengths if length <= limit]
     assert [len(row.input_ids) for row in made] == fitting
     assert audit.too_long == audit.dropped == len(lengths) - len(fitting) > 0 and audit.trimmed == 0
@@ -126,13 +141,13 @@ def test_trimming_leaves_out_only_tables_that_the_sql_does_not_use(
 ) -> None:
     whole = {
         row.id: row
-        for row in rows.build(corpus.splits["train"], corpus.schemas, tokenizer, make_config())[0]
+        for row in build(corpus.splits["train"], corpus.schemas, tokenizer, make_config())[0]
     }
     limit = min(len(row.input_ids) for row in whole.values()) - 1  # every row must lose a table
     example = Example("two tables", "shop", *QUESTIONS[-1])
     config = make_config(**{"rows.max_length": limit + 20, "rows.too_long": "trim_schema"})
     examples = [*corpus.splits["train"], example]
-    made, audit = rows.build(examples, corpus.schemas, tokenizer, config)
+    made, audit = build(examples, corpus.schemas, tokenizer, config)
     assert audit.trimmed == audit.too_long > 0 == audit.dropped
     for row, one in zip(made, examples, strict=True):
         prompt, said = (
@@ -159,7 +174,7 @@ def test_trimming_that_cannot_help_is_refused(
         lengths_of(corpus, tokenizer, config)
     own = [replace(corpus.splits["train"][0], schema_text="customer(id, name)" * 9)]
     with pytest.raises(DataError, match="its schema is a text of the dataset"):
-        rows.build(own, corpus.schemas, tokenizer, config)
+        build(own, corpus.schemas, tokenizer, config)
 
 
 def test_trimming_never_brings_back_what_the_schema_form_left_out(
@@ -167,9 +182,11 @@ def test_trimming_never_brings_back_what_the_schema_form_left_out(
 ) -> None:
     example = Example("0", "shop", "Who?", "SELECT name FROM customer")
     form = {"prompt.schema_form": "reduced", "rows.too_long": "trim_schema"}
-    length = len(rows.encode(example, corpus.schemas, tokenizer, make_config(**form)).input_ids)
+    length = len(
+        make_encoder(tokenizer, make_config(**form), corpus.schemas).encode(example).input_ids
+    )
     with pytest.raises(DataError, match="even with only the tables its SQL uses"):
-        rows.build(
+        build(
             [example],
             corpus.schemas,
             tokenizer,
@@ -189,7 +206,7 @@ def test_an_example_without_links_is_left_out_and_named(
         config = make_config(
             **settings | {"rows.max_length": len(_only_sale(fits, corpus, tokenizer, config))}
         )
-    made, audit = rows.build([UNLINKABLE, fits], corpus.schemas, tokenizer, config)
+    made, audit = build([UNLINKABLE, fits], corpus.schemas, tokenizer, config)
     assert [row.id for row in made] == ["fits"] and audit.unlinkable == ["broken"]
     assert (audit.examples, audit.rows) == (2, 1) and "1 left out because" in audit.line()
 
@@ -197,12 +214,12 @@ def test_an_example_without_links_is_left_out_and_named(
 def _only_sale(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> list[int]:
     schema = corpus.schemas["shop"]
     sale = Schema("shop", tuple(table for table in schema.tables if table.name == "sale"))
-    return rows.encode(example, {"shop": sale}, tokenizer, config).input_ids
+    return make_encoder(tokenizer, config, {"shop": sale}).encode(example).input_ids
 
 
 def test_no_rows_at_all_are_refused(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     with pytest.raises(DataError, match=r"none of 1 examples could be used \(1 cannot be linked\)"):
-        rows.prepare([UNLINKABLE], corpus.schemas, tokenizer, make_config(task_type="schema"))
+        prepare([UNLINKABLE], corpus.schemas, tokenizer, make_config(task_type="schema"))
 
 
 def test_validation_examples_that_could_not_be_trained_on_have_no_part_in_the_loss(
@@ -228,12 +245,12 @@ def test_validation_examples_that_could_not_be_trained_on_have_no_part_in_the_lo
 
 def test_the_same_content_is_made_once(corpus: Corpus, tokenizer: Any, make_config: Any) -> None:
     examples, config = corpus.splits["train"], make_config()
-    first, audit = rows.prepare(examples, corpus.schemas, tokenizer, config)
+    first, audit = prepare(examples, corpus.schemas, tokenizer, config)
     stamp = first.stat().st_mtime_ns
     again = make_config(
         seed=9, **{"lora.r": 8, "learning_rate": 1, "train_batch_size": 4, "output_name": "other"}
     )
-    second, same = rows.prepare(examples, corpus.schemas, load_tokenizer(again.model_name), again)
+    second, same = prepare(examples, corpus.schemas, load_tokenizer(again.model_name), again)
     assert (first, stamp, audit) == (second, second.stat().st_mtime_ns, same)
     assert [
         file.suffix for file in first.parent.iterdir() if file.suffix not in (".json", ".parquet")
@@ -278,10 +295,10 @@ def test_changed_content_makes_other_rows(
     change: Callable[[Corpus, Any], dict[str, Any]],
 ) -> None:
     given: dict[str, Any] = {"examples": corpus.splits["train"], "schemas": corpus.schemas}
-    first = rows.cache_key(**given, tokenizer=tokenizer, config=make_config())
-    assert rows.cache_key(**given, tokenizer=tokenizer, config=make_config()) == first
+    first = cache_key(**given, tokenizer=tokenizer, config=make_config())
+    assert cache_key(**given, tokenizer=tokenizer, config=make_config()) == first
     given |= change(corpus, tokenizer)
-    assert rows.cache_key(**given, tokenizer=tokenizer, config=make_config()) != first
+    assert cache_key(**given, tokenizer=tokenizer, config=make_config()) != first
 
 
 @pytest.mark.parametrize(
@@ -297,7 +314,7 @@ def test_changed_settings_make_other_rows(
     corpus: Corpus, tokenizer: Any, make_config: Any, settings: dict[str, Any]
 ) -> None:
     keys = {
-        rows.cache_key(corpus.splits["train"], corpus.schemas, tokenizer, make_config(**changes))
+        cache_key(corpus.splits["train"], corpus.schemas, tokenizer, make_config(**changes))
         for changes in ({}, settings, {"task_type": "schema"})
     }
     assert len(keys) == 3
@@ -308,12 +325,12 @@ def test_an_edited_template_makes_other_rows(
     corpus: Corpus, tokenizer: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     examples, config = corpus.splits["train"], make_config()
-    before, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
+    before, _ = prepare(examples, corpus.schemas, tokenizer, config)
     if text == "system":
         monkeypatch.setitem(TASKS, "sql", replace(SQL, system="Write SQL."))  # type: ignore[misc]
     else:
         monkeypatch.setattr(prompts, text, f"{getattr(prompts, text)} ")
-    after, _ = rows.prepare(examples, corpus.schemas, tokenizer, config)
+    after, _ = prepare(examples, corpus.schemas, tokenizer, config)
     assert before != after
     if text != "EVIDENCE":  # no example has a hint
         assert rows.read(before)[0].input_ids != rows.read(after)[0].input_ids

@@ -20,7 +20,7 @@ from ray_sql.rows.batch import Steps, collate, model_inputs, visible
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, padded_tokens
 from ray_sql.train import trainer
-from tests.conftest import load_base, make_model
+from tests.conftest import load_base, make_encoder, make_model
 
 FAMILIES = {
     "llama": {},
@@ -160,9 +160,8 @@ def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     )
     corpus = load(config)
     folder = family(kind, tmp_path / "model")
-    made, _ = rows.build(
-        corpus.splits["train"], corpus.schemas, models.load_tokenizer(str(folder)), config
-    )
+    encoder = make_encoder(models.load_tokenizer(str(folder)), config, corpus.schemas)
+    made, _ = rows.build(corpus.splits["train"], encoder, config.rows)
     alone, shared = (gradients(folder, made, config, count, tmp_path) for count in (1, 8))
     computed, alone_computed = rows.count_tokens(made, config.batching)
     assert computed < 0.8 * alone_computed, "schemas are shared"

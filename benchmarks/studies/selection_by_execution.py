@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import make_encoder
 from benchmarks.shared_rows_quality import drawn, settings
 from ray_sql import data, generate, models, rows
 from ray_sql.config import Config
@@ -103,6 +104,7 @@ def prepare(databases: int) -> Material:
     tokenizer = models.load_tokenizer(
         models.resolve(config.model_name, config.cache, config.read_token)[0]
     )
+    encoder = make_encoder(tokenizer, config, corpus.schemas)
     chosen = drawn(corpus.splits["train"], databases, TRAINED + CHOOSING + HELD_OUT)
     first, second = TRAINED, TRAINED + CHOOSING
     parts = [
@@ -110,12 +112,8 @@ def prepare(databases: int) -> Material:
         [example for database in chosen for example in database[first:second]],
         [example for database in chosen for example in database[second:]],
     ]
-    trained, choosing = (
-        rows.build(part, corpus.schemas, tokenizer, config)[0] for part in parts[:2]
-    )
-    asked = [
-        generate.make_questions(part, "train", corpus, tokenizer, config) for part in parts[1:]
-    ]
+    trained, choosing = (rows.build(part, encoder, config.rows)[0] for part in parts[:2])
+    asked = [generate.make_questions(part, "train", corpus, encoder) for part in parts[1:]]
     return Material(trained, asked[0], choosing, asked[1])
 
 

@@ -30,7 +30,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ray_sql import data, models, rows, train, tune
+from benchmarks import make_encoder
+from ray_sql import data, models, train, tune
 from ray_sql.config import Config, SweepConfig, load
 from ray_sql.finetune import prepare
 from ray_sql.store import storage
@@ -241,9 +242,10 @@ def held_out(config: Config, prepared: prepare.Prepared, adapter: str) -> float:
         models.load_base(prepared.model_folder, config.quantization, config.train.bf16),
         Path(adapter),
     ).eval()
+    encoder = make_encoder(prepared.tokenizer, config, prepared.corpus.schemas)
     right = total = 0
     for example in prepared.corpus.splits["seen"]:
-        row = rows.encode(example, prepared.corpus.schemas, prepared.tokenizer, config)
+        row = encoder.encode(example)
         ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             said = model(ids).logits[0, row.prompt_length - 1 : -1].argmax(-1)

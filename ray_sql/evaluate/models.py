@@ -20,6 +20,7 @@ from ray_sql.errors import ContractError
 from ray_sql.evaluate import scoring
 from ray_sql.generate import Answer, AnswerCache, Question
 from ray_sql.metrics.judged import Evaluation
+from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder
 from ray_sql.tasks import TASKS
@@ -116,10 +117,11 @@ def scored_questions(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[Question]:
     """Return the questions of `config.split`, at most `evaluate.limit` of each split."""
+    encoder = Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
     questions = []
     for split in config.split:
         examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-        questions += generate.make_questions(examples, split, corpus, tokenizer, config)
+        questions += generate.make_questions(examples, split, corpus, encoder)
     return questions
 
 

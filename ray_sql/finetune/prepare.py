@@ -82,11 +82,17 @@ class Prepared:
         """
         by_id = {example.id: example for example in self.corpus.splits["validation"]}
         examples = [by_id[question.id] for question in self.validation()]
-        return rows.build(examples, self.corpus.schemas, self.tokenizer, self.config)[0]
+        return rows.build(examples, self.encoder, self.config.rows)[0]
 
     def _questions(self, split: str, limit: int | None) -> list[Question]:
         examples = data.sample(self.corpus.splits[split], limit, self.config.seed)
-        return generate.make_questions(examples, split, self.corpus, self.tokenizer, self.config)
+        return generate.make_questions(examples, split, self.corpus, self.encoder)
+
+    @property
+    def encoder(self) -> rows.Encoder:
+        """The encoder of this run's examples."""
+        task = TASKS[self.config.task_type]
+        return rows.Encoder(self.tokenizer, task, self.config.prompt, self.corpus.schemas)
 
 
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
@@ -107,7 +113,9 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         models.revision_of(begun, config.model_name),
     )
     tokenizer = models.load_tokenizer(folder)
-    file, audit = rows.prepare(corpus.splits["train"], corpus.schemas, tokenizer, config, progress)
+    encoder = rows.Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
+    train = corpus.splits["train"]
+    file, audit = rows.prepare(train, encoder, config.rows, config.cache, progress)
     models.check_window(
         folder,
         min(audit.longest, config.rows.max_length),

@@ -10,20 +10,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray_sql import models
-from ray_sql.config import Config, strip_password
+from ray_sql.config import strip_password
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.data.linking import LinkError
 from ray_sql.metrics import hardness
-from ray_sql.rows import encode_prompt
+from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import DATABASES, RunFolder
-from ray_sql.tasks import TASKS, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ray_sql.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -56,35 +52,22 @@ class Answer:
 
 
 def make_questions(
-    examples: Iterable[Example],
-    split: str,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    examples: Iterable[Example], split: str, corpus: Corpus, encoder: Encoder
 ) -> list[Question]:
     """Return the examples of a split as questions."""
-    task = TASKS[config.task_type]
-    questions = []
-    for example in examples:
-        try:
-            schema = prompts.schema_text(example, corpus.schemas, config.prompt)
-        except LinkError:  # its gold does not fit a reduced form of the schema; it is asked anyway
-            full = config.prompt.model_copy(update={"schema_form": "full"})
-            schema = prompts.schema_text(example, corpus.schemas, full)
-        turns = prompts.messages(task, schema, example.question, example.evidence)
-        questions.append(
-            Question(
-                id=example.id,
-                split=split,
-                db_id=example.db_id,
-                question=example.question,
-                gold=gold_answer(example, corpus, task),
-                hardness=example.hardness or hardness(example.gold),
-                database=corpus.executable(example.db_id),
-                input_ids=encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns)),
-            )
+    return [
+        Question(
+            id=example.id,
+            split=split,
+            db_id=example.db_id,
+            question=example.question,
+            gold=gold_answer(example, corpus, encoder.task),
+            hardness=example.hardness or hardness(example.gold),
+            database=corpus.executable(example.db_id),
+            input_ids=encoder.encode_question(example),
         )
-    return questions
+        for example in examples
+    ]
 
 
 def check_window(folder: str, questions: Sequence[Question], max_new_tokens: int) -> None:

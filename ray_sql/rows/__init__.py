@@ -1,7 +1,7 @@
 """Training rows: tokenised examples in a file that all workers read, several of them in a row.
 
-`tokenise` makes the examples once, `share` lays several on one database out in a row. What computes
-rows loads torch and is imported by those who compute: `batch` makes tensors, `probe` asks a model.
+`tokenise` makes the examples once, `share` lays several on one database out in a row. Two modules
+load torch and are imported by those who compute: `batch` makes tensors, `probe` asks a model.
 """
 
 from ray_sql.rows.share import (
@@ -17,10 +17,10 @@ from ray_sql.rows.share import (
 from ray_sql.rows.tokenise import (
     IGNORED,
     Audit,
+    Encoder,
     TokenizedExample,
     build,
     cache_key,
-    encode,
     encode_prompt,
     prepare,
     read,
