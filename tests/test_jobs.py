@@ -181,10 +181,10 @@ def test_a_password_on_the_command_line_is_warned_of_and_not_repeated(
     run: Run, flags: list[str]
 ) -> None:
     _, out, err = run(
-        "finetune", *flags, "--dry_run", "--tracking.uri", "http://me:secret@127.0.0.1:1"
+        "finetune", *flags, "--dry_run", "--tracking.uri", "http://me:hunter2@127.0.0.1:1"
     )
     assert "warning: the password in http://me:***@127.0.0.1:1 shows in the process list" in err
-    assert "secret" not in out + err
+    assert "hunter2" not in out + err
 
 
 def test_dry_run_shows_prompt_answer_audit_and_plan(
