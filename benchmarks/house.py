@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ray_sql"
 RUN_FILES = re.compile(
     r"\{[^{}]*(?:run_dir|folder|run|uri)\}/\{|\{[^{}]*\}/(?:config\.json|contract\.json|metrics\.json|adapter|checkpoint-|"
-    r"predictions\.jsonl|gold_errors|report\.html|inputs|merged|trials|ray\b|logs)"
+    r"predictions\.jsonl|summary\.json|gold_errors|report\.html|inputs|merged|trials|ray\b|logs)"
 )
 """A path below a run's folder, written as an f-string."""
 TREES = frozenset(

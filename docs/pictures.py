@@ -25,8 +25,9 @@ from rich.text import Text
 DOCS = Path(__file__).parent
 PLACE = "~/ray_sql"
 """Stands for the folder that the run was made in."""
-PAGE = """<body style="margin:0;background:#1b1e24"><pre style="margin:0;padding:18px 22px;color:#d8dee9;
-font:14px/1.2 'DejaVu Sans Mono',monospace">{code}</pre></body>"""
+PAGE = """<body style="margin:0;background:#1b1e24">
+<pre style="margin:0;padding:18px 22px;color:#d8dee9;font:14px/1.2 'DejaVu Sans Mono',monospace">
+{code}</pre></body>"""
 
 
 def terminal(run: Path) -> None:

@@ -1,20 +1,20 @@
-"""What a user can fix: one family of errors, shown as one line without a traceback, exit code 2.
+"""Errors that a user can fix: one family, shown as one line without a traceback, exit code 2.
 
 Everything else keeps its traceback, because everything else is our bug.
 """
 
 FULL_MEMORY = ("out of memory", "can't allocate memory", "outofmemory", "memoryerror")
-"""How CUDA, torch's CPU allocator and Python say that memory is full."""
+"""Words in which CUDA, torch's CPU allocator and Python say that memory is full."""
 
 
 def last_line(error: BaseException) -> str:
-    """What an error of others comes down to, for a message of ours: of a chain of tracebacks, the end."""
+    """Return the last line of another library's error, for a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
 
 
 class RaySqlError(Exception):
-    """Something the user can fix; the message says what, where and the way out."""
+    """Something the user can fix. The message says what, where and the way out."""
 
 
 class ConfigError(RaySqlError):
@@ -22,7 +22,10 @@ class ConfigError(RaySqlError):
 
 
 class DataError(RaySqlError):
-    """A dataset, database or predictions file that is missing or malformed; names the file and the field."""
+    """A dataset, database or predictions file that is missing or malformed.
+
+    The message names the file and the field.
+    """
 
 
 class ModelError(RaySqlError):
@@ -30,7 +33,7 @@ class ModelError(RaySqlError):
 
 
 class ContractError(RaySqlError):
-    """An adapter used with another prompt, schema text, tokenizer or base model than it was trained with."""
+    """An adapter used with another prompt, schema, tokenizer or base model than in training."""
 
 
 class TrainingError(RaySqlError):
@@ -50,7 +53,10 @@ class StoreError(RaySqlError):
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was full, on a GPU or a machine, in this process or in any worker: in the error, or in what it came from."""
+    """Tell whether memory was full, on a GPU or a machine, in this process or in a worker.
+
+    The error may say so itself, or come from one that does.
+    """
     while error is not None:
         if isinstance(error, RaySqlError):
             return isinstance(error, OutOfMemory)
@@ -61,5 +67,5 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def says_full(text: str) -> bool:
-    """Whether a message is about full memory."""
+    """Tell whether a message is about full memory."""
     return any(sign in text.lower() for sign in FULL_MEMORY)

@@ -20,7 +20,6 @@ from ray_sql.cluster.events import (
     TrainPoint,
     UnknownEvent,
 )
-from ray_sql.config import Config
 from ray_sql.display import Display, percent
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
@@ -36,12 +35,12 @@ class Progress:
 
     def __init__(
         self,
-        config: Config,
+        folder: RunFolder,
         record: tracking.Run,
         display: Display,
         startup: StartupClock | None = None,
     ) -> None:
-        self._config, self._record, self._display = config, record, display
+        self._folder, self._record, self._display = folder, record, display
         self._startup = startup
         self._writer: Any = None
         self._gaps = False
@@ -95,14 +94,13 @@ class Progress:
             self._startup = None
 
     def _tensorboard(self, step: int, values: Mapping[str, float]) -> None:
-        folder = RunFolder(self._config.run_dir)
-        if not folder.is_local:
+        if not self._folder.is_local:
             return  # TensorBoard writes local files only; MLflow has the same points
         try:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(folder.tensorboard)
+                self._writer = SummaryWriter(self._folder.tensorboard)
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         except OSError as error:  # a writer that failed once fails for good

@@ -305,7 +305,7 @@ def replay(settings: TrackingSection, spool: Path) -> int:
     run.open()
     waiting = run_ids_waiting(spool)
     with _refusing(run.uri):
-        is_the_store = any(_exists(run._client, run_id) for run_id in waiting)
+        is_the_store = any(run_exists(run._client, run_id) for run_id in waiting)
     if waiting and not is_the_store:  # it would refuse all records, and they would be gone
         raise StoreError(
             f"--tracking.uri {mask_password(run.uri)}: has no run {waiting.pop()}, whose "
@@ -422,7 +422,7 @@ def _find_run(
     client: Any, experiment_id: str | None, run_id: str | None, own: Mapping[str, str] | None
 ) -> str | None:
     """Return an earlier attempt's run, by its id or by tags that no other run has."""
-    if run_id and _exists(client, run_id):
+    if run_id and run_exists(client, run_id):
         return run_id
     if not own or experiment_id is None:
         return None
@@ -431,7 +431,7 @@ def _find_run(
     return str(runs[0].info.run_id) if runs else None
 
 
-def _exists(client: Any, run_id: str) -> bool:
+def run_exists(client: Any, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:

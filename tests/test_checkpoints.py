@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent; the best and the last two survive; what cannot be written is one line."""
+"""A checkpoint is complete or absent. The best and the last two survive."""
 
 import json
 import logging
@@ -134,7 +134,7 @@ def test_a_damaged_marker_is_no_marker(local: Path, run_dir: str) -> None:
 
 
 class Outage:
-    """A storage whose every access fails with an error of the kernel's own: its link leads back to itself."""
+    """Make a storage whose every access fails in the kernel: a link that leads to itself."""
 
     def __init__(self, place: Path) -> None:
         self._link, self._behind = place / "store", place / "behind"

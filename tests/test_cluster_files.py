@@ -1,7 +1,9 @@
-"""What starts a cluster is what Ray takes: both `ray up` files by Ray's own loader and schema, every command in them by
-the program it calls, the RayJob by KubeRay's field names, and what a submitted job leaves behind by Ray's own packaging.
+"""The files that start a cluster are what Ray takes.
 
-No cloud is asked: the steps of `ray up` that need one (images, prices, credentials) come after those that are tested here.
+Ray's own loader and schema read both `ray up` files, and the programs that they call read every
+command in them. The RayJob is compared with KubeRay's field names, and Ray's own packaging says
+what a submitted job leaves behind. No cloud is asked: the steps of `ray up` that need one (images,
+prices, credentials) come after those that are tested here.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ def calls(program: str, text: str) -> list[list[str]]:
 
 
 def parse(command: click.Command, words: list[str]) -> dict[str, Any]:
-    """The words as the program itself reads them, nothing run; raises `click.UsageError` for what it does not know."""
+    """Parse words as the program itself does, and run nothing.
+
+    Raises `click.UsageError` for words that the program does not know.
+    """
     words = list(words)
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
@@ -207,10 +212,11 @@ def test_the_dockerfile_copies_what_the_package_is_made_of() -> None:
 
 
 JOB = {
-    *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint", "entrypointNumCpus", "jobId"),
-    *("metadata", "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode", "submitterConfig"),
-    *("submitterPodTemplate", "suspend", "ttlSecondsAfterFinished"),
-}  # fmt: skip
+    *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint"),
+    *("entrypointNumCpus", "jobId", "metadata", "rayClusterSpec", "runtimeEnvYAML"),
+    *("shutdownAfterJobFinishes", "submissionMode", "submitterConfig", "submitterPodTemplate"),
+    *("suspend", "ttlSecondsAfterFinished"),
+}
 """Fields of RayJobSpec in KubeRay's API reference (ray.io/v1)."""
 CLUSTER = {
     *(

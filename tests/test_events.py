@@ -18,6 +18,7 @@ from ray_sql.cluster.events import (
     UnknownEvent,
 )
 from ray_sql.display import Display
+from ray_sql.store.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +66,7 @@ def test_a_receiver_that_fails_is_reported_once_and_hears_the_rest(
 
 
 def test_an_event_without_a_case_is_an_error(make_config: Any) -> None:
-    show = progress.Progress(make_config(), tracking.null_run(), Display())
+    show = progress.Progress(RunFolder(make_config().run_dir), tracking.null_run(), Display())
     with pytest.raises(UnknownEvent, match="no case for an event of type RowsChosen"):
         show(RowsChosen(8))
     with (

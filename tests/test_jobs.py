@@ -26,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run `python -m jobs.JOB` here: `run("finetune", "--flag", …)` → (exit code, stdout, stderr)."""
+    """Run `python -m jobs.JOB` here: `run("finetune", "--flag", …)` gives (code, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
 

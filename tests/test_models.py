@@ -97,7 +97,7 @@ def test_an_adapter_of_another_model_is_refused(
 
 
 def ask(stand_in: hub.Hub, home: Path, code: str) -> Any:
-    """Return what `code` prints, over `resolve` and `on_this_node`, in a process with its own cache.
+    """Return what `code` prints after `resolve` and `on_this_node`, in a process with its cache.
 
     Such a process stands for another node.
     """

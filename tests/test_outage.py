@@ -175,7 +175,7 @@ def test_storage_that_fails_costs_tensorboard_some_points_and_not_the_run(
 ) -> None:
     config = make_config()
     points, folder = (
-        progress.Progress(config, tracking.null_run(), Display()),
+        progress.Progress(RunFolder(config.run_dir), tracking.null_run(), Display()),
         Path(config.run_dir),
     )
 

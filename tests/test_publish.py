@@ -1,5 +1,8 @@
-"""Publishing, with the real Hub client against a stand-in that speaks its protocol: what is pushed, what is refused, what survives a
-Hub that fails. Each push is one commit of what was measured, nothing in it names this machine, and the token is in nothing we write."""
+"""Publishing, with the real Hub client against a stand-in that speaks its protocol.
+
+Each push is one commit of what was measured. Nothing in it names this machine, and the token is in
+nothing we write. Some runs are refused, and a Hub that fails loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,7 @@ def run_dir(unproven: Path) -> Path:
 
 @pytest.fixture
 def publication(tmp_path: Path) -> Callable[..., PublishConfig]:
-    """`publication(**settings)`: the settings of `jobs.publish` for the run in this test's folder."""
+    """Make settings of `jobs.publish` for the run in this test's folder."""
 
     def make(**changes: Any) -> PublishConfig:
         given = {
@@ -337,12 +340,18 @@ def test_the_cards_code_asks_as_training_did(
 
 
 def run_card(stand_in: stand_ins.Hub, repo_id: str, place: Path) -> Any:
-    """Run the code of a repository's card in a process of its own; what it asked with: schema, question, and the prompt's tokens."""
+    """Run the code of a repository's card in a process of its own.
+
+    Returns what it asked with: schema, question, and the prompt's tokens.
+    """
     code = re.search(
         r"```python\n(.*?)```", stand_in.repos[repo_id].files["README.md"].decode(), re.DOTALL
     )
     assert code
-    report = "\nprint('\\n' + json.dumps({'schema': schema, 'question': question, 'prompt': inputs['input_ids'][0].tolist()}))"
+    report = (
+        "\nprint('\\n' + json.dumps({'schema': schema, 'question': question, "
+        "'prompt': inputs['input_ids'][0].tolist()}))"
+    )
     environment = (
         os.environ | stand_in.environment(place / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     )
@@ -496,7 +505,8 @@ def _no_contract(run: Path) -> None:
         (
             _lucky,
             ModelError,
-            "not shown to beat its base model (it alone is right on 4 questions, the base model alone on 1",
+            "not shown to beat its base model (it alone is right on 4 questions, the base model "
+            "alone on 1",
         ),
         (_worse_somewhere, ModelError, "worse than its base model on dev"),
         (_other_adapter, ContractError, "the adapter was trained with template_hash 'another'"),
@@ -657,7 +667,7 @@ def test_a_hub_that_says_nothing_is_given_up(
 def test_a_failure_of_xet_is_one_of_the_hub(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where hf_xet is installed, the client sends large files through it; the stand-in does not speak that."""
+    """With hf_xet installed, the client sends large files through it. The stand-in has no Xet."""
     from huggingface_hub import constants
 
     pytest.importorskip("hf_xet")
@@ -709,8 +719,8 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
     assert difference < 0.02, "the same model, up to bfloat16's rounding"
     card = repo.files["README.md"].decode()
     assert (
-        "On 8 questions the merged model alone is right on 0, the adapter over its base alone on 0 (p = 1)."
-        in card
+        "On 8 questions the merged model alone is right on 0, the adapter over its base alone on "
+        "0 (p = 1)." in card
     )
     asked = run_card(stand_in, "me/run-merged", tmp_path)
     assert asked["prompt"] == trained_prompt(asked, unproven, tiny_model)
@@ -730,7 +740,7 @@ def test_a_merged_model_that_falls_behind_its_adapter_is_not_pushed(
 def job(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
-    """`job("publish", "--flag", …)` → (exit code, stdout, stderr) of `python -m jobs.publish` in this process."""
+    """Run `python -m jobs.JOB` here: `job("publish", "--flag", …)` gives (code, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -71,7 +71,7 @@ def test_two_lines_of_a_start_are_silenced(caplog: pytest.LogCaptureFixture) -> 
     ray_internals.silence_start()
     ray_internals.silence_start()
     worker = logging.getLogger("ray._private.worker")
-    assert len([one for one in worker.filters if one is ray_internals._not_about_sigterm]) == 1
+    assert len([one for one in worker.filters if one is ray_internals.not_about_sigterm]) == 1
     record = logging.LogRecord("ray._private.worker", logging.INFO, "", 1, "", None, None)
     record.msg = "SIGTERM handler is not set because a handler was already set"
     assert not worker.filter(record)

@@ -24,7 +24,7 @@ from ray_sql.database import (
     render,
     restrict,
 )
-from ray_sql.database.reflection import EXAMPLE_ROWS, _engine, _type_text, _url
+from ray_sql.database.reflection import EXAMPLE_ROWS, database_url, open_engine, type_text
 from ray_sql.errors import DataError
 
 SHARED = os.environ.get("RAY_SQL_SHARED")
@@ -206,7 +206,7 @@ def test_a_database_file_is_opened_read_only_and_left_alone(shop: Path) -> None:
     before = shop.read_bytes()
     reflect(shop, "shop", example_values=1)
     with (
-        _engine(_url(shop)).connect() as connection,
+        open_engine(database_url(shop)).connect() as connection,
         pytest.raises(OperationalError, match="readonly"),
     ):
         connection.execute(text("DELETE FROM people"))
@@ -256,13 +256,13 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_types_are_told_in_the_databases_own_words_without_collation() -> None:
     my, pg, lite = (URL.create(name).get_dialect()() for name in ("mysql", "postgresql", "sqlite"))
     assert (
-        _type_text(mysql.VARCHAR(20, charset="utf8mb4", collation="utf8mb4_bin"), my)
+        type_text(mysql.VARCHAR(20, charset="utf8mb4", collation="utf8mb4_bin"), my)
         == "VARCHAR(20)"
     )
-    assert _type_text(mysql.ENUM("a", "b"), my) == "ENUM('a','b')"
-    assert _type_text(postgresql.VARCHAR(collation="C"), pg) == "VARCHAR"
-    assert _type_text(postgresql.ARRAY(postgresql.INTEGER), pg) == "INTEGER[]"
-    assert _type_text(sqlite.NUMERIC(4, 2), lite) == "NUMERIC(4, 2)"
+    assert type_text(mysql.ENUM("a", "b"), my) == "ENUM('a','b')"
+    assert type_text(postgresql.VARCHAR(collation="C"), pg) == "VARCHAR"
+    assert type_text(postgresql.ARRAY(postgresql.INTEGER), pg) == "INTEGER[]"
+    assert type_text(sqlite.NUMERIC(4, 2), lite) == "NUMERIC(4, 2)"
 
 
 def test_examples_are_the_most_frequent_short_printable_values_and_ties_go_by_value(

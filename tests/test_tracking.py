@@ -1,4 +1,4 @@
-"""MLflow holds one run per training run, each point once, whatever restarts; an outage of its server costs the run nothing."""
+"""MLflow holds one run per training run and each point once; an outage costs the run nothing."""
 
 import http.server
 import json
@@ -445,7 +445,7 @@ def test_a_run_that_is_not_required_begins_when_its_store_is_back(
         run._retry_at = 0.0
         run.log(4, {"loss": 4.0})  # the store is back: the run begins
         assert run.run_id and history(run, "loss") == [(4, 4.0)]
-        # the driver dies with the spool; the next attempt says again what was measured, and every point is there once
+        # the driver dies with the spool; the next attempt logs again, and every point is there once
         after = trial()
         assert after.run_id == run.run_id
         after.log(3, {"loss": 3.0})
@@ -478,7 +478,7 @@ def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = MlflowClient(f"http://127.0.0.1:{server.server_address[1]}")
         with pytest.raises(MlflowException, match="503"):
-            tracking._exists(client, "a" * 32)
+            tracking.run_exists(client, "a" * 32)
         with pytest.raises(StoreError, match="MLflow cannot use it"):
             tracking.close(in_store(client.tracking_uri), "a" * 32, {})
         server.shutdown()

@@ -1,4 +1,4 @@
-"""Sweeps: a real study of a few trials on a real Ray, its survival, its record, and what is refused before anything starts."""
+"""Sweeps: a real study on a real Ray, its survival, its record, and early refusals."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_trials_on_several_nodes_need_a_shared_folder(
     ):
         capacity_of(one(make_config, **{"scaling.resources_per_worker": {"GPU": 4}}))
     axes, prepared = space.read(both), prepare.prepare(both)
-    shared = f"on 2 nodes: {both.run_dir} must be a folder that they share; else give --scaling.storage_path"
+    shared = f"on 2 nodes: {both.run_dir} must be a folder that they share; else give"
     assert shared in "\n".join(plan(prepared, axes, room))
     stored = both.changed({"scaling.storage_path": "s3://runs"})
     assert "on 2 nodes" not in "\n".join(plan(replace(prepared, config=stored), axes, room))
@@ -720,7 +720,8 @@ def test_a_trial_without_memory_says_why_and_scores_worst(
     (result,) = trial.steps()
     assert result["done"]
     assert result["failure"].startswith(
-        "out of memory with one example in a forward pass: CUDA out of memory, whatever the layout; lower --eval_batch_size"
+        "out of memory with one example in a forward pass: CUDA out of memory, whatever the "
+        "layout; lower --eval_batch_size"
     )
     assert result["score"] == study.WORST
     notes = [event.text for event in trial.said(Note)]
@@ -772,9 +773,9 @@ def test_a_sweep_from_its_space_to_its_champion(
 
     place = Path(config.run_dir)
     assert {path.name for path in place.iterdir()} >= {
-        "adapter", "base_predictions.jsonl", "config.json", "contract.json", "metrics.json", "predictions.jsonl", "report.html",
-        "study.json", "sweep.html", "trials",
-    }  # fmt: skip
+        *("adapter", "base_predictions.jsonl", "config.json", "contract.json", "metrics.json"),
+        *("predictions.jsonl", "report.html", "study.json", "sweep.html", "trials"),
+    }
     saved = json.loads((place / "config.json").read_text())
     assert saved["learning_rate"] == best.point["learning_rate"] and saved["output_name"] == "sweep"
     assert (place / "adapter" / "config.json").read_text() == (place / "config.json").read_text()
@@ -865,7 +866,7 @@ def settled(known: Study | None) -> int:
 
 
 def gone(process: subprocess.Popen[bytes], timeout: float = 8) -> None:
-    """Kill a driver, and wait until its trials have ended with it; agents of its Ray may outlive it for minutes, idle."""
+    """Kill a driver, and wait until its trials have ended; its Ray's agents may outlive it."""
     import psutil
 
     children = psutil.Process(process.pid).children(recursive=True)
@@ -877,7 +878,7 @@ def gone(process: subprocess.Popen[bytes], timeout: float = 8) -> None:
 
 
 def left(process: subprocess.Popen[bytes], timeout: float) -> list[Any]:
-    """Kill a driver alone; which processes of its Ray are still there after so long, without anybody's help."""
+    """Kill a driver alone, and return the processes of its Ray that are there after a while."""
     import psutil
 
     children = psutil.Process(process.pid).children(recursive=True)

@@ -60,11 +60,11 @@ def silence_start() -> None:
     tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
     tokens.setLevel(logging.ERROR)
     worker = logging.getLogger("ray._private.worker")
-    if _not_about_sigterm not in worker.filters:
-        worker.addFilter(_not_about_sigterm)
+    if not_about_sigterm not in worker.filters:
+        worker.addFilter(not_about_sigterm)
 
 
-def _not_about_sigterm(record: logging.LogRecord) -> bool:
+def not_about_sigterm(record: logging.LogRecord) -> bool:
     return "SIGTERM" not in record.getMessage()
 
 

@@ -30,7 +30,10 @@ class Batching:
     """Optimizer steps of the run; -1 follows `num_epochs`."""
     seed: int
     microbatch_halvings: int = 0
-    """How often forward passes were halved to fit into memory. Optimizer steps do not change."""
+    """The number of times that forward passes were halved to fit into memory.
+
+    Optimizer steps do not change.
+    """
 
     @property
     def examples_per_pass(self) -> int:

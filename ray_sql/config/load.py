@@ -1,7 +1,7 @@
 """Settings from flags, `--config` files and the environment.
 
-A job reads over the settings of a run that it does not use, so that a run's YAML file,
-config.json or flags can be given to it as they are.
+A job ignores the settings of a run that it does not use. So a run's YAML file, config.json or flags
+can be given to it as they are.
 """
 
 from __future__ import annotations

@@ -44,12 +44,12 @@ def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema
     """
     from sqlalchemy.exc import SAWarning, SQLAlchemyError
 
-    url = _url(database)
+    url = database_url(database)
     name = url.database
     if url.get_backend_name() != "sqlite":
         name = url.render_as_string(hide_password=True)
     try:
-        with warnings.catch_warnings(), _engine(url).connect() as connection:
+        with warnings.catch_warnings(), open_engine(url).connect() as connection:
             # SQLite takes any word as a type. SQLAlchemy warns of each that it does not know.
             warnings.simplefilter("ignore", SAWarning)
             schema = _with_resolved_keys(Schema(db_id, _tables(connection)))
@@ -70,7 +70,7 @@ def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema
         ) from error
 
 
-def _url(database: str | Path) -> "URL":
+def database_url(database: str | Path) -> "URL":
     from sqlalchemy import URL, make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -88,7 +88,7 @@ def _url(database: str | Path) -> "URL":
     return url
 
 
-def _engine(url: "URL") -> "Engine":
+def open_engine(url: "URL") -> "Engine":
     """Return an engine that keeps no connection open, and opens a SQLite file read-only."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
@@ -123,7 +123,7 @@ def _tables(connection: "Connection") -> tuple[Table, ...]:
     tables = []
     for name in names:
         table_columns = [
-            Column(c["name"], _type_text(c["type"], connection.dialect), bool(c["nullable"]))
+            Column(c["name"], type_text(c["type"], connection.dialect), bool(c["nullable"]))
             for c in columns[None, name]
         ]
         keys = [
@@ -156,7 +156,7 @@ def _table_names(connection: "Connection") -> list[str]:
     return list(connection.execute(text(query)).scalars())
 
 
-def _type_text(kind: "TypeEngine[Any]", dialect: "Dialect") -> str:
+def type_text(kind: "TypeEngine[Any]", dialect: "Dialect") -> str:
     """Return the type in its database's words, without character set and collation.
 
     It is empty for a column without a type.

@@ -83,5 +83,5 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> E
         check_adapter(adapter, config, folder, revision)
     questions = scored_questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, questions, config.evaluate.max_new_tokens)
-    progress = Progress(config, tracking.null_run(), display)
+    progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
     return evaluate_models(config, questions, corpus.schemas, folder, adapter, display, progress)

@@ -1,8 +1,8 @@
 """One training run from end to end.
 
-`finetune` is the door. `session` owns what a recorded run needs, `prepare` reads and checks its
-data, `gold` finds gold queries that do not run, `plan` says what will be done, `earlier` looks at an
-earlier run of the same name, and `results` writes and records what came of it.
+`finetune` is the door. `session` owns the needs of a recorded run, and `prepare` reads and checks
+its data. `gold` finds gold queries that do not run, `plan` tells what will be done. `earlier` looks
+at an earlier run of the same name, and `results` writes and records the scores.
 """
 
 from ray_sql.finetune.earlier import finished_metrics, require_scored_alike

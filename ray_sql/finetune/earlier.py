@@ -74,12 +74,13 @@ def require_same_data(corpus: Corpus, config: Config) -> None:
     if before and before != now and not config.overwrite:
         raise ConfigError(
             f"{config.run_dir} holds a run on other data (fingerprint {before} there, {now} of "
-            f"{config.dataset_id} now); choose another --output_name, or replace it with --overwrite"
+            f"{config.dataset_id} now); choose another --output_name, or replace it with "
+            "--overwrite"
         )
 
 
 def _earlier_settings(folder: RunFolder, config: Config) -> Config | None:
-    """Return the settings of the run in a folder; None for no run, or for one to overwrite unread."""
+    """Return the settings of the run in a folder; None for no run, or one to overwrite."""
     try:
         saved = folder.read_settings()
     except ValueError:

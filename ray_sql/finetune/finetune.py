@@ -1,7 +1,7 @@
 """One training run from end to end: prepare, record, train, evaluate, report.
 
-The stages meet in the run's folder. A run that was cut off anywhere goes on when the same command is
-given again, and a finished one is shown, not repeated.
+The stages meet in the run's folder. A run that was cut off anywhere goes on when the same command
+is given again, and a finished one is shown, not repeated.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _show_finished(config: Config, metrics: dict[str, Any], display: Display) ->
 def _train_and_evaluate(session: Session) -> dict[str, Any]:
     started = time.monotonic()
     config, prepared, display = session.config, session.prepared, session.display
-    progress = Progress(config, session.record, display, session.clock)
+    progress = Progress(session.folder, session.record, display, session.clock)
     with publish.beside_training(config) as progress.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, progress)
     best = fitted.best

@@ -48,8 +48,8 @@ def _training(prepared: Prepared) -> Iterator[str]:
     if scaling.elastic:
         made_of = f"with {scaling.min_workers} to {scaling.max_workers} workers alike"
     yield (
-        f"training  {prepared.steps} steps of {config.batching.global_batch_size} examples ({made_of}), "
-        f"a checkpoint every {config.save_steps}"
+        f"training  {prepared.steps} steps of {config.batching.global_batch_size} examples "
+        f"({made_of}), a checkpoint every {config.save_steps}"
     )
     if config.evaluate.select_examples:
         yield (
@@ -106,6 +106,6 @@ def _lost_with_the_job(prepared: Prepared) -> Iterator[str]:
         )
     if config.tracking.enabled and config.tracking.uri is None:
         yield (
-            "          MLflow's records, too: give --tracking.uri (or MLFLOW_TRACKING_URI) a server "
-            "or a file that stays"
+            "          MLflow's records, too: give --tracking.uri (or MLFLOW_TRACKING_URI) a "
+            "server or a file that stays"
         )

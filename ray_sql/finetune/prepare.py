@@ -34,7 +34,7 @@ TRAINED_ON = ("train", "validation")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from. `gold_errors` are the gold queries that do not run, over all splits."""
+    """A run before it starts. `gold_errors` are the gold queries of all splits that do not run."""
 
     config: Config
     corpus: Corpus
@@ -62,7 +62,7 @@ class Prepared:
         return questions
 
     def validation(self) -> list[Question]:
-        """Return the validation questions that choose the best checkpoint: those whose gold runs."""
+        """Return the validation questions that choose the best checkpoint; their gold runs."""
         count = self.config.evaluate.select_examples
         if not count:
             return []
@@ -169,6 +169,6 @@ def _require_databases(corpus: Corpus, config: Config) -> None:
             if example.db_id not in corpus.databases:
                 raise DataError(
                     f"--split {split}, example {example.id}: the database of db_id "
-                    f"{example.db_id!r} is missing; expected {example.db_id}/{example.db_id}.sqlite "
-                    "beside the others"
+                    f"{example.db_id!r} is missing; expected "
+                    f"{example.db_id}/{example.db_id}.sqlite beside the others"
                 )

@@ -1,8 +1,8 @@
 """Collect the files of a run that are published.
 
 They must belong together, and the adapter must be better than its base. Nothing that leaves says
-where it came from: settings and metrics lose the folders, servers and databases of the machine that
-trained, and the base model is called by its name on the Hub.
+where it came from. Settings and metrics lose the folders, servers and databases of the machine that
+trained. The base model is called by its name on the Hub.
 """
 
 from __future__ import annotations

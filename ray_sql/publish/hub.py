@@ -2,7 +2,7 @@
 
 The client (2.4) retries an upload of large files, but not the calls around it. Here every call is
 tried again, a bounded number of times, after an answer or an accident that may pass. A push that
-was cut off is done again: the client compares the repository's files with its own, and a commit
+was cut off is done again. The client compares the repository's files with its own, and a commit
 names its parent, so that nothing is committed twice.
 """
 

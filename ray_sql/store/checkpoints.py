@@ -2,9 +2,10 @@
 
 A checkpoint's files are copied first, and `checkpoint.json` with their sizes and checksums last. A
 checkpoint without that file, or with other sizes, is passed over: the run falls back to the one
-before. Fetched files are compared with the checksums before they are used. Ray Train's own
-checkpoint manager is not used: it keeps nothing in local mode, and a run must be readable without
-the state of the driver that made it.
+before. Fetched files are compared with the checksums before they are used.
+
+Ray Train's own checkpoint manager is not used. It keeps nothing in local mode, and a run must be
+readable without the state of the driver that made it.
 """
 
 from __future__ import annotations

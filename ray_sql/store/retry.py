@@ -1,11 +1,12 @@
-"""One retry loop for storage and for the Hub. Each decides what may pass, and how long to wait."""
+"""Try again: one way for storage and the Hub, which decide what may pass and how long to wait."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying
 
 T = TypeVar("T")
 
@@ -15,10 +16,10 @@ def retry(action: Callable[[], T], wait: Callable[[Exception, int], float]) -> T
 
     `wait(error, failures)` returns the seconds until the next try, or raises to give up.
     """
-    for failures in itertools.count(1):
-        try:
-            return action()
-        except Exception as error:  # storage and the Hub's client raise families of their own
-            seconds = wait(error, failures)
-        time.sleep(seconds)
-    raise AssertionError("a try returns, or `wait` raises")
+
+    def pause(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, Exception)  # tenacity passes on whatever else is raised
+        return wait(error, state.attempt_number)
+
+    return Retrying(wait=pause, sleep=lambda seconds: time.sleep(seconds))(action)

@@ -144,6 +144,10 @@ class RunFolder(_Folder):
         """Write `metrics.json`."""
         self._write_json(METRICS, metrics)
 
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the few numbers of the demo."""
+        self._write_json("summary.json", summary)
+
     def predictions(self, model: str = "tuned", alone: bool = False) -> str:
         """Return the place of a model's judged answers.
 

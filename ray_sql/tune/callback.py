@@ -1,4 +1,4 @@
-"""The sweep as its driver sees it: trials' states in the study's file, MLflow runs, the live table."""
+"""The driver's side of a sweep: trials' states in the study's file, MLflow runs, the live table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from ray.tune import Callback
 from rich.table import Table
 
 from ray_sql import tracking
-from ray_sql.cluster.events import CheckpointSaved, Event, Note, Resumed, TrainPoint, TrialEvent
+from ray_sql.cluster.events import (
+    CheckpointSaved,
+    Event,
+    Note,
+    Resumed,
+    RowsChosen,
+    StageEnded,
+    TrainPoint,
+    TrialEvent,
+    UnknownEvent,
+)
 from ray_sql.display import Display
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown, shown_point
@@ -131,7 +141,7 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
     def on_event(self, event: Event) -> None:
         """Record an event of a trial's workers; called in the channel's thread."""
         if not isinstance(event, TrialEvent):
-            raise TypeError(f"a sweep receives events of trials, not {event!r}")
+            raise UnknownEvent(event)
         number = event.trial
         match event.event:
             case Note(text):
@@ -145,8 +155,10 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
             case Resumed(_, points):
                 for step, values in points:
                     self._log(number, step, values)
+            case StageEnded() | RowsChosen():
+                pass  # a sweep shows no trial's start
             case _:
-                pass  # stages of starting up: a sweep shows none
+                raise UnknownEvent(event)
 
     def end(self, status: tracking.Status) -> None:
         """End the runs of trials that were cut off, and send what waits of the others."""
@@ -196,7 +208,7 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
             self._runs[number].log(step, named)
 
     def _step(self, trial: TrialRecord) -> int:
-        """Return the steps trained so far; a trial that goes on repeats those after its checkpoint."""
+        """Return the steps trained so far; a trial that goes on repeats some."""
         return max(trial.steps, self._newest_steps.get(trial.number, 0))
 
     def _settle(self, number: int, state: State, reason: str | None = None) -> None:

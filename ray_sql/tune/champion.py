@@ -105,7 +105,7 @@ def _best_trial(study: Study) -> TrialRecord:
 
 
 def _keep_adapter(study: Study, trial: TrialRecord) -> bool:
-    """Copy a trial's best adapter from its checkpoints again: a killed driver may have cut that off.
+    """Copy a trial's best adapter from its checkpoints again; a killed driver may have cut it off.
 
     Returns False where its best checkpoint is damaged. From then on the trial counts by the best of
     its other checkpoints.
@@ -139,7 +139,7 @@ def _evaluate(session: StudySession, chosen: Config, best: TrialRecord) -> Evalu
     first = study.trials[0]
 
     def evaluate(config: Config, adapter: str) -> Evaluation:
-        progress = Progress(config, tracking.null_run(), session.display)
+        progress = Progress(RunFolder(config.run_dir), tracking.null_run(), session.display)
         return evaluate_models(
             config,
             session.questions,

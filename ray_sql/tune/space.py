@@ -99,7 +99,8 @@ def read(config: Config) -> Space:
     """
     if not config.tune.space:
         raise ConfigError(
-            "tune.space is empty: name at least one setting to vary, or leave it out for rate and rank"
+            "tune.space is empty: name at least one setting to vary, or leave it out for rate and "
+            "rank"
         )
 
     def validate(name: str, value: Any) -> Any:

@@ -2,10 +2,11 @@
 
 The file is written whole at every change, and a resumed sweep starts from it alone. Recorded points
 are tried again in their order, their scores are reported again from their folders, and only what
-is missing is trained. Ray Tune's own snapshot is not used: it is written every ten seconds and in
-place, so a driver killed between two snapshots forgets trials, and one killed in a snapshot
-forgets all of them. Optuna's own storage is not used either: it needs a local file, and a study
-may lie on `s3://`.
+is missing is trained.
+
+Ray Tune's own snapshot is not used. It is written every ten seconds and in place. A driver killed
+between two snapshots forgets trials, and one killed in a snapshot forgets all of them. Optuna's
+storage is not used either: it needs a local file, and a study may lie on `s3://`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ class StepScore:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What is known of one trial. `steps` and `seconds` count all attempts; `reason` is a failure's."""
+    """One trial and its results. `steps` and `seconds` count all attempts.
+
+    `reason` says why a trial failed.
+    """
 
     number: int
     point: Point
@@ -82,7 +86,7 @@ class TrialRecord:
 
 @dataclass
 class Study:
-    """The trials of one task's sweep. `id` is this study's alone: a study that replaces it has another."""
+    """The trials of one task's sweep. A study that replaces it has another `id`."""
 
     folder: RunFolder
     key: str
@@ -125,7 +129,7 @@ class Study:
         return sum(trial.state in SETTLED for trial in self.trials[:count])
 
     def best(self) -> TrialRecord | None:
-        """Return the trial with the best checkpoint, the earlier of two equal ones, if there is any."""
+        """Return the trial with the best checkpoint, the earlier of two equal ones."""
         scored = [trial for trial in self.trials if trial.best and trial.state != "failed"]
 
         def rank(trial: TrialRecord) -> tuple[float, float, int]:
@@ -169,8 +173,8 @@ def load(config: Config) -> Study | None:
     if saved["key"] != key(config):
         changed = differences(saved["settings"], config.public())
         raise ConfigError(
-            f"{folder.uri} holds a study of other settings ({changed or 'another version'}); choose "
-            "another --output_name, or replace it with --overwrite"
+            f"{folder.uri} holds a study of other settings ({changed or 'another version'}); "
+            "choose another --output_name, or replace it with --overwrite"
         )
     return Study(folder, **{**saved, "trials": [_trial(values) for values in saved["trials"]]})
 
@@ -205,7 +209,8 @@ def require_free(folder: RunFolder) -> None:
     trained = checkpoints.complete(folder) or folder.adapter.exists()
     if trained or not folder.has_inputs():
         raise StoreError(
-            f"{folder.uri}: exists, but is no study ({STUDY} is missing); choose another --output_name"
+            f"{folder.uri}: exists, but is no study ({STUDY} is missing); choose another "
+            "--output_name"
         )
 
 

@@ -1,7 +1,7 @@
 """A sweep from end to end: one study a task, its trials, its champion, and publishing if asked for.
 
-A study that was cut off, whenever and however, goes on with `--resume` (see `study`). A finished one
-is shown, not repeated.
+A study that was cut off goes on with `--resume` (see `study`). A finished one is shown, not
+repeated.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _run_trials(session: StudySession) -> None:
 def _record_study(
     session: StudySession, sweep: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
-    """Record space, winner, budget, the table of trials, figures and page in the study's MLflow run."""
+    """Record space, winner, budget, trials, figures and page in the study's MLflow run."""
     record, study = session.record, session.study
     winner = f"{trial_name(sweep['trial'])}: {shown_point(sweep['point'])}"
     axes = "; ".join(axis.text for axis in session.space.axes)

@@ -1,11 +1,12 @@
 """One trial, in a process of its own: `train.fit` at a point, with Tune's decision at every score.
 
-A class trainable, not a function: Tune stops a function by ending its process in the middle of
-`fit`. Over Ray Train the workers' placement group then stays until a detached actor finds out
-through the State API, and the next trial waits (for minutes, when it was tried). Here training waits
-at every score for the decision, ends in order where it is to stop, and has kept its best
-checkpoint by then. With `scaling.num_workers` 0 a trial trains in its own process, else that
-process only drives Ray Train's workers.
+The trainable is a class, not a function. Tune stops a function by ending its process in the middle
+of `fit`. Over Ray Train the workers' placement group then stays until a detached actor finds out
+through the State API. The next trial waits meanwhile; it waited for minutes when it was tried.
+
+Here training waits at every score for the decision. It ends in order where it is to stop, and has
+kept its best checkpoint by then. With `scaling.num_workers` 0 a trial trains in its own process;
+else that process only drives Ray Train's workers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What every trial of a study is given. `steps` is the number of optimizer steps of a whole trial."""
+    """The job of every trial of a study. `steps` are the optimizer steps of a whole trial."""
 
     settings: Mapping[str, Any]
     model_folder: str
@@ -48,7 +49,7 @@ class Ended:
 
 
 class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by mypy
-    """A trial as Tune runs it. The result of a step is a score; a failed trial's last has `failure`."""
+    """A trial as Tune runs it. A step's result is a score; a failed trial's last has `failure`."""
 
     def setup(self, config: dict[str, Any], job: TrialJob | None = None) -> None:
         """Read what an earlier attempt left. Training starts once that has been reported again."""
