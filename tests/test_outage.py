@@ -51,13 +51,14 @@ def settings(server: Server) -> dict[str, Any]:
 def at_steps(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], None]]) -> None:
     """Let something happen in a run just before the point of a step is recorded."""
 
-    class Eventful(progress.Progress):
-        def __call__(self, event: Event) -> None:
-            if isinstance(event, TrainPoint) and event.step in happens:
-                happens[event.step]()
-            super().__call__(event)
+    receive = progress.Progress.__call__
 
-    monkeypatch.setattr(progress, "Progress", Eventful)
+    def receive_eventful(self: progress.Progress, event: Event) -> None:
+        if isinstance(event, TrainPoint) and event.step in happens:
+            happens[event.step]()
+        receive(self, event)
+
+    monkeypatch.setattr(progress.Progress, "__call__", receive_eventful)
 
 
 def recorded(server: Server, run_id: str) -> Any:
