@@ -35,7 +35,7 @@ def page() -> str:
         own = [setting for setting in own if not setting.name.startswith("tune.")]
         if own:
             parts += [f"## `ray-sql {name}`", "", *_table(own), ""]
-        if not issubclass(job.settings, Config):
+        if not Config.shown() <= job.settings.shown():
             shared = [s.name for s in _settings(job.settings) if s in run]
             names = ", ".join(f"`{setting}`" for setting in shared)
             parts += [f"`ray-sql {name}` uses of the settings above: {names}.", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ray_sql.config import (
     EvaluateConfig,
     PublishConfig,
     SweepConfig,
+    groups,
     load,
 )
 from ray_sql.errors import ConfigError
@@ -133,9 +135,7 @@ def test_settings_of_a_run_that_a_job_does_not_use_are_ignored(tmp_path: Path) -
     assert published.hub.merge and published.run_dir == "/runs/o"
     compared = load(CompareConfig, ["--files", "a", "b", *given])
     assert (compared.files, compared.output_name) == (("a", "b"), "o")
-    evaluated = load(EvaluateConfig, given)
-    assert evaluated.split == ("a",) and evaluated.scaling.num_workers == 2
-    for kind in (CheckConfig, SweepConfig, Config):
+    for kind in (CheckConfig, SweepConfig, Config, EvaluateConfig):
         assert load(kind, given).lora.r == 8
 
 
@@ -149,15 +149,26 @@ def test_what_no_job_knows_is_refused_everywhere(kind: type[Config], tmp_path: P
         load(kind, ["--lora.rank", "8", "--output_name", "o"])
 
 
-def test_an_evaluation_asks_as_the_run_would() -> None:
-    given = ["--output_name", "o", *RUN, "--train.bf16", "false", "--evaluate.limit", "3"]
-    run = load(EvaluateConfig, [*given, "--adapter", "a"]).as_run()
-    assert (
-        run.public()
-        == load(Config, given)
-        .changed({"lora.r": 64, "train.max_steps": -1, "tune.num_samples": 16})
-        .public()
-    )
+def test_an_evaluation_has_all_settings_of_its_run(tmp_path: Path) -> None:
+    """Else it would set other examples aside, and refuse workers that the run had."""
+    given = ["--data.validation_fraction", "0.3", "--data.limit", "9", "--scaling.num_workers"]
+    given += ["1,4", "--train.global_batch_size", "24", "--lora.r", "8"]
+    run = load(Config, ["--output_name", "o", *RUN, *given])
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(run.public()))
+    evaluation = load(EvaluateConfig, ["--config", str(saved), "--adapter", "a"])
+    assert evaluation.for_workers() == run.for_workers()
+    shown = {setting.name for group in groups(EvaluateConfig) for setting in group.settings}
+    assert {"adapter", "data.validation_fraction"} <= shown and "lora.r" not in shown
+    with pytest.raises(ConfigError, match=r"train\.max_steps"):
+        load(EvaluateConfig, ["--output_name", "o", *RUN, "--train.max_steps", "nonsense"])
+
+
+def test_a_removed_setting_may_have_the_value_it_always_had() -> None:
+    for flags in (["--evaluate.backend", "transformers"], ["--evaluate.backend=transformers"]):
+        assert load(Config, ["--output_name", "o", *RUN, *flags]).output_name == "o"
+    with pytest.raises(ConfigError, match=r"--evaluate\.backend: .*leave it out"):
+        load(Config, ["--output_name", "o", *RUN, "--evaluate.backend", "vllm"])
 
 
 def test_words_before_the_first_flag_are_the_files_to_compare(

@@ -58,9 +58,9 @@ class Sender:
 class Channel:
     """The driver's end: a queue in the cluster, and a thread that hands its events on in order.
 
-    Where `on_event` decides, a second queue carries its decisions back. A receiver that fails is
-    reported once, and later events still reach it. Leaving the channel raises `UnknownEvent` if a
-    receiver had no case for an event.
+    Where `on_event` decides, a second queue carries its decisions back. A kind of failure of the
+    receiver is reported once, and later events still reach it. Leaving the channel raises
+    `UnknownEvent` if a receiver had no case for an event.
     """
 
     def __init__(self, on_event: OnEvent, decides: bool = False) -> None:
@@ -76,7 +76,7 @@ class Channel:
         self._decisions = Queue(actor_options=options) if decides else None
         self._on_event = on_event
         self._unknown: UnknownEvent | None = None
-        self._failed = False
+        self._failures: set[type[Exception]] = set()
         self._thread = threading.Thread(target=self._drain, name="ray_sql-events", daemon=True)
 
     def sender(self) -> Sender:
@@ -111,7 +111,11 @@ class Channel:
                 return
             if message == CLOSED:
                 return
-            event = pickle.loads(message)
+            try:
+                event = pickle.loads(message)
+            except Exception as error:  # of whatever kind: later events can still be read
+                log.warning("an event cannot be read: %s: %s", type(error).__name__, error)
+                continue
             go_on = self._receive(event)
             if self._decisions is not None and isinstance(event, CheckpointSaved):
                 self._decisions.put((event.step, go_on is not False))
@@ -123,11 +127,11 @@ class Channel:
             self._unknown = error
         except Exception as error:
             # a display or a log that fails must not take later events with it
-            if not self._failed:
+            if type(error) not in self._failures:
                 text = f"{type(error).__name__}: {error}"
                 is_bug = not isinstance(error, RaySqlError)
                 log.warning("events may not be recorded: %s", text, exc_info=is_bug)
-            self._failed = True
+            self._failures.add(type(error))
         return None
 
 

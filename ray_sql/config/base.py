@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from ray_sql.config.sections import StorageSection
 from ray_sql.config.urls import absolute, mask_password
-from ray_sql.config.validate import build, merge, nested, without_removed
+from ray_sql.config.validate import build, merge, names, nested, without_removed
 
 TOKENS = {"read_token", "write_token"}
 
@@ -90,6 +90,11 @@ class JobConfig(BaseSettings):
     def cache(self) -> Path:
         """Absolute folder for what can be made again."""
         return absolute(self.cache_dir)
+
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Return the dotted names of the settings that the job uses, for `--help`."""
+        return {name for name, _ in names(cls)}
 
     def setting(self, name: str) -> Any:
         """Return the value of a dotted setting, e.g. `lora.r`."""

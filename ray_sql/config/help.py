@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 
+from ray_sql.config.base import JobConfig
 from ray_sql.config.jobs import TasksConfig
 from ray_sql.config.validate import names, section_of
 
@@ -47,9 +48,14 @@ class Group:
     settings: tuple[Setting, ...]
 
 
-def groups(kind: type[BaseModel]) -> list[Group]:
+def groups(kind: type[JobConfig]) -> list[Group]:
     """Return the settings that a job uses by heading, the everyday ones first."""
-    flat = {name: _setting(name, field) for name, field in names(kind) if "." not in name}
+    shown = kind.shown()
+    flat = {
+        name: _setting(name, field)
+        for name, field in names(kind)
+        if name in shown and "." not in name
+    }
     first = [name for name in EVERYDAY if name in flat]
     other = [name for name in flat if name not in EVERYDAY + BATCHES + FOLDERS]
     headings = [
@@ -61,12 +67,14 @@ def groups(kind: type[BaseModel]) -> list[Group]:
         section = section_of(kind.model_fields.get(title))
         if section is not None:
             settings = {name: _setting(f"{title}.{name}", item) for name, item in names(section)}
-            used = [name for name in settings if title != "tune" or _uses(kind, name)]
+            used = [name for name in settings if f"{title}.{name}" in shown]
+            if title == "tune":
+                used = [name for name in used if _uses(kind, name)]
             headings.append(_group(title, section.__doc__ or "", settings, used))
     return [group for group in headings if group.settings]
 
 
-def help_text(usage: str, summary: str, kind: type[BaseModel]) -> str:
+def help_text(usage: str, summary: str, kind: type[JobConfig]) -> str:
     """Return what `--help` of a job prints."""
     lines = [f"usage: {usage} [--setting value ...]", "", summary]
     for group in groups(kind):

@@ -13,8 +13,12 @@ from ray_sql.config.validate import build, merge
 from ray_sql.tasks import TaskName
 
 
-class EvaluateConfig(ModelConfig):
-    """Settings of an evaluation. A predictions file needs no model."""
+class EvaluateConfig(Config):
+    """Settings of an evaluation: those of the run whose splits and model it takes.
+
+    All are read and checked together, though an evaluation uses a part. A predictions file needs
+    no model.
+    """
 
     model_name: str = Field("", description=ModelConfig.model_fields["model_name"].description)
     task_type: TaskName = Field(
@@ -34,12 +38,11 @@ class EvaluateConfig(ModelConfig):
             )
         return self
 
-    def as_run(self) -> Config:
-        """Return the settings of a run that would ask the same model the same questions."""
-        own = {"predictions_file", "adapter"}
-        values = {name: value for name, value in self.given().items() if name not in own}
-        filled = {"model_name": self.model_name, "task_type": self.task_type}
-        return build(Config, filled | values, {"flags": values})
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Leave out the settings of training."""
+        split = {"data.validation_fraction", "data.limit"}
+        return ModelConfig.shown() | split | {"predictions_file", "adapter"}
 
 
 class CompareConfig(JobConfig):

@@ -46,7 +46,7 @@ def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> 
 def _read_flags(argv: Sequence[str], kind: type[JobConfig]) -> dict[str, Any]:
     # the flags of a run are known to every job; what the job does not use is left out later
     known = kind if issubclass(kind, Config) else type("Flags", (Config, kind), {})
-    words = _repeat_flags(_write_switches(argv, known), known)
+    words = _repeat_flags(_write_switches(_drop_removed(argv), known), known)
     try:
         source = CliSettingsSource[Any](
             known,
@@ -65,6 +65,17 @@ def _read_flags(argv: Sequence[str], kind: type[JobConfig]) -> dict[str, Any]:
     if name in REMOVED:
         raise ConfigError(f"--{name}: {REMOVED[name][1]}")
     raise ConfigError(f"{unknown}: unknown flag{nearest(known, unknown.lstrip('-'), '--')}")
+
+
+def _drop_removed(argv: Sequence[str]) -> list[str]:
+    """Leave out settings of earlier versions that are given the value they always had."""
+    words = list(argv)
+    for name, (ignored, _) in REMOVED.items():
+        for form in ([f"--{name}", str(ignored)], [f"--{name}={ignored}"]):
+            for start in range(len(words) - len(form), -1, -1):
+                if words[start : start + len(form)] == form:
+                    del words[start : start + len(form)]
+    return words
 
 
 def _write_switches(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:

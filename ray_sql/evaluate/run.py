@@ -21,7 +21,7 @@ from ray_sql.tasks import TASKS
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Score what `config` names on its splits, write the results, and return `metrics.json`."""
-    settings, folder = config.as_run(), RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir)
     folder.finish_removal()
     if folder.holds_training_run():
         raise ConfigError(
@@ -30,18 +30,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
     with Display() as display:
         if config.dry_run:
-            for line in _plan(config, settings):
+            for line in _plan(config):
                 display.line(line)
             return {}
         if config.predictions_file:
             path = absolute(config.predictions_file)
-            evaluation = predictions_file.evaluate_file(path, settings, display)
+            evaluation = predictions_file.evaluate_file(path, config, display)
         else:
-            evaluation = _evaluate_models(settings, config.adapter, display)
+            evaluation = _evaluate_models(config, config.adapter, display)
         metrics = {
             "task_type": config.task_type,
             "dataset_id": config.dataset_id,
-            **results.summarise(evaluation, TASKS[config.task_type], settings.evaluate),
+            **results.summarise(evaluation, TASKS[config.task_type], config.evaluate),
         }
         folder.write_settings(config.public())
         results.write(folder, evaluation, metrics)
@@ -51,16 +51,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return metrics
 
 
-def _plan(config: EvaluateConfig, settings: Config) -> Iterator[str]:
+def _plan(config: EvaluateConfig) -> Iterator[str]:
     """Yield lines on what would be scored, after reading it; with a model, one of its prompts."""
-    corpus = data.load_split(settings, settings.split)
+    corpus = data.load_split(config, config.split)
     if config.predictions_file:
         predictions = predictions_file.read(absolute(config.predictions_file))
         source = f"{len(predictions)} predictions of {config.predictions_file}"
     else:
-        base, _ = models.resolve(settings.model_name, settings.cache, settings.read_token)
+        base, _ = models.resolve(config.model_name, config.cache, config.read_token)
         tokenizer = models.load_tokenizer(base)
-        first = scored_questions(corpus, tokenizer, settings)[0]
+        first = scored_questions(corpus, tokenizer, config)[0]
         yield f"--- prompt ---\n{tokenizer.decode(first.input_ids)}\n--- plan ---"
         source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
     counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)

@@ -44,12 +44,13 @@ class Session:
 
     def __enter__(self) -> Self:
         config = self.config
-        tracking.require_store(config.tracking)
-        self.clock.mark("MLflow")
+        if config.tracking.enabled:
+            tracking.require_store(config.tracking)
+            self.clock.mark("MLflow")
         self.prepared = prepare(config, self.display.counter("reading data"))
         require_same_data(self.prepared.corpus, config)
-        self.questions = self.prepared.questions()
         self.check()
+        self.questions = self.prepared.questions()
         self.start_ray()
         for line in self.plan():
             self.display.line(line)
@@ -97,7 +98,7 @@ class Session:
 
     def remove_earlier(self) -> None:
         """Remove an earlier run of this name; nothing of it stays open in MLflow."""
-        if run_id := self.folder.read_mlflow_run_id():
+        if run_id := self._earlier_run_id():
             tracking.close(self.config.tracking, run_id, {})
         self.folder.remove()
 
@@ -124,7 +125,7 @@ class Session:
             name=config.output_name,
             tags=self._facts(),
             spool=spool(config),
-            run_id=self.folder.read_mlflow_run_id(),
+            run_id=self._earlier_run_id(),
             own=self.tags(),
         )
         if record.run_id:
@@ -134,6 +135,10 @@ class Session:
             name = f"{config.dataset_id[:480]}: {split}"
             record.dataset(name, fingerprint, config.dataset_id, split)
         return record
+
+    def _earlier_run_id(self) -> str | None:
+        """Return the MLflow run of an earlier attempt; without tracking its file is not read."""
+        return self.folder.read_mlflow_run_id() if self.config.tracking.enabled else None
 
     def _facts(self) -> dict[str, str]:
         """Return the tags that say what the run was made from and by."""

@@ -87,7 +87,7 @@ class _Folder:
 
     def _read_json(self, name: str) -> Any:
         text = storage.read_text(self.place(name))
-        return None if text is None else json.loads(text)
+        return json.loads(text) if text else None  # a power cut leaves an empty file
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class RunFolder(_Folder):
 
         Raises `ValueError` if they are cut off.
         """
-        settings: dict[str, Any] | None = self._read_json(CONFIG)
-        return settings
+        text = storage.read_text(self.place(CONFIG))
+        return None if text is None else dict(json.loads(text))
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write `config.json`."""
@@ -158,8 +158,9 @@ class RunFolder(_Folder):
 
     def read_predictions(self, model: str = "tuned") -> list[dict[str, Any]]:
         """Return a model's judged answers; none where there is no file."""
-        lines = (storage.read_text(self.predictions(model)) or "").splitlines()
-        return [json.loads(line) for line in lines]
+        # not splitlines: a question may hold a line separator of Unicode
+        lines = (storage.read_text(self.predictions(model)) or "").split("\n")
+        return [json.loads(line) for line in lines if line]
 
     def write_predictions(self, model: str, rows: Iterable[Mapping[str, Any]], alone: bool) -> None:
         """Write a model's judged answers, one JSON object a line."""

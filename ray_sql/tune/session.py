@@ -88,16 +88,16 @@ class StudySession(Session):
 
     def end(self, status: tracking.Status) -> None:
         """End the MLflow runs of trials that were cut off, then that of the study."""
+        self.callback.end("KILLED" if status == "KILLED" else "FAILED")
+        # those that an earlier attempt left, and this one, with fewer trials, did not go on with
+        self.record.end_children("KILLED")
+        self.record.end(status)
         if status == "KILLED":
             count = self.config.tune.num_samples
             self.display.line(
                 f"stopped with {self.study.settled(count)} of {count} trials settled; the same "
                 "command with --resume goes on"
             )
-        self.callback.end("KILLED" if status == "KILLED" else "FAILED")
-        # those that an earlier attempt left, and this one, with fewer trials, did not go on with
-        self.record.end_children("KILLED")
-        self.record.end(status)
 
 
 def require_choosable(prepared: Prepared) -> None:

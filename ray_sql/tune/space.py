@@ -77,8 +77,9 @@ class Space:
 
     axes: tuple[Axis, ...]
     start: Point
-    alpha_per_rank: float
-    """`lora_alpha / r` of the settings."""
+    rank: int
+    alpha: float
+    """`lora.r` and `lora.lora_alpha` of the settings."""
 
     def changes(self, point: Point) -> dict[str, Any]:
         """Return the settings that a trial at `point` changes.
@@ -87,7 +88,7 @@ class Space:
         """
         changes = dict(point)
         if "lora.r" in point:
-            changes.setdefault("lora.lora_alpha", point["lora.r"] * self.alpha_per_rank)
+            changes.setdefault("lora.lora_alpha", point["lora.r"] * self.alpha / self.rank)
         return changes
 
 
@@ -115,7 +116,7 @@ def read(config: Config) -> Space:
                 f"{shown(start[axis.name])} is not in {axis.range}: widen the axis, or set "
                 f"{axis.name} to a value in it"
             )
-    return Space(axes, start, config.lora.lora_alpha / config.lora.r)
+    return Space(axes, start, config.lora.r, config.lora.lora_alpha)
 
 
 def shown(value: Any) -> str:
