@@ -744,6 +744,17 @@ def own_ray() -> Iterator[None]:
     cluster.leave_ray()
 
 
+def test_a_trial_shadows_no_name_of_rays_trainable() -> None:
+    from ray.tune import Trainable
+
+    from ray_sql.tune.trial import TrialTrainable
+
+    names = (*vars(TrialTrainable), *TrialTrainable.setup.__code__.co_names)
+    ours = {name for name in names if name.startswith("_") and not name.startswith("__")}
+    assert "_final_result" in ours and "_outbox" in ours
+    assert ours & {*vars(Trainable()), *dir(Trainable)} == set(), "ray sets its own over ours"
+
+
 @pytest.mark.slow
 def test_a_sweep_from_its_space_to_its_champion(
     make_config: Any, tracked: dict[str, Any], own_ray: None, capfd: pytest.CaptureFixture[str]

@@ -72,7 +72,7 @@ class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by
         if self._unreported:
             return self._result(self._unreported.pop(0))
         if self._settled:  # the search is told again what it was told then
-            return self._last_result(failed=self._settled == "failed")
+            return self._final_result(failed=self._settled == "failed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="ray_sql-trial", daemon=True)
             self._thread.start()
@@ -83,9 +83,9 @@ class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by
                 self._awaits_decision = True
                 return self._result(score)
             case Ended(None):
-                return self._last_result(failed=False)
+                return self._final_result(failed=False)
             case Ended(failure):
-                return self._last_result(failed=True) | {"failure": failure}
+                return self._final_result(failed=True) | {"failure": failure}
 
     def cleanup(self) -> None:
         """Stop training in order, and wait until its workers have given back what they held."""
@@ -123,7 +123,7 @@ class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by
             "failure": None,
         }
 
-    def _last_result(self, failed: bool) -> dict[str, Any]:
+    def _final_result(self, failed: bool) -> dict[str, Any]:
         result = self._result() | {"done": True}
         return result | {"score": WORST} if failed else result
 
