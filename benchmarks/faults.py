@@ -539,15 +539,16 @@ SAYS = {
 def drive(settings: dict[str, Any], points: str, full: tuple[str, int] | None) -> None:
     """Drive a run as `jobs.finetune` does, and write down every point of the curve."""
 
-    class Noting(progress.Progress):
-        def __call__(self, event: Event) -> None:
-            if isinstance(event, TrainPoint):
-                point = {"step": event.step, "loss": event.values["loss"]}
-                with open(points, "a") as stream:
-                    stream.write(json.dumps(point) + "\n")
-            super().__call__(event)
+    receive = progress.Progress.__call__
 
-    progress.Progress = Noting  # type: ignore[misc]
+    def note_and_receive(self: progress.Progress, event: Event) -> None:
+        if isinstance(event, TrainPoint):
+            point = {"step": event.step, "loss": event.values["loss"]}
+            with open(points, "a") as stream:
+                stream.write(json.dumps(point) + "\n")
+        receive(self, event)
+
+    progress.Progress.__call__ = note_and_receive  # type: ignore[method-assign]
     if full:
         driver.train_loop_per_worker = partial(without_memory, moment=full)
     file = Path(points).with_name("settings.json")
