@@ -166,6 +166,10 @@ def _run(job: Job, words: list[str]) -> None:
         if _SIGNALS:  # on its way through Ray's core the exception loses its code
             raise SystemExit(128 + _SIGNALS[0]) from None
         raise
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows takes seconds at most
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except RaySqlError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,21 @@ def test_a_removed_setting_may_have_the_value_it_always_had() -> None:
         assert load(Config, ["--output_name", "o", *RUN, *flags]).output_name == "o"
     with pytest.raises(ConfigError, match=r"--evaluate\.backend: .*leave it out"):
         load(Config, ["--output_name", "o", *RUN, "--evaluate.backend", "vllm"])
+
+
+def test_ctrl_c_ends_a_job_in_one_line(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    os.mkfifo(settings)  # the job waits for its settings, so the signal meets it at work
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.finetune", "--config", str(settings)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with settings.open("w"):
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert (process.returncode, said) == (128 + signal.SIGINT, "interrupted\n")
 
 
 def test_words_before_the_first_flag_are_the_files_to_compare(
