@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -94,9 +95,7 @@ def nested_comprehensions() -> list[str]:
 
 def docstrings_without_a_verb() -> list[str]:
     """List docstrings with a sentence that begins with What, Whether or How instead of a verb."""
-    start = re.compile(
-        r"(?:^|[.;:!?]\s+)(?:What|Whether|How (?:many|often|long|far|much))\b[^?]*?(?:[.;]|$)"
-    )
+    start = re.compile(r"(?:^|[.;:!?]\s+)(?:What|Whether|How)\b[^?]*?(?:[.;]|$)")
     return [place for place, text in _docstrings() if start.search(text)]
 
 
@@ -170,11 +169,16 @@ def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, Any]]:
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """Yield (place, text on one line) of every docstring, also those of settings and constants."""
+    """Yield (place, sentences on one line) of every docstring, also of settings and constants.
+
+    Paragraphs that are indented are commands and tables.
+    """
     for path, node in _nodes(ast.Expr):
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            prose = re.split(r"\n\s*\n\s{4,}\S|\n\s*\n {4}", node.value.value)[0]
-            yield _place(path, node), " ".join(prose.split())
+            paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(node.value.value))
+            prose = [one for one in paragraphs if not one.startswith("    ")]
+            prose = [re.sub(r"\n- ", ".\n", one.removeprefix("- ")) for one in prose]
+            yield _place(path, node), " ".join(" ".join(prose).split())
 
 
 def _loops(node: ast.AST) -> int:

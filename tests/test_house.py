@@ -83,3 +83,16 @@ def is_own_import(node: ast.AST) -> TypeGuard[ast.ImportFrom]:
 
 def test_tests_come_in_through_public_doors() -> None:
     assert not private_names()
+
+
+def test_docstrings_are_counted_to_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = " ".join(["word"] * 26)
+    (tmp_path / "a.py").write_text(
+        'def f():\n    """Do it.\n\n    How it goes.\n\n'
+        f'        {long} in code\n\n    {long}.\n    """\n'
+    )
+    monkeypatch.setattr(house, "PACKAGE", tmp_path)
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    assert house.docstrings_without_a_verb() == house.long_docstring_sentences() == ["a.py:2"]

@@ -103,8 +103,8 @@ def _init_ray() -> None:
 def leave_ray() -> None:
     """Shut down the Ray that this process started, or leave the cluster that it joined.
 
-    A Ray that was there before stays. At the interpreter's exit it would be too late: Ray's
-    processes end with the thread that started them, which is gone by then, and Tune waits a minute
+    A Ray that was there before stays. At the interpreter's exit it would be too late. Ray's
+    processes end with the thread that started them, which is gone by then. Tune would wait a minute
     to take its registrations back.
     """
     if _OURS.is_set():

@@ -168,8 +168,8 @@ def _end_when_memory_is_full() -> Any:
 class _Worker(Generic[Job, Result]):
     """A loop as Ray Train calls it on a worker: its errors for the user are returned, not raised.
 
-    A storage that fails is raised: it may fail on this node alone, and a rank that left quietly
-    would let the others wait for it.
+    An error of the storage is raised. It may fail on this node alone, and a rank that left quietly
+    would let the others wait.
     """
 
     def __init__(self, loop: Loop[Job, Result], job: Job, driver: DriverLink) -> None:

@@ -55,10 +55,10 @@ class Batching:
 def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: int) -> int:
     """Return how many examples share a row, at most as many as an optimizer step has.
 
-    `auto` leaves a step at least as many rows as a row has examples. After the same number of
-    examples, rows of 2 in steps of 8 and of 4 in steps of 32 answered as many new questions as
-    plain rows; rows of 8 answered fewer (`benchmarks.shared_rows_quality`). The result divides the
-    step where a number above 1 does, so that the end of a step cuts no group of a database in two.
+    `auto` leaves a step at least as many rows as a row has examples. Rows of 2 in steps of 8
+    answered as many new questions as plain rows after as many examples. So did rows of 4 in steps
+    of 32; rows of 8 answered fewer (`benchmarks.shared_rows_quality`). The result divides the
+    step where a number above 1 does. So the end of a step cuts no group of a database in two.
     """
     if setting != "auto":
         return min(setting, global_batch_size)

@@ -244,7 +244,7 @@ class Config(ModelConfig):
 
     @property
     def batching(self) -> Batching:
-        """How examples become optimizer steps, as the settings say."""
+        """Return the sizes by which examples become optimizer steps."""
         size = self.train.global_batch_size
         if size is None:
             size = self.train_batch_size * self.grad_accum_steps * self.scaling.max_workers
@@ -280,7 +280,7 @@ class Config(ModelConfig):
         workers.
 
         Leaves out settings for one command only, and grad_accum_steps if `train.global_batch_size`
-        decides it, so that a run can be given back with another number of workers.
+        decides it. So the run can go on with another number of workers.
         """
         settings = super().public()
         settings["tracking"]["uri"] = mask_password(settings["tracking"]["uri"])

@@ -1,5 +1,4 @@
-"""How values become settings: nested, merged, validated, and explained to the user where they are
-wrong."""
+"""Turn values into settings: nest, merge and validate them, and explain what is wrong."""
 
 from __future__ import annotations
 

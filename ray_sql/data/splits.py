@@ -110,8 +110,8 @@ def set_aside(
     """Divide examples into (those left, those set aside), drawn with the seed.
 
     By database, whole databases are drawn until `fraction` is reached; by question, single
-    questions. None means by database, but by question where databases are too unequal: where the
-    drawn ones hold less than half or more than twice of `fraction`.
+    questions. None means by database, but by question where databases are too unequal. They are
+    where the drawn ones hold less than half or more than twice of `fraction`.
 
     Raises:
         DataError: one database alone cannot be split by database.

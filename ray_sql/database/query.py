@@ -40,7 +40,7 @@ class QueryResult:
     """The result of one query; `rows` and `columns` are empty unless `status` is "ok".
 
     `error` is one line. It opens with `refused:` (not one read-only query), `too large:` (a limit
-    other than time), `timeout:` or `crash:`, or else it is the database's own message.
+    other than time), `timeout:` or `crash:`. Any other is the database's own message.
     """
 
     status: Status

@@ -24,7 +24,7 @@ from ray_sql.tasks import TASKS, Task, TaskName
 
 @dataclass(frozen=True)
 class Judge:
-    """How the answers of one task are read, judged and summarised."""
+    """Functions that read, judge and summarise the answers of one task."""
 
     parse: Callable[[str], str | None]
     """Find the SQL or the links in a model's text; None where there are none."""

@@ -44,7 +44,7 @@ def failing(
     """Return the gold queries that do not run, as rows with id, split, database, gold and error.
 
     The result is kept under `cache` for the same data. Queries that timed out or crashed are asked
-    again every time, for that may have been the machine's fault, and so are queries on a server.
+    again every time, for that may have been the machine's fault. So are queries on a server.
     Examples without a database are not among them.
     """
     queries = _queries(corpus)

@@ -24,7 +24,7 @@ OnFallback = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated."""
+    """Limits and sizes for generating answers."""
 
     max_new_tokens: int
     batch_size: int = 1

@@ -111,8 +111,8 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
     """Return why `model` cannot answer over a prefix that questions share; None if it can.
 
     Prompt and answer have up to `longest` tokens. Pairs of short prompts of random tokens are
-    computed both ways. The attention itself finds sliding windows, softcaps and the like. What only
-    long prompts show is read from the model's config.
+    computed both ways. The attention itself finds sliding windows, softcaps and the like. The
+    model's config is asked for effects that only long prompts have.
     """
     if reason := _why_length_matters(model.config.get_text_config(), longest):
         return reason

@@ -125,8 +125,9 @@ def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = Fals
     `keep_distinct`, every DISTINCT is dropped, from `IS NOT DISTINCT FROM` too.
 
     With DISTINCT, the official code also drops every statement but the first. Here they stay, for
-    the executor to refuse, unless they are empty. The official code knows no servers: on a `server`
-    the DISTINCT of `DISTINCT ON` and `IS DISTINCT FROM` stays, because without it they are no SQL.
+    the executor to refuse, unless they are empty. The official code knows no servers.
+    On a `server`, `DISTINCT ON` and `IS DISTINCT FROM` keep their DISTINCT, because without it they
+    are no SQL.
     """
     for apart in ("> =", "< =", "! ="):
         sql = sql.replace(apart, apart.replace(" ", ""))

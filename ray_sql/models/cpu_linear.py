@@ -56,8 +56,8 @@ def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
     The expanded weights are the same to the bit. They take the memory of the unquantised model,
     which a CPU has. This also keeps bitsandbytes from repacking weights for AVX512-BF16. It does so
     at the first forward in eval mode, never undoes it, and rounds the scales. Repacked weights have
-    no backward: after a validation in the middle of training no gradient passes a base layer any
-    more (0.50.2; autograd warns of it, and the losses differ).
+    no backward. After a validation in the middle of training no gradient would pass a base layer
+    (0.50.2; autograd warns of it, and the losses differ).
     """
     import bitsandbytes.functional
     from bitsandbytes.nn import Linear4bit
@@ -73,8 +73,8 @@ def dequantise_once(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def fuse(model: PreTrainedModel) -> None:
     """Let LoRA layers over expanded weights compute base and adapter together, for training.
 
-    Loss and gradients are peft's but for rounding. What is more than a product of two matrices
-    (DoRA, biases) stays peft's. A training step took a sixth less time so on a Xeon, and as long on
+    Loss and gradients are peft's but for rounding. Peft still computes more than a product of two
+    matrices (DoRA, biases). A training step took a sixth less time so on a Xeon, and as long on
     an EPYC with AVX512 (`benchmarks.ablation`). It stays, because adapters would change without it.
     """
     for layer, base, names in _lora_layers(model):

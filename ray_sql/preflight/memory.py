@@ -13,7 +13,7 @@ def memory_estimate(
 
     The sum covers weights, the adapter with its gradient and two Adam moments, activations and
     logits. Activations follow Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer
-    and hidden unit in 16 bits, without the attention matrix, which SDPA does not keep. With
+    and hidden unit in 16 bits. SDPA does not keep the attention matrix. With
     checkpointing, one layer's worth and every layer's input stay.
     """
     from transformers import AutoConfig

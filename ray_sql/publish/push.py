@@ -30,8 +30,9 @@ from ray_sql.tasks import TASKS
 def require_publishable(config: Config) -> str:
     """Return where a run would be published, over which base model. Sends nothing.
 
-    Raises `ConfigError` without a token that may write, for a repository with a model of another
-    base, and for a base without a name on the Hub. Raises `StoreError` if the Hub does not answer.
+    Raises `ConfigError` without a token that may write, and for a base without a name on the Hub.
+    Raises it also for a repository with a model of another base. Raises `StoreError` if the Hub
+    does not answer.
     """
     base = bundles.base_name(config.model_name, config.hub)
     hub = hubs.login(config.hub, config.output_name, config.write_token)

@@ -28,11 +28,11 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
     """Return why rows of several questions would be wrong for `model`; None if they are right.
 
     Examples have up to `longest` tokens and rows up to `row`. Sliding windows shorter than an
-    example are read from the config. All else shows when a shared row and a separate one, of random
-    tokens and of these lengths, are compared: state-space layers, windows of places in the row,
-    attention that takes no mask, positions that are counted and not given. They are compared
-    through the attention that training will use. A model that is wrong with the fast one
-    (`packed_attention`) is left with a mask.
+    example are read from the config. A comparison finds
+    all else: state-space layers, windows of places in the row, attention that takes no mask,
+    positions that are counted and not given. It takes a shared row and a separate one, of random
+    tokens and of these lengths, through the attention that training will use. A model that is wrong
+    with the fast one (`packed_attention`) is left with a mask.
     """
     config = model.config.get_text_config()
     packed_attention.install(model)

@@ -113,7 +113,7 @@ def epoch_order(databases: Sequence[str], examples_per_row: int, draw: random.Ra
     A group is of one database, or of what is left of several. All but the last are full. So a step
     of a multiple of `examples_per_row` never cuts a group in two, which would compute its schema
     twice. A database's n groups are spread over the epoch, one at a random place in each n-th of
-    it: steps that follow each other are mostly of different databases.
+    it. So steps that follow each other are mostly of different databases.
     """
     shuffled = draw.sample(range(len(databases)), len(databases))
     if examples_per_row == 1:

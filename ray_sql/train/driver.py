@@ -48,11 +48,11 @@ def fit(
     """Train on the inputs in the run's folder, going on from its newest checkpoint if any.
 
     Where `on_event` `decides`, its answer to a saved checkpoint counts: False ends training there.
-    A run that is out of memory goes on from its last checkpoint with half as many examples in a
-    forward pass, and twice as many passes, as often as they can be halved.
+    A run that is out of memory goes on from its last checkpoint. Each time, half as many examples
+    are in a forward pass, in twice as many passes, until one is left.
 
-    Raises `TrainingError` where the loss diverges or workers cannot be kept alive, `TakenOver`
-    where the same command was given again meanwhile, and `ModelError` for a wrong checkpoint.
+    Raises `TrainingError` where the loss diverges or workers cannot be kept alive, and `TakenOver`
+    where the same command was given again meanwhile. Raises `ModelError` for a wrong checkpoint.
     """
     started = time.monotonic()
     folder = RunFolder(config.run_dir)

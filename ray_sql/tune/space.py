@@ -95,8 +95,9 @@ class Space:
 def read(config: Config) -> Space:
     """Return the axes of `tune.space`.
 
-    Raises `ConfigError`, naming the axis, for an unknown or malformed one, one that may not be
-    varied, a value that its setting does not take, and settings that lie outside of their axis.
+    Raises `ConfigError` for an unknown or malformed axis, and for one that may not be varied.
+    Raises it also for a value that its setting does not take, and for settings outside their axis.
+    The message names the axis.
     """
     if not config.tune.space:
         raise ConfigError(
