@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib
 import logging
+import os
 import re
 import signal
 import sys
@@ -122,10 +123,21 @@ def main(name: str | None = None, argv: Sequence[str] | None = None) -> None:
         name = "compare"
     job = JOBS[name]
     if {"-h", "--help"} & set(words):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
-        print(help_text(program, job.summary, job.settings))
+        _print_help(help_text(program, job.summary, job.settings))
         return
     _run(job, words)
+
+
+def _print_help(text: str) -> None:
+    """Print a text of which a reader such as `head` may take a part only.
+
+    The signal SIGPIPE stays ignored: left to its default, any socket that a peer closes would end
+    the process without a word.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
 def _job_name(words: Sequence[str]) -> str:

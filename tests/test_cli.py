@@ -111,6 +111,21 @@ def test_help_of_a_job_shows_what_it_uses_and_nothing_else(
     assert not {f"--{setting}" for setting in hidden} & flags
 
 
+def test_help_may_be_cut_by_head_and_leaves_the_signal_of_broken_pipes_alone() -> None:
+    # with SIGPIPE at its default, a server that closes a connection would end a run without a word
+    script = (
+        "import signal; from ray_sql import cli; cli.main(argv=['finetune', '--help']); "
+        "assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
 def test_help_has_headings_with_everyday_settings_first(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = ray_sql(capsys, "finetune", "--help")
     headings = [line for line in out.splitlines() if line[:1].isalpha()][2:-2]
