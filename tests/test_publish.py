@@ -242,7 +242,7 @@ def test_the_published_settings_and_contract_fit_each_other(
     ]
     config = load(EvaluateConfig, given)
     assert config.model_name == "tests/tiny"
-    check_adapter(str(folder), config.as_run(), str(tiny_model), None)  # raises where they differ
+    check_adapter(str(folder), config, str(tiny_model), None)  # raises where they differ
 
 
 def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
