@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ray_sql import data, generate
-from ray_sql.data import prompts
+from ray_sql.data.contract import make_contract
 from ray_sql.display import Display
 from ray_sql.errors import ContractError, DataError
 from ray_sql.evaluate import results
@@ -282,7 +282,7 @@ def test_an_adapter_of_another_contract_is_refused(
     adapter, config = str(tmp_path / "run" / "adapter"), make_config()
     with pytest.raises(ContractError, match=r"holds no contract.json; give the adapter folder"):
         check_adapter(adapter, config, str(tiny_model), None)
-    trained = prompts.contract(make_config(), load_tokenizer(str(tiny_model)), None)
+    trained = make_contract(make_config(), load_tokenizer(str(tiny_model)), None)
     storage.write_text(f"{adapter}/contract.json", json.dumps(trained))
     check_adapter(adapter, config, str(tiny_model), None)
     other = make_model(tmp_path / "other")

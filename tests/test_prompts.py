@@ -10,7 +10,9 @@ import pytest
 from ray_sql import data
 from ray_sql.config import Config
 from ray_sql.config.sections import PromptSection
-from ray_sql.data import Corpus, Example, prompts
+from ray_sql.data import Corpus, Example, chat, contract, prompts
+from ray_sql.data.answers import parse_sql
+from ray_sql.data.contract import BINDING, CONTRACT_PACKAGES, check_contract, make_contract
 from ray_sql.errors import ContractError, DataError
 from ray_sql.models import load_tokenizer
 from ray_sql.tasks import SCHEMA, SQL, TASKS
@@ -55,7 +57,7 @@ def corpus(make_config: Any) -> Corpus:
 
 def prompt_of(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> str:
     schema = prompts.schema_text(example, corpus.schemas, config.prompt)
-    return prompts.render_prompt(
+    return chat.render_prompt(
         tokenizer, prompts.messages(TASKS[config.task_type], schema, example.question)
     )
 
@@ -71,7 +73,7 @@ def test_the_schema_comes_first_and_the_question_last(
     for table in ("customer", "product", "sale"):
         assert text.index(table) < text.index(f"Question: {example.question}")
     after = text.partition(example.question)[2]
-    assert prompts.render_prompt(
+    assert chat.render_prompt(
         tokenizer, prompts.messages(TASKS[config.task_type], "", "")
     ).endswith(after)
 
@@ -109,7 +111,7 @@ def test_braces_in_a_schema_or_question_are_left_alone() -> None:
 def test_a_completion_is_the_answer_and_one_end_of_turn(
     use_template: Any, template: str | None
 ) -> None:
-    completion = prompts.render_completion(use_template(template), TURNS, "```sql\nSELECT 1\n```")
+    completion = chat.render_completion(use_template(template), TURNS, "```sql\nSELECT 1\n```")
     assert completion == "```sql\nSELECT 1\n```<|end|>"
 
 
@@ -118,10 +120,7 @@ def test_prompt_and_completion_are_together_what_the_template_writes(
     use_template: Any, template: str
 ) -> None:
     tokenizer, answer = use_template(template), "```sql\nSELECT 'é—ü'\n```"
-    parts = (
-        prompts.render_prompt(tokenizer, TURNS),
-        prompts.render_completion(tokenizer, TURNS, answer),
-    )
+    parts = (chat.render_prompt(tokenizer, TURNS), chat.render_completion(tokenizer, TURNS, answer))
     ids = [
         token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]
     ]
@@ -137,7 +136,7 @@ def test_prompt_and_completion_are_together_what_the_template_writes(
 
 
 def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> None:
-    text = prompts.render_prompt(use_template(NO_SYSTEM), TURNS)
+    text = chat.render_prompt(use_template(NO_SYSTEM), TURNS)
     assert (
         text.count("<|start|>") == 2
         and SQL.system in text
@@ -146,7 +145,7 @@ def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> N
 
 
 def test_a_model_without_a_template_gets_a_plain_one(use_template: Any) -> None:
-    text = prompts.render_prompt(use_template(None), TURNS)
+    text = chat.render_prompt(use_template(None), TURNS)
     assert text == f"{SQL.system}\n\n{TURNS[1]['content']}\n\nAnswer:\n"
 
 
@@ -159,7 +158,7 @@ def test_the_answer_of_each_task_is_a_fenced_block(corpus: Corpus) -> None:
         prompts.answer(SCHEMA, example, corpus.schemas)
         == '```json\n{"customer": ["name", "city"]}\n```'
     )
-    assert prompts.parse_sql(prompts.answer(SQL, example, corpus.schemas)) == (
+    assert parse_sql(prompts.answer(SQL, example, corpus.schemas)) == (
         "SELECT name FROM customer WHERE city = 'a  b'"
     )
 
@@ -219,13 +218,13 @@ def test_links_that_cannot_be_had_are_named_by_their_example() -> None:
     ],
 )
 def test_sql_is_read_from_an_answer(answer: str, sql: str | None) -> None:
-    assert prompts.parse_sql(answer) == sql
+    assert parse_sql(answer) == sql
 
 
 def test_a_long_answer_without_an_end_is_read_in_no_time() -> None:
     started = time.perf_counter()
     for piece in ("'", "/* ", "-- ", "`", "``` ", "( ", "SELECT "):
-        prompts.parse_sql(piece * 100_000)
+        parse_sql(piece * 100_000)
     assert time.perf_counter() - started < HANGS, "a step back at every character takes minutes"
 
 
@@ -268,9 +267,9 @@ def test_adapters_of_earlier_versions_stay_usable(
     make_config: Any, tokenizer: Any, tiny_model: Path, task: str
 ) -> None:
     config = make_config(task_type=task, **{"data.columns": {"question": "pergunta"}})
-    contract = prompts.contract(config, tokenizer, "abc")
+    contract = make_contract(config, tokenizer, "abc")
     packages = contract.pop("packages")
-    assert set(packages) == {"ray_sql", *prompts.CONTRACT_PACKAGES}
+    assert set(packages) == {"ray_sql", *CONTRACT_PACKAGES}
     system, template_hash, answer_format = PINNED_BY_TASK[task]
     assert contract == PINNED | {
         "task_type": task,
@@ -289,17 +288,15 @@ def test_adapters_of_earlier_versions_stay_usable(
 def test_the_contract_of_the_same_settings_is_equal_after_a_round_trip(
     make_config: Any, tokenizer: Any
 ) -> None:
-    saved = json.loads(json.dumps(prompts.contract(make_config(), tokenizer, "abc")))
-    prompts.check_contract(
-        saved, prompts.contract(make_config(), tokenizer, "abc"), "out/run/adapter"
-    )
+    saved = json.loads(json.dumps(make_contract(make_config(), tokenizer, "abc")))
+    check_contract(saved, make_contract(make_config(), tokenizer, "abc"), "out/run/adapter")
     assert saved["packages"]["transformers"] and saved["answer_format"] == "fenced sql"
 
 
 def test_what_binds_no_answer_may_differ(make_config: Any, tokenizer: Any) -> None:
-    saved = prompts.contract(make_config(), tokenizer, "abc")
+    saved = make_contract(make_config(), tokenizer, "abc")
     other = make_config(**{"rows.max_length": 99, "evaluate.semantics": "strict", "seed": 3})
-    prompts.check_contract(saved, prompts.contract(other, tokenizer, "abc"), "out/run/adapter")
+    check_contract(saved, make_contract(other, tokenizer, "abc"), "out/run/adapter")
 
 
 @pytest.mark.parametrize(
@@ -316,10 +313,10 @@ def test_a_setting_that_changes_the_prompt_is_refused_by_name(
     make_config: Any, tokenizer: Any, field: str, changes: dict[str, Any]
 ) -> None:
     base = {"prompt.serializer": "m_schema"} if field == "example_values" else {}
-    saved = prompts.contract(make_config(**base), tokenizer, None)
-    current = prompts.contract(make_config(**base | changes), tokenizer, None)
+    saved = make_contract(make_config(**base), tokenizer, None)
+    current = make_contract(make_config(**base | changes), tokenizer, None)
     with pytest.raises(ContractError) as caught:
-        prompts.check_contract(saved, current, "out/run/adapter")
+        check_contract(saved, current, "out/run/adapter")
     message = str(caught.value)
     assert message.startswith(
         f"out/run/adapter: the adapter was trained with {field} {saved[field]!r}, "
@@ -336,7 +333,7 @@ def test_code_and_files_that_change_the_prompt_are_refused(
     make_config: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
-    saved = prompts.contract(make_config(), tokenizer, None)
+    saved = make_contract(make_config(), tokenizer, None)
     if what == "template":
         tokenizer.chat_template = NO_SYSTEM
     elif what == "template text":
@@ -344,33 +341,31 @@ def test_code_and_files_that_change_the_prompt_are_refused(
     elif what == "tokenizer":
         tokenizer.add_tokens(["SELECT DISTINCT"])
     else:
-        monkeypatch.setattr(prompts, "SERIALIZER_VERSION", 99)
+        monkeypatch.setattr(contract, "SERIALIZER_VERSION", 99)
     field = {"tokenizer": "tokenizer_hash", "serializer version": "serializer"}.get(
         what, "template_hash"
     )
     with pytest.raises(ContractError, match=f"trained with {field} "):
-        prompts.check_contract(saved, prompts.contract(make_config(), tokenizer, None), "a/adapter")
+        check_contract(saved, make_contract(make_config(), tokenizer, None), "a/adapter")
 
 
 def test_every_binding_field_is_in_the_contract(make_config: Any, tokenizer: Any) -> None:
-    contract = prompts.contract(make_config(), tokenizer, None)
+    contract = make_contract(make_config(), tokenizer, None)
     assert "date" not in contract["template"]
-    assert set(prompts.BINDING) <= set(contract)
-    for field in prompts.BINDING:
+    assert set(BINDING) <= set(contract)
+    for field in BINDING:
         with pytest.raises(ContractError, match=f"trained with {field} None"):
-            prompts.check_contract(
-                {k: v for k, v in contract.items() if k != field}, contract, "a/adapter"
-            )
+            check_contract({k: v for k, v in contract.items() if k != field}, contract, "a/adapter")
 
 
 def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
     tokenizer: Any, use_template: Any, make_config: Any
 ) -> None:
-    plain = prompts.contract(make_config(), tokenizer, None)
+    plain = make_contract(make_config(), tokenizer, None)
     use_template("{{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATE)
     turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
-    assert prompts.render_prompt(tokenizer, turns).startswith("26 Jul 2024\n")
-    dated = prompts.contract(make_config(), tokenizer, None)
+    assert chat.render_prompt(tokenizer, turns).startswith("26 Jul 2024\n")
+    dated = make_contract(make_config(), tokenizer, None)
     assert (
         dated["template"]["date"] == "2024-07-26"
         and dated["template_hash"] != plain["template_hash"]
@@ -382,14 +377,13 @@ def test_of_several_chat_templates_it_is_the_default_one(
 ) -> None:
     turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
     prompt, contract = (
-        prompts.render_prompt(tokenizer, turns),
-        prompts.contract(make_config(), tokenizer, None),
+        chat.render_prompt(tokenizer, turns),
+        make_contract(make_config(), tokenizer, None),
     )
     use_template({"default": CHAT_TEMPLATE, "tool_use": NO_SYSTEM})
-    assert prompts.render_prompt(tokenizer, turns) == prompt
+    assert chat.render_prompt(tokenizer, turns) == prompt
     assert (
-        prompts.contract(make_config(), tokenizer, None)["template_hash"]
-        == contract["template_hash"]
+        make_contract(make_config(), tokenizer, None)["template_hash"] == contract["template_hash"]
     )
 
 
@@ -397,4 +391,4 @@ def test_of_several_chat_templates_it_is_the_default_one(
     "start", ["SELECT\nname", "select name", "WITH x AS (SELECT 1)\nSELECT name"]
 )
 def test_a_block_without_a_language_may_begin_with_its_query(start: str) -> None:
-    assert prompts.parse_sql(f"```{start} FROM t\n```") == f"{start} FROM t".replace("\n", " ")
+    assert parse_sql(f"```{start} FROM t\n```") == f"{start} FROM t".replace("\n", " ")

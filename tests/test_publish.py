@@ -27,7 +27,7 @@ from rich.console import Console
 
 from ray_sql import finetune, publish
 from ray_sql.config import Config, EvaluateConfig, PublishConfig, load
-from ray_sql.data import prompts
+from ray_sql.data import chat, prompts
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, StoreError
 from ray_sql.evaluate import results
@@ -373,7 +373,7 @@ def trained_prompt(asked: Any, run_dir: Path, tiny_model: Path) -> list[int]:
 
     tokenizer = load_tokenizer(str(tiny_model))
     turns = prompts.messages(SQL, asked["schema"], asked["question"])
-    return encode_prompt(tokenizer, prompts.render_prompt(tokenizer, turns))
+    return encode_prompt(tokenizer, chat.render_prompt(tokenizer, turns))
 
 
 @pytest.mark.parametrize("dated", [{}, {"date": "2024-07-26"}], ids=["", "dated"])

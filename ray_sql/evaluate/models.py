@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from ray_sql import cluster, data, generate, models
 from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
 from ray_sql.config import Config
-from ray_sql.data import Corpus, prompts
+from ray_sql.data import Corpus
+from ray_sql.data.contract import check_contract, make_contract
 from ray_sql.database import Schema
 from ray_sql.display import Display
 from ray_sql.errors import ContractError
@@ -132,8 +133,8 @@ def check_adapter(adapter: str, config: Config, model_folder: str, revision: str
         raise ContractError(
             f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
         )
-    current = prompts.contract(config, models.load_tokenizer(model_folder), revision)
-    prompts.check_contract(saved, current, adapter)
+    current = make_contract(config, models.load_tokenizer(model_folder), revision)
+    check_contract(saved, current, adapter)
 
 
 def _answer_cache(

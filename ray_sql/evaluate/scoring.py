@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_sql.config import mask_password
 from ray_sql.config.sections import AnswersSection
-from ray_sql.data import prompts
+from ray_sql.data.answers import parse_sql
 from ray_sql.database import Executor, Schema
 from ray_sql.evaluate import judge_links, judge_sql
 from ray_sql.evaluate.judge_sql import Progress, executor
@@ -37,7 +37,7 @@ class Judge:
 
 
 JUDGES: Mapping[TaskName, Judge] = {
-    "sql": Judge(prompts.parse_sql, judge_sql.read, judge_sql.judge, judge_sql.summarise),
+    "sql": Judge(parse_sql, judge_sql.read, judge_sql.judge, judge_sql.summarise),
     "schema": Judge(judge_links.parse, judge_links.read, judge_links.judge, judge_links.summarise),
 }
 
@@ -93,7 +93,7 @@ def _first_executable(
         (index, text, question.database, sql)
         for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
         for text in answer.candidates
-        if question.database is not None and (sql := prompts.parse_sql(text))
+        if question.database is not None and (sql := parse_sql(text))
     ]
     with executor(settings, shared) as running:
         results = running.run_many([(database, sql) for _, _, database, sql in tries])

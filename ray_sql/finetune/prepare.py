@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models, rows
 from ray_sql.config import Config, strip_password
-from ray_sql.data import Corpus, prompts
+from ray_sql.data import Corpus
+from ray_sql.data.contract import make_contract
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.finetune import gold
 from ray_sql.generate import Question
@@ -121,7 +122,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         min(audit.longest, config.rows.max_length),
         "an example has {tokens}: lower --rows.max_length and choose --rows.too_long",
     )
-    contract = prompts.contract(config, tokenizer, revision)
+    contract = make_contract(config, tokenizer, revision)
     failing = gold.failing(corpus, config.evaluate, config.cache, progress)
     if executes:
         gold.require_scorable(corpus, config.split, failing)

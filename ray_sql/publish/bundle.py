@@ -16,7 +16,7 @@ from typing import Any
 from ray_sql import models
 from ray_sql.config import Config, PublishConfig, absolute
 from ray_sql.config.sections import RepositorySection
-from ray_sql.data import prompts
+from ray_sql.data.contract import check_contract
 from ray_sql.errors import ConfigError, ContractError, ModelError
 from ray_sql.metrics.paired import PairedTest
 from ray_sql.store.run_folder import ADAPTER_CONFIG, CONFIG, CONTRACT, METRICS, RunFolder
@@ -170,7 +170,7 @@ def _require_one_run(
             f"{folder}: {missing[0]} is missing; give the command that began the run again"
         )
     assert own is not None and contract is not None and adapter_config is not None
-    prompts.check_contract(contract, own, str(folder.adapter))
+    check_contract(contract, own, str(folder.adapter))
     stated: dict[str, Any] = {
         "task_type": run.task_type,
         "model_name": run.model_name,

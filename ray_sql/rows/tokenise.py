@@ -17,7 +17,8 @@ from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from ray_sql.config.sections import PromptSection, RowsSection
-from ray_sql.data import Example, prompts
+from ray_sql.data import Example, chat, prompts
+from ray_sql.data.contract import tokenizer_hash
 from ray_sql.data.linking import LinkError
 from ray_sql.database import SERIALIZER_VERSION, Schema, render
 from ray_sql.errors import DataError
@@ -105,8 +106,8 @@ class Encoder:
         """
         turns = self._turns(example, schema)
         answer = prompts.answer(self.task, example, self.schemas)
-        completion = prompts.render_completion(self.tokenizer, turns, answer)
-        prompt_ids = encode_prompt(self.tokenizer, prompts.render_prompt(self.tokenizer, turns))
+        completion = chat.render_completion(self.tokenizer, turns, answer)
+        prompt_ids = encode_prompt(self.tokenizer, chat.render_prompt(self.tokenizer, turns))
         completion_ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
         input_ids = prompt_ids + completion_ids
         return TokenizedExample(example.id, example.db_id, input_ids, len(prompt_ids))
@@ -121,7 +122,7 @@ class Encoder:
         except LinkError:
             full = self.prompt.model_copy(update={"schema_form": "full"})
             turns = replace(self, prompt=full)._turns(example)
-        return encode_prompt(self.tokenizer, prompts.render_prompt(self.tokenizer, turns))
+        return encode_prompt(self.tokenizer, chat.render_prompt(self.tokenizer, turns))
 
     def _turns(self, example: Example, schema: str | None = None) -> list[dict[str, str]]:
         if schema is None:
@@ -266,11 +267,11 @@ def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection
             encoder.task.system,
             prompts.USER,
             prompts.EVIDENCE,
-            prompts.DATE.isoformat(),
-            prompts.template_of(encoder.tokenizer),
+            chat.DATE.isoformat(),
+            chat.template_of(encoder.tokenizer),
         ],
         [
-            prompts.tokenizer_hash(encoder.tokenizer),
+            tokenizer_hash(encoder.tokenizer),
             encoder.prompt.model_dump(),
             limits.max_length,
             limits.too_long,

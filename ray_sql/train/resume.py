@@ -13,7 +13,7 @@ from typing import Any
 from ray_sql.cluster.events import Note, OnEvent, Resumed
 from ray_sql.cluster.ranks import agreed, gather_all, rank
 from ray_sql.config.sections import LoraSection
-from ray_sql.data import prompts
+from ray_sql.data.contract import check_contract
 from ray_sql.errors import ModelError, TakenOver
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
@@ -118,7 +118,7 @@ def _check_resumable(
             f"{flag}: it adapts {', '.join(sorted(saved['target_modules']))}, but "
             f"--lora.target_modules is {', '.join(modules)}; give it the same"
         )
-    prompts.check_contract(signed, contract, flag)
+    check_contract(signed, contract, flag)
 
 
 def rewind(folder: RunFolder, start_from: str) -> None:

@@ -1,0 +1,104 @@
+"""State what an adapter was trained for, and refuse it for anything else.
+
+All that a prompt depends on is written to `contract.json` beside the adapter and compared before
+the adapter is used. Prompt drift between training and inference is the most frequent complaint in
+this field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from ray_sql import __version__
+from ray_sql.config import Config
+from ray_sql.data import chat, prompts
+from ray_sql.database import SERIALIZER_VERSION
+from ray_sql.errors import ContractError
+from ray_sql.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTRACT_PACKAGES = ("transformers", "trl", "peft", "bitsandbytes", "torch", "sqlglot")
+
+
+def make_contract(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model_revision: str | None
+) -> dict[str, Any]:
+    """Return, as JSON values, all that an answer depends on besides the weights.
+
+    It is written as `contract.json` beside the adapter. It records settings of six sections, so it
+    takes the whole tree.
+    """
+    template = chat.template_of(tokenizer)
+    dated = {"date": chat.DATE.isoformat()} if chat.TODAY.search(template) else {}
+    task = TASKS[config.task_type]
+    text = json.dumps([task.system, prompts.USER, prompts.EVIDENCE, template, *dated.values()])
+    return {
+        "task_type": config.task_type,
+        "model_name": config.model_name,
+        "model_revision": model_revision,
+        "quantization": config.quantization.model_dump(),
+        "template": {
+            "system": task.system,
+            "user": prompts.USER,
+            "evidence": prompts.EVIDENCE,
+            "turns": chat.template_turns(tokenizer),
+            **dated,
+        },
+        "template_hash": _hash(text),
+        "serializer": {"name": config.prompt.serializer, "version": SERIALIZER_VERSION},
+        "schema_form": config.prompt.schema_form,
+        "example_values": config.prompt.example_values,
+        "columns": config.data.columns,
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "max_length": config.rows.max_length,
+        "answer_format": f"fenced {task.fence}",
+        "semantics": config.evaluate.semantics,
+        "packages": {"ray_sql": __version__}
+        | {package: version(package) for package in CONTRACT_PACKAGES},
+    }
+
+
+BINDING = (
+    "task_type",
+    "model_name",
+    "quantization",
+    "template_hash",
+    "serializer",
+    "schema_form",
+    "example_values",
+    "tokenizer_hash",
+)
+"""Contract fields that must be equal where an adapter is used; the rest explain a difference."""
+
+
+def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+    """Raise `ContractError` at the first binding field that differs from the adapter at `where`."""
+    for name in BINDING:
+        if saved.get(name) != current.get(name):
+            raise ContractError(
+                f"{where}: the adapter was trained with {name} {saved.get(name)!r}, but this run "
+                f"has {current.get(name)!r}; give it the settings it was trained with (--config "
+                "and its config.json), or train it again"
+            )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 12 hex digits of the vocabulary, the end token and the tokens of a probe text."""
+    probe = tokenizer(
+        "SELECT name, count(*) FROM singer WHERE año >= 1.5;\n", add_special_tokens=False
+    )["input_ids"]
+    return _hash(
+        json.dumps(
+            [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, probe], ensure_ascii=False
+        )
+    )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
