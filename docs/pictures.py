@@ -1,19 +1,15 @@
 """Make the README's pictures from a finished run:  python docs/pictures.py out/demo
 
-Shows the run again in a terminal of 100 columns, and opens its report and its page in MLflow with
-headless Chromium. Needs `chromium`; overwrites docs/demo-*.png. Look at each picture afterwards.
+Shows the run again in a terminal of 100 columns, and opens its report with headless Chromium. Needs
+`chromium`; overwrites docs/demo-*.png. Look at each picture afterwards.
 """
 
-import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from io import StringIO
 from pathlib import Path
 
@@ -47,12 +43,14 @@ def terminal(run: Path) -> None:
     start = re.search(r"[^\n]*execution accuracy", shown)
     assert start, f"the run shows no table of scores: {shown}"
     console = Console(record=True, width=100, file=StringIO())
-    console.print(Text.from_ansi(f"$ {' '.join(command)}\n…\n{shown[start.start() :].rstrip()}"))
+    # the empty line of progress that a terminal overwrites
+    table = re.sub(r"\n\s*\n", "\n", shown[start.start() :].rstrip())
+    console.print(Text.from_ansi(f"$ {' '.join(command)}\n…\n{table}"))
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "terminal.html"
         console.save_html(str(page), theme=MONOKAI, code_format=PAGE, inline_styles=True)
         lines = len(page.read_text().splitlines())
-        shoot(page.as_uri(), "demo-terminal.png", 900, 17 * lines + 40)
+        shoot(page.as_uri(), "demo-terminal.png", 900, 17 * lines + 20)
 
 
 def report(run: Path) -> None:
@@ -60,35 +58,8 @@ def report(run: Path) -> None:
     shoot((run / "report.html").as_uri(), "demo-report.png", 1200, 1000)
 
 
-def mlflow(run: Path) -> None:
-    """Picture the run's page in MLflow, whose database lies where the job was started."""
-    recorded = json.loads((run / "run.json").read_text())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
-        + ["--backend-store-uri", recorded["tracking_uri"]],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/health")
-                break
-            except OSError:
-                time.sleep(1)
-        page = f"{address}/#/experiments/1/runs/{recorded['mlflow_run_id']}/model-metrics"
-        shoot(page, "demo-mlflow.png", 1400, 1000, shown=1035)  # beside it is MLflow's assistant
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def shoot(address: str, name: str, width: int, height: int, shown: int | None = None) -> None:
-    """Write a picture of a page, or of its left part, with a new profile of the browser."""
+def shoot(address: str, name: str, width: int, height: int) -> None:
+    """Write a picture of a page, with a new profile of the browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "install chromium"
     quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
@@ -102,7 +73,7 @@ def shoot(address: str, name: str, width: int, height: int, shown: int | None = 
             capture_output=True,
         )
     picture = Image.open(DOCS / name)
-    picture.crop((0, 0, shown or width, height)).save(DOCS / name, optimize=True)
+    picture.save(DOCS / name, optimize=True)
     size = (DOCS / name).stat().st_size
     print(f"{DOCS / name}: {size / 1024:.0f} KiB")
     assert size < 300 * 1024, "too large for a page"
@@ -112,4 +83,3 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve()
     terminal(folder)
     report(folder)
-    mlflow(folder)
