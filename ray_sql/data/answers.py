@@ -27,9 +27,14 @@ def parse_sql(text: str) -> str | None:
 
 
 _PIECE = re.compile(
-    r"""('[^']*'?|"[^"]*"?|`[^`]*`?)|(?:--[^\n]*|/\*.*?(?:\*/|\Z)|\s)+|(;)""", re.DOTALL
+    r"""('[^']*'?|"[^"]*"?|`[^`]*`?|(?<![\w\])])\[[^\]\n]*\])"""
+    r"""|(?:--[^\n]*|/\*.*?(?:\*/|\Z)|\s)+|(;)""",
+    re.DOTALL,
 )
-"""A piece of SQL: quoted text (group 1), a run of comments and white space, or a semicolon (2)."""
+"""A piece of SQL: quoted text (group 1), a run of comments and white space, or a semicolon (2).
+
+A name in brackets is quoted text too; a bracket right after a word opens an array or its index.
+"""
 
 
 def one_line(sql: str) -> str:
