@@ -28,6 +28,10 @@ class DataError(RaySqlError):
     """
 
 
+class DamagedFile(DataError):
+    """A file that cannot be read as what it should be: `files` raises it."""
+
+
 class ModelError(RaySqlError):
     """A model, adapter or checkpoint that cannot be loaded or does not fit the run."""
 

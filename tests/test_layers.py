@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ray_sql"
 
 FLOORS = [
-    {"errors", "tasks", "display"},
+    {"errors", "files", "tasks", "display"},
     {"config", "database"},
     {"data", "metrics", "store", "models", "cluster", "tracking"},
     {"rows", "generate", "report", "progress"},
@@ -20,6 +20,7 @@ FLOORS = [
 """A module imports from the floors above its own in this list, and of its own floor only itself."""
 
 NEIGHBOURS = {
+    "files": {"errors"},
     "config": set(),
     "database": {"config"},
     "data": {"store"},

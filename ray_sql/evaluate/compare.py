@@ -17,13 +17,14 @@ from typing import Any, get_args
 from ray_sql import data
 from ray_sql.config import CompareConfig
 from ray_sql.display import Display, percent
-from ray_sql.errors import DataError
+from ray_sql.errors import DamagedFile, DataError
 from ray_sql.evaluate.shares import clustered, interval
 from ray_sql.metrics import VerdictName, resolvable_difference
 from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped, is_right
 from ray_sql.metrics.paired import ALPHA, paired_test
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.shapes import Rules
 from ray_sql.tasks import SCHEMA, SQL, Task
 
 Key = tuple[str, str]
@@ -124,8 +125,8 @@ def semantics(file: str) -> str | None:
     A rule that keeps DISTINCT is another one; it is written as its flags.
     """
     try:
-        metrics = RunFolder(file.rpartition("/")[0]).read_metrics() or {}
-    except json.JSONDecodeError:
+        metrics = RunFolder(file.rpartition("/")[0]).read_metrics(Rules) or {}
+    except DamagedFile:
         return None
     for model in ("tuned", "base", "file"):
         for scores in metrics.get(model, {}).values():

@@ -81,10 +81,10 @@ def require_same_data(corpus: Corpus, config: Config) -> None:
 
 def _earlier_settings(folder: RunFolder, config: Config) -> Config | None:
     """Return the settings of the run in a folder; None for no run, or one to overwrite."""
-    try:
-        saved = folder.read_settings()
-    except ValueError:
-        saved = {}
+    trained = folder.holds_training_run()
+    if config.overwrite and trained and folder.has_settings():
+        return None
+    saved = folder.read_settings()
     if saved is None:
         if folder.exists():
             raise StoreError(
@@ -92,12 +92,9 @@ def _earlier_settings(folder: RunFolder, config: Config) -> Config | None:
                 "--output_name"
             )
         return None
-    trained = folder.holds_training_run()
-    if config.overwrite and trained:
-        return None
     try:
         return type(config)(**saved)
-    except ValueError:  # cut off, or of another version
+    except ValueError:  # of another version
         way_out = ", or replace the run with --overwrite" if trained else ""
         raise ConfigError(
             f"{folder.uri}/config.json is of no run of this version of ray_sql; choose another "

@@ -9,13 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ray_sql.config.sections import EvaluateSection
 from ray_sql.data import Corpus
-from ray_sql.errors import DataError
+from ray_sql.errors import DamagedFile, DataError
 from ray_sql.evaluate import scoring
+from ray_sql.files import read_json
 from ray_sql.store import storage
 
 Progress = Callable[[int, int], None]
+
+
+class Failing(TypedDict):
+    """A gold query that does not run."""
+
+    id: str
+    database: str
+    gold: str
+    error: str
+
+
+class Known(TypedDict):
+    """Queries that never run, and those that are asked again."""
+
+    failing: list[Failing]
+    again: list[str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ def failing(
     """
     queries = _queries(corpus)
     file = cache / "gold_queries" / f"{_cache_key(corpus, queries)}-{evaluate.timeout:g}.json"
-    known = json.loads(file.read_text()) if file.is_file() else None
+    known = _known(file)
     todo = [
         (query.key, query.place, query.sql)
         for query in queries
@@ -60,7 +79,7 @@ def failing(
     again = [row for row in on_files if row["error"].startswith(("timeout", "crash"))]
     lasting = [row for row in on_files if row not in again]
     if known:
-        lasting = known["failing"] + lasting
+        lasting = [*map(dict, known["failing"]), *lasting]
     cached = {"failing": lasting, "again": [row["id"] for row in again]}
     storage.write_local_text(file, json.dumps(cached))
     by_key = {row["id"]: row for row in [*lasting, *errors]}
@@ -69,6 +88,14 @@ def failing(
         for query in queries
         if query.key in by_key
     ]
+
+
+def _known(file: Path) -> Known | None:
+    """Return what is kept of the same data; None if nothing is, or a damaged file."""
+    try:
+        return read_json(Known, file, "")
+    except DamagedFile:
+        return None
 
 
 def require_scorable(

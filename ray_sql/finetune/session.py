@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +21,7 @@ from typing import Self
 from ray_sql import cluster, tracking, train
 from ray_sql.config import Config, mask_password
 from ray_sql.display import Display
-from ray_sql.errors import TakenOver
+from ray_sql.errors import DamagedFile, TakenOver
 from ray_sql.finetune import plan
 from ray_sql.finetune.earlier import require_same_data
 from ray_sql.finetune.prepare import Prepared, prepare, write_inputs
@@ -98,8 +99,9 @@ class Session:
 
     def remove_earlier(self) -> None:
         """Remove an earlier run of this name; nothing of it stays open in MLflow."""
-        if run_id := self._earlier_run_id():
-            tracking.close(self.config.tracking, run_id, {})
+        with suppress(DamagedFile):  # a damaged run, too, is replaced
+            if run_id := self._earlier_run_id():
+                tracking.close(self.config.tracking, run_id, {})
         self.folder.remove()
 
     def lay_out(self) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from ray_sql.errors import StoreError
+from typing_extensions import TypedDict
+
+from ray_sql.errors import DamagedFile, StoreError
+from ray_sql.files import parse_json, read_text
 from ray_sql.generate.questions import Answer
 from ray_sql.store import storage
+
+
+class _Kept(TypedDict):
+    question: int
+
 
 VERSION = 4
 """Raise when the code of this package makes other answers from the same questions."""
@@ -27,17 +36,15 @@ class AnswerCache:
     def read(self) -> dict[int, Answer]:
         """Return all complete answers by index of their question; none where there is no file."""
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        except OSError:
+            lines = read_text(self.file, "").splitlines()
+        except DamagedFile:  # none yet, or one that is made again
             return {}
         answers = {}
         for line in lines:
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written when the run was cut off
-                continue
-            index = values.pop("question")
-            answers[index] = Answer(**values)
+            # a damaged line is that which was being written when the run was cut off
+            with suppress(DamagedFile):
+                index = parse_json(_Kept, line, str(self.file), "")["question"]
+                answers[index] = parse_json(Answer, line, str(self.file), "")
         return answers
 
     def add(self, index: int, answer: Answer) -> None:

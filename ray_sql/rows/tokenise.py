@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
@@ -21,7 +22,8 @@ from ray_sql.data import Example, chat, prompts
 from ray_sql.data.contract import tokenizer_hash
 from ray_sql.data.linking import LinkError
 from ray_sql.database import SERIALIZER_VERSION, Schema, render
-from ray_sql.errors import DataError
+from ray_sql.errors import DamagedFile, DataError
+from ray_sql.files import read_json
 from ray_sql.store import storage
 from ray_sql.tasks import Task
 
@@ -172,8 +174,9 @@ def prepare(
     """
     key = cache_key(examples, encoder, limits)
     file, audit_file = cache / "rows" / f"{key}.parquet", cache / "rows" / f"{key}.json"
-    if file.is_file() and audit_file.is_file():
-        return file, Audit(**json.loads(audit_file.read_text()))
+    if file.is_file():
+        with suppress(DamagedFile):  # there is none, or it must be made again
+            return file, read_json(Audit, audit_file, "")
     rows, audit = build(examples, encoder, limits, progress)
     _require_usable(audit)
     write(rows, file)

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_sql.errors import DamagedFile
+from ray_sql.files import parse_json, read_json
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.shapes import Marker
 
 MARKER = "checkpoint.json"
 
@@ -58,11 +61,10 @@ def save(local: Path, folder: RunFolder, step: int, scores: Mapping[str, Any]) -
     `scores` has objective, tie_break and metrics, or nothing yet.
     """
     uri = folder.checkpoint(step).uri
-    storage.remove(uri)
     files = {
         str(file.relative_to(local)): file for file in sorted(local.rglob("*")) if file.is_file()
     }
-    storage.upload(local, uri)
+    storage.put(local, uri)
     marker: dict[str, Any] = {
         "step": step,
         "files": {name: file.stat().st_size for name, file in files.items()},
@@ -81,7 +83,11 @@ def damaged(folder: Path) -> str | None:
     """
     if not (folder / MARKER).is_file():
         return MARKER
-    checksums = json.loads((folder / MARKER).read_text()).get("checksums", {})
+    try:
+        marker = read_json(Marker, folder / MARKER, "")
+    except DamagedFile:
+        return MARKER
+    checksums = marker.get("checksums", {})
     return next(
         (name for name, known in checksums.items() if storage.checksum(folder / name) != known),
         None,
@@ -98,8 +104,8 @@ def set_aside(uri: str) -> None:
 
 def score(uri: str, scores: Mapping[str, Any]) -> None:
     """Add scores to a complete checkpoint: objective, tie_break and metrics."""
-    marker = json.loads(storage.read_text(f"{uri}/{MARKER}") or "")
-    storage.write_text(f"{uri}/{MARKER}", json.dumps(marker | dict(scores), indent=1))
+    marker = _marker(uri)
+    storage.write_text(f"{uri}/{MARKER}", json.dumps({**marker, **scores}, indent=1))
 
 
 def complete(folder: RunFolder) -> list[Checkpoint]:
@@ -114,18 +120,24 @@ def read(uri: str) -> Checkpoint | None:
     An incomplete one has no whole marker, or lacks a file of the size that the marker gives.
     """
     try:
-        marker = json.loads(storage.read_text(f"{uri}/{MARKER}") or "")
-        files = marker["files"]
-        checkpoint = Checkpoint(
-            uri, marker["step"], marker["objective"], marker["tie_break"], marker["metrics"]
-        )
-    except (ValueError, KeyError, TypeError):  # no marker, one that was cut off, or a damaged one
+        marker = _marker(uri)
+    except DamagedFile:
         return None
+    files = marker["files"]
+    checkpoint = Checkpoint(
+        uri, marker["step"], marker["objective"], marker["tie_break"], marker["metrics"]
+    )
     path = storage.open_store(uri)[1]
     infos = storage.list_folder(uri, recursive=True)
     sizes = {info.path.removeprefix(path).lstrip("/"): info.size for info in infos if info.is_file}
     intact = all(sizes.get(name) == size for name, size in files.items())
     return checkpoint if intact else None
+
+
+def _marker(uri: str) -> Marker:
+    """Return a checkpoint's marker. Raises `DamagedFile` if there is none, or a damaged one."""
+    place = f"{uri}/{MARKER}"
+    return parse_json(Marker, storage.read_text(place) or "", place, "give another checkpoint")
 
 
 def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:

@@ -20,10 +20,17 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ray_sql.errors import DamagedFile
+from ray_sql.files import parse_json
 from ray_sql.store import storage
+from ray_sql.store.shapes import AdapterConfig, Contract, JudgedAnswer, MlflowRun, RunMetrics
 
+T = TypeVar("T")
+
+RESTORE = "restore it from a copy, or train again with --overwrite"
+"""The way out where a run's own file is damaged."""
 CONFIG = "config.json"
 CONTRACT = "contract.json"
 METRICS = "metrics.json"
@@ -82,12 +89,13 @@ class _Folder:
 
     def read_contract(self) -> dict[str, Any] | None:
         """Return the contract: what the adapter was made for. None where there is none."""
-        contract: dict[str, Any] | None = self._read_json(CONTRACT)
-        return contract
+        contract = self._read_json(Contract, CONTRACT)
+        return contract and dict(contract)
 
-    def _read_json(self, name: str) -> Any:
+    def _read_json(self, shape: type[T], name: str, way_out: str = RESTORE) -> T | None:
+        """Return a JSON file of the folder; None where there is none. Raises `DamagedFile`."""
         text = storage.read_text(self.place(name))
-        return json.loads(text) if text else None  # a power cut leaves an empty file
+        return None if text is None else parse_json(shape, text, self.place(name), way_out)
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,8 @@ class AdapterFolder(_Folder):
 
     def read_adapter_config(self) -> dict[str, Any] | None:
         """Return PEFT's configuration; None if there is none."""
-        config: dict[str, Any] | None = self._read_json(ADAPTER_CONFIG)
-        return config
+        config = self._read_json(AdapterConfig, ADAPTER_CONFIG)
+        return config and dict(config)
 
     def fetch_files(self, target: Path) -> None:
         """Copy the adapter and its contract to a local folder, without what only training reads."""
@@ -118,10 +126,9 @@ class RunFolder(_Folder):
     def read_settings(self) -> dict[str, Any] | None:
         """Return the settings; None where there is no file.
 
-        Raises `ValueError` if they are cut off.
+        Raises `DamagedFile` if they are cut off.
         """
-        text = storage.read_text(self.place(CONFIG))
-        return None if text is None else dict(json.loads(text))
+        return self._read_json(dict[str, Any], CONFIG)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write `config.json`."""
@@ -135,9 +142,9 @@ class RunFolder(_Folder):
         """Tell a training run from an evaluation, which has no contract."""
         return storage.exists(self.place(CONTRACT))
 
-    def read_metrics(self) -> dict[str, Any] | None:
-        """Return the scores; None where nothing was scored."""
-        metrics: dict[str, Any] | None = self._read_json(METRICS)
+    def read_metrics(self, shape: Any = RunMetrics) -> dict[str, Any] | None:
+        """Return the scores, by default a finished run's; None where nothing was scored."""
+        metrics: dict[str, Any] | None = self._read_json(shape, METRICS)
         return metrics
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -158,9 +165,14 @@ class RunFolder(_Folder):
 
     def read_predictions(self, model: str = "tuned") -> list[dict[str, Any]]:
         """Return a model's judged answers; none where there is no file."""
+        place = self.predictions(model)
         # not splitlines: a question may hold a line separator of Unicode
-        lines = (storage.read_text(self.predictions(model)) or "").split("\n")
-        return [json.loads(line) for line in lines if line]
+        lines = enumerate((storage.read_text(place) or "").split("\n"), 1)
+        return [
+            dict(parse_json(JudgedAnswer, line, place, RESTORE, number))
+            for number, line in lines
+            if line
+        ]
 
     def write_predictions(self, model: str, rows: Iterable[Mapping[str, Any]], alone: bool) -> None:
         """Write a model's judged answers, one JSON object a line."""
@@ -300,7 +312,8 @@ class RunFolder(_Folder):
 
     def read_halvings(self) -> int:
         """Return how often the run halved its forward passes to fit into memory."""
-        return int(storage.read_text(self.place(_HALVINGS)) or 0)
+        text = storage.read_text(self.place(_HALVINGS))
+        return parse_json(int, text, self.place(_HALVINGS), "remove it") if text else 0
 
     def write_halvings(self, halvings: int) -> None:
         """Keep how often the run halved its forward passes. The adapter does not depend on it."""
@@ -308,7 +321,9 @@ class RunFolder(_Folder):
 
     def read_mlflow_run_id(self) -> str | None:
         """Return the MLflow run that an earlier attempt began."""
-        return (self._read_json(_MLFLOW_RUN) or {}).get("mlflow_run_id")
+        way_out = "remove it, and a new MLflow run is begun"
+        run = self._read_json(MlflowRun, _MLFLOW_RUN, way_out)
+        return run and run["mlflow_run_id"]
 
     def write_mlflow_run(self, run_id: str, tracking_uri: str | None) -> None:
         """Keep the MLflow run, so that a restarted driver continues it."""
@@ -321,10 +336,10 @@ class RunFolder(_Folder):
         """Tell whether a sweep wrote its study here."""
         return storage.exists(self.place(STUDY))
 
-    def read_study(self) -> dict[str, Any] | None:
+    def read_study(self, shape: type[T]) -> T | None:
         """Return what a sweep knows of its trials; None where there is no study."""
-        study: dict[str, Any] | None = self._read_json(STUDY)
-        return study
+        way_out = "restore it from a copy, or replace the study with --overwrite"
+        return self._read_json(shape, STUDY, way_out)
 
     def write_study(self, study: Mapping[str, Any]) -> None:
         """Write `study.json`."""
@@ -339,9 +354,16 @@ class RunFolder(_Folder):
         """Return the folder of a trial, which is a run's."""
         return RunFolder(f"{self.trials}/{name}")
 
-    def read_trial_measures(self) -> list[dict[str, Any]]:
-        """Return what was measured of the trial whose folder this is."""
-        return list(self._read_json(_TRIAL_MEASURES) or [])
+    def read_trial_measures(self, shape: type[T]) -> list[T]:
+        """Return what was measured of the trial whose folder this is.
+
+        A file that is damaged counts as none: what it held is measured again, or is known from
+        checkpoints.
+        """
+        try:
+            return self._read_json(list[shape], _TRIAL_MEASURES) or []  # type: ignore[valid-type]
+        except DamagedFile:
+            return []
 
     def write_trial_measures(self, measures: Iterable[Mapping[str, Any]]) -> None:
         """Keep what was measured of the trial whose folder this is."""

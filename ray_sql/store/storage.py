@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray_sql import files
 from ray_sql.errors import StoreError
 from ray_sql.store.retry import retry
 
@@ -77,13 +78,16 @@ def put_once(local: Path, uri: str) -> None:
 
 
 def put(local: Path, uri: str) -> None:
-    """Copy a local file or folder to storage, replacing what is there."""
+    """Copy a local file or folder to storage, replacing what is there: whole or not at all."""
     remove(uri)
-    upload(local, uri)
+    try:
+        _upload(local, uri)
+    except StoreError:
+        remove(uri)  # of a full disk: what is half-written takes the room that is wanted
+        raise
 
 
-def upload(local: Path, uri: str) -> None:
-    """Copy a local file or folder to storage, beside whatever is there."""
+def _upload(local: Path, uri: str) -> None:
     import pyarrow.fs as pafs
 
     filesystem, path = open_store(uri)
@@ -141,17 +145,25 @@ def remove(uri: str) -> None:
 
 
 def read_text(uri: str) -> str | None:
-    """Return the text of a file in storage; None if there is no file."""
+    """Return the text of a file in storage; None if there is no file.
+
+    Raises `DamagedFile` if it is not UTF-8, and `StoreError` if it cannot be read.
+    """
+    import pyarrow.fs as pafs
+
     filesystem, path = open_store(uri)
 
-    def read_all() -> str:
+    def read_all() -> bytes:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            return files.read_bytes(path)
         with filesystem.open_input_file(path) as stream:
-            return bytes(stream.read()).decode("utf-8")
+            return bytes(stream.read())
 
     try:
-        return _persist(uri, read_all)
+        content = _persist(uri, read_all)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return files.decode(content, uri, "restore it from a copy, or remove it")
 
 
 def write_text(uri: str, text: str) -> None:
@@ -180,13 +192,20 @@ def write_text(uri: str, text: str) -> None:
 def write_atomically(file: Path) -> Iterator[Path]:
     """Yield a temporary name to write to, which becomes `file` if nothing was raised.
 
-    Readers see the whole file or none, whoever else writes it at the same time.
+    Readers see the whole file or none, whoever else writes it at the same time, and even after a
+    power cut. A file that could not be written leaves nothing.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
-    yield part
-    part.replace(file)
+    try:
+        yield part
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_local_text(file: Path, text: str) -> None:
@@ -234,8 +253,8 @@ def open_store(uri: str) -> tuple[Any, str]:
 def _persist(uri: str, access: Callable[[], T], writes: bool = False) -> T:
     """Return what `access` returns, asking storage that fails again for `PATIENCE` seconds.
 
-    Raises `StoreError` if it fails until then. An access that `writes` raises it at once if there
-    is no room or no right. A read raises such a reason as it is.
+    Raises `StoreError` if it fails until then, and at once if there is no room or no right. A read
+    of what is not there raises that as it is.
     """
     started = time.monotonic()
 
@@ -244,11 +263,11 @@ def _persist(uri: str, access: Callable[[], T], writes: bool = False) -> T:
             raise error
         reason = " ".join(str(error).split())
         final = error.errno in FINAL or any(words in reason for words in REFUSED)
-        if final and not writes:
+        if not writes and isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
         pause = min(FIRST_PAUSE * 2.0 ** (failures - 1), LONGEST_PAUSE)
         if final or time.monotonic() - started + pause > PATIENCE:
-            raise StoreError(_failed(uri, reason, writes)) from None
+            raise StoreError(_failed(uri, reason, writes, final)) from None
         if failures == 1:
             log.warning(
                 "%s: storage fails (%s); asked again for up to %.0f seconds", uri, reason, PATIENCE
@@ -258,10 +277,13 @@ def _persist(uri: str, access: Callable[[], T], writes: bool = False) -> T:
     return retry(access, wait)
 
 
-def _failed(uri: str, reason: str, writes: bool) -> str:
+def _failed(uri: str, reason: str, writes: bool, final: bool) -> str:
     if writes:
         return (
             f"{uri}: cannot be written ({reason}); free space, correct its rights, or choose "
             "another --output_dir"
         )
-    return f"{uri}: cannot be read ({reason}); run the same command again when its storage answers"
+    way_out = "run the same command again when its storage answers"
+    if final:
+        way_out = "correct its rights, or give another place"
+    return f"{uri}: cannot be read ({reason}); {way_out}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,11 @@ from ray_sql.cluster.ranks import agreed, gather_all, rank
 from ray_sql.config.sections import LoraSection
 from ray_sql.data.contract import check_contract
 from ray_sql.errors import ModelError, TakenOver
+from ray_sql.files import read_json
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
 from ray_sql.store.run_folder import AdapterFolder, RunFolder
+from ray_sql.store.shapes import TrainerState
 
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -186,11 +187,12 @@ def _curve(newest: Path, saved: Sequence[Checkpoint]) -> list[tuple[int, Mapping
 
     A driver that was killed may have taken some of them with it.
     """
-    entries = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    curve: list[tuple[int, Mapping[str, float]]] = [
-        (entry["step"], {name: entry[name] for name in LOGGED if name in entry})
-        for entry in entries
-    ]
+    file = newest / "trainer_state.json"
+    state = read_json(TrainerState, file, "go on from another checkpoint with --prev_checkpoint")
+    curve: list[tuple[int, Mapping[str, float]]] = []
+    for entry in state["log_history"]:
+        values: dict[str, Any] = dict(entry)
+        curve.append((entry["step"], {name: values[name] for name in LOGGED if name in values}))
     return curve + [(past.step, past.metrics) for past in saved if past.metrics]
 
 

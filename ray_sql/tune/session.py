@@ -6,6 +6,7 @@ Its MLflow run has a child for every trial.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ray_sql import cluster, tracking
@@ -13,7 +14,7 @@ from ray_sql.cluster import Capacity
 from ray_sql.config import Config
 from ray_sql.config.sections import ScalingSection, TuneSection
 from ray_sql.display import Display
-from ray_sql.errors import ConfigError
+from ray_sql.errors import ConfigError, DamagedFile
 from ray_sql.finetune import plan as run_plan
 from ray_sql.finetune.prepare import Prepared, write_inputs
 from ray_sql.finetune.session import Session, spool
@@ -21,7 +22,7 @@ from ray_sql.tasks import TASKS
 from ray_sql.tune.callback import SweepCallback
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown_point
-from ray_sql.tune.study import SETTLED, Study, TrialRecord, trial_name, trial_settings
+from ray_sql.tune.study import SETTLED, SavedStudy, Study, TrialRecord, trial_name, trial_settings
 
 
 class StudySession(Session):
@@ -55,9 +56,10 @@ class StudySession(Session):
 
     def remove_earlier(self) -> None:
         """Remove the study that is there; nothing of it stays open in MLflow."""
-        if earlier := self.folder.read_study():
-            own = {"study": earlier.get("id", "")}
-            tracking.close(self.config.tracking, earlier["mlflow_run_id"], own)
+        with suppress(DamagedFile):  # a damaged study, too, is replaced
+            if earlier := self.folder.read_study(SavedStudy):
+                own = {"study": earlier["id"]}
+                tracking.close(self.config.tracking, earlier["mlflow_run_id"], own)
         self.folder.remove()
 
     def lay_out(self) -> None:

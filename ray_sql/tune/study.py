@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from ray_sql.config import Config, differences, mask_password
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.store import checkpoints
@@ -82,6 +84,17 @@ class TrialRecord:
     def name(self) -> str:
         """Name the trial for people and for its folder."""
         return trial_name(self.number)
+
+
+class SavedStudy(TypedDict):
+    """`study.json`."""
+
+    key: str
+    settings: dict[str, Any]
+    mlflow_run_id: str | None
+    trials: list[TrialRecord]
+    finished: bool
+    id: str
 
 
 @dataclass
@@ -165,18 +178,26 @@ def load(config: Config) -> Study | None:
     """
     folder = RunFolder(config.run_dir)
     folder.finish_removal()
-    saved = folder.read_study()
+    saved = folder.read_study(SavedStudy)
     if saved is None:
         require_free(folder)
         return None
-    del saved["run_dir"]  # a folder that was moved or copied is its own
     if saved["key"] != key(config):
         changed = differences(saved["settings"], config.public())
         raise ConfigError(
             f"{folder.uri} holds a study of other settings ({changed or 'another version'}); "
             "choose another --output_name, or replace it with --overwrite"
         )
-    return Study(folder, **{**saved, "trials": [_trial(values) for values in saved["trials"]]})
+    # without its `run_dir`: a folder that was moved or copied is its own
+    return Study(
+        folder,
+        saved["key"],
+        saved["settings"],
+        saved["mlflow_run_id"],
+        saved["trials"],
+        saved["finished"],
+        saved["id"],
+    )
 
 
 def open_or_begin(config: Config, resume: bool) -> Study:
@@ -230,7 +251,7 @@ def read_scores(folder: RunFolder) -> list[StepScore]:
 
     A process may have been killed before it wrote the file.
     """
-    scores = {values["step"]: StepScore(**values) for values in folder.read_trial_measures()}
+    scores = {score.step: score for score in folder.read_trial_measures(StepScore)}
     for saved in checkpoints.complete(folder):
         if saved.objective is not None:
             score = StepScore(saved.step, saved.objective, saved.tie_break, saved.metrics)
@@ -241,8 +262,3 @@ def read_scores(folder: RunFolder) -> list[StepScore]:
 def write_scores(folder: RunFolder, scores: list[StepScore]) -> None:
     """Keep a trial's scores in its folder."""
     folder.write_trial_measures([asdict(score) for score in scores])
-
-
-def _trial(values: Mapping[str, Any]) -> TrialRecord:
-    best = values["best"]
-    return TrialRecord(**{**values, "best": StepScore(**best) if best else None})
