@@ -195,6 +195,8 @@ def test_ctrl_c_ends_a_job_in_one_line(tmp_path: Path) -> None:
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        # a suite that was started in the background hands down an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with settings.open("w"):
         process.send_signal(signal.SIGINT)
