@@ -31,9 +31,20 @@ from ray_sql.config import (
     help_text,
     load,
     mask_password,
+    mask_secrets,
 )
+from ray_sql.display import printable
 from ray_sql.errors import RaySqlError
 
+LONGEST_LINE = 1500
+"""Characters of a line of an error; of a longer one, its beginning and end are shown."""
+_ROOM = "make room, or choose another --output_dir or --cache_dir"
+_RIGHTS = "correct its rights, or choose another place"
+_NAME = "give the path of an ordinary file or folder, with a shorter name"
+FIXABLE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM)
+FIXABLE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS)
+FIXABLE |= dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP), _NAME)
+"""Errors of a file system that the user can fix wherever they are met, and how."""
 TOKEN_FLAGS = {"--read_token", "--write_token"}
 _SIGNALS: list[int] = []
 """The signal that ended this process, if one did."""
@@ -153,7 +164,7 @@ def _job_name(words: Sequence[str]) -> str:
     if words[0] not in JOBS:
         (near,) = difflib.get_close_matches(words[0], JOBS, 1, cutoff=0)
         way_out = f"did you mean {near}? `ray-sql --help` lists all"
-        print(f"error: {words[0]}: no such job; {way_out}", file=sys.stderr)
+        _say(f"error: {words[0]}: no such job; {way_out}")
         raise SystemExit(2)
     return words[0]
 
@@ -163,7 +174,9 @@ def _run(job: Job, words: list[str]) -> None:
 
     A full disk, and a cache that cannot be written, are for the user to fix wherever they are met.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     signal.signal(signal.SIGTERM, exit_on_signal)  # as an exception, so that runs are closed
     _warn_of_secrets(words)
     if job.files and words and not words[0].startswith("-"):
@@ -183,14 +196,13 @@ def _run(job: Job, words: list[str]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except RaySqlError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         raise SystemExit(2) from None
     except OSError as error:
-        if config is None or not _can_be_fixed(error, config):
+        if error.errno not in FIXABLE:
             raise
-        way_out = "make room, or choose another --output_dir or --cache_dir"
         where = error.filename or "disk"
-        print(f"error: {where}: {error.strerror}; {way_out}", file=sys.stderr)
+        _say(f"error: {where}: {error.strerror}; {FIXABLE[error.errno]}")
         raise SystemExit(2) from None
     finally:
         cluster.leave_ray()  # at the interpreter's exit its processes would die under it
@@ -211,19 +223,23 @@ def _warn_of_secrets(words: Sequence[str]) -> None:
     for word in words:
         if mask_password(word) != word:
             way_out = "give it in the environment (docs/secrets.md)"
-            print(
-                f"warning: the password in {mask_password(word)} {shows}; {way_out}",
-                file=sys.stderr,
-            )
+            _say(f"warning: the password in {mask_password(word)} {shows}; {way_out}")
 
 
-def _can_be_fixed(error: OSError, config: JobConfig) -> bool:
-    """Say whether a disk is full, or the cache cannot be written."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return True
-    if error.filename is None or not isinstance(error, PermissionError | NotADirectoryError):
-        return False
-    return Path(str(error.filename)).is_relative_to(config.cache)
+class _Formatter(logging.Formatter):
+    """Write what libraries log as fit for a terminal, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(mask_secrets(super().format(record)))
+
+
+def _say(text: str) -> None:
+    """Print lines to the terminal: of bounded length, without secrets and control characters."""
+    for line in text.splitlines() or [""]:
+        shown = printable(mask_secrets(line))
+        if len(shown) > LONGEST_LINE:
+            shown = f"{shown[: LONGEST_LINE // 2]} … {shown[-LONGEST_LINE // 2 :]}"
+        print(shown, file=sys.stderr)
 
 
 def exit_on_signal(signum: int, frame: object) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -10,7 +11,10 @@ from typing import Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys, and halves of characters, which it cannot show."""
 PLAIN_SECONDS = 10.0
 """Least seconds between two lines of a stage where there is no terminal."""
 
@@ -21,11 +25,11 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self._progress = Progress(
-            TextColumn("{task.description:<26}"),
+            TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
         )
         self._below: RenderableType = ""
@@ -58,7 +62,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def counter(self, stage: str) -> Callable[[int, int], None]:
         """Return a `progress(done, total)` function for a stage."""
@@ -79,7 +83,7 @@ class Display:
         self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS
     ) -> None:
         """Show how far a stage is; `every` is the least seconds between two plain lines."""
-        now = time.monotonic()
+        stage, note, now = printable(stage), printable(note), time.monotonic()
         begun, done_before = self._started.setdefault(stage, (now, done))
         if self.console.is_terminal:
             if stage not in self._bars:
@@ -102,6 +106,16 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def printable(text: str) -> str:
+    """Return a text with `\\x1b` in place of what would command a terminal, not show on it."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def cell(text: str) -> Text:
+    """Return a text for a table of rich: whatever is in it is shown as it is."""
+    return Text(printable(text).replace("\n", " "))
 
 
 def percent(share: float, interval: Sequence[float] | None = None, n: int = 1) -> str:

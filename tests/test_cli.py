@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -188,19 +189,21 @@ def test_a_removed_setting_may_have_the_value_it_always_had() -> None:
 
 
 def test_ctrl_c_ends_a_job_in_one_line(tmp_path: Path) -> None:
-    settings = tmp_path / "settings.yaml"
-    os.mkfifo(settings)  # the job waits for its settings, so the signal meets it at work
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.finetune", "--config", str(settings)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a suite that was started in the background hands down an ignored Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    with settings.open("w"):
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(120)
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.finetune", "--output_name", "o", *RUN]
+            + ["--output_dir", str(tmp_path), "--tracking.uri", uri],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a suite that was started in the background hands down an ignored Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        with silent.accept()[0]:  # the job waits for an answer, so the signal meets it at work
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate()
     assert (process.returncode, said) == (128 + signal.SIGINT, "interrupted\n")
 
 

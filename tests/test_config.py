@@ -213,7 +213,7 @@ def test_a_bad_value_is_named_by_its_file_and_key(tmp_path: Path) -> None:
 def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, reason: str) -> None:
     file = yaml_file(tmp_path, text)
     message = refusal("--config", file)
-    assert message.startswith(f"--config {file}: ") and reason in message and "\n" not in message
+    assert message.startswith(f"--config {file}") and reason in message and "\n" not in message
 
 
 def test_a_missing_file_and_a_missing_flag_are_named(tmp_path: Path) -> None:

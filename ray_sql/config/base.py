@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, SecretStr, field_serializer, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, Field, SecretStr, field_serializer, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ray_sql.config.sections import StorageSection
-from ray_sql.config.urls import absolute, mask_password
-from ray_sql.config.validate import build, merge, names, nested, without_removed
+from ray_sql.config.urls import absolute, mask_password, mask_secrets
+from ray_sql.config.validate import build, flatten, merge, names, nested, without_removed
 
 TOKENS = {"read_token", "write_token"}
+MAY_HOLD_PASSWORD = {"data.databases", "tracking.uri"}
+"""Addresses that are opened with the password in them. They are shown and saved without it."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and halves of characters: bytes on a command line that are not UTF-8."""
 
 
 class JobConfig(BaseSettings):
@@ -46,12 +51,12 @@ class JobConfig(BaseSettings):
     """Publish with this Hub token. Better given as HF_TOKEN in the environment."""
     scaling: StorageSection = StorageSection()
 
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: Any, init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read arguments only. `load` merges the sources, to name the one of a bad value."""
-        return (init_settings,)
+    def __init__(self, **values: Any) -> None:
+        """Take settings and nothing else. `load` merges the sources, to name that of a bad value.
+
+        BaseSettings would read sources itself, and take words such as `_cli_parse_args` from files.
+        """
+        BaseModel.__init__(self, **values)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,6 +66,20 @@ class JobConfig(BaseSettings):
     @field_serializer(*TOKENS)
     def _hide(self, _: SecretStr | None) -> None:
         return None
+
+    @field_validator(*TOKENS, mode="before")
+    @classmethod
+    def _strip(cls, given: Any) -> Any:
+        """Take a token without the line break at the end of the file that it was mounted from."""
+        return (given.strip() or None) if isinstance(given, str) else given
+
+    @field_validator(*TOKENS)
+    @classmethod
+    def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
+        text = token.get_secret_value() if token else ""
+        if not text.isascii() or re.search(r"\s", text) or _CONTROL.search(text):
+            raise ValueError("a token is one word of letters, digits and signs; copy it again")
+        return token
 
     @model_validator(mode="after")
     def _check_no_keys_in_addresses(self) -> Self:
@@ -76,6 +95,24 @@ class JobConfig(BaseSettings):
                     "which is logged and saved; give them in the environment "
                     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or give the nodes a role"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        """Refuse what would be logged and saved, and what no name or address holds."""
+        for name, value in flatten(self.model_dump(exclude=TOKENS)).items():
+            for text in (name, *_texts(value)):
+                known = mask_password(text) or "" if name in MAY_HOLD_PASSWORD else text
+                if mask_secrets(known) != known:
+                    raise ValueError(
+                        f"{mask_secrets(name)}: holds a token or a password, and is logged and "
+                        "saved; give it in the environment (docs/secrets.md)"
+                    )
+                if _CONTROL.search(text):
+                    raise ValueError(
+                        f"{name}: holds a line break, or another character that cannot be printed; "
+                        "leave it out"
+                    )
         return self
 
     @property
@@ -116,3 +153,12 @@ class JobConfig(BaseSettings):
         """
         changes = nested(changes)
         return build(type(self), merge(self.given(), changes), {"changes": changes})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts of a setting: itself, or those in its lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)

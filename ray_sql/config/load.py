@@ -7,9 +7,10 @@ can be given to it as they are.
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar, get_origin
 
 import yaml
@@ -17,13 +18,20 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from ray_sql.config.base import JobConfig
 from ray_sql.config.settings import Config
+from ray_sql.config.urls import absolute, mask_secrets
 from ray_sql.config.validate import REMOVED, build, merge, names, nearest, nested, without_unused
-from ray_sql.errors import ConfigError
+from ray_sql.errors import ConfigError, DamagedFile
+from ray_sql.files import read_text
 
 C = TypeVar("C", bound=JobConfig)
 
 ENVIRONMENT = {"HF_TOKEN": ("read_token", "write_token"), "MLFLOW_TRACKING_URI": ("tracking.uri",)}
 """Environment variables that hold settings by convention, and the settings that they fill."""
+LONGEST_FILE, DEEPEST = 500_000, 50
+"""Characters, and brackets within each other, that a YAML file may have. Its reader takes hours for
+some thousand open ones."""
+MOST_VALUES = 100_000
+"""Values of a YAML file, each counted as often as an alias repeats it."""
 
 
 def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> C:
@@ -60,11 +68,21 @@ def _read_flags(argv: Sequence[str], kind: type[JobConfig]) -> dict[str, Any]:
         message = str(error).removeprefix("error parsing CLI: ")
     unknown = message.removeprefix("unrecognized arguments: ").split()[0]
     if not message.startswith("unrecognized arguments") or not unknown.startswith("-"):
-        raise ConfigError(message)
-    name = unknown.lstrip("-").partition("=")[0]
+        raise ConfigError(_without_values(message, argv))
+    unknown = unknown.partition("=")[0]  # what follows may be a secret
+    name = unknown.lstrip("-")
     if name in REMOVED:
         raise ConfigError(f"--{name}: {REMOVED[name][1]}")
     raise ConfigError(f"{unknown}: unknown flag{nearest(known, unknown.lstrip('-'), '--')}")
+
+
+def _without_values(message: str, argv: Sequence[str]) -> str:
+    """Return argparse's message about a command line without what may be a secret in it."""
+    if not message.startswith("unrecognized arguments"):
+        return mask_secrets(message)
+    if any(word.startswith(("--read_token", "--write_token")) for word in argv):
+        return "there are words that belong to no flag; put a value with blanks in quotes"
+    return mask_secrets(message)
 
 
 def _drop_removed(argv: Sequence[str]) -> list[str]:
@@ -110,24 +128,70 @@ def _repeat_flags(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
 
 
 def _read_file(file: str) -> dict[str, Any]:
+    name = f"--config {file}"
     try:
-        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"--config {file}: cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--config {file}: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        text = read_text(absolute(file), "give the path of a YAML file", name)
+    except DamagedFile as error:
+        raise ConfigError(mask_secrets(str(error))) from None
+    depths = accumulate((sign in "[{") - (sign in "]}") for sign in text)
+    if len(text) > LONGEST_FILE or max(depths, default=0) > DEEPEST:
+        raise ConfigError(f"{name}: longer or more deeply nested than any file of settings is")
+    try:
+        values = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}{_reason(error)}; correct the line") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"--config {file}: must hold `setting: value` lines, found {type(values).__name__}"
+            f"{name}: must hold `setting: value` lines, found {type(values).__name__}"
         )
     return nested(values)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuse a setting that is given twice in a file, where YAML would keep the last."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _check_node(node, "", {}, iter(range(MOST_VALUES)))
+        return self.construct_document(node)
+
+
+def _check_node(node: yaml.Node, name: str, seen: dict[str, int], budget: Iterator[int]) -> None:
+    """Raise `ConstructorError` where a setting is given twice: `lora.r` is also `r` in `lora`.
+
+    Raises it, too, where there are more values than `budget` has numbers: aliases multiply.
+    """
+    if next(budget, None) is None:
+        problem = f"more than {MOST_VALUES:,} values"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_node(value, "", {}, budget)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = f"{name}.{key.value}".lstrip(".") if isinstance(key.value, str) else "a setting"
+            if inner in seen:
+                problem = f"{inner} is given twice, on line {seen[inner]} and here"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen[inner] = key.start_mark.line + 1
+            _check_node(value, inner, seen, budget)
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a YAML text, without its words: they may be secrets."""
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or "nested too deeply, or a value that is none"
+    if isinstance(error, yaml.reader.ReaderError):
+        where, problem = "", f"character {error.character!r} at position {error.position}"
+    # what YAML quotes is the file's own, but for single signs and `<block end>`
+    problem = re.sub(r"'(?!<[a-z ]+>')[^']{2,}'|\"[^\"]*\"", "…", str(problem))
+    return f"{where}: not valid YAML ({mask_secrets(problem)})"
+
+
 def _read_environment(variable: str) -> dict[str, Any]:
-    if value := os.environ.get(variable):
+    if value := os.environ.get(variable, "").strip():
         return nested(dict.fromkeys(ENVIRONMENT[variable], value))
     return {}

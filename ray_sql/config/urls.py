@@ -1,4 +1,4 @@
-"""Paths and addresses as users give them: made absolute, and shown or stored without passwords."""
+"""Paths, addresses and texts as users give them: made absolute, and shown without secrets."""
 
 from __future__ import annotations
 
@@ -22,13 +22,30 @@ def _replace_password(text: str, replacement: str) -> str:
             return match[0]
         return f"{scheme}{user}{replacement}@{rest[password.end() :]}"
 
-    return re.sub(r"([\w+.-]*)(://[^:/@\s\[]*):(\S*)", replace, text)
+    return re.sub(r"([\w+.-]{0,30})(://[^:/@\s\[]*):(\S*)", replace, text)
+
+
+_TOKEN = re.compile(
+    r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,}"  # of the Hub
+    r"|\b(?:gh[opsur]_|github_pat_|glpat-|xox[abprs]-|sk-|AKIA)[\w-]{12,}"  # of other services
+    r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+"  # a JSON web token
+    r"|(?<=[Bb]earer )\S+|(?<='Basic )\S+"  # in a header that an error repeats
+)
+_SECRET_ARGUMENT = re.compile(
+    r"([?&](?:password|[\w-]{0,30}(?:token|secret|key|signature)[\w-]{0,30})=)[^&\s]*",
+    re.IGNORECASE,
+)
+
+
+def mask_secrets(text: str) -> str:
+    """Return a text with `***` in place of tokens, and of the passwords of addresses in it."""
+    return _TOKEN.sub("***", mask_password(text) or "")
 
 
 def mask_password(uri: str | None) -> str | None:
     """Return a URI with `***` in place of its password: `postgresql://user:***@host/db`."""
     masked = uri and _replace_password(uri, ":***")
-    return masked and re.sub(r"([?&]password=)[^&\s]*", r"\1***", masked)
+    return masked and _SECRET_ARGUMENT.sub(r"\1***", masked)
 
 
 def strip_password(uri: str | None) -> str | None:

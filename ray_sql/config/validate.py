@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ray_sql.config.urls import mask_secrets
 from ray_sql.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
 _ABSENT = object()
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 2
 
 REMOVED: dict[str, tuple[Any, str]] = {
     "compare": ([], "compare two files with `ray-sql compare A B`"),
@@ -148,7 +153,7 @@ def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[st
     while len(path) > 1 and not is_unknown and ".".join(path) not in known:
         path.pop()  # inside a union or a list pydantic adds parts that are no settings
     name = ".".join(path)
-    where = _origin(path, sources)
+    where = mask_secrets(_origin(path, sources))
     if is_unknown:
         return f"{where}: unknown setting{nearest(kind, name, '')}"
     if error["type"] == "missing":
@@ -159,9 +164,18 @@ def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[st
     field = known.get(name)
     if field is None:
         settings = ", ".join(other for other in known if other.startswith(f"{name}."))
-        return f"{where}: {error['input']!r} given, but it is a section; set {settings}"
-    given = "a secret" if "SecretStr" in str(field.annotation) else repr(error["input"])
+        number = isinstance(error["input"], int | float)
+        given = repr(error["input"]) if number else "a text or a list"  # which may be a secret
+        return f"{where}: {given} given, but it is a section; set {settings}"
+    given = "a secret" if "SecretStr" in str(field.annotation) else _shown(error["input"])
     return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it was given, in bounded length and without secrets."""
+    if isinstance(value, str):
+        value = mask_secrets(value)
+    return mask_secrets(_SHORT.repr(value))
 
 
 def _origin(path: list[str], sources: Mapping[str, Mapping[str, Any]]) -> str:

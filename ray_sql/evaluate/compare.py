@@ -82,12 +82,7 @@ def read(file: str) -> dict[Key, JudgedRow]:
 
     Raises `DataError` with the first line that holds no judged row, or one that came before.
     """
-    try:
-        text = storage.read_text(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"--files {file}: cannot be read as UTF-8 text ({' '.join(str(error).split())})"
-        ) from None
+    text = storage.read_text(file, f"--files {file}")
     if text is None:
         raise DataError(
             f"--files {file}: no such file; give the predictions.jsonl of a run or an evaluation"

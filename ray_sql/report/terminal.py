@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ray_sql.display import Display
+from ray_sql.display import Display, cell
 from ray_sql.report.scores import paired_lines, score_lines
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
@@ -32,7 +32,7 @@ def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Dis
     display.line(f"report       {folder.report}")
     if metrics.get("mlflow_run_id"):
         display.line(f"MLflow run   {metrics['mlflow_run_id']}")
-        address = metrics["tracking_uri"]
+        address = metrics["tracking_uri"] or ""
         if not address.startswith("http"):
             address = f"make ui    (mlflow ui --backend-store-uri {address})"
         display.line(f"MLflow UI    {address}")
@@ -44,7 +44,8 @@ def _table(title: str, metrics: Mapping[str, Any]) -> Table:
     last = list(models.values())[-1]
     semantics = next(iter(last.values())).get("semantics")
     rule = f", {semantics} semantics" if semantics else ""
-    table = Table(title=f"{title}: {task.label}{rule} [95 % interval]", title_justify="left")
+    heading = cell(f"{title}: {task.label}{rule} [95 % interval]")
+    table = Table(title=heading, title_justify="left")
     for column in ("split", ""):
         table.add_column(column)
     for column in ("n", *models):
@@ -56,7 +57,7 @@ def _table(title: str, metrics: Mapping[str, Any]) -> Table:
                 "level": ("", f"  {line.label}", str(line.n)),
                 "secondary": ("", line.label, ""),
             }
-            table.add_row(*names[line.kind], *line.cells)
+            table.add_row(*map(cell, (*names[line.kind], *line.cells)))
         if failing := last[split]["gold_errors"]:
             table.add_row("", "gold fails (not counted)", str(failing))
         table.add_section()

@@ -144,8 +144,8 @@ def remove(uri: str) -> None:
     _persist(uri, delete, writes=True)
 
 
-def read_text(uri: str) -> str | None:
-    """Return the text of a file in storage; None if there is no file.
+def read_text(uri: str, name: str = "") -> str | None:
+    """Return the text of a file in storage; None if there is no file. `name` is for messages.
 
     Raises `DamagedFile` if it is not UTF-8, and `StoreError` if it cannot be read.
     """
@@ -160,10 +160,10 @@ def read_text(uri: str) -> str | None:
             return bytes(stream.read())
 
     try:
-        content = _persist(uri, read_all)
+        content = _persist(name or uri, read_all)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return files.decode(content, uri, "restore it from a copy, or remove it")
+    return files.decode(content, name or uri, "restore it from a copy, or remove it")
 
 
 def write_text(uri: str, text: str) -> None:

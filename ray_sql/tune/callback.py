@@ -22,7 +22,7 @@ from ray_sql.cluster.events import (
     TrialEvent,
     UnknownEvent,
 )
-from ray_sql.display import Display
+from ray_sql.display import Display, cell
 from ray_sql.tune.objective import Objective
 from ray_sql.tune.space import Space, shown, shown_point
 from ray_sql.tune.study import (
@@ -172,12 +172,12 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
         """Return all trials, the best marked, with what they used."""
         axes = [axis.name for axis in self._space.axes]
         title = f"{self._leader()}; {self.hours():.2f} {self._unit[0]}-hours used"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=cell(title), title_justify="left")
         for column in ("trial", *axes, "step", self._objective.label, "state"):
             side = "left" if column in ("trial", "state") else "right"
             table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
         for trial in self._study.trials:
-            table.add_row(*self._cells(trial, axes), style=STYLES[trial.state])
+            table.add_row(*map(cell, self._cells(trial, axes)), style=STYLES[trial.state])
         return table
 
     def hours(self) -> float:
