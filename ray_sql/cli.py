@@ -14,10 +14,11 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ray_sql import __version__, cluster
 from ray_sql.config import (
@@ -46,6 +47,8 @@ FIXABLE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS)
 FIXABLE |= dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP), _NAME)
 """Errors of a file system that the user can fix wherever they are met, and how."""
 TOKEN_FLAGS = {"--read_token", "--write_token"}
+SAME_SIGNAL_SECONDS = 1.0
+"""Seconds in which a further signal counts as the first: `timeout` sends two at a time."""
 _SIGNALS: list[int] = []
 """The signal that ended this process, if one did."""
 
@@ -177,7 +180,9 @@ def _run(job: Job, words: list[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    signal.signal(signal.SIGTERM, exit_on_signal)  # as an exception, so that runs are closed
+    for number in (signal.SIGTERM, signal.SIGINT):  # as exceptions, so that runs are closed
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, exit_on_signal)
     _warn_of_secrets(words)
     if job.files and words and not words[0].startswith("-"):
         words = [f"--{job.files}", *words]
@@ -192,7 +197,6 @@ def _run(job: Job, words: list[str]) -> None:
             raise SystemExit(128 + _SIGNALS[0]) from None
         raise
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows takes seconds at most
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except RaySqlError as error:
@@ -242,9 +246,19 @@ def _say(text: str) -> None:
         print(shown, file=sys.stderr)
 
 
-def exit_on_signal(signum: int, frame: object) -> NoReturn:
-    """End the process by an exception with the exit code of a signal; further ones are ignored."""
-    # a second signal must not break into what the first has set off
-    signal.signal(signum, signal.SIG_IGN)
+def exit_on_signal(signum: int, frame: object) -> None:
+    """End the process by an exception with the exit code of a signal.
+
+    Another exception would break into what this one sets off, so a second signal ends it at once.
+    """
+    began = time.monotonic()
+
+    def end_at_once(signum: int, frame: object) -> None:
+        if time.monotonic() - began > SAME_SIGNAL_SECONDS:
+            os._exit(128 + signum)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is exit_on_signal:
+            signal.signal(number, end_at_once)
     _SIGNALS.append(signum)
-    raise SystemExit(128 + signum)
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)

@@ -18,14 +18,15 @@ from sqlglot.optimizer.qualify import qualify
 from sqlglot.optimizer.scope import Scope, traverse_scope
 from sqlglot.schema import MappingSchema
 
-from ray_sql.database import Links, Schema
+from ray_sql.database import MOST_NODES, MOST_SQL, Links, Schema
 from ray_sql.errors import DataError
 
 # After parsing, names match as in SQLite in every dialect: in any case, quoted or not.
 _MATCHING = "sqlite"
 
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCED = re.compile(r"```(?:json)?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _LONGEST_LITERAL = 100_000
+"""Characters of an answer or label; a longer one holds no links that anybody could use."""
 
 
 class LinkError(DataError):
@@ -71,7 +72,10 @@ def gold_links(sql: str, schema: Schema, dialect: str = "sqlite") -> Links:
 
 
 def _parse(sql: str, dialect: str) -> exp.Query:
-    statements = [statement for statement in parse(sql, read=dialect) if statement is not None]
+    if len(sql) > MOST_SQL:
+        raise LinkError(f"must be at most {MOST_SQL:,} characters, found {len(sql):,}")
+    parsed = parse(sql, read=dialect, max_nodes=MOST_NODES)
+    statements = [statement for statement in parsed if statement is not None]
     match statements:
         case [exp.Query() as query]:
             return query
@@ -179,6 +183,8 @@ def parse_links(answer: str) -> Links | None:
     Reads the first fenced block, even one that was cut off. Without a fence, or with an object
     before it, reads the first JSON object. None means no JSON object of lists of names.
     """
+    if len(answer) > _LONGEST_LITERAL:
+        return None
     fenced = _FENCED.search(answer)
     try:
         if fenced is None or answer.lstrip().startswith("{"):
@@ -190,10 +196,10 @@ def parse_links(answer: str) -> Links | None:
 
 def parse_python_literal(text: str) -> Links | None:
     """Return the links in a Python dict literal of an older dataset; never for model answers."""
-    fenced = _FENCED.search(text)
-    literal = fenced[1] if fenced else text.strip()
-    if len(literal) > _LONGEST_LITERAL:
+    if len(text) > _LONGEST_LITERAL:
         return None
+    fenced = _FENCED.search(text)
+    literal = (fenced[1] if fenced else text).strip()
     try:
         return _as_links(ast.literal_eval(literal))
     # All errors that literal_eval documents.

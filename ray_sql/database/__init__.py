@@ -19,7 +19,15 @@ child, so the guards differ: `postgres_worker` lists them, and the risks left to
 """
 
 from ray_sql.database.pool import Executor
-from ray_sql.database.query import Limits, Place, QueryResult, ResultRow, Rows
+from ray_sql.database.query import (
+    MOST_NODES,
+    MOST_SQL,
+    Limits,
+    Place,
+    QueryResult,
+    ResultRow,
+    Rows,
+)
 from ray_sql.database.reflection import reflect
 from ray_sql.database.schema import Column, ForeignKey, Form, Links, Schema, Table, restrict
 from ray_sql.database.serialize import SERIALIZER_VERSION, render

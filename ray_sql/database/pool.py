@@ -13,6 +13,7 @@ from dataclasses import astuple
 from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
+from stat import S_ISREG
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeVar
 
@@ -49,6 +50,9 @@ class Executor:
         self.limits = limits
         self._results = _Results()
         self._closed = False
+        self._stopped = False
+        self._started: set[_Worker] = set()
+        """Workers that were started and not ended, idle or not."""
         # A slot is None until it is needed, so an idle executor starts no process.
         self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(self.workers):
@@ -63,7 +67,14 @@ class Executor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self.kill()
         self.close()
+
+    def kill(self) -> None:
+        """End running queries at once; each counts as a crash."""
+        for worker in list(self._started):
+            worker.end()
 
     def close(self) -> None:
         """Wait for running queries and end every worker."""
@@ -84,8 +95,7 @@ class Executor:
             DataError: `database` is missing, unreachable, or neither a SQLite file nor a
                 PostgreSQL URL. A mistake in the query is a result instead.
         """
-        if self._closed:
-            raise RuntimeError("this Executor is closed")
+        self._check_open()
         is_url = isinstance(database, str) and "://" in database
         source = _server(str(database)) if is_url else _file(Path(database))
         limits = limits or self.limits
@@ -119,22 +129,34 @@ class Executor:
                     future.result()
                     if progress is not None:
                         progress(done, len(futures))
-            except BaseException:
+            except BaseException as error:
                 threads.shutdown(wait=False, cancel_futures=True)
+                self._stopped |= not isinstance(error, Exception)  # a signal: nothing may follow
+                self.kill()
                 raise
         return [future.result() for future in futures]
+
+    def _check_open(self) -> None:
+        if self._closed or self._stopped:
+            raise RuntimeError("this Executor is closed")
 
     def _run_in_worker(self, source: "_Source", sql: str, limits: Limits) -> "_Sized":
         worker = self._slots.get()
         try:
             if worker is not None and worker.kind != source.kind:
+                self._started.discard(worker)
                 worker.kill()
                 worker = None
             if worker is None or not worker.alive():
                 worker = _Worker(source.kind)
+                self._started.add(worker)
+                self._check_open()  # it may have been stopped since
             return worker.ask(source.uri, sql, limits)
         finally:
-            self._slots.put(worker if worker is not None and worker.alive() else None)
+            if worker is not None and not worker.alive():
+                self._started.discard(worker)
+                worker = None
+            self._slots.put(worker)
 
 
 class _Sized(NamedTuple):
@@ -186,12 +208,19 @@ class _Worker:
             code = self._process.returncode
             error = f"crash: the process that ran the query ended with code {code}"
             return _Sized(QueryResult("crash", (), (), error, 0.0), 0)
+        except BaseException:  # a signal: the next query would get this one's answer
+            self.kill()
+            raise
         status, columns, rows, error, seconds = marshal.loads(reply)
         if status == "unreachable":
             raise DataError(
                 f"cannot connect to PostgreSQL: {error}; check the URL, and PGPASSWORD or ~/.pgpass"
             )
         return _Sized(QueryResult(status, columns, rows, error, seconds), len(reply))
+
+    def end(self) -> None:
+        """End the process; whoever waits for its answer learns of it."""
+        self._process.kill()
 
     def kill(self) -> None:
         """End the process and free its socket."""
@@ -209,12 +238,14 @@ def _command(kind: Kind) -> tuple[list[str], dict[str, str]]:
     of this process and the variables that libpq reads (PGPASSWORD, ~/.pgpass).
     """
     names = ["PATH", "LD_LIBRARY_PATH"]
-    if kind == "sqlite":
-        command = [sys.executable, "-I", "-S", str(WORKER)]
-        return command, {name: os.environ[name] for name in names if name in os.environ}
-    command = [sys.executable, "-P", "-m", "ray_sql.database.postgres_worker"]
-    names += ["HOME", *(name for name in os.environ if name.startswith("PG"))]
+    if kind == "postgresql":
+        names += ["HOME", *(name for name in os.environ if name.startswith("PG"))]
     environment = {name: os.environ[name] for name in names if name in os.environ}
+    # A heap for each thread would take 64 MiB of the memory that the limit leaves.
+    environment["MALLOC_ARENA_MAX"] = "1"
+    if kind == "sqlite":
+        return [sys.executable, "-I", "-S", str(WORKER)], environment
+    command = [sys.executable, "-P", "-m", "ray_sql.database.postgres_worker"]
     paths = [path for path in [str(PACKAGES), *sys.path] if path]
     return command, environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
@@ -306,9 +337,12 @@ def _file(database: Path) -> _Source:
     """
     path = database.resolve()
     try:
-        with path.open("rb") as file:
-            header = file.read(len(SQLITE_HEADER) + 4)
+        # Not waiting: nobody may ever write to a pipe, which a check before would not exclude.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             stat = os.fstat(file.fileno())
+            if not S_ISREG(stat.st_mode):
+                raise DataError(f"{database}: is no file (a pipe or a device); remove it")
+            header = file.read(len(SQLITE_HEADER) + 4)
     except OSError as error:
         raise DataError(
             f"{database}: cannot open this database ({error.strerror}); check the path"

@@ -13,6 +13,10 @@ From PostgreSQL, `numeric` is int where it has no decimals and else float, and `
 Dates, times and all other types are text in ISO form and UTC, as the server writes them.
 """
 Rows = tuple[ResultRow, ...]
+MOST_SQL = 100_000
+"""Bytes of a query's text: a longer one is neither executed nor analysed."""
+MOST_NODES = 20_000
+"""Parts of a query that a parser may try: it tries some queries of a line in 2^100 ways."""
 Status = Literal["ok", "error", "timeout", "crash"]
 
 
@@ -31,7 +35,7 @@ class Limits:
 
     The child runs the query, or for PostgreSQL takes the result.
     """
-    sql_length: int = 100_000
+    sql_length: int = MOST_SQL
     """Bytes of the query's own text."""
 
 

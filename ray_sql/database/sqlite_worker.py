@@ -10,8 +10,10 @@ import marshal
 import math
 import os
 import resource
+import select
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -29,6 +31,8 @@ LARGEST_LIMIT = 2**31 - 1
 """A C int."""
 EXPRESSION_DEPTH = 1_000
 """SQLite's own default, set here because a build may have switched the check off."""
+SMALL_STACK = 2**17
+"""Bytes for the thread that waits for the parent's end; they count as this process's memory."""
 LONGEST_ERROR = 1_000
 """Characters; SQLite quotes text that it cannot read, and that may be of any size."""
 
@@ -209,8 +213,18 @@ def packed(reply: Reply) -> bytes:
         return marshal.dumps(("error", (), (), "too large: out of memory", reply[-1]))
 
 
+def end_with(parent: int) -> None:
+    """End this process when the other end of a socket closes, whatever a query is doing."""
+    hangup = select.poll()
+    hangup.register(parent, 0)  # a hang-up is reported unasked
+    hangup.poll()
+    os._exit(1)
+
+
 def serve(parent: Connection, query: Callable[..., Reply]) -> None:
     """Report that the process is ready, then answer requests until the parent hangs up."""
+    threading.stack_size(SMALL_STACK)
+    threading.Thread(target=end_with, args=(parent.fileno(),), daemon=True).start()
     parent.send_bytes(b"ready")
     while True:
         try:

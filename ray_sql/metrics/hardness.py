@@ -11,6 +11,7 @@ from typing import Literal
 import sqlglot
 from sqlglot import exp
 
+from ray_sql.database import MOST_NODES, MOST_SQL
 from ray_sql.metrics.match import prepare_spider
 
 Hardness = Literal["easy", "medium", "hard", "extra", "unknown"]
@@ -20,14 +21,16 @@ NEGATABLE = (exp.In, exp.Like, exp.Between, exp.Exists)
 
 
 def hardness(sql: str) -> Hardness:
-    """Return Spider's grade, or "unknown" for anything but a SELECT that sqlglot can parse.
+    """Return Spider's grade, or "unknown" for anything but a SELECT that sqlglot soon parses.
 
     Source: the official evaluator's `eval_hardness`. The grades are equal on all of Spider's dev
     set (see benchmarks/agreement.py).
     """
+    if len(sql) > MOST_SQL:
+        return "unknown"
     try:
         tree: exp.Expr | None = sqlglot.parse_one(
-            prepare_spider(sql, keep_distinct=True), read="sqlite"
+            prepare_spider(sql, keep_distinct=True), read="sqlite", max_nodes=MOST_NODES
         )
     except (sqlglot.errors.SqlglotError, RecursionError):
         return "unknown"

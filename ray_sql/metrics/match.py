@@ -14,7 +14,7 @@ from sqlparse.engine import FilterStack
 from sqlparse.sql import Token
 from sqlparse.tokens import Comment
 
-from ray_sql.database import ResultRow, Rows
+from ray_sql.database import MOST_SQL, ResultRow, Rows
 
 Semantics = Literal["spider", "bird", "strict"]
 
@@ -129,6 +129,8 @@ def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = Fals
     On a `server`, `DISTINCT ON` and `IS DISTINCT FROM` keep their DISTINCT, because without it they
     are no SQL.
     """
+    if len(sql) > MOST_SQL:
+        return sql  # to be refused as it is
     for apart in ("> =", "< =", "! ="):
         sql = sql.replace(apart, apart.replace(" ", ""))
     if not keep_distinct:

@@ -25,7 +25,7 @@ import sqlglot
 from sqlglot import exp
 from sqlglot.dialects import SQLite
 
-from ray_sql.database import Schema
+from ray_sql.database import MOST_NODES, MOST_SQL, Schema
 from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
 from ray_sql.metrics.spider_words import UnreadableError, aliases, check_spelling, first_statement
 
@@ -71,11 +71,13 @@ _CLAUSES = {
 
 def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
     """Return the query as Spider's parser sees it, in lower case; None where it rejects it."""
+    if len(sql) > MOST_SQL:
+        return None
     sql = re.sub(r"([<>!])\s+=", r"\1=", sql)
     try:
         tokens = first_statement(SQLite().tokenize(sql))
         check_spelling(sql, tokens)
-        statements = SQLite().parser().parse(tokens, sql)
+        statements = SQLite().parser(max_nodes=MOST_NODES).parse(tokens, sql)
         if len(statements) != 1 or statements[0] is None:
             return None
         return _Reader(_columns(schema), aliases(tokens)).query(statements[0], outermost=True)
