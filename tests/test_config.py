@@ -189,7 +189,7 @@ def test_an_unknown_key_is_refused_with_its_file_and_the_nearest_known_one(tmp_p
         ("data.validation_fraction", "1.5", "less than 1"),
         ("rows.too_long", "cut", "'error', 'trim_schema' or 'drop'"),
         ("evaluate.max_new_tokens", "0", "greater than or equal to 1"),
-        ("scaling.num_workers", "-1", "greater than or equal to 0"),
+        ("scaling.num_workers", "-1", "from 0 to 10000"),
     ],
 )
 def test_a_bad_value_is_named_by_its_flag_with_what_was_given_and_what_is_allowed(

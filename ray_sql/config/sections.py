@@ -27,6 +27,15 @@ POPULATION_SCHEDULERS = {
 """Schedulers of Ray Tune that need trials' checkpoints in Tune's own hands."""
 
 
+MOST = 10**9
+"""The largest whole number of a setting that only compares: a limit, an interval in steps."""
+MOST_WORKERS = 10_000
+"""More processes than any cluster runs; a list with one entry each stays small."""
+LONGEST = 30 * 24 * 3600.0
+"""Seconds, a month: clocks of the libraries take no more than some 10^9."""
+Many = Annotated[int, Field(ge=1, le=MOST)]
+
+
 class Section(BaseModel):
     """Hold settings that belong together; frozen, without unknown names."""
 
@@ -58,7 +67,7 @@ class DataSection(QuestionsSection):
 
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Set aside this share of the training examples to choose the best checkpoint."""
-    limit: int | None = Field(None, ge=1)
+    limit: Many | None = None
     """Train on at most this many examples, drawn with the seed."""
 
 
@@ -79,26 +88,26 @@ class PromptSection(Section):
 class RowsSection(Section):
     """Lay examples out in rows of tokens."""
 
-    max_length: int = Field(2048, ge=16)
+    max_length: int = Field(2048, ge=16, le=MOST)
     """Allow rows of at most this many tokens, prompt and answer together. Nothing is cut
     silently."""
     too_long: Literal["error", "trim_schema", "drop"] = "error"
     """Refuse a longer training example, leave out tables its SQL does not use, or drop it and say
     so."""
-    examples_per_row: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    examples_per_row: Many | Literal["auto"] = "auto"
     """Put this many questions on one database into a row that holds their schema once, at the same
     loss. 1 turns it off. `auto` keeps several databases in a step: 2 for steps of 8, 4 for 16 or
     32, 8 for 64. `auto` is 1 if the model allows no more."""
-    row_length: int = Field(4096, ge=16)
+    row_length: int = Field(4096, ge=16, le=MOST)
     """Allow shared rows of at most this many tokens. Further questions start another row."""
 
 
 class LoraSection(Section):
     """Configure the adapter, in PEFT's words."""
 
-    r: int = Field(64, ge=1)
+    r: int = Field(64, ge=1, le=100_000)
     """Set the rank of the update matrices."""
-    lora_alpha: float = Field(128, gt=0)
+    lora_alpha: float = Field(128, gt=0, le=1e6)
     """Multiply the update by lora_alpha / r."""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """Drop this share of the adapter's input while training."""
@@ -133,24 +142,24 @@ class PrecisionSection(Section):
 class TrainSection(PrecisionSection):
     """Configure the optimizer and its steps, in transformers' words."""
 
-    max_steps: int = Field(-1, ge=-1)
+    max_steps: int = Field(-1, ge=-1, le=1_000_000)
     """Stop after this many optimizer steps. -1 follows num_epochs."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Let the learning rate follow this curve."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     """Raise the learning rate from 0 over this share of the steps."""
-    weight_decay: float = Field(0.001, ge=0)
+    weight_decay: float = Field(0.001, ge=0, le=100)
     """Decay the adapter's weights by this factor."""
-    max_grad_norm: float = Field(0.3, gt=0)
+    max_grad_norm: float = Field(0.3, gt=0, le=1e30)
     """Scale gradients down to this norm."""
     optim: str | None = None
     """Choose an optimizer by transformers' name. By default `paged_adamw_8bit` on a GPU,
     `adamw_torch_fused` on a CPU."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. By default on a GPU only."""
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1, le=MOST)
     """Log loss, learning rate and speed every this many steps."""
-    global_batch_size: int | None = Field(None, ge=1)
+    global_batch_size: Many | None = None
     """Train on this many examples per optimizer step, with any number of workers. Leave
     grad_accum_steps unset with it."""
 
@@ -177,13 +186,13 @@ class ScalingSection(StorageSection):
     """Train with this many processes, one GPU each where there are GPUs. 0 trains in this process,
     without Ray. `1,4` (in YAML `[1, 4]`) uses as many as the cluster has at the time, within these
     bounds."""
-    elastic_resize_monitor_interval_s: float = Field(60.0, gt=0)
+    elastic_resize_monitor_interval_s: float = Field(60.0, gt=0, le=LONGEST)
     """Look for room for more workers every this many seconds, if num_workers has two bounds."""
     use_gpu: bool | None = None
     """Give each worker a GPU. By default if the cluster has any, or its autoscaler may add some."""
-    resources_per_worker: dict[str, float] | None = None
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0, le=MOST)]] | None = None
     """Reserve these Ray resources for each worker, e.g. `{CPU: 4, GPU: 1}`."""
-    max_failures: int = Field(2, ge=-1)
+    max_failures: int = Field(2, ge=-1, le=MOST)
     """Restart from the last checkpoint this many times after losing a worker or node. -1 is
     unlimited."""
 
@@ -213,16 +222,16 @@ class ScalingSection(StorageSection):
         if isinstance(given, str) and "," in given:
             given = given.split(",")
         allowed = (
-            "input should be greater than or equal to 0, or two bounds from 1 up, "
+            f"input should be from 0 to {MOST_WORKERS}, or two bounds from 1 up, "
             "the smaller first: 1,4"
         )
         try:
             bounds: int | tuple[int, int] = validate(given)
         except ValidationError:
             raise ValueError(allowed) from None
-        if isinstance(bounds, int) and bounds >= 0:
+        if isinstance(bounds, int) and 0 <= bounds <= MOST_WORKERS:
             return bounds
-        if isinstance(bounds, tuple) and 1 <= bounds[0] < bounds[1]:
+        if isinstance(bounds, tuple) and 1 <= bounds[0] < bounds[1] <= MOST_WORKERS:
             return bounds
         raise ValueError(allowed)
 
@@ -236,24 +245,24 @@ class AnswersSection(Section):
     keep_distinct: bool = False
     """Compare with DISTINCT left in, under `spider`. The official evaluator strips it by
     default."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, le=MOST)
     """Generate at most this many tokens per answer."""
-    max_num_seqs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_num_seqs: Many | Literal["auto"] = "auto"
     """Answer this many questions at a time over the schemas they share. `auto` is up to 64, as
     memory allows. In float32 answers do not change; in bfloat16 near-ties may."""
-    num_beams: int = Field(1, ge=1)
+    num_beams: int = Field(1, ge=1, le=1000)
     """Search with this many beams for answers to the scored questions; 1 is greedy. Checkpoints are
     always chosen by greedy answers."""
     first_executable: bool = False
     """Take the best beam that runs on the question's database, instead of the best beam."""
-    ves_iterations: int = Field(0, ge=0)
+    ves_iterations: int = Field(0, ge=0, le=10_000)
     """Time each right prediction against its gold this many times, for BIRD's R-VES (officially
     100). Needs an idle machine."""
-    timeout: float = Field(30.0, gt=0)
+    timeout: float = Field(30.0, gt=0, le=LONGEST)
     """Stop a query after this many seconds and count it as `timeout`."""
-    limit: int | None = Field(None, ge=1)
+    limit: Many | None = None
     """Score at most this many examples of each split, drawn with the seed."""
-    processes: int | None = Field(None, ge=1)
+    processes: int | None = Field(None, ge=1, le=1000)
     """Execute SQL in this many processes. By default one per core, at most 8."""
     baseline: bool = True
     """Measure the base model without the adapter too, on the same examples."""
@@ -262,10 +271,10 @@ class AnswersSection(Section):
 class EvaluateSection(AnswersSection):
     """Choose how checkpoints are compared, questions are answered, and answers are scored."""
 
-    select_examples: int = Field(64, ge=0)
+    select_examples: int = Field(64, ge=0, le=MOST)
     """Answer this many validation examples at evaluate.eval_steps to choose the best checkpoint. 0
     keeps the last one."""
-    eval_steps: int | None = Field(None, ge=1)
+    eval_steps: Many | None = None
     """Answer them every this many optimizer steps, a multiple of save_steps, and at the end. By
     default at every save."""
 
@@ -277,7 +286,7 @@ class TuneSection(Section):
     """Choose trials and checkpoints by answers to the validation questions, or by the loss on them
     (`eval_loss`). Answers count by execution accuracy (sql), or by strict recall and then F1
     (schema)."""
-    num_samples: int = Field(16, ge=1)
+    num_samples: int = Field(16, ge=1, le=100_000)
     """Run this many trials per study. The first has the settings as they are, so that a sweep can
     only win."""
     space: dict[str, dict[str, list[Any]]] = {
@@ -289,13 +298,13 @@ class TuneSection(Section):
     ratio of the settings (2), unless it is an axis too."""
     scheduler: str = "asha"
     """Stop trials that fall behind (`asha`), or train all to the end (`fifo`)."""
-    grace_period: int | None = Field(None, ge=1)
+    grace_period: Many | None = None
     """Stop no trial before this many optimizer steps. By default the first measurement is
     awaited."""
-    reduction_factor: float = Field(3, gt=1)
+    reduction_factor: float = Field(3, gt=1, le=1000)
     """Keep one in this many trials at each rung. Each rung trains this many times longer than the
     last."""
-    max_concurrent_trials: int | None = Field(None, ge=1)
+    max_concurrent_trials: int | None = Field(None, ge=1, le=MOST_WORKERS)
     """Run at most this many trials at a time. By default as many as the cluster's resources
     hold."""
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from ray_sql.config.base import TOKENS, JobConfig
 from ray_sql.config.batching import Batching, choose_examples_per_row
 from ray_sql.config.sections import (
+    MOST,
     AnswersSection,
     DataSection,
     EvaluateSection,
@@ -39,6 +40,8 @@ IDENTITY = {
     *("data", "prompt", "rows", "lora", "quantization", "train"),
 }
 """Settings that shape the adapter. A run may be continued under other values of all the rest."""
+SHOWN_SIZES = 10
+"""Numbers of workers that one message lists."""
 
 
 class ModelConfig(JobConfig):
@@ -54,9 +57,9 @@ class ModelConfig(JobConfig):
     split: tuple[str, ...] = ("dev",)
     """Score the examples of these splits, e.g. `dev` or `seen,unseen`. They are never trained
     on."""
-    seed: int = 14
+    seed: int = Field(14, ge=0, lt=2**32)
     """Seed everything random: split, order, adapter, dropout."""
-    eval_batch_size: int = Field(1, ge=1)
+    eval_batch_size: int = Field(1, ge=1, le=MOST)
     """Generate for this many prompts at a time, with beams or for a model that cannot share a
     schema."""
     data: QuestionsSection = QuestionsSection()
@@ -142,16 +145,16 @@ class ModelConfig(JobConfig):
 class Config(ModelConfig):
     """Settings of a run."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=100)
     """Raise the learning rate to this peak."""
-    num_epochs: float = Field(1, gt=0)
+    num_epochs: float = Field(1, gt=0, le=10_000)
     """Pass over the training examples this many times."""
-    train_batch_size: int = Field(1, ge=1)
+    train_batch_size: int = Field(1, ge=1, le=1_000_000)
     """Put at most this many examples into a forward pass per worker. A shared row with more gets
     its own pass."""
-    grad_accum_steps: int = Field(8, ge=1)
+    grad_accum_steps: int = Field(8, ge=1, le=1_000_000)
     """Average an optimizer step over train_batch_size x grad_accum_steps x workers examples."""
-    save_steps: int = Field(250, ge=1)
+    save_steps: int = Field(250, ge=1, le=MOST)
     """Save a checkpoint every this many optimizer steps."""
     prev_checkpoint: str | None = None
     """Continue from this checkpoint: `checkpoint-1000` of this run, a path, or a URI."""
@@ -221,12 +224,14 @@ class Config(ModelConfig):
         uneven = [str(size) for size in sizes if step % (self.train_batch_size * size)]
         if uneven:
             multiple = self.train_batch_size * math.lcm(*sizes)
-            near = max(1, round(step / multiple)) * multiple
+            fitting = ""
+            if multiple <= MOST:
+                near = max(1, round(step / multiple)) * multiple
+                fitting = f"set train.global_batch_size to a multiple of {multiple}, as {near}, or "
+            listed = ", ".join(uneven[:SHOWN_SIZES]) + ", …" * (len(uneven) > SHOWN_SIZES)
             raise ValueError(
                 f"{bounds}: a step of {step} examples does not divide by train_batch_size "
-                f"{self.train_batch_size} x {', '.join(uneven)} workers: set "
-                f"train.global_batch_size to a multiple of {multiple}, as {near}, or narrow the "
-                "bounds"
+                f"{self.train_batch_size} x {listed} workers: {fitting}narrow the bounds"
             )
         if self.train.global_batch_size and "grad_accum_steps" in self.model_fields_set:
             raise ValueError(

@@ -17,6 +17,8 @@ _ABSENT = object()
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlevel = 2
+ALLOWED = " given; "
+"""Words between a wrong value and what is allowed."""
 
 REMOVED: dict[str, tuple[Any, str]] = {
     "compare": ([], "compare two files with `ray-sql compare A B`"),
@@ -38,8 +40,15 @@ def build(kind: type[C], values: Mapping[str, Any], sources: Mapping[str, Mappin
     try:
         return kind(**{**values, **{name: {} for name in empty}})
     except ValidationError as error:
-        lines = [_explain(kind, detail, sources) for detail in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        lines: dict[str, str] = {}
+        for detail in error.errors():
+            given, _, allowed = _explain(kind, detail, sources).partition(ALLOWED)
+            # one mistake for each member of a union
+            lines[given] = f"{lines[given]}, or {allowed}" if given in lines else allowed
+        mistakes = [f"{given}{ALLOWED}{allowed}" for given, allowed in lines.items()]
+        raise ConfigError(
+            "\n".join(mistake.removesuffix(ALLOWED) for mistake in mistakes)
+        ) from None
 
 
 def names(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,7 +177,7 @@ def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[st
         given = repr(error["input"]) if number else "a text or a list"  # which may be a secret
         return f"{where}: {given} given, but it is a section; set {settings}"
     given = "a secret" if "SecretStr" in str(field.annotation) else _shown(error["input"])
-    return f"{where}: {given} given; {message[:1].lower()}{message[1:]}"
+    return f"{where}: {given}{ALLOWED}{message[:1].lower()}{message[1:]}"
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ from sqlglot.optimizer.qualify import qualify
 from sqlglot.optimizer.scope import Scope, traverse_scope
 from sqlglot.schema import MappingSchema
 
-from ray_sql.database import MOST_NODES, MOST_SQL, Links, Schema
+from ray_sql.database import MOST_ANALYSED, MOST_NODES, Links, Schema
 from ray_sql.errors import DataError
 
 # After parsing, names match as in SQLite in every dialect: in any case, quoted or not.
@@ -72,8 +72,8 @@ def gold_links(sql: str, schema: Schema, dialect: str = "sqlite") -> Links:
 
 
 def _parse(sql: str, dialect: str) -> exp.Query:
-    if len(sql) > MOST_SQL:
-        raise LinkError(f"must be at most {MOST_SQL:,} characters, found {len(sql):,}")
+    if len(sql) > MOST_ANALYSED:
+        raise LinkError(f"must be at most {MOST_ANALYSED:,} characters, found {len(sql):,}")
     parsed = parse(sql, read=dialect, max_nodes=MOST_NODES)
     statements = [statement for statement in parsed if statement is not None]
     match statements:

@@ -20,6 +20,7 @@ child, so the guards differ: `postgres_worker` lists them, and the risks left to
 
 from ray_sql.database.pool import Executor
 from ray_sql.database.query import (
+    MOST_ANALYSED,
     MOST_NODES,
     MOST_SQL,
     Limits,

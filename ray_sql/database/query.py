@@ -14,8 +14,10 @@ Dates, times and all other types are text in ISO form and UTC, as the server wri
 """
 Rows = tuple[ResultRow, ...]
 MOST_SQL = 100_000
-"""Bytes of a query's text: a longer one is neither executed nor analysed."""
-MOST_NODES = 20_000
+"""Bytes of a query's text: a longer one is not executed."""
+MOST_ANALYSED = 20_000
+"""Characters of a query's text: a longer one gets no hardness, no links and no exact set match."""
+MOST_NODES = 5_000
 """Parts of a query that a parser may try: it tries some queries of a line in 2^100 ways."""
 Status = Literal["ok", "error", "timeout", "crash"]
 

@@ -89,8 +89,9 @@ def soft_f1(gold: Rows, predicted: Rows) -> float:
 
 def _row_shares(gold: ResultRow, predicted: ResultRow) -> tuple[float, float, float]:
     """Return shares of the gold row's width: predicted cells in gold, others, and missed cells."""
-    shared = sum(cell in gold for cell in predicted)
-    missed = sum(cell not in predicted for cell in gold)
+    gold_cells, predicted_cells = set(gold), set(predicted)  # rows may have thousands of cells
+    shared = sum(cell in gold_cells for cell in predicted)
+    missed = sum(cell not in predicted_cells for cell in gold)
     return shared / len(gold), (len(predicted) - shared) / len(gold), missed / len(gold)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import sqlglot
 from sqlglot import exp
 
-from ray_sql.database import MOST_NODES, MOST_SQL
+from ray_sql.database import MOST_ANALYSED, MOST_NODES
 from ray_sql.metrics.match import prepare_spider
 
 Hardness = Literal["easy", "medium", "hard", "extra", "unknown"]
@@ -26,7 +26,7 @@ def hardness(sql: str) -> Hardness:
     Source: the official evaluator's `eval_hardness`. The grades are equal on all of Spider's dev
     set (see benchmarks/agreement.py).
     """
-    if len(sql) > MOST_SQL:
+    if len(sql) > MOST_ANALYSED:
         return "unknown"
     try:
         tree: exp.Expr | None = sqlglot.parse_one(

@@ -105,7 +105,13 @@ def judge(
         if semantics == "bird":
             share = soft_f1(expected.rows, actual.rows)
         ordered = is_ordered(gold)
-        if not execution_match(expected.rows, actual.rows, semantics=semantics, ordered=ordered):
+        try:
+            matches = execution_match(
+                expected.rows, actual.rows, semantics=semantics, ordered=ordered
+            )
+        except OverflowError as error:
+            return Verdict("error", str(error), seconds, share)
+        if not matches:
             return Verdict("wrong", _difference(expected, actual), seconds, share)
     return Verdict("correct", None, seconds, share)
 

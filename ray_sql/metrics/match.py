@@ -17,6 +17,8 @@ from sqlparse.tokens import Comment
 from ray_sql.database import MOST_SQL, ResultRow, Rows
 
 Semantics = Literal["spider", "bird", "strict"]
+MOST_CELLS = 10_000_000
+"""Cells that the search for an order of columns reads in vain, in seconds."""
 
 
 def execution_match(
@@ -89,6 +91,9 @@ def _same_bag_in_some_column_order(gold: Rows, predicted: Rows) -> bool:
     Each row carries a colour that stands for its cells matched so far. A predicted column can stand
     for the next gold one only if both then have equally many rows of every colour. The columns with
     most distinct values come first, so rows are soon all different and the rest is forced.
+
+    Raises:
+        OverflowError: columns are so alike that the search would not end.
     """
     if Counter(gold) == Counter(predicted):
         return True
@@ -104,18 +109,33 @@ def _same_bag_in_some_column_order(gold: Rows, predicted: Rows) -> bool:
 
     blank = [-1] * len(gold)
     pending = [(blank, blank, frozenset(range(len(predicted_columns))))]
+    bags, wanted_bags = _bags(predicted_columns), _bags(gold_columns)
+    if Counter(bags) != Counter(wanted_bags):
+        return False
+    left = MOST_CELLS + 2 * len(gold) * len(gold_columns)
     while pending:
         gold_rows, predicted_rows, unused = pending.pop()
         if not unused:
             return True
-        gold_next = recolour(gold_rows, gold_columns[len(gold_columns) - len(unused)])
+        index = len(gold_columns) - len(unused)
+        gold_next = recolour(gold_rows, gold_columns[index])
         wanted = Counter(gold_next)
         # Equal columns are interchangeable, so only one of them is tried.
         for place in {twins[place]: place for place in unused}.values():
+            if bags[place] != wanted_bags[index]:
+                continue
+            left -= len(gold)
+            if left < 0:
+                raise OverflowError("too large: columns alike in too many orders to compare")
             predicted_next = recolour(predicted_rows, predicted_columns[place])
             if Counter(predicted_next) == wanted:
                 pending.append((gold_next, predicted_next, unused - {place}))
     return False
+
+
+def _bags(columns: Sequence[tuple[Any, ...]]) -> list[frozenset[tuple[Any, int]]]:
+    """Return each column's values with their numbers, whatever the order of rows."""
+    return [frozenset(Counter(column).items()) for column in columns]
 
 
 def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = False) -> str:

@@ -25,7 +25,7 @@ import sqlglot
 from sqlglot import exp
 from sqlglot.dialects import SQLite
 
-from ray_sql.database import MOST_NODES, MOST_SQL, Schema
+from ray_sql.database import MOST_ANALYSED, MOST_NODES, Schema
 from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
 from ray_sql.metrics.spider_words import UnreadableError, aliases, check_spelling, first_statement
 
@@ -71,7 +71,7 @@ _CLAUSES = {
 
 def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
     """Return the query as Spider's parser sees it, in lower case; None where it rejects it."""
-    if len(sql) > MOST_SQL:
+    if len(sql) > MOST_ANALYSED:
         return None
     sql = re.sub(r"([<>!])\s+=", r"\1=", sql)
     try:
