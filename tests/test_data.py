@@ -315,7 +315,9 @@ def test_ids_that_are_not_ids_are_refused(make_config: Any, tmp_path: Path) -> N
     file = write_jsonl(
         tmp_path / "q.jsonl", [r | {"id": number % 3} for number, r in enumerate(rows("shop"))]
     )
-    assert "rows 0 and 3: both have id '0'" in refusal(make_config(dataset_id=str(file)))
+    assert f"{file}, line 1 and {file}, line 4: both have id '0'" in refusal(
+        make_config(dataset_id=str(file))
+    )
 
 
 def test_a_mapped_column_may_be_empty_in_a_row(make_config: Any, tmp_path: Path) -> None:
@@ -454,9 +456,9 @@ def test_text_that_is_not_utf8_and_json_that_is_no_list_are_named(
     make_config: Any, tmp_path: Path
 ) -> None:
     folder = make_spider_folder(tmp_path / "spider")
-    (folder / "dev.json").write_bytes(b"\xff\xfe")
+    (folder / "dev.json").write_bytes(b"\xff\xfa")
     assert refusal(make_config(dataset_id=str(folder))).startswith(
-        f"{folder}/dev.json: cannot be read as UTF-8"
+        f"{folder}/dev.json, line 1: not UTF-8 text"
     )
     (folder / "dev.json").write_text('{"db_id": "shop"}')
     assert refusal(make_config(dataset_id=str(folder))).startswith(
@@ -467,12 +469,10 @@ def test_text_that_is_not_utf8_and_json_that_is_no_list_are_named(
 def test_a_missing_column_is_named_with_the_columns_found(make_config: Any, tmp_path: Path) -> None:
     folder = make_spider_folder(tmp_path / "spider")
     records = json.loads((folder / "dev.json").read_text())
-    records[3] = {"db_id": "shop", "text": "Who?", "query": "SELECT 1"}
+    records = [{"db_id": "shop", "text": "Who?", "query": "SELECT 1"} for _ in records]
     (folder / "dev.json").write_text(json.dumps(records))
     message = refusal(make_config(dataset_id=str(folder)))
-    assert message.startswith(
-        f"{folder}/dev.json, row 3: no column 'question' or 'question_en' for question; "
-    )
+    assert message.startswith(f"{folder}/dev.json: no column 'question' or 'question_en' or ")
     assert "found db_id, query, text" in message and "--data.columns question=" in message
 
 
@@ -500,8 +500,12 @@ def test_a_missing_folder_of_databases_is_named_with_the_flag(
 ) -> None:
     folder = make_spider_folder(tmp_path / "spider")
     shutil.rmtree(folder / "database")
-    assert refusal(make_config(dataset_id=str(folder))) == (
-        f"{folder}/database: no such folder of databases; name it with --data.databases"
+    message = refusal(make_config(dataset_id=str(folder)))
+    assert message.startswith(f"--dataset_id {folder}: no databases found beside it; name them")
+    assert "shop/shop.sqlite" in message and "a file (.sqlite, .db, .sqlite3)" in message
+    elsewhere = make_config(dataset_id=str(folder), **{"data.databases": str(tmp_path / "no")})
+    assert refusal(elsewhere).startswith(
+        f"--data.databases {tmp_path}/no: no such file or folder; give a file"
     )
     file = write_jsonl(tmp_path / "q.jsonl", rows("shop"))
     message = refusal(make_config(dataset_id=str(file)))

@@ -358,8 +358,8 @@ def _not_a_database(folder: Path) -> None:
         (_unknown_db_id, "dev example 0: unknown db_id 'nowhere'"),
         (
             _missing_column,
-            "dev.json, row 0: no column 'question' or 'question_en' for question; "
-            "found db_id, pergunta, query",
+            "dev.json: no column 'question' or 'question_en' or 'SpiderSynQuestion' or "
+            "'sql_prompt' or 'utterance' for question; found db_id, pergunta, query",
         ),
         (_not_a_database, "mall.sqlite"),
     ],

@@ -6,6 +6,7 @@ can be given to it as they are.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -54,7 +55,8 @@ def load(kind: type[C], argv: Sequence[str] | None = None, **overrides: Any) -> 
 def _read_flags(argv: Sequence[str], kind: type[JobConfig]) -> dict[str, Any]:
     # the flags of a run are known to every job; what the job does not use is left out later
     known = kind if issubclass(kind, Config) else type("Flags", (Config, kind), {})
-    words = _repeat_flags(_write_switches(_drop_removed(argv), known), known)
+    words = _write_mappings(_write_switches(_drop_removed(argv), known), known)
+    words = _repeat_flags(words, known)
     try:
         source = CliSettingsSource[Any](
             known,
@@ -113,6 +115,31 @@ def _write_switches(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
         elif not is_value or part.lower() != "true":
             words.append(part)
     return words
+
+
+def _write_mappings(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:
+    """Return `--x "{a: b}"` with JSON in place of YAML, for settings that are mappings."""
+    several = {f"--{name}" for name, field in names(kind) if "dict[" in str(field.annotation)}
+    words: list[str] = []
+    for word in argv:
+        flag, joined, value = word.partition("=")
+        if not joined or flag not in several:
+            flag, value = words[-1] if words else "", word
+        if flag in several and value.lstrip().startswith("{"):
+            word = word.removesuffix(value) + _as_json(flag, value)
+        words.append(word)
+    return words
+
+
+def _as_json(flag: str, text: str) -> str:
+    """Return a mapping in YAML, which JSON is too, as JSON. Raises `ConfigError` if it is none."""
+    try:
+        return json.dumps(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError):
+        raise ConfigError(
+            f'{flag}: {text!r} is no mapping; write it as "{{question: q, query: sql}}" or as '
+            "question=q,query=sql"
+        ) from None
 
 
 def _repeat_flags(argv: Iterable[str], kind: type[JobConfig]) -> list[str]:

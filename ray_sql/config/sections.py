@@ -48,12 +48,16 @@ class QuestionsSection(Section):
     """Describe the questions and their databases."""
 
     databases: str | None = None
-    """Find databases in this folder (`<db_id>/<db_id>.sqlite`) or at this SQLAlchemy URL (`{db_id}`
-    names one of several). By default the dataset brings its own. SQL is executed on SQLite and
-    PostgreSQL. Give PostgreSQL's password as PGPASSWORD or in ~/.pgpass."""
+    """Find databases here: a file, a folder of files or of folders (`<db_id>/<db_id>.sqlite`), or
+    an SQLAlchemy URL (`{db_id}` names one of several). By default the dataset brings its own. SQL
+    is executed on SQLite and PostgreSQL. Give PostgreSQL's password as PGPASSWORD or in
+    ~/.pgpass."""
     columns: dict[str, str] = {}
     """Map our fields to the dataset's columns where names differ, e.g. `{question: pergunta, query:
     sql}`."""
+    bad_rows: Literal["leave_out", "error", "keep"] = "leave_out"
+    """Leave out rows whose question or gold SQL is empty or no text, and training examples whose
+    gold does not run. Or refuse the dataset, or keep all that are not empty."""
     split_by: Literal["database", "question"] | None = None
     """Set aside whole databases, or single questions. By default databases, where they are small
     enough."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ray_sql.database import Schema
 
@@ -33,6 +33,24 @@ class Example:
     hardness: str | None = None
     schema_text: str | None = None
     links_text: str | None = None
+    place: str = field(default="", compare=False)
+    """The file and the line of it, for messages."""
+
+    def content(self) -> dict[str, Any]:
+        """Return all but the place as plain values, of which hashes and cache keys are made."""
+        values = asdict(self)
+        del values["place"]
+        return values
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that is neither trained on nor scored, and why."""
+
+    split: str
+    id: str
+    place: str
+    reason: str
 
 
 Splits = dict[str, tuple[Example, ...]]
@@ -45,9 +63,22 @@ class Corpus:
     splits: Splits
     schemas: dict[str, Schema] = field(default_factory=dict)
     databases: dict[str, str] = field(default_factory=dict)
+    empty: frozenset[str] = frozenset()
+    """Databases without rows, made of a schema's text: SQL is tried there, and never scored."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Rows that could not be used."""
+    notes: tuple[str, ...] = ()
+    """Guesses that were made in reading, in words, to be said aloud."""
 
     def executable(self, db_id: str) -> str | None:
-        """Return the SQLite file or PostgreSQL URL that runs queries; None for any other kind."""
+        """Return the SQLite file or PostgreSQL URL that SQL is scored on; None where there is none.
+
+        On empty tables almost any two queries agree, so they score nothing.
+        """
+        return None if db_id in self.empty else self.trial(db_id)
+
+    def trial(self, db_id: str) -> str | None:
+        """Return the SQLite file or PostgreSQL URL that shows whether a query runs."""
         place = self.databases.get(db_id, "").removeprefix("sqlite:///")
         if not place:
             return None
@@ -66,7 +97,7 @@ class Corpus:
             db_ids &= {example.db_id for name in names for example in self.splits[name]}
         for name in sorted(names):
             for example in self.splits[name]:
-                digest.update(json.dumps([name, asdict(example)], sort_keys=True).encode())
+                digest.update(json.dumps([name, example.content()], sort_keys=True).encode())
         for db_id in sorted(db_ids):
             digest.update(json.dumps(self.schemas[db_id].to_dict(), sort_keys=True).encode())
         return digest.hexdigest()[:16]
@@ -74,6 +105,11 @@ class Corpus:
 
 def why_not_executable(corpus: Corpus) -> str:
     """Say which databases run queries, which of the corpus do not, and the way out."""
+    if corpus.databases and corpus.databases.keys() <= corpus.empty:
+        return (
+            "its schema texts hold no rows (INSERT INTO …), and on empty tables almost any two "
+            "queries agree; name databases with --data.databases"
+        )
     urls = [place for place in corpus.databases.values() if "://" in place]
     dialects = sorted({url.partition("://")[0] for url in urls})
     others = f", not on {', '.join(dialects)}" if dialects else ""
@@ -81,6 +117,15 @@ def why_not_executable(corpus: Corpus) -> str:
         f"queries run on SQLite files and on PostgreSQL{others}; name such databases with "
         "--data.databases"
     )
+
+
+def remarks(notes: Iterable[str], left_out: Sequence[LeftOut]) -> Iterator[str]:
+    """Yield what was guessed in reading, and how many rows were left out and why."""
+    yield from notes
+    if left_out:
+        shown = [f"{row.place} {row.reason}" for row in left_out[:3]]
+        more = f"; and {len(left_out) - 3} more in left_out.jsonl" if len(left_out) > 3 else ""
+        yield f"{len(left_out)} rows left out: {'; '.join(shown)}{more}"
 
 
 def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ...]:

@@ -61,15 +61,15 @@ def gold_links(example: Example, schemas: Mapping[str, Schema]) -> Links:
     """Return the dataset's own links, or else those of the gold SQL.
 
     Raises:
-        DataError: the schema is missing, or the dataset's links cannot be read.
-        LinkError: the gold SQL cannot be linked.
+        DataError: the dataset's links cannot be read.
+        LinkError: the gold SQL cannot be linked, or there is no schema to link it to.
     """
     text = example.links_text
     if text is None:
         if example.db_id not in schemas:
-            raise DataError(
-                f"example {example.id}: no schema of {example.db_id} to find links in; name the "
-                "databases with --data.databases"
+            raise linking.LinkError(
+                f"example {example.id}: its schema text has no CREATE TABLE to find links in; name "
+                "the databases with --data.databases, or give each row `links`"
             )
         return linking.gold_links(example.gold, schemas[example.db_id])
     links = linking.parse_links(text) or linking.parse_python_literal(text)

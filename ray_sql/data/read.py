@@ -1,164 +1,76 @@
-"""Read a corpus from any form: Spider, BIRD, JSONL, a dataset of the Hub, or the demo.
+"""Read a corpus from any form: a file, a folder in a known layout, the Hub, or the demo.
 
-The form is recognised by the files at the place that `dataset_id` names. Every record becomes an
-`Example`. A missing field is reported with the file, the row and the columns found there.
+`layouts` finds the files of a place, `formats` reads them, and `columns` makes examples of their
+rows. Here they meet the databases. A row that cannot be used is left out, with its place.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from ray_sql.config import absolute
-from ray_sql.config.sections import DataSection
-from ray_sql.data.corpus import Corpus, Example, Splits
+from ray_sql.data import databases, formats, layouts
+from ray_sql.data.columns import Source, read_rows, require_known_fields
+from ray_sql.data.corpus import Corpus, Example, LeftOut, Splits, join_some
+from ray_sql.data.formats import Record
 from ray_sql.database import Schema, read_tables_json
 from ray_sql.errors import DataError
 from ray_sql.store.storage import write_atomically
-from ray_sql.tasks import TaskName
 
-SPIDER_FILES = {
-    "train": ("train_spider.json", "train_others.json"),
-    "dev": ("dev.json",),
-    "test": ("test.json",),
-}
+WRITTEN_BY_DATASETS = ("dataset_dict.json", "state.json")
+"""Files in a folder of `save_to_disk`, of the `datasets` library."""
 
-COLUMNS = {
-    "id": ("id", "question_id"),
-    "db_id": ("db_id",),
-    "question": ("question", "question_en"),
-    "query": ("query", "SQL", "sql"),
-    "evidence": ("evidence",),
-    "hardness": ("hardness", "difficulty"),
-}
-"""Our field → the column names understood without a column map; the first match wins."""
-
-TASK_COLUMNS = {
-    "sql": {"schema": ("schema", "schema_SQLDatabase")},
-    "schema": {
-        "schema": ("schema", "schema_SQLDatabase_min"),
-        "links": ("links", "selector_correct"),
-    },
-}
-"""Columns that depend on the task: ready-made schema text and ready-made links."""
-
-REQUIRED = ("db_id", "question", "query")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A dataset as the settings name it."""
-
-    dataset_id: str
-    task: TaskName
-    section: DataSection
-    cache: Path
-    """Where the demo's databases are built."""
-    token: str | None
-    """The Hub's read token."""
-
-    @property
-    def flag(self) -> str:
-        """Return the flag that names the dataset, for messages."""
-        return f"--dataset_id {self.dataset_id}"
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        """Return our field → the columns that may hold it, without the user's own map."""
-        return COLUMNS | TASK_COLUMNS[self.task]
+VALIDATION = ("validation", "valid", "val")
+"""Names of the split that is scored, where there is no `dev`."""
 
 
 def read_corpus(source: Source) -> Corpus:
-    """Return all splits and databases; `schemas` holds only the schemas of a tables.json.
+    """Return all splits and databases; `schemas` holds only the schemas of tables.json files.
 
     Raises:
-        DataError: no such dataset, no known form, a malformed record, or an unknown field in
-            `data.columns`.
+        DataError: no such dataset, no known form, a file without a row that can be used, or an
+            unknown field in `data.columns`.
     """
-    for field in source.section.columns:
-        if field not in source.columns:
-            raise DataError(
-                f"--data.columns {field}: no such field; fields are {', '.join(source.columns)}"
-            )
+    require_known_fields(source)
     if source.dataset_id == "demo":
         return _read_demo(source)
     place = absolute(source.dataset_id)
-    if (place / "tables.json").is_file():
-        return _read_spider(source, place)
-    if place.is_dir() and _bird_files(place):
-        return _read_bird(source, place)
-    if place.suffix in (".jsonl", ".json") or (place.is_dir() and list(place.glob("*.jsonl"))):
-        return _read_jsonl(source, place)
-    if place.is_dir() and not list(place.glob("**/*.parquet")):
-        raise DataError(
-            f"{source.flag}: the folder is in no known form; expected Spider's (tables.json, "
-            "train_spider.json, dev.json, database/), BIRD's (dev.json, dev_tables.json, "
-            "dev_databases/), or *.jsonl"
-        )
-    is_path = source.dataset_id.count("/") != 1 or source.dataset_id.startswith((".", "/", "~"))
-    if is_path and not place.exists():
-        raise DataError(
-            f"{source.flag}: no such file or folder; give a path, a Hub id (owner/name), or demo"
-        )
-    return _read_hub(source)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON list or of a JSONL file.
-
-    Raises:
-        DataError: names the file and the malformed line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if path.suffix == ".jsonl":
-        records: Any = list(parse_lines(path, text).values())
-    else:
-        records = _parse(path, text, 1)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"{path}: must hold JSON objects, one example each")
-    return records
-
-
-def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
-    """Return line number → the JSON value on it, without blank lines.
-
-    `path` serves the error message only.
-    """
-    # splitlines would also split at U+2028 and others, which JSON allows inside a string.
-    lines = dict(enumerate(text.split("\n"), 1))
-    return {row: _parse(path, line, row) for row, line in lines.items() if line.strip()}
-
-
-def _parse(path: Path | str, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(
-            f"{path}, line {line}: not valid JSON ({error.msg}); correct the line or remove it"
-        ) from None
+    if not place.exists():
+        is_path = source.dataset_id.count("/") != 1 or source.dataset_id.startswith((".", "/", "~"))
+        if is_path or formats.form(place):
+            raise DataError(
+                f"{source.flag}: no such file or folder; give a path, a Hub id (owner/name), or "
+                "demo"
+            )
+        return _read_by_datasets(source, source.dataset_id)
+    if any((place / name).is_file() for name in WRITTEN_BY_DATASETS):
+        return _read_by_datasets(source, str(place))
+    where = source.section.databases or ""
+    layout = layouts.find(place, "postgresql" if where.startswith("postgres") else "sqlite")
+    reading = _Reading(source)
+    for split, files in layout.files.items():
+        reading.add_files(split, files)
+    schemas: dict[str, Schema] = {}
+    for tables in [*layout.tables, *layouts.tables_beside(where)]:
+        schemas = read_tables_json(tables) | schemas
+    return _corpus(reading, schemas, layout.databases, layout.notes)
 
 
 def _read_demo(source: Source) -> Corpus:
     """Read the data that ships with the package; its databases are built once, in the cache."""
     folder = Path(str(resources.files("ray_sql") / "demo_data"))
-    databases = {
-        database.name: _build_database(database / "schema.sql", source.cache)
-        for database in _folders(folder / "database")
-    }
-    names = ("train", "seen", "unseen")
-    splits = {split: _examples(source, [folder / f"{split}.json"]) for split in names}
-    return Corpus(splits, {}, databases)
+    scripts = sorted((folder / "database").glob("*/schema.sql"))
+    places = {script.parent.name: _build_database(script, source.cache) for script in scripts}
+    reading = _Reading(source)
+    for split in ("train", "seen", "unseen"):
+        reading.add_files(split, [folder / f"{split}.json"])
+    demo = replace(source, section=source.section.model_copy(update={"databases": None}))
+    return _corpus(replace(reading, source=demo), {}, places, [])
 
 
 def _build_database(script: Path, cache: Path) -> str:
@@ -174,175 +86,167 @@ def _build_database(script: Path, cache: Path) -> str:
     return str(target)
 
 
-def _read_spider(source: Source, place: Path) -> Corpus:
-    """Read Spider's question files, `tables.json`, and the databases, of which some may lack."""
-    splits = {}
-    for split, names in SPIDER_FILES.items():
-        files = [place / name for name in names if (place / name).is_file()]
-        if files:
-            splits[split] = _examples(source, files)
-    schemas = read_tables_json(place / "tables.json")
-    return Corpus(
-        splits, schemas, _databases(source.section.databases or str(place / "database"), splits)
-    )
-
-
-def _bird_files(place: Path) -> dict[str, Path]:
-    """Return split → its question file, the first that has a tables file beside it."""
-    files: dict[str, Path] = {}
-    for split in ("train", "dev"):
-        for path in [place / f"{split}.json", *sorted(place.glob(f"{split}*/{split}.json"))]:
-            if path.is_file() and list(path.parent.glob("*_tables.json")):
-                files.setdefault(split, path)
-    return files
-
-
-def _read_bird(source: Source, place: Path) -> Corpus:
-    """Read BIRD's release, whose splits lie in one folder or in a folder each.
-
-    Each split has a question file, `<split>_tables.json` and `<split>_databases/`.
-    """
-    splits: Splits = {}
-    schemas: dict[str, Schema] = {}
-    databases: dict[str, str] = {}
-    for split, file in _bird_files(place).items():
-        splits[split] = _examples(source, [file])
-        for tables in sorted(file.parent.glob("*_tables.json")):
-            schemas |= read_tables_json(tables)
-        for folder in sorted(file.parent.glob("*_databases")):
-            databases |= _database_files(folder)
-    if source.section.databases:
-        databases = _databases(source.section.databases, splits)
-    return Corpus(splits, schemas, databases)
-
-
-def _read_jsonl(source: Source, place: Path) -> Corpus:
-    """Read one file, which is split later, or a folder of `<split>.jsonl` files.
-
-    The databases are those of `data.databases`, or lie beside the file in `database/`.
-    """
-    if not place.exists():
-        raise DataError(f"{source.flag}: no such file")
-    folder, files = place.parent, {"train": place}
-    if place.is_dir():
-        folder, files = place, {path.stem: path for path in sorted(place.glob("*.jsonl"))}
-    splits = _with_dev({split: _examples(source, [path]) for split, path in files.items()})
-    where = source.section.databases
-    for name in ("database", "databases"):
-        if where is None and (folder / name).is_dir():
-            where = str(folder / name)
-    if where is not None:
-        return Corpus(splits, {}, _databases(where, splits))
-    if not all(example.schema_text for examples in splits.values() for example in examples):
-        raise DataError(
-            f"{source.flag}: no databases found beside it; name their folder with "
-            "--data.databases, or give each line its own `schema` text"
-        )
-    return Corpus(splits)
-
-
-def _read_hub(source: Source) -> Corpus:
-    """Read a dataset of the Hub, or a local folder in the same form, by the `datasets` library."""
+def _read_by_datasets(source: Source, name: str) -> Corpus:
+    """Read a dataset of the Hub, or a folder of `save_to_disk`, by the `datasets` library."""
     import datasets
 
-    place = absolute(source.dataset_id)
-    name = str(place) if place.is_dir() else source.dataset_id
+    place = Path(name)
     try:
-        loaded = datasets.load_dataset(name, token=source.token)
+        if place.is_dir():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, token=source.token)
     # The library raises many kinds of errors, from requests' to pyarrow's, for the same mistakes.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if place.is_dir():
+            raise DataError(
+                f"{source.flag}: the folder that save_to_disk wrote cannot be read ({reason})"
+            ) from None
         raise DataError(
             f"{source.flag}: neither a local folder nor a Hub dataset that can be read ({reason}); "
             "check the name, the network and --read_token"
         ) from None
-    splits = {}
-    for split, records in loaded.items():
+    reading = _Reading(source)
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    for split, rows in splits.items():
         where = f"{source.dataset_id}[{split}]"
-        examples = [
-            _example(source, record, f"{where}, row {row}", row)
-            for row, record in enumerate(records)
+        records = [
+            Record(f"{where}, row {row}", row, dict(values)) for row, values in enumerate(rows)
         ]
-        splits[str(split)] = _with_unique_ids(examples, where)
-    splits = _with_dev(splits)
-    if not source.section.databases:
-        return Corpus(splits)
-    return Corpus(splits, {}, _databases(source.section.databases, splits))
+        reading.add(str(split), records, where)
+    return _corpus(reading, {}, {}, [])
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The rows of a dataset, collected file by file."""
+
+    source: Source
+    splits: dict[str, list[Example]] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add_files(self, split: str, files: Sequence[Path]) -> None:
+        """Read the files of one split; under "" a file may name splits itself."""
+        for file in files:
+            try:
+                for own_split, records in formats.read_file(file).items():
+                    self.add(split or own_split or "train", records, str(file))
+            except DataError as error:
+                # a file of another name beside the known ones may hold anything
+                if split in ("", *layouts.SPLITS, *VALIDATION):
+                    raise
+                self.notes.append(f"not read: {error}")
+
+    def add(self, split: str, records: Sequence[Record], file: str) -> None:
+        """Read the rows of a file; those without an id are counted across a split's files."""
+        examples = self.splits.setdefault(split, [])
+        known = len(examples) + sum(row.split == split for row in self.left_out)
+        rows = read_rows(self.source, records, file, split, known)
+        examples += rows.examples
+        self.left_out.extend(rows.left_out)
+        self.notes.extend(note for note in rows.notes if note not in self.notes)
+
+
+def _corpus(
+    reading: _Reading, schemas: dict[str, Schema], beside: dict[str, str], notes: Iterable[str]
+) -> Corpus:
+    """Return the corpus, each example with the database that it is about."""
+    found = _Databases.find(reading, beside)
+    left_out, said = reading.left_out, [*notes, *reading.notes]
+    splits: Splits = {}
+    for split, examples in reading.splits.items():
+        named = [found.named(example) for example in examples]
+        usable = [example for example in named if example.db_id]
+        if not usable and examples:
+            raise DataError(f"{reading.source.flag}: {found.missing()}")
+        left_out += [
+            LeftOut(split, example.id, example.place, f"has no db_id, {found.how_many()}")
+            for example in named
+            if not example.db_id
+        ]
+        splits[split] = _with_unique_ids(usable)
+    nameless = any(not example.db_id for rows in reading.splits.values() for example in rows)
+    if nameless and found.only in found.places:
+        said.append(f"database {found.only} for all questions that name none")
+    everything = [example for rows in splits.values() for example in rows]
+    if not found.places and not schemas and not all(one.schema_text for one in everything):
+        raise DataError(f"{reading.source.flag}: {found.missing()}")
+    return Corpus(
+        _with_dev(splits), schemas, found.places, left_out=tuple(left_out), notes=tuple(said)
+    )
+
+
+@dataclass(frozen=True)
+class _Databases:
+    """The databases of a dataset, and the one that questions are about which name none."""
+
+    places: dict[str, str]
+    only: str | None
+    asked_for: bool
+    """True if `data.databases` names them."""
+
+    @classmethod
+    def find(cls, reading: _Reading, beside: dict[str, str]) -> _Databases:
+        """Return the databases that the settings name, or else those beside the questions."""
+        where = reading.source.section.databases
+        if where and "://" in where:
+            only = databases.only_name(where)
+            examples = [example for rows in reading.splits.values() for example in rows]
+            return cls(
+                databases.on_server(where, {e.db_id or only or "" for e in examples}), only, True
+            )
+        places = databases.find(where) if where else beside
+        return cls(places, next(iter(places)) if len(places) == 1 else None, bool(where))
+
+    def named(self, example: Example) -> Example:
+        """Return the example with a database's name, where it has none and there is one for it.
+
+        A schema text is a database of its own, unless the settings name one.
+        """
+        if example.db_id:
+            return example
+        if example.schema_text and not (self.asked_for and self.only):
+            digest = hashlib.sha256(example.schema_text.encode()).hexdigest()[:8]
+            return replace(example, db_id=f"schema-{digest}")
+        return replace(example, db_id=self.only or "")
+
+    def how_many(self) -> str:
+        """Say which databases there are to choose from."""
+        names = f": {join_some(self.places)}" if self.places else ""
+        return f"and there are {len(self.places)} databases{names}"
+
+    def missing(self) -> str:
+        """Say why no example has a database, and the way out."""
+        if self.places:
+            return (
+                f"the questions name no database (no column db_id), {self.how_many()}; map their "
+                "column with --data.columns db_id=THEIR_COLUMN, or name one file with "
+                "--data.databases"
+            )
+        return (
+            "no databases found beside it; name them with --data.databases "
+            f"({databases.LAYOUTS}), or give each line its own `schema` text (CREATE TABLE …)"
+        )
 
 
 def _with_dev(splits: Splits) -> Splits:
     """Rename `validation`, the Hub's usual name, to `dev`: ours is set aside from train."""
-    if "validation" not in splits or "dev" in splits:
+    name = next((name for name in VALIDATION if name in splits), None)
+    if name is None or "dev" in splits:
         return splits
-    return {"dev" if name == "validation" else name: rows for name, rows in splits.items()}
+    return {"dev" if split == name else split: rows for split, rows in splits.items()}
 
 
-def _folders(place: Path) -> list[Path]:
-    if not place.is_dir():
-        raise DataError(f"{place}: no such folder of databases; name it with --data.databases")
-    return sorted(path for path in place.iterdir() if path.is_dir())
-
-
-def _database_files(place: Path) -> dict[str, str]:
-    files = {folder.name: folder / f"{folder.name}.sqlite" for folder in _folders(place)}
-    return {db_id: str(path) for db_id, path in files.items() if path.is_file()}
-
-
-def _databases(where: str, splits: Mapping[str, Iterable[Example]]) -> dict[str, str]:
-    """Return the database of each db_id: a file in the folder, or the URL with the id in it."""
-    if "://" not in where:
-        return _database_files(absolute(where))
-    used = {example.db_id for examples in splits.values() for example in examples}
-    return {db_id: where.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(used)}
-
-
-def _examples(source: Source, files: Sequence[Path]) -> tuple[Example, ...]:
-    """Return the examples of one split; those without an id are counted across its files."""
-    examples: list[Example] = []
-    for path in files:
-        for row, record in enumerate(read_records(path)):
-            examples.append(_example(source, record, f"{path}, row {row}", len(examples)))
-    return _with_unique_ids(examples, ", ".join(map(str, files)))
-
-
-def _with_unique_ids(examples: Sequence[Example], where: str) -> tuple[Example, ...]:
+def _with_unique_ids(examples: Sequence[Example]) -> tuple[Example, ...]:
     """Return the examples of a split; raise `DataError` where two have the same id."""
-    first: dict[str, int] = {}
-    for row, example in enumerate(examples):
-        before = first.setdefault(example.id, row)
-        if before != row:
+    first: dict[str, Example] = {}
+    for example in examples:
+        before = first.setdefault(example.id, example)
+        if before is not example:
             raise DataError(
-                f"{where}, rows {before} and {row}: both have id {example.id!r}; give each its "
+                f"{before.place} and {example.place}: both have id {example.id!r}; give each its "
                 "own, or leave the ids out"
             )
     return tuple(examples)
-
-
-def _example(source: Source, record: Mapping[str, Any], where: str, default_id: int) -> Example:
-    """Return one record as an `Example`; `where` names it in errors."""
-    fields = {field: _value(source, record, where, field) for field in source.columns}
-    return Example(
-        id=fields["id"] or str(default_id),
-        db_id=fields["db_id"] or "",
-        question=fields["question"] or "",
-        gold=fields["query"] or "",
-        evidence=fields["evidence"] or "",
-        hardness=fields["hardness"],
-        schema_text=fields["schema"],
-        links_text=fields.get("links"),
-    )
-
-
-def _value(source: Source, record: Mapping[str, Any], where: str, field: str) -> str | None:
-    """Return a field of a record, None where it is empty; raise `DataError` where it must not."""
-    mapped = source.section.columns.get(field)
-    columns = (mapped,) if mapped else source.columns[field]
-    for column in columns:
-        if record.get(column) is not None:
-            return str(record[column]).strip()
-    if field in REQUIRED or (mapped and mapped not in record):
-        raise DataError(
-            f"{where}: no column {' or '.join(map(repr, columns))} for {field}; found "
-            f"{', '.join(sorted(record))}. Map it with --data.columns {field}=THEIR_COLUMN"
-        )
-    return None

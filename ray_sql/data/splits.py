@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Literal
 
 from ray_sql.config import Config
-from ray_sql.data.corpus import Corpus, Example, join_some, sample
-from ray_sql.data.read import Source, read_corpus
+from ray_sql.data import schema_texts
+from ray_sql.data.columns import Source
+from ray_sql.data.corpus import Corpus, Example, LeftOut, join_some, sample
+from ray_sql.data.read import read_corpus
 from ray_sql.database import Schema, reflect
 from ray_sql.errors import DataError
 
@@ -41,6 +43,9 @@ def load_split(config: Config, splits: Sequence[str]) -> Corpus:
     """Return only the named splits, whole, with the schemas and databases they need."""
     source = _source(config)
     corpus = read_corpus(source)
+    if set(corpus.splits) != {"train"}:
+        others = tuple(row for row in corpus.left_out if row.split in splits)
+        corpus = replace(corpus, left_out=others)
     if "validation" in splits or not set(splits) <= set(corpus.splits):
         scored = tuple(split for split in splits if split not in OWN_SPLITS)
         # Training sets the test part of one unsplit file aside first, so it is set aside here too.
@@ -58,7 +63,10 @@ def _source(config: Config) -> Source:
 
 def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) -> Corpus:
     """Return `train`, `validation` and the scored splits; one unsplit file is divided here."""
-    splits, section = corpus.splits, source.section
+    splits, section, notes = corpus.splits, source.section, corpus.notes
+    if len(splits) == 1 and not splits.keys() & {"train", "dev", "test", *scored}:
+        notes = (*notes, f"{next(iter(splits))}: the only file of the folder, divided here")
+        splits = {"train": next(iter(splits.values()))}
     if not splits.get("train"):
         raise DataError(f"{source.flag}: no training examples; found splits {join_some(splits)}")
     missing = [split for split in scored if split not in splits]
@@ -79,29 +87,39 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
     if section.limit:
         train = sample(train, section.limit, seed)
     own = {"train": train, "validation": validation}
-    return replace(corpus, splits=own | {split: splits[split] for split in scored})
+    scored_splits = {split: splits[split] for split in scored}
+    return replace(corpus, splits=own | scored_splits, notes=notes)
 
 
 def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus:
-    """Add the schema of every database in use: the live database's, else that of tables.json."""
-    schemas: dict[str, Schema] = {}
+    """Add the schema of every database in use: the live database's, else that of tables.json.
+
+    Examples on an unknown database are left out. Raises `DataError` if a split has no others.
+    """
+    schemas, known = dict[str, Schema](), corpus.databases.keys() | corpus.schemas.keys()
+    splits, left_out = dict[str, Examples](), list(corpus.left_out)
     for split, examples in corpus.splits.items():
-        for example in examples:
-            db_id = example.db_id
-            if db_id in schemas or (example.schema_text and db_id not in corpus.databases):
-                continue
-            if db_id in corpus.databases:
-                schemas[db_id] = reflect(corpus.databases[db_id], db_id, example_values)
-            elif db_id in corpus.schemas:
-                schemas[db_id] = corpus.schemas[db_id]
-            else:
-                known = join_some(corpus.databases or corpus.schemas)
-                raise DataError(
-                    f"{source.flag}, {split} example {example.id}: unknown db_id {db_id!r}: no "
-                    f"database file {db_id}/{db_id}.sqlite and no entry in tables.json; have "
-                    f"{known}"
-                )
-    return replace(corpus, schemas=schemas)
+        usable = tuple(one for one in examples if one.schema_text or one.db_id in known)
+        unknown = [one for one in examples if not one.schema_text and one.db_id not in known]
+        if unknown and not usable:
+            raise DataError(f"{source.flag}, {split} {_unknown(unknown[0], corpus)}")
+        left_out += [LeftOut(split, one.id, one.place, _unknown(one, corpus)) for one in unknown]
+        splits[split] = usable
+    for db_id in dict.fromkeys(one.db_id for rows in splits.values() for one in rows):
+        if db_id in corpus.databases:
+            schemas[db_id] = reflect(corpus.databases[db_id], db_id, example_values)
+        elif db_id in corpus.schemas:
+            schemas[db_id] = corpus.schemas[db_id]
+    used = replace(corpus, splits=splits, schemas=schemas, left_out=tuple(left_out))
+    return schema_texts.add_to(used, source.cache)
+
+
+def _unknown(example: Example, corpus: Corpus) -> str:
+    known = join_some(corpus.databases or corpus.schemas)
+    return (
+        f"example {example.id}: unknown db_id {example.db_id!r}: no database file "
+        f"{example.db_id}/{example.db_id}.sqlite and no entry in tables.json; have {known}"
+    )
 
 
 def set_aside(

@@ -31,7 +31,7 @@ START_SECONDS = 60.0
 CACHE_BYTES = 256 * 2**20
 DEFAULT_LIMITS = Limits()
 WORKER = Path(__file__).with_name("sqlite_worker.py")
-Kind = Literal["sqlite", "postgresql"]
+Kind = Literal["sqlite", "postgresql", "script"]
 SQLITE_HEADER = b"SQLite format 3\0"
 WAL_VERSION = 2
 PACKAGES = Path(__file__).parents[2]
@@ -104,6 +104,13 @@ class Executor:
         return self._results.get(
             (source, sql, limits), lambda: self._run_in_worker(source, sql, limits)
         )
+
+    def build(self, script: str) -> QueryResult:
+        """Run CREATE and INSERT statements in an empty database, under the limits of a query.
+
+        The one cell of the result is the content of the SQLite file. No file is written.
+        """
+        return self._run_in_worker(_Source("script", "", ()), script, self.limits).result
 
     def run_many(
         self,
@@ -243,8 +250,9 @@ def _command(kind: Kind) -> tuple[list[str], dict[str, str]]:
     environment = {name: os.environ[name] for name in names if name in os.environ}
     # A heap for each thread would take 64 MiB of the memory that the limit leaves.
     environment["MALLOC_ARENA_MAX"] = "1"
-    if kind == "sqlite":
-        return [sys.executable, "-I", "-S", str(WORKER)], environment
+    if kind != "postgresql":
+        action = ["build"] if kind == "script" else []
+        return [sys.executable, "-I", "-S", str(WORKER), *action], environment
     command = [sys.executable, "-P", "-m", "ray_sql.database.postgres_worker"]
     paths = [path for path in [str(PACKAGES), *sys.path] if path]
     return command, environment | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -56,18 +56,21 @@ ACTIONS = {
     for name in _ACTION_NAMES.split(",")
 }
 
+READING = {"SELECT", "READ", "RECURSIVE"}
+
 
 class Guard:
     """SQLite's authorizer: let a query read, and remember the first action refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: Set[str] = READING) -> None:
+        self.allowed = allowed
         self.refused: str | None = None
 
     def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
         """Return SQLITE_OK or SQLITE_DENY for one action of the statement being compiled."""
         name = ACTIONS.get(action, f"action {action}")
         detail = (second if name == "FUNCTION" else first) or ""
-        if name in ("SELECT", "READ", "RECURSIVE"):
+        if name in self.allowed:
             return sqlite3.SQLITE_OK
         if name == "FUNCTION" and detail.lower() not in REFUSED_FUNCTIONS:
             return sqlite3.SQLITE_OK
@@ -165,6 +168,36 @@ def query(
         connection.close()
 
 
+BUILDING = READING | {"CREATE TABLE", "CREATE VIEW", "CREATE INDEX", "INSERT"}
+"""The actions of a script that builds a database."""
+
+
+def build(
+    _: str, script: str, seconds: float, rows: int, size: int, memory: int, sql_length: int
+) -> Reply:
+    """Run CREATE and INSERT statements in memory; the reply's one cell is the database's file."""
+    started = time.monotonic()
+    guard = Guard(BUILDING)
+    restrict(seconds, memory)
+    connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
+    try:
+        connection.execute(f"PRAGMA max_page_count = {max(1, size // 4096)}")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(size, LARGEST_LIMIT))
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        connection.set_authorizer(guard)
+        connection.set_progress_handler(
+            lambda: time.monotonic() - started >= seconds, STEPS_BETWEEN_CLOCK_READS
+        )
+        connection.executescript(script)
+        connection.set_authorizer(None)  # serialize itself asks for a PRAGMA
+        cell = connection.serialize()
+        return "ok", ("file",), ((cell,),), None, time.monotonic() - started
+    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
+        return "error", (), (), explain(error, guard.refused), time.monotonic() - started
+    finally:
+        connection.close()
+
+
 def explain(error: Exception, refused: str | None) -> str:
     """Return one line about an error, in the words that `QueryResult.error` promises."""
     message = one_line(str(error))
@@ -236,4 +269,4 @@ def serve(parent: Connection, query: Callable[..., Reply]) -> None:
 
 if __name__ == "__main__":
     os.nice(1)  # The parent must get its turn to kill.
-    serve(Connection(int(sys.argv[1])), query)
+    serve(Connection(int(sys.argv[-1])), build if "build" in sys.argv else query)

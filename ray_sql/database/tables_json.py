@@ -34,7 +34,7 @@ def read_tables_json(path: str | Path) -> dict[str, Schema]:
         DataError: no such file, no JSON, or a malformed entry, by file, database and key.
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(
             f"{path}: cannot read it ({error.strerror}); name the dataset's tables.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray_sql.errors import DataError
 from ray_sql.evaluate import scoring
 from ray_sql.metrics import hardness
 from ray_sql.metrics.judged import Evaluation, JudgedRow
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS, Task
 
 KEPT_NUMBERS = ("prompt_tokens", "new_tokens", "generation_seconds")
@@ -26,6 +28,7 @@ def evaluate_file(path: Path, config: Config, display: Display) -> Evaluation:
     task, settings = TASKS[config.task_type], config.evaluate
     corpus = data.load_split(config, config.split)
     require_executable(corpus, task)
+    show_remarks(corpus, RunFolder(config.run_dir), display)
     predictions = read(path)
     examples = [(split, example) for split in config.split for example in corpus.splits[split]]
     matches = _match(path, predictions, examples, config.split)
@@ -44,11 +47,18 @@ def evaluate_file(path: Path, config: Config, display: Display) -> Evaluation:
     return {"file": scoring.judge_rows(rows, databases, corpus.schemas, task, settings, counter)}
 
 
+def show_remarks(corpus: Corpus, folder: RunFolder, display: Display) -> None:
+    """Say what was guessed in reading and left out, and list that in the run's folder."""
+    for line in data.remarks(corpus.notes, corpus.left_out):
+        display.line(line)
+    if corpus.left_out:
+        folder.write_left_out(map(asdict, corpus.left_out))
+
+
 def require_executable(corpus: Corpus, task: Task) -> None:
     """Raise `DataError` if SQL is to be scored and no database of the corpus can execute it."""
-    if not task.executes_sql or not corpus.databases:
-        return
-    if not any(map(corpus.executable, corpus.databases)):
+    filled = corpus.databases.keys() - corpus.empty
+    if task.executes_sql and filled and not any(map(corpus.executable, filled)):
         raise DataError(
             f"--data.databases: nothing can be scored: {data.why_not_executable(corpus)}"
         )

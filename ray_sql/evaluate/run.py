@@ -63,6 +63,7 @@ def _plan(config: EvaluateConfig) -> Iterator[str]:
         first = scored_questions(corpus, tokenizer, config)[0]
         yield f"--- prompt ---\n{tokenizer.decode(first.input_ids)}\n--- plan ---"
         source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
+    yield from data.remarks(corpus.notes, corpus.left_out)
     counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
     yield (
         f"would score {source} on {counts}, semantics {config.evaluate.semantics}, and write "
@@ -73,6 +74,7 @@ def _plan(config: EvaluateConfig) -> Iterator[str]:
 def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Evaluation:
     corpus = data.load_split(config, config.split)
     predictions_file.require_executable(corpus, TASKS[config.task_type])
+    predictions_file.show_remarks(corpus, RunFolder(config.run_dir), display)
     contract = None
     if adapter:
         adapter = storage.absolute_uri(adapter)

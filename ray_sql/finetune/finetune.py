@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from ray_sql import data, publish, tracking, train
+from ray_sql import data, publish, rows, tracking, train
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import DataError
@@ -55,10 +55,9 @@ def dry_run(config: Config) -> None:
 
 
 def preview(config: Config, display: Display) -> Prepared:
-    """Show one rendered example, the audit and the plan."""
+    """Show the first example that is trained on, the audit and the plan."""
     prepared = prepare(config, display.counter("reading data"))
-    example = prepared.corpus.splits["train"][0]
-    encoded = prepared.encoder.encode(example)
+    encoded = rows.read(prepared.rows_file)[0]
     prompt = encoded.input_ids[: encoded.prompt_length]
     answer = encoded.input_ids[encoded.prompt_length :]
     display.line("--- prompt ---")

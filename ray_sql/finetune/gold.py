@@ -12,13 +12,16 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from ray_sql.config.sections import EvaluateSection
-from ray_sql.data import Corpus
+from ray_sql.data import Corpus, LeftOut
 from ray_sql.errors import DamagedFile, DataError
 from ray_sql.evaluate import scoring
 from ray_sql.files import read_json
 from ray_sql.store import storage
 
 Progress = Callable[[int, int], None]
+
+MAY_BE_RIGHT = ("timeout", "crash", "too large")
+"""Beginnings of errors that limits or the machine may have caused."""
 
 
 class Failing(TypedDict):
@@ -45,6 +48,8 @@ class GoldQuery:
     id: str
     place: str
     sql: str
+    where: str
+    """The file and the line of the example."""
 
     @property
     def key(self) -> str:
@@ -60,7 +65,7 @@ class GoldQuery:
 def failing(
     corpus: Corpus, evaluate: EvaluateSection, cache: Path, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """Return the gold queries that do not run, as rows with id, split, database, gold and error.
+    """Return the gold queries that do not run: id, split, where, database, gold and error.
 
     The result is kept under `cache` for the same data. Queries that timed out or crashed are asked
     again every time, for that may have been the machine's fault. So are queries on a server.
@@ -84,7 +89,7 @@ def failing(
     storage.write_local_text(file, json.dumps(cached))
     by_key = {row["id"]: row for row in [*lasting, *errors]}
     return [
-        by_key[query.key] | {"split": query.split, "id": query.id}
+        by_key[query.key] | {"split": query.split, "id": query.id, "where": query.where}
         for query in queries
         if query.key in by_key
     ]
@@ -103,7 +108,7 @@ def require_scorable(
 ) -> None:
     """Raise `DataError` if scored splits have gold queries and none of them runs."""
     golds = sum(
-        corpus.executable(example.db_id) is not None
+        corpus.trial(example.db_id) is not None
         for split in splits
         for example in corpus.splits[split]
     )
@@ -116,13 +121,39 @@ def require_scorable(
         )
 
 
+def not_trained(corpus: Corpus, failing: Sequence[dict[str, Any]], bad_rows: str) -> list[LeftOut]:
+    """Return the training examples whose gold does not run, which are left out.
+
+    A query that took too long or returned too much may be right. Links of the dataset's own need no
+    gold. Raises `DataError` if `bad_rows` is `error`, or if nothing is left to train on.
+    """
+    linked = {example.id for example in corpus.splits["train"] if example.links_text}
+    wrong = [
+        LeftOut("train", row["id"], row["where"], f"gold does not run: {row['error']}")
+        for row in failing
+        if row["split"] == "train"
+        and row["id"] not in linked
+        and not row["error"].startswith(MAY_BE_RIGHT)
+    ]
+    if bad_rows == "keep" or not wrong:
+        return []
+    if bad_rows == "error" or len(wrong) == len(corpus.splits["train"]):
+        shown = "; ".join(f"{row.place}: {row.reason}" for row in wrong[:3])
+        raise DataError(
+            f"{len(wrong)} of {len(corpus.splits['train'])} training examples cannot be used: "
+            f"{shown}; correct them, check the databases, or train on them with --data.bad_rows "
+            "keep"
+        )
+    return wrong
+
+
 def _queries(corpus: Corpus) -> list[GoldQuery]:
     queries = []
     for split, examples in corpus.splits.items():
         for example in examples:
-            place = corpus.executable(example.db_id)
+            place = corpus.trial(example.db_id)
             if place:
-                queries.append(GoldQuery(split, example.id, place, example.gold))
+                queries.append(GoldQuery(split, example.id, place, example.gold, example.place))
     return queries
 
 

@@ -27,14 +27,31 @@ def _data(prepared: Prepared) -> Iterator[str]:
     corpus = prepared.corpus
     fingerprint, databases = corpus.fingerprint(), len(corpus.schemas)
     yield f"data      {config.dataset_id}, fingerprint {fingerprint}, {databases} databases"
-    for line in data.leakage(corpus):
+    for line in [*data.remarks(corpus.notes, prepared.left_out), *data.leakage(corpus)]:
         yield f"          {line}"
-    failing = [row["split"] for row in prepared.gold_errors]
-    counts = [f"{failing.count(split)} in {split}" for split in corpus.splits if split in failing]
-    if counts:
-        yield f"gold      queries that do not run: {', '.join(counts)}; kept out of the scores"
-    else:
+    yield from _gold(prepared)
+
+
+def _gold(prepared: Prepared) -> Iterator[str]:
+    """Yield how many gold queries were executed, and which do not run."""
+    corpus, failing = prepared.corpus, prepared.gold_errors
+    examples = [example for split in corpus.splits.values() for example in split]
+    tried = sum(corpus.trial(example.db_id) is not None for example in examples)
+    if not tried:
+        yield f"gold      no query was executed: {data.why_not_executable(corpus)}"
+    elif failing:
+        splits = [row["split"] for row in failing]
+        counts = [f"{splits.count(split)} in {split}" for split in corpus.splits if split in splits]
+        where = "the scores"
+        if {row.id for row in prepared.left_out} & {row["id"] for row in failing}:
+            where = "training and of the scores"
+        yield f"gold      queries that do not run: {', '.join(counts)}; kept out of {where}"
+        for row in failing[:3]:
+            yield f"          {row['where']}: {row['error']}"
+    elif tried == len(examples):
         yield "gold      every query runs"
+    else:
+        yield f"gold      {tried} of {len(examples)} queries were executed, and all of them run"
 
 
 def _training(prepared: Prepared) -> Iterator[str]:
@@ -89,7 +106,13 @@ def _scoring(prepared: Prepared) -> Iterator[str]:
         return
     corpus = prepared.corpus
     for split, examples in splits.items():
-        if not any(corpus.executable(example.db_id) for example in examples):
+        if not examples:
+            yield (
+                f"          nothing is held out as {split}: {len(corpus.splits['train'])} training "
+                f"examples are too few for --data.test_fraction {config.data.test_fraction:g}; "
+                f"raise it, or give a file of {split}"
+            )
+        elif not any(corpus.executable(example.db_id) for example in examples):
             why = data.why_not_executable(corpus)
             yield f"          nothing can be executed on {split}, so it gets no score: {why}"
 

@@ -7,14 +7,14 @@ cluster and no GPU.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_sql import cluster, data, generate, models, rows
 from ray_sql.config import Config, strip_password
-from ray_sql.data import Corpus
+from ray_sql.data import Corpus, Example, LeftOut
 from ray_sql.data.contract import make_contract
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.finetune import gold
@@ -35,7 +35,11 @@ TRAINED_ON = ("train", "validation")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before it starts. `gold_errors` are the gold queries of all splits that do not run."""
+    """A run before it starts.
+
+    `gold_errors` are the gold queries of all splits that do not run, and `left_out` the rows that
+    are not used.
+    """
 
     config: Config
     corpus: Corpus
@@ -45,6 +49,7 @@ class Prepared:
     audit: Audit
     contract: dict[str, Any]
     gold_errors: list[dict[str, Any]]
+    left_out: list[LeftOut]
 
     @property
     def steps(self) -> int:
@@ -115,7 +120,12 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     )
     tokenizer = models.load_tokenizer(folder)
     encoder = rows.Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
-    train = corpus.splits["train"]
+    failing = gold.failing(corpus, config.evaluate, config.cache, progress)
+    if executes:
+        gold.require_scorable(corpus, config.split, failing)
+    left_out = gold.not_trained(corpus, failing, config.data.bad_rows)
+    unused = {row.id for row in left_out}
+    train = [example for example in corpus.splits["train"] if example.id not in unused]
     file, audit = rows.prepare(train, encoder, config.rows, config.cache, progress)
     models.check_window(
         folder,
@@ -123,10 +133,15 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         "an example has {tokens}: lower --rows.max_length and choose --rows.too_long",
     )
     contract = make_contract(config, tokenizer, revision)
-    failing = gold.failing(corpus, config.evaluate, config.cache, progress)
-    if executes:
-        gold.require_scorable(corpus, config.split, failing)
-    return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing)
+    left_out = [*corpus.left_out, *left_out, *_unlinkable(train, audit)]
+    return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing, left_out)
+
+
+def _unlinkable(train: Sequence[Example], audit: Audit) -> list[LeftOut]:
+    """Return the training examples without an answer, because their SQL has no links."""
+    by_id = {example.id: example for example in train}
+    reason = "its SQL cannot be linked to the schema"
+    return [LeftOut("train", name, by_id[name].place, reason) for name in audit.unlinkable]
 
 
 def write_inputs(prepared: Prepared) -> None:
@@ -150,6 +165,8 @@ def write_inputs(prepared: Prepared) -> None:
             storage.put(local, folder.validation_rows)
     if prepared.gold_errors:
         folder.write_gold_errors(prepared.gold_errors)
+    if prepared.left_out:
+        folder.write_left_out(map(asdict, prepared.left_out))
 
 
 def _require_databases(corpus: Corpus, config: Config) -> None:
@@ -167,7 +184,7 @@ def _require_databases(corpus: Corpus, config: Config) -> None:
         )
     for split in config.split:
         for example in corpus.splits[split]:
-            if example.db_id not in corpus.databases:
+            if example.db_id not in corpus.databases and not example.schema_text:
                 raise DataError(
                     f"--split {split}, example {example.id}: the database of db_id "
                     f"{example.db_id!r} is missing; expected "

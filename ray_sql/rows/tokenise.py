@@ -279,7 +279,7 @@ def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection
             limits.max_length,
             limits.too_long,
         ],
-        [asdict(example) for example in examples],
+        [example.content() for example in examples],
         [encoder.schemas[db_id].to_dict() for db_id in used],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

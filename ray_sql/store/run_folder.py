@@ -3,7 +3,7 @@
     out/<output_name>/
       config.json contract.json metrics.json        settings, what the adapter was made for, scores
       predictions.jsonl base_predictions.jsonl      judged answers, by model
-      gold_errors.jsonl                             gold queries that do not run
+      gold_errors.jsonl left_out.jsonl              gold queries that do not run, unused rows
       report.html sweep.html                        pages for people
       checkpoint-<step>/ adapter/ merged/           weights
       inputs/                                       what workers read
@@ -36,13 +36,14 @@ CONTRACT = "contract.json"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 GOLD_ERRORS = "gold_errors.jsonl"
+LEFT_OUT = "left_out.jsonl"
 REPORT = "report.html"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STUDY = "study.json"
 
-ARTIFACTS = (CONFIG, CONTRACT, METRICS, PREDICTIONS, GOLD_ERRORS, REPORT, ADAPTER)
+ARTIFACTS = (CONFIG, CONTRACT, METRICS, PREDICTIONS, GOLD_ERRORS, LEFT_OUT, REPORT, ADAPTER)
 """The files that MLflow keeps, where the run has them."""
 
 _INPUTS = "inputs"
@@ -181,6 +182,10 @@ class RunFolder(_Folder):
     def write_gold_errors(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the gold queries that do not run."""
         storage.write_text(self.place(GOLD_ERRORS), json_lines(rows))
+
+    def write_left_out(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `left_out.jsonl`: rows of the dataset that are not used, with their reasons."""
+        storage.write_text(self.place(LEFT_OUT), json_lines(rows))
 
     @property
     def report(self) -> str:

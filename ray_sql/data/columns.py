@@ -1,0 +1,238 @@
+"""Find our fields in the columns of a dataset, and read each row as an example or a bad row.
+
+The columns are chosen once for a file, so that what was chosen can be said. A value that is no
+text is never made one: the row is left out, with its place and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_sql.config.sections import DataSection
+from ray_sql.data.corpus import Example, LeftOut
+from ray_sql.data.formats import Record
+from ray_sql.data.prompted import unfold
+from ray_sql.data.schema_texts import CREATES
+from ray_sql.errors import DataError
+from ray_sql.tasks import TaskName
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "id": ("id", "question_id"),
+    "db_id": ("db_id", "database_id", "db_name"),
+    "question": ("question", "question_en", "SpiderSynQuestion", "sql_prompt", "utterance"),
+    "query": ("query", "SQL", "sql", "answer"),
+    "evidence": ("evidence", "instructions"),
+    "hardness": ("hardness", "difficulty"),
+}
+"""Our field → the column names understood without a column map; the first that is used wins."""
+
+SCHEMA_TEXTS = ("context", "sql_context", "ddl")
+"""Columns that are a schema where they hold CREATE TABLE."""
+
+TASK_COLUMNS: dict[TaskName, dict[str, tuple[str, ...]]] = {
+    "sql": {"schema": ("schema", "schema_SQLDatabase", *SCHEMA_TEXTS)},
+    "schema": {
+        "schema": ("schema", "schema_SQLDatabase_min", *SCHEMA_TEXTS),
+        "links": ("links", "selector_correct"),
+    },
+}
+"""Columns that depend on the task: ready-made schema text and ready-made links."""
+
+NEEDED = ("question", "query")
+
+NO_TEXT = {"", "nan", "none", "null"}
+"""Texts, in lower case, that scripts write for a missing value."""
+
+_FENCE = re.compile(r"```([^\n]*)\n?(.*?)(?:```|\Z)", re.DOTALL)
+_SQL_BEGINS = re.compile(r"\s*(?:select|with|values|insert|update|delete|\()", re.IGNORECASE)
+
+Columns = dict[str, str]
+"""Our field → the column that holds it; a field without a column is absent."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as the settings name it."""
+
+    dataset_id: str
+    task: TaskName
+    section: DataSection
+    cache: Path
+    """Where the demo's databases, and those of schema texts, are built."""
+    token: str | None
+    """The Hub's read token."""
+
+    @property
+    def flag(self) -> str:
+        """Return the flag that names the dataset, for messages."""
+        return f"--dataset_id {self.dataset_id}"
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Return our field → the columns that may hold it, without the user's own map."""
+        return COLUMNS | TASK_COLUMNS[self.task]
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """The rows of a split: examples, bad rows, and what was chosen, in words."""
+
+    examples: list[Example]
+    left_out: list[LeftOut]
+    notes: list[str]
+
+
+def require_known_fields(source: Source) -> None:
+    """Raise `DataError` for a field of `data.columns` that is none of ours."""
+    for field in source.section.columns:
+        if field not in source.columns:
+            raise DataError(
+                f"--data.columns {field}: no such field; fields are {', '.join(source.columns)}"
+            )
+
+
+def read_rows(
+    source: Source, records: Sequence[Record], file: str, split: str, first_id: int = 0
+) -> ReadRows:
+    """Return the records of a file as examples; rows without an id are counted from `first_id`.
+
+    Raises:
+        DataError: no row can be used, or `bad_rows` is `error` and one cannot.
+    """
+    notes: list[str] = []
+    whole = [record for record in records if not record.fault]
+    if not set(NEEDED) & source.section.columns.keys():
+        unfolded, note = unfold(whole)
+        notes += [note] if note else []
+        by_row = {record.row: record for record in unfolded}
+        records = [by_row.get(record.row, record) for record in records]
+        whole = [record for record in records if not record.fault]
+    columns = _choose(source, whole, file)
+    notes += _say(source, columns)
+    examples, left_out = list[Example](), list[LeftOut]()
+    for record in records:
+        default_id = str(first_id + record.row)
+        try:
+            examples.append(_example(source, columns, record, default_id))
+        except ValueError as error:
+            left_out.append(LeftOut(split, default_id, record.place, str(error)))
+    query = columns.get("query", "")
+    fences = sum("```" in str(record.values.get(query)) for record in records)
+    if fences:
+        notes.append(f"fences were taken off {fences} gold queries")
+    if left_out and (not examples or source.section.bad_rows == "error"):
+        shown = "; ".join(f"{row.place} {row.reason}" for row in left_out[:3])
+        how_many = "no row can be used" if not examples else f"{len(left_out)} bad rows"
+        raise DataError(
+            f"{file}: {how_many}: {shown}; correct them, or map other columns with --data.columns"
+        )
+    return ReadRows(examples, left_out, notes)
+
+
+def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
+    """Return the column of each field: the mapped one, or the first known one with a value.
+
+    Raises `DataError` for a field that must be there, or that is mapped, and is in no row.
+    """
+    found = dict.fromkeys(str(name) for record in records for name in record.values)
+    by_lower = {name.lower(): name for name in reversed(found)}
+    columns: Columns = {}
+    for field, known in source.columns.items():
+        mapped = source.section.columns.get(field)
+        names = (mapped,) if mapped else known
+        exact = [name for name in names if name in found]
+        present = exact or [by_lower[name.lower()] for name in names if name.lower() in by_lower]
+        used = [name for name in present if _has_value(records, name)]
+        needed = mapped or field in NEEDED
+        if used or (present and needed):
+            columns[field] = (used or present)[0]
+        elif records and needed:
+            raise DataError(
+                f"{file}: no column {' or '.join(map(repr, names))} for {field}; found "
+                f"{', '.join(sorted(found))}. Map it with --data.columns {field}=THEIR_COLUMN"
+            )
+    return columns
+
+
+def _has_value(records: Sequence[Record], column: str) -> bool:
+    """Tell whether a column holds a value in any row; CREATE TABLE where only that makes sense."""
+    values = [record.values.get(column) for record in records]
+    if column in SCHEMA_TEXTS:
+        return any(isinstance(value, str) and CREATES.search(value) for value in values)
+    return not all(_is_missing(value) for value in values)
+
+
+def _say(source: Source, columns: Columns) -> list[str]:
+    """Say which columns of other names were taken for the fields that shape a prompt."""
+    guessed = [
+        f"{field} ← {columns[field]}"
+        for field in (*NEEDED, "db_id", "schema", "evidence")
+        if columns.get(field, field) not in (field, "SQL") and field not in source.section.columns
+    ]
+    return [f"columns: {', '.join(guessed)}"] if guessed else []
+
+
+def _example(source: Source, columns: Columns, record: Record, default_id: str) -> Example:
+    """Return one record as an `Example`; raise `ValueError` with the reason if it is a bad row."""
+    if record.fault:
+        raise ValueError(record.fault)
+    values = {field: record.values.get(column) for field, column in columns.items()}
+    keep = source.section.bad_rows == "keep"
+    links = values.get("links")
+    if isinstance(links, dict):
+        links = json.dumps(links, ensure_ascii=False)
+    return Example(
+        id=_word(values.get("id")) or default_id,
+        db_id=_word(values.get("db_id")) or "",
+        question=_required(values, "question", keep),
+        gold=without_fence(_required(values, "query", keep)),
+        evidence=_text(values, "evidence", keep) or "",
+        hardness=_word(values.get("hardness")),
+        schema_text=_text(values, "schema", keep),
+        links_text=_word(links),
+        place=record.place,
+    )
+
+
+def _word(value: Any) -> str | None:
+    """Return a name or a number as text, None for a missing value."""
+    return None if _is_missing(value) else str(value).strip()
+
+
+def _text(values: Mapping[str, Any], field: str, keep: bool) -> str | None:
+    """Return a field's text, None for a missing value; raise `ValueError` for what is no text."""
+    value = values.get(field)
+    if _is_missing(value):
+        return None
+    if not isinstance(value, str) and not keep:
+        raise ValueError(f"{field} is no text but {type(value).__name__} {str(value)[:40]}")
+    return str(value).strip()
+
+
+def _required(values: Mapping[str, Any], field: str, keep: bool) -> str:
+    text = _text(values, field, keep)
+    if text is None or text.lower() in NO_TEXT:
+        raise ValueError(f"{field} is empty")
+    return text
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell None, NaN and empty text."""
+    if isinstance(value, float) and math.isnan(value):
+        return True
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def without_fence(sql: str) -> str:
+    """Return the content of the fenced block in a gold query, or the query as it is without one."""
+    block = _FENCE.search(sql)
+    if block is None:
+        return sql
+    word, body = block[1], block[2]
+    return (f"{word}\n{body}" if _SQL_BEGINS.match(word) else body).strip()

@@ -1,0 +1,82 @@
+"""Find databases as people have them: one file, files in a folder, a folder each, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from ray_sql.config import absolute
+from ray_sql.errors import DataError
+
+SUFFIXES = (".sqlite", ".db", ".sqlite3")
+"""Endings of SQLite files; where one database has several, the first is taken."""
+
+LAYOUTS = (
+    "give a file (.sqlite, .db, .sqlite3), a folder of such files, a folder with a folder each "
+    "(shop/shop.sqlite), or a URL"
+)
+
+
+def find(where: str) -> dict[str, str]:
+    """Return db_id → database file of what `data.databases` names, which is no URL.
+
+    Raises `DataError` where nothing is there, or no database is in it.
+    """
+    place = absolute(where)
+    if place.is_file():
+        return {place.stem: str(place)}
+    if not place.is_dir():
+        raise DataError(f"--data.databases {where}: no such file or folder; {LAYOUTS}")
+    found = within(place)
+    if not found:
+        raise DataError(f"--data.databases {where}: holds no database; {LAYOUTS}")
+    return found
+
+
+def within(folder: Path) -> dict[str, str]:
+    """Return db_id → file of the databases that lie in a folder, or in folders of their own."""
+    found: dict[str, str] = {}
+    if not folder.is_dir():
+        return found
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__MACOSX":
+            continue
+        file = _own_file(path) if path.is_dir() else path
+        if file is not None and file.suffix.lower() in SUFFIXES and file.is_file():
+            name = path.name if path.is_dir() else path.stem
+            known = found.get(name)
+            if known is None or _rank(file) < _rank(Path(known)):
+                found[name] = str(file)
+    return found
+
+
+def _rank(file: Path) -> int:
+    return SUFFIXES.index(file.suffix.lower())
+
+
+def _own_file(folder: Path) -> Path | None:
+    """Return the database of a folder: the file of the folder's name, or its only one."""
+    files = [folder / f"{folder.name}{suffix}" for suffix in SUFFIXES]
+    named = next((file for file in files if file.is_file()), None)
+    if named is not None:
+        return named
+    others = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    ]
+    return others[0] if len(others) == 1 else None
+
+
+def on_server(url: str, db_ids: Iterable[str]) -> dict[str, str]:
+    """Return db_id → URL; the URL's own database where there are no ids."""
+    named = {db_id: url.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(set(db_ids))}
+    return {db_id: place for db_id, place in named.items() if db_id}
+
+
+def only_name(url: str) -> str | None:
+    """Return the name of the one database that a URL leads to; None for one of several."""
+    if "{db_id}" in url:
+        return None
+    return Path(urlsplit(url).path).stem or urlsplit(url).hostname or "database"

@@ -1,0 +1,236 @@
+"""Read a file of records as people have it: JSON, JSON lines, CSV, TSV, Parquet, each also .gz.
+
+JSON is recognised by its content, for `.json` files hold JSON lines and `.jsonl` files hold lists.
+Every record knows the file and the line (or the row) that it comes from.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_sql import files
+from ray_sql.errors import DamagedFile, DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""The forms that are read; each may end in `.gz` besides."""
+
+_WRAPPED_SPLITS = ("train", "dev", "validation", "test")
+_TURNS = ("messages", "conversations", "interaction")
+"""Lists of objects that belong to one example."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a file; `place` names file and line, and `row` counts from 0.
+
+    `fault` says why the line holds no object, where it does not.
+    """
+
+    place: str
+    row: int
+    values: dict[str, Any]
+    fault: str = ""
+
+
+Records = dict[str, list[Record]]
+"""Split → its records; the split is "" where a file does not name any."""
+
+
+def form(path: Path) -> str:
+    """Return the suffix that tells how a file is read, "" for one that is not read here."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def stem(path: Path) -> str:
+    """Return the name of a file without the suffixes of its form."""
+    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+    return name[: len(name) - len(form(path))]
+
+
+def read_file(path: Path) -> Records:
+    """Return the records of a file by split.
+
+    Raises:
+        DataError: names the file, the malformed line, and what would be read.
+    """
+    match form(path):
+        case ".parquet":
+            rows = enumerate(_parquet_rows(path))
+            return {"": [Record(f"{path}, row {row}", row, values) for row, values in rows]}
+        case ".csv" | ".tsv" as suffix:
+            return {"": list(_table_rows(path, read_text(path), suffix))}
+        case "":
+            raise DataError(
+                f"{path}: is there, but in no form that is read here; those are "
+                f"{', '.join(SUFFIXES)}, each also with .gz"
+            )
+        case _:
+            return _json_records(path, read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 with its mark; unpacked where it is gzip.
+
+    Line ends and a mark at the beginning are taken off, whatever wrote them.
+    """
+    try:
+        raw = files.read_bytes(path)
+        if raw.startswith(b"\x1f\x8b"):
+            raw = gzip.decompress(raw)
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raw = raw.decode("utf-16").encode()
+    # gzip has errors of its own for a file that was cut off
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        raise DamagedFile(f"{path}: cannot be read ({error}); replace it") from None
+    return files.decode(raw, str(path), "save it as UTF-8").replace("\r\n", "\n")
+
+
+def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
+    """Return line number → the JSON value on it, without blank lines.
+
+    `path` serves the error message only.
+    """
+    # splitlines would also split at U+2028 and others, which JSON allows inside a string.
+    lines = dict(enumerate(text.split("\n"), 1))
+    return {row: _parse(path, line, row) for row, line in lines.items() if line.strip()}
+
+
+def _json_records(path: Path, text: str) -> Records:
+    if not text.strip():
+        return {"": []}
+    if _is_lines(path, text):
+        lines = parse_lines(path, text)
+        values = list(lines.values())
+        if len(values) != 1 or not _unwrap(values[0]):
+            places = [f"{path}, line {line}" for line in lines]
+            return {"": _records(places, values)}
+        value = values[0]
+    else:
+        value = _parse(path, text)
+    unwrapped = {"": value} if isinstance(value, list) else _unwrap(value)
+    if not unwrapped:
+        raise DataError(
+            f"{path}: must hold JSON objects, one example each: one a line, in a list, or in lists "
+            f"by split; found {_shape(value)}"
+        )
+    records = {}
+    for split, rows in unwrapped.items():
+        name = f"{path}[{split}]" if split else str(path)
+        records[split] = _records([f"{name}, row {row}" for row in range(len(rows))], rows)
+    return records
+
+
+def _records(places: Sequence[str], values: Sequence[Any]) -> list[Record]:
+    records = []
+    for row, (place, value) in enumerate(zip(places, values, strict=True)):
+        if isinstance(value, dict):
+            records.append(Record(place, row, value))
+        else:
+            records.append(Record(place, row, {}, f"is no JSON object but {_shape(value)}"))
+    return records
+
+
+def _is_lines(path: Path, text: str) -> bool:
+    """Tell JSON lines by the file's name, or by a first line that is a whole object."""
+    start = text.lstrip()
+    if form(path) in (".jsonl", ".ndjson"):
+        return not start.startswith("[")
+    if not start.startswith("{"):
+        return False
+    first, _, rest = start.partition("\n")
+    try:
+        json.loads(first)
+    except ValueError:
+        return False
+    return bool(rest.strip())
+
+
+def _unwrap(value: Any) -> dict[str, list[Any]]:
+    """Return split → the records that an object wraps; empty where it wraps none.
+
+    Known are lists by split, and one list under any name. Known are the forms that pandas writes,
+    too: an object a row, or a list or an object a column.
+    """
+    if not isinstance(value, dict):
+        return {}
+    lists = {name: item for name, item in value.items() if _is_list_of_objects(item)}
+    splits = {name: item for name, item in lists.items() if name in _WRAPPED_SPLITS}
+    if splits:
+        return splits
+    objects = [item for item in value.values() if isinstance(item, dict)]
+    if len(lists) == 1 and not objects and len(value) <= 4 and not lists.keys() & set(_TURNS):
+        return {"": next(iter(lists.values()))}
+    if objects and len(objects) == len(value):
+        if all(name.isdigit() for name in value):
+            return {"": objects}
+        if all(item and list(item) == list(objects[0]) for item in objects):
+            rows = [{name: value[name][row] for name in value} for row in objects[0]]
+            return {"": rows} if all(row.isdigit() for row in objects[0]) else {}
+    columns = [item for item in value.values() if isinstance(item, list)]
+    if len(columns) == len(value) > 1 and len({len(column) for column in columns}) == 1:
+        return {"": [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]}
+    return {}
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _shape(value: Any) -> str:
+    """Name the shape of a JSON value in a message."""
+    if isinstance(value, dict):
+        return f"an object of {', '.join(map(str, list(value)[:5])) or 'nothing'}"
+    return "a list" if isinstance(value, list) else json.dumps(value)[:40]
+
+
+def _parse(path: Path | str, text: str, line: int | None = None) -> Any:
+    return files.parse_json(object, text, str(path), "correct the line or remove it", line)
+
+
+def _table_rows(path: Path, text: str, suffix: str) -> Iterator[Record]:
+    """Yield the rows of CSV or TSV; a first line without commas may use semicolons or tabs."""
+    header = text.partition("\n")[0]
+    delimiter = "\t" if suffix == ".tsv" else ","
+    if delimiter not in header:
+        delimiter = next((mark for mark in ";\t," if mark in header), ",")
+    csv.field_size_limit(len(text) + 1)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    names = [name.strip() for name in next(reader, [])]
+    row = 0
+    try:
+        for fields in reader:
+            if not fields:
+                continue
+            # a value in quotes may hold line breaks, and the row begins at its first line
+            line = reader.line_num - sum(field.count("\n") for field in fields)
+            place, fault = f"{path}, line {line}", ""
+            if len(fields) != len(names):
+                fault = (
+                    f"has {len(fields)} fields where the first line has {len(names)}: a value with "
+                    f"{delimiter!r} in it needs double quotes"
+                )
+            yield Record(place, row, dict(zip(names, fields, strict=False)), fault)
+            row += 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return list(pq.read_table(path).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: cannot be read as Parquet ({reason})") from None

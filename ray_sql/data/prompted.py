@@ -1,0 +1,145 @@
+"""Rows that hold a whole prompt or a dialogue: Alpaca, chat messages, prompt and completion, SParC.
+
+Each is taken apart into the columns that the rest reads: `question`, `query` and `schema`. The
+schema is the text with CREATE TABLE, verbatim. The columns taken are said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ray_sql.data.formats import Record
+from ray_sql.data.schema_texts import CREATES, statement_spans
+
+_LABEL = re.compile(r"(?im)^[\s#*-]*(?:the\s+|user\s+)*(?:question|request)\b[^\n:]{0,20}:[ \t*]*")
+_ANSWER = re.compile(
+    r"(?im)^[\s#*-]*(?:response|answer|output|sql(?:\s*query)?|(?:database\s+)?schema|tables|context)"
+    r"\s*:|^\s*#"
+)
+_DIVIDED = "; the part with CREATE TABLE is the schema"
+
+Values = Mapping[str, Any]
+
+
+def unfold(records: Sequence[Record]) -> tuple[list[Record], str]:
+    """Return the records with plain columns, and what was done in words; "" for plain records."""
+    names = {name for record in records for name in record.values}
+    for needed, take, words in SHAPES:
+        if needed <= names and not names & {"query", "SQL", "sql"}:
+            return [_taken(record, take) for record in records], words
+    return list(records), ""
+
+
+def _taken(record: Record, take: Callable[[Values], Values]) -> Record:
+    """Return a record with the plain columns beside its own; its fault is why there are none."""
+    try:
+        return replace(record, values={**record.values, **take(record.values)})
+    except ValueError as error:
+        return replace(record, fault=str(error))
+
+
+def _interaction(values: Values) -> Values:
+    """Take the final question of a dialogue, which stands alone."""
+    final = values["final"]
+    if not isinstance(final, dict):
+        raise ValueError("has no final question")
+    return {"question": final.get("utterance"), "query": final.get("query")}
+
+
+def _alpaca(values: Values) -> Values:
+    """Take the text with CREATE TABLE for the schema, and the other for the question."""
+    instruction, given = (_plain(values.get(name)) for name in ("instruction", "input"))
+    return _prompt(instruction, given) | {"query": values.get("output")}
+
+
+def _completion(values: Values) -> Values:
+    for turns in (values["prompt"], values["completion"]):
+        if isinstance(turns, list):
+            return _turns([*_as_list(values["prompt"]), *_as_list(values["completion"])])
+    return _prompt("", _plain(values["prompt"])) | {"query": values["completion"]}
+
+
+def _messages(values: Values) -> Values:
+    return _turns(values["messages"])
+
+
+def _conversations(values: Values) -> Values:
+    return _turns(values["conversations"])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _turns(turns: Any) -> Values:
+    """Take the last answer of a chat, its question, and what the system says."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("holds no list of turns")
+    said = [_turn(turn) for turn in turns]
+    answers = [index for index, (who, _) in enumerate(said) if who == "assistant"]
+    if not answers or not answers[-1] or said[answers[-1] - 1][0] != "user":
+        raise ValueError("has no answer of the assistant to a question of the user")
+    if len(answers) > 1:
+        raise ValueError("has several answers, and a later question needs what was said before")
+    system = "\n".join(text for who, text in said if who == "system")
+    return _prompt(system, said[answers[-1] - 1][1]) | {"query": said[answers[-1]][1]}
+
+
+def _turn(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """Return who speaks and the text, in OpenAI's words or in ShareGPT's."""
+    who = str(turn.get("role", turn.get("from", "")))
+    names = {"human": "user", "gpt": "assistant", "model": "assistant"}
+    return names.get(who, who), _plain(turn.get("content", turn.get("value")))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _prompt(first: str, second: str) -> dict[str, Any]:
+    """Return question and schema of a prompt in one or two parts.
+
+    A part with CREATE TABLE is the schema and the other one the question. Where the last part holds
+    both, it is divided at its statements. Without CREATE TABLE a first part that speaks of tables
+    is the schema.
+    """
+    parts = [text for text in (first, second) if text.strip()]
+    if not parts:
+        return {"question": None, "schema": None}
+    if len(parts) == 2 and CREATES.search(parts[0]) and not CREATES.search(parts[1]):
+        return {"question": _question(parts[1]), "schema": parts[0]}
+    spans = statement_spans(parts[-1])
+    if not spans:
+        tables = parts[0] if len(parts) == 2 and "table" in parts[0].lower() else None
+        return {"question": _question(parts[-1]), "schema": tables}
+    start, end = spans[0][0], spans[-1][1]
+    head, tail = parts[-1][:start], parts[-1][end:]
+    asked = _question(tail)
+    if not asked and (_LABEL.search(head) or len(parts) == 1):
+        asked = _question(head)
+    return {"question": asked or parts[0], "schema": parts[-1][start:end]}
+
+
+def _question(text: str) -> str:
+    """Return the question in the text around a schema: behind its label, before the next one."""
+    labels = list(_LABEL.finditer(text))
+    if labels:
+        text = text[labels[-1].end() :]
+    return _ANSWER.split(text)[0].strip(" \t\r\n;")
+
+
+SHAPES: Sequence[tuple[set[str], Callable[[Values], Values], str]] = (
+    (
+        {"interaction", "final"},
+        _interaction,
+        "dialogues: the final question of each, which stands alone; the turns before it do not",
+    ),
+    ({"instruction", "output"}, _alpaca, f"question and schema ← instruction, input{_DIVIDED}"),
+    ({"messages"}, _messages, f"question and schema ← messages{_DIVIDED}"),
+    ({"conversations"}, _conversations, f"question and schema ← conversations{_DIVIDED}"),
+    ({"prompt", "completion"}, _completion, f"question and schema ← prompt{_DIVIDED}"),
+)
+"""Columns that tell a shape → how it is taken apart, and what is said of it."""
