@@ -11,7 +11,7 @@ from typing import Literal
 import sqlglot
 from sqlglot import exp
 
-from ray_sql.database import MOST_ANALYSED, MOST_NODES
+from ray_sql.database import MOST_ANALYSED, sqlite_words
 from ray_sql.metrics.match import prepare_spider
 
 Hardness = Literal["easy", "medium", "hard", "extra", "unknown"]
@@ -29,9 +29,8 @@ def hardness(sql: str) -> Hardness:
     if len(sql) > MOST_ANALYSED:
         return "unknown"
     try:
-        tree: exp.Expr | None = sqlglot.parse_one(
-            prepare_spider(sql, keep_distinct=True), read="sqlite", max_nodes=MOST_NODES
-        )
+        prepared = prepare_spider(sql, keep_distinct=True)
+        tree = _one(sqlite_words.parse(prepared, sqlite_words.tokenize(prepared)))
     except (sqlglot.errors.SqlglotError, RecursionError):
         return "unknown"
     set_operation = False
@@ -45,6 +44,12 @@ def hardness(sql: str) -> Hardness:
     conditions = [*chain.from_iterable(joins), *where, *having]
     nested = set_operation + sum(_compares_with_query(node) for node in conditions)
     return _grade(_clauses(tree, conditions), nested, _plurals(tree, where, having))
+
+
+def _one(statements: list[exp.Expr | None]) -> exp.Expr | None:
+    """Return the only statement; a comment or a semicolon after it is none."""
+    found = [one for one in statements if not isinstance(one, exp.Semicolon | None)]
+    return found[0] if len(found) == 1 else None
 
 
 def _grade(clauses: int, nested: int, plurals: int) -> Hardness:

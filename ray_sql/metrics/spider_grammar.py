@@ -23,9 +23,8 @@ from functools import lru_cache
 
 import sqlglot
 from sqlglot import exp
-from sqlglot.dialects import SQLite
 
-from ray_sql.database import MOST_ANALYSED, MOST_NODES, Schema
+from ray_sql.database import MOST_ANALYSED, Schema, sqlite_words
 from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
 from ray_sql.metrics.spider_words import UnreadableError, aliases, check_spelling, first_statement
 
@@ -75,9 +74,9 @@ def read_query(sql: str, schema: Schema) -> SpiderQuery | None:
         return None
     sql = re.sub(r"([<>!])\s+=", r"\1=", sql)
     try:
-        tokens = first_statement(SQLite().tokenize(sql))
+        tokens = first_statement(sqlite_words.tokenize(sql))
         check_spelling(sql, tokens)
-        statements = SQLite().parser(max_nodes=MOST_NODES).parse(tokens, sql)
+        statements = sqlite_words.parse(sql, tokens)
         if len(statements) != 1 or statements[0] is None:
             return None
         return _Reader(_columns(schema), aliases(tokens)).query(statements[0], outermost=True)
