@@ -1,8 +1,8 @@
 """Find the stored tables and columns that a parsed query reads, as the database itself finds them.
 
 A name means what it means in its own subquery, CTE or half of a UNION, or else in the query around
-it. A name that is none of a table's columns is an alias, a text in double quotes, or a column of a
-table function, and reads nothing by itself.
+it. Any other name reads nothing by itself: an alias, a text in double quotes, or a column of a
+table function.
 """
 
 from __future__ import annotations
