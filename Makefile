@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-TRACKING ?= sqlite:///$(CURDIR)/mlflow.db
+TRACKING ?= sqlite:///mlflow.db
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint ui test-cluster test-browser clean
@@ -13,9 +13,10 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the tested versions of all packages
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(STAMP)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the tested versions of all packages into .venv: minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
 
 demo: $(STAMP)  ## train and measure a small model on the CPU (5 to 17 minutes on two cores)
 	$(BIN)/ray-sql demo
@@ -30,7 +31,8 @@ lint: $(STAMP)  ## check style and types
 
 ui: $(STAMP)  ## open the MLflow UI on http://127.0.0.1:5000
 	@echo "Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning (or choose Model training in its corner)"
-	$(BIN)/mlflow ui --backend-store-uri $(TRACKING) --host 127.0.0.1 --port 5000
+	@PYTHONWARNINGS=ignore MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		$(BIN)/mlflow ui --backend-store-uri '$(TRACKING)' --workers 1 --host 127.0.0.1 --port 5000
 
 test-cluster: $(STAMP)  ## run the tests that start a cluster, or take most of a minute
 	$(BIN)/python -m pytest -m cluster

@@ -7,7 +7,7 @@ or what to do. Ends with exit code 2 if any check fails. With `--replay` it chec
 sends MLflow the records that an ended run kept while no server answered.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("check")
+    main("check")

@@ -7,7 +7,7 @@ Says whether one model is better. Writes `out/comparison/compare.json`, and `com
 questions on which they differ. `--output_name` names another folder. Nothing is asked or executed.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("compare")
+    main("compare")

@@ -5,7 +5,7 @@
 Every setting can be changed: `python -m jobs.demo --num_epochs 2 --lora.r 32`.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("demo")
+    main("demo")

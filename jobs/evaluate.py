@@ -9,7 +9,7 @@ Writes `out/<output_name>/metrics.json`, `predictions.jsonl` and `report.html`. 
 compares two such files.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("evaluate")
+    main("evaluate")

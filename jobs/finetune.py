@@ -7,7 +7,7 @@ r"""Fine-tune a small model for text-to-SQL or schema linking, and measure it by
 `--help` and docs/settings.md list every setting. `--dry_run` shows one example and the plan.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("finetune")
+    main("finetune")

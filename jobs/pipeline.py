@@ -8,7 +8,7 @@ with more trials, or with a token that was missing: it passes over what is compl
 the rest. `--overwrite` begins anew. `--dry_run` shows the plan of every task.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("pipeline")
+    main("pipeline")

@@ -6,7 +6,7 @@ The token comes from HF_TOKEN. `--output_name` and `--output_dir` name the run. 
 what is pushed and what is refused.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("publish")
+    main("publish")

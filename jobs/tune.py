@@ -8,7 +8,7 @@ Measures the best adapter. Takes the settings of jobs.finetune and those of `tun
 `--resume` goes on with a sweep that was cut off.
 """
 
-from ray_sql import cli
+from ray_sql.__main__ import main
 
 if __name__ == "__main__":
-    cli.main("tune")
+    main("tune")

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,9 +178,7 @@ def _run(job: Job, words: list[str]) -> None:
 
     A full disk, and a cache that cannot be written, are for the user to fix wherever they are met.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    _silence_libraries()
     for number in (signal.SIGTERM, signal.SIGINT):  # as exceptions, so that runs are closed
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, exit_on_signal)
@@ -210,6 +209,19 @@ def _run(job: Job, words: list[str]) -> None:
         raise SystemExit(2) from None
     finally:
         cluster.leave_ray()  # at the interpreter's exit its processes would die under it
+
+
+def _silence_libraries() -> None:
+    """Leave the screen to ray_sql's own words: of other packages only errors are shown."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it says every retry of the network twice
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(
+        lambda record: record.name.startswith("ray_sql") or record.levelno >= logging.ERROR
+    )
+    logging.basicConfig(handlers=[handler])
 
 
 def _import(door: str) -> Callable[[Any], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +11,47 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal obeys, and halves of characters, which it cannot show."""
 PLAIN_SECONDS = 10.0
 """Least seconds between two lines of a stage where there is no terminal."""
+SILENT_SECONDS = 60.0
+"""Seconds after which a step without values is worth a line where there is no terminal."""
+ESTIMATE_SECONDS, ESTIMATE_UNITS = 10.0, 2
+"""The least that a stage must have taken and done before its end is estimated."""
+
+
+class Pace:
+    """Estimates the end of a stage from when its first unit, which starts things up, was done."""
+
+    def __init__(self, done: int, now: float) -> None:
+        self._first, self._begun = done, now
+        self._ends: float | None = None
+
+    def update(self, done: int, total: int, now: float) -> None:
+        """Estimate the end anew, once enough is done to tell."""
+        if done < self._first:  # workers were restarted, and repeat some
+            self._first, self._begun, self._ends = done, now, None
+        counted, took = done - self._first, now - self._begun
+        if counted >= ESTIMATE_UNITS and took >= ESTIMATE_SECONDS:
+            self._ends = now + took / counted * (total - done)
+
+    def left(self, now: float) -> str:
+        """Return the time that is left in words; empty where nobody can tell."""
+        if self._ends is None or self._ends <= now:
+            return ""
+        return f"{duration(self._ends - now)} left"
+
+
+class _TimeLeft(ProgressColumn):
+    """The time that is left of a stage. Rich's own forgets steps of more than 30 seconds."""
+
+    def render(self, task: Task) -> Text:
+        pace: Pace = task.fields["pace"]
+        return Text(pace.left(time.monotonic()), style="progress.remaining")
 
 
 class Display:
@@ -28,14 +63,15 @@ class Display:
             TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeRemainingColumn(compact=True),
+            _TimeLeft(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
         )
         self._below: RenderableType = ""
         self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
         self._bars: dict[str, TaskID] = {}
-        self._started: dict[str, tuple[float, int]] = {}
+        self._paces: dict[str, Pace] = {}
+        self._notes: dict[str, str] = {}
         self._printed: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -51,6 +87,8 @@ class Display:
     ) -> None:
         if self.console.is_terminal:
             self._below = ""  # what stays was printed as lines
+            # a bar that stands still would stay below the last line
+            self._live.transient = kind is not None
             self._live.stop()
 
     def _render(self) -> RenderableType:
@@ -59,6 +97,10 @@ class Display:
     def below(self, table: RenderableType) -> None:
         """Keep a table below the moving lines, on a terminal."""
         self._below = table
+
+    def starting(self, what: str) -> None:
+        """Say below the moving lines, on a terminal, what a run waits for before its first step."""
+        self._below = Text(printable(f"starting: {what}"), style="dim") if what else ""
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -79,33 +121,49 @@ class Display:
         parts = [text.format(values[name]) for name, text in formats.items() if name in values]
         self.update("training", step, steps, "  ".join(parts), every=0)
 
+    def step(self, step: int, steps: int) -> None:
+        """Show that training has come to a step, of which no values are known."""
+        self.update("training", step, steps, None, every=SILENT_SECONDS)
+
     def update(
-        self, stage: str, done: int, total: int, note: str = "", every: float = PLAIN_SECONDS
+        self, stage: str, done: int, total: int, note: str | None = "", every: float = PLAIN_SECONDS
     ) -> None:
-        """Show how far a stage is; `every` is the least seconds between two plain lines."""
-        stage, note, now = printable(stage), printable(note), time.monotonic()
-        begun, done_before = self._started.setdefault(stage, (now, done))
+        """Show how far a stage is; `every` is the least seconds between two plain lines.
+
+        On a terminal a note of None leaves the last one as it is.
+        """
+        stage, now = printable(stage), time.monotonic()
+        note = None if note is None else printable(note)
+        pace = self._paces.setdefault(stage, Pace(done, now))
+        pace.update(done, total, now)
         if self.console.is_terminal:
-            if stage not in self._bars:
-                self._bars[stage] = self._progress.add_task(stage, total=total, note=note)
-            self._progress.update(self._bars[stage], completed=done, total=total, note=note)
+            self._move_bar(stage, done, total, note)
             return
-        if done < total and now - self._printed.get(stage, begun) < every:
+        last = self._printed.setdefault(stage, now)
+        if done < total and now - last < every:
             return
         self._printed[stage] = now
-        parts = [f"{stage}: {done}/{total}"]
-        if done_before < done < total:
-            left = (now - begun) / (done - done_before) * (total - done)
-            parts.append(f"{_clock(left)} left")
-        if note:
-            parts.append(note)
-        self.line("  ".join(parts))
+        parts = [f"{stage}: {done}/{total}", pace.left(now), note or ""]
+        self.line("  ".join(part for part in parts if part))
+
+    def _move_bar(self, stage: str, done: int, total: int, note: str | None) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(
+                stage, total=total, note="", pace=self._paces[stage]
+            )
+        if note is not None:
+            self._notes[stage] = note
+        shown = self._notes.get(stage, "")
+        self._progress.update(self._bars[stage], completed=done, total=total, note=shown)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def duration(seconds: float) -> str:
+    """Write a time as people say it: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours else f"{minutes} min"
 
 
 def printable(text: str) -> str:

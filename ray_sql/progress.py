@@ -17,6 +17,7 @@ from ray_sql.cluster.events import (
     Note,
     Resumed,
     StageEnded,
+    StepEnded,
     TrainPoint,
     UnknownEvent,
 )
@@ -55,9 +56,12 @@ class Progress:
             case StageEnded(stage, at):
                 if self._startup:
                     self._startup.mark(stage, at)
+                    self._display.starting(f"{stage} done")
             case AnswersCounted(model, done, total):
                 self._display.update(f"answering with {model}", done, total)
             case Resumed(step, points):
+                if self._newest < 0:
+                    self._display.line(f"training goes on after step {step}, from its checkpoint")
                 for logged_step, values in points:
                     self._record.log(logged_step, tracking.named(values))
                 self._went_back_to(step, f"go on from step {step}")
@@ -66,6 +70,8 @@ class Progress:
                 self._went_back_to(step, "begin again: there was no checkpoint yet")
                 self._display.train(step, steps, values)
                 self._log(step, values)
+            case StepEnded(step, steps):
+                self._display.step(step, steps)
             case CheckpointSaved(step, values):
                 self._newest = max(self._newest, step)
                 self._display.line(f"step {step}: checkpoint saved{validation_scores(values)}")
@@ -90,6 +96,7 @@ class Progress:
         """Say once how long the start took. Marks of restarted workers belong to no start."""
         if self._startup:
             self._startup.mark("first step")
+            self._display.starting("")
             self._display.line(self._startup.line())
             self._startup = None
 

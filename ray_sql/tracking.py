@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ray_sql.config import flatten, mask_password
 from ray_sql.config.sections import TrackingSection
@@ -87,6 +88,15 @@ class Run:
         """Set or replace tags."""
         for key, value in tags.items():
             self._send("tag", [key, value])
+
+    def describe(self, text: str, score: str | None) -> None:
+        """Give the run a description in Markdown, and its experiment the score of the first chart.
+
+        MLflow's list of runs takes no columns from the server.
+        """
+        self.tag({"mlflow.note.content": text})
+        if score:
+            self._send("score", [score])
 
     def table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
         """Write a table for the UI, replacing an earlier one of that name.
@@ -289,6 +299,17 @@ def close(settings: TrackingSection, run_id: str | None, own: Mapping[str, str])
             _end_children(client, earlier, "KILLED")
 
 
+def read_tag(settings: TrackingSection, run_id: str, key: str) -> str | None:
+    """Return a tag of a run; None where the store has no such run or tag."""
+    uri = require_store(settings)
+    with _refusing(uri):
+        client = _client(uri)
+        if not run_exists(client, run_id):
+            return None
+        tag: str | None = client.get_run(run_id).data.tags.get(key)
+    return tag
+
+
 def named(values: Mapping[str, float]) -> dict[str, float]:
     """Return a point's values by MLflow's names: `loss` becomes `train/loss`, a group is kept."""
     return {name if "/" in name else f"train/{name}": value for name, value in values.items()}
@@ -348,7 +369,7 @@ def require_store(settings: TrackingSection) -> str:
         # at a run's end MLflow would print where to look, with the password of the address
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     elif parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+        folder = _sqlite_folder(uri)
         if not os.access(folder, os.W_OK):
             raise StoreError(
                 f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written"
@@ -361,13 +382,25 @@ def require_store(settings: TrackingSection) -> str:
 def store_uri(uri: str | None) -> str:
     """Return the absolute URI of a store, by default of `mlflow.db` in the working directory.
 
-    MLflow reads a relative SQLite path from the working directory, which Ray changes.
+    MLflow reads a relative SQLite path from the working directory, which Ray changes. It decodes
+    the path, so a path that is written as its folder is called is encoded here.
     """
-    if uri is None:
-        return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return f"sqlite:///{Path.cwd() / uri.removeprefix('sqlite:///')}"
-    return uri
+    path = "mlflow.db" if uri is None else uri.removeprefix("sqlite:///")
+    if path == uri:
+        return uri
+    folder, _, name = path.rpartition("/")
+    if not (Path.cwd() / folder).is_dir():  # no folder is called so: it is encoded already
+        folder = unquote(folder)
+    file, mark, query = name.partition("?")
+    place = Path.cwd() / folder / unquote(file)
+    # no more than must be: MLflow prints it, and makes a folder of the encoded name
+    encoded = re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(place)).replace("?", "%3F")
+    return f"sqlite:///{encoded}{mark}{query}"
+
+
+def _sqlite_folder(uri: str) -> Path:
+    """Return the folder of a SQLite store, from what `store_uri` returns."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).parent
 
 
 def _reason(error: Exception) -> str:
@@ -389,7 +422,11 @@ def _client(uri: str) -> Any:
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(uri)
+    client = MlflowClient(uri)
+    if uri.startswith("sqlite:///") and unquote(uri) != uri:
+        with suppress(OSError):  # there is none, or it holds something and was not MLflow's
+            os.removedirs(Path(uri.removeprefix("sqlite:///")).parent)
+    return client
 
 
 @contextmanager
@@ -414,7 +451,7 @@ def _experiment_id(client: Any, name: str, uri: str) -> str:
     if not uri.startswith("sqlite:"):
         return str(client.create_experiment(name))
     # without this, artifacts would go to `mlruns` in whatever folder the process happens to be in
-    root = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name
+    root = _sqlite_folder(uri) / "mlartifacts" / name
     return str(client.create_experiment(name, artifact_location=root.as_uri()))
 
 
@@ -483,6 +520,11 @@ def _send_artifact(client: Any, run_id: str, path: str, folder: str) -> None:
     send(run_id, path, folder or None)
 
 
+def _send_score(client: Any, run_id: str, score: str) -> None:
+    experiment = client.get_run(run_id).info.experiment_id
+    client.set_experiment_tag(experiment, "mlflow.experiment.primaryMetric.name", score)
+
+
 def _send_table(client: Any, run_id: str, columns: Mapping[str, list[Any]], file: str) -> None:
     """Write a table. MLflow's own call would add the rows to those of an earlier table."""
     folder = str(Path(file).parent).strip(".")
@@ -540,6 +582,7 @@ def _send_version(
 _SENDERS: dict[str, Callable[..., object]] = {
     "metrics": _send_metrics,
     "tag": lambda client, run_id, key, value: client.set_tag(run_id, key, value),
+    "score": _send_score,
     "table": _send_table,
     "artifact": _send_artifact,
     "dataset": _send_dataset,

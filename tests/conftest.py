@@ -216,6 +216,16 @@ def removal_cut_off(run_dir: str, after: int) -> bool:
     return False
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a database of MLflow's once, to be copied: its tables take seconds to lay out."""
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments(max_results=1)
+    return file
+
+
 @pytest.fixture
 def ray_local() -> Iterator[None]:
     """Start a Ray of the test's own, never one that something else on this machine runs."""

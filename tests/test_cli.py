@@ -73,8 +73,8 @@ def test_every_job_has_a_pointer_that_runs_nothing_on_import(name: str) -> None:
     assert text.count("\n") <= 40
     docstring, *imports, guard = ast.parse(text).body
     assert isinstance(docstring, ast.Expr)
-    assert [ast.unparse(node) for node in imports] == ["from ray_sql import cli"]
-    assert ast.unparse(guard) == f"if __name__ == '__main__':\n    cli.main('{name}')"
+    assert [ast.unparse(node) for node in imports] == ["from ray_sql.__main__ import main"]
+    assert ast.unparse(guard) == f"if __name__ == '__main__':\n    main('{name}')"
     assert f"python -m jobs.{name}" in text
 
 

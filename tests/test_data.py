@@ -374,7 +374,7 @@ def test_leakage_counts_shared_databases_and_repeated_questions() -> None:
     train = (example("a", "How many?"), example("b", "Which one?"))
     dev = (example("a", "how  MANY?"), example("a", "Who?"), example("c", "How many?"))
     assert data.leakage(Corpus({"train": train, "dev": dev, "empty": ()})) == [
-        "dev: 3 questions on 2 databases, 1 of them also in train; 1 questions also in train"
+        "dev: 3 questions on 2 databases, 1 of them also in train; 1 question also in train"
     ]
 
 

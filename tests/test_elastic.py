@@ -300,7 +300,7 @@ def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(config, log)
     assert log.order == [1, 2, 3] and checkpoints.complete(RunFolder(config.run_dir)) == []
-    assert log.notes[-1] == "stopped; no checkpoint yet"
+    assert log.notes[-1] == "stopped; no checkpoint yet: the same command begins again"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -50,7 +50,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
 def test_the_wheel_installs_the_command(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "ray-sql = ray_sql.cli:main" in archive.read(name).decode()
+        assert "ray-sql = ray_sql.__main__:main" in archive.read(name).decode()
 
 
 @pytest.mark.slow

@@ -495,3 +495,29 @@ def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: 
     forward = base.forward
     base.forward = lambda attention_mask=None, shared_spans=None, **given: forward(**given)
     assert "gives other logits" in (why_not_share(base, 60, 120) or "")
+
+
+@pytest.mark.parametrize(
+    ("databases", "step", "workers", "setting", "shared"),
+    [
+        ("a", 8, 1, "auto", 8),
+        ("aaa", 16, 1, "auto", 8),
+        ("a", 12, 1, "auto", 6),
+        ("a", 2, 1, "auto", 2),
+        ("a", 8, 4, "auto", 2),  # a row for every worker
+        ("ab", 8, 1, "auto", 2),  # a step mixes databases
+        ("a", 8, 1, 3, 3),
+        ("a", 8, 1, 1, 1),
+    ],
+)
+def test_one_database_has_nothing_to_mix(
+    databases: str, step: int, workers: int, setting: Any, shared: int, make_config: Any
+) -> None:
+    config = make_config(
+        **{
+            "grad_accum_steps": step // workers,
+            "scaling.num_workers": workers,
+            "rows.examples_per_row": setting,
+        }
+    )
+    assert config.batching_of(databases).examples_per_row == shared

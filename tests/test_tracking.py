@@ -16,6 +16,8 @@ from benchmarks.mlflow_server import Server, free_port
 from ray_sql import tracking
 from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import StoreError
+from ray_sql.report.scores import markdown
+from ray_sql.tasks import TASKS
 from ray_sql.tracking import Run
 from tests.waiting import HANGS
 
@@ -482,3 +484,22 @@ def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(
         with pytest.raises(StoreError, match="MLflow cannot use it"):
             tracking.close(in_store(client.tracking_uri), "a" * 32, {})
         server.shutdown()
+
+
+def test_a_run_is_described_by_its_scores_and_the_experiment_by_the_main_one(
+    make_config: Any, tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = make_config(**{"tracking.enabled": True, "tracking.uri": uri})
+    run = tracking.start(config.tracking, {}, name="x", tags={}, spool=tmp_path / "spool")
+    scores = {"n": 4, "execution_accuracy": 0.25, "interval": [0.046, 0.699], "gold_errors": 0}
+    text = markdown({"tuned": {"dev": scores}}, TASKS["sql"])
+    run.describe(text, "tuned/dev/execution_accuracy")
+    run.end("FINISHED")
+    client = MlflowClient(uri)
+    told = client.get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert told.splitlines()[-1] == "| dev | execution accuracy | 4 | 25.0 % [4.6, 69.9] |"
+    (experiment,) = client.search_experiments(filter_string="name = 'ray_sql'")
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "tuned/dev/execution_accuracy"

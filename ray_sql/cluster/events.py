@@ -37,6 +37,14 @@ class TrainPoint:
 
 
 @dataclass(frozen=True)
+class StepEnded:
+    """An optimizer step ended, of `steps` in all; sent once a second at most."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is complete.
 
@@ -95,6 +103,7 @@ Event = (
     Note
     | StageEnded
     | TrainPoint
+    | StepEnded
     | CheckpointSaved
     | Resumed
     | RowsChosen

@@ -51,10 +51,10 @@ class Capacity:
         }
 
 
-def training_capacity(scaling: ScalingSection) -> Capacity:
+def training_capacity(scaling: ScalingSection, called: str = "trial") -> Capacity:
     """Count how often a training with the fewest workers fits into the cluster, or this machine.
 
-    Nodes that the autoscaler may add count as if they were there.
+    Nodes that the autoscaler may add count as if they were there. `called` is the word for one.
     """
     nodes, least = cluster_nodes(), scaling.min_workers
     share = worker_resources(scaling, nodes)
@@ -64,10 +64,10 @@ def training_capacity(scaling: ScalingSection) -> Capacity:
     if len(nodes) > 1:
         largest = max(node.get(scarce, 0) for node in nodes)
         text = f"{sum(slots)} workers of {amount:g} {scarce} fit on {len(nodes)} nodes "
-        text += f"(the largest has {largest:g}) / {least} a trial"
+        text += f"(the largest has {largest:g}) / {least} a {called}"
     else:
         have = sum(node.get(scarce, 0) for node in nodes)
-        text = f"{have:g} {scarce} here / {amount * least:g} a trial ({least} x {amount:g})"
+        text = f"{have:g} {scarce} here / {amount * least:g} a {called} ({least} x {amount:g})"
     trainings = sum(slots) // least
     return Capacity(
         trainings,

@@ -93,8 +93,8 @@ class GracefulStop:
 
     def _end(self, number: int) -> None:
         """Tell the workers and wait for them; send the signal again if they do not end."""
-        limit = f"for at most {STOP_SECONDS:.0f} s; once more stops at once"
-        self._on_event(Note(f"told to stop: a checkpoint is saved first, {limit}"))
+        limit = f"if it ends within {STOP_SECONDS:.0f} s; once more stops at once"
+        self._on_event(Note(f"told to stop: a checkpoint is saved after this step, {limit}"))
         if self._tell_workers():
             self._ended.wait(STOP_SECONDS)
         else:

@@ -67,3 +67,13 @@ def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: i
     ]
     dividing = [count for count in mixing if count > 1 and global_batch_size % count == 0]
     return max(dividing or mixing)
+
+
+def examples_per_row_of_one_database(global_batch_size: int, workers: int) -> int:
+    """Return how many examples share a row where `auto` has no databases to mix.
+
+    A step meets the same examples however they are laid out, so it is as many as are cheap. Every
+    worker has a row.
+    """
+    most = max(1, min(AUTO_EXAMPLES_PER_ROW, global_batch_size // workers))
+    return max(count for count in range(1, most + 1) if global_batch_size % count == 0)

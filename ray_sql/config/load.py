@@ -20,7 +20,15 @@ from pydantic_settings import CliSettingsSource, SettingsError
 from ray_sql.config.base import JobConfig
 from ray_sql.config.settings import Config
 from ray_sql.config.urls import absolute, mask_secrets
-from ray_sql.config.validate import REMOVED, build, merge, names, nearest, nested, without_unused
+from ray_sql.config.validate import (
+    REMOVED,
+    build,
+    did_you_mean,
+    merge,
+    names,
+    nested,
+    without_unused,
+)
 from ray_sql.errors import ConfigError, DamagedFile
 from ray_sql.files import read_text
 
@@ -75,7 +83,7 @@ def _read_flags(argv: Sequence[str], kind: type[JobConfig]) -> dict[str, Any]:
     name = unknown.lstrip("-")
     if name in REMOVED:
         raise ConfigError(f"--{name}: {REMOVED[name][1]}")
-    raise ConfigError(f"{unknown}: unknown flag{nearest(known, unknown.lstrip('-'), '--')}")
+    raise ConfigError(f"{unknown}: unknown flag{did_you_mean(known, name, '--')}")
 
 
 def _without_values(message: str, argv: Sequence[str]) -> str:

@@ -101,7 +101,7 @@ class RowsSection(Section):
     examples_per_row: Many | Literal["auto"] = "auto"
     """Put this many questions on one database into a row that holds their schema once, at the same
     loss. 1 turns it off. `auto` keeps several databases in a step: 2 for steps of 8, 4 for 16 or
-    32, 8 for 64. `auto` is 1 if the model allows no more."""
+    32, 8 for 64. It is up to 8 where there is one database, and 1 if the model allows no more."""
     row_length: int = Field(4096, ge=16, le=MOST)
     """Allow shared rows of at most this many tokens. Further questions start another row."""
 

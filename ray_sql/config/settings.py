@@ -9,12 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from ray_sql.config.base import TOKENS, JobConfig
-from ray_sql.config.batching import Batching, choose_examples_per_row
+from ray_sql.config.batching import (
+    Batching,
+    choose_examples_per_row,
+    examples_per_row_of_one_database,
+)
 from ray_sql.config.sections import (
     MOST,
     AnswersSection,
@@ -262,6 +268,16 @@ class Config(ModelConfig):
             max_steps=self.train.max_steps,
             seed=self.seed,
         )
+
+    def batching_of(self, databases: Iterable[str]) -> Batching:
+        """Return `batching` for training examples on these databases."""
+        batching = self.batching
+        if self.rows.examples_per_row != "auto" or len(set(databases)) != 1:
+            return batching
+        shared = examples_per_row_of_one_database(
+            batching.global_batch_size, self.scaling.max_workers
+        )
+        return replace(batching, examples_per_row=shared)
 
     @property
     def eval_every(self) -> int:

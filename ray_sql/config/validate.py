@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ray_sql.config.nearest import nearest
 from ray_sql.config.urls import mask_secrets
 from ray_sql.errors import ConfigError
 
@@ -19,6 +19,8 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlevel = 2
 ALLOWED = " given; "
 """Words between a wrong value and what is allowed."""
+PLACES = {"output_dir", "output_name", "cache_dir", "scaling.storage_path"}
+"""Settings that say where a run is kept, not what it is."""
 
 REMOVED: dict[str, tuple[Any, str]] = {
     "compare": ([], "compare two files with `ray-sql compare A B`"),
@@ -90,12 +92,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Return the first three settings in which two mappings differ, in words; empty if none
-    does."""
+    does. A folder that was moved is no difference."""
     before, after = flatten(old), flatten(new)
     changed = [
-        f"{name} {before.get(name)!r} there, {value!r} here"
+        f"{name} {before[name]!r} there, {value!r} here"
         for name, value in after.items()
-        if before.get(name) != value
+        if name in before and before[name] != value and name not in PLACES
     ]
     return "; ".join(changed[:3])
 
@@ -145,14 +147,11 @@ def without_unused(
     return used
 
 
-def nearest(kind: type[BaseModel], unknown: str, prefix: str) -> str:
+def did_you_mean(kind: type[BaseModel], unknown: str, prefix: str) -> str:
     """Return the end of a message about an unknown setting: the known one most like it, if any."""
-    known = [name for name, _ in names(kind)]
-    near = difflib.get_close_matches(unknown, known, 1, 0.6)
-    near += [name for name in known if name.split(".")[-1] == unknown]
-    if not near:
-        return "; --help lists all"
-    return f"; did you mean {prefix}{near[0]}?"
+    near = nearest(unknown, [name for name, _ in names(kind)])
+    meant = " or ".join(f"{prefix}{name}" for name in near)
+    return f"; did you mean {meant}?" if near else "; --help lists all"
 
 
 def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[str, Any]]) -> str:
@@ -164,7 +163,7 @@ def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[st
     name = ".".join(path)
     where = mask_secrets(_origin(path, sources))
     if is_unknown:
-        return f"{where}: unknown setting{nearest(kind, name, '')}"
+        return f"{where}: unknown setting{did_you_mean(kind, name, '')}"
     if error["type"] == "missing":
         return f"--{name} is required: {kind.model_fields[name].description}"
     message = str(error["msg"]).removeprefix("Value error, ")

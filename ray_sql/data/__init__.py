@@ -10,6 +10,7 @@ from ray_sql.data.corpus import (
     Corpus,
     Example,
     LeftOut,
+    counted,
     leakage,
     remarks,
     sample,

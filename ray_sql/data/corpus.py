@@ -147,12 +147,19 @@ def leakage(corpus: Corpus) -> list[str]:
             continue
         databases = {example.db_id for example in examples}
         repeated = sum(_normalized(example) in train_questions for example in examples)
+        known = f"{len(databases & train_databases)} of them also in train"
+        if len(databases) == 1:
+            known = "which train has too" if databases <= train_databases else "not in train"
         lines.append(
-            f"{name}: {len(examples)} questions on {len(databases)} databases, "
-            f"{len(databases & train_databases)} of them also in train; "
-            f"{repeated} questions also in train"
+            f"{name}: {counted(len(examples), 'question')} on {counted(len(databases), 'database')}"
+            f", {known}; {counted(repeated, 'question')} also in train"
         )
     return lines
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 question`, `2 questions`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def join_some(names: Iterable[str]) -> str:

@@ -7,4 +7,4 @@ at an earlier run of the same name, and `results` writes and records the scores.
 
 from ray_sql.finetune.earlier import finished_metrics, require_scored_alike
 from ray_sql.finetune.finetune import dry_run, preview, run
-from ray_sql.finetune.session import Session, spool
+from ray_sql.finetune.session import Session, require_start, spool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from ray_sql.config import Config, differences
@@ -60,10 +61,11 @@ def require_scored_alike(earlier: Config, config: Config) -> None:
             f"{name} {earlier.setting(name)!r} there, {config.setting(name)!r} here"
             for name in names[:3]
         )
+        adapter = shlex.quote(RunFolder(config.run_dir).adapter.uri)
         raise ConfigError(
-            f"{config.run_dir} holds a finished run, scored otherwise ({changed}); score its "
-            f"adapter anew with ray-sql evaluate --adapter {config.run_dir}/adapter, or "
-            "train again with another --output_name or --overwrite"
+            f"{config.run_dir} holds a finished run, made or scored otherwise ({changed}); score "
+            f"its adapter anew with ray-sql evaluate --adapter {adapter}, or train again with "
+            "another --output_name or --overwrite"
         )
 
 

@@ -19,7 +19,7 @@ from ray_sql.finetune import plan
 from ray_sql.finetune.earlier import finished_metrics, require_same_data
 from ray_sql.finetune.prepare import Prepared, prepare
 from ray_sql.finetune.results import conclude
-from ray_sql.finetune.session import Session, spool
+from ray_sql.finetune.session import Session, require_start, spool
 from ray_sql.progress import Progress, StartupClock, validation_scores
 from ray_sql.report import terminal
 from ray_sql.store.run_folder import RunFolder
@@ -51,7 +51,8 @@ def dry_run(config: Config) -> None:
     """Show an example, the audit and the plan. Starts nothing, and writes nothing but caches."""
     with Display() as display:
         finished_metrics(config)  # raises where the name holds another run
-        preview(config, display)
+        prepared = preview(config, display)
+        require_start(prepared)
 
 
 def preview(config: Config, display: Display) -> Prepared:
@@ -89,6 +90,7 @@ def _train_and_evaluate(session: Session) -> dict[str, Any]:
     started = time.monotonic()
     config, prepared, display = session.config, session.prepared, session.display
     progress = Progress(session.folder, session.record, display, session.clock)
+    display.starting("workers and model")
     with publish.beside_training(config) as progress.on_checkpoint:
         fitted = train.fit(config, prepared.model_folder, progress)
     best = fitted.best

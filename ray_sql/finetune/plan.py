@@ -25,8 +25,8 @@ def lines(prepared: Prepared) -> Iterator[str]:
 def _data(prepared: Prepared) -> Iterator[str]:
     config = prepared.config
     corpus = prepared.corpus
-    fingerprint, databases = corpus.fingerprint(), len(corpus.schemas)
-    yield f"data      {config.dataset_id}, fingerprint {fingerprint}, {databases} databases"
+    fingerprint, databases = corpus.fingerprint(), data.counted(len(corpus.schemas), "database")
+    yield f"data      {config.dataset_id}, fingerprint {fingerprint}, {databases}"
     for line in [*data.remarks(corpus.notes, prepared.left_out), *data.leakage(corpus)]:
         yield f"          {line}"
     yield from _gold(prepared)
@@ -64,9 +64,10 @@ def _training(prepared: Prepared) -> Iterator[str]:
     )
     if scaling.elastic:
         made_of = f"with {scaling.min_workers} to {scaling.max_workers} workers alike"
+    saved = f"every {config.save_steps}" if prepared.steps > config.save_steps else "at the end"
     yield (
         f"training  {prepared.steps} steps of {config.batching.global_batch_size} examples "
-        f"({made_of}), a checkpoint every {config.save_steps}"
+        f"({made_of}), a checkpoint {saved}"
     )
     if config.evaluate.select_examples:
         yield (
@@ -77,18 +78,19 @@ def _training(prepared: Prepared) -> Iterator[str]:
 
 def _sharing(prepared: Prepared) -> Iterator[str]:
     config = prepared.config
-    batching = config.batching
+    examples = rows.read(prepared.rows_file)
+    databases = {example.db_id for example in examples}
+    batching = config.batching_of(databases)
     shared = batching.examples_per_row
     if shared == 1:
         return
-    examples = rows.read(prepared.rows_file)
     computed, alone = rows.count_tokens(examples, batching)
     yield (
         f"sharing   up to {shared} questions in a row with their schema: {computed:,} tokens to "
         f"compute an epoch, {alone / computed:.1f} times fewer"
     )
     most = min(AUTO_EXAMPLES_PER_ROW, batching.global_batch_size)
-    if config.rows.examples_per_row == "auto" and shared < most:
+    if config.rows.examples_per_row == "auto" and shared < most and len(databases) > 1:
         yield (
             "          so that a step mixes databases: larger steps share more, and so does "
             f"--rows.examples_per_row {most}, faster an epoch and less accurate after as many"

@@ -21,13 +21,16 @@ from typing import Self
 from ray_sql import cluster, tracking, train
 from ray_sql.config import Config, mask_password
 from ray_sql.display import Display
-from ray_sql.errors import DamagedFile, TakenOver
+from ray_sql.errors import DamagedFile, StoreError, TakenOver
 from ray_sql.finetune import plan
 from ray_sql.finetune.earlier import require_same_data
 from ray_sql.finetune.prepare import Prepared, prepare, write_inputs
 from ray_sql.generate import Question
 from ray_sql.progress import StartupClock
 from ray_sql.store.run_folder import RunFolder
+
+FOLDER_TAG = "folder"
+"""The tag of an MLflow run that names the folder which it is the record of."""
 
 
 class Session:
@@ -46,8 +49,10 @@ class Session:
     def __enter__(self) -> Self:
         config = self.config
         if config.tracking.enabled:
+            self.display.starting("MLflow")
             tracking.require_store(config.tracking)
             self.clock.mark("MLflow")
+        self.display.starting("data and tokenizer")
         self.prepared = prepare(config, self.display.counter("reading data"))
         require_same_data(self.prepared.corpus, config)
         self.check()
@@ -59,6 +64,7 @@ class Session:
         if config.overwrite:
             self.remove_earlier()
         self.lay_out()
+        self.display.starting("")
         self.record = self.begin_record()
         self.clock.mark("run folder and MLflow run")
         return self
@@ -80,13 +86,7 @@ class Session:
 
     def check(self) -> None:
         """Raise for settings that do not fit the data, before anything is written."""
-        train.starting_point(
-            self.config.prev_checkpoint,
-            self.folder,
-            self.prepared.contract,
-            self.config.lora,
-            self.prepared.steps,
-        )
+        require_start(self.prepared)
 
     def start_ray(self) -> None:
         """Start or join Ray, beside whatever comes next."""
@@ -100,7 +100,7 @@ class Session:
     def remove_earlier(self) -> None:
         """Remove an earlier run of this name; nothing of it stays open in MLflow."""
         with suppress(DamagedFile):  # a damaged run, too, is replaced
-            if run_id := self._earlier_run_id():
+            if run_id := self.earlier_run_id():
                 tracking.close(self.config.tracking, run_id, {})
         self.folder.remove()
 
@@ -120,16 +120,19 @@ class Session:
 
     def begin_record(self) -> tracking.Run:
         """Begin the MLflow run, or go on with the one that an earlier attempt began."""
-        config = self.config
+        config, run_id = self.config, self.earlier_run_id()
+        if run_id is None and self.folder.read_mlflow_run_id() and config.tracking.enabled:
+            self.display.line("          a copy of another folder: with an MLflow run of its own")
         record = tracking.start(
             config.tracking,
             config.public(),
             name=config.output_name,
             tags=self._facts(),
             spool=spool(config),
-            run_id=self._earlier_run_id(),
+            run_id=run_id,
             own=self.tags(),
         )
+        record.tag({FOLDER_TAG: self.folder.uri})  # anew where the folder was moved
         if record.run_id:
             self.folder.write_mlflow_run(record.run_id, mask_password(record.uri))
         fingerprint = self.prepared.corpus.fingerprint()
@@ -138,9 +141,17 @@ class Session:
             record.dataset(name, fingerprint, config.dataset_id, split)
         return record
 
-    def _earlier_run_id(self) -> str | None:
-        """Return the MLflow run of an earlier attempt; without tracking its file is not read."""
-        return self.folder.read_mlflow_run_id() if self.config.tracking.enabled else None
+    def earlier_run_id(self) -> str | None:
+        """Return the MLflow run of an earlier attempt; without tracking its file is not read.
+
+        None also for a folder that was copied from the one which the MLflow run is of.
+        """
+        run_id = self.folder.read_mlflow_run_id() if self.config.tracking.enabled else None
+        if run_id is None:
+            return None
+        place = tracking.read_tag(self.config.tracking, run_id, FOLDER_TAG)
+        is_copy = place is not None and _still_holds(RunFolder(place), run_id, self.folder)
+        return None if is_copy else run_id
 
     def _facts(self) -> dict[str, str]:
         """Return the tags that say what the run was made from and by."""
@@ -152,6 +163,28 @@ class Session:
             "ray_job_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
         }
         return {name: value for name, value in facts.items() if value}
+
+
+def require_start(prepared: Prepared) -> None:
+    """Raise unless the checkpoint that `prev_checkpoint` names, if any, fits this run."""
+    config = prepared.config
+    train.starting_point(
+        config.prev_checkpoint,
+        RunFolder(config.run_dir),
+        prepared.contract,
+        config.lora,
+        prepared.steps,
+    )
+
+
+def _still_holds(folder: RunFolder, run_id: str, other: RunFolder) -> bool:
+    """Tell whether a folder other than `other` is the one that an MLflow run is the record of."""
+    if os.path.realpath(folder.uri) == os.path.realpath(other.uri):  # of a URI, the URI itself
+        return False
+    try:
+        return folder.read_mlflow_run_id() == run_id
+    except (OSError, StoreError):  # there is one, which is another user's
+        return True
 
 
 def spool(config: Config) -> Path:

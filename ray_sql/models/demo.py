@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 from ray_sql.errors import ModelError
@@ -99,7 +101,10 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = str(gguf.parent)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.bfloat16)
+    with redirect_stderr(StringIO()):  # a progress bar that no setting of transformers' reaches
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf.name, dtype=torch.bfloat16
+        )
     # The weights are dequantised by now. These two would make the folder claim to be quantised.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -96,6 +96,8 @@ class _Lines:
             return self._results
         self._check("data", check_data, config.split, config.task_type, prepared)
         self._check("lengths", prepared.audit.line)
+        if config.prev_checkpoint:
+            self._check("start", check_start, prepared)
         if machines is not None:
             self._check("memory", nodes.require_memory, config, prepared, machines)
             self._check("disk", nodes.require_disk, config.lora.r, folder, prepared, machines)
@@ -156,6 +158,12 @@ def check_output(config: Config) -> str:
     elif finetune.finished_metrics(config) is not None:
         text += " and holds a finished run of these settings"
     return text
+
+
+def check_start(prepared: Prepared) -> str:
+    """Check the checkpoint that a run is to start from."""
+    finetune.require_start(prepared)
+    return f"training starts from {prepared.config.prev_checkpoint}"
 
 
 def check_tracking(settings: TrackingSection) -> str:

@@ -31,7 +31,7 @@ def memory_estimate(
     kept_layers = 1 if checkpointed else layers
     per_token = hidden * (34 + 2 * layers if checkpointed else 34 * layers)
     attention = 0.0
-    if not gpu and config.batching.examples_per_row > 1:
+    if not gpu and config.rows.examples_per_row != 1:
         # on a CPU the attention of shared rows keeps its matrix (models/packed_attention.py): at
         # most every pair of a row's tokens
         pairs = tokens**2 / rows_in_pass

@@ -218,7 +218,8 @@ def check_capacity(scaling: ScalingSection, max_concurrent_trials: int | None) -
     """
     if scaling.num_workers == 0:
         return "trains in this process, without Ray"
-    capacity = cluster.training_capacity(scaling)
+    called = "training" if max_concurrent_trials is None else "trial"
+    capacity = cluster.training_capacity(scaling, called)
     each = ", ".join(f"{amount:g} {name}" for name, amount in capacity.per_worker.items())
     text = f"workers of {each}: {capacity.arithmetic}"
     wanted = max_concurrent_trials or 1
@@ -247,7 +248,7 @@ def require_shared_storage(folder: RunFolder, nodes: Sequence[Node]) -> str:
         )
     if refused := [f"{node.name}: {node.problem}" for node in nodes if node.problem]:
         raise StoreError("; ".join(refused))
-    return f"{_count(nodes, 'node')} write to {folder} and see what is written there"
+    return f"{_count(nodes, 'node')} can write to {folder} and see what is written there"
 
 
 def require_equal_packages(nodes: Sequence[Node]) -> str:
@@ -273,7 +274,8 @@ def require_memory(config: Config, prepared: Prepared, nodes: Sequence[Node]) ->
     The line says how much larger a pass may become.
     """
     examples = rows.read(prepared.rows_file)
-    count, length = rows.heaviest_pass(examples, config.batching)
+    batching = config.batching_of(example.db_id for example in examples)
+    count, length = rows.heaviest_pass(examples, batching)
     tokens, longest = count * length, max(len(example.input_ids) for example in examples)
     per_worker: Mapping[str, float] = {}
     gpu = bool(nodes[0].gpus) and config.scaling.use_gpu is not False

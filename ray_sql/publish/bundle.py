@@ -123,13 +123,17 @@ def _saved(folder: RunFolder) -> Config:
 
 
 def _settings(saved: Config, config: Config | PublishConfig) -> Config:
-    """Return a run's settings with this command's tokens, cache and given hub settings."""
+    """Return a run's settings with this command's places, tokens and given hub settings.
+
+    The folder may have been moved since the run was trained.
+    """
     given: dict[str, Any] = {
         f"hub.{name}": value for name, value in config.hub.model_dump(exclude_unset=True).items()
     }
     tokens = {"read_token": config.read_token, "write_token": config.write_token}
     given |= {name: token for name, token in tokens.items() if token}
-    return saved.changed(given | {"cache_dir": config.cache_dir})
+    places = ("output_dir", "output_name", "scaling.storage_path", "cache_dir")
+    return saved.changed(given | {name: config.setting(name) for name in places})
 
 
 def base_name(model: str, hub: RepositorySection) -> str:
@@ -207,6 +211,11 @@ def require_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
     """
     compared: Mapping[str, Any] = metrics.get("compared", {})
     way_out = "publish it all the same with --hub.force"
+    if not compared and "base" in metrics:
+        raise ModelError(
+            f"{folder}: no question was scored, so nobody knows whether the adapter is better; "
+            f"give questions to score (--split), or {way_out}"
+        )
     if not compared:
         raise ModelError(
             f"{folder}: the base model was not measured, so nobody knows whether the adapter "

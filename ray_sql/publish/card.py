@@ -67,7 +67,7 @@ def card(
         license=license.get("license_name", license.get("license")),
         merged=merged,
         task=task,
-        semantics=next(iter(metrics["tuned"].values())).get("semantics"),
+        semantics=next((scores.get("semantics") for scores in metrics["tuned"].values()), None),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
         rows=table(models, task),
         schema=render(SAMPLE, config.prompt.serializer),

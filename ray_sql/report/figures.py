@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -162,7 +163,7 @@ def sweep(trials: Rows, axes: Sequence[tuple[str, str]], label: str) -> Figure:
     """
     figure, plane = _axes(7, 4.4)
     (across, across_kind), (up, up_kind) = [*axes, ("objective", "linear")][:2]
-    shown = [trial for trial in trials if trial["objective"] is not None]
+    shown = [trial for trial in trials if _is_number(trial["objective"])]
     objectives = [trial["objective"] for trial in shown]
     x, y = _places(trials, across, across_kind), _places(trials, up, up_kind)
     for name, stopped, marker in (("trained to the end", False, "o"), ("stopped early", True, "v")):
@@ -188,8 +189,9 @@ def sweep(trials: Rows, axes: Sequence[tuple[str, str]], label: str) -> Figure:
         linewidths=1.6,
         label="the default settings",
     )
-    plane.set(**_scale("x", trials, across, across_kind))
-    plane.set(**_scale("y", trials, up, up_kind))
+    if shown:  # matplotlib draws no logarithmic axis without a point
+        plane.set(**_scale("x", trials, across, across_kind))
+        plane.set(**_scale("y", trials, up, up_kind))
     plane.set_xlabel(across)
     plane.set_ylabel(up if len(axes) > 1 else label)
     plane.set_title("Every trial's best")
@@ -311,8 +313,13 @@ def _name(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    if axes.get_legend_handles_labels()[0]:  # matplotlib warns of a legend of nothing
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

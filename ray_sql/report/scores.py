@@ -45,6 +45,17 @@ def score_lines(models: Mapping[str, Scores], task: Task) -> Iterator[ScoreLine]
             yield ScoreLine("secondary", split, task.secondary[key], n, cells)
 
 
+def markdown(models: Mapping[str, Scores], task: Task) -> str:
+    """Return the main and secondary scores as a Markdown table."""
+    lines = [line for line in score_lines(models, task) if line.kind != "level"]
+    if not lines:
+        return "Nothing was scored."
+    head = ["split", "score", "n", *models]
+    cells = [[line.split, line.label, str(line.n), *line.cells] for line in lines]
+    table = [head, ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
 def secondary_scores(summaries: Sequence[Mapping[str, Any]], task: Task) -> list[str]:
     """Return the keys of the secondary scores that at least one summary has."""
     return [key for key in task.secondary if any(key in summary for summary in summaries)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -20,6 +21,8 @@ MODELS = ("base", "default", "tuned", "file")
 def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Display) -> None:
     """Print the scores of `metrics.json` and the places of the run's files."""
     display.console.print(_table(title, metrics))
+    if not any(metrics[name] for name in MODELS if name in metrics):
+        display.line("nothing was scored: the splits to score have no questions (--split, --data)")
     for line in paired_lines(metrics):
         display.line(line)
     if "training_seconds" in metrics:
@@ -34,7 +37,7 @@ def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Dis
         display.line(f"MLflow run   {metrics['mlflow_run_id']}")
         address = metrics["tracking_uri"] or ""
         if not address.startswith("http"):
-            address = f"make ui    (mlflow ui --backend-store-uri {address})"
+            address = f"make ui    (mlflow ui --backend-store-uri {shlex.quote(address)})"
         display.line(f"MLflow UI    {address}")
 
 
@@ -42,7 +45,8 @@ def _table(title: str, metrics: Mapping[str, Any]) -> Table:
     task = TASKS[metrics["task_type"]]
     models = {name: metrics[name] for name in MODELS if name in metrics}
     last = list(models.values())[-1]
-    semantics = next(iter(last.values())).get("semantics")
+    scores: Mapping[str, Any] = next(iter(last.values()), {})  # none where nothing was asked
+    semantics = scores.get("semantics")
     rule = f", {semantics} semantics" if semantics else ""
     heading = cell(f"{title}: {task.label}{rule} [95 % interval]")
     table = Table(title=heading, title_justify="left")

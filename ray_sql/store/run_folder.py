@@ -303,9 +303,9 @@ class RunFolder(_Folder):
         """Return the checkpoint that `prev_checkpoint` named, once the run has gone back to it."""
         return storage.read_text(self.place(_START))
 
-    def write_start(self, uri: str) -> None:
-        """Keep which checkpoint the run went back to."""
-        storage.write_text(self.place(_START), uri)
+    def write_start(self, name: str) -> None:
+        """Keep which checkpoint the run went back to; one of its own by name."""
+        storage.write_text(self.place(_START), name)
 
     def read_driver(self) -> str | None:
         """Return the name of the driver that the run belongs to: the one started last."""

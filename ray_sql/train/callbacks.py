@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql.cluster.events import CheckpointSaved, OnEvent, TrainPoint
+from ray_sql.cluster.events import CheckpointSaved, OnEvent, StepEnded, TrainPoint
 from ray_sql.cluster.ranks import gather_all, rank
 from ray_sql.config import Batching
 from ray_sql.errors import RaySqlError, TrainingError
@@ -27,6 +27,8 @@ GAUGES = {
     "examples_per_second": "Examples trained on, all workers together",
 }
 """Values that Ray shows too, as `ray_sql_<name>`: Ray puts `ray_` before every metric."""
+STEP_SECONDS = 1.0
+"""Least seconds between two messages on how far training is."""
 
 
 class Reporter:
@@ -49,6 +51,8 @@ class Reporter:
         self._step_examples = batching.global_batch_size
         self._epoch_steps = batching.steps_per_epoch(len(examples))
         self._mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
+        self._steps = batching.steps(len(examples))
+        self._told = time.monotonic()
         self._last: tuple[int, float] | None = None
         self._rank = rank()
         self._gauges = _gauges(run_name) if self._rank == 0 else {}
@@ -69,11 +73,19 @@ class Reporter:
             # a shared schema counts for each question, so that speeds with and without sharing
             # can be compared
             point["tokens_per_second"] = per_second * self._mean_tokens
-        self._last = (step, now)
+        self._last, self._told = (step, now), now
         self._emit(TrainPoint(step, steps, point))
         for name, gauge in self._gauges.items():
             if name in point:
                 gauge.set(point[name])
+
+    def on_step(self, step: int) -> bool:
+        """Tell the driver how far training is; return on all ranks whether to save here."""
+        now = time.monotonic()
+        if self._rank == 0 and now - self._told >= STEP_SECONDS:
+            self._told = now
+            self._emit(StepEnded(step, self._steps))
+        return self._watch(step)
 
     def on_save(self, step: int, local: Path, model: PreTrainedModel) -> bool:
         """Store and evaluate a checkpoint; return False on all ranks if training should stop."""

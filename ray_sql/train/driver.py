@@ -6,7 +6,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,15 +72,19 @@ def fit(
             job, config.batching, config.scaling, folder, on_event, decides=decides
         )
     except (KeyboardInterrupt, SystemExit):
-        saved = checkpoints.complete(folder)
-        if saved:
-            note(f"stopped; {saved[-1].name} is saved: the same command goes on from there")
-        else:
-            note("stopped; no checkpoint yet")
+        note(_stopped(checkpoints.complete(folder), config.overwrite))
         raise
     if outcome.failure:
         raise TrainingError(outcome.failure)
     return FitResult(outcome.step, keep_best(folder, note), time.monotonic() - started)
+
+
+def _stopped(saved: Sequence[Checkpoint], overwrite: bool) -> str:
+    """Return what a run that was stopped has saved, and the command that goes on."""
+    if not saved:
+        return "stopped; no checkpoint yet: the same command begins again"
+    command = "the same command without --overwrite" if overwrite else "the same command"
+    return f"stopped; {saved[-1].name} is saved: {command} goes on from there"
 
 
 def _fit_into_memory(

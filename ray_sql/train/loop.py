@@ -63,7 +63,8 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
         # a run at its last step was cut off in what follows training
         if (step >= steps and not unvalidated) or watch.told_to_stop():
             return TrainOutcome(step, steps, None)
-        batching = replace(config.batching, microbatch_halvings=job.microbatch_halvings)
+        batching = config.batching_of(example.db_id for example in examples)
+        batching = replace(batching, microbatch_halvings=job.microbatch_halvings)
         reason = _why_not_share(base, examples, batching)
         if reason is not None:
             if config.rows.examples_per_row != "auto":
@@ -90,7 +91,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
         hooks = trainer.TrainerHooks(
             on_log=reporter.on_log,
             on_save=reporter.on_save,
-            on_step=watch,
+            on_step=reporter.on_step,
             on_begin=reporter.evaluate_checkpoint if unvalidated else None,
         )
         return trainer.train(

@@ -63,7 +63,7 @@ def starting_point(
     flag = f"--prev_checkpoint {name}"
     own = "/" not in name and not Path(name).is_dir()
     uri = folder.place(name) if own else storage.absolute_uri(name)
-    if folder.read_start() == uri:
+    if folder.read_start() == _named_in(folder, uri):
         return uri  # this run did start there, and goes on from wherever it has come to
     checkpoint = checkpoints.read(uri)
     if checkpoint is None:
@@ -127,13 +127,19 @@ def rewind(folder: RunFolder, start_from: str) -> None:
 
     The same command given again goes on; it does not go back.
     """
-    if folder.read_start() == start_from:
+    name = _named_in(folder, start_from)
+    if folder.read_start() == name:
         return
     start = checkpoints.read(start_from)
     for checkpoint in checkpoints.complete(folder):
         if start and checkpoint.step > start.step:
             storage.remove(checkpoint.uri)
-    folder.write_start(start_from)
+    folder.write_start(name)
+
+
+def _named_in(folder: RunFolder, uri: str) -> str:
+    """Return the name of a checkpoint of this run, for its folder may be moved; else the URI."""
+    return uri.removeprefix(f"{folder}/")
 
 
 def resume(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ class Validation:
         if self._examples:
             metrics["validation/loss"] = self._loss(model)
         if self._config.tune.objective == "eval_loss":
-            objective = -metrics["validation/loss"] if self._examples else None
+            loss = metrics.get("validation/loss", math.nan)
+            objective = -loss if math.isfinite(loss) else None  # else nothing was measured
             return {"objective": objective, "tie_break": None, "metrics": metrics}
         answers = answer_on_all_ranks(model, self._tokenizer, self._questions, self._decoding)
         if answers is None:

@@ -18,6 +18,7 @@ from ray_sql.cluster.events import (
     Resumed,
     RowsChosen,
     StageEnded,
+    StepEnded,
     TrainPoint,
     TrialEvent,
     UnknownEvent,
@@ -146,6 +147,9 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
         match event.event:
             case Note(text):
                 self._display.line(f"{trial_name(number)}: {text}")
+            case StepEnded(step, _):
+                self._newest_steps[number] = step
+                self._show()
             case TrainPoint(step, _, values):
                 self._newest_steps[number] = step
                 self._show()

@@ -165,7 +165,7 @@ def _register(record: tracking.Run, metrics: Mapping[str, Any], artifact: str, w
     scores = metrics["tuned"].values()
     n = sum(split["n"] for split in scores)
     correct = sum(split[task.metric] * split["n"] for split in scores)
-    semantics = next(iter(scores)).get("semantics", "")
+    semantics = next((split.get("semantics", "") for split in scores), "")
     splits = ",".join(metrics["tuned"])
     tags = {
         "score": str(correct / max(1, n)),

@@ -57,16 +57,24 @@ class StudySession(Session):
     def remove_earlier(self) -> None:
         """Remove the study that is there; nothing of it stays open in MLflow."""
         with suppress(DamagedFile):  # a damaged study, too, is replaced
-            if earlier := self.folder.read_study(SavedStudy):
+            earlier = self.folder.read_study(SavedStudy)
+            if earlier and not self._is_copy():
                 own = {"study": earlier["id"]}
                 tracking.close(self.config.tracking, earlier["mlflow_run_id"], own)
         self.folder.remove()
 
     def lay_out(self) -> None:
         """Write the study, then all that trials read: once cut off, it is a study that goes on."""
+        if self._is_copy():
+            self.study.begin_records_anew()
         self.study.finished = False
         self.study.save()
         write_inputs(self.prepared)
+
+    def _is_copy(self) -> bool:
+        """Tell a folder that was copied from that of a study, whose MLflow runs are not its own."""
+        has_record = self.config.tracking.enabled and self.folder.read_mlflow_run_id()
+        return bool(has_record) and self.earlier_run_id() is None
 
     def tags(self) -> dict[str, str]:
         """Return the tag that finds the study's MLflow run."""
@@ -96,9 +104,10 @@ class StudySession(Session):
         self.record.end(status)
         if status == "KILLED":
             count = self.config.tune.num_samples
+            instead = " in place of --overwrite" if self.config.overwrite else ""
             self.display.line(
                 f"stopped with {self.study.settled(count)} of {count} trials settled; the same "
-                "command with --resume goes on"
+                f"command with --resume{instead} goes on"
             )
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from ray_sql.config import Config, differences, mask_password
+from ray_sql.config import Config, differences
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import STUDY, RunFolder
@@ -29,6 +29,8 @@ from ray_sql.tune.space import Point
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 SETTLED = ("finished", "stopped", "failed")
+PLACES = ("output_dir", "output_name", "cache_dir", "scaling", "tracking")
+"""Settings that say where a study is kept and computed, not what it is."""
 WORST = -sys.float_info.max
 """The score of a failed trial: the search learns to keep away."""
 
@@ -129,9 +131,14 @@ class Study:
 
     def save(self) -> None:
         """Write the file."""
-        values = {"run_dir": self.folder.uri, **asdict(self)}
+        values = asdict(self)
         del values["folder"]
         self.folder.write_study(values)
+
+    def begin_records_anew(self) -> None:
+        """Forget the MLflow runs of the study and its trials: they are those of another folder."""
+        self.id, self.mlflow_run_id = uuid.uuid4().hex, None
+        self.trials = [replace(trial, mlflow_run_id=None) for trial in self.trials]
 
     def trial_folder(self, number: int) -> RunFolder:
         """Return a trial's own folder."""
@@ -167,8 +174,8 @@ def trial_settings(config: Config, changes: Mapping[str, Any], number: int) -> C
 
 def begin(config: Config) -> Study:
     """Return a study that has no trials yet."""
-    tracking = {"uri": mask_password(config.tracking.uri)}
-    return Study(RunFolder(config.run_dir), key(config), {**config.public(), "tracking": tracking})
+    settings = {name: value for name, value in config.public().items() if name not in PLACES}
+    return Study(RunFolder(config.run_dir), key(config), settings)
 
 
 def load(config: Config) -> Study | None:
@@ -188,7 +195,7 @@ def load(config: Config) -> Study | None:
             f"{folder.uri} holds a study of other settings ({changed or 'another version'}); "
             "choose another --output_name, or replace it with --overwrite"
         )
-    # without its `run_dir`: a folder that was moved or copied is its own
+    # a folder that was moved or copied is its own
     return Study(
         folder,
         saved["key"],

@@ -44,7 +44,10 @@ def write(session: StudySession, used: str) -> dict[str, Figure]:
 
 
 def draw(goal: Objective, space: Space, study: Study) -> dict[str, Figure]:
-    """Draw every trial's best over the axes, and the objectives by step."""
+    """Draw every trial's best over the axes, and the objectives by step, if any was measured."""
+    best = study.best()
+    if best is None:
+        return {}
     trials = [
         {
             **trial.point,
@@ -59,11 +62,10 @@ def draw(goal: Objective, space: Space, study: Study) -> dict[str, Figure]:
         scores = read_scores(study.trial_folder(trial.number))
         if scores:
             curves[trial.name] = [(score.step, goal.plotted(score.objective)) for score in scores]
-    best = study.best()
     axes = [(axis.name, _scale(axis)) for axis in space.axes]
     return {
         "objective.png": plots.sweep(trials, axes, goal.axis_label),
-        "courses.png": plots.learning_curves(curves, best.name if best else "", goal.axis_label),
+        "courses.png": plots.learning_curves(curves, best.name, goal.axis_label),
     }
 
 

@@ -59,8 +59,7 @@ class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by
         self._study_folder = RunFolder(study.run_dir)
         self._config = trial_settings(study, config["changes"], self._number)
         self._folder = RunFolder(self._config.run_dir)
-        self._is_new = not self._folder.has_settings()
-        self._scores = [] if self._is_new else read_scores(self._folder)
+        self._scores = read_scores(self._folder)
         self._unreported = list(self._scores)
         self._outbox: queue.Queue[StepScore | Ended] = queue.Queue()
         self._decisions: queue.Queue[bool] = queue.Queue()
@@ -129,9 +128,9 @@ class TrialTrainable(Trainable):  # type: ignore[misc]  # ray is not followed by
 
     def _train(self) -> None:
         try:
-            if self._is_new:
-                self._folder.copy_inputs(self._study_folder)
-                self._folder.write_settings(self._config.public())
+            # each time: what an earlier attempt copied names databases where the study lay then
+            self._folder.copy_inputs(self._study_folder)
+            self._folder.write_settings(self._config.public())
             train.fit(self._config, self._job.model_folder, self._on_event, decides=True)
         except Exception as error:  # of any kind: it ends this trial, and the sweep records it
             if not isinstance(error, RaySqlError):

@@ -1,0 +1,116 @@
+"""Progress says what is known: no end is guessed from one row, and none is forgotten."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ray_sql import display as displays
+from ray_sql.cluster.events import StepEnded, TrainPoint
+from ray_sql.display import Display, Pace, duration
+from ray_sql.progress import Progress
+from ray_sql.store.run_folder import RunFolder
+from ray_sql.tracking import null_run
+
+kind = pytest.mark.kind("progress that tells the truth")
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(displays.time, "monotonic", clock.monotonic)
+    yield clock
+
+
+def shown(terminal: bool, clock: Clock, points: list[tuple[float, int]], total: int) -> str:
+    """What a stage shows at last, after (seconds, done)."""
+    out = io.StringIO()
+    display = Display(Console(file=out, force_terminal=terminal, width=120))
+    begun = clock.now
+    for seconds, done in points:
+        clock.now = begun + seconds
+        display.update("scoring", done, total, every=0)
+    if not terminal:
+        return out.getvalue().splitlines()[-1]
+    out.seek(0)
+    out.truncate()
+    display.console.print(display._progress)
+    return out.getvalue()
+
+
+@kind
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    ("points", "total", "left"),
+    [
+        ([(0, 1)], 500, None),  # one row
+        ([(0, 1), (50, 2)], 500, None),  # two, of which the first began things
+        ([(0, 1), (0.5, 30)], 500, None),  # half a second
+        ([(0, 1), (10, 101)], 501, "40 s left"),
+        ([(0, 1), (60, 2), (120, 3)], 13, "10 min left"),  # steps of a minute
+        ([(0, 1), (45, 2), (90, 3), (135, 4), (180, 5)], 30, "19 min left"),
+        ([(0, 1), (3600, 11)], 31, "2 h 0 min left"),
+        ([(0, 8), (40, 48), (41, 2), (61, 42)], 82, "20 s left"),  # restarted
+        ([(0, 1), (10, 5)], 5, None),
+    ],
+)
+def test_the_time_that_is_left_is_known_or_not_shown(
+    terminal: bool, points: list[tuple[float, int]], total: int, left: str | None, clock: Clock
+) -> None:
+    text = shown(terminal, clock, points, total)
+    assert (left in text) if left else ("left" not in text)
+    assert "--:--" not in text
+
+
+@kind
+def test_the_end_comes_nearer_between_two_steps() -> None:
+    pace = Pace(1, 0.0)
+    for step in range(2, 5):
+        pace.update(step, 13, 60.0 * (step - 1))
+    assert pace.left(180.0) == "9 min left" and pace.left(181.0) == "9 min left"
+    assert pace.left(241.0) == "8 min left" and pace.left(9999.0) == ""
+
+
+@kind
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 s"), (59.5, "60 s"), (61, "2 min"), (1004, "17 min"), (7500, "2 h 5 min")],
+)
+def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@kind
+@pytest.mark.parametrize("terminal", [True, False])
+def test_steps_without_values_move_the_bar(terminal: bool, make_config: Any, clock: Clock) -> None:
+    out = io.StringIO()
+    display = Display(Console(file=out, force_terminal=terminal, width=160))
+    progress = Progress(RunFolder(make_config().run_dir + "-none"), null_run(), display)
+
+    progress(TrainPoint(1, 13, {"loss": 2.5}))
+    for step in range(2, 8):
+        clock.now += 33
+        progress(StepEnded(step, 13))
+    if terminal:
+        out.truncate(0)
+        display.console.print(display._progress)
+    lines = [line for line in out.getvalue().splitlines() if "training" in line]
+    assert "7/13" in lines[-1] or not terminal
+    assert "4 min left" in lines[-1]
+    assert ("loss 2.500" in lines[-1]) == terminal, "the last values stay beside the bar"
+    if not terminal:
+        assert [line.split()[1] for line in lines] == ["1/13", "3/13", "5/13", "7/13"]
