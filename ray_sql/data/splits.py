@@ -13,7 +13,7 @@ from ray_sql.data import schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example, LeftOut, join_some, sample
 from ray_sql.data.read import read_corpus
-from ray_sql.database import Schema, reflect
+from ray_sql.database import Executor, Schema, reflect
 from ray_sql.errors import DataError
 
 OWN_SPLITS = ("train", "validation")
@@ -105,12 +105,19 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus
             raise DataError(f"{source.flag}, {split} {_unknown(unknown[0], corpus)}")
         left_out += [LeftOut(split, one.id, one.place, _unknown(one, corpus)) for one in unknown]
         splits[split] = usable
-    for db_id in dict.fromkeys(one.db_id for rows in splits.values() for one in rows):
-        if db_id in corpus.databases:
-            schemas[db_id] = reflect(corpus.databases[db_id], db_id, example_values)
-        elif db_id in corpus.schemas:
-            schemas[db_id] = corpus.schemas[db_id]
-    used = replace(corpus, splits=splits, schemas=schemas, left_out=tuple(left_out))
+    notes = list(corpus.notes)
+    with Executor(1) as executor:
+        for db_id in dict.fromkeys(one.db_id for rows in splits.values() for one in rows):
+            if db_id in corpus.databases:
+                place = corpus.databases[db_id]
+                schemas[db_id] = reflect(place, db_id, example_values, executor)
+                if missing := schemas[db_id].left_out:
+                    notes.append(f"database {db_id}: {join_some(missing)}")
+            elif db_id in corpus.schemas:
+                schemas[db_id] = corpus.schemas[db_id]
+    used = replace(
+        corpus, splits=splits, schemas=schemas, left_out=tuple(left_out), notes=tuple(notes)
+    )
     return schema_texts.add_to(used, source.cache)
 
 

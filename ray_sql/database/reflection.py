@@ -1,73 +1,71 @@
-"""Read the schema of a live database by SQLAlchemy: SQLite, PostgreSQL, MySQL or another dialect.
+"""Read the schema of a live database: a SQLite file, PostgreSQL, MySQL or another dialect.
 
 SQLAlchemy is imported inside the functions, because most jobs never open a database.
 """
 
-import re
 import sqlite3
 import warnings
-from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_sql.database.schema import Column, ForeignKey, Schema, Table
+from ray_sql.database import reflect_server, reflect_sqlite
+from ray_sql.database.bounded import BoundedReader
+from ray_sql.database.examples import (
+    CELLS,
+    EXAMPLE_ROWS,
+    count_examples,
+    most_frequent,
+    table_with,
+    with_examples,
+)
+from ray_sql.database.pool import Executor
+from ray_sql.database.query import Place
+from ray_sql.database.schema import ForeignKey, Schema, Table
 from ray_sql.errors import DataError
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL, ColumnClause, Connection, Dialect, Engine
-    from sqlalchemy.types import TypeEngine
+    from sqlalchemy import URL, ColumnClause, Connection
 
-EXAMPLE_ROWS = 10_000
-"""Rows read for example values: a table's first ones, so that a large table costs no more."""
-
-EXAMPLE_LENGTH = 40
-"""Longest example value in characters: longer ones cost tokens, and no question quotes them."""
+CONNECT_SECONDS = "10"
 
 
-def reflect(database: str | Path, db_id: str, example_values: int = 0) -> Schema:
-    """Read tables (no views), columns, types, whole primary keys and foreign keys.
+def reflect(
+    database: str | Path, db_id: str, example_values: int = 0, executor: Executor | None = None
+) -> Schema:
+    """Read tables and views, columns, types, whole primary keys and foreign keys.
 
     SQLite's tables come in creation order; other databases keep no such order, so theirs are sorted
-    by name. Foreign keys come in the order of their columns. A foreign key to a table or column
-    that does not exist is left out: real databases have them.
+    by name. Views follow them. Foreign keys come in the order of their columns. A foreign key to a
+    table or column that does not exist is left out: real databases have them. `left_out` of the
+    schema names what could not be read.
 
     Args:
         database: a path to a SQLite file, opened read-only, or an SQLAlchemy URL.
         db_id: the name that the schema gets.
         example_values: the number of most frequent short values per column; 0 reads no rows.
+        executor: processes to read by; one of its own if not given.
 
     Raises:
         DataError: no such file, not a database, no driver for it, no connection.
     """
-    from sqlalchemy.exc import SAWarning, SQLAlchemyError
-
-    url = database_url(database)
-    name = url.database
-    if url.get_backend_name() != "sqlite":
-        name = url.render_as_string(hide_password=True)
-    try:
-        with warnings.catch_warnings(), open_engine(url).connect() as connection:
-            # SQLite takes any word as a type. SQLAlchemy warns of each that it does not know.
-            warnings.simplefilter("ignore", SAWarning)
-            schema = _with_resolved_keys(Schema(db_id, _tables(connection)))
-            return _with_examples(schema, connection, example_values) if example_values else schema
-    except ModuleNotFoundError as error:
-        way_out = "install this database's driver"
-        if error.name == "psycopg":
-            way_out = "pip install -e '.[postgres]'"
-        raise DataError(f"{name}: Python has no module {error.name!r}; {way_out}") from error
-    except ImportError as error:  # A driver lacks its own library.
-        raise DataError(
-            f"{name}: {' '.join(str(error).split())}; install this database's driver whole"
-        ) from error
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"{name}: cannot read its schema: {reason}; check the database and your rights to it"
-        ) from error
+    with ExitStack() as stack:
+        if executor is None:
+            executor = stack.enter_context(Executor(1))
+        url = database_url(database)
+        place: Place = str(database)
+        if url.get_backend_name() == "sqlite":
+            place = Path(url.database or ":memory:")
+            schema = reflect_sqlite.read(BoundedReader(executor, place), db_id)
+        else:
+            schema = _server_schema(url, db_id, example_values)
+        schema = _with_resolved_keys(schema)
+        if example_values and schema.dialect in CELLS:
+            return with_examples(schema, BoundedReader(executor, place), example_values)
+        return schema
 
 
 def database_url(database: str | Path) -> "URL":
@@ -84,88 +82,44 @@ def database_url(database: str | Path) -> "URL":
         ) from error
     # A URL as libpq has it names no driver; queries are executed by psycopg 3.
     if url.drivername in ("postgresql", "postgres"):
-        return url.set(drivername="postgresql+psycopg")
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername == "postgresql+psycopg" and "connect_timeout" not in url.query:
+        url = url.update_query_dict({"connect_timeout": CONNECT_SECONDS})
     return url
 
 
-def open_engine(url: "URL") -> "Engine":
-    """Return an engine that keeps no connection open, and opens a SQLite file read-only."""
+def _server_schema(url: "URL", db_id: str, example_values: int) -> Schema:
     from sqlalchemy import create_engine
+    from sqlalchemy.exc import SAWarning, SQLAlchemyError
     from sqlalchemy.pool import NullPool
 
-    if url.get_backend_name() != "sqlite":
-        return create_engine(url, poolclass=NullPool)
-    path = Path(url.database or ":memory:")
-    if not path.is_file():
+    name = url.render_as_string(hide_password=True)
+    try:
+        with (
+            warnings.catch_warnings(),
+            create_engine(url, poolclass=NullPool).connect() as connection,
+        ):
+            # SQLAlchemy warns of each type that it does not know.
+            warnings.simplefilter("ignore", SAWarning)
+            schema = Schema(db_id, reflect_server.tables(connection), connection.dialect.name)
+            if not example_values or schema.dialect in CELLS:
+                return schema
+            tables = [_with_examples(table, connection, example_values) for table in schema.tables]
+            return replace(schema, tables=tuple(tables))
+    except ModuleNotFoundError as error:
+        way_out = "install this database's driver"
+        if error.name == "psycopg":
+            way_out = "pip install -e '.[postgres]'"
+        raise DataError(f"{name}: Python has no module {error.name!r}; {way_out}") from error
+    except ImportError as error:  # A driver lacks its own library.
         raise DataError(
-            f"{path}: no such SQLite file; give a path to a database file or an SQLAlchemy URL"
-        )
-
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        # Real databases hold bytes that are no UTF-8; a schema must not fail on them.
-        connection.text_factory = lambda raw: raw.decode(errors="ignore")
-        return connection
-
-    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
-
-
-def _tables(connection: "Connection") -> tuple[Table, ...]:
-    """Return the tables as the database declares them, foreign keys unchecked."""
-    from sqlalchemy import inspect
-
-    inspector = inspect(connection)
-    names = _table_names(connection)
-    # The plural calls: one round trip for all tables where the server can do it.
-    columns = inspector.get_multi_columns(filter_names=names)
-    primary = inspector.get_multi_pk_constraint(filter_names=names)
-    foreign = inspector.get_multi_foreign_keys(filter_names=names)
-    tables = []
-    for name in names:
-        table_columns = [
-            Column(c["name"], type_text(c["type"], connection.dialect), bool(c["nullable"]))
-            for c in columns[None, name]
-        ]
-        keys = [
-            ForeignKey(
-                tuple(key["constrained_columns"]),
-                key["referred_table"],
-                tuple(key["referred_columns"]),
-            )
-            for key in foreign[None, name]
-            if key["referred_schema"] is None  # A table of another schema is not shown.
-        ]
-        primary_key = tuple(primary[None, name]["constrained_columns"])
-        tables.append(Table(name, tuple(table_columns), primary_key, tuple(keys)))
-    return tuple(tables)
-
-
-def _table_names(connection: "Connection") -> list[str]:
-    from sqlalchemy import inspect, text
-
-    if connection.dialect.name != "sqlite":
-        return sorted(inspect(connection).get_table_names())
-    # Shadow tables are the private storage of full-text and spatial indexes.
-    query = """
-        SELECT name FROM sqlite_master
-        WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'
-          AND name NOT IN (
-            SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow')
-        ORDER BY rowid
-    """
-    return list(connection.execute(text(query)).scalars())
-
-
-def type_text(kind: "TypeEngine[Any]", dialect: "Dialect") -> str:
-    """Return the type in its database's words, without character set and collation.
-
-    It is empty for a column without a type.
-    """
-    from sqlalchemy.types import NullType
-
-    if isinstance(kind, NullType):
-        return ""
-    return re.sub(r' (CHARACTER SET|COLLATE) ("[^"]*"|\S+)', "", kind.compile(dialect=dialect))
+            f"{name}: {' '.join(str(error).split())}; install this database's driver whole"
+        ) from error
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"{name}: cannot read its schema: {reason}; check the database and your rights to it"
+        ) from error
 
 
 def _with_resolved_keys(schema: Schema) -> Schema:
@@ -184,12 +138,16 @@ def _key_order(table: Table, key: ForeignKey) -> tuple[list[int], str, tuple[str
 
 
 def _resolved_key(key: ForeignKey, table: Table, schema: Schema) -> ForeignKey | None:
-    """Return the key with names as the tables spell them; None where one does not exist."""
+    """Return the key with names as the tables spell them; None where one does not exist.
+
+    A key that names no columns of its target leads to the target's primary key.
+    """
     target = schema.table(key.ref_table)
     if target is None:
         return None
-    columns, refs = _spelled(table, key.columns), _spelled(target, key.ref_columns)
-    sizes = {len(columns), len(refs), len(key.columns), len(key.ref_columns)}
+    ref_columns = key.ref_columns or target.primary_key
+    columns, refs = _spelled(table, key.columns), _spelled(target, ref_columns)
+    sizes = {len(columns), len(refs), len(key.columns), len(ref_columns)}
     return ForeignKey(columns, target.name, refs) if len(sizes) == 1 else None
 
 
@@ -199,35 +157,13 @@ def _spelled(table: Table, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(column.name for column in columns if column)
 
 
-def _with_examples(schema: Schema, connection: "Connection", count: int) -> Schema:
-    tables = [_table_with_examples(table, connection, count) for table in schema.tables]
-    return replace(schema, tables=tuple(tables))
-
-
-def _table_with_examples(table: Table, connection: "Connection", count: int) -> Table:
+def _with_examples(table: Table, connection: "Connection", count: int) -> Table:
+    """Read the examples of a database on which no executor runs."""
     import sqlalchemy as sa
 
-    clauses: list[ColumnClause[Any]] = [sa.column(name) for name in table.column_names]
+    clauses: list[ColumnClause[object]] = [sa.column(name) for name in table.column_names]
     query = sa.select(*clauses).select_from(sa.table(table.name)).limit(EXAMPLE_ROWS)
-    counts: list[Counter[str]] = [Counter() for _ in table.columns]
-    for row in connection.execution_options(stream_results=True).execute(query):
-        for counter, value in zip(counts, row, strict=True):
-            if _is_example(value):
-                counter[str(value)] += 1
-    columns = tuple(
-        replace(column, examples=_most_frequent(counter, count))
-        for column, counter in zip(table.columns, counts, strict=True)
-    )
-    return replace(table, columns=columns)
-
-
-def _is_example(value: object) -> bool:
-    if value is None or isinstance(value, (bytes, memoryview)):
-        return False
-    text = str(value)
-    return 0 < len(text) <= EXAMPLE_LENGTH and text.isprintable()
-
-
-def _most_frequent(counter: Counter[str], count: int) -> tuple[str, ...]:
-    """Sort by falling frequency, then by value: `Counter.most_common` leaves ties in row order."""
-    return tuple(sorted(counter, key=lambda value: (-counter[value], value))[:count])
+    rows = connection.execution_options(stream_results=True).execute(query)
+    counters = count_examples([tuple(row) for row in rows], len(clauses))
+    examples = [most_frequent(counter, count) for counter in counters]
+    return table_with(table, dict(zip(table.column_names, examples, strict=True)))

@@ -4,14 +4,17 @@ Names keep the spelling of their source and are looked up in any case, as in SQL
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 Links = dict[str, list[str]]
 """Schema links: table → the columns of it that a query needs (none for `count(*)`)."""
 
 Form = Literal["full", "tables", "reduced"]
 """The part of a schema that a prompt shows; see `restrict`."""
+
+_UNSAID = {"namespace": "", "is_view": False, "dialect": "sqlite"}
+"""Values of the fields that came after 0.2.0, left out of hashes: those of old schemas stay."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +41,51 @@ class ForeignKey:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `primary_key` holds column names, several where it is composite."""
+    """A table, or a view; `primary_key` holds column names, several where it is composite.
+
+    `namespace` is the server's schema that the table lies in, where SQL must name it. The table
+    `orders` of the schema `sales` has the name `sales.orders`, here as in keys and links.
+    """
 
     name: str
     columns: tuple[Column, ...]
     primary_key: tuple[str, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()
+    namespace: str = ""
+    is_view: bool = False
 
     @property
     def column_names(self) -> tuple[str, ...]:
         return tuple(column.name for column in self.columns)
 
     def column(self, name: str) -> Column | None:
-        """Return the column of this name in any case, or None."""
-        return next(
-            (column for column in self.columns if column.name.lower() == name.lower()), None
-        )
+        """Return the column of this name, spelled so or else in any case, or None."""
+        return _find(self.columns, name)
+
+
+Named = TypeVar("Named", Column, Table)
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The tables of one database in creation order; every foreign key points into it."""
+    """The tables of one database in creation order, then its views; foreign keys point into it.
+
+    `dialect` is the database's SQL, as SQLAlchemy names it. `left_out` says, a line each, what of
+    the database the schema lacks and why.
+    """
 
     db_id: str
     tables: tuple[Table, ...]
+    dialect: str = "sqlite"
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def table_names(self) -> tuple[str, ...]:
         return tuple(table.name for table in self.tables)
 
     def table(self, name: str) -> Table | None:
-        """Return the table of this name in any case, or None."""
-        return next((table for table in self.tables if table.name.lower() == name.lower()), None)
+        """Return the table of this name, spelled so or else in any case, or None."""
+        return _find(self.tables, name)
 
     def lower_names(self) -> dict[str, frozenset[str]]:
         """Return table → its columns, all in lower case."""
@@ -77,7 +93,7 @@ class Schema:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, of which hashes and cache keys are made."""
-        return asdict(self)
+        return asdict(self, dict_factory=_hashed)
 
 
 def restrict(schema: Schema, links: Links, form: Form) -> Schema:
@@ -100,6 +116,21 @@ def restrict(schema: Schema, links: Links, form: Form) -> Schema:
             name = table.name.lower()
             tables[index] = _keep_columns(table, wanted[name] | joined[name])
     return replace(schema, tables=tuple(tables))
+
+
+def _hashed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields that a hash is made of."""
+    return {
+        name: value
+        for name, value in pairs
+        if name != "left_out" and (name, value) not in _UNSAID.items()
+    }
+
+
+def _find(items: Iterable[Named], name: str) -> Named | None:
+    """Return the item of this name: spelled so, or else the first in any case."""
+    alike = [item for item in items if item.name.lower() == name.lower()]
+    return next((item for item in alike if item.name == name), alike[0] if alike else None)
 
 
 def _lower(names: Iterable[str]) -> set[str]:

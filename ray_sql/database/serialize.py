@@ -1,16 +1,17 @@
 """Write a schema as the text of a prompt, in three forms.
 
 The exact text is part of the prompt contract: an adapter reads only the text it was trained on. Any
-change to the output of `render` must raise `SERIALIZER_VERSION`.
+change to the output of `render`, or to what a schema reads of a database, must raise
+`SERIALIZER_VERSION`.
 """
 
 import re
 from collections.abc import Iterable
 from typing import Literal
 
-from ray_sql.database.schema import Column, ForeignKey, Schema, Table
+from ray_sql.database.schema import Column, Schema, Table
 
-SERIALIZER_VERSION = 1
+SERIALIZER_VERSION = 2
 
 Serializer = Literal["ddl", "compact", "m_schema"]
 
@@ -30,6 +31,15 @@ session_user some symmetric trailing true user variadic window with
 _RESERVED = frozenset(_RESERVED_WORDS.split())
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+# The words that only PostgreSQL keeps for functions and types.
+_POSTGRES_WORDS = """
+authorization binary collation concurrently cross current_schema freeze full ilike inner left like
+natural notnull outer overlaps right similar tablesample verbose
+"""
+_POSTGRES_RESERVED = _RESERVED | frozenset(_POSTGRES_WORDS.split())
+# PostgreSQL reads an unquoted name in lower case.
+_POSTGRES_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
 # First words of SQL types that mean the same to a reader of a query.
 _SHORT_TYPES = {
     **dict.fromkeys(("integer", "tinyint", "smallint", "mediumint", "bigint"), "int"),
@@ -43,57 +53,81 @@ _SHORT_TYPES = {
 def render(schema: Schema, serializer: Serializer) -> str:
     """Return the schema as text, without a final newline.
 
-    `ddl`: one CREATE TABLE per table, a line per column and key. `compact`: one line per table,
-    types shortened. `m_schema`: the M-Schema of XiYan-SQL (arXiv 2411.08599), the only form with
-    example values.
+    `ddl`: one CREATE statement per table or view, a line per column and key. `compact`: one line
+    per table, types shortened. `m_schema`: the M-Schema of XiYan-SQL (arXiv 2411.08599), the only
+    form with example values. Names are quoted where the database's SQL must quote them.
     A schema without tables is empty text in `ddl` and `compact`.
     """
+    names = Names(schema)
     if serializer == "ddl":
-        return "\n\n".join(_ddl_table(table) for table in schema.tables)
+        return "\n\n".join(_ddl_table(table, names) for table in schema.tables)
     if serializer == "compact":
-        return "\n".join(_compact_table(table) for table in schema.tables)
-    return _m_schema(schema)
+        return "\n".join(_compact_table(table, names) for table in schema.tables)
+    return _m_schema(schema, names)
 
 
-def _quoted(name: str) -> str:
-    if _PLAIN_NAME.fullmatch(name) and name.lower() not in _RESERVED:
-        return name
-    return '"' + name.replace('"', '""') + '"'
+class Names:
+    """A schema's names as the SQL of its database must write them."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.dialect = schema.dialect
+        self._plain, self._reserved = _PLAIN_NAME, _RESERVED
+        if self.dialect == "postgresql":
+            self._plain, self._reserved = _POSTGRES_PLAIN_NAME, _POSTGRES_RESERVED
+        self._tables = {table.name: self._qualified(table) for table in schema.tables}
+
+    def one(self, name: str) -> str:
+        """Return the name of a column."""
+        if self._plain.fullmatch(name) and name.lower() not in self._reserved:
+            return name
+        return self.quoted(name)
+
+    def quoted(self, name: str) -> str:
+        """Return the name in quotes, whatever it is."""
+        return '"' + name.replace('"', '""') + '"'
+
+    def many(self, names: Iterable[str]) -> str:
+        """Return the names of columns, with commas between them."""
+        return ", ".join(map(self.one, names))
+
+    def table(self, name: str) -> str:
+        """Return the name of a table, with that of its namespace."""
+        return self._tables.get(name) or self.one(name)
+
+    def _qualified(self, table: Table) -> str:
+        if not table.namespace:
+            return self.one(table.name)
+        own = table.name.removeprefix(f"{table.namespace}.")
+        return f"{self.one(table.namespace)}.{self.one(own)}"
 
 
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(_quoted(name) for name in names)
-
-
-def _ddl_table(table: Table) -> str:
-    lines = [f"{_quoted(column.name)} {column.type}".rstrip() for column in table.columns]
+def _ddl_table(table: Table, names: Names) -> str:
+    lines = [f"{names.one(column.name)} {column.type}".rstrip() for column in table.columns]
     if table.primary_key:
-        lines.append(f"PRIMARY KEY ({_names(table.primary_key)})")
+        lines.append(f"PRIMARY KEY ({names.many(table.primary_key)})")
     for key in table.foreign_keys:
-        target = f"{_quoted(key.ref_table)} ({_names(key.ref_columns)})"
-        lines.append(f"FOREIGN KEY ({_names(key.columns)}) REFERENCES {target}")
-    return f"CREATE TABLE {_quoted(table.name)} (\n  " + ",\n  ".join(lines) + "\n);"
+        target = f"{names.table(key.ref_table)} ({names.many(key.ref_columns)})"
+        lines.append(f"FOREIGN KEY ({names.many(key.columns)}) REFERENCES {target}")
+    kind = "VIEW" if table.is_view else "TABLE"
+    return f"CREATE {kind} {names.table(table.name)} (\n  " + ",\n  ".join(lines) + "\n);"
 
 
-def _compact_table(table: Table) -> str:
-    parts = [_compact_column(column, table) for column in table.columns]
+def _compact_table(table: Table, names: Names) -> str:
+    parts = [_compact_column(column, table, names) for column in table.columns]
     for key in table.foreign_keys:
         if len(key.columns) > 1:
-            target = f"{_quoted(key.ref_table)}({_names(key.ref_columns)})"
-            parts.append(f"({_names(key.columns)}) -> {target}")
-    return f"{_quoted(table.name)}({', '.join(parts)})"
+            target = f"{names.table(key.ref_table)}({names.many(key.ref_columns)})"
+            parts.append(f"({names.many(key.columns)}) -> {target}")
+    return f"{names.table(table.name)}({', '.join(parts)})"
 
 
-def _compact_column(column: Column, table: Table) -> str:
-    words = [_quoted(column.name), _short_type(column.type)]
+def _compact_column(column: Column, table: Table, names: Names) -> str:
+    words = [names.one(column.name), _short_type(column.type)]
     if column.name in table.primary_key:
         words.append("pk")
-    words += [f"-> {_target(key)}" for key in table.foreign_keys if key.columns == (column.name,)]
+    targets = [key for key in table.foreign_keys if key.columns == (column.name,)]
+    words += [f"-> {names.table(key.ref_table)}.{names.many(key.ref_columns)}" for key in targets]
     return " ".join(word for word in words if word)
-
-
-def _target(key: ForeignKey) -> str:
-    return f"{_quoted(key.ref_table)}.{_quoted(key.ref_columns[0])}"
 
 
 def _short_type(declared: str) -> str:
@@ -102,24 +136,25 @@ def _short_type(declared: str) -> str:
     return _SHORT_TYPES.get(word, word)
 
 
-def _m_schema(schema: Schema) -> str:
+def _m_schema(schema: Schema, names: Names) -> str:
     lines = [f"【DB_ID】 {schema.db_id}", "【Schema】"]
     for table in schema.tables:
-        columns = ",\n".join(_m_schema_column(column, table) for column in table.columns)
-        lines += [f"# Table: {table.name}", f"[\n{columns}\n]"]
+        columns = ",\n".join(_m_schema_column(column, table, names) for column in table.columns)
+        lines += [f"# Table: {names.table(table.name)}", f"[\n{columns}\n]"]
     keys = [(table.name, key) for table in schema.tables for key in table.foreign_keys]
     if keys:
         lines.append("【Foreign keys】")
     for name, key in keys:
-        pairs = zip(key.columns, key.ref_columns, strict=True)
-        lines += [f"{name}.{column}={key.ref_table}.{target}" for column, target in pairs]
+        source, target = names.table(name), names.table(key.ref_table)
+        pairs = zip(map(names.one, key.columns), map(names.one, key.ref_columns), strict=True)
+        lines += [f"{source}.{column}={target}.{ref}" for column, ref in pairs]
     return "\n".join(lines)
 
 
-def _m_schema_column(column: Column, table: Table) -> str:
+def _m_schema_column(column: Column, table: Table, names: Names) -> str:
     # M-Schema drops lengths: TEXT, not VARCHAR(20), decides how a value is written.
     base_type = column.type.split("(")[0].strip().upper()
-    parts = [f"{column.name}:{base_type}"]
+    parts = [f"{names.one(column.name)}:{base_type}"]
     if column.name in table.primary_key:
         parts.append("Primary Key")
     if column.examples:
