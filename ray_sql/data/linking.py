@@ -20,27 +20,36 @@ from ray_sql.errors import DataError
 _FENCED = re.compile(r"```(?:json)?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _LONGEST_LITERAL = 100_000
 """Characters of an answer or label; a longer one holds no links that anybody could use."""
+_SQLGLOT_NAMES = {
+    "postgresql": "postgres",
+    "mysql": "mysql",
+    "mariadb": "mysql",
+    "duckdb": "duckdb",
+    "mssql": "tsql",
+}
+"""Dialect as SQLAlchemy names it → as sqlglot does; any other is read as SQLite's."""
 
 
 class LinkError(DataError):
     """A query without links: it does not parse, or it names a table that its schema lacks."""
 
 
-def gold_links(sql: str, schema: Schema, dialect: str = "sqlite") -> Links:
+def gold_links(sql: str, schema: Schema, dialect: str | None = None) -> Links:
     """Return the tables and columns that a query reads, spelled and ordered as in the schema.
 
     `*` names no columns, so `count(*)` gives its table with none. Names that are no column of the
     query's tables give no link: a string in double quotes, an output alias, a rowid.
 
     Args:
-        dialect: the query's dialect, as sqlglot names it.
+        dialect: the query's dialect, as sqlglot names it; its database's own if not given.
 
     Raises:
         LinkError: one line that names the query or the table.
     """
     try:
         reader = Reader(_known(schema))
-        reader.query(_parse(sql, dialect), None, {})
+        own = _SQLGLOT_NAMES.get(schema.dialect, "sqlite")
+        reader.query(_parse(sql, dialect or own), None, {})
     except (SqlglotError, RecursionError) as error:
         raise LinkError(
             f"query that cannot be analysed ({_one_line(str(error))}): {_one_line(sql)}"

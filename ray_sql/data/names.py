@@ -15,6 +15,9 @@ from sqlglot import exp
 Owner = tuple[str, str]
 """A stored column as (table, column), in lower case."""
 
+DEFAULT_NAMESPACES = ("main", "temp", "public", "dbo")
+"""What databases call the schema whose tables need no qualifier."""
+
 _TREE = "key value type atom id parent fullkey path json root"
 FUNCTION_COLUMNS = {
     "json_each": _TREE.split(),
@@ -204,14 +207,23 @@ class Reader:
         return self._stored(f"{node.db.lower()}.{name}" if node.db else name)
 
     def _stored(self, name: str) -> Relation:
-        """Use a stored table; another schema's may be known with the schema's name or without."""
-        if name not in self.known:
-            name = name.rpartition(".")[2]
+        """Use a stored table; another schema's is known with that schema's name before it."""
+        name = self._known_name(name)
         if name not in self.known:
             self.missing.add(name)
             return Relation()
         self.used.setdefault(name, set())
         return Relation(tuple((column, frozenset([(name, column)])) for column in self.known[name]))
+
+    def _known_name(self, name: str) -> str:
+        """Return the name in `known` that a table means, or the name as it is written."""
+        namespace, _, own = name.rpartition(".")
+        if name in self.known or namespace:
+            default = name not in self.known and namespace in DEFAULT_NAMESPACES
+            return own if default else name
+        # A role's search path may lead to another schema.
+        alike = [known for known in self.known if known.endswith(f".{own}")]
+        return alike[0] if len(alike) == 1 else name
 
     def _expressions(self, nodes: Iterable[exp.Expr], scope: Scope) -> None:
         """Use the columns in expressions, and read the subqueries in them."""
