@@ -102,6 +102,11 @@ class Display:
         """Say below the moving lines, on a terminal, what a run waits for before its first step."""
         self._below = Text(printable(f"starting: {what}"), style="dim") if what else ""
 
+    def end(self, stage: str) -> None:
+        """Take a stage's bar from the terminal: what follows is what counts."""
+        if stage in self._bars:
+            self._progress.remove_task(self._bars.pop(stage))
+
     def line(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(printable(text), markup=False)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ray_sql.config import absolute
 from ray_sql.errors import DataError
 
 SUFFIXES = (".sqlite", ".db", ".sqlite3")
 """Endings of SQLite files; where one database has several, the first is taken."""
+
+SQLITE = "sqlite:///"
+"""Beginning of a SQLAlchemy URL of a SQLite file."""
 
 LAYOUTS = (
     "give a file (.sqlite, .db, .sqlite3), a folder of such files, a folder with a folder each "
@@ -71,12 +74,24 @@ def _own_file(folder: Path) -> Path | None:
 
 def on_server(url: str, db_ids: Iterable[str]) -> dict[str, str]:
     """Return db_id → URL; the URL's own database where there are no ids."""
-    named = {db_id: url.replace("{db_id}", quote(db_id, safe="")) for db_id in sorted(set(db_ids))}
-    return {db_id: place for db_id, place in named.items() if db_id}
+    named = sorted({db_id for db_id in db_ids if db_id})
+    if url.startswith(SQLITE):
+        return {db_id: _sqlite_file(url.replace("{db_id}", db_id)) for db_id in named}
+    return {db_id: url.replace("{db_id}", quote(db_id, safe="")) for db_id in named}
+
+
+def _sqlite_file(url: str) -> str:
+    """Return the file that a URL names, as it is called or else with what is encoded in it."""
+    literal = url.removeprefix(SQLITE)
+    if absolute(literal).is_file():
+        return str(absolute(literal))
+    return str(absolute(unquote(literal.partition("?")[0])))
 
 
 def only_name(url: str) -> str | None:
     """Return the name of the one database that a URL leads to; None for one of several."""
     if "{db_id}" in url:
         return None
+    if url.startswith(SQLITE):
+        return Path(_sqlite_file(url)).stem
     return Path(urlsplit(url).path).stem or urlsplit(url).hostname or "database"

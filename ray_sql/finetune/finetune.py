@@ -58,6 +58,7 @@ def dry_run(config: Config) -> None:
 def preview(config: Config, display: Display) -> Prepared:
     """Show the first example that is trained on, the audit and the plan."""
     prepared = prepare(config, display.counter("reading data"))
+    display.end("reading data")
     encoded = rows.read(prepared.rows_file)[0]
     prompt = encoded.input_ids[: encoded.prompt_length]
     answer = encoded.input_ids[encoded.prompt_length :]

@@ -54,6 +54,7 @@ class Session:
             self.clock.mark("MLflow")
         self.display.starting("data and tokenizer")
         self.prepared = prepare(config, self.display.counter("reading data"))
+        self.display.end("reading data")
         require_same_data(self.prepared.corpus, config)
         self.check()
         self.questions = self.prepared.questions()
