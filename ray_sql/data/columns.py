@@ -49,7 +49,8 @@ NEEDED = ("question", "query")
 NO_TEXT = {"", "nan", "none", "null"}
 """Texts, in lower case, that scripts write for a missing value."""
 
-_FENCE = re.compile(r"```([^\n]*)\n?(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```(.*?)(?:```|\Z)", re.DOTALL)
+_LANGUAGE = re.compile(r"^[\w+-]+\s*")
 _SQL_BEGINS = re.compile(r"\s*(?:select|with|values|insert|update|delete|\()", re.IGNORECASE)
 
 Columns = dict[str, str]
@@ -184,6 +185,9 @@ def _example(source: Source, columns: Columns, record: Record, default_id: str) 
         raise ValueError(record.fault)
     values = {field: record.values.get(column) for field, column in columns.items()}
     keep = source.section.bad_rows == "keep"
+    gold = without_fence(_required(values, "query", keep))
+    if not gold:
+        raise ValueError("query is empty")
     links = values.get("links")
     if isinstance(links, dict):
         links = json.dumps(links, ensure_ascii=False)
@@ -191,7 +195,7 @@ def _example(source: Source, columns: Columns, record: Record, default_id: str) 
         id=_word(values.get("id")) or default_id,
         db_id=_word(values.get("db_id")) or "",
         question=_required(values, "question", keep),
-        gold=without_fence(_required(values, "query", keep)),
+        gold=gold,
         evidence=_text(values, "evidence", keep) or "",
         hardness=_word(values.get("hardness")),
         schema_text=_text(values, "schema", keep),
@@ -234,5 +238,5 @@ def without_fence(sql: str) -> str:
     block = _FENCE.search(sql)
     if block is None:
         return sql
-    word, body = block[1], block[2]
-    return (f"{word}\n{body}" if _SQL_BEGINS.match(word) else body).strip()
+    body = block[1].strip()
+    return body if _SQL_BEGINS.match(body) else _LANGUAGE.sub("", body)

@@ -124,8 +124,8 @@ def remarks(notes: Iterable[str], left_out: Sequence[LeftOut]) -> Iterator[str]:
     yield from notes
     if left_out:
         shown = [f"{row.place} {row.reason}" for row in left_out[:3]]
-        more = f"; and {len(left_out) - 3} more in left_out.jsonl" if len(left_out) > 3 else ""
-        yield f"{len(left_out)} rows left out: {'; '.join(shown)}{more}"
+        more = ["all are in left_out.jsonl"] if len(left_out) > 3 else []
+        yield f"rows left out: {len(left_out)} ({'; '.join([*shown, *more])})"
 
 
 def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ...]:

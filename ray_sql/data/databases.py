@@ -42,9 +42,7 @@ def within(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if not folder.is_dir():
         return found
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__MACOSX":
-            continue
+    for path in visible(folder):
         file = _own_file(path) if path.is_dir() else path
         if file is not None and file.suffix.lower() in SUFFIXES and file.is_file():
             name = path.name if path.is_dir() else path.stem
@@ -52,6 +50,21 @@ def within(folder: Path) -> dict[str, str]:
             if known is None or _rank(file) < _rank(Path(known)):
                 found[name] = str(file)
     return found
+
+
+def visible(folder: Path) -> list[Path]:
+    """Return what lies in a folder, without the hidden files that macOS and others add.
+
+    Raises `DataError` if it cannot be listed.
+    """
+    try:
+        names = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be listed ({error.strerror}); give a file or a folder that may be "
+            "read"
+        ) from None
+    return [path for path in names if not path.name.startswith(".") and path.name != "__MACOSX"]
 
 
 def _rank(file: Path) -> int:
@@ -64,11 +77,7 @@ def _own_file(folder: Path) -> Path | None:
     named = next((file for file in files if file.is_file()), None)
     if named is not None:
         return named
-    others = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    ]
+    others = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES]
     return others[0] if len(others) == 1 else None
 
 

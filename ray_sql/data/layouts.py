@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ray_sql.config import absolute
 from ray_sql.data import databases, formats
+from ray_sql.data.databases import visible
 from ray_sql.errors import DataError
 
 SPLITS = ("train", "dev", "test")
@@ -64,7 +65,7 @@ def find(place: Path, dialect: str) -> Layout:
         files = published or _by_token(named, dialect, notes)
     files = files or _by_folder(folder)
     if not files:
-        there = ", ".join(sorted(path.name for path in _visible(folder))[:8]) or "nothing"
+        there = ", ".join(sorted(path.name for path in visible(folder))[:8]) or "nothing"
         raise DataError(
             f"--dataset_id {place}: the folder is in no known form; expected files of questions by "
             f"split (train.json, dev.json, or *.jsonl, *.csv, …), Spider's (tables.json, "
@@ -82,26 +83,17 @@ def _layout(files: Splits, places: Iterable[Path], notes: list[str]) -> Layout:
     return Layout(files, tables, found, notes)
 
 
-def _visible(folder: Path) -> list[Path]:
-    """Return what lies in a folder, without the hidden files that macOS and others add."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and path.name != "__MACOSX"
-    )
-
-
 def _question_files(folder: Path) -> list[Path]:
     return [
         path
-        for path in _visible(folder)
+        for path in visible(folder)
         if path.is_file() and formats.form(path) and not NO_QUESTIONS.fullmatch(formats.stem(path))
     ]
 
 
 def _tables(folder: Path) -> list[Path]:
     """Return tables.json and files like it, the plain name first."""
-    found = [path for path in _visible(folder) if re.fullmatch(r"(.*_)?tables\.json", path.name)]
+    found = [path for path in visible(folder) if re.fullmatch(r"(.*_)?tables\.json", path.name)]
     return sorted(found, key=lambda path: (path.name != "tables.json", path.name))
 
 
@@ -115,7 +107,7 @@ def _databases(folder: Path, notes: list[str]) -> dict[str, str]:
     """Return the databases of the folders of databases in a folder, or those flat in itself."""
     names = re.compile(r"databases?|.*_databases?|sqlite_dbs?")
     found: dict[str, str] = {}
-    for path in _visible(folder):
+    for path in visible(folder):
         if path.is_dir() and names.fullmatch(path.name):
             found = databases.within(path) | found
     if found:
@@ -123,7 +115,7 @@ def _databases(folder: Path, notes: list[str]) -> dict[str, str]:
     # MLflow's own store lies in the folder where people work
     beside = {
         path.stem: str(path)
-        for path in _visible(folder)
+        for path in visible(folder)
         if path.is_file() and path.suffix in databases.SUFFIXES and path.name != "mlflow.db"
     }
     if beside:
@@ -135,7 +127,7 @@ def _descend(place: Path) -> Path:
     """Return the folder with the files, where those above it hold nothing but one folder."""
     folder = place
     while not _question_files(folder):
-        inside = _visible(folder)
+        inside = visible(folder)
         if len(inside) != 1 or not inside[0].is_dir() or inside[0].name in _QUESTION_FOLDERS:
             break
         folder = inside[0]
@@ -146,7 +138,7 @@ def _question_folders(folder: Path) -> list[Path]:
     """Return the folder below that has the questions, where they lie in one."""
     if _question_files(folder):
         return []
-    inside = [path for path in _visible(folder) if path.is_dir() and _question_files(path)]
+    inside = [path for path in visible(folder) if path.is_dir() and _question_files(path)]
     known = [path for path in inside if path.name in _QUESTION_FOLDERS]
     return known[:1] or (inside if len(inside) == 1 and inside[0].name not in SPLITS else [])
 
@@ -219,7 +211,7 @@ def _by_folder(folder: Path) -> Splits:
     """Return the files of folders that are called after a split."""
     return {
         path.name: files
-        for path in _visible(folder)
+        for path in visible(folder)
         if path.is_dir()
         and path.name in (*SPLITS, "validation")
         and (files := _question_files(path))

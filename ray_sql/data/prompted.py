@@ -27,8 +27,10 @@ Values = Mapping[str, Any]
 def unfold(records: Sequence[Record]) -> tuple[list[Record], str]:
     """Return the records with plain columns, and what was done in words; "" for plain records."""
     names = {name for record in records for name in record.values}
+    if names & {"query", "SQL", "sql"} or {"question", "answer"} <= names:
+        return list(records), ""
     for needed, take, words in SHAPES:
-        if needed <= names and not names & {"query", "SQL", "sql"}:
+        if needed <= names:
             return [_taken(record, take) for record in records], words
     return list(records), ""
 
@@ -36,14 +38,15 @@ def unfold(records: Sequence[Record]) -> tuple[list[Record], str]:
 def _taken(record: Record, take: Callable[[Values], Values]) -> Record:
     """Return a record with the plain columns beside its own; its fault is why there are none."""
     try:
-        return replace(record, values={**record.values, **take(record.values)})
+        taken = {name: value for name, value in take(record.values).items() if value}
     except ValueError as error:
         return replace(record, fault=str(error))
+    return replace(record, values={**record.values, **taken})
 
 
 def _interaction(values: Values) -> Values:
     """Take the final question of a dialogue, which stands alone."""
-    final = values["final"]
+    final = values.get("final")
     if not isinstance(final, dict):
         raise ValueError("has no final question")
     return {"question": final.get("utterance"), "query": final.get("query")}
@@ -56,18 +59,18 @@ def _alpaca(values: Values) -> Values:
 
 
 def _completion(values: Values) -> Values:
-    for turns in (values["prompt"], values["completion"]):
-        if isinstance(turns, list):
-            return _turns([*_as_list(values["prompt"]), *_as_list(values["completion"])])
-    return _prompt("", _plain(values["prompt"])) | {"query": values["completion"]}
+    prompt, completion = values.get("prompt"), values.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        return _turns([*_as_list(prompt), *_as_list(completion)])
+    return _prompt("", _plain(prompt)) | {"query": completion}
 
 
 def _messages(values: Values) -> Values:
-    return _turns(values["messages"])
+    return _turns(values.get("messages"))
 
 
 def _conversations(values: Values) -> Values:
-    return _turns(values["conversations"])
+    return _turns(values.get("conversations"))
 
 
 def _as_list(value: Any) -> list[Any]:

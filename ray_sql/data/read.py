@@ -173,9 +173,10 @@ def _corpus(
     everything = [example for rows in splits.values() for example in rows]
     if not found.places and not schemas and not all(one.schema_text for one in everything):
         raise DataError(f"{reading.source.flag}: {found.missing()}")
-    return Corpus(
-        _with_dev(splits), schemas, found.places, left_out=tuple(left_out), notes=tuple(said)
-    )
+    name = next((name for name in VALIDATION if name in splits and "dev" not in splits), "")
+    splits = {"dev" if split == name else split: rows for split, rows in splits.items()}
+    left_out = [replace(row, split="dev") if row.split == name else row for row in left_out]
+    return Corpus(splits, schemas, found.places, left_out=tuple(left_out), notes=tuple(said))
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,6 @@ class _Databases:
             "no databases found beside it; name them with --data.databases "
             f"({databases.LAYOUTS}), or give each line its own `schema` text (CREATE TABLE …)"
         )
-
-
-def _with_dev(splits: Splits) -> Splits:
-    """Rename `validation`, the Hub's usual name, to `dev`: ours is set aside from train."""
-    name = next((name for name in VALIDATION if name in splits), None)
-    if name is None or "dev" in splits:
-        return splits
-    return {"dev" if split == name else split: rows for split, rows in splits.items()}
 
 
 def _with_unique_ids(examples: Sequence[Example]) -> tuple[Example, ...]:

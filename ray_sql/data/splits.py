@@ -42,17 +42,18 @@ def load(config: Config) -> Corpus:
 def load_split(config: Config, splits: Sequence[str]) -> Corpus:
     """Return only the named splits, whole, with the schemas and databases they need."""
     source = _source(config)
-    corpus = read_corpus(source)
-    if set(corpus.splits) != {"train"}:
-        others = tuple(row for row in corpus.left_out if row.split in splits)
-        corpus = replace(corpus, left_out=others)
+    corpus = read = read_corpus(source)
     if "validation" in splits or not set(splits) <= set(corpus.splits):
         scored = tuple(split for split in splits if split not in OWN_SPLITS)
         # Training sets the test part of one unsplit file aside first, so it is set aside here too.
         if not scored and set(corpus.splits) == {"train"}:
             scored = ("dev",)
         corpus = _divide(corpus, source, scored, config.seed)
-    corpus = replace(corpus, splits={split: corpus.splits[split] for split in splits})
+    left_out = corpus.left_out
+    if set(read.splits) != {"train"}:
+        left_out = tuple(row for row in left_out if row.split in splits)
+    chosen = {split: corpus.splits[split] for split in splits}
+    corpus = replace(corpus, splits=chosen, left_out=left_out)
     return _with_schemas(corpus, source, config.prompt.example_values)
 
 
@@ -67,6 +68,8 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
     if len(splits) == 1 and not splits.keys() & {"train", "dev", "test", *scored}:
         notes = (*notes, f"{next(iter(splits))}: the only file of the folder, divided here")
         splits = {"train": next(iter(splits.values()))}
+        bad_rows = tuple(replace(row, split="train") for row in corpus.left_out)
+        corpus = replace(corpus, left_out=bad_rows)
     if not splits.get("train"):
         raise DataError(f"{source.flag}: no training examples; found splits {join_some(splits)}")
     missing = [split for split in scored if split not in splits]
@@ -87,8 +90,9 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
     if section.limit:
         train = sample(train, section.limit, seed)
     own = {"train": train, "validation": validation}
-    scored_splits = {split: splits[split] for split in scored}
-    return replace(corpus, splits=own | scored_splits, notes=notes)
+    used = own | {split: splits[split] for split in scored}
+    left_out = tuple(row for row in corpus.left_out if row.split in used)
+    return replace(corpus, splits=used, notes=notes, left_out=left_out)
 
 
 def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus:

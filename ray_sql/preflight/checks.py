@@ -214,6 +214,8 @@ def check_data(scored: Sequence[str], task: TaskName, prepared: Prepared) -> str
     corpus = prepared.corpus
     splits = ", ".join(f"{len(examples)} {split}" for split, examples in corpus.splits.items())
     text = f"{splits}; {len(prepared.gold_errors)} gold queries do not run"
+    if prepared.left_out:
+        text += f"; rows left out: {len(prepared.left_out)}"
     without = [
         split
         for split in scored
