@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from ray_sql.database import Schema
+from ray_sql.tasks import Task
 
 Item = TypeVar("Item")
 
@@ -63,12 +64,22 @@ class Corpus:
     splits: Splits
     schemas: dict[str, Schema] = field(default_factory=dict)
     databases: dict[str, str] = field(default_factory=dict)
+    listed: dict[str, Schema] = field(default_factory=dict)
+    """The schemas of tables.json, for databases that it lists."""
     empty: frozenset[str] = frozenset()
     """Databases without rows, made of a schema's text: SQL is tried there, and never scored."""
     left_out: tuple[LeftOut, ...] = ()
     """Rows that could not be used."""
     notes: tuple[str, ...] = ()
     """Guesses that were made in reading, in words, to be said aloud."""
+
+    def judged_schemas(self, task: Task) -> dict[str, Schema]:
+        """Return the schemas that answers are judged by.
+
+        Exact set match takes names and foreign keys of tables.json, as the official code does.
+        Links are judged by the names that prompts show.
+        """
+        return self.schemas | self.listed if task.executes_sql else self.schemas
 
     def executable(self, db_id: str) -> str | None:
         """Return the SQLite file or PostgreSQL URL that SQL is scored on; None where there is none.

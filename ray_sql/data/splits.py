@@ -13,7 +13,7 @@ from ray_sql.data import schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example, LeftOut, join_some, sample
 from ray_sql.data.read import read_corpus
-from ray_sql.database import Executor, Schema, reflect
+from ray_sql.database import Executor, Schema, foreign_keys, reflect
 from ray_sql.errors import DataError
 
 OWN_SPLITS = ("train", "validation")
@@ -122,7 +122,23 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus
     used = replace(
         corpus, splits=splits, schemas=schemas, left_out=tuple(left_out), notes=tuple(notes)
     )
-    return schema_texts.add_to(used, source.cache)
+    return schema_texts.add_to(_with_listed_keys(used, corpus.schemas), source.cache)
+
+
+def _with_listed_keys(corpus: Corpus, listed: Mapping[str, Schema]) -> Corpus:
+    """Add the foreign keys of tables.json to those of the databases, and say where they differ."""
+    listed = {db_id: listed[db_id] for db_id in corpus.schemas if db_id in listed}
+    found = corpus.schemas
+    unlike = [db_id for db_id in listed if foreign_keys.differ(found[db_id], listed[db_id])]
+    joined = {db_id: foreign_keys.joined(found[db_id], listed[db_id]) for db_id in unlike}
+    notes = corpus.notes
+    if unlike:
+        notes = (
+            *notes,
+            f"foreign keys of {len(unlike)} databases differ between tables.json and the database "
+            f"({join_some(unlike)}): prompts show both, exact set match takes tables.json's",
+        )
+    return replace(corpus, schemas=found | joined, listed=listed, notes=notes)
 
 
 def _unknown(example: Example, corpus: Corpus) -> str:

@@ -44,7 +44,8 @@ def evaluate_file(path: Path, config: Config, display: Display) -> Evaluation:
         )
     databases = [corpus.executable(row["db_id"]) for row in rows]
     counter = display.counter("executing predictions")
-    return {"file": scoring.judge_rows(rows, databases, corpus.schemas, task, settings, counter)}
+    schemas = corpus.judged_schemas(task)
+    return {"file": scoring.judge_rows(rows, databases, schemas, task, settings, counter)}
 
 
 def show_remarks(corpus: Corpus, folder: RunFolder, display: Display) -> None:

@@ -86,4 +86,5 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> E
     questions = scored_questions(corpus, models.load_tokenizer(folder), config)
     generate.check_window(folder, questions, config.evaluate.max_new_tokens)
     progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
-    return evaluate_models(config, questions, corpus.schemas, folder, adapter, display, progress)
+    schemas = corpus.judged_schemas(TASKS[config.task_type])
+    return evaluate_models(config, questions, schemas, folder, adapter, display, progress)

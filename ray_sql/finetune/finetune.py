@@ -103,7 +103,7 @@ def _train_and_evaluate(session: Session) -> dict[str, Any]:
     evaluation = evaluate_models(
         config,
         session.questions,
-        prepared.corpus.schemas,
+        prepared.judged_schemas,
         prepared.model_folder,
         session.folder.adapter.uri,
         display,

@@ -16,6 +16,7 @@ from ray_sql import cluster, data, generate, models, rows
 from ray_sql.config import Config, strip_password
 from ray_sql.data import Corpus, Example, LeftOut
 from ray_sql.data.contract import make_contract
+from ray_sql.database import Schema
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.finetune import gold
 from ray_sql.generate import Question
@@ -93,6 +94,11 @@ class Prepared:
     def _questions(self, split: str, limit: int | None) -> list[Question]:
         examples = data.sample(self.corpus.splits[split], limit, self.config.seed)
         return generate.make_questions(examples, split, self.corpus, self.encoder)
+
+    @property
+    def judged_schemas(self) -> dict[str, Schema]:
+        """The schemas that answers are judged by."""
+        return self.corpus.judged_schemas(TASKS[self.config.task_type])
 
     @property
     def encoder(self) -> rows.Encoder:

@@ -105,7 +105,8 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
                 raise UnknownEvent(event)
 
     model = str(folder)
-    rows = evaluate_models(plain, questions, corpus.schemas, model, None, display, show)["base"]
+    schemas = corpus.judged_schemas(TASKS[plain.task_type])
+    rows = evaluate_models(plain, questions, schemas, model, None, display, show)["base"]
     before, after = _right(run.read_predictions()), _right(rows)
     pairs = [(before[key], right) for key, right in after.items() if key in before]
     compared = {"n": len(pairs), **paired_test(pairs).named("adapter", "merged")}

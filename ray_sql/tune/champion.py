@@ -143,7 +143,7 @@ def _evaluate(session: StudySession, chosen: Config, best: TrialRecord) -> Evalu
         return evaluate_models(
             config,
             session.questions,
-            session.prepared.corpus.schemas,
+            session.prepared.judged_schemas,
             session.prepared.model_folder,
             adapter,
             session.display,
