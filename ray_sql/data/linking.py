@@ -8,16 +8,20 @@ Answers are real JSON, and no text of a model is ever evaluated as code.
 import ast
 import json
 import re
+from collections.abc import Callable
 from functools import lru_cache
 
 from sqlglot import exp, parse
 from sqlglot.errors import SqlglotError
 
+from ray_sql.data.answers import after_thoughts, code_blocks
 from ray_sql.data.names import Reader
 from ray_sql.database import MOST_ANALYSED, MOST_NODES, Links, Schema, sqlite_words
 from ray_sql.errors import DataError
 
 _FENCED = re.compile(r"```(?:json)?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK_INFO = re.compile(r"\A[^\n{\[]*(?:\{[.#][^}\n]*\})?\s*")
+"""The words behind an opening fence, before JSON."""
 _LONGEST_LITERAL = 100_000
 """Characters of an answer or label; a longer one holds no links that anybody could use."""
 _SQLGLOT_NAMES = {
@@ -109,16 +113,23 @@ def format_links(links: Links) -> str:
 def parse_links(answer: str) -> Links | None:
     """Return the links in a model's answer, each column once.
 
-    Reads the first fenced block, even one that was cut off. Without a fence, or with an object
-    before it, reads the first JSON object. None means no JSON object of lists of names.
+    Reads the last code block that has links, behind the thoughts, even one that was cut off.
+    Without a block, or with an object before it, reads the first JSON object. None means no JSON
+    object of lists of names.
     """
+    answer = after_thoughts(answer)
     if len(answer) > _LONGEST_LITERAL:
         return None
-    fenced = _FENCED.search(answer)
+    blocks = [_BLOCK_INFO.sub("", block.text, count=1) for block in code_blocks(answer)]
+    if not blocks or answer.lstrip().startswith("{"):
+        return _read_links(_first_object, answer)
+    found = (_read_links(json.loads, block) for block in reversed(blocks))
+    return next((links for links in found if links is not None), None)
+
+
+def _read_links(read: Callable[[str], object], text: str) -> Links | None:
     try:
-        if fenced is None or answer.lstrip().startswith("{"):
-            return _as_links(_first_object(answer))
-        return _as_links(json.loads(fenced[1]))
+        return _as_links(read(text))
     except (ValueError, RecursionError):  # A model may repeat "[" until RecursionError.
         return None
 

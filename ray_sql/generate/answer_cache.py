@@ -20,7 +20,7 @@ class _Kept(TypedDict):
     question: int
 
 
-VERSION = 4
+VERSION = 5
 """Raise when the code of this package makes other answers from the same questions."""
 
 

@@ -97,7 +97,7 @@ def _answer_over_prefixes(
     keep: OnAnswer,
 ) -> None:
     prompts = [question.input_ids for question in questions]
-    ends = Ends(model, tokenizer)
+    ends = Ends(model, tokenizer, prompts[0])
 
     def finish(index: int, tokens: list[int], seconds: float) -> None:
         tokens = ends.cut(tokens)

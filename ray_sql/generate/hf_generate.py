@@ -40,7 +40,7 @@ def answer_batch(
         padding = width - len(prompt)
         ids.append([pad] * padding + prompt)
         mask.append([0] * padding + [1] * len(prompt))
-    ends = Ends(model, tokenizer)
+    ends = Ends(model, tokenizer, prompts[0])
     # a config of our own: a model's own may sample, which would make two evaluations differ
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
