@@ -23,7 +23,7 @@ from ray_sql.metrics import VerdictName, resolvable_difference
 from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped, is_right
 from ray_sql.metrics.paired import ALPHA, paired_test
 from ray_sql.store import storage
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import COMPARISON, RunFolder
 from ray_sql.store.shapes import Rules
 from ray_sql.tasks import SCHEMA, SQL, Task
 
@@ -55,6 +55,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     if config.dry_run:
         display.line(f"would compare {a} with {b} and write {config.run_dir}")
         return {}
+    folder.require_ours(COMPARISON)
     result = compare_files(a, b)
     text = listing(result)
     storage.write_text(folder.comparison_text, text)

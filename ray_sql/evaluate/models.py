@@ -24,6 +24,7 @@ from ray_sql.metrics.judged import Evaluation
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder
+from ray_sql.store.weights import require_whole
 from ray_sql.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -127,12 +128,16 @@ def scored_questions(
 
 
 def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:
-    """Raise `ContractError` unless an adapter was trained for this prompt, tokenizer and base."""
+    """Raise `ContractError` unless an adapter was trained for this prompt, tokenizer and base.
+
+    Raises `ModelError` if its weights are not those that its contract names.
+    """
     saved = AdapterFolder(adapter).read_contract()
     if saved is None:
         raise ContractError(
             f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
         )
+    require_whole(AdapterFolder(adapter))
     current = make_contract(config, models.load_tokenizer(model_folder), revision)
     check_contract(saved, current, adapter)
 

@@ -33,6 +33,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             for line in _plan(config):
                 display.line(line)
             return {}
+        folder.require_ours()
         if config.predictions_file:
             path = absolute(config.predictions_file)
             evaluation = predictions_file.evaluate_file(path, config, display)

@@ -45,6 +45,7 @@ def conclude(
         "dataset_id": config.dataset_id,
         "data_fingerprint": prepared.corpus.fingerprint(),
         "identity": config.identity(),
+        "weights_sha256": (folder.adapter.read_contract() or {}).get("weights_sha256"),
         "mlflow_run_id": record.run_id,
         "tracking_uri": mask_password(record.uri),
         **facts,

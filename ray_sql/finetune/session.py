@@ -48,6 +48,7 @@ class Session:
 
     def __enter__(self) -> Self:
         config = self.config
+        self.folder.require_writable()
         if config.tracking.enabled:
             self.display.starting("MLflow")
             tracking.require_store(config.tracking)

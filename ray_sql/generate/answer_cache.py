@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -49,11 +50,14 @@ class AnswerCache:
 
     def add(self, index: int, answer: Answer) -> None:
         """Append one answer. Raises `StoreError` if it cannot be written."""
+        size = self.file.stat().st_size if self.file.is_file() else 0
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(_line(index, answer))
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.file, size)
             raise StoreError(
                 f"{self.file}: cannot be written ({error.strerror}); "
                 "free space, or choose another --cache_dir"

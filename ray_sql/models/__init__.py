@@ -12,6 +12,7 @@ from ray_sql.models.load import (
     load_base,
     load_tokenizer,
     on_this_node,
+    read_shape,
     resolve,
     revision_of,
 )

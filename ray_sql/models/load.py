@@ -6,7 +6,9 @@ measured over NF4 weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ from pydantic import SecretStr
 
 from ray_sql.config import absolute
 from ray_sql.config.sections import QuantizationSection
-from ray_sql.errors import ModelError
+from ray_sql.errors import ModelError, RaySqlError, out_of_memory
+from ray_sql.files import read_json
 from ray_sql.models.demo import demo_folder, demo_model
 from ray_sql.models.logs import quiet
 
@@ -64,9 +67,24 @@ def resolve(
                 f"--model_name {model_name}: the folder holds no config.json; "
                 "give a Hugging Face model folder"
             )
+        _require_files(folder, model_name)
         return str(folder), None
     snapshot = _fetch_snapshot(model_name, revision, token)
     return snapshot, Path(snapshot).name
+
+
+def _require_files(folder: Path, model_name: str) -> None:
+    """Raise `ModelError` for a model folder with a pipe or a broken link in it.
+
+    Reading a pipe would never end. Raises `DamagedFile` if its config.json is none.
+    """
+    flag = f"--model_name {model_name}"
+    for file in sorted(folder.iterdir()):
+        if not (file.is_file() or file.is_dir()):
+            raise ModelError(f"{flag}: {file.name} is no ordinary file; give an intact folder")
+        if file.is_file() and not os.access(file, os.R_OK):
+            raise ModelError(f"{flag}: {file.name} cannot be read; correct its rights")
+    read_json(dict[str, Any], folder / "config.json", "give an intact model folder")
 
 
 def on_this_node(folder: str, model_name: str, cache: Path, token: SecretStr | None = None) -> str:
@@ -123,15 +141,27 @@ def check_window(folder: str, tokens: int, reason: str) -> None:
 
     `reason` names the text, with `{tokens}` in it, and the way to a shorter one.
     """
-    from transformers import AutoConfig
-
-    shape = AutoConfig.from_pretrained(folder).get_text_config()
+    shape = read_shape(folder)
     window = getattr(shape, "max_position_embeddings", None)
     rope = getattr(shape, "rope_parameters", None) or {"rope_type": "default"}
     # positions that are scaled, or differ from layer to layer, may reach further than this number
+    if not isinstance(window, int) or not isinstance(rope, dict):
+        return
     if window and tokens > window and rope.get("rope_type") == "default":
         text = reason.format(tokens=f"{tokens:,}")
         raise ModelError(f"--model_name {folder}: it reads up to {window:,} tokens, but {text}")
+
+
+def read_shape(folder: str) -> Any:
+    """Return the sizes of a model's text part, as transformers reads them from config.json.
+
+    Raises `ModelError` if they cannot be read, or if the model needs code of its own.
+    """
+    quiet()
+    from transformers import AutoConfig
+
+    with _refusals(f"--model_name {folder}", "its config.json cannot be used"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -139,12 +169,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     quiet()
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model_name {folder}: its tokenizer cannot be loaded: {_one_line(error, 200)}"
-        ) from None
+    with _refusals(f"--model_name {folder}", "its tokenizer cannot be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -172,38 +200,56 @@ def load_base(
         given["quantization_config"] = BitsAndBytesConfig(
             **quantization.model_dump(), bnb_4bit_compute_dtype=dtype
         )
-    try:
+    with _refusals(f"--model_name {folder}", "cannot be loaded"):
         # never "auto": it would spread one model over all devices of a worker group
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, **given
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            output_loading_info=True,
+            **given,
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model_name {folder}: cannot be loaded: {_one_line(error, 300)}"
-        ) from None
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
     if quantization.load_in_4bit and model.device.type == "cpu":
         cpu_linear.dequantise_once(model, dtype)
     return model
 
 
-def load_adapter(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+def load_adapter(
+    base: PreTrainedModel, adapter: str | Path, *, exact: bool = False
+) -> PreTrainedModel:
     """Return `base` with the LoRA adapter of a local folder, for generation.
 
-    Raises `ModelError` if the two do not fit.
+    Its weights are rounded to the base model's type, unless they are to be `exact`. Raises
+    `ModelError` if the two do not fit.
     """
     from peft import PeftModel
 
-    try:
+    with _refusals(str(adapter), "not an adapter for this base model"):
         model = PeftModel.from_pretrained(base, str(adapter))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(
-            f"{adapter}: not an adapter for this base model: {_one_line(error, 300)}"
-        ) from None
     for name, weight in model.named_parameters():
-        if "lora_" in name:  # converted once, where autocast would do it at every token
+        # rounded once, where autocast would do it at every token
+        if "lora_" in name and not exact:
             weight.data = weight.data.to(base.dtype)
     return model
 
 
-def _one_line(error: Exception, most: int) -> str:
-    return " ".join(str(error).split())[:most]
+@contextmanager
+def _refusals(place: str, what: str) -> Iterator[None]:
+    """Raise as `ModelError` whatever transformers and its neighbours raise over damaged files.
+
+    They raise dozens of kinds, one of which is no `Exception`. Full memory is none of them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # how tokenizers, in Rust, falls over
+        known = isinstance(error, RaySqlError) or out_of_memory(error)
+        if known or not (panic or isinstance(error, Exception)):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is not run; give a model of a known type"
+        raise ModelError(f"{place}: {what}: {reason}") from None

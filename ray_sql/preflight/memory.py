@@ -16,9 +16,7 @@ def memory_estimate(
     and hidden unit in 16 bits. SDPA does not keep the attention matrix. With
     checkpointing, one layer's worth and every layer's input stay.
     """
-    from transformers import AutoConfig
-
-    shape = AutoConfig.from_pretrained(model_folder).get_text_config()
+    shape = models.read_shape(model_folder)
     hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
     inner = getattr(shape, "intermediate_size", None) or 4 * hidden
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
@@ -65,9 +63,7 @@ def _itemsize(bf16: bool | None, gpu: bool) -> int:
 
 def adapter_weights(r: int, model_folder: str) -> int:
     """Return the number of weights of an adapter of rank `r` on all linear layers."""
-    from transformers import AutoConfig
-
-    shape = AutoConfig.from_pretrained(model_folder).get_text_config()
+    shape = models.read_shape(model_folder)
     hidden = shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * hidden
     return int(shape.num_hidden_layers * r * (8 * hidden + 3 * (hidden + inner)))

@@ -21,8 +21,14 @@ from pathlib import Path
 from ray_sql.config import Config
 from ray_sql.errors import RaySqlError
 from ray_sql.publish import bundle, hub
-from ray_sql.store import checkpoints
-from ray_sql.store.run_folder import ADAPTER_CONFIG, CONTRACT, AdapterFolder, RunFolder
+from ray_sql.store import checkpoints, weights
+from ray_sql.store.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONTRACT,
+    AdapterFolder,
+    RunFolder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +118,7 @@ class CheckpointPusher:
     def _push(self, step: int) -> None:
         folder = self._copy_of(step)
         copy = AdapterFolder(str(folder))
+        weights.check(folder / ADAPTER_WEIGHTS, copy.place(ADAPTER_WEIGHTS))
         contract, saved = copy.read_contract() or {}, copy.read_adapter_config() or {}
         published = {
             CONTRACT: contract | {"model_name": self._base},

@@ -19,6 +19,7 @@ from ray_sql.config.sections import RepositorySection
 from ray_sql.data.contract import check_contract
 from ray_sql.errors import ConfigError, ContractError, ModelError
 from ray_sql.metrics.paired import PairedTest
+from ray_sql.store import weights
 from ray_sql.store.run_folder import ADAPTER_CONFIG, CONFIG, CONTRACT, METRICS, RunFolder
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
@@ -163,7 +164,8 @@ def _require_one_run(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the adapter's contract and PEFT configuration.
 
-    Raises `ContractError` unless they fit the run's contract, settings and metrics.
+    Raises `ContractError` unless they fit the run's contract, settings and metrics, and
+    `ModelError` unless the weights are whole, and those that were measured.
     """
     own, contract = folder.read_contract(), folder.adapter.read_contract()
     adapter_config = folder.adapter.read_adapter_config()
@@ -201,6 +203,13 @@ def _require_one_run(
                     f"config.json says {value!r}; the files are not of one run: train it again "
                     "with --overwrite"
                 )
+    if contract.get("weights_sha256") != metrics.get("weights_sha256"):
+        raise ContractError(
+            f"{folder.place(METRICS)}: other weights were measured than those of "
+            f"adapter/{CONTRACT} (weights_sha256 differs); train it again with --overwrite"
+        )
+    weights.require_own(folder.adapter)
+    weights.require_whole(folder.adapter)
     return contract, adapter_config
 
 

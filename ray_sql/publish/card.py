@@ -8,12 +8,15 @@ used: it prints nothing for a name that a template misspells, where this page ra
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from ray_sql.config import absolute
 from ray_sql.database import Column, ForeignKey, Schema, Table, render
+from ray_sql.display import printable
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
 from ray_sql.report.scores import Scores, score_lines
@@ -49,8 +52,13 @@ def card(
         encoding="utf-8"
     )
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=prose,
     )
+    environment.filters |= {"code": code, "python": python, "as_is": AsIs}
     metrics, config = bundle.metrics, bundle.config
     task = TASKS[config.task_type]
     models: dict[str, Mapping[str, Any]] = {
@@ -82,7 +90,7 @@ def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
     """Return one row per split and score, with one column per model."""
     return [
         [
-            line.split,
+            prose(line.split),
             f"**{line.label}**" if line.kind == "main" else line.label,
             f"{line.n:,}",
             *line.cells,
@@ -90,6 +98,31 @@ def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
         for line in score_lines(models, task)
         if line.kind != "level"
     ]
+
+
+class AsIs(str):
+    """A text of our own, or one that is escaped already."""
+
+
+def prose(value: Any) -> str:
+    """Return a value for the card's text: one line, in which no sign is Markdown's or HTML's."""
+    if isinstance(value, AsIs):
+        return value
+    return re.sub(r"([\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(value))
+
+
+def code(value: Any) -> AsIs:
+    """Return a value for a span of code, where nothing can be escaped."""
+    return AsIs(_one_line(value).replace("`", "'").replace("|", "/"))
+
+
+def python(value: Any) -> AsIs:
+    """Return a value as a literal of Python."""
+    return AsIs(json.dumps(str(value)))
+
+
+def _one_line(value: Any) -> str:
+    return printable(" ".join(str(value).split()))
 
 
 def metadata(

@@ -75,16 +75,14 @@ def _scratch_dir(cache: Path) -> Path:
 
 def _write(config: Config, run: RunFolder, folder: Path) -> None:
     """Write the merged model with its tokenizer, as a Hugging Face folder."""
-    from peft import PeftModel
-
     revision = models.revision_of(run.read_contract(), config.model_name)
     place, _ = models.resolve(config.model_name, config.cache, config.read_token, revision)
     base = models.load_base(place, QuantizationSection(load_in_4bit=False), bf16=True)
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         adapter = storage.fetch(run.adapter.uri, Path(scratch))
-        # not models.load_adapter, which rounds LoRA's weights for generation: here their product is
-        # rounded once, when it is added
-        PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
+        # LoRA's weights are not rounded, as for generation: their product is, when it is added
+        model = models.load_adapter(base, adapter, exact=True)
+        model.merge_and_unload().save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
     storage.fetch_file(run.place(CONTRACT), folder / CONTRACT)
 

@@ -22,7 +22,7 @@ from ray_sql.publish import merge
 from ray_sql.publish.bundle import Bundle
 from ray_sql.publish.card import card
 from ray_sql.publish.hub import Hub, License, Pushed
-from ray_sql.store import storage
+from ray_sql.store import storage, weights
 from ray_sql.store.run_folder import ADAPTER_WEIGHTS, CONTRACT
 from ray_sql.tasks import TASKS
 
@@ -119,11 +119,10 @@ def _license(hub: Hub, bundle: Bundle) -> License:
 
 def _push_adapter(hub: Hub, bundle: Bundle, license: License) -> Pushed:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        weights = storage.fetch_file(
-            bundle.folder.adapter.place(ADAPTER_WEIGHTS), Path(scratch) / ADAPTER_WEIGHTS
-        )
+        known = bundle.metrics.get("weights_sha256")
+        copy = weights.fetch(bundle.folder.adapter, Path(scratch) / ADAPTER_WEIGHTS, known)
         files: dict[str, Path | bytes] = {
-            ADAPTER_WEIGHTS: weights,
+            ADAPTER_WEIGHTS: copy,
             **bundle.json_files(),
             "README.md": card(bundle, hub.repo_id, license).encode(),
         }
@@ -150,7 +149,8 @@ def _message(bundle: Bundle, measured: Mapping[str, Any]) -> str:
     scores = [
         f"{percent(one[task.metric])} of {one['n']} {split}" for split, one in measured.items()
     ]
-    return f"{bundle.config.output_name}: {task.label} {', '.join(scores)} (ray_sql {__version__})"
+    text = f"{bundle.config.output_name}: {task.label} {', '.join(scores)} (ray_sql {__version__})"
+    return " ".join(text.split())
 
 
 def _line(pushed: Pushed) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray_sql.errors import DamagedFile
+from ray_sql.errors import DamagedFile, StoreError
 from ray_sql.files import parse_json
 from ray_sql.store import storage
 from ray_sql.store.shapes import AdapterConfig, Contract, JudgedAnswer, MlflowRun, RunMetrics
@@ -42,6 +42,7 @@ ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STUDY = "study.json"
+COMPARISON = "compare.json"
 
 ARTIFACTS = (CONFIG, CONTRACT, METRICS, PREDICTIONS, GOLD_ERRORS, LEFT_OUT, REPORT, ADAPTER)
 """The files that MLflow keeps, where the run has them."""
@@ -60,6 +61,8 @@ _HALVINGS = f"{_INPUTS}/halvings"
 _MLFLOW_RUN = "run.json"
 _TRIALS = "trials"
 _TRIAL_MEASURES = "measured.json"
+_RAY = "ray"
+_TRIED = "tried-by-ray_sql"
 _REMOVED = "removed-by-ray_sql"
 """Marks a folder whose removal has begun. Written first and removed last."""
 _MAIN_MODELS = ("tuned", "file")
@@ -200,7 +203,7 @@ class RunFolder(_Folder):
     @property
     def comparison(self) -> str:
         """The place of a comparison as JSON."""
-        return self.place("compare.json")
+        return self.place(COMPARISON)
 
     @property
     def comparison_text(self) -> str:
@@ -231,11 +234,14 @@ class RunFolder(_Folder):
     def write_adapter(self, local: Path) -> None:
         """Write `adapter/` from a local folder, with the run's recipe.
 
-        An adapter carries its recipe wherever it is copied to.
+        An adapter carries its recipe wherever it is copied to, and the SHA-256 of its weights.
         """
         storage.fetch_file(self.place(CONFIG), local / CONFIG)
         if not (local / CONTRACT).exists():
             storage.fetch_file(self.place(CONTRACT), local / CONTRACT)
+        contract = AdapterFolder(str(local)).read_contract() or {}
+        contract["weights_sha256"] = storage.sha256(local / ADAPTER_WEIGHTS)
+        (local / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n")
         storage.put(local, self.adapter.uri)
 
     def checkpoint(self, step: int) -> AdapterFolder:
@@ -384,9 +390,30 @@ class RunFolder(_Folder):
     @property
     def ray(self) -> str:
         """The folder of Ray's own state."""
-        return self.place("ray")
+        return self.place(_RAY)
 
     # The folder as a whole
+
+    def require_ours(self, mark: str = CONFIG) -> None:
+        """Raise `StoreError` if the folder holds anything, and not the `mark` of a job of ours.
+
+        A model's folder, say, has a `config.json` too. Raises it, too, if nothing can be written.
+        """
+        found = set(storage.names(self.uri)) - {_RAY}
+        settings = self.read_settings() if CONFIG in found else None
+        foreign = settings is not None and not {"output_name", "output_dir"} <= set(settings)
+        if foreign or (found and mark not in found):
+            raise StoreError(
+                f"{self.uri}: exists, and is not of ray_sql (no {mark} of a job); choose another "
+                "--output_name"
+            )
+        self.require_writable()
+
+    def require_writable(self) -> None:
+        """Raise `StoreError` if nothing can be written here: tried before the work, not after."""
+        is_new = not self.exists()
+        storage.write_text(self.place(_TRIED), "")
+        storage.remove(self.uri if is_new else self.place(_TRIED))
 
     @property
     def is_local(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -60,7 +60,7 @@ class Contract(TypedDict):
 
     task_type: str
     model_name: str
-    model_revision: str | None
+    model_revision: Annotated[str, Field(pattern=r"^[\w./-]{1,200}$")] | None
     quantization: dict[str, Any]
     template: dict[str, str]
     template_hash: str
@@ -81,7 +81,7 @@ class Scores(TypedDict):
     n: Count
     gold_errors: Count
     interval: Interval
-    semantics: NotRequired[str]
+    semantics: NotRequired[Literal["spider", "bird", "strict"]]
     by_hardness: NotRequired[dict[str, dict[str, Any]]]
 
 
@@ -135,6 +135,7 @@ class _RunMetrics(TypedDict):
     tracking_uri: str | None
     best_step: Count
     steps: Count
+    weights_sha256: NotRequired[str | None]
     training_seconds: float
     seconds: float
     compared: NotRequired[dict[str, _ComparedWithBase]]

@@ -228,6 +228,12 @@ def checksum(file: Path) -> str | None:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a local file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def absolute_uri(place: str) -> str:
     """Return a path made absolute, and a URI as it is."""
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))

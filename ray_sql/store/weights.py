@@ -1,0 +1,62 @@
+"""An adapter's weights: whole, plain, and those that were measured."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ray_sql.errors import ModelError
+from ray_sql.store import storage
+from ray_sql.store.run_folder import ADAPTER_WEIGHTS, AdapterFolder
+
+WAY_OUT = "restore it from a copy, or train again"
+
+
+def check(file: Path, place: str, known: str | None = None) -> None:
+    """Raise `ModelError` unless a local file holds an adapter's weights, whole.
+
+    A pickle, a cut file or a pipe holds none. `known` is the SHA-256 that it must have. `place` is
+    where the user finds it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ModelError(f"{place}: is missing, or no ordinary file; {WAY_OUT}")
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{place}: holds no weights that are whole ({reason}); {WAY_OUT}"
+        ) from None
+    if not any("lora_" in name for name in names):
+        raise ModelError(f"{place}: holds no weights of LoRA; give the adapter of a run")
+    if known and storage.sha256(file) != known:
+        raise ModelError(
+            f"{place}: is not the file that was measured (SHA-256 is not {known[:12]}…); {WAY_OUT}"
+        )
+
+
+def fetch(adapter: AdapterFolder, target: Path, known: str | None = None) -> Path:
+    """Copy an adapter's weights to a local file, checked as in `check`."""
+    place = adapter.place(ADAPTER_WEIGHTS)
+    if not storage.exists(place):
+        raise ModelError(f"{place}: is missing, or no ordinary file; {WAY_OUT}")
+    storage.fetch_file(place, target)
+    check(target, place, known)
+    return target
+
+
+def require_whole(adapter: AdapterFolder) -> None:
+    """Raise `ModelError` unless an adapter's weights are those that its contract names."""
+    known = (adapter.read_contract() or {}).get("weights_sha256")
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
+        fetch(adapter, Path(scratch) / ADAPTER_WEIGHTS, known)
+
+
+def require_own(adapter: AdapterFolder) -> None:
+    """Raise `ModelError` for weights that are a link: what it leads to may become another file."""
+    place = adapter.place(ADAPTER_WEIGHTS)
+    if "://" not in place and Path(place).is_symlink():
+        raise ModelError(f"{place}: is a link to another file; {WAY_OUT}")
