@@ -21,22 +21,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ray_sql.config import flatten, mask_password
+from ray_sql.config import flatten, mask_password, mask_secrets
 from ray_sql.config.sections import TrackingSection
-from ray_sql.errors import StoreError
+from ray_sql.errors import DamagedFile, StoreError
+from ray_sql.files import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+_Kind = Literal[
+    "metrics", "tag", "table", "artifact", "dataset", "version", "children", "running", "end"
+]
 METRICS_PER_CALL = 1000
 """Metrics that MLflow takes in one call."""
 PARAMS_PER_CALL = 100
 """Params that MLflow takes in one call."""
 RETRY_SECONDS = 60.0
 """Seconds for which records go straight to the spool after a failure: each try costs seconds."""
+
+
+class Record(NamedTuple):
+    """A line of the file of records that wait."""
+
+    run_id: str
+    kind: _Kind
+    values: list[Any]
 
 
 class Run:
@@ -150,7 +162,7 @@ class Run:
             if self._begin is None or not self._spool.exists():
                 return 0
             self._retry_at = 0.0
-            lines = self._spool.read_text(encoding="utf-8").splitlines()
+            lines = _spooled(self._spool)
             while lines and self._replay_line(lines[0]):
                 lines.pop(0)
             with self._spooling("replayed", self._spool):
@@ -164,8 +176,8 @@ class Run:
     def _replay_line(self, line: str) -> bool:
         """Return True once the record is settled."""
         try:
-            run_id, kind, values = json.loads(line)
-        except ValueError:  # the process was killed while it wrote this line
+            run_id, kind, values = parse_json(Record, line, str(self._spool), "")
+        except DamagedFile:  # the process was killed while it wrote this line
             return True
         if " " in run_id and run_id != self._waiting:
             return True  # the record of a run that never began, and was replaced since
@@ -339,10 +351,15 @@ def replay(settings: TrackingSection, spool: Path) -> int:
 def run_ids_waiting(spool: Path) -> set[str]:
     """Return the ids of the runs whose records wait in a spool."""
     runs = set()
-    for line in spool.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # the process was killed while it wrote this line
-            runs.add(json.loads(line)[0])
+    for line in _spooled(spool):
+        with suppress(DamagedFile):  # the process was killed while it wrote this line
+            runs.add(parse_json(Record, line, str(spool), "")[0])
     return {run_id for run_id in runs if " " not in run_id}
+
+
+def _spooled(spool: Path) -> list[str]:
+    """Return the lines of a file of records that wait."""
+    return read_text(spool, "remove it: its records are lost").splitlines()
 
 
 def require_store(settings: TrackingSection) -> str:
@@ -353,12 +370,17 @@ def require_store(settings: TrackingSection) -> str:
     uri = store_uri(settings.uri)
     if not settings.enabled:
         return uri
-    shown, parts = mask_password(uri), urlsplit(uri)
+    shown = mask_password(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise StoreError(f"--tracking.uri {shown}: is no address ({error}); correct it") from None
     if parts.scheme in ("http", "https"):
-        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        usual = {"http": 80, "https": 443}[parts.scheme]
         try:
+            address = (parts.hostname or "", parts.port or usual)
             socket.create_connection(address, timeout=5).close()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the second for a port or name that is none
             raise StoreError(
                 f"--tracking.uri {shown}: no MLflow server answers there ({error}); start it, "
                 "correct the address (MLFLOW_TRACKING_URI), or use --no-tracking.enabled"
@@ -405,7 +427,7 @@ def _sqlite_folder(uri: str) -> Path:
 
 def _reason(error: Exception) -> str:
     """Return an error's words in one line, without the password that MLflow repeats."""
-    return str(mask_password(" ".join(str(error).split())))[:300]
+    return mask_secrets(" ".join(str(error).split()))[:300]
 
 
 def _is_final(error: Exception) -> bool:
@@ -432,12 +454,14 @@ def _client(uri: str) -> Any:
 @contextmanager
 def _refusing(uri: str) -> Iterator[None]:
     """Raise errors of MLflow and its database drivers as a `StoreError`."""
+    from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    known = (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError, ValueError)
     try:
         yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+    except known as error:
         raise StoreError(
             f"--tracking.uri {mask_password(uri)}: MLflow cannot use it: {_reason(error)}"
         ) from None

@@ -149,8 +149,8 @@ def _is_lines(path: Path, text: str) -> bool:
         return False
     first, _, rest = start.partition("\n")
     try:
-        json.loads(first)
-    except ValueError:
+        files.parse_json(object, first, str(path), "")
+    except DamagedFile:
         return False
     return bool(rest.strip())
 

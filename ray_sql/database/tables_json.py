@@ -9,13 +9,13 @@ Each database has these keys:
 - `foreign_keys`: pairs of column indices.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray_sql.database.schema import Column, ForeignKey, Schema, Table
 from ray_sql.errors import DataError
+from ray_sql.files import read_json
 
 _Place = tuple[int, str]  # (table index, column name)
 _KEYS = (
@@ -33,18 +33,7 @@ def read_tables_json(path: str | Path) -> dict[str, Schema]:
     Raises:
         DataError: no such file, no JSON, or a malformed entry, by file, database and key.
     """
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read it ({error.strerror}); name the dataset's tables.json"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); name the dataset's tables.json") from error
-    if not isinstance(entries, list):
-        raise DataError(
-            f"{path}: must be a list with one object per database, found {type(entries).__name__}"
-        )
+    entries = read_json(list[Any], path, "give a list with one object a database")
     schemas = [_read_entry(entry, f"{path}: entry {index}") for index, entry in enumerate(entries)]
     return {schema.db_id: schema for schema in schemas}
 

@@ -53,6 +53,8 @@ class AnswerCache:
         size = self.file.stat().st_size if self.file.is_file() else 0
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            if not self.file.is_file():  # a pipe, say: nobody reads from it
+                self.file.unlink(missing_ok=True)
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(_line(index, answer))
         except OSError as error:

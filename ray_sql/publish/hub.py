@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
+from ray_sql.config import mask_secrets
 from ray_sql.config.sections import RepositorySection
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.store.retry import retry
@@ -292,7 +293,9 @@ def _reason(error: BaseException) -> str:
     status, first = _status(error), list(_chain(error))[-1]
     if status is not None:
         return f"HTTP {status}"
-    return f"{type(first).__name__}: {' '.join(str(first).split())[:200]}".rstrip(": ")
+    return f"{type(first).__name__}: {mask_secrets(' '.join(str(first).split()))[:200]}".rstrip(
+        ": "
+    )
 
 
 @contextmanager
@@ -319,4 +322,5 @@ def _named(place: str) -> Iterator[None]:
                 f"{place}: the token may not write there (HTTP {status}); choose another "
                 "--hub.repo_id, or set HF_TOKEN to a token that may"
             ) from None
-        raise StoreError(f"{place}: refused: {' '.join(str(error).split())[:300]}") from None
+        # not the error's own words where a header may be in them
+        raise StoreError(f"{place}: refused: {_reason(error)}") from None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_sql.display import printable
 from ray_sql.metrics import wilson_interval
 from ray_sql.metrics.judged import JudgedRow, grouped, is_right
 from ray_sql.tasks import TASKS
@@ -308,6 +309,7 @@ def _binned(rows: Rows, edges: Sequence[int]) -> list[list[JudgedRow]]:
 
 def _name(text: str) -> str:
     """Return a dataset's own word as a short label in which `$` begins no formula."""
+    text = printable(text)
     if len(text) > 28:
         text = f"{text[:27]}…"
     return text.replace("$", r"\$")
