@@ -127,9 +127,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, what: str) -> N
             source.mkdir()
             for part in range(20):
                 (source / f"part{part}").write_text("x" * 3000)
-            subprocess.run(
-                ["truncate", "-s", "1M", str(source / "z")], check=True, preexec_fn=_free
-            )
+            grow = ["truncate", "-s", "1M", str(source / "z")]
+            subprocess.run(grow, check=True, preexec_fn=_free)
             storage.put(source, str(target))
     if what == "an answer":
         assert len(AnswerCache(target).read()) == 1 and target.read_text().endswith("}\n")
