@@ -103,7 +103,7 @@ class Server:
         with psycopg.connect(self.url("postgres")) as connection:
             pids = connection.execute(
                 "SELECT pid FROM pg_stat_activity "
-                "WHERE application_name = 'ray_sql' AND state = 'active'"
+                "WHERE application_name LIKE 'ray_sql%' AND state = 'active'"
             )
             return [pid for (pid,) in pids]
 

@@ -1,5 +1,6 @@
 """Run queries in a pool of killable processes, and compute each result once."""
 
+import logging
 import marshal
 import os
 import queue
@@ -25,6 +26,7 @@ Answer = TypeVar("Answer")
 Progress = Callable[[int, int], None]
 """Called with (done, total), in the calling thread."""
 
+logger = logging.getLogger(__name__)
 GRACE_SECONDS = 1.0
 """Time beyond the limit before a worker is killed; it stops by itself at the limit if it can."""
 START_SECONDS = 60.0
@@ -51,6 +53,7 @@ class Executor:
         self._results = _Results()
         self._closed = False
         self._stopped = False
+        self._overstayed = 0
         self._started: set[_Worker] = set()
         """Workers that were started and not ended, idle or not."""
         # A slot is None until it is needed, so an idle executor starts no process.
@@ -158,12 +161,30 @@ class Executor:
                 worker = _Worker(source.kind)
                 self._started.add(worker)
                 self._check_open()  # it may have been stopped since
-            return worker.ask(source.uri, sql, limits)
+            answer = worker.ask(source.uri, sql, limits)
+        except ServerFull as error:
+            if not self._overstayed:
+                raise
+            busy = f"timeout: {self._overstayed} queries before overstayed, and {error}"
+            return _Sized(QueryResult("timeout", (), (), busy, 0.0), 0)
+        else:
+            if source.kind == "postgresql" and not worker.alive():
+                self._overstayed += 1
+                logger.warning(
+                    "PostgreSQL did not stop a query after %g s; one of its processes named "
+                    "`ray_sql` in pg_stat_activity may stay busy",
+                    limits.seconds,
+                )
+            return answer
         finally:
             if worker is not None and not worker.alive():
                 self._started.discard(worker)
                 worker = None
             self._slots.put(worker)
+
+
+class ServerFull(DataError):
+    """A server that has no connection left, for now."""
 
 
 class _Sized(NamedTuple):
@@ -219,6 +240,11 @@ class _Worker:
             self.kill()
             raise
         status, columns, rows, error, seconds = marshal.loads(reply)
+        if status == "full":
+            raise ServerFull(
+                f"PostgreSQL has no connection left: {error}; lower --evaluate.processes, or raise "
+                "the limit of the role or server"
+            )
         if status == "unreachable":
             raise DataError(
                 f"cannot connect to PostgreSQL: {error}; check the URL, and PGPASSWORD or ~/.pgpass"

@@ -11,7 +11,11 @@ These guards keep a query from doing harm, the strongest first:
   `dblink`, advisory locks, `set_config`). A query is refused if any word of its text names one,
   wherever it stands, so no quoting and no comment hides it. Functions that run SQL given as text
   are refused too.
-- `statement_timeout` and `lock_timeout` on the server, and rows fetched in small portions.
+- No function of the database's own that acts outside too: in a language that the server does not
+  trust, with its owner's rights (`SECURITY DEFINER`), or one whose text names a refused function.
+- No call that the server could not stop (`postgres_costs`), and no XPath.
+- `statement_timeout` and `lock_timeout` on the server, and rows fetched in small portions. The
+  next worker that connects tells a process of the server to end that overstays nevertheless.
 - A parent that kills this process.
 
 They leave some risks. The query may read all that its role may read, and call the database's own
@@ -32,6 +36,7 @@ from typing import Any
 import psycopg
 from psycopg import pq
 
+from ray_sql.database.postgres_costs import endless_call
 from ray_sql.database.sqlite_worker import Reply, one_line, restrict, serve
 
 HARMLESS = set(
@@ -40,6 +45,8 @@ HARMLESS = set(
 """Volatile only because they answer anew each time."""
 RUNS_TEXT = set("crosstab crosstab2 crosstab3 crosstab4 crosstabn connectby xpath_table".split())
 """Functions of the server's extensions that run a query given as text, not declared volatile."""
+XPATH = set("xpath xpath_exists xmltable xmlexists xslt_process xpath_bool xpath_nodeset".split())
+"""They run programs of loops in loops, which no limit of the server stops."""
 # No query can call a function with an argument of type `internal`, whose name may be "system".
 VOLATILE = """
 SELECT DISTINCT lower(p.proname) FROM pg_catalog.pg_proc p
@@ -48,6 +55,25 @@ WHERE p.provolatile = 'v' AND p.prorettype <> 'trigger'::regtype
   AND (p.pronamespace = 'pg_catalog'::regnamespace OR EXISTS (
     SELECT FROM pg_catalog.pg_depend d
     WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
+"""
+OWN = """
+SELECT lower(p.proname), p.prosecdef OR NOT l.lanpltrusted,
+  CASE p.prokind WHEN 'a' THEN concat(a.aggtransfn, ' ', a.aggfinalfn)
+    ELSE pg_catalog.pg_get_functiondef(p.oid) END
+FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+LEFT JOIN pg_catalog.pg_aggregate a ON a.aggfnoid = p.oid
+WHERE p.pronamespace <> 'pg_catalog'::regnamespace AND p.prorettype <> 'trigger'::regtype
+  AND p.pronamespace <> 'information_schema'::regnamespace AND NOT EXISTS (
+    SELECT FROM pg_catalog.pg_depend d
+    WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')
+"""
+# A backend that is in a function without an end takes note of this when it leaves it.
+OVERSTAYED = """
+SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+WHERE usename = current_user AND state = 'active' AND pid <> pg_catalog.pg_backend_pid()
+  AND application_name ~ '^ray_sql, [0-9.e+]+ s$'
+  AND clock_timestamp() - xact_start > make_interval(
+    secs => 2 + substring(application_name from '[0-9.e+]+')::float8)
 """
 # No output depends on a server's defaults, and scans begin at the beginning: equal questions get
 # equal answers.
@@ -61,8 +87,11 @@ SET LOCAL extra_float_digits = 1;
 SET LOCAL standard_conforming_strings = on;
 SET LOCAL synchronize_seqscans = off;
 SET LOCAL cursor_tuple_fraction = 1;
-SET LOCAL idle_in_transaction_session_timeout = {idle}
+SET LOCAL idle_in_transaction_session_timeout = {idle};
+SET LOCAL application_name = 'ray_sql, {seconds:g} s'
 """
+WATCH = "SET client_connection_check_interval = '1s'"
+"""Let the server end a query whose client is gone, from PostgreSQL 14 on."""
 TIMEOUTS = "SET LOCAL statement_timeout = {left}; SET LOCAL lock_timeout = {left}"
 MOST_ROWS_AT_ONCE = 4096
 # The start of an SQLSTATE -> the opening of `QueryResult.error`.
@@ -92,6 +121,10 @@ BAD_REQUEST = "08P01"
 ESCAPED = re.compile(r'u&"', re.IGNORECASE)
 """A name in Unicode escapes."""
 
+FULL = re.compile("too many (connections|clients)|remaining connection slots")
+FULL_SECONDS = 3.0
+"""Seconds for which a server without a free connection is tried again."""
+
 UNREADABLE_URL = (
     "not a URL that libpq reads: percent-encode the password, or leave it to PGPASSWORD or "
     "~/.pgpass"
@@ -109,7 +142,8 @@ def query(
 ) -> Reply:
     """Run one query under its limits.
 
-    A mistake in the query becomes a reply. The status is "unreachable" for a server out of reach.
+    A mistake in the query becomes a reply. The status is "unreachable" for a server out of reach,
+    and "full" for one without a free connection.
     """
     started = time.monotonic()
 
@@ -131,10 +165,13 @@ def query(
             # libpq quotes a URL that it cannot read, and the quoted part may be a password.
             if isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None:
                 return reply("unreachable", UNREADABLE_URL)
-            return reply("unreachable", str(error))
-        named = refused & words(sql)
+            return reply("full" if FULL.search(str(error)) else "unreachable", str(error))
+        found = words(sql)
+        named = refused & found
         if named:
             return reply("error", f"refused: FUNCTION {min(named)}")
+        if call := endless_call(sql, found):
+            return reply("error", f"refused: FUNCTION {call} on large values of the query's own")
         began = time.monotonic()
         names, result_rows = fetch(connection, text, started + seconds, seconds, rows, size)
         # The seconds of the query alone, because efficiency is judged by them.
@@ -161,17 +198,51 @@ def connect(uri: str, seconds: float) -> tuple[psycopg.Connection[Any], frozense
     if uri not in CONNECTIONS:
         for other in list(CONNECTIONS):
             CONNECTIONS.pop(other)[0].close()
-        connection: psycopg.Connection[Any] = psycopg.connect(
-            uri,
-            autocommit=True,
-            prepare_threshold=None,
-            client_encoding="UTF8",
-            application_name="ray_sql",
-            connect_timeout=max(2, min(10, int(seconds))),
-        )
-        volatile = {name for (name,) in connection.execute(VOLATILE)}
-        CONNECTIONS[uri] = connection, frozenset(volatile - HARMLESS | RUNS_TEXT)
-    return CONNECTIONS[uri]
+        connection = reach(uri, seconds)
+        connection.execute(OVERSTAYED)
+        CONNECTIONS[uri] = connection, frozenset(refused_functions(connection))
+    connection, refused = CONNECTIONS[uri]
+    if connection.info.server_version >= 140000:
+        connection.execute(WATCH)
+    return connection, refused
+
+
+def reach(uri: str, seconds: float) -> psycopg.Connection[Any]:
+    """Return a new connection; a server without a free one may have one soon."""
+    deadline = time.monotonic() + min(seconds, FULL_SECONDS)
+    while True:
+        try:
+            return psycopg.connect(
+                uri,
+                autocommit=True,
+                prepare_threshold=None,
+                client_encoding="UTF8",
+                application_name="ray_sql",
+                connect_timeout=max(2, min(10, int(seconds))),
+            )
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline or not FULL.search(str(error)):
+                raise
+        time.sleep(0.1)
+
+
+def refused_functions(connection: psycopg.Connection[Any]) -> set[str]:
+    """Return the names of all functions that no query may call, in lower case."""
+    volatile = {name for (name,) in connection.execute(VOLATILE)}
+    refused = volatile - HARMLESS | RUNS_TEXT | XPATH
+    return refused | outside(connection.execute(OWN).fetchall(), refused)
+
+
+def outside(functions: list[tuple[str, bool, str]], refused: set[str]) -> set[str]:
+    """Return the names of the database's own functions that act outside, alone or by another.
+
+    `functions` are (name, whether it has rights of its own, text).
+    """
+    found = {name for name, has_rights, _ in functions if has_rights}
+    texts = [(name, words(text) - {name}) for name, has_rights, text in functions if not has_rights]
+    while more := {name for name, called in texts if called & (refused | found)} - found:
+        found |= more
+    return found
 
 
 def clean(uri: str) -> None:
@@ -206,7 +277,7 @@ def fetch(
         OverflowError: more than `most_rows` rows or `size` bytes.
         TimeoutError: the deadline has passed.
     """
-    run(connection, BEGIN.format(idle=milliseconds(seconds + 60)).encode())
+    run(connection, BEGIN.format(idle=milliseconds(seconds + 60), seconds=seconds).encode())
     run(connection, timeouts(deadline))
     # Not `execute`: the simple protocol would take many statements.
     declare = b"DECLARE answer NO SCROLL CURSOR FOR " + sql

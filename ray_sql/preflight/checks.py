@@ -16,7 +16,7 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError, RaySqlError, StoreError
 from ray_sql.finetune import prepare
 from ray_sql.finetune.prepare import Prepared
-from ray_sql.preflight import nodes
+from ray_sql.preflight import nodes, rights
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS, TaskName
@@ -95,6 +95,9 @@ class _Lines:
         if prepared is None:
             return self._results
         self._check("data", check_data, config.split, config.task_type, prepared)
+        databases = prepared.corpus.databases.values()
+        if any(url.startswith("postgres") for url in databases):
+            self._check("database role", rights.check, databases)
         self._check("lengths", prepared.audit.line)
         if config.prev_checkpoint:
             self._check("start", check_start, prepared)

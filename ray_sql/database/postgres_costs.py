@@ -1,0 +1,128 @@
+"""Find a call that a PostgreSQL server could not stop.
+
+A server stops a query between rows and inside most functions, but not in all. `translate`, the
+search for a text in a text, or the overlap of two lists goes through one value for each part of the
+other. `statement_timeout` and `pg_terminate_backend` wait for its end. The data of tables keeps
+that short. So this finds calls on values that the query itself makes, of any size.
+"""
+
+import re
+
+import sqlglot
+from sqlglot import exp
+
+from ray_sql.database.query import MOST_NODES
+
+SMALL = 1_000
+"""A length up to which a value is made and read in no time."""
+MAKERS = set("repeat lpad rpad array_fill polygon factorial".split())
+GATHERERS = set(
+    "string_agg array_agg json_agg jsonb_agg xmlagg json_object_agg jsonb_object_agg range_agg "
+    "array".split()
+)
+"""They make one value of many rows: of more than tables have, if the query makes rows too."""
+ROWS = set("generate_series generate_subscripts unnest recursive cross".split())
+ALONE = set("normalize is_normalized exp ln log log10 power pow sqrt".split())
+"""They take long on a single large value."""
+LINEAR = GATHERERS | set(
+    "concat concat_ws coalesce greatest least row format json_build_object json_build_array "
+    "jsonb_build_object jsonb_build_array case if nullif cast and or not".split()
+)
+"""They read each value once."""
+CROSSING = (
+    exp.JSONBContainsAllTopKeys,
+    exp.JSONBContainsAnyTopKeys,
+    exp.ArrayOverlaps,
+    exp.ArrayContainsAll,
+    exp.ArrayContainedBy,
+    exp.Like,
+    exp.ILike,
+)
+"""Operators that compare the parts of one side with those of the other."""
+LINEAR_OPERATORS = (exp.Connector, exp.DPipe, exp.Predicate)
+WIDE = re.compile(
+    r"\d{1000}|\b(?:char|character|bpchar|bit|varying|numeric|decimal)\s*\(\s*\d{4}", re.IGNORECASE
+)
+"""A number of many digits, or a type of great length."""
+UNREADABLE = "of a query that makes large values and cannot be read"
+
+
+def endless_call(sql: str, words: set[str]) -> str | None:
+    """Return the name of a call that may never end; None if there is none.
+
+    `words` are those of the query in lower case. Most queries make nothing large, and are not
+    parsed.
+    """
+    if not words & (MAKERS | GATHERERS | {"recursive"}) and not WIDE.search(sql):
+        return None
+    try:
+        trees = sqlglot.parse(sql, read="postgres", max_nodes=MOST_NODES)
+        names = [_Query(tree, words).endless() for tree in trees if tree is not None]
+    except (sqlglot.errors.SqlglotError, RecursionError):
+        return UNREADABLE
+    return next((name for name in names if name), None)
+
+
+class _Query:
+    """One parsed statement, with the calls in it that make a large value."""
+
+    def __init__(self, tree: exp.Expr, words: set[str]) -> None:
+        self._tree = tree
+        joins_all = any(
+            not (join.args.get("on") or join.args.get("using")) for join in tree.find_all(exp.Join)
+        )
+        self._makes_rows = bool(words & ROWS) or joins_all
+        self._makers = {id(node) for node in tree.walk() if self._makes(node)}
+        # A column of a subquery may be such a value.
+        inner = any(
+            node.find_ancestor(exp.Subquery, exp.CTE)
+            for node in tree.walk()
+            if id(node) in self._makers
+        )
+        self._columns_are_large = inner or "recursive" in words
+
+    def endless(self) -> str | None:
+        """Return the name of the first call on too many large values."""
+        for node in self._tree.walk():
+            name = _name(node)
+            if name is None or name in LINEAR or name in MAKERS:
+                continue
+            large = sum(map(self._is_large, node.iter_expressions()))
+            if large > 1 or (large and name in ALONE):
+                return name
+        return None
+
+    def _makes(self, node: exp.Expr) -> bool:
+        if isinstance(node, exp.Literal):
+            return not node.is_string and len(node.name) > SMALL
+        if isinstance(node, exp.DataTypeParam):
+            return node.name.isdigit() and int(node.name[:9]) > SMALL
+        if isinstance(node, exp.Array):  # of listed values, or of a query's rows
+            return self._makes_rows and isinstance(next(node.iter_expressions(), None), exp.Query)
+        if _name(node) in GATHERERS:
+            return self._makes_rows
+        if _name(node) not in MAKERS:
+            return False
+        given = list(node.iter_expressions())
+        count = given[1] if len(given) > 1 else None
+        short = isinstance(count, exp.Literal) and count.name.isdigit() and len(count.name) <= 3
+        return not short or given[0].find(exp.Func) is not None
+
+    def _is_large(self, node: exp.Expr) -> bool:
+        return any(
+            id(part) in self._makers or (self._columns_are_large and isinstance(part, exp.Column))
+            for part in node.walk()
+        )
+
+
+def _name(node: exp.Expr) -> str | None:
+    """Return the name of a call or of an operator that may take long; None for all else."""
+    if isinstance(node, CROSSING):
+        return node.key
+    if isinstance(node, exp.Binary):
+        return None if isinstance(node, LINEAR_OPERATORS) else node.key
+    if isinstance(node, exp.Anonymous):
+        return node.name.lower()
+    if isinstance(node, exp.Func):
+        return node.sql(dialect="postgres").partition("(")[0].strip().lower()
+    return None

@@ -1,0 +1,79 @@
+"""Name what the role of a PostgreSQL URL may do besides reading tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ray_sql.database.reflection import database_url, open_engine
+from ray_sql.errors import StoreError
+
+SHOWN = 3
+ROLE = """
+SELECT rolsuper, rolcreaterole, rolreplication FROM pg_catalog.pg_roles
+WHERE rolname = current_user
+"""
+MEMBER = """
+SELECT rolname FROM pg_catalog.pg_roles
+WHERE rolname IN ('pg_read_server_files', 'pg_write_server_files', 'pg_execute_server_program',
+  'pg_signal_backend') AND pg_has_role(current_user, oid, 'USAGE') ORDER BY 1
+"""
+WRITABLE = """
+SELECT c.oid::regclass::text FROM pg_catalog.pg_class c
+WHERE c.relkind IN ('r', 'p', 'v', 'f') AND c.relnamespace <> 'pg_catalog'::regnamespace
+  AND c.relnamespace <> 'information_schema'::regnamespace
+  AND has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE, TRUNCATE') ORDER BY 1
+"""
+FOREIGN = """
+SELECT c.oid::regclass::text FROM pg_catalog.pg_class c
+WHERE c.relkind = 'f' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1
+"""
+FUNCTIONS = """
+SELECT p.oid::regproc::text FROM pg_catalog.pg_proc p
+JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+WHERE p.pronamespace <> 'pg_catalog'::regnamespace AND has_function_privilege(p.oid, 'EXECUTE')
+  AND p.prorettype <> 'trigger'::regtype
+  AND (p.prosecdef OR NOT l.lanpltrusted AND l.lanname NOT IN ('c', 'internal')) ORDER BY 1
+"""
+
+
+def check(databases: Iterable[str]) -> str:
+    """Return a line about the roles of all PostgreSQL databases."""
+    found: dict[str, None] = {}
+    urls = [url for url in databases if url.startswith("postgres")]
+    for url in urls:
+        found |= dict.fromkeys(of_role(url))
+    if not found:
+        return f"the role of {len(urls)} PostgreSQL databases may only read"
+    return (
+        f"the role {'; '.join(found)}. Queries that a model writes run with these rights: give the "
+        "URL a role of its own that may SELECT from the tables of the questions only"
+    )
+
+
+def of_role(url: str) -> list[str]:
+    """Return what a URL's role is or may do, in words, besides reading tables."""
+    from sqlalchemy import text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with open_engine(database_url(url)).connect() as connection:
+            is_superuser, makes_roles, replicates = connection.execute(text(ROLE)).one()
+            if is_superuser:
+                return ["is a superuser"]
+            lists = {
+                "is a member of": connection.execute(text(MEMBER)).scalars().all(),
+                "may write to": connection.execute(text(WRITABLE)).scalars().all(),
+                "reads other servers by": connection.execute(text(FOREIGN)).scalars().all(),
+                "may call": connection.execute(text(FUNCTIONS)).scalars().all(),
+            }
+    except SQLAlchemyError as error:
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"the rights of its role cannot be read: {reason}") from None
+    rights = ["may make roles"] * makes_roles + ["may replicate the server"] * replicates
+    return rights + [f"{words} {_listed(names)}" for words, names in lists.items() if names]
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = [str(name) for name in names]
+    more = f" and {len(first) - SHOWN} more" if len(first) > SHOWN else ""
+    return ", ".join(first[:SHOWN]) + more

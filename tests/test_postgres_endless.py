@@ -1,0 +1,210 @@
+"""Calls that PostgreSQL cannot stop, and functions that act outside: none is begun."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import evaluate
+from ray_sql.config import EvaluateConfig
+from ray_sql.database import Executor
+from ray_sql.preflight import rights
+from tests.test_postgres import LIMITS, Server, find_binaries
+from tests.waiting import wait_until
+
+psycopg = pytest.importorskip("psycopg")
+pytestmark = pytest.mark.postgres
+KIND = pytest.mark.kind("PostgreSQL calls without an end")
+
+LONG, OTHER = "repeat(repeat('a', 10000), 1000)", "repeat(repeat('b', 10000), 1000)"
+LIST = "(SELECT array_agg(i) FROM generate_series(1, 1000000) i)"
+OTHERS = "(SELECT array_agg(-i) FROM generate_series(1, 1000000) i)"
+JSON = LIST.replace("array_agg", "jsonb_agg")
+OTHER_JSON = OTHERS.replace("array_agg", "jsonb_agg")
+TEXTS = "(SELECT array_agg(i::text) FROM generate_series(1, 1000000) i)"
+NUMBER = f"('1.' || {LONG.replace('10000', '16')})::numeric"
+ENDLESS = [
+    f"SELECT length(translate({LONG}, {OTHER}, ''))",
+    f"SELECT length(btrim({LONG}, {OTHER} || 'a'))",
+    f"SELECT length(ltrim({LONG}, {OTHER} || 'a'))",
+    f"SELECT length(trim(both {OTHER} from {LONG}))",
+    f"SELECT position('b' || {LONG} IN {LONG})",
+    f"SELECT strpos({LONG}, 'b' || {LONG})",
+    f"SELECT replace({LONG}, 'b' || {LONG}, '')",
+    f"SELECT split_part({LONG}, 'b' || {LONG}, 2)",
+    f"SELECT string_to_array({LONG}, 'b' || {LONG})",
+    f"SELECT * FROM string_to_table({LONG}, 'b' || {LONG})",
+    f"SELECT position(('b' || {LONG})::bytea IN ({LONG})::bytea)",
+    "SELECT position(('1' || repeat('0', 1000000))::bit varying IN '0'::bit(80000000))",
+    "WITH a AS (SELECT repeat('a', 1000000) x, repeat('b', 1000000) y) "
+    "SELECT translate(x, y, '') FROM a",
+    "SELECT translate(s.x, s.y, '') FROM (SELECT lpad('a', 1000000) x, rpad('b', 1000000) y) s",
+    "SELECT translate(x, y, '') FROM (SELECT string_agg('a', '') x, string_agg('b', '') y "
+    "FROM generate_series(1, 1000000)) s",
+    "SELECT translate(x, y, '') FROM (SELECT string_agg('a', '') x, string_agg('b', '') y "
+    "FROM item a, item b, item c) s",
+    "WITH RECURSIVE r(a, b) AS (SELECT 'a', 'b' UNION ALL SELECT a || a, b || b FROM r "
+    "WHERE length(a) < 1000000) SELECT translate(a, b, '') FROM r",
+    "SELECT translate((SELECT lpad('a', 1000000)), (SELECT lpad('b', 1000000)), '')",
+    f"SELECT {LIST} && {OTHERS}",
+    f"SELECT {LIST} @> {OTHERS}",
+    f"SELECT {OTHERS} <@ {LIST}",
+    "SELECT array_fill(1, ARRAY[1000000]) && array_fill(2, ARRAY[1000000])",
+    "SELECT ARRAY(SELECT generate_series(1, 1000000)) && ARRAY(SELECT generate_series(-9, 999999))",
+    f"SELECT {JSON} @> {OTHER_JSON}",
+    f"SELECT {JSON} ?& {TEXTS}",
+    f"SELECT {JSON} ?| {TEXTS}",
+    f"SELECT {JSON} - {TEXTS}",
+    f"SELECT array_length(normalize(string_to_array({LONG}, NULL)::text), 1)",
+    "SELECT length(normalize(repeat(chr(803) || chr(775), 10000000), NFC))",
+    f"SELECT exp({NUMBER})",
+    f"SELECT ln({NUMBER})",
+    f"SELECT power({NUMBER}, {NUMBER})",
+    f"SELECT {NUMBER} ^ {NUMBER}",
+    f"SELECT sqrt({NUMBER})",
+    "SELECT exp(1.5::numeric(10000, 9000))",
+    f"SELECT gcd({NUMBER}, {NUMBER} + 1)",
+    "SELECT polygon(1000000, circle '((0,0),1)') && polygon(1000000, circle '((0,0),1)')",
+    "SELECT a ?# b FROM (SELECT ('[' || string_agg('(' || i || ',1)', ',') || ']')::path a, "
+    "('[' || string_agg('(' || i || ',2)', ',') || ']')::path b "
+    "FROM generate_series(1, 1000000) i) s",
+    "SELECT xpath('count(//*[count(//*[count(//*) > 0]) > 0])', "
+    "('<a>' || repeat('<b/>', 100000) || '</a>')::xml)",
+    "SELECT xpath_exists('//*[count(//*[count(//*) > 0]) > 0]', '<a><b/><b/></a>'::xml)",
+    "SELECT * FROM xmltable('//*' PASSING '<a/>'::xml COLUMNS x text PATH '.')",
+    f"SELECT starts_with({LONG}, {LONG}), translate({LONG}, {LONG}, '')",
+]
+"""One call each that goes on for hours, and that no limit of the server ends."""
+ORDINARY = [
+    "SELECT string_agg(replace(name, 'n', 'm'), ', ' ORDER BY id) FROM item",
+    "SELECT lpad(id::text, 3, '0') || '-' || rpad(name, 5, '.') FROM item",
+    "SELECT array_agg(id) @> ARRAY[1, 2], array_agg(name) && ARRAY['pen'] FROM item",
+    "SELECT repeat('*', id), translate(name, 'aeiou', 'AEIOU'), position('n' IN name) FROM item",
+    "SELECT trim(lpad(id::text, 5, ' ')), power(id, 2), sqrt(weight), exp(1), ln(2) FROM item",
+    "SELECT json_build_object('a', array_agg(id), 'b', array_agg(name)) FROM item",
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 9) SELECT sum(i) "
+    "FROM n",
+    "WITH a AS (SELECT sold, string_agg(name, ',') s FROM item GROUP BY sold) "
+    "SELECT replace(s, ',', ';') FROM a",
+    "SELECT d::date, count(id) FROM generate_series('2024-01-01'::date, '2024-03-01', '1 month') d "
+    "LEFT JOIN item ON date_trunc('month', made) = d GROUP BY d",
+    "SELECT a.name FROM item a, item b WHERE a.id = b.id + 1 AND a.name LIKE '%n%'",
+]
+OWN = """
+CREATE FUNCTION reads() RETURNS text LANGUAGE sql AS $$ SELECT pg_read_file('/etc/passwd') $$;
+CREATE FUNCTION reads_too() RETURNS text LANGUAGE plpgsql AS 'BEGIN RETURN reads(); END';
+CREATE FUNCTION sleeps(x int) RETURNS int LANGUAGE sql BEGIN ATOMIC
+  SELECT count(pg_sleep(100))::int + x; END;
+CREATE FUNCTION raises() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1';
+CREATE FUNCTION hidden(int) RETURNS void LANGUAGE internal AS 'pg_sleep';
+CREATE AGGREGATE slow(int) (SFUNC = step, STYPE = int);
+"""
+STEP = """
+CREATE FUNCTION step(a int, b int) RETURNS int LANGUAGE plpgsql
+  AS 'BEGIN PERFORM pg_sleep(100); RETURN a; END';
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL server is installed")
+    started = Server(binaries)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def executor(server: Server) -> Iterator[Executor]:
+    with Executor(2, LIMITS) as executor:
+        yield executor
+
+
+@KIND
+@pytest.mark.parametrize("sql", ENDLESS)
+def test_a_call_without_an_end_is_not_begun(server: Server, executor: Executor, sql: str) -> None:
+    result = executor.run(server.url("hostile"), sql)
+    assert (result.status, result.rows) == ("error", ())
+    assert (result.error or "").startswith("refused: FUNCTION ")
+    assert server.busy() == []
+
+
+@KIND
+@pytest.mark.parametrize("sql", ORDINARY)
+def test_an_ordinary_call_is_run(server: Server, executor: Executor, sql: str) -> None:
+    result = executor.run(server.url("hostile"), sql, replace(LIMITS, seconds=20))
+    assert result.status == "ok" and result.rows, result
+
+
+@KIND
+@pytest.mark.parametrize(
+    "call", ["reads()", "reads_too()", "sleeps(1)", "raises()", "hidden(1)", "slow(id)"]
+)
+def test_a_function_of_the_database_that_acts_outside_is_refused(server: Server, call: str) -> None:
+    with psycopg.connect(server.url("hostile")) as owner:
+        owner.execute("CREATE SCHEMA IF NOT EXISTS own; SET LOCAL search_path = own")
+        if not owner.execute("SELECT to_regproc('reads')").fetchone()[0]:
+            owner.execute(STEP + OWN)
+        url = f"{server.url('hostile')}&options=-csearch_path%3Dpublic,own"
+    with Executor(1, LIMITS) as executor:
+        result = executor.run(url, f"SELECT {call} FROM item")
+        assert result.error == f"refused: FUNCTION {call.partition('(')[0]}"
+        assert executor.run(url, "SELECT raised(2) FROM item LIMIT 1").rows == ((4,),)
+
+
+@KIND
+def test_the_others_are_judged_where_a_call_stays_and_connections_are_few(server: Server) -> None:
+    with psycopg.connect(server.url("hostile")) as owner:
+        owner.execute("CREATE ROLE few LOGIN CONNECTION LIMIT 2; GRANT SELECT ON item TO few")
+        # a table's own data is short in earnest; these take seconds
+        owner.execute("CREATE TABLE long AS SELECT repeat('a', 16000) a, repeat('b', 16000) b")
+        owner.execute("GRANT SELECT ON long TO few")
+    url = server.url("hostile").replace("owner", "few")
+    with Executor(1, LIMITS) as executor:
+        stays = [executor.run(url, f"SELECT translate(a, b, '{n}') FROM long") for n in range(2)]
+        assert {result.status for result in stays} == {"timeout"}
+        last = executor.run(url, "SELECT name FROM item WHERE id = 1")
+        assert last.status in ("ok", "timeout"), last
+        wait_until(lambda: server.busy() == [])
+        assert executor.run(url, "SELECT name FROM item WHERE id = 2").rows == (("ink",),)
+
+
+@KIND
+def test_a_file_of_endless_calls_is_judged_to_its_end(
+    server: Server, make_config: Any, tmp_path: Path
+) -> None:
+    gold = "SELECT name FROM customer"
+    predicted = [ENDLESS[0], gold, ENDLESS[4], ENDLESS[18], gold]
+    rows = [{"db_id": "mall", "gold": gold, "predicted": sql} for sql in predicted]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "dev"):
+        question = {"db_id": "mall", "question": "Who?", "query": gold}
+        (data / f"{split}.jsonl").write_text(json.dumps(question))
+    settings = {"dataset_id": str(data), "data.databases": server.url("{db_id}")}
+    file = str(tmp_path / "p.jsonl")
+    scores = evaluate.run(make_config(EvaluateConfig, predictions_file=file, **settings))["file"]
+    assert [(split["n"], split["correct"]) for split in scores.values()] == [(5, 2)]
+    assert server.busy() == []
+
+
+@KIND
+def test_the_rights_of_a_role_are_named(server: Server) -> None:
+    with psycopg.connect(server.url("mall")) as owner:
+        owner.execute("CREATE ROLE timid LOGIN; GRANT SELECT ON customer TO timid")
+        owner.execute("CREATE ROLE bold LOGIN; GRANT pg_read_server_files TO bold")
+        owner.execute("GRANT INSERT ON customer TO bold")
+    said = {
+        role: rights.of_role(server.url("mall").replace("owner", role))
+        for role in ("owner", "timid", "bold")
+    }
+    assert said["owner"] == ["is a superuser"]
+    assert said["timid"] == []
+    assert said["bold"] == ["is a member of pg_read_server_files", "may write to customer"]
