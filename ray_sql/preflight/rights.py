@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ray_sql.database.reflection import database_url, open_engine
+from ray_sql.database.reflection import database_url
 from ray_sql.errors import StoreError
 
 SHOWN = 3
+"""Names of a list that are shown."""
 ROLE = """
 SELECT rolsuper, rolcreaterole, rolreplication FROM pg_catalog.pg_roles
 WHERE rolname = current_user
@@ -52,11 +53,12 @@ def check(databases: Iterable[str]) -> str:
 
 def of_role(url: str) -> list[str]:
     """Return what a URL's role is or may do, in words, besides reading tables."""
-    from sqlalchemy import text
+    from sqlalchemy import create_engine, text
     from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
 
     try:
-        with open_engine(database_url(url)).connect() as connection:
+        with create_engine(database_url(url), poolclass=NullPool).connect() as connection:
             is_superuser, makes_roles, replicates = connection.execute(text(ROLE)).one()
             if is_superuser:
                 return ["is a superuser"]
