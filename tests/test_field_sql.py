@@ -1,9 +1,11 @@
 """SQL as people write it is kept, read and linked: odd names, dialects, what SQLite runs."""
 
 import sqlite3
+from dataclasses import replace
 
 import pytest
 
+from ray_sql.data import Example, prompts
 from ray_sql.data.answers import one_line, parse_sql
 from ray_sql.data.linking import gold_links
 from ray_sql.database import Column, Links, Schema, Table
@@ -192,3 +194,45 @@ def test_the_columns_of_a_table_function_hide_those_of_the_query_around_it() -> 
     assert gold_links(sql, schema_of(tables)) == {"person": ["name", "meta"]}
     series = "SELECT name FROM person WHERE 3 IN (SELECT value FROM generate_series(1, person.key))"
     assert gold_links(series, schema_of(tables)) == {"person": ["name", "key"]}
+
+
+@pytest.mark.kind("linking in other dialects")
+@pytest.mark.parametrize(
+    ("dialect", "sql", "links"),
+    [
+        ("postgresql", "SELECT name FROM person WHERE name ~ '^A'", {"person": ["name"]}),
+        ("postgresql", "SELECT id FROM person WHERE name !~* 'a$'", {"person": ["id", "name"]}),
+        ("postgresql", "SELECT id FROM person WHERE meta @> '{\"a\": 1}'",
+         {"person": ["id", "meta"]}),
+        ("postgresql", "SELECT name FROM ONLY person", {"person": ["name"]}),
+        ("postgresql", "SELECT DISTINCT ON (born) name FROM person ORDER BY born, id",
+         {"person": ["id", "name", "born"]}),
+        ("postgresql", "SELECT name FROM person WHERE id = ANY (ARRAY[1, 2]) AND name ILIKE 'a%'",
+         {"person": ["id", "name"]}),
+        ("postgresql", "SELECT e.key FROM person, jsonb_each(meta) AS e (key, value)",
+         {"person": ["meta"]}),
+        ("postgresql", "SELECT tag FROM person, unnest(string_to_array(meta, ',')) AS tag",
+         {"person": ["meta"]}),
+        ("postgresql", "SELECT p.name, l.n FROM person p CROSS JOIN LATERAL "
+         "(SELECT count(*) AS n FROM city WHERE mayor = p.id) l",
+         {"person": ["id", "name"], "city": ["mayor"]}),
+        ("postgresql", "SELECT born::date, meta ->> 'a' FROM person FETCH FIRST 3 ROWS ONLY",
+         {"person": ["meta", "born"]}),
+        ("postgresql", "WITH city AS (SELECT mayor AS m FROM city) SELECT m FROM city",
+         {"city": ["mayor"]}),
+        ("postgresql", "SELECT date_trunc('year', born) FROM public.person",
+         {"person": ["born"]}),
+        ("mysql", 'SELECT `name` FROM person WHERE meta = "born" LIMIT 1, 2',
+         {"person": ["name", "meta"]}),
+        ("mariadb", "SELECT name FROM person WHERE name REGEXP '^a' AND born DIV 10 = 2",
+         {"person": ["name", "born"]}),
+        ("mssql", "SELECT TOP 3 [name] FROM person ORDER BY born", {"person": ["name", "born"]}),
+        ("duckdb", "SELECT name FROM person QUALIFY row_number() OVER (ORDER BY born) = 1",
+         {"person": ["name", "born"]}),
+    ],
+)  # fmt: skip
+def test_gold_is_read_in_the_dialect_of_its_database(dialect: str, sql: str, links: Links) -> None:
+    schema = replace(schema_of(TABLES), dialect=dialect)
+    example = Example("1", "town", "?", sql)
+    assert prompts.gold_links(example, {"town": schema}) == links
+    assert set(prompts.shown_schema(example, {"town": schema}, "tables").table_names) == set(links)
