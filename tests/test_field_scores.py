@@ -116,3 +116,70 @@ def test_prompts_show_the_keys_of_both_once(declared: str, listed: Pairs, tmp_pa
     corpus = data.load_split(config, ["dev"])
     shown = render(corpus.schemas["school"], "ddl").count("REFERENCES")
     assert shown == int(bool(declared or listed))
+
+
+OTHER = "CREATE TABLE pupil (id INTEGER PRIMARY KEY, nickname TEXT); CREATE TABLE old (x);"
+GOLDS = ["SELECT name FROM pupil WHERE age > 10", "SELECT count(*) FROM loan", BY_LOAN]
+STRANGERS = {
+    "another schema": OTHER,
+    "a table more": SCHOOL.format(keys="") + "CREATE TABLE note (id INTEGER);",
+    "a table less": "CREATE TABLE pupil (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);",
+    "columns in another order": SCHOOL.format(keys="")
+    .replace("id INTEGER PRIMARY KEY, name TEXT", "name TEXT, id INTEGER PRIMARY KEY")
+    .replace("(1, 'Ada', 9), (2, 'Bo', 11)", "('Ada', 1, 9), ('Bo', 2, 11)"),
+    "no table": "",
+}
+
+
+@pytest.mark.kind("files beside a database")
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_stray_file_beside_a_database_is_no_test_suite(
+    stranger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spider(tmp_path / "data", SCHOOL.format(keys=""), GOLDS, [])
+    backup = database(folder / "database" / "school" / "school_backup.sqlite", STRANGERS[stranger])
+    scores, rows = score(folder, tmp_path, [*GOLDS[:2], "SELECT id FROM pupil"])
+    assert (scores["n"], scores["correct"], scores["gold_errors"]) == (3, 2, 0)
+    assert [row["verdict"] for row in rows] == ["correct", "correct", "wrong"]
+    assert f"school/{backup.name}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.kind("files beside a database")
+@pytest.mark.parametrize("content", [b"", b"no database at all", b"SQLite format 3\0" + b"\0" * 90])
+def test_a_file_beside_a_database_that_is_none_is_named(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spider(tmp_path / "data", SCHOOL.format(keys=""), GOLDS, [])
+    (folder / "database" / "school" / "copy.sqlite").write_bytes(content)
+    scores, _ = score(folder, tmp_path, GOLDS)
+    assert (scores["n"], scores["execution_accuracy"]) == (3, 1.0)
+    assert "school/copy.sqlite" in capsys.readouterr().out
+
+
+@pytest.mark.kind("files beside a database")
+def test_a_file_of_the_same_schema_is_a_test_suite_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spider(tmp_path / "data", SCHOOL.format(keys=""), GOLDS, [])
+    script = SCHOOL.format(keys="").replace("'Bo', 11", "'Bo', 8").replace("TEXT", "text")
+    database(folder / "database" / "school" / "school_2.sqlite", script)
+    lucky = ["SELECT 'Bo'", *GOLDS[1:]]
+    scores, rows = score(folder, tmp_path, lucky)
+    assert [row["verdict"] for row in rows] == ["wrong", "correct", "correct"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "test suites: answers on 1 of 1 databases" in said and "school/school_2.sqlite" in said
+    scores, _ = score(folder, tmp_path, lucky, "--evaluate.semantics", "bird")
+    assert (scores["correct"], scores["n"]) == (3, 3)
+    assert "suite" not in capsys.readouterr().out
+
+
+@pytest.mark.kind("files beside a database")
+@pytest.mark.parametrize("semantics", ["spider", "bird"])
+def test_the_dry_run_names_what_the_scoring_will_do(
+    semantics: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spider(tmp_path / "data", SCHOOL.format(keys=""), GOLDS, [])
+    database(folder / "database" / "school" / "school_backup.sqlite", OTHER)
+    score(folder, tmp_path, GOLDS, "--evaluate.semantics", semantics, "--dry_run")
+    said = "school/school_backup.sqlite" in " ".join(capsys.readouterr().out.split())
+    assert said is (semantics == "spider")

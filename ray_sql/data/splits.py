@@ -13,8 +13,9 @@ from ray_sql.data import schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example, LeftOut, join_some, sample
 from ray_sql.data.read import read_corpus
-from ray_sql.database import Executor, Schema, foreign_keys, reflect
+from ray_sql.database import Executor, Schema, foreign_keys, reflect, suite
 from ray_sql.errors import DataError
+from ray_sql.tasks import TASKS
 
 OWN_SPLITS = ("train", "validation")
 """Splits that a run trains on or selects by."""
@@ -36,7 +37,9 @@ def load(config: Config) -> Corpus:
             )
     source = _source(config)
     corpus = _divide(read_corpus(source), source, config.split, config.seed)
-    return _with_schemas(corpus, source, config.prompt.example_values)
+    return _with_schemas(
+        corpus, source, config.prompt.example_values, suites=_executes_suites(config)
+    )
 
 
 def load_split(config: Config, splits: Sequence[str]) -> Corpus:
@@ -54,7 +57,14 @@ def load_split(config: Config, splits: Sequence[str]) -> Corpus:
         left_out = tuple(row for row in left_out if row.split in splits)
     chosen = {split: corpus.splits[split] for split in splits}
     corpus = replace(corpus, splits=chosen, left_out=left_out)
-    return _with_schemas(corpus, source, config.prompt.example_values)
+    return _with_schemas(
+        corpus, source, config.prompt.example_values, suites=_executes_suites(config)
+    )
+
+
+def _executes_suites(config: Config) -> bool:
+    executes = TASKS[config.task_type].executes_sql
+    return executes and config.evaluate.semantics == "spider"
 
 
 def _source(config: Config) -> Source:
@@ -95,7 +105,7 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
     return replace(corpus, splits=used, notes=notes, left_out=left_out)
 
 
-def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus:
+def _with_schemas(corpus: Corpus, source: Source, example_values: int, *, suites: bool) -> Corpus:
     """Add the schema of every database in use: the live database's, else that of tables.json.
 
     Examples on an unknown database are left out. Raises `DataError` if a split has no others.
@@ -119,6 +129,9 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int) -> Corpus
                     notes.append(f"database {db_id}: {join_some(missing)}")
             elif db_id in corpus.schemas:
                 schemas[db_id] = corpus.schemas[db_id]
+        if suites:
+            places = [run_on for db_id in schemas if (run_on := corpus.executable(db_id))]
+            notes += suite.remarks(executor, places)
     used = replace(
         corpus, splits=splits, schemas=schemas, left_out=tuple(left_out), notes=tuple(notes)
     )

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from ray_sql.database import Executor, Limits, Place, QueryResult
+from ray_sql.database import Executor, Limits, Place, QueryResult, suite
 from ray_sql.database.pool import Progress
 from ray_sql.metrics.bird import soft_f1, ves_reward
 from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
@@ -78,8 +77,8 @@ def judge(
     """Judge one prediction.
 
     Under "spider" DISTINCT is dropped from both queries unless `keep_distinct`. Where the
-    database's folder is a test suite (`shop/shop.sqlite` beside `shop/*.sqlite`), the results must
-    agree on every file of it.
+    database's folder is a test suite (`shop/shop.sqlite` beside `shop/*.sqlite` of its schema), the
+    results must agree on every file of it.
 
     Raises:
         DataError: the database is missing.
@@ -90,7 +89,7 @@ def judge(
         server = "://" in str(pair.database)
         gold = prepare_spider(gold, keep_distinct=keep_distinct, server=server)
         predicted = prepare_spider(predicted, keep_distinct=keep_distinct, server=server)
-        databases = _test_suite(pair.database)
+        databases = suite.find(executor, pair.database).databases
     seconds = 0.0
     share = 0.0 if semantics == "bird" else None
     for database in databases:
@@ -179,17 +178,3 @@ def _difference(gold: QueryResult, predicted: QueryResult) -> str:
     if len(predicted.columns) != len(gold.columns):
         return f"{len(predicted.columns)} columns, gold has {len(gold.columns)}"
     return "other values or another order than gold"
-
-
-def _test_suite(database: Place) -> tuple[Place, ...]:
-    """Return every database on which a query must be right, this one first.
-
-    Only a folder named after the database is a test suite, not a folder of unrelated databases.
-    """
-    if isinstance(database, str) and "://" in database:
-        return (database,)
-    database = Path(database)
-    if database.parent.name != database.stem:
-        return (database,)
-    others = sorted(set(database.parent.glob("*.sqlite")) - {database})
-    return (database, *others)
