@@ -3,6 +3,9 @@
     RAY_SQL_SHARED=… python -m benchmarks.agreement            # all rows: a minute on 2 cores
     RAY_SQL_SHARED=… python -m benchmarks.agreement --quick    # every mutation, a fifth of the rest
 
+Ours are those of `ray-sql evaluate --predictions_file`: each column is one evaluation of a file
+that holds the pairs, and its `predictions.jsonl` is compared.
+
 The reference (`$RAY_SQL_SHARED/data/agreement/README.md`) holds 7118 (gold, predicted) pairs with
 the verdicts of the official code, called unchanged, and Spider's hardness grade and links of every
 dev query. Two kinds are left out, as it says: verdicts that the official code did not reach, and
@@ -17,15 +20,18 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ray_sql.data.linking import gold_links
-from ray_sql.database import Executor, Schema, read_tables_json
-from ray_sql.metrics import Pair, Semantics, Verdict, exact_set_match, hardness, judge_many
+from ray_sql import evaluate
+from ray_sql.config import EvaluateConfig
+from ray_sql.metrics import Semantics
 
 Row = dict[str, Any]
 JUDGEMENTS: dict[str, tuple[Semantics, bool]] = {
@@ -69,46 +75,63 @@ def settled(row: Row, column: str) -> bool:
     return row[column] is not None and column not in left_out
 
 
-def compare_execution(
-    executor: Executor, rows: Sequence[Row], databases: Path, column: str
-) -> Agreement:
-    """Judge every settled row of one column under its semantics."""
+def judged(records: Iterable[Row], spider: Path, **settings: Any) -> dict[str, Row]:
+    """Return the judged rows of a predictions file by id, as `ray-sql evaluate` writes them."""
+    with tempfile.TemporaryDirectory(prefix="ray_sql-agreement-") as scratch:
+        file = Path(scratch) / "predictions.jsonl"
+        file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        config = EvaluateConfig(
+            predictions_file=str(file),
+            dataset_id=str(spider),
+            output_name="agreement",
+            output_dir=scratch,
+            cache_dir=f"{scratch}/cache",
+            **settings,
+        )
+        with redirect_stdout(StringIO()):
+            evaluate.run(config)
+        rows = read(Path(scratch) / "agreement" / "predictions.jsonl")
+    return {row["id"]: row for row in rows}
+
+
+def judge_reference(rows: Iterable[Row], spider: Path, column: str) -> dict[str, Row]:
+    """Evaluate the pairs of the reference under the semantics of one column."""
     semantics, keep_distinct = JUDGEMENTS[column]
+    pairs = [{name: row[name] for name in ("id", "db_id", "gold", "predicted")} for row in rows]
+    settings = {"semantics": semantics, "keep_distinct": keep_distinct}
+    return judged(pairs, spider, evaluate=settings)
+
+
+def judge_dev(queries: Sequence[Row], spider: Path, task: str) -> list[Row]:
+    """Evaluate the gold of the dev set as its own predictions, in order."""
+    records = [{"id": place, "predicted": row["query"]} for place, row in enumerate(queries)]
+    return list(judged(records, spider, task_type=task).values())
+
+
+def compare_execution(rows: Iterable[Row], ours: Mapping[str, Row], column: str) -> Agreement:
+    """Compare the verdicts of every settled row of one column."""
     compared = [row for row in rows if settled(row, column)]
-    pairs = [
-        Pair(database_file(databases, row["db_id"]), row["gold"], row["predicted"])
-        for row in compared
-    ]
-    verdicts = judge_many(executor, pairs, semantics=semantics, keep_distinct=keep_distinct)
-    unequal = [
-        (row, verdict)
-        for row, verdict in zip(compared, verdicts, strict=True)
-        if (verdict.verdict == "correct") != row[column]
-    ]
-    refused = tuple(row["id"] for row, verdict in unequal if row[column] and is_refusal(verdict))
-    differing = tuple(row["id"] for row, _ in unequal if row["id"] not in refused)
+    unequal = [row for row in compared if (ours[row["id"]]["verdict"] == "correct") != row[column]]
+    refused = tuple(row["id"] for row in unequal if row[column] and is_refusal(ours[row["id"]]))
+    differing = tuple(row["id"] for row in unequal if row["id"] not in refused)
     return Agreement(column, len(compared), len(compared) - len(unequal), refused, differing)
 
 
-def compare_hardness(rows: Iterable[Row], queries: Sequence[Row]) -> Agreement:
-    """Grade every dev query from its SQL alone."""
+def compare_hardness(rows: Iterable[Row], ours: Sequence[Row]) -> Agreement:
+    """Compare the grade of every dev query."""
     grades = [(row["question_id"], row["hardness"]) for row in rows]
-    differing = tuple(
-        str(place) for place, grade in grades if hardness(queries[place]["query"]) != grade
-    )
+    differing = tuple(str(place) for place, grade in grades if ours[place]["hardness"] != grade)
     return Agreement("hardness", len(grades), len(grades) - len(differing), (), differing)
 
 
-def compare_links(
-    rows: Sequence[Row], queries: Sequence[Row], schemas: Mapping[str, Schema]
-) -> Agreement:
-    """Find the tables and columns of every dev query.
+def compare_links(rows: Sequence[Row], ours: Sequence[Row]) -> Agreement:
+    """Compare the tables and columns of every dev query.
 
     Where Spider's parser is known to err, the corrected columns count.
     """
     differing = []
-    for number, (row, query) in enumerate(zip(rows, queries, strict=True)):
-        links = gold_links(query["query"], schemas[row["db_id"]])
+    for number, (row, own) in enumerate(zip(rows, ours, strict=True)):
+        links = json.loads(own["gold"])
         columns = sorted(
             f"{table}.{column}".lower() for table, names in links.items() for column in names
         )
@@ -118,28 +141,22 @@ def compare_links(
     return Agreement("links", len(rows), len(rows) - len(differing), (), tuple(differing))
 
 
-def compare_exact_set(rows: Sequence[Row], schemas: Mapping[str, Schema]) -> Agreement:
-    """Compare the queries themselves, nothing run, wherever the official code reached a verdict."""
+def compare_exact_set(rows: Iterable[Row], ours: Mapping[str, Row]) -> Agreement:
+    """Compare the judgement by clauses wherever the official code reached a verdict."""
     compared = [row for row in rows if settled(row, "exact_set_match")]
     differing = tuple(
         row["id"]
         for row in compared
-        if exact_set_match(row["gold"], row["predicted"], schemas[row["db_id"]])
-        != bool(row["exact_set_match"])
+        if ours[row["id"]]["exact_set_match"] != bool(row["exact_set_match"])
     )
     return Agreement(
         "exact_set_match", len(compared), len(compared) - len(differing), (), differing
     )
 
 
-def is_refusal(verdict: Verdict) -> bool:
+def is_refusal(row: Row) -> bool:
     """Return True where the prediction was not run because it is not one read-only query."""
-    return verdict.verdict == "error" and (verdict.error or "").startswith("refused")
-
-
-def database_file(databases: Path, name: str) -> Path:
-    """Return Spider's place for a database."""
-    return databases / name / f"{name}.sqlite"
+    return row["verdict"] == "error" and (row["error"] or "").startswith("refused")
 
 
 def table(agreements: Sequence[Agreement]) -> str:
@@ -177,16 +194,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if quick:
         rows = [row for row in rows if "kind" in row or int(row["id"][1:]) % 5 == 0]
     started = time.monotonic()
-    with Executor() as executor:
-        agreements = [
-            compare_execution(executor, rows, data / "spider" / "database", name)
-            for name in JUDGEMENTS
-        ]
-    schemas = read_tables_json(data / "spider" / "tables.json")
-    agreements.append(compare_exact_set(rows, schemas))
-    queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
-    agreements.append(compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries))
-    agreements.append(compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas))
+    spider = data / "spider"
+    ours = {column: judge_reference(rows, spider, column) for column in JUDGEMENTS}
+    agreements = [compare_execution(rows, ours[column], column) for column in JUDGEMENTS]
+    agreements.append(compare_exact_set(rows, ours["spider_exec"]))
+    queries = json.loads((spider / "dev.json").read_text(encoding="utf-8"))
+    grades, links = (read(data / "agreement" / f"{name}.jsonl") for name in ("hardness", "links"))
+    agreements.append(compare_hardness(grades, judge_dev(queries, spider, "sql")))
+    agreements.append(compare_links(links, judge_dev(queries, spider, "schema")))
     print(table(agreements))
     print(
         json.dumps(

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from benchmarks.agreement import (
     compare_execution,
     compare_hardness,
     compare_links,
+    judge_dev,
+    judge_reference,
     read,
 )
-from ray_sql.database import Executor, read_tables_json
+from ray_sql.database import read_tables_json
 from ray_sql.metrics.spider_grammar import read_query
 from ray_sql.metrics.spider_query import Condition, Conditions, SpiderQuery, Term, Unit
 
@@ -35,38 +38,47 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor() as executor:
-        yield executor
+def rows(data: Path) -> list[dict[str, Any]]:
+    return read(data / "agreement" / "execution.jsonl")
+
+
+@pytest.fixture(scope="module")
+def ours(data: Path, rows: list[dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """`ours(column)`: the rows that an evaluation under its semantics wrote, computed once."""
+    return cache(lambda column: judge_reference(rows, data / "spider", column))
+
+
+@pytest.fixture(scope="module")
+def queries(data: Path) -> list[dict[str, Any]]:
+    return list(json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("column", JUDGEMENTS)
-def test_verdicts_equal_the_official_ones(executor: Executor, data: Path, column: str) -> None:
-    rows = read(data / "agreement" / "execution.jsonl")
-    comparison = compare_execution(executor, rows, data / "spider" / "database", column)
+def test_verdicts_equal_the_official_ones(rows: Any, ours: Any, column: str) -> None:
+    comparison = compare_execution(rows, ours(column), column)
     assert comparison.compared > 7000
     assert comparison.differing == ()
     kinds = {row["id"]: row.get("kind", "prediction") for row in rows}
     assert [row for row in comparison.refused if not kinds[row].startswith(NO_QUERY)] == []
 
 
-def test_hardness_equals_the_official_grade(data: Path) -> None:
-    queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
-    comparison = compare_hardness(read(data / "agreement" / "hardness.jsonl"), queries)
+def test_hardness_equals_the_official_grade(data: Path, queries: Any) -> None:
+    own = judge_dev(queries, data / "spider", "sql")
+    comparison = compare_hardness(read(data / "agreement" / "hardness.jsonl"), own)
     assert comparison.compared == len(queries) == 1034
     assert comparison.differing == ()
 
 
-def test_links_equal_those_of_spiders_parser(data: Path) -> None:
-    queries = json.loads((data / "spider" / "dev.json").read_text(encoding="utf-8"))
-    schemas = read_tables_json(data / "spider" / "tables.json")
-    comparison = compare_links(read(data / "agreement" / "links.jsonl"), queries, schemas)
+def test_links_equal_those_of_spiders_parser(data: Path, queries: Any) -> None:
+    own = judge_dev(queries, data / "spider", "schema")
+    comparison = compare_links(read(data / "agreement" / "links.jsonl"), own)
     assert comparison.compared == 1034 and comparison.differing == ()
 
 
-def test_exact_set_match_equals_the_official_one_but_for_listed_mistakes(data: Path) -> None:
-    rows = read(data / "agreement" / "execution.jsonl")
-    comparison = compare_exact_set(rows, read_tables_json(data / "spider" / "tables.json"))
+def test_exact_set_match_equals_the_official_one_but_for_listed_mistakes(
+    rows: Any, ours: Any
+) -> None:
+    comparison = compare_exact_set(rows, ours("spider_exec"))
     assert comparison.compared == 7070
     assert comparison.agree / comparison.compared >= 0.995
     assert sorted(comparison.differing) == sorted(OFFICIAL_MISTAKES)

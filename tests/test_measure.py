@@ -38,7 +38,7 @@ def of_file(make_config: Any, tmp_path: Path) -> Any:
         file.write_text(
             "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
         )
-        config = make_config(**settings)
+        config = make_config(**{"evaluate.limit": None} | settings)
         measured = evaluate_file(file, config, DISPLAY)
         return measured["file"], results.summarise(
             measured, TASKS[config.task_type], config.evaluate

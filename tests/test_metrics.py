@@ -186,7 +186,7 @@ def test_on_a_server_a_distinct_that_the_grammar_needs_stays() -> None:
         "SELECT DISTINCT ON (a) DISTINCT b FROM t "
         "WHERE b IS NOT DISTINCT FROM c AND c IS DISTINCT FROM d"
     )
-    prepared = prepare_spider(sql, server=True)
+    prepared = prepare_spider(sql, keep_needed=True)
     assert prepared.split() == sql.replace(" DISTINCT b", " b").split()
     assert "DISTINCT" not in prepare_spider(sql)
 

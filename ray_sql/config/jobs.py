@@ -25,8 +25,8 @@ class EvaluateConfig(Config):
         "sql", description=ModelConfig.model_fields["task_type"].description
     )
     predictions_file: str | None = None
-    """Score this file instead of asking a model: `predictions.jsonl`, or one SQL query a line in
-    the split's order."""
+    """Score this file instead of asking a model: JSON, CSV, BIRD's own file, or one SQL query a
+    line in the split's order."""
     adapter: str | None = None
     """Measure the adapter in this folder or URI beside its base model, e.g. `out/demo/adapter`."""
 

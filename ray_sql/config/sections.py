@@ -264,6 +264,12 @@ class AnswersSection(Section):
     100). Needs an idle machine."""
     timeout: float = Field(30.0, gt=0, le=LONGEST)
     """Stop a query after this many seconds and count it as `timeout`."""
+    max_rows: int = Field(100_000, ge=1, le=MOST)
+    """Stop a query whose result has more rows. A gold query that is stopped is not counted."""
+    max_bytes: int = Field(256 * 2**20, ge=1, le=MOST)
+    """Stop a query whose result has more bytes; a number counts 8."""
+    max_sql_length: int = Field(100_000, ge=1, le=MOST)
+    """Refuse a query whose text has more bytes."""
     limit: Many | None = None
     """Score at most this many examples of each split, drawn with the seed."""
     processes: int | None = Field(None, ge=1, le=1000)

@@ -72,6 +72,8 @@ class Corpus:
     """Rows that could not be used."""
     notes: tuple[str, ...] = ()
     """Guesses that were made in reading, in words, to be said aloud."""
+    has_splits: bool = True
+    """False where it was read from one file, of which a part may be set aside."""
 
     def judged_schemas(self, task: Task) -> dict[str, Schema]:
         """Return the schemas that answers are judged by.

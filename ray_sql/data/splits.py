@@ -42,10 +42,17 @@ def load(config: Config) -> Corpus:
     )
 
 
-def load_split(config: Config, splits: Sequence[str]) -> Corpus:
-    """Return only the named splits, whole, with the schemas and databases they need."""
+def load_split(config: Config, splits: Sequence[str], *, undivided: bool = False) -> Corpus:
+    """Return only the named splits, whole, with the schemas and databases they need.
+
+    One file without splits is divided as for training; if `undivided`, all of it is the split.
+    """
     source = _source(config)
     corpus = read = read_corpus(source)
+    if len(corpus.splits) == 1 and not corpus.splits.keys() & {"dev", "test", *splits}:
+        corpus = replace(corpus, has_splits=False)
+        if undivided and len(splits) == 1 and splits[0] not in OWN_SPLITS:
+            corpus = read = _named(corpus, splits[0])
     if "validation" in splits or not set(splits) <= set(corpus.splits):
         scored = tuple(split for split in splits if split not in OWN_SPLITS)
         # Training sets the test part of one unsplit file aside first, so it is set aside here too.
@@ -65,6 +72,13 @@ def load_split(config: Config, splits: Sequence[str]) -> Corpus:
 def _executes_suites(config: Config) -> bool:
     executes = TASKS[config.task_type].executes_sql
     return executes and config.evaluate.semantics == "spider"
+
+
+def _named(corpus: Corpus, split: str) -> Corpus:
+    """Return a corpus of one split under another name."""
+    (examples,) = corpus.splits.values()
+    left_out = tuple(replace(row, split=split) for row in corpus.left_out)
+    return replace(corpus, splits={split: examples}, left_out=left_out)
 
 
 def _source(config: Config) -> Source:

@@ -18,7 +18,7 @@ from stat import S_ISREG
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeVar
 
-from ray_sql.database.query import Limits, Place, QueryResult
+from ray_sql.database.query import Limits, Place, QueryResult, may_change
 from ray_sql.errors import DataError
 
 Item = TypeVar("Item")
@@ -43,6 +43,7 @@ class Executor:
     """Run untrusted queries, `workers` at a time, from any number of threads; a context manager.
 
     Results are cached by (database, sql, limits), so a gold query runs once for all predictions.
+    A query that draws at random or reads the clock is run each time.
     A SQLite file that changed counts as another database. A change on a server cannot be seen, so
     use an executor no longer than the server's content stays the same.
     """
@@ -102,7 +103,7 @@ class Executor:
         is_url = isinstance(database, str) and "://" in database
         source = _server(str(database)) if is_url else _file(Path(database))
         limits = limits or self.limits
-        if again:
+        if again or may_change(sql):
             return self._run_in_worker(source, sql, limits).result
         return self._results.get(
             (source, sql, limits), lambda: self._run_in_worker(source, sql, limits)

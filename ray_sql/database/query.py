@@ -1,5 +1,6 @@
 """The plain values of execution: the limits of a query, and its result."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,3 +55,23 @@ class QueryResult:
     rows: Rows
     error: str | None
     seconds: float
+
+
+_CHANGING = re.compile(
+    r"""\b(?:random|randomblob|gen_random_uuid|uuid_generate_v\d\w*|random_normal|changes
+        |total_changes|last_insert_rowid|now|timeofday|nextval|age)\s*\(
+      |\b(?:current_date|current_time|localtime|localtimestamp|tablesample
+        |(?:current|clock|statement|transaction)_timestamp)\b
+      |\b(?:date|time|datetime|julianday|unixepoch)\s*\(\s*\)|\bstrftime\s*\([^,()]*\)
+      |['"](?:now|today|tomorrow|yesterday)['"]""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def may_change(sql: str) -> bool:
+    """Tell whether a query may give other rows each time: it draws at random or reads the clock.
+
+    Words count wherever they stand, in a literal too. A query that is taken for one of these is
+    only run again.
+    """
+    return bool(_CHANGING.search(sql))

@@ -14,12 +14,13 @@ from ray_sql.evaluate.judge_sql import Progress
 from ray_sql.evaluate.shares import (
     clustered,
     error_counts,
+    gold_counts,
     interval,
     resampled,
     share,
     without_gold_errors,
 )
-from ray_sql.metrics import Counts, LinkingScore, score_links, summarise_links
+from ray_sql.metrics import PRF, Counts, LinkingScore, score_links, summarise_links
 from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped, is_right
 
 
@@ -74,7 +75,7 @@ def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, 
     return {
         **_recall(counted),
         **_name_scores(counted),
-        "gold_errors": len(rows) - len(counted),
+        **gold_counts(rows),
         "by_hardness": {level: _recall(group) for level, group in by_hardness.items()},
         "by_database": {db_id: _recall(group) for db_id, group in by_database.items()},
         "errors": error_counts(counted),
@@ -100,6 +101,7 @@ def _name_scores(rows: Sequence[JudgedRow]) -> dict[str, Any]:
         return {"table_f1": 0.0, "column_f1": 0.0, "unparsable": 0.0}
     scores = [_linking_score(row) for row in rows]
     total, n = summarise_links(scores), len(scores)
+    tables, columns = [score.tables for score in scores], [score.columns for score in scores]
     shares = {
         "table_strict_recall": sum(score.table_strict_recall for score in scores),
         "questions_hallucinating": total.questions_hallucinating,
@@ -109,19 +111,26 @@ def _name_scores(rows: Sequence[JudgedRow]) -> dict[str, Any]:
         **clustered(rows, [score.strict_recall for score in scores]),
         **{name: share(part, n) for name, part in shares.items()},
         **{f"{name}_interval": interval(part, n) for name, part in shares.items()},
-        **{f"table_{key}": value for key, value in asdict(total.table_micro).items()},
-        **{f"column_{key}": value for key, value in asdict(total.column_micro).items()},
-        **{f"table_{key}_macro": value for key, value in asdict(total.table_macro).items()},
-        **{f"column_{key}_macro": value for key, value in asdict(total.column_macro).items()},
-        **resampled("table_f1", [_f1_parts(score.tables) for score in scores]),
-        **resampled("column_f1", [_f1_parts(score.columns) for score in scores]),
+        **_with_intervals("table", total.table_micro, total.table_macro, tables),
+        **_with_intervals("column", total.column_micro, total.column_macro, columns),
         "hallucinated_names": total.hallucinated,
     }
 
 
-def _f1_parts(counts: Counts) -> tuple[float, int]:
-    """Return numerator and denominator of F1."""
-    return 2 * counts.shared, counts.gold + counts.predicted
+def _with_intervals(kind: str, micro: PRF, macro: PRF, counts: Sequence[Counts]) -> dict[str, Any]:
+    """Return precision, recall and F1 over all names, then as means over questions."""
+    ratios = {
+        "precision": [(each.shared, each.predicted) for each in counts],
+        "recall": [(each.shared, each.gold) for each in counts],
+        "f1": [(2 * each.shared, each.gold + each.predicted) for each in counts],
+    }
+    scores = {f"{kind}_{key}": value for key, value in asdict(micro).items()}
+    scores |= {f"{kind}_{key}_macro": value for key, value in asdict(macro).items()}
+    for key, parts in ratios.items():
+        means = [(getattr(each.scores, key), 1) for each in counts]
+        scores |= resampled(f"{kind}_{key}", parts)
+        scores |= resampled(f"{kind}_{key}_macro", means)
+    return scores
 
 
 def _linking_score(row: JudgedRow) -> LinkingScore:

@@ -14,6 +14,7 @@ from ray_sql.errors import DataError
 from ray_sql.evaluate.shares import (
     clustered,
     error_counts,
+    gold_counts,
     interval,
     resampled,
     share,
@@ -24,6 +25,7 @@ from ray_sql.metrics import (
     Verdict,
     classify_error,
     exact_set_verdict,
+    is_readable,
     judge_many,
     r_ves,
     time_pair,
@@ -43,7 +45,19 @@ def executor(
     if shared is not None:
         return nullcontext(shared)
     processes = settings.processes or min(8, os.cpu_count() or 1)
-    return Executor(processes, Limits(seconds=settings.timeout))
+    return Executor(processes, limits(settings))
+
+
+def limits(settings: AnswersSection) -> Limits:
+    """Return the limits of a query; memory grows with the bytes that a result may have."""
+    standard = Limits()
+    return Limits(
+        seconds=settings.timeout,
+        rows=settings.max_rows,
+        bytes=settings.max_bytes,
+        memory=standard.memory * max(1, settings.max_bytes // standard.bytes),
+        sql_length=settings.max_sql_length,
+    )
 
 
 def read(value: Any, where: str) -> str | None:
@@ -143,7 +157,10 @@ def _exact_set_fields(row: JudgedRow, schema: Schema | None) -> dict[str, bool]:
     if schema is None:
         return {}
     verdict = exact_set_verdict(row["gold"], row["predicted"] or "", schema)
-    return {"exact_set_match": bool(verdict), "exact_set_unread": verdict is None}
+    fields = {"exact_set_match": bool(verdict), "exact_set_unread": verdict is None}
+    if verdict is None and not is_readable(row["gold"], schema):
+        fields["exact_set_gold_unread"] = True
+    return fields
 
 
 def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, Any]:
@@ -160,7 +177,7 @@ def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, 
         "valid_sql": share(valid, len(counted)),
         "valid_sql_interval": interval(valid, len(counted)),
         **_bird_scores(counted),
-        "gold_errors": len(rows) - len(counted),
+        **gold_counts(rows),
         "by_hardness": {level: _accuracy(group) for level, group in by_hardness.items()},
         "by_database": {db_id: _accuracy(group) for db_id, group in by_database.items()},
         "errors": error_counts(counted),
@@ -179,19 +196,24 @@ def _accuracy(rows: Sequence[JudgedRow]) -> dict[str, Any]:
 
 
 def _exact_set_scores(rows: Sequence[JudgedRow]) -> dict[str, Any]:
-    """Return the share that matches clause by clause, over the rows whose schema is known.
+    """Return the share that matches clause by clause, over the gold queries that can be read.
 
-    A query that cannot be read counts as no match; `exact_set_unread` counts rows with one.
+    A gold query outside Spider's grammar matches nothing, so `exact_set_gold_unread` counts it
+    apart. A prediction that cannot be read counts as no match; `exact_set_unread` counts those.
     """
     known = [row for row in rows if row.get("exact_set_match") is not None]
-    if not known:
-        return {}
-    matched = sum(row["exact_set_match"] for row in known)
+    readable = [row for row in known if not row.get("exact_set_gold_unread")]
+    unread = len(known) - len(readable)
+    scores: dict[str, Any] = {"exact_set_gold_unread": unread} if unread else {}
+    if not readable:
+        return scores
+    matched = sum(row["exact_set_match"] for row in readable)
     return {
-        "exact_set_match": share(matched, len(known)),
-        "exact_set_match_interval": interval(matched, len(known)),
-        "exact_set_match_n": len(known),
-        "exact_set_unread": sum(row["exact_set_unread"] for row in known),
+        "exact_set_match": share(matched, len(readable)),
+        "exact_set_match_interval": interval(matched, len(readable)),
+        "exact_set_match_n": len(readable),
+        "exact_set_unread": sum(row["exact_set_unread"] for row in readable),
+        **scores,
     }
 
 
@@ -202,8 +224,9 @@ def _bird_scores(rows: Sequence[JudgedRow]) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     if soft:
         scores["soft_f1"] = sum(soft) / len(soft)
-        scores |= resampled("soft_f1", [(value, 1) for value in soft])
+        scores |= resampled("soft_f1", [(value, 1) for value in soft]) | {"soft_f1_n": len(soft)}
     if rewards:
         scores["r_ves"] = r_ves(rewards) / 100
         scores |= resampled("r_ves", [(sqrt(reward), 1) for reward in rewards])
+        scores["r_ves_n"] = len(rewards)
     return scores

@@ -11,6 +11,7 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.evaluate import predictions_file, results
 from ray_sql.evaluate.models import check_adapter, evaluate_models, scored_questions
+from ray_sql.evaluate.scored import load_scored
 from ray_sql.metrics.judged import Evaluation
 from ray_sql.progress import Progress
 from ray_sql.report import figures, html, terminal
@@ -54,10 +55,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _plan(config: EvaluateConfig) -> Iterator[str]:
     """Yield lines on what would be scored, after reading it; with a model, one of its prompts."""
-    corpus = data.load_split(config, config.split)
+    corpus = load_scored(config, config.adapter)
     if config.predictions_file:
-        predictions = predictions_file.read(absolute(config.predictions_file))
-        source = f"{len(predictions)} predictions of {config.predictions_file}"
+        rows, notes = predictions_file.read_rows(absolute(config.predictions_file), corpus, config)
+        yield from notes
+        source = f"{len(rows)} predictions of {config.predictions_file}"
     else:
         base, _ = models.resolve(config.model_name, config.cache, config.read_token)
         tokenizer = models.load_tokenizer(base)
@@ -73,7 +75,7 @@ def _plan(config: EvaluateConfig) -> Iterator[str]:
 
 
 def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Evaluation:
-    corpus = data.load_split(config, config.split)
+    corpus = load_scored(config, adapter)
     predictions_file.require_executable(corpus, TASKS[config.task_type])
     predictions_file.show_remarks(corpus, RunFolder(config.run_dir), display)
     contract = None

@@ -18,7 +18,8 @@ from ray_sql.database import Executor, Schema
 from ray_sql.evaluate import judge_links, judge_sql
 from ray_sql.evaluate.judge_sql import Progress, executor
 from ray_sql.generate import Answer, Question
-from ray_sql.metrics.judged import JudgedRow
+from ray_sql.generate.ends import FENCE
+from ray_sql.metrics.judged import JudgedRow, is_right
 from ray_sql.tasks import TASKS, Task, TaskName
 
 
@@ -55,7 +56,8 @@ def score(
     if settings.first_executable:
         answers = _first_executable(questions, answers, settings, shared)
     rows = [
-        _row(question, answer, task) for question, answer in zip(questions, answers, strict=True)
+        _row(question, answer, task, settings.max_new_tokens)
+        for question, answer in zip(questions, answers, strict=True)
     ]
     databases = [question.database for question in questions]
     return judge_rows(rows, databases, schemas or {}, task, settings, progress, shared)
@@ -74,7 +76,16 @@ def judge_rows(
 
     `databases` are paths or URLs, None where a row has none; `shared` is an open executor to use.
     """
-    return JUDGES[task.name].judge(rows, databases, schemas, settings, progress, shared)
+    judged = JUDGES[task.name].judge(rows, databases, schemas, settings, progress, shared)
+    return [_with_cut(row, settings.max_new_tokens) for row in judged]
+
+
+def _with_cut(row: JudgedRow, max_new_tokens: int) -> JudgedRow:
+    """Name the reason of a wrong answer that was not written to its end."""
+    if not row.get("cut_off") or is_right(row) or row["verdict"] == "gold_error":
+        return row
+    reason = f"cut off at max_new_tokens {max_new_tokens}: {row['error'] or row['error_kind']}"
+    return row | {"error": reason, "error_kind": "cut off"}
 
 
 def summarise(rows: Sequence[JudgedRow], task: Task, settings: AnswersSection) -> dict[str, Any]:
@@ -106,7 +117,8 @@ def _first_executable(
     ]
 
 
-def _row(question: Question, answer: Answer, task: Task) -> JudgedRow:
+def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) -> JudgedRow:
+    is_cut = answer.new_tokens >= max_new_tokens and answer.raw.count(FENCE) < 2
     row = {
         "id": question.id,
         "split": question.split,
@@ -120,6 +132,8 @@ def _row(question: Question, answer: Answer, task: Task) -> JudgedRow:
         "new_tokens": answer.new_tokens,
         "generation_seconds": round(answer.seconds, 3),
     }
+    if is_cut:
+        row["cut_off"] = True
     return row | ({"candidates": answer.candidates} if answer.candidates else {})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def failing(
     Examples without a database are not among them.
     """
     queries = _queries(corpus)
-    file = cache / "gold_queries" / f"{_cache_key(corpus, queries)}-{evaluate.timeout:g}.json"
+    limits = evaluate.model_dump(include={"timeout", "max_rows", "max_bytes", "max_sql_length"})
+    file = cache / "gold_queries" / f"{_cache_key(corpus, queries, limits)}.json"
     known = _known(file)
     todo = [
         (query.key, query.place, query.sql)
@@ -157,10 +158,10 @@ def _queries(corpus: Corpus) -> list[GoldQuery]:
     return queries
 
 
-def _cache_key(corpus: Corpus, queries: Sequence[GoldQuery]) -> str:
-    """Return 24 hex digits over the questions, the schemas and the state of every SQLite file."""
+def _cache_key(corpus: Corpus, queries: Sequence[GoldQuery], limits: Mapping[str, Any]) -> str:
+    """Return 24 hex digits over questions, schemas, limits and the state of every SQLite file."""
     files = sorted({Path(query.place) for query in queries if not query.is_on_server})
     states = [(file.name, file.stat()) for file in files if file.is_file()]
     parts = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
-    content = json.dumps([corpus.fingerprint(), parts])
+    content = json.dumps([corpus.fingerprint(), parts, limits])
     return hashlib.sha256(content.encode()).hexdigest()[:24]

@@ -15,7 +15,7 @@ from ray_sql.finetune.prepare import Prepared
 from ray_sql.finetune.session import spool
 from ray_sql.metrics.judged import Evaluation
 from ray_sql.report import figures, html
-from ray_sql.report.scores import markdown, paired_lines
+from ray_sql.report.scores import markdown, notes, paired_lines
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 
@@ -77,7 +77,7 @@ def _log_scores(record: tracking.Run, evaluation: Evaluation, metrics: Mapping[s
     rows = [{"model": model, **row} for model in models for row in evaluation[model]]
     task, splits = TASKS[metrics["task_type"]], list(metrics[models[0]])
     scores = markdown({name: metrics[name] for name in evaluation}, task)
-    text = "\n\n".join([scores, *paired_lines(metrics)])
+    text = "\n\n".join([scores, *notes(metrics, models[0]), *paired_lines(metrics)])
     record.describe(text, f"{models[0]}/{splits[0]}/{task.metric}" if splits else None)
     table = [{column: row.get(column) for column in TABLE_COLUMNS} for row in rows]
     record.table(table, "predictions.json")

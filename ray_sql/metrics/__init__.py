@@ -12,7 +12,7 @@
 """
 
 from ray_sql.metrics.bird import r_ves, soft_f1, ves_reward
-from ray_sql.metrics.exact_set import exact_set_match, exact_set_verdict
+from ray_sql.metrics.exact_set import exact_set_match, exact_set_verdict, is_readable
 from ray_sql.metrics.hardness import hardness
 from ray_sql.metrics.judge import (
     Pair,

@@ -57,6 +57,11 @@ def exact_set_verdict(gold: str, predicted: str, schema: Schema) -> bool | None:
         return None
 
 
+def is_readable(sql: str, schema: Schema) -> bool:
+    """Tell whether Spider's parser reads a query; one that it does not matches nothing."""
+    return read_query(sql, schema) is not None
+
+
 @lru_cache(maxsize=256)
 def _representatives(schema: Schema) -> Mapping[str, str]:
     """Return column of a foreign key → the first column, in schema order, of those it joins."""

@@ -13,6 +13,7 @@ from sqlglot import exp
 
 from ray_sql.database import MOST_ANALYSED, sqlite_words
 from ray_sql.metrics.match import prepare_spider
+from ray_sql.metrics.spider_grammar import ends_in_column
 
 Hardness = Literal["easy", "medium", "hard", "extra", "unknown"]
 
@@ -96,15 +97,24 @@ def _listed(select: exp.Select, clause: str) -> list[exp.Expr]:
 
 
 def _condition_nodes(tree: exp.Expr | None) -> list[exp.Expr]:
-    """Return each AND and OR of a condition and its operands, without parentheses."""
+    """Return the conditions of a tree without parentheses, and each AND and OR between them.
+
+    After a column on the right of a comparison, Spider's parser reads on at the next AND.
+    """
     nodes: list[exp.Expr] = []
-    pending = [] if tree is None else [tree]
+    pending: list[tuple[exp.Expr | None, exp.Expr]] = [] if tree is None else [(None, tree)]
+    swallows = False
     # Not recursive: a generated chain of conditions can be deeper than Python's stack.
     while pending:
-        node = pending.pop().unnest()
-        nodes.append(node)
+        connector, node = pending.pop()
+        node = node.unnest()
         if isinstance(node, exp.Connector):
-            pending += [node.left, node.right]
+            pending += [(node, node.right), (connector, node.left)]
+            continue
+        if swallows and isinstance(connector, exp.Or):
+            continue
+        nodes += [node] if connector is None else [connector, node]
+        swallows = ends_in_column(node)
     return nodes
 
 

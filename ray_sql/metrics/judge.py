@@ -7,7 +7,13 @@ from typing import Literal
 from ray_sql.database import Executor, Limits, Place, QueryResult, suite
 from ray_sql.database.pool import Progress
 from ray_sql.metrics.bird import soft_f1, ves_reward
-from ray_sql.metrics.match import Semantics, execution_match, is_ordered, prepare_spider
+from ray_sql.metrics.match import (
+    Semantics,
+    execution_match,
+    is_ordered,
+    needs_distinct,
+    prepare_spider,
+)
 
 VerdictName = Literal["correct", "wrong", "error", "timeout", "gold_error"]
 ErrorKind = Literal[
@@ -22,6 +28,8 @@ ErrorKind = Literal[
     "empty",
     "wrong rows",
     "gold error",
+    "gold over a limit",
+    "cut off",
     "other",
 ]
 PREFIXES: tuple[ErrorKind, ...] = (
@@ -32,6 +40,9 @@ PREFIXES: tuple[ErrorKind, ...] = (
     "no such table",
 )
 """Kinds that open the message of their errors."""
+
+LIMITS = ("too large", "timeout", "crash")
+"""Openings of errors by which a query went over a limit; another limit may let it run."""
 
 EMPTY = "empty result"
 SYNTAX = (
@@ -86,9 +97,13 @@ def judge(
     gold, predicted = pair.gold, pair.predicted
     databases: tuple[Place, ...] = (pair.database,)
     if semantics == "spider":
-        server = "://" in str(pair.database)
-        gold = prepare_spider(gold, keep_distinct=keep_distinct, server=server)
-        predicted = prepare_spider(predicted, keep_distinct=keep_distinct, server=server)
+        most = (limits or executor.limits).sql_length
+        # Where the official code breaks gold, there is no verdict to agree with.
+        needed = "://" in str(pair.database) or needs_distinct(gold)
+        gold = prepare_spider(gold, keep_distinct=keep_distinct, keep_needed=needed, most=most)
+        predicted = prepare_spider(
+            predicted, keep_distinct=keep_distinct, keep_needed=needed, most=most
+        )
         databases = suite.find(executor, pair.database).databases
     seconds = 0.0
     share = 0.0 if semantics == "bird" else None
@@ -158,7 +173,7 @@ def classify_error(verdict: Verdict) -> ErrorKind:
         case "correct":
             return "none"
         case "gold_error":
-            return "gold error"
+            return "gold over a limit" if message.startswith(LIMITS) else "gold error"
         case "timeout":
             return "timeout"
         case "wrong":

@@ -32,9 +32,13 @@ class Counts:
 
     @property
     def scores(self) -> PRF:
-        """Return precision, recall and F1; a share of no names is 1: none was wrong or missed."""
+        """Return precision, recall and F1.
+
+        Where gold has no names, none was missed: recall is 1. An answer without names has a
+        precision of 1 only where gold has none either, else 0.
+        """
         return PRF(
-            _share(self.shared, self.predicted),
+            _share(self.shared, self.predicted or self.gold),
             _share(self.shared, self.gold),
             _share(2 * self.shared, self.gold + self.predicted),
         )

@@ -138,18 +138,20 @@ def _bags(columns: Sequence[tuple[Any, ...]]) -> list[frozenset[tuple[Any, int]]
     return [frozenset(Counter(column).items()) for column in columns]
 
 
-def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = False) -> str:
+def prepare_spider(
+    sql: str, *, keep_distinct: bool = False, keep_needed: bool = False, most: int = MOST_SQL
+) -> str:
     """Return the text that the official evaluator of Spider runs in place of `sql`.
 
     `> =`, `< =` and `! =` are joined, inside literals too. `YEAR(CURDATE())` becomes 2020. Unless
     `keep_distinct`, every DISTINCT is dropped, from `IS NOT DISTINCT FROM` too.
 
     With DISTINCT, the official code also drops every statement but the first. Here they stay, for
-    the executor to refuse, unless they are empty. The official code knows no servers.
-    On a `server`, `DISTINCT ON` and `IS DISTINCT FROM` keep their DISTINCT, because without it they
-    are no SQL.
+    the executor to refuse, unless they are empty; after an empty first one none is left.
+    With `keep_needed`, `DISTINCT ON` and `IS DISTINCT FROM` keep their DISTINCT, because without it
+    they are no SQL.
     """
-    if len(sql) > MOST_SQL:
+    if len(sql) > most:
         return sql  # to be refused as it is
     for apart in ("> =", "< =", "! ="):
         sql = sql.replace(apart, apart.replace(" ", ""))
@@ -158,9 +160,12 @@ def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = Fals
         statements = FilterStack().run(sql)  # type: ignore[no-untyped-call]
         for index, statement in enumerate(statements):
             words = list(statement.flatten())
-            if index == 0 or not all(map(_is_blank, words)):
+            is_empty = all(map(_is_blank, words))
+            if index == 0 or not is_empty:
                 tokens += words
-        needed = _needed_distinct(tokens) if server else set()
+            if index == 0 and is_empty:
+                break
+        needed = _needed_distinct(tokens) if keep_needed else set()
         sql = "".join(
             token.value
             for index, token in enumerate(tokens)
@@ -169,14 +174,22 @@ def prepare_spider(sql: str, *, keep_distinct: bool = False, server: bool = Fals
     return re.sub(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", "2020", sql, flags=re.IGNORECASE)
 
 
+def needs_distinct(sql: str) -> bool:
+    """Tell whether a query has a DISTINCT without which it is no SQL, as `IS DISTINCT FROM`."""
+    if "distinct" not in sql.lower() or len(sql) > MOST_SQL:
+        return False
+    statements = FilterStack().run(sql)  # type: ignore[no-untyped-call]
+    return any(_needed_distinct(list(statement.flatten())) for statement in statements)
+
+
 def _needed_distinct(tokens: Sequence[Token]) -> set[int]:
     """Return the places of a DISTINCT that is followed by ON, or follows IS or NOT."""
     places = [index for index, token in enumerate(tokens) if not _is_blank(token)]
     words = ["", *(tokens[index].value.lower() for index in places), ""]
     return {
         index
-        for index, before, after in zip(places, words, words[2:], strict=False)
-        if after == "on" or before.split()[-1:] in (["is"], ["not"])
+        for index, before, word, after in zip(places, words, words[1:], words[2:], strict=False)
+        if word == "distinct" and (after == "on" or before.split()[-1:] in (["is"], ["not"]))
     }
 
 

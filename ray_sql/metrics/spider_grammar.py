@@ -171,7 +171,7 @@ class _Reader:
                 read = self._conditions(condition, default)
                 connectors += [*(["and"] if items else []), *read.connectors]
                 items += read.items
-                swallows = _ends_in_column(condition)
+                swallows = ends_in_column(condition)
         return tuple(tables), default, Conditions(tuple(items), tuple(connectors))
 
     def _table(self, node: exp.Expr, default: list[str]) -> str | SpiderQuery:
@@ -231,7 +231,7 @@ class _Reader:
                 continue
             items.append(self._condition(condition, default))
             connectors += [connector] if connector else []
-            swallows = _ends_in_column(condition)
+            swallows = ends_in_column(condition)
         return Conditions(tuple(items), tuple(connectors))
 
     def _condition(self, node: exp.Expr, default: Sequence[str]) -> Condition:
@@ -320,7 +320,7 @@ def _is_constant(node: exp.Expr) -> bool:
     return isinstance(node, exp.Literal)
 
 
-def _ends_in_column(node: exp.Expr) -> bool:
+def ends_in_column(node: exp.Expr) -> bool:
     """Tell whether a condition ends in a column, after which Spider's parser loses its place."""
     *_, (_, last) = _flattened(node)
     last = last.this if isinstance(last, exp.Not) else last

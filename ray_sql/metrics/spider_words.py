@@ -8,6 +8,8 @@ from sqlglot import Token, TokenType
 
 _NAMES_OR_VALUES = (TokenType.STRING, TokenType.IDENTIFIER)
 _UNKNOWN = {"<>", "==", "true", "false"}
+_UNKNOWN_PAIRS = {("distinct", "on"), ("nulls", "first"), ("nulls", "last")}
+_NUMBERS_IN_CODE = (TokenType.HEX_STRING, TokenType.BIT_STRING, TokenType.BYTE_STRING)
 _BEFORE_CONDITION = {"where", "and", "or", "on", "having", "not", "is", "("}
 
 
@@ -44,6 +46,8 @@ def check_spelling(sql: str, tokens: Sequence[Token]) -> None:
     for token in tokens:
         word = token.text.lower()
         if token.comments or word in _UNKNOWN or (word == "not" and previous in _BEFORE_CONDITION):
+            raise UnreadableError(word)
+        if token.token_type in _NUMBERS_IN_CODE or (previous, word) in _UNKNOWN_PAIRS:
             raise UnreadableError(word)
         if token.token_type in _NAMES_OR_VALUES and (
             sql[token.start] in "[`" or re.search("[\"']", word)

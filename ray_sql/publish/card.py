@@ -19,7 +19,7 @@ from ray_sql.database import Column, ForeignKey, Schema, Table, render
 from ray_sql.display import printable
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
-from ray_sql.report.scores import Scores, score_lines
+from ray_sql.report.scores import Scores, notes, score_lines
 from ray_sql.tasks import TASKS, Task
 
 SAMPLE = Schema(
@@ -78,6 +78,7 @@ def card(
         semantics=next((scores.get("semantics") for scores in metrics["tuned"].values()), None),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
         rows=table(models, task),
+        notes=notes({"tuned": models["tuned"]}, "tuned"),
         schema=render(SAMPLE, config.prompt.serializer),
         question=QUESTION,
         questions=sum(scores["n"] for scores in metrics["tuned"].values()),
@@ -92,7 +93,7 @@ def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
         [
             prose(line.split),
             f"**{line.label}**" if line.kind == "main" else line.label,
-            f"{line.n:,}",
+            line.count,
             *line.cells,
         ]
         for line in score_lines(models, task)

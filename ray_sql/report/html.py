@@ -12,7 +12,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from ray_sql.display import percent
-from ray_sql.report.scores import paired_lines, secondary_scores, share_text
+from ray_sql.report.scores import counted, notes, paired_lines, secondary_scores, share_text
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
@@ -52,7 +52,7 @@ def page(
         figures,
         header=header,
         cells=cells,
-        comparisons=paired_lines(metrics),
+        comparisons=[*notes(metrics, list(evaluation)[-1]), *paired_lines(metrics)],
         models=list(evaluation),
         questions=list(zip(*evaluation.values(), strict=True)),
         choices=_filters(evaluation),
@@ -124,7 +124,7 @@ def summary(
             databases = _databases(evaluation[name], split)
             rows.append(
                 [
-                    *(split, name, f"{scores['n']:,}"),
+                    *(split, name, counted(scores["n"], scores["gold_errors"])),
                     percent(scores[task.metric], n=scores["n"]),
                     _range(scores.get("interval")),
                     _range(scores.get("clustered_interval"), f" ({databases})"),
@@ -138,7 +138,9 @@ def summary(
 def _cell(scores: Mapping[str, Any], key: str) -> str:
     """Write a score; with its mean over questions behind it, where it counts over all of them."""
     macro = f"{key}_macro"
-    text = share_text(scores, key)
+    text, n = share_text(scores, key), scores.get(f"{key}_n", scores["n"])
+    if key in scores and n != scores["n"]:
+        text += f" (n = {n:,})"
     return f"{text} / {share_text(scores, macro)}" if macro in scores else text
 
 

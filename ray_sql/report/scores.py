@@ -23,6 +23,13 @@ class ScoreLine:
     label: str
     n: int
     cells: list[str]
+    left_out: int = 0
+    """Questions of the split that do not count, because their gold fails."""
+
+    @property
+    def count(self) -> str:
+        """Return n as people read it."""
+        return counted(self.n, self.left_out)
 
 
 def score_lines(models: Mapping[str, Scores], task: Task) -> Iterator[ScoreLine]:
@@ -34,7 +41,9 @@ def score_lines(models: Mapping[str, Scores], task: Task) -> Iterator[ScoreLine]
     for split, scores in last.items():
         by_model = [summary[split] for summary in models.values()]
         cells = [percent(each[task.metric], each["interval"], each["n"]) for each in by_model]
-        yield ScoreLine("main", split, task.label, scores["n"], cells)
+        yield ScoreLine(
+            "main", split, task.label, scores["n"], cells, left_out=scores["gold_errors"]
+        )
         for level, group in scores.get("by_hardness", {}).items():
             groups = [each["by_hardness"].get(level, group) for each in by_model]
             cells = [percent(each[task.metric], each["interval"]) for each in groups]
@@ -51,7 +60,7 @@ def markdown(models: Mapping[str, Scores], task: Task) -> str:
     if not lines:
         return "Nothing was scored."
     head = ["split", "score", "n", *models]
-    cells = [[line.split, line.label, str(line.n), *line.cells] for line in lines]
+    cells = [[line.split, line.label, line.count, *line.cells] for line in lines]
     table = [head, ["---"] * len(head), *cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
@@ -67,6 +76,45 @@ def share_text(scores: Mapping[str, Any], key: str) -> str:
         return "–"
     n = scores.get(f"{key}_n", scores["n"])
     return percent(scores[key], scores.get(f"{key}_interval"), n)
+
+
+def counted(n: int, left_out: int) -> str:
+    """Write n beside the questions that do not count: `1 of 2`."""
+    return f"{n:,} of {n + left_out:,}" if left_out else f"{n:,}"
+
+
+def notes(metrics: Mapping[str, Any], model: str) -> list[str]:
+    """Return what must stand beside the scores of a model: what they leave out, and why."""
+    return [
+        f"{split}: {note}" for split, scores in metrics[model].items() for note in _notes(scores)
+    ]
+
+
+def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
+    n, failing, over = scores["n"], scores["gold_errors"], scores.get("gold_over_limits", 0)
+    named = "; ".join(f"{row['id']}: {row['error']}" for row in scores.get("gold_left_out", [])[:3])
+    if failing:
+        more = ", …" if failing > 3 else ""
+        of_all = f"{failing} of {n + failing} questions are not counted"
+        yield f"{of_all}, for their gold fails ({named}{more})"
+    if over:
+        yield (
+            f"{over} of these golds went over a limit: --evaluate.timeout, --evaluate.max_rows, "
+            "--evaluate.max_bytes and --evaluate.max_sql_length raise it"
+        )
+    if unread := scores.get("exact_set_gold_unread", 0):
+        read = scores.get("exact_set_match_n", 0)
+        yield (
+            f"exact set match counts {read} of {read + unread} questions: Spider's parser cannot "
+            "read the gold of the others"
+        )
+    if unknown := scores.get("by_hardness", {}).get("unknown", {}).get("n", 0):
+        yield f"hardness is unknown for {unknown} of {n} questions: Spider grades no such gold"
+    if cut := scores.get("errors", {}).get("cut off", 0):
+        yield (
+            f"{cut} of {n} answers are not right and were cut off at --evaluate.max_new_tokens; "
+            "a higher one lets them end"
+        )
 
 
 def paired_lines(metrics: Mapping[str, Any]) -> list[str]:

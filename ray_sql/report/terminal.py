@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_sql.display import Display, cell
-from ray_sql.report.scores import paired_lines, score_lines
+from ray_sql.report.scores import notes, paired_lines, score_lines
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 
@@ -23,7 +23,8 @@ def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Dis
     display.console.print(_table(title, metrics))
     if not any(metrics[name] for name in MODELS if name in metrics):
         display.line("nothing was scored: the splits to score have no questions (--split, --data)")
-    for line in paired_lines(metrics):
+    model = [name for name in MODELS if name in metrics][-1]
+    for line in [*notes(metrics, model), *paired_lines(metrics)]:
         display.line(line)
     if "training_seconds" in metrics:
         display.line(
@@ -57,12 +58,10 @@ def _table(title: str, metrics: Mapping[str, Any]) -> Table:
     for split, lines in groupby(score_lines(models, task), lambda line: line.split):
         for line in lines:
             names = {
-                "main": (split, line.label, str(line.n)),
+                "main": (split, line.label, line.count),
                 "level": ("", f"  {line.label}", str(line.n)),
-                "secondary": ("", line.label, ""),
+                "secondary": ("", line.label, str(line.n)),
             }
             table.add_row(*map(cell, (*names[line.kind], *line.cells)))
-        if failing := last[split]["gold_errors"]:
-            table.add_row("", "gold fails (not counted)", str(failing))
         table.add_section()
     return table
