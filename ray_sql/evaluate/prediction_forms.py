@@ -18,7 +18,7 @@ from typing import Any
 import sqlparse
 
 from ray_sql import data
-from ray_sql.data.answers import parse_sql
+from ray_sql.data.answers import unwrap_sql
 from ray_sql.errors import DataError
 
 Record = dict[str, Any]
@@ -156,9 +156,7 @@ def sql_in(answer: str) -> str:
     if looks_like_sql(answer):
         sql = answer.rstrip().removesuffix("```")
         return answer if sql == answer.rstrip() else sql.rstrip()
-    if "```" in answer or "</think>" in answer:
-        return parse_sql(answer) or ""
-    return _PREFIX.sub("", answer, count=1)
+    return _PREFIX.sub("", unwrap_sql(answer), count=1)
 
 
 def _table(path: Path, text: str) -> dict[str, Record]:

@@ -13,12 +13,11 @@ from typing import Any
 
 from ray_sql.config import mask_password
 from ray_sql.config.sections import AnswersSection
-from ray_sql.data.answers import parse_sql
+from ray_sql.data.answers import FENCE_SIGNS, is_complete, parse_sql
 from ray_sql.database import Executor, Schema
 from ray_sql.evaluate import judge_links, judge_sql
 from ray_sql.evaluate.judge_sql import Progress, executor
 from ray_sql.generate import Answer, Question
-from ray_sql.generate.ends import FENCE
 from ray_sql.metrics.judged import JudgedRow, is_right
 from ray_sql.tasks import TASKS, Task, TaskName
 
@@ -118,7 +117,8 @@ def _first_executable(
 
 
 def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) -> JudgedRow:
-    is_cut = answer.new_tokens >= max_new_tokens and answer.raw.count(FENCE) < 2
+    ends_in_fence = is_complete(answer.raw) and answer.raw.rstrip()[-1] in FENCE_SIGNS
+    is_cut = answer.new_tokens >= max_new_tokens and not ends_in_fence
     row = {
         "id": question.id,
         "split": question.split,
