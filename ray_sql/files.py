@@ -7,7 +7,6 @@ nesting, numbers of thousands of digits, half characters, and values of another 
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -85,12 +84,13 @@ def decode(content: bytes, name: str, way_out: str) -> str:
 def read_bytes(file: str | Path) -> bytes:
     """Return the bytes of an ordinary file.
 
-    Raises `OSError` for anything else: reading a pipe or a device might never end.
+    Raises `DamagedFile` for a pipe or a device: reading it might never end. Raises `OSError` where
+    nothing can be read.
     """
     with open(file, "rb", opener=_open_now) as stream:
         kind = os.fstat(stream.fileno()).st_mode
         if not stat.S_ISREG(kind):
-            raise OSError(errno.EINVAL, "a pipe or device, not a file", str(file))
+            raise DamagedFile(f"{file}: is a pipe or device; give an ordinary file")
         return stream.read()
 
 

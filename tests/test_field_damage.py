@@ -18,6 +18,11 @@ import pytest
 
 from ray_sql import cli, finetune
 from ray_sql.config import Config, load
+from ray_sql.config.sections import LoraSection
+from ray_sql.errors import ModelError
+from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import RunFolder
+from ray_sql.train.resume import starting_point
 from tests.test_publish import settings
 
 KIND = "damaged files"
@@ -203,15 +208,16 @@ def test_a_cache_is_made_again(place: Path, capsys: Any, kind: str, damage: str)
 
 @pytest.mark.kind(KIND)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_is_damaged_is_passed_over(place: Path, capsys: Any, damage: str) -> None:
-    run = place / "out" / "run"
-    (newest,) = run.glob("checkpoint-2")
-    DAMAGES[damage](newest / "checkpoint.json")
-    words = ["--output_name", "next", "--prev_checkpoint", str(newest), "--train.max_steps", "3"]
-    code, said = end("finetune", place, capsys, *words)
-    assert code in (0, 2) and "Traceback" not in said
-    if code == 2:
-        assert "no complete checkpoint" in said and str(newest) in said
+@pytest.mark.parametrize("file", ["checkpoint.json", "trainer_state.json", "adapter_config.json"])
+def test_a_checkpoint_that_is_damaged_is_passed_over(place: Path, file: str, damage: str) -> None:
+    run = RunFolder(str(place / "out" / "run"))
+    newest = Path(run.checkpoint(2).uri)
+    contract, lora = run.read_contract() or {}, LoraSection(r=4, lora_alpha=8)
+    DAMAGES[damage](newest / file)
+    with pytest.raises(ModelError, match=rf"{newest}.*(no complete checkpoint|is damaged)"):
+        starting_point(str(newest), run, contract, lora)
+    if file == "checkpoint.json":
+        assert [checkpoint.step for checkpoint in checkpoints.complete(run)] == [1]
 
 
 @pytest.mark.kind(KIND)

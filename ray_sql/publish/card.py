@@ -118,8 +118,8 @@ def code(value: Any) -> AsIs:
 
 
 def python(value: Any) -> AsIs:
-    """Return a value as a literal of Python."""
-    return AsIs(json.dumps(str(value)))
+    """Return a value as a literal of Python, in which no tick ends the block of code."""
+    return AsIs(json.dumps(str(value)).replace("`", r"\u0060"))
 
 
 def _one_line(value: Any) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_sql import files
-from ray_sql.errors import StoreError
+from ray_sql.errors import DamagedFile, StoreError
 from ray_sql.store.retry import retry
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,21 @@ def fetch_file(uri: str, target: Path) -> Path:
     local = pafs.LocalFileSystem()
 
     def copy() -> None:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            _require_files(Path(path))
         pafs.copy_files(
             path, str(target), source_filesystem=filesystem, destination_filesystem=local
         )
 
     _persist(uri, copy)
     return target
+
+
+def _require_files(place: Path) -> None:
+    """Raise `DamagedFile` for a pipe or device at a place or below: copying it might never end."""
+    for path in (place, *place.rglob("*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DamagedFile(f"{path}: is a pipe or device, not a file; remove it")
 
 
 def put_once(local: Path, uri: str) -> None:
