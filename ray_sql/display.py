@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u
 """Characters that a terminal obeys, and halves of characters, which it cannot show."""
 PLAIN_SECONDS = 10.0
 """Least seconds between two lines of a stage where there is no terminal."""
+LOG_WIDTH = 160
+"""Columns of a table where there is no terminal: cells of a wide sweep are not broken in two."""
 SILENT_SECONDS = 60.0
 """Seconds after which a step without values is worth a line where there is no terminal."""
 ESTIMATE_SECONDS, ESTIMATE_UNITS = 10.0, 2
@@ -59,6 +62,8 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
+        if console is None and not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = LOG_WIDTH
         self._progress = Progress(
             TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=24),

@@ -151,7 +151,7 @@ def test_every_node_is_asked(cluster: Any, flags: dict[str, str]) -> None:
     assert said["cluster"].endswith(f":{cluster.address.rpartition(':')[2]} answers, 2 nodes")
     assert said["state API"] == "answers"
     assert said["resources"].startswith("workers of 1 CPU: 2 workers of 1 CPU fit on 2 nodes")
-    assert said["storage"].startswith("2 nodes write to ") and said["packages"].endswith(
+    assert said["storage"].startswith("2 nodes can write to ") and said["packages"].endswith(
         " on 2 nodes"
     )
     assert (

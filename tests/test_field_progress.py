@@ -10,8 +10,12 @@ import pytest
 from rich.console import Console
 
 from ray_sql import display as displays
+from ray_sql.cluster import resources
 from ray_sql.cluster.events import StepEnded, TrainPoint
+from ray_sql.data import Corpus, Example, leakage
 from ray_sql.display import Display, Pace, duration
+from ray_sql.finetune import plan, prepare
+from ray_sql.preflight import nodes
 from ray_sql.progress import Progress
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tracking import null_run
@@ -114,3 +118,36 @@ def test_steps_without_values_move_the_bar(terminal: bool, make_config: Any, clo
     assert ("loss 2.500" in lines[-1]) == terminal, "the last values stay beside the bar"
     if not terminal:
         assert [line.split()[1] for line in lines] == ["1/13", "3/13", "5/13", "7/13"]
+
+
+@kind
+@pytest.mark.parametrize(
+    ("task", "limit", "rule", "points"),
+    [("sql", 4, "semantics spider", 35), ("schema", 8, "by strict recall", 28)],
+)
+def test_the_plan_says_what_is_scored_by_and_how_little_a_few_questions_tell(
+    task: str, limit: int, rule: str, points: int, make_config: Any
+) -> None:
+    config = make_config(
+        **{"task_type": task, "evaluate.limit": limit, "evaluate.semantics": "spider"}
+    )
+    lines = list(plan.lines(prepare.prepare(config)))
+    at = next(n for n, line in enumerate(lines) if line.startswith("scoring"))
+    assert lines[at].endswith(f"on {limit} of dev, {rule}")
+    assert f"so few tell a share to {points} points up or down" in lines[at + 1]
+
+
+@kind
+def test_counts_of_one_are_said_as_such(make_config: Any) -> None:
+    one = Example("1", "shop", "How many?", "SELECT 1")
+    assert leakage(Corpus({"train": (one,), "dev": (one,)}))[0] == (
+        "dev: 1 question on 1 database, which train has too; 1 question also in train"
+    )
+
+
+@kind
+def test_a_run_without_trials_speaks_of_none(make_config: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(resources, "cluster_nodes", lambda: [{"CPU": 2.0}])
+    scaling = make_config(**{"scaling.num_workers": 2}).scaling
+    assert "2 a training (2 x 1)" in nodes.check_capacity(scaling, None)
+    assert "2 a trial (2 x 1)" in nodes.check_capacity(scaling, 1)

@@ -9,7 +9,11 @@ from pathlib import Path
 from ray_sql import data, rows
 from ray_sql.config import AUTO_EXAMPLES_PER_ROW
 from ray_sql.finetune.prepare import Prepared
+from ray_sql.metrics import wilson_interval
 from ray_sql.tasks import TASKS
+
+FEW_QUESTIONS = 100
+"""Fewer questions than this tell a share to 10 points at best."""
 
 
 def lines(prepared: Prepared) -> Iterator[str]:
@@ -101,10 +105,16 @@ def _scoring(prepared: Prepared) -> Iterator[str]:
     config = prepared.config
     splits = {split: prepared.corpus.splits[split] for split in config.split}
     limit = config.evaluate.limit
-    counts = [f"{min(len(s), limit or len(s))} of {split}" for split, s in splits.items()]
+    sizes = {
+        split: min(len(examples), limit or len(examples)) for split, examples in splits.items()
+    }
+    counts = [f"{size} of {split}" for split, size in sizes.items()]
     models = "base and tuned model" if config.evaluate.baseline else "tuned model"
-    yield f"scoring   {models} on {', '.join(counts)}, semantics {config.evaluate.semantics}"
-    if not TASKS[config.task_type].executes_sql:
+    task = TASKS[config.task_type]
+    rule = f"semantics {config.evaluate.semantics}" if task.executes_sql else f"by {task.label}"
+    yield f"scoring   {models} on {', '.join(counts)}, {rule}"
+    yield from _precision(sum(sizes.values()))
+    if not task.executes_sql:
         return
     corpus = prepared.corpus
     for split, examples in splits.items():
@@ -117,6 +127,18 @@ def _scoring(prepared: Prepared) -> Iterator[str]:
         elif not any(corpus.executable(example.db_id) for example in examples):
             why = data.why_not_executable(corpus)
             yield f"          nothing can be executed on {split}, so it gets no score: {why}"
+
+
+def _precision(questions: int) -> Iterator[str]:
+    """Say how little a few questions tell: the interval of a share of one half."""
+    if not 0 < questions < FEW_QUESTIONS:
+        return
+    interval = wilson_interval(questions // 2, questions)
+    points = 50 * (interval.high - interval.low)
+    yield (
+        f"          so few tell a share to {points:.0f} points up or down; more questions, or "
+        "--data.test_fraction, tell more"
+    )
 
 
 def _lost_with_the_job(prepared: Prepared) -> Iterator[str]:
