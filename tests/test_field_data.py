@@ -58,6 +58,9 @@ class Lines:
     def counter(self, _: str) -> None:
         return None
 
+    def end(self, _: str) -> None:
+        return None
+
 
 def plan_of(config: Config) -> str:
     """Return what a dry run shows."""

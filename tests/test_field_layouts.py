@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ray_sql import data
-from ray_sql.config import Config
+from ray_sql import data, evaluate
+from ray_sql.config import Config, EvaluateConfig
 from ray_sql.data import Corpus, prompts, schema_texts
 from tests.conftest import QUESTIONS, SHOP, make_spider_folder
 from tests.test_field_data import jsonl, make_shop, plan_of, read, refusal
@@ -177,6 +177,24 @@ def test_a_published_layout_is_read_as_it_is(
     if lay_out not in (spider_dk, mini_dev):
         config = make_config(dataset_id=str(place), split=[split])
         assert data.load(config).splits["train"]
+
+
+@pytest.mark.kind("published layouts")
+def test_without_databases_exact_set_match_is_scored_alone(
+    make_config: Any, tmp_path: Path
+) -> None:
+    spider_without_databases(tmp_path / "spider")
+    answers = [sql for _, sql in QUESTIONS[:-1]] + ["SELECT id FROM sale"]
+    (tmp_path / "predicted.sql").write_text("".join(f"{sql}\n" for sql in answers))
+    config = make_config(
+        EvaluateConfig,
+        dataset_id=str(tmp_path / "spider"),
+        predictions_file=str(tmp_path / "predicted.sql"),
+        **{"evaluate.limit": None},
+    )
+    scores = evaluate.run(config)["file"]["dev"]
+    assert (scores["n"], scores["gold_errors"]) == (0, 8)
+    assert (scores["exact_set_match_n"], scores["exact_set_match"]) == (8, 7 / 8)
 
 
 @pytest.mark.kind("published layouts")
@@ -387,9 +405,6 @@ def test_what_cannot_be_used_is_named_with_a_way_out_that_leads_somewhere(
 def test_answers_to_rows_with_their_schema_are_judged_by_execution(
     make_config: Any, tmp_path: Path
 ) -> None:
-    from ray_sql import evaluate
-    from ray_sql.config import EvaluateConfig
-
     rows = gretel(FILLED)
     for split in ("train", "dev"):
         (tmp_path / f"{split}.jsonl").write_text(jsonl(rows))

@@ -24,7 +24,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """The forms that are read; each may end in `.gz` besides."""
 
 _WRAPPED_SPLITS = ("train", "dev", "validation", "test")
-_TURNS = ("messages", "conversations", "interaction")
+_WRAPPERS = {"data", "examples", "questions", "rows", "records", "items", "samples", "dataset"}
+_TURNS = {"messages", "conversations", "interaction"}
 """Lists of objects that belong to one example."""
 
 
@@ -158,8 +159,8 @@ def _is_lines(path: Path, text: str) -> bool:
 def _unwrap(value: Any) -> dict[str, list[Any]]:
     """Return split → the records that an object wraps; empty where it wraps none.
 
-    Known are lists by split, and one list under any name. Known are the forms that pandas writes,
-    too: an object a row, or a list or an object a column.
+    Known are lists by split, and one list alone or under a common name. Known are the forms that
+    pandas writes, too: an object a row, or a list or an object a column.
     """
     if not isinstance(value, dict):
         return {}
@@ -168,7 +169,7 @@ def _unwrap(value: Any) -> dict[str, list[Any]]:
     if splits:
         return splits
     objects = [item for item in value.values() if isinstance(item, dict)]
-    if len(lists) == 1 and not objects and len(value) <= 4 and not lists.keys() & set(_TURNS):
+    if len(lists) == 1 and (lists.keys() & _WRAPPERS or value.keys() == lists.keys() - _TURNS):
         return {"": next(iter(lists.values()))}
     if objects and len(objects) == len(value):
         if all(name.isdigit() for name in value):
@@ -209,7 +210,7 @@ def _table_rows(path: Path, text: str, suffix: str) -> Iterator[Record]:
     row = 0
     try:
         for fields in reader:
-            if not fields:
+            if not any(map(str.strip, fields)):
                 continue
             # a value in quotes may hold line breaks, and the row begins at its first line
             line = reader.line_num - sum(field.count("\n") for field in fields)

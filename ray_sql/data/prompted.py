@@ -99,6 +99,9 @@ def _turn(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _plain(value: Any) -> str:
+    """Return a text, or the texts of a message in parts; "" for anything else."""
+    if isinstance(value, list):
+        return "".join(_plain(part.get("text")) for part in value if isinstance(part, dict))
     return value if isinstance(value, str) else ""
 
 
@@ -106,24 +109,31 @@ def _prompt(first: str, second: str) -> dict[str, Any]:
     """Return question and schema of a prompt in one or two parts.
 
     A part with CREATE TABLE is the schema and the other one the question. Where the last part holds
-    both, it is divided at its statements. Without CREATE TABLE a first part that speaks of tables
-    is the schema.
+    both, the schema reaches from its first statement to the question. Without CREATE TABLE it is
+    all before the question's label, or a first part that speaks of tables.
     """
     parts = [text for text in (first, second) if text.strip()]
     if not parts:
-        return {"question": None, "schema": None}
-    if len(parts) == 2 and CREATES.search(parts[0]) and not CREATES.search(parts[1]):
-        return {"question": _question(parts[1]), "schema": parts[0]}
-    spans = statement_spans(parts[-1])
-    if not spans:
-        tables = parts[0] if len(parts) == 2 and "table" in parts[0].lower() else None
-        return {"question": _question(parts[-1]), "schema": tables}
-    start, end = spans[0][0], spans[-1][1]
-    head, tail = parts[-1][:start], parts[-1][end:]
-    asked = _question(tail)
-    if not asked and (_LABEL.search(head) or len(parts) == 1):
-        asked = _question(head)
-    return {"question": asked or parts[0], "schema": parts[-1][start:end]}
+        return {}
+    text = parts[-1]
+    if len(parts) == 2 and CREATES.search(first) and not CREATES.search(text):
+        return {"question": _question(text), "schema": first}
+    spans = statement_spans(text)
+    labels = list(_LABEL.finditer(text))
+    if spans:
+        start, end = spans[0][0], spans[-1][1]
+        asked = _question(text[end:])
+        if asked:
+            last = labels[-1].start() if labels else 0
+            return {"question": asked, "schema": text[start : max(end, last)].strip()}
+        asked = _question(text[:start])
+        if len(parts) == 2 and not labels and "?" not in asked:
+            return {"question": first, "schema": text}
+        return {"question": asked, "schema": text[start:end]}
+    before = text[: labels[-1].start()].strip() if labels else ""
+    if not before and len(parts) == 2 and "table" in first.lower():
+        before = first
+    return {"question": _question(text), "schema": before}
 
 
 def _question(text: str) -> str:

@@ -141,11 +141,12 @@ class Built:
     error: str = ""
 
 
-def add_to(corpus: Corpus, cache: Path) -> Corpus:
+def add_to(corpus: Corpus, cache: Path, finds_links: bool) -> Corpus:
     """Return the corpus with a schema and a database for each text that its examples bring.
 
-    A database of the data comes before a text. Texts of `train` are built up to `MOST_TRAINED`,
-    for only their gold runs there. A text without rows makes an empty database.
+    A database of the data comes before a text. Texts of `train` alone are built up to
+    `MOST_TRAINED`, for only their gold runs there, and read beyond that if links are found in them.
+    A text without rows makes an empty database.
     """
     texts: dict[str, dict[str, None]] = {}
     scored = set()
@@ -155,27 +156,26 @@ def add_to(corpus: Corpus, cache: Path) -> Corpus:
                 texts.setdefault(example.db_id, {})[example.schema_text] = None
                 scored |= {example.db_id} if split != "train" else set()
     single = {db_id: next(iter(found)) for db_id, found in texts.items() if len(found) == 1}
-    read = {db_id: read_schema(text, db_id) for db_id, text in single.items()}
+    worth = single.keys() if len(single.keys() - scored) <= MOST_TRAINED else single.keys() & scored
+    read = {
+        db_id: read_schema(text, db_id)
+        for db_id, text in single.items()
+        if finds_links or db_id in worth
+    }
     schemas = {db_id: schema for db_id, schema in read.items() if schema}
-    built = build({single[db_id] for db_id in _worth(list(schemas), scored)}, cache)
-    files = {db_id: built.get(single[db_id], Built(None)) for db_id in schemas}
+    built = build({single[db_id] for db_id in worth if db_id in schemas}, cache)
+    files = {db_id: built[single[db_id]] for db_id in worth if db_id in schemas}
     return replace(
         corpus,
         schemas=schemas | corpus.schemas,
         databases={db_id: one.file for db_id, one in files.items() if one.file} | corpus.databases,
         empty=corpus.empty | {db_id for db_id in files if not _INSERTS.search(single[db_id])},
-        notes=corpus.notes + tuple(_notes(texts, schemas, files)),
+        notes=corpus.notes + tuple(_notes(texts, len(read) - len(schemas), files)),
     )
 
 
-def _worth(db_ids: Sequence[str], scored: set[str]) -> list[str]:
-    """Return the texts to build: those that are scored, and the others if they are few."""
-    trained = [db_id for db_id in db_ids if db_id not in scored]
-    return [*scored & set(db_ids), *(trained if len(trained) <= MOST_TRAINED else [])]
-
-
 def _notes(
-    texts: Mapping[str, Collection[str]], schemas: Mapping[str, Schema], files: Mapping[str, Built]
+    texts: Mapping[str, Collection[str]], unread: int, files: Mapping[str, Built]
 ) -> Iterator[str]:
     """Say what the texts are good for, where it is less than all."""
     several = [db_id for db_id, found in texts.items() if len(found) > 1]
@@ -184,7 +184,6 @@ def _notes(
             f"{len(several)} of {len(texts)} databases have several schema texts "
             f"({join_some(several)}): no links are found in them, and nothing is executed"
         )
-    unread = len(texts) - len(several) - len(schemas)
     if unread:
         yield f"{unread} of {len(texts)} schema texts have no CREATE TABLE that can be read"
     failed = [one.error for one in files.values() if one.error]

@@ -149,7 +149,8 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int, *, suites
     used = replace(
         corpus, splits=splits, schemas=schemas, left_out=tuple(left_out), notes=tuple(notes)
     )
-    return schema_texts.add_to(_with_listed_keys(used, corpus.schemas), source.cache)
+    keyed = _with_listed_keys(used, corpus.schemas)
+    return schema_texts.add_to(keyed, source.cache, not TASKS[source.task].executes_sql)
 
 
 def _with_listed_keys(corpus: Corpus, listed: Mapping[str, Schema]) -> Corpus:

@@ -34,6 +34,8 @@ from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped
 
 Progress = Callable[[int, int], None]
 
+NO_DATABASE = "there is no database to execute it on"
+
 
 def executor(
     settings: AnswersSection, shared: Executor | None = None
@@ -100,7 +102,7 @@ def judge(
             _check_gold(rows, verdicts)
             if settings.ves_iterations:
                 rewards = _rewards(running, pairs, verdicts, settings.ves_iterations, progress)
-    missing = Verdict("gold_error", "there is no database to execute it on", 0.0)
+    missing = Verdict("gold_error", NO_DATABASE, 0.0)
     return [
         row
         | _verdict_fields(row, verdicts.get(index, missing))
@@ -164,13 +166,18 @@ def _exact_set_fields(row: JudgedRow, schema: Schema | None) -> dict[str, bool]:
 
 
 def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, Any]:
-    """Return the scores of one split as plain JSON values, in all, by hardness and by database."""
+    """Return the scores of one split as plain JSON values, in all, by hardness and by database.
+
+    Exact set match needs no database, so it counts the rows that have none, too.
+    """
+    unexecuted = [row for row in rows if row["error"] == NO_DATABASE]
     counted = without_gold_errors(rows)
     valid = sum(row["verdict"] in ("correct", "wrong") for row in counted)
     by_hardness = grouped(counted, "hardness", HARDNESS)
     by_database = grouped(counted, "db_id")
     return {
         **_accuracy(counted),
+        **_exact_set_scores([*counted, *unexecuted]),
         **clustered(counted, [row["verdict"] == "correct" for row in counted]),
         "semantics": settings.semantics,
         "keep_distinct": settings.keep_distinct,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class Prepared:
     audit: Audit
     contract: dict[str, Any]
     gold_errors: list[dict[str, Any]]
-    left_out: list[LeftOut]
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
