@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ray_sql.errors import DataError
 from ray_sql.evaluate import results
 from ray_sql.evaluate.predictions_file import evaluate_file
 from ray_sql.tasks import SQL
-from tests.conftest import QUESTIONS
+from tests.conftest import QUESTIONS, SHOP
 
 GOLD = [sql for _, sql in QUESTIONS]
 TURNED = [(n, *QUESTIONS[n]) for n in (4, 7, 0, 3, 6, 1, 5, 2)]
@@ -254,3 +255,27 @@ def test_answers_that_are_no_query_are_counted_and_shown(score: Callable[..., An
 def test_a_query_with_a_fence_or_a_colon_inside_stays(score: Callable[..., Any], sql: str) -> None:
     rows = score(json.dumps([*GOLD[:7], sql]), "a.json")[3]
     assert rows[7]["predicted"] == sql and "raw" not in rows[7]
+
+
+@pytest.mark.kind("predictions matched to questions")
+@pytest.mark.parametrize("form", ["id", "order", "order of the rest"])
+def test_predictions_of_rows_that_are_left_out_have_their_place(
+    score: Callable[..., Any], tmp_path: Path, form: str
+) -> None:
+    rows = [{"db_id": "shop", "question": q, "query": sql} for q, sql in QUESTIONS]
+    rows[2]["query"] = ""
+    data = tmp_path / "own"
+    database = data / "database" / "shop" / "shop.sqlite"
+    database.parent.mkdir(parents=True)
+    connection = sqlite3.connect(database)
+    connection.executescript(SHOP)
+    connection.close()
+    (data / "dev.jsonl").write_text(lines(rows))
+    records: list[dict[str, Any]] = [{"predicted": sql} for sql in GOLD]
+    if form == "id":
+        records = [record | {"id": n} for n, record in enumerate(records)][::-1]
+    if form == "order of the rest":
+        del records[2]
+    accuracy, n, said, _ = score(lines(records), "answers.jsonl", dataset_id=str(data))
+    assert (accuracy, n) == (1.0, 7)
+    assert ("1 of them answer rows that are left out" in said) is (len(records) == 8)

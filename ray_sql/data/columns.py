@@ -122,7 +122,9 @@ def read_rows(
         try:
             examples.append(_example(source, columns, record, default_id))
         except ValueError as error:
-            left_out.append(LeftOut(split, default_id, record.place, str(error)))
+            own_id = record.values.get(columns.get("id", ""))
+            name = default_id if own_id is None else str(own_id)
+            left_out.append(LeftOut(split, name, record.place, str(error)))
     query = columns.get("query", "")
     fences = sum("```" in str(record.values.get(query)) for record in records)
     if fences:

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_sql.data import Example
+from ray_sql.data import Corpus, Example
 from ray_sql.errors import DataError
 from ray_sql.evaluate.prediction_forms import ID_NAMES, PredictionsFile, Record
 
 Match = tuple[str, Example]
 """A split and one of its questions."""
+
+
+class LeftOutQuestion(Example):
+    """A row of the data that is not scored; a prediction for it has its place, and is left out."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,26 @@ class Matches:
 def has_gold(record: Mapping[str, Any]) -> bool:
     """Tell whether a record is scored against a gold query of its own."""
     return record.get("db_id") is not None and record.get("gold") is not None
+
+
+def questions_of(corpus: Corpus, splits: Sequence[str]) -> list[Match]:
+    """Return the questions of the splits; rows that were left out stand where they do in the file.
+
+    Where the places of two rows cannot be compared, those rows come last.
+    """
+    found: list[Match] = []
+    for split in splits:
+        bad_rows = [
+            LeftOutQuestion(row.id, "", "", "", place=row.place)
+            for row in corpus.left_out
+            if row.split == split
+        ]
+        rows = [*corpus.splits[split], *bad_rows]
+        ends = [re.fullmatch(r"(.*?)(\d+)", row.place) for row in rows]
+        if bad_rows and all(ends) and len({end[1] for end in ends if end}) == 1:
+            rows.sort(key=lambda row: int(re.findall(r"\d+", row.place)[-1]))
+        found += [(split, row) for row in rows]
+    return found
 
 
 def match(file: PredictionsFile, examples: Sequence[Match], splits: Sequence[str]) -> Matches:
@@ -82,9 +106,12 @@ def _choose(file: PredictionsFile, examples: Sequence[Match], scored: str) -> tu
     if given or len(records) < len(file.records):
         name = given[0] if given else "id"
         return _by_id(file, examples, scored, name), f"by {name}"
+    usable = [each for each in examples if not isinstance(each[1], LeftOutQuestion)]
+    if len(records) == len(usable):
+        examples = usable
     if len(records) != len(examples):
         raise DataError(
-            f"{file.path}: {len(records)} {file.unit}, but --split {scored} has {len(examples)} "
+            f"{file.path}: {len(records)} {file.unit}, but --split {scored} has {len(usable)} "
             "examples; without ids the two must be in the same order and equal in number"
         )
     order = iter(examples)
@@ -157,7 +184,7 @@ def _check(file: PredictionsFile, found: Sequence[Match | None], examples: Seque
     """Raise `DataError` for a record with another database, or with another's question."""
     questions = {_plain(example.question) for _, example in examples}
     for (place, record), matched in zip(file.records.items(), found, strict=True):
-        if matched is None or has_gold(record):
+        if matched is None or has_gold(record) or isinstance(matched[1], LeftOutQuestion):
             continue
         split, example = matched
         place = f"{file.path}, {place}"

@@ -52,26 +52,32 @@ def read_rows(path: Path, corpus: Corpus, config: Config) -> tuple[list[JudgedRo
     Raises `DataError` with the place in the file that cannot be read or matched.
     """
     task, limit = TASKS[config.task_type], config.evaluate.limit
-    examples = [(split, example) for split in config.split for example in corpus.splits[split]]
+    examples = matching.questions_of(corpus, config.split)
     file = prediction_forms.read(path, len(examples), {*corpus.databases, *corpus.schemas})
     matches = matching.match(file, examples, config.split)
-    rows = [
-        _row(record, match, f"{path}, {place}", corpus, task)
+    kept = [
+        (f"{path}, {place}", record, match)
         for (place, record), match in zip(file.records.items(), matches.found, strict=True)
+        if not (match and isinstance(match[1], matching.LeftOutQuestion))
     ]
-    notes = [f"{len(rows)} predictions of {path}, matched {matches.how}", *file.notes]
+    found = [match for _, _, match in kept]
+    rows = [_row(record, match, where, corpus, task) for where, record, match in kept]
+    notes = [f"{len(file.records)} predictions of {path}, matched {matches.how}", *file.notes]
+    if left_out := len(file.records) - len(kept):
+        notes.append(f"{left_out} of them answer rows that are left out of the data")
     if limit:
         drawn = {
             (split, example.id)
             for split in config.split
             for example in data.sample(corpus.splits[split], limit, config.seed)
         }
-        rows = _drawn(rows, matches.found, drawn, limit, config.seed)
+        rows = _drawn(rows, found, drawn, limit, config.seed)
         notes.append(f"{len(rows)} of them are scored (--evaluate.limit {limit})")
-    answered = sum(found is not None for found in matches.found)
-    if 0 < answered < len(examples):
+    answered = sum(match is not None for match in found)
+    missing = sum(len(corpus.splits[split]) for split in config.split) - answered
+    if answered and missing:
         notes.append(
-            f"{path} answers only a part: {len(examples) - answered} questions of --split "
+            f"{path} answers only a part: {missing} questions of --split "
             f"{','.join(config.split)} have no prediction"
         )
     return rows, [*notes, *_unusual(rows, task)]
