@@ -97,7 +97,8 @@ class Display:
             self._live.stop()
 
     def _render(self) -> RenderableType:
-        return Group(self._progress, self._below) if self._below else self._progress
+        bars = [self._progress] if self._progress.tasks else []  # an empty table has a line, too
+        return Group(*bars, self._below)
 
     def below(self, table: RenderableType) -> None:
         """Keep a table below the moving lines, on a terminal."""

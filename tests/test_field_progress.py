@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray_sql.preflight import nodes
 from ray_sql.progress import Progress
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tracking import null_run
+from tests.test_field_interrupted import screen
 
 kind = pytest.mark.kind("progress that tells the truth")
 
@@ -151,3 +153,18 @@ def test_a_run_without_trials_speaks_of_none(make_config: Any, monkeypatch: Any)
     scaling = make_config(**{"scaling.num_workers": 2}).scaling
     assert "2 a training (2 x 1)" in nodes.check_capacity(scaling, None)
     assert "2 a trial (2 x 1)" in nodes.check_capacity(scaling, 1)
+
+
+@kind
+def test_a_start_is_told_below_the_bars_and_leaves_nothing() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, width=80)) as display:
+        for stage in ("MLflow", "data"):
+            display.starting(stage)
+            time.sleep(0.6)  # so that it is drawn more than once
+        display.line("run       out/x")
+        display.starting("")
+        display.update("training", 1, 10)
+    assert "starting: MLflow" in out.getvalue()
+    shown = screen(out.getvalue())
+    assert shown[0] == "run       out/x" and len(shown) == 2 and shown[1].endswith("1/10")
