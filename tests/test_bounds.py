@@ -13,8 +13,10 @@ from ray_sql.config import CheckConfig, Config, EvaluateConfig, SweepConfig, loa
 from ray_sql.data.answers import parse_sql
 from ray_sql.data.linking import LinkError, gold_links, parse_links
 from ray_sql.database import Column, Schema, Table
-from ray_sql.errors import ConfigError
+from ray_sql.errors import ConfigError, ModelError
 from ray_sql.metrics import exact_set_verdict, hardness, prepare_spider, soft_f1, spider_match
+from ray_sql.models import patterns
+from ray_sql.models.patterns import check_patterns
 from tests.waiting import HANGS
 
 ODD = ["0", "-1", "1e10", "10000000000", "1e308", "9" * 400, "9" * 5000, "nan", "inf", "-inf"]
@@ -156,3 +158,29 @@ def test_results_are_compared_in_seconds_whatever_their_columns() -> None:
     wide = (tuple(range(20_000)),) * 2, (tuple(range(20_000, 40_000)),) * 2
     assert soft_f1(*wide) == 0
     assert time.monotonic() - started < HANGS / 2
+
+
+@pytest.mark.kind("time in the parent")
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"target_modules": r"(.*.*)*x"}, "takes over"),
+        ({"target_modules": "(([a-z._0-9])+)+!"}, "takes over"),
+        ({"exclude_modules": "(([a-z._0-9])+)+!"}, "takes over"),
+        ({"rank_pattern": {"(([a-z._0-9])+)+!": 8}}, "takes over"),
+        ({"layers_pattern": ["(([a-z._0-9])+)+!"]}, "takes over"),
+        ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"modules_to_save": ["a{"], "alpha_pattern": {"*": 8}}, "no regular expression"),
+    ],
+)
+def test_a_pattern_of_an_adapter_is_tried_where_it_can_be_stopped(
+    settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(32)]
+    with pytest.raises(ModelError, match=f"^adapter_config.json: .*{reason}"):
+        check_patterns(settings, names, "adapter_config.json")
+    good = {"target_modules": r".*\.(q|v)_proj", "rank_pattern": {r"layers\.\d+": 4}}
+    monkeypatch.setattr(patterns, "SECONDS", HANGS)
+    check_patterns(good, names, "adapter_config.json")
+    check_patterns({"target_modules": ["q_proj"], "alpha_pattern": {}}, names, "")

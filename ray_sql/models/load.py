@@ -20,6 +20,7 @@ from ray_sql.errors import ModelError, RaySqlError, out_of_memory
 from ray_sql.files import read_json
 from ray_sql.models.demo import demo_folder, demo_model
 from ray_sql.models.logs import quiet
+from ray_sql.models.patterns import check_patterns
 
 if TYPE_CHECKING:
     import torch
@@ -226,8 +227,13 @@ def load_adapter(
     `ModelError` if the two do not fit.
     """
     from peft import PeftModel
+    from peft.utils import CONFIG_NAME
 
     with _refusals(str(adapter), "not an adapter for this base model"):
+        file = Path(adapter) / CONFIG_NAME
+        if file.exists():
+            settings = read_json(dict[str, Any], file, "train the adapter again")
+            check_patterns(settings, [name for name, _ in base.named_modules()], str(file))
         model = PeftModel.from_pretrained(base, str(adapter))
     for name, weight in model.named_parameters():
         # rounded once, where autocast would do it at every token

@@ -29,6 +29,7 @@ from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config import Batching, Config
 from ray_sql.errors import ModelError
 from ray_sql.models import cpu_linear, packed_attention
+from ray_sql.models.patterns import check_patterns
 from ray_sql.rows import IGNORED, TokenizedExample, passes
 from ray_sql.rows.batch import Pass, Step, Steps, collate, model_inputs
 from ray_sql.train.step_clock import StepClock, memory_use
@@ -193,6 +194,8 @@ def build(
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    modules = [name for name, _ in base.named_modules()]
+    check_patterns(config.lora.model_dump(), modules, "--lora")
     # TRL wants a dataset; the trainer reads Steps
     first = examples[0]
     dataset = Dataset.from_dict({"input_ids": [first.input_ids], "labels": [first.labels]})
