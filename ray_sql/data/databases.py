@@ -27,9 +27,9 @@ def find(where: str) -> dict[str, str]:
     Raises `DataError` where nothing is there, or no database is in it.
     """
     place = absolute(where)
-    if place.is_file():
+    if place.exists() and not place.is_dir():
         return {place.stem: str(place)}
-    if not place.is_dir():
+    if not place.exists():
         raise DataError(f"--data.databases {where}: no such file or folder; {LAYOUTS}")
     found = within(place)
     if not found:
@@ -38,13 +38,16 @@ def find(where: str) -> dict[str, str]:
 
 
 def within(folder: Path) -> dict[str, str]:
-    """Return db_id → file of the databases that lie in a folder, or in folders of their own."""
+    """Return db_id → file of the databases that lie in a folder, or in folders of their own.
+
+    Pipes and the like count too: whoever opens one in a database's place names it.
+    """
     found: dict[str, str] = {}
     if not folder.is_dir():
         return found
     for path in visible(folder):
         file = _own_file(path) if path.is_dir() else path
-        if file is not None and file.suffix.lower() in SUFFIXES and file.is_file():
+        if file is not None and file.suffix.lower() in SUFFIXES and file.exists():
             name = path.name if path.is_dir() else path.stem
             known = found.get(name)
             if known is None or _rank(file) < _rank(Path(known)):
@@ -74,7 +77,7 @@ def _rank(file: Path) -> int:
 def _own_file(folder: Path) -> Path | None:
     """Return the database of a folder: the file of the folder's name, or its only one."""
     files = [folder / f"{folder.name}{suffix}" for suffix in SUFFIXES]
-    named = next((file for file in files if file.is_file()), None)
+    named = next((file for file in files if file.exists()), None)
     if named is not None:
         return named
     others = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES]

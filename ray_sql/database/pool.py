@@ -376,7 +376,7 @@ def _file(database: Path) -> _Source:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             stat = os.fstat(file.fileno())
             if not S_ISREG(stat.st_mode):
-                raise DataError(f"{database}: is no file (a pipe or a device); remove it")
+                raise DataError(f"{database}: is no file (a folder, a pipe or a device); remove it")
             header = file.read(len(SQLITE_HEADER) + 4)
     except OSError as error:
         raise DataError(
@@ -386,14 +386,18 @@ def _file(database: Path) -> _Source:
         raise DataError(
             f"{database}: not an SQLite database ({stat.st_size} bytes); check the path"
         )
+    for end in ("-journal", "-wal", "-shm"):
+        side = path.with_name(path.name + end)
+        if side.exists() and not side.is_file():
+            raise DataError(f"{side}: is no file, but SQLite would open it; remove it")
     uri = f"{path.as_uri()}?mode=ro"
     state: tuple[int, ...] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if WAL_VERSION not in header[18:20]:
         return _Source("sqlite", uri, state)
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
     log_stat = log.stat() if log.exists() else None
-    if log_stat is None or not log_stat.st_size:
-        # Nobody writes: say so, or a reader would create the two side files, as no worker may.
+    if log_stat is None or not (log_stat.st_size or index.exists()):
+        # Nobody has it open: say so, or a reader would create the two side files, as no worker may.
         return _Source("sqlite", f"{uri}&immutable=1", state)
     if not index.exists():
         raise DataError(

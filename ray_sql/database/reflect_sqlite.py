@@ -31,6 +31,8 @@ SELECT m.rowid, f.id, f."table", f."from", f."to"
 FROM sqlite_master m, pragma_foreign_key_list(m.name, 'main') f
 WHERE m.rowid IN ({}) ORDER BY m.rowid, f.id, f.seq
 """
+UNFINISHED = "attempt to write a readonly database"
+"""SQLite's words for a journal whose change must first be undone."""
 STANDARD_TYPES = {"ANY", "BLOB", "INT", "INTEGER", "REAL", "TEXT"}
 """SQLite forgets the case of these since 3.37, and so do we for a file read by an older one."""
 
@@ -91,10 +93,10 @@ def _rows(reader: BoundedReader, sql: str) -> Rows:
 
 
 def _unreadable(reader: BoundedReader, reason: str | None) -> DataError:
-    return DataError(
-        f"{reader.database}: cannot read its schema: {reason}; check the database, for example "
-        "with `sqlite3 FILE .schema`"
-    )
+    way_out = "check it, for example with `sqlite3 FILE .schema`"
+    if reason == UNFINISHED:
+        reason, way_out = "a change to it was cut off", "open it once with sqlite3 to undo that"
+    return DataError(f"{reader.database}: cannot read its schema: {reason}; {way_out}")
 
 
 def _columns(
