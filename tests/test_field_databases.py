@@ -248,16 +248,17 @@ def test_an_odd_value_costs_no_other_its_place(file: Path, value: str) -> None:
     "column",
     [
         "TEXT AS (substr(hex(zeroblob(400000000 + id)), 1, 3))",
-        "TEXT AS (length(replace(hex(zeroblob(60000000 + id)), '00', hex(zeroblob(30)))))",
-        "INT AS (length(randomblob(900000000 + id)))",
+        "INT AS (length(hex(zeroblob(300000000 + id))))",
         "INT AS (abs(-9223372036854775807 - 1 + 0 * id))",
+        "TEXT AS (json_extract(name, '$.a'))",
     ],
 )
 def test_a_generated_column_loses_its_examples_and_is_named(file: Path, column: str) -> None:
     build(
         file,
-        f"CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, g {column})",
-        "INSERT INTO item (id, name) VALUES (1, 'pen'), (2, 'ink')",
+        "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)",
+        "INSERT INTO item VALUES (1, 'pen'), (2, 'ink')",
+        f"ALTER TABLE item ADD COLUMN g {column}",
     )
     started = time.monotonic()
     schema = reflect(file, "shop", 3)
