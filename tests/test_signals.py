@@ -17,7 +17,10 @@ import psutil
 import pytest
 
 from ray_sql.database import Executor, Limits
+from ray_sql.errors import DataError
 from tests import hub
+from tests.conftest import make_spider_folder
+from tests.test_hostile import make_database
 from tests.test_publish import run_dir, trained, unproven  # noqa: F401  # fixtures
 from tests.waiting import HANGS, wait_until
 
@@ -162,8 +165,6 @@ def test_processes_that_run_sql_end_with_a_parent_that_is_killed(tmp_path: Path)
 
 @KIND
 def test_a_signal_among_queries_leaves_no_answer_for_the_next(tmp_path: Path) -> None:
-    from tests.test_hostile import make_database
-
     make_database(tmp_path / "shop.sqlite")
     with Executor(1, Limits(seconds=HANGS)) as executor:
         executor.run(tmp_path / "shop.sqlite", "SELECT 1")
@@ -176,16 +177,15 @@ def test_a_signal_among_queries_leaves_no_answer_for_the_next(tmp_path: Path) ->
 
 
 @KIND
-def test_a_pipe_among_databases_is_named_and_not_waited_for(
-    start: Callable[..., Job], tmp_path: Path
-) -> None:
-    from tests.conftest import make_spider_folder
-
+def test_nobody_waits_for_a_pipe_among_databases(start: Callable[..., Job], tmp_path: Path) -> None:
     folder = make_spider_folder(tmp_path / "data")
-    os.mkfifo(folder / "database" / "mall" / "more.sqlite")
-    job = start(*evaluation(tmp_path, folder, 1))
-    said = job.process.communicate(timeout=HANGS)[1]
-    assert job.process.returncode == 2 and "more.sqlite" in said and "Traceback" not in said
+    pipe = folder / "database" / "mall" / "more.sqlite"
+    os.mkfifo(pipe)
+    complete(start(*evaluation(tmp_path, folder, 1)))  # beside a database: left out
+    with Executor(1) as executor, pytest.raises(DataError, match=r"more.sqlite: is no file"):
+        executor.run(pipe, "SELECT 1")
+    with Executor(1) as executor, pytest.raises(DataError, match=r"^/dev/zero: is no file"):
+        executor.run(Path("/dev/zero"), "SELECT 1")
 
 
 @KIND
