@@ -210,6 +210,19 @@ def test_the_only_database_needs_no_db_id(
 
 
 @pytest.mark.kind("one database of one's own")
+def test_a_file_that_is_named_is_the_database_whatever_it_is_called(
+    make_config: Any, tmp_path: Path
+) -> None:
+    make_shop(tmp_path / "company.db")
+    file = tmp_path / "q.jsonl"
+    file.write_text(jsonl(ROWS))
+    where = {"data.databases": str(tmp_path / "company.db")}
+    corpus = data.load(make_config(dataset_id=str(file), **where))
+    assert read(corpus) == set(QUESTIONS)
+    assert corpus.databases == {"shop": str(tmp_path / "company.db")}
+
+
+@pytest.mark.kind("one database of one's own")
 def test_questions_without_db_id_on_two_databases_are_refused_with_the_way_out(
     make_config: Any, tmp_path: Path
 ) -> None:

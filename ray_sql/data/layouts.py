@@ -49,7 +49,7 @@ def find(place: Path, dialect: str) -> Layout:
 
     Raises `DataError` where no question file is recognised.
     """
-    if place.is_file():
+    if not place.is_dir():
         return _layout({"": [place]}, [place.parent], [])
     folder, notes = _descend(place), list[str]()
     if folder != place:

@@ -199,6 +199,9 @@ class _Databases:
                 databases.on_server(where, {e.db_id or only or "" for e in examples}), only, True
             )
         places = databases.find(where) if where else beside
+        named = {e.db_id for rows in reading.splits.values() for e in rows if e.db_id}
+        if where and len(named) == 1 and absolute(where).is_file():
+            places = dict.fromkeys(named, *places.values())
         return cls(places, next(iter(places)) if len(places) == 1 else None, bool(where))
 
     def named(self, example: Example) -> Example:
