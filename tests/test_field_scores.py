@@ -68,15 +68,17 @@ def run_in(tmp_path: Path) -> list[str]:
     return [*where, "--model_name", "demo", "--task_type", "sql"]
 
 
-def score(folder: Path, tmp_path: Path, predicted: list[str], *flags: str) -> tuple[Row, list[Row]]:
-    """Score predictions by `ray-sql evaluate`; return the scores of dev and the judged rows."""
+def score(
+    folder: Path, tmp_path: Path, predicted: list[str], *flags: str, split: str = "dev"
+) -> tuple[Row, list[Row]]:
+    """Score predictions by `ray-sql evaluate`; return the scores of a split and the judged rows."""
     file = tmp_path / "p.sql"
     file.write_text("".join(f"{sql}\n" for sql in predicted))
-    settings = ["--dataset_id", str(folder), "--predictions_file", str(file), "--split", "dev"]
+    settings = ["--dataset_id", str(folder), "--predictions_file", str(file), "--split", split]
     config = load(EvaluateConfig, [*settings, *run_in(tmp_path), *flags])
     metrics = evaluate.run(config)
     rows = RunFolder(config.run_dir).read_predictions("file") if metrics else []
-    return metrics.get("file", {}).get("dev", {}), rows
+    return metrics.get("file", {}).get(split, {}), rows
 
 
 @pytest.mark.kind("foreign keys of tables.json")
