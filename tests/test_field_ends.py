@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_sql import cli, finetune
+from ray_sql import cli, evaluate, finetune
+from ray_sql.config import EvaluateConfig
 from ray_sql.display import Display
-from ray_sql.errors import ModelError, TrainingError
+from ray_sql.errors import DataError, ModelError, TrainingError
 from ray_sql.evaluate import results
 from ray_sql.publish import bundle
 from ray_sql.report import figures, html, terminal
@@ -138,3 +139,25 @@ def test_two_rows_are_trained_on_and_publishing_is_reached(
     given = {"output_dir": str(tmp_path / "elsewhere"), "hub.base_model": "someone/base"}
     there = config.changed(given | {"hub.force": True})
     assert bundle.read(there).config.run_dir == there.run_dir, "the merged model is measured there"
+
+
+@kind
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_evaluation_of_no_question_ends(
+    dry_run: bool,
+    make_config: Any,
+    spider_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(spider_folder, data)
+    (data / "dev.json").write_text("[]")
+    config = make_config(EvaluateConfig, dataset_id=str(data), dry_run=dry_run)
+    try:
+        evaluate.run(config)
+    except DataError as error:
+        assert "dev" in str(error)
+    else:
+        shown = capfd.readouterr().out
+        assert ("0 of dev" in shown) if dry_run else ("nothing was scored" in shown)

@@ -27,8 +27,15 @@ kind = pytest.mark.kind("moved or copied sweeps")
 
 
 def take(config: Config, how: str, place: Path) -> Config:
-    """Move or copy the folder of a run to another `output_dir`, and return its settings there."""
+    """Move, copy, link or rename the folder of a run, and return its settings there."""
+    if how == "renamed":
+        there = config.changed({"output_name": "another"})
+        shutil.move(config.run_dir, there.run_dir)
+        return there
     there = config.changed({"output_dir": str(place)})
+    if how == "linked":
+        place.symlink_to(Path(config.run_dir).parent)
+        return there
     place.mkdir(exist_ok=True)
     {"moved": shutil.move, "copied": shutil.copytree}[how](config.run_dir, there.run_dir)
     return there
@@ -52,7 +59,7 @@ def begun(config: Config) -> Study:
 
 
 @kind
-@pytest.mark.parametrize("how", ["moved", "copied"])
+@pytest.mark.parametrize("how", ["moved", "copied", "renamed"])
 def test_a_study_writes_where_it_lies(how: str, make_config: Any, tmp_path: Path) -> None:
     config = one(make_config)
     begun(config)
@@ -62,7 +69,7 @@ def test_a_study_writes_where_it_lies(how: str, make_config: Any, tmp_path: Path
     assert known.settled(2) == 1 and known.folder.uri == there.run_dir
     known.change(1, state="failed", reason="told to")
     assert known.trial_folder(1).uri.startswith(there.run_dir)
-    assert files(config) == ({} if how == "moved" else before)
+    assert files(config) == (before if how == "copied" else {})
     assert study.load(there) == known
 
 
@@ -157,7 +164,7 @@ def test_overwriting_a_copy_leaves_the_first_studys_record_open(
 
 
 @kind
-@pytest.mark.parametrize("how", ["moved", "copied"])
+@pytest.mark.parametrize("how", ["moved", "copied", "renamed", "linked"])
 def test_a_run_that_was_cut_off_goes_on_in_its_own_record(
     how: str, make_config: Any, tmp_path: Path, empty_mlflow: Path
 ) -> None:
@@ -169,7 +176,7 @@ def test_a_run_that_was_cut_off_goes_on_in_its_own_record(
         place = place or take(config, how, tmp_path / "elsewhere")
         with finetune.Session(place, Display()) as session:
             ids.append(session.record.run_id)
-    assert (ids[0] == ids[1]) == (how == "moved")
+    assert (ids[0] == ids[1]) == (how != "copied")
 
 
 @kind

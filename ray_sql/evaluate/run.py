@@ -63,8 +63,8 @@ def _plan(config: EvaluateConfig) -> Iterator[str]:
     else:
         base, _ = models.resolve(config.model_name, config.cache, config.read_token)
         tokenizer = models.load_tokenizer(base)
-        first = scored_questions(corpus, tokenizer, config)[0]
-        yield f"--- prompt ---\n{tokenizer.decode(first.input_ids)}\n--- plan ---"
+        for first in scored_questions(corpus, tokenizer, config)[:1]:
+            yield f"--- prompt ---\n{tokenizer.decode(first.input_ids)}\n--- plan ---"
         source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
     yield from data.remarks(corpus.notes, corpus.left_out)
     counts = ", ".join(f"{len(corpus.splits[split])} of {split}" for split in config.split)
