@@ -391,7 +391,9 @@ def require_store(settings: TrackingSection) -> str:
         # at a run's end MLflow would print where to look, with the password of the address
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     elif parts.scheme == "sqlite":
-        folder = _sqlite_folder(uri)
+        folder, name = _sqlite_folder(uri), uri.rpartition("/")[2].partition("?")[0]
+        if len(name.encode()) > 255:  # MLflow would try for minutes to open it
+            raise StoreError(f"--tracking.uri {shown}: its name is too long; give a shorter one")
         if not os.access(folder, os.W_OK):
             raise StoreError(
                 f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written"

@@ -230,7 +230,8 @@ def test_predictions_are_named(place: Path, capsys: Any, damage: str) -> None:
     words = ["--output_name", "e", "--predictions_file", str(file)]
     code, said = end("evaluate", place, capsys, *words)
     assert_named_or_healed((code, said), "p.jsonl")
-    assert code == 2 or damage == "cut"
+    # lines without an id are matched by their order, and whole lines of a cut file by their id
+    assert code == 2 or damage in ("without a key", "cut")
     if code == 2:
         assert not (place / "out" / "e").exists()
 

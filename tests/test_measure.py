@@ -198,8 +198,8 @@ def test_a_missing_an_empty_and_a_binary_file_are_named(
 ) -> None:
     assert "is empty; give one prediction a line" in refusal(of_file, [])
     (tmp_path / "predictions.bin").write_bytes(b"\xff\xfe\x00")
-    for name in ("predictions.no", "predictions.bin"):
-        with pytest.raises(DataError, match=rf"^--predictions_file .*{name}: cannot be read"):
+    for name, reason in (("predictions.no", "cannot be read"), ("predictions.bin", "not UTF-8")):
+        with pytest.raises(DataError, match=rf"^--predictions_file .*{name}.*: {reason}"):
             evaluate_file(tmp_path / name, make_config(), DISPLAY)
 
 

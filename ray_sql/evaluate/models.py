@@ -137,9 +137,9 @@ def check_adapter(adapter: str, config: Config, model_folder: str, revision: str
         raise ContractError(
             f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
         )
-    require_whole(AdapterFolder(adapter))
     current = make_contract(config, models.load_tokenizer(model_folder), revision)
     check_contract(saved, current, adapter)
+    require_whole(AdapterFolder(adapter))
 
 
 def _answer_cache(

@@ -19,7 +19,8 @@ import sqlparse
 
 from ray_sql import data
 from ray_sql.data.answers import unwrap_sql
-from ray_sql.errors import DataError
+from ray_sql.errors import DamagedFile, DataError
+from ray_sql.files import parse_json, read_text
 
 Record = dict[str, Any]
 
@@ -89,12 +90,8 @@ def read(path: Path, expected: int, databases: Collection[str]) -> PredictionsFi
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"--predictions_file {path}: cannot be read as UTF-8 text ({error})"
-        ) from None
+    text = read_text(path, "save it as UTF-8 text", f"--predictions_file {path}")
+    return text.replace("\r\n", "\n")
 
 
 def _folder(path: Path) -> PredictionsFile:
@@ -187,13 +184,9 @@ def _json(path: Path, text: str) -> PredictionsFile:
     if rest.strip() and _is_json(first):
         lines = {f"line {line}": value for line, value in data.parse_lines(path, text).items()}
         return _named(path, "lines", _records(lines), [])
-    try:
+    parse_json(object, text, str(path), "correct the line or remove it")
+    try:  # again, for pydantic keeps the last of two keys
         value = json.loads(text, object_pairs_hook=_without_twins)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct the line or "
-            "remove it"
-        ) from None
     except _TwinError as error:
         raise DataError(f"{path}: key {error} is there twice; keep one of the two") from None
     notes = []
@@ -247,8 +240,8 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        parse_json(object, text, "", "")
+    except DamagedFile:
         return False
     return True
 
