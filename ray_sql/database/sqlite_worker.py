@@ -44,6 +44,8 @@ ALLOWED_PRAGMAS = set(
     "table_info table_xinfo table_list index_list index_info index_xinfo foreign_key_list "
     "function_list module_list collation_list data_version page_size".split()
 )
+RTREE_STORAGE = ("_node", "_rowid", "_parent")
+"""Ends of the names of the tables in which a spatial index keeps itself."""
 _ACTION_NAMES = """
     CREATE INDEX, CREATE TABLE, CREATE TEMP INDEX, CREATE TEMP TABLE, CREATE TEMP TRIGGER,
     CREATE TEMP VIEW, CREATE TRIGGER, CREATE VIEW, DELETE, DROP INDEX, DROP TABLE, DROP TEMP INDEX,
@@ -80,6 +82,10 @@ class Guard:
         # refuses a real UPDATE of the schema table while writable_schema is off, and no PRAGMA can
         # switch that on here.
         if name == "UPDATE" and first in ("sqlite_master", "sqlite_schema"):
+            return sqlite3.SQLITE_OK
+        # A spatial index prepares its own changes when it is opened. The file is opened to read, so
+        # that none can be made.
+        if name in ("INSERT", "UPDATE", "DELETE") and detail.endswith(RTREE_STORAGE):
             return sqlite3.SQLITE_OK
         self.refused = self.refused or f"{name} {detail}".strip()
         return sqlite3.SQLITE_DENY
