@@ -21,7 +21,7 @@ def rows(verdicts: str, **changes: Any) -> list[dict[str, Any]]:
         {
             "id": str(n), "split": "dev", "db_id": f"db{n % 2}", "hardness": "easy",
             "verdict": names[letter][0], "error_kind": names[letter][1],
-            "prompt_tokens": 100 + n, **changes,
+            "prompt_tokens": 100 + n, "error": "", **changes,
         }
         for n, letter in enumerate(verdicts)
     ]  # fmt: skip
@@ -91,3 +91,7 @@ def test_what_there_is_nothing_of_is_not_drawn(make_config: Any) -> None:
         "errors.png",
     ]
     assert list(drawn({"file": rows("gg")}, make_config)) == ["accuracy_dev.png", "errors.png"]
+    assert list(drawn({"file": rows("cc")}, make_config)) == [
+        "accuracy_dev.png",
+        "databases_dev.png",
+    ]

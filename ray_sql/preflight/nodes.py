@@ -302,11 +302,13 @@ def require_memory(config: Config, prepared: Prepared, nodes: Sequence[Node]) ->
             "--train.gradient_checkpointing"
         )
     most = largest_pass(config, prepared.model_folder, have, gpu, count)
-    text += f", which holds one of {most}: "
+    text += f", room for {most} tokens: "
     if count > 1:
-        return f"{text}--train_batch_size {config.train_batch_size * most // tokens}"
-    unshared = most // longest
-    return f"{text}--rows.row_length {most}, or --train_batch_size {unshared} of unshared rows"
+        return f"{text}--train_batch_size up to {config.train_batch_size * most // tokens}"
+    return (
+        f"{text}--rows.row_length up to {most}, or, with --rows.examples_per_row 1, "
+        f"--train_batch_size up to {most // longest}"
+    )
 
 
 def _share(

@@ -48,7 +48,9 @@ def figures(metrics: Mapping[str, Any], evaluation: Mapping[str, Rows]) -> dict[
     edges = length_edges([row["prompt_tokens"] for rows in prompted.values() for row in rows])
     if len(edges) > 1:
         drawn["prompt_tokens.png"] = prompt_tokens(prompted, edges, label)
-    return drawn | {"errors.png": errors(evaluation)}
+    if any(row["error_kind"] != "none" for rows in evaluation.values() for row in rows):
+        drawn["errors.png"] = errors(evaluation)
+    return drawn
 
 
 def accuracy(metrics: Mapping[str, Any], models: Sequence[str], split: str) -> Figure:
@@ -167,29 +169,33 @@ def sweep(trials: Rows, axes: Sequence[tuple[str, str]], label: str) -> Figure:
     shown = [trial for trial in trials if _is_number(trial["objective"])]
     objectives = [trial["objective"] for trial in shown]
     x, y = _places(trials, across, across_kind), _places(trials, up, up_kind)
+    low = min(objectives, default=0)
     for name, stopped, marker in (("trained to the end", False, "o"), ("stopped early", True, "v")):
         group = [trial for trial in shown if trial["stopped"] == stopped]
+        if not group:
+            continue
         points = plane.scatter(
             [x[trial["trial"]] for trial in group],
             [y[trial["trial"]] for trial in group],
             c=[trial["objective"] for trial in group],
-            vmin=min(objectives, default=0),
-            vmax=max(objectives, default=1),
+            vmin=low,
+            vmax=max(objectives) if max(objectives) > low else low + 1,  # trials all alike
             marker=marker,
             s=70,
             edgecolors="white",
             label=name,
         )
     default = [trial["trial"] for trial in shown if trial["trial"] == 0]
-    plane.scatter(
-        [x[trial] for trial in default],
-        [y[trial] for trial in default],
-        s=210,
-        facecolors="none",
-        edgecolors="#c0392b",
-        linewidths=1.6,
-        label="the default settings",
-    )
+    if default:
+        plane.scatter(
+            [x[trial] for trial in default],
+            [y[trial] for trial in default],
+            s=210,
+            facecolors="none",
+            edgecolors="#c0392b",
+            linewidths=1.6,
+            label="the default settings",
+        )
     if shown:  # matplotlib draws no logarithmic axis without a point
         plane.set(**_scale("x", trials, across, across_kind))
         plane.set(**_scale("y", trials, up, up_kind))
@@ -197,7 +203,7 @@ def sweep(trials: Rows, axes: Sequence[tuple[str, str]], label: str) -> Figure:
     plane.set_ylabel(up if len(axes) > 1 else label)
     plane.set_title("Every trial's best")
     _legend(plane)
-    if len(axes) > 1:
+    if shown and len(axes) > 1:
         figure.colorbar(points, ax=plane, label=label)
     return figure
 
