@@ -57,9 +57,8 @@ def corpus(make_config: Any) -> Corpus:
 
 def prompt_of(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> str:
     schema = prompts.schema_text(example, corpus.schemas, config.prompt)
-    return chat.render_prompt(
-        tokenizer, prompts.messages(TASKS[config.task_type], schema, example.question)
-    )
+    turns = prompts.messages(TASKS[config.task_type], schema, example.question)
+    return chat.Chat(tokenizer).prompt(turns)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
@@ -73,9 +72,8 @@ def test_the_schema_comes_first_and_the_question_last(
     for table in ("customer", "product", "sale"):
         assert text.index(table) < text.index(f"Question: {example.question}")
     after = text.partition(example.question)[2]
-    assert chat.render_prompt(
-        tokenizer, prompts.messages(TASKS[config.task_type], "", "")
-    ).endswith(after)
+    empty = prompts.messages(TASKS[config.task_type], "", "")
+    assert chat.Chat(tokenizer).prompt(empty).endswith(after)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, None])
@@ -111,7 +109,7 @@ def test_braces_in_a_schema_or_question_are_left_alone() -> None:
 def test_a_completion_is_the_answer_and_one_end_of_turn(
     use_template: Any, template: str | None
 ) -> None:
-    completion = chat.render_completion(use_template(template), TURNS, "```sql\nSELECT 1\n```")
+    completion = chat.Chat(use_template(template)).completion(TURNS, "```sql\nSELECT 1\n```")
     assert completion == "```sql\nSELECT 1\n```<|end|>"
 
 
@@ -120,7 +118,7 @@ def test_prompt_and_completion_are_together_what_the_template_writes(
     use_template: Any, template: str
 ) -> None:
     tokenizer, answer = use_template(template), "```sql\nSELECT 'é—ü'\n```"
-    parts = (chat.render_prompt(tokenizer, TURNS), chat.render_completion(tokenizer, TURNS, answer))
+    parts = (chat.Chat(tokenizer).prompt(TURNS), chat.Chat(tokenizer).completion(TURNS, answer))
     ids = [
         token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]
     ]
@@ -136,7 +134,7 @@ def test_prompt_and_completion_are_together_what_the_template_writes(
 
 
 def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> None:
-    text = chat.render_prompt(use_template(NO_SYSTEM), TURNS)
+    text = chat.Chat(use_template(NO_SYSTEM)).prompt(TURNS)
     assert (
         text.count("<|start|>") == 2
         and SQL.system in text
@@ -145,7 +143,7 @@ def test_a_template_without_a_system_role_keeps_the_task(use_template: Any) -> N
 
 
 def test_a_model_without_a_template_gets_a_plain_one(use_template: Any) -> None:
-    text = chat.render_prompt(use_template(None), TURNS)
+    text = chat.Chat(use_template(None)).prompt(TURNS)
     assert text == f"{SQL.system}\n\n{TURNS[1]['content']}\n\nAnswer:\n"
 
 
@@ -364,7 +362,7 @@ def test_a_template_that_writes_todays_date_writes_the_same_one_every_day(
     plain = make_contract(make_config(), tokenizer, None)
     use_template("{{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATE)
     turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
-    assert chat.render_prompt(tokenizer, turns).startswith("26 Jul 2024\n")
+    assert chat.Chat(tokenizer).prompt(turns).startswith("26 Jul 2024\n")
     dated = make_contract(make_config(), tokenizer, None)
     assert (
         dated["template"]["date"] == "2024-07-26"
@@ -377,11 +375,11 @@ def test_of_several_chat_templates_it_is_the_default_one(
 ) -> None:
     turns = prompts.messages(SQL, "CREATE TABLE t (a)", "How many?")
     prompt, contract = (
-        chat.render_prompt(tokenizer, turns),
+        chat.Chat(tokenizer).prompt(turns),
         make_contract(make_config(), tokenizer, None),
     )
     use_template({"default": CHAT_TEMPLATE, "tool_use": NO_SYSTEM})
-    assert chat.render_prompt(tokenizer, turns) == prompt
+    assert chat.Chat(tokenizer).prompt(turns) == prompt
     assert (
         make_contract(make_config(), tokenizer, None)["template_hash"] == contract["template_hash"]
     )

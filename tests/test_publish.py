@@ -373,7 +373,24 @@ def trained_prompt(asked: Any, run_dir: Path, tiny_model: Path) -> list[int]:
 
     tokenizer = load_tokenizer(str(tiny_model))
     turns = prompts.messages(SQL, asked["schema"], asked["question"])
-    return encode_prompt(tokenizer, chat.render_prompt(tokenizer, turns))
+    return encode_prompt(tokenizer, chat.Chat(tokenizer).prompt(turns))
+
+
+@pytest.mark.kind("thinking models")
+@pytest.mark.parametrize("thinking", ["off", "on"])
+def test_the_cards_code_asks_with_thinking_as_it_was_trained(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any, thinking: str
+) -> None:
+    told = {"prompt_end": "<think></think>", "way": {"merged": False, "parts": True}}
+    for file in (run_dir / "contract.json", run_dir / "adapter" / "contract.json"):
+        template = json.loads(file.read_text())["template"] | told
+        edit(file, thinking=thinking, template=template)
+    push(publication())
+    readme = stand_in.repos["me/run"].files["README.md"].decode()
+    code = readme.split("```python")[1].split("```")[0]
+    compile(code, thinking, "exec")
+    assert f"thinking = {thinking == 'on'} " in code and '"enable_thinking": thinking' in code
+    assert 'prompt += template["prompt_end"]' in code and '{"type": "text"' in code
 
 
 @pytest.mark.parametrize("dated", [{}, {"date": "2024-07-26"}], ids=["", "dated"])

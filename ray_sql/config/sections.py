@@ -84,6 +84,9 @@ class PromptSection(Section):
     schema_form: Literal["full", "tables", "reduced"] = "full"
     """Show all of the schema, the tables the gold SQL needs, or those tables' needed columns and
     keys."""
+    thinking: Literal["off", "on"] = "off"
+    """Let a thinking model think before it answers, where its chat template can switch that. `on`
+    needs a larger `evaluate.max_new_tokens`, for thoughts are tokens too."""
     example_values: int = Field(0, ge=0, le=20)
     """Show this many example values per column, read from the database. Only `m_schema` writes
     them."""

@@ -324,5 +324,7 @@ class Config(ModelConfig):
         """Return 12 hex digits that change when a setting that shapes the adapter changes."""
         settings = self.model_dump(mode="json", include=IDENTITY)
         settings["train"]["global_batch_size"] = self.batching.global_batch_size
+        if self.prompt.thinking == "off":  # runs of versions that knew no thinking go on
+            settings["prompt"].pop("thinking")
         settings["data"].pop("databases")  # the same databases may lie elsewhere on another machine
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -35,9 +35,19 @@ def make_contract(
     takes the whole tree.
     """
     template = chat.template_of(tokenizer)
+    writer = chat.Chat(tokenizer, config.prompt.thinking)
     dated = {"date": chat.DATE.isoformat()} if chat.TODAY.search(template) else {}
     task = TASKS[config.task_type]
-    text = json.dumps([task.system, prompts.USER, prompts.EVIDENCE, template, *dated.values()])
+    told: dict[str, Any] = {}
+    if writer.way.mends:  # before it was found, the same template wrote another prompt
+        told |= {"way": {"merged": writer.way.merged, "parts": writer.way.parts}}
+    text = json.dumps(
+        [task.system, prompts.USER, prompts.EVIDENCE, template, *dated.values(), *told.values()]
+    )
+    thinking: dict[str, Any] = {}
+    if writer.can_think:
+        thinking = {"thinking": config.prompt.thinking}
+        told |= {"thinking_default": writer.default, "prompt_end": writer.prompt_end}
     return {
         "task_type": config.task_type,
         "model_name": config.model_name,
@@ -47,10 +57,12 @@ def make_contract(
             "system": task.system,
             "user": prompts.USER,
             "evidence": prompts.EVIDENCE,
-            "turns": chat.template_turns(tokenizer),
+            "turns": writer.turns,
             **dated,
+            **told,
         },
         "template_hash": _hash(text),
+        **thinking,
         "serializer": {"name": config.prompt.serializer, "version": SERIALIZER_VERSION},
         "schema_form": config.prompt.schema_form,
         "example_values": config.prompt.example_values,
@@ -74,12 +86,19 @@ BINDING = (
     "example_values",
     "tokenizer_hash",
 )
-"""Contract fields that must be equal where an adapter is used; the rest explain a difference."""
+"""Contract fields that must be equal where an adapter is used; the rest explain a difference.
+
+`thinking` is one more for models that think.
+"""
 
 
 def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
-    """Raise `ContractError` at the first binding field that differs from the adapter at `where`."""
-    for name in BINDING:
+    """Raise `ContractError` at the first binding field that differs from the adapter at `where`.
+
+    An adapter of a version that knew no thinking was trained for what its template does untold.
+    """
+    saved = {"thinking": current.get("template", {}).get("thinking_default"), **saved}
+    for name in (*BINDING, "thinking"):
         if saved.get(name) != current.get(name):
             raise ContractError(
                 f"{where}: the adapter was trained with {name} {saved.get(name)!r}, but this run "

@@ -166,7 +166,10 @@ def read_shape(folder: str) -> Any:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder, with a padding token."""
+    """Return the tokenizer of a model folder, with a token that ends a text and one that pads.
+
+    Raises `ModelError` if it cannot be loaded, or nothing in the folder names the end of a text.
+    """
     quiet()
     from transformers import AutoTokenizer
 
@@ -174,9 +177,27 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = _end_of_text(folder, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _end_of_text(folder: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that ends a text by the model's configuration, for a tokenizer without."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(folder) / name
+        settings = read_json(dict, file, "fetch the model again") if file.is_file() else {}
+        ends = settings.get("eos_token_id")
+        first = ends[0] if isinstance(ends, list) and ends else ends
+        if isinstance(first, int) and 0 <= first < len(tokenizer):
+            return str(tokenizer.convert_ids_to_tokens(first))
+    raise ModelError(
+        f"--model_name {folder}: its tokenizer has no token for the end of a text, and no "
+        "eos_token_id in generation_config.json or config.json names one; add eos_token to "
+        "tokenizer_config.json"
+    )
 
 
 def load_base(

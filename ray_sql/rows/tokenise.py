@@ -13,12 +13,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from ray_sql.config.sections import PromptSection, RowsSection
-from ray_sql.data import Example, chat, prompts
+from ray_sql.data import Example, prompts
+from ray_sql.data.chat import DATE, Chat, template_of
 from ray_sql.data.contract import tokenizer_hash
 from ray_sql.data.linking import LinkError
 from ray_sql.database import SERIALIZER_VERSION, Schema, render
@@ -108,8 +110,8 @@ class Encoder:
         """
         turns = self._turns(example, schema)
         answer = prompts.answer(self.task, example, self.schemas)
-        completion = chat.render_completion(self.tokenizer, turns, answer)
-        prompt_ids = encode_prompt(self.tokenizer, chat.render_prompt(self.tokenizer, turns))
+        completion = self.chat.completion(turns, answer)
+        prompt_ids = encode_prompt(self.tokenizer, self.chat.prompt(turns))
         completion_ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
         input_ids = prompt_ids + completion_ids
         return TokenizedExample(example.id, example.db_id, input_ids, len(prompt_ids))
@@ -124,7 +126,12 @@ class Encoder:
         except LinkError:
             full = self.prompt.model_copy(update={"schema_form": "full"})
             turns = replace(self, prompt=full)._turns(example)
-        return encode_prompt(self.tokenizer, chat.render_prompt(self.tokenizer, turns))
+        return encode_prompt(self.tokenizer, self.chat.prompt(turns))
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Write turns in the tokenizer's chat template."""
+        return Chat(self.tokenizer, self.prompt.thinking)
 
     def _turns(self, example: Example, schema: str | None = None) -> list[dict[str, str]]:
         if schema is None:
@@ -270,8 +277,8 @@ def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection
             encoder.task.system,
             prompts.USER,
             prompts.EVIDENCE,
-            chat.DATE.isoformat(),
-            chat.template_of(encoder.tokenizer),
+            DATE.isoformat(),
+            template_of(encoder.tokenizer),
         ],
         [
             tokenizer_hash(encoder.tokenizer),
