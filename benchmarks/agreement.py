@@ -13,7 +13,8 @@ those that hang on an order which SQL leaves open.
 
 The official code calls some predictions right that are not one read-only query (`DROP TABLE` where
 gold is empty). They are refused here on purpose, and listed. So are the few rows where exact set
-match differs, with the official mistake that each shows.
+match differs, with the official mistake that each shows. SQL in a code fence or behind words is
+officially wrong; here it is taken out and scored, and these rows are listed too.
 """
 
 import argparse
@@ -62,6 +63,8 @@ class Agreement:
     agree: int
     refused: tuple[str, ...]
     differing: tuple[str, ...]
+    unwrapped: tuple[str, ...] = ()
+    """Officially wrong, because the SQL is in a code fence or behind words; here it is scored."""
 
 
 def read(path: Path) -> list[Row]:
@@ -113,8 +116,10 @@ def compare_execution(rows: Iterable[Row], ours: Mapping[str, Row], column: str)
     compared = [row for row in rows if settled(row, column)]
     unequal = [row for row in compared if (ours[row["id"]]["verdict"] == "correct") != row[column]]
     refused = tuple(row["id"] for row in unequal if row[column] and is_refusal(ours[row["id"]]))
-    differing = tuple(row["id"] for row in unequal if row["id"] not in refused)
-    return Agreement(column, len(compared), len(compared) - len(unequal), refused, differing)
+    unwrapped = tuple(row["id"] for row in unequal if not row[column] and "raw" in ours[row["id"]])
+    differing = tuple(row["id"] for row in unequal if row["id"] not in {*refused, *unwrapped})
+    equal = len(compared) - len(unequal)
+    return Agreement(column, len(compared), equal, refused, differing, unwrapped)
 
 
 def compare_hardness(rows: Iterable[Row], ours: Sequence[Row]) -> Agreement:
@@ -144,14 +149,15 @@ def compare_links(rows: Sequence[Row], ours: Sequence[Row]) -> Agreement:
 def compare_exact_set(rows: Iterable[Row], ours: Mapping[str, Row]) -> Agreement:
     """Compare the judgement by clauses wherever the official code reached a verdict."""
     compared = [row for row in rows if settled(row, "exact_set_match")]
-    differing = tuple(
+    unequal = [
         row["id"]
         for row in compared
         if ours[row["id"]]["exact_set_match"] != bool(row["exact_set_match"])
-    )
-    return Agreement(
-        "exact_set_match", len(compared), len(compared) - len(differing), (), differing
-    )
+    ]
+    unwrapped = tuple(name for name in unequal if "raw" in ours[name])
+    differing = tuple(name for name in unequal if name not in unwrapped)
+    equal = len(compared) - len(unequal)
+    return Agreement("exact_set_match", len(compared), equal, (), differing, unwrapped)
 
 
 def is_refusal(row: Row) -> bool:
@@ -167,6 +173,7 @@ def table(agreements: Sequence[Agreement]) -> str:
         lines.append(f"{found.column:28}" + "".join(f"{number:>10}" for number in numbers))
     for found in agreements:
         lines += [f"{found.column}: refused on purpose: {row}" for row in found.refused]
+        lines += [f"{found.column}: SQL in a fence, scored: {row}" for row in found.unwrapped]
         reasons = OFFICIAL_MISTAKES if found.column == "exact_set_match" else {}
         lines += [
             f"{found.column}: DIFFERS: {row}: {reasons.get(row, 'unexplained')}"
