@@ -138,6 +138,14 @@ def test_a_star_passes_on_only_what_is_named_behind_it(sql: str, links: Links) -
     assert gold_links(sql, schema_of(TABLES)) == links
 
 
+@pytest.mark.kind("valid SQL that the analysis refuses")
+def test_deeply_nested_ctes_are_read_once_each() -> None:
+    sql = "SELECT name FROM person UNION SELECT name FROM city"
+    for level in range(40):
+        sql = f"WITH c{level} AS ({sql}) SELECT * FROM c{level} UNION SELECT name FROM city"
+    assert gold_links(sql, schema_of(TABLES)) == {"person": ["name"], "city": ["name"]}
+
+
 ODD_NAMES = (
     "any outer if window offset lock left right full cross natural key desc asc end row rows range "
     "groups first last nulls value date text current of over filter partition match glob like plan "
@@ -216,6 +224,9 @@ def test_the_columns_of_a_table_function_hide_those_of_the_query_around_it() -> 
         ("postgresql", "SELECT p.name, l.n FROM person p CROSS JOIN LATERAL "
          "(SELECT count(*) AS n FROM city WHERE mayor = p.id) l",
          {"person": ["id", "name"], "city": ["mayor"]}),
+        ("postgresql", "SELECT l.name FROM person p, LATERAL "
+         "(SELECT * FROM city WHERE mayor = p.id) l",
+         {"person": ["id"], "city": ["name", "mayor"]}),
         ("postgresql", "SELECT born::date, meta ->> 'a' FROM person FETCH FIRST 3 ROWS ONLY",
          {"person": ["meta", "born"]}),
         ("postgresql", "WITH city AS (SELECT mayor AS m FROM city) SELECT m FROM city",

@@ -76,14 +76,23 @@ class Reader:
         self.used: dict[str, set[str]] = {}
         self.missing: set[str] = set()
 
-    def query(self, node: exp.Expr, outer: Scope | None, ctes: Mapping[str, Relation]) -> Relation:
-        """Read a query with its subqueries, and return its columns."""
+    def query(
+        self,
+        node: exp.Expr,
+        outer: Scope | None,
+        ctes: Mapping[str, Relation],
+        recursive: exp.CTE | None = None,
+    ) -> Relation:
+        """Read a query with its subqueries, and return its columns.
+
+        `recursive` is the CTE whose body the query is, where its later parts may read it.
+        """
         ctes = self._with(node, outer, ctes)
         if isinstance(node, exp.Select):
             return self._select(node, Scope(ctes, outer))
         scope = Scope(ctes, outer)
         if isinstance(node, exp.SetOperation):
-            relation = self._combined(node, outer, ctes)
+            relation = self._combined(node, outer, ctes, recursive)
         elif isinstance(node, exp.Subquery) and isinstance(node.this, exp.Query):
             relation = self.query(node.this, outer, ctes)
         else:  # VALUES, and a table in parentheses.
@@ -102,21 +111,26 @@ class Reader:
             return ctes
         seen = dict(ctes)
         for cte in clause.expressions:
-            name, columns = cte.alias.lower(), cte.alias_column_names
-            body, visible = cte.this, dict(seen)
-            if isinstance(body, exp.SetOperation) and (clause.recursive or name not in self.known):
-                visible[name] = named(columns)
-                inner = self._with(body, outer, visible)
-                first = self.query(_parts(body)[0], outer, inner)
-                visible[name] = first.renamed(columns)
-            seen[name] = self.query(body, outer, visible).renamed(columns)
+            name = cte.alias.lower()
+            is_recursive = clause.recursive or name not in self.known
+            body = self.query(cte.this, outer, dict(seen), cte if is_recursive else None)
+            seen[name] = body.renamed(cte.alias_column_names)
         return seen
 
     def _combined(
-        self, node: exp.SetOperation, outer: Scope | None, ctes: Mapping[str, Relation]
+        self,
+        node: exp.SetOperation,
+        outer: Scope | None,
+        ctes: Mapping[str, Relation],
+        recursive: exp.CTE | None,
     ) -> Relation:
         """Read the parts of a set operation; its columns have the first part's names."""
-        relation, *others = (self.query(part, outer, ctes) for part in _parts(node))
+        first, *parts = _parts(node)
+        relation = self.query(first, outer, ctes)
+        if recursive is not None:
+            itself = relation.renamed(recursive.alias_column_names)
+            ctes = {**ctes, recursive.alias.lower(): itself}
+        others = [self.query(part, outer, ctes) for part in parts]
         columns = [set(owners) for _, owners in relation.columns]
         for other in others:
             for owners, (_, more) in zip(columns, other.columns, strict=False):
@@ -187,7 +201,9 @@ class Reader:
                 scope.sources += inner.sources
                 scope.shared |= inner.shared
             relation = _all_columns(inner) if node.alias else Relation()
-        else:  # LATERAL, UNNEST, VALUES: they see the tables before them.
+        elif isinstance(node, exp.Lateral) and isinstance(node.this, exp.Subquery):
+            relation = self.query(node.this, scope, scope.ctes)
+        else:  # UNNEST, VALUES and other functions: they see the tables before them.
             relation = Relation()
             self._expressions(_arguments(node, without=("alias",)), scope)
         scope.sources.append((name, relation.renamed([column.name for column in columns])))
@@ -237,7 +253,7 @@ class Reader:
                 self.query(node, scope, scope.ctes)
             elif isinstance(node, exp.In) and isinstance(node.args.get("field"), exp.Column):
                 pending.append(node.this)
-                self._table(exp.to_table(node.args["field"].name), scope)
+                self._table(exp.Table(this=node.args["field"].this), scope)
             else:
                 pending += node.iter_expressions()
 
@@ -288,20 +304,17 @@ def _is_output(key: exp.Expr, outputs: set[str]) -> bool:
 
 def _all_columns(scope: Scope) -> Relation:
     """Return the columns that `*` gives."""
-    columns: list[tuple[str, frozenset[Owner]]] = []
-    for _, relation in scope.sources:
-        columns += relation.columns
-    shared: dict[str, frozenset[Owner]] = {}
+    columns = [column for _, relation in scope.sources for column in relation.columns]
+    once: dict[str, set[Owner]] = {name: set() for name in scope.shared}
     for name, owners in columns:
-        if name in scope.shared:
-            shared[name] = shared.get(name, frozenset()) | owners
-    once = dict.fromkeys(shared, False)
+        if name in once:
+            once[name] |= owners
     kept = []
     for name, owners in columns:
-        if not once.get(name):
-            kept.append((name, shared.get(name, owners)))
-        if name in once:
-            once[name] = True
+        if name not in scope.shared:
+            kept.append((name, owners))
+        elif name in once:
+            kept.append((name, frozenset(once.pop(name))))
     return Relation(tuple(kept))
 
 
