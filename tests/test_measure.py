@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from ray_sql import data, generate
 from ray_sql.data.contract import make_contract
 from ray_sql.display import Display
-from ray_sql.errors import ContractError, DataError
+from ray_sql.errors import ContractError, DataError, ModelError
 from ray_sql.evaluate import results
 from ray_sql.evaluate.models import check_adapter, evaluate_models
 from ray_sql.evaluate.predictions_file import evaluate_file
@@ -284,6 +286,9 @@ def test_an_adapter_of_another_contract_is_refused(
         check_adapter(adapter, config, str(tiny_model), None)
     trained = make_contract(make_config(), load_tokenizer(str(tiny_model)), None)
     storage.write_text(f"{adapter}/contract.json", json.dumps(trained))
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: is missing"):
+        check_adapter(adapter, config, str(tiny_model), None)
+    save_file({"lora_A": torch.zeros(1)}, f"{adapter}/adapter_model.safetensors")
     check_adapter(adapter, config, str(tiny_model), None)
     other = make_model(tmp_path / "other")
     tokenizer = load_tokenizer(str(other))

@@ -277,6 +277,6 @@ def _refusals(place: str, what: str) -> Iterator[None]:
         if known or not (panic or isinstance(error, Exception)):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is not run; give a model of a known type"
         raise ModelError(f"{place}: {what}: {reason}") from None
