@@ -112,7 +112,7 @@ def answered(task: TaskName, raw: str, new_tokens: int, gold: str, database: str
     [
         ("```sql\nSELECT name FROM customer WHERE city = 'Lis", 8, "error", "cut off"),
         ("```sql\nSELECT name FROM customer", 8, "wrong", "cut off"),
-        ("```sql\nSELECT nothing FROM customer\n```", 8, "error", "no such column"),
+        ("```sql\nSELECT absent FROM customer\n```", 8, "error", "no such column"),
         ("```sql\nSELECT name FROM customer WHERE city = 'Lis", 7, "error", "syntax"),
         ("```sql\nSELECT name FROM customer WHERE id IN (1, 3)", 8, "correct", "none"),
     ],

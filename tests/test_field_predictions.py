@@ -197,6 +197,15 @@ def test_a_folder_of_one_file_a_question_is_read(make_config: Any, tmp_path: Pat
 
 
 @pytest.mark.kind("predictions in other tools' forms")
+def test_empty_cells_of_a_table_count_as_not_given(score: Callable[..., Any]) -> None:
+    table = "id,db_id,gold,split,predicted\n" + "".join(
+        f'{n},,,,"{sql}"\n' for n, _, sql in TURNED[1:]
+    )
+    accuracy, n, _, rows = score(f"{table}{TURNED[0][0]},,,,\n", "a.csv")
+    assert (accuracy, n) == (7 / 8, 8) and rows[-1]["error_kind"] == "unparsable"
+
+
+@pytest.mark.kind("predictions in other tools' forms")
 def test_a_tab_before_a_table_that_is_called_as_a_database_belongs_to_the_query(
     score: Callable[..., Any],
 ) -> None:
@@ -213,6 +222,8 @@ def test_a_tab_before_a_table_that_is_called_as_a_database_belongs_to_the_query(
         ("id,sql_text,label\n0,SELECT 1,x\n", "a.csv", "line 2: no field 'predicted'; found id, l"),
         ('{"0": "SELECT 1", "0": "SELECT 2"}', "a.json", "key '0' is there twice"),
         ('[\n{"id": 0,\n "predicted": }]', "a.json", "line 3: not valid JSON"),
+        ("[]", "a.json", "holds no prediction; give one a question"),
+        ("id,predicted\n", "a.csv", "holds no prediction; give one a question"),
         ("SELECT 1;\nSELECT 2;\n", "a.sql", "2 lines, but --split dev has 8 examples"),
     ],
 )

@@ -86,7 +86,7 @@ def _choose(file: PredictionsFile, examples: Sequence[Match], scored: str) -> tu
     given = [name for name in ID_NAMES if any(_id(record, name) for record in records)]
     ids = {example.id for _, example in examples}
     for name in given:
-        values = [(record.get("split"), _id(record, name)) for record in records]
+        values = [(str(record.get("split")), _id(record, name)) for record in records]
         if len(set(values)) == len(values) and all(value in ids for _, value in values):
             return _by_id(file, examples, scored, name), f"by {name}"
     for name in given:
@@ -134,7 +134,7 @@ def _by_id(file: PredictionsFile, examples: Sequence[Match], scored: str, name: 
         candidates = [
             match
             for match in by_id.get(_id(record, name), [])
-            if match[0] == record.get("split", match[0])
+            if match[0] == (record.get("split") or match[0])
         ]
         if len(candidates) == 1:
             return candidates[0]
@@ -162,10 +162,11 @@ def _by_question(file: PredictionsFile, examples: Sequence[Match], scored: str) 
         candidates = [
             (split, example)
             for split, example in all_of_text
-            if split == record.get("split", split) and example.db_id == _database(record, example)
+            if split == (record.get("split") or split)
+            and example.db_id == _database(record, example)
         ]
         databases = sorted({example.db_id for _, example in candidates})
-        where = f"{file.path}, {place}: the question {record['question'][:60]!r}"
+        where = f"{file.path}, {place}: the question {str(record['question'])[:60]!r}"
         if len(databases) > 1:
             raise DataError(f"{where} is asked on {', '.join(databases)}; give the line its db_id")
         if not candidates:
@@ -197,8 +198,9 @@ def _check(file: PredictionsFile, found: Sequence[Match | None], examples: Seque
         asked = _plain(record.get("question") or example.question)
         if asked != _plain(example.question) and asked in questions:
             raise DataError(
-                f"{place}: asks {record['question'][:60]!r}, but question {example.id} of --split "
-                f"{split}, with which it is matched, is {example.question[:60]!r}; correct its id"
+                f"{place}: asks {str(record['question'])[:60]!r}, but question {example.id} of "
+                f"--split {split}, with which it is matched, is {example.question[:60]!r}; "
+                "correct its id"
             )
 
 

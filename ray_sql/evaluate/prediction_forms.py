@@ -40,6 +40,7 @@ ID_NAMES = (
 QUESTION_NAMES = ("question", "question_en", "utterance", "nl_question", "nlq")
 DATABASE_NAMES = ("db_id", "db_name", "database_id", "database_name", "database", "db")
 OTHER_NAMES = ("split", "gold", "hardness", "difficulty", "evidence", "raw")
+_OPTIONAL = {*ID_NAMES, *QUESTION_NAMES, *DATABASE_NAMES, *OTHER_NAMES}
 _KNOWN = {*ANSWER_NAMES, *ID_NAMES, *QUESTION_NAMES, *DATABASE_NAMES}
 
 _BIRD = re.compile(r"\s*-----\s*bird\s*-----\s*")
@@ -111,6 +112,8 @@ def _named(
         if not isinstance(value, dict):
             found = type(value).__name__
             raise DataError(f"{path}, {place}: no field 'predicted'; found {found}")
+    if not values:
+        raise DataError(f"--predictions_file {path}: holds no prediction; give one a question")
     records = {place: _spelled(value) for place, value in values.items()}
     answer = _answer_name(records.values())
     for place, record in records.items():
@@ -130,7 +133,11 @@ def _named(
 
 def _spelled(record: Mapping[str, Any]) -> Record:
     """Return a record with its names in lower case and with underscores."""
-    return {re.sub(r"[\s-]+", "_", str(name).strip().lower()): record[name] for name in record}
+    return {_spell(name): value for name, value in record.items()}
+
+
+def _spell(name: Any) -> str:
+    return re.sub(r"[\s-]+", "_", str(name).strip().lower())
 
 
 def _answer_name(records: Iterable[Record]) -> str:
@@ -171,7 +178,9 @@ def _table(path: Path, text: str) -> dict[str, Record]:
                     f"{path}, {place}: has more or fewer cells than the header; put a cell with "
                     f"{delimiter!r} in it in double quotes"
                 )
-            rows[place] = row
+            rows[place] = {
+                name: cell for name, cell in row.items() if cell or _spell(name) not in _OPTIONAL
+            }
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {line}: not valid CSV ({error})") from None

@@ -137,7 +137,7 @@ def _row(
         split, example = match
     else:
         name = str(record.get("id", where.rsplit(" ", 1)[-1]))
-        split, example = str(record.get("split", "file")), Example(name, "", "", "")
+        split, example = str(record.get("split") or "file"), Example(name, "", "", "")
     if match and not matching.has_gold(record):
         db_id, gold = example.db_id, generate.gold_answer(example, corpus, task)
     else:
