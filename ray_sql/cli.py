@@ -214,6 +214,7 @@ def _run(job: Job, words: list[str]) -> None:
 def _silence_libraries() -> None:
     """Leave the screen to ray_sql's own words: of other packages only errors are shown."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it says every retry of the network twice
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     handler = logging.StreamHandler()

@@ -40,6 +40,7 @@ cli.main('compare', ['--output_name', 'x', '--files', 'a', 'b'])
             "WARNING ray_sql.tracking: MLflow is away\n",
         ),
         ("import huggingface_hub.utils._http as h; h.logger.warning('Retrying in 1s')", ""),
+        ("import datasets as d; d.Dataset.from_dict({'a': [1, 2]}).map(lambda row: row)", ""),
         (
             "from matplotlib.figure import Figure; f = Figure(); f.subplots().set_title('问题')\n"
             "    f.savefig('/dev/null', format='png')",
