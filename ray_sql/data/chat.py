@@ -1,8 +1,8 @@
 """Write turns as a model reads them, in its own chat template.
 
-Templates differ in what they know. A `Chat` finds out with a short conversation: how to give turns
-to the template so that none is lost, and what it writes between a prompt and an answer that comes
-without thoughts.
+Templates differ in what they know. A `Chat` finds out with a short conversation. It learns how to
+give turns to the template so that none is lost. It also learns what the template writes between a
+prompt and an answer that comes without thoughts.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Owner = tuple[str, str]
 """A stored column as (table, column), in lower case."""
 
 DEFAULT_NAMESPACES = ("main", "temp", "public", "dbo")
-"""What databases call the schema whose tables need no qualifier."""
+"""Names that databases give to the schema whose tables need no qualifier."""
 
 _TREE = "key value type atom id parent fullkey path json root"
 FUNCTION_COLUMNS = {

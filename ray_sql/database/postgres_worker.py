@@ -11,8 +11,8 @@ These guards keep a query from doing harm, the strongest first:
   `dblink`, advisory locks, `set_config`). A query is refused if any word of its text names one,
   wherever it stands, so no quoting and no comment hides it. Functions that run SQL given as text
   are refused too.
-- No function of the database's own that acts outside too: in a language that the server does not
-  trust, with its owner's rights (`SECURITY DEFINER`), or one whose text names a refused function.
+- No function of the database's own that acts outside too. It may be in a language that the server
+  does not trust, have its owner's rights (`SECURITY DEFINER`), or name a refused function.
 - No call that the server could not stop (`postgres_costs`), and no XPath.
 - `statement_timeout` and `lock_timeout` on the server, and rows fetched in small portions. The
   next worker that connects tells a process of the server to end that overstays nevertheless.

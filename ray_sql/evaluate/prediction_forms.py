@@ -1,7 +1,7 @@
 """Read predictions in the forms that people's tools write: each becomes a record of plain fields.
 
-Forms are JSON lines, a JSON list, BIRD's object of text by key, CSV and TSV with a header, one SQL
-query a line, queries over several lines with `;` between them, and a folder of `<id>.sql`.
+Forms are JSON lines, a JSON list, BIRD's object of text by key, and CSV and TSV with a header. SQL
+comes with one query a line, or over several lines with `;` between, or as a folder of `<id>.sql`.
 """
 
 from __future__ import annotations

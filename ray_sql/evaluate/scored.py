@@ -16,9 +16,9 @@ from ray_sql.store.run_folder import RunFolder
 def load_scored(config: Config, adapter: str | None = None) -> Corpus:
     """Return the corpus of `config.split`.
 
-    All of one file without splits is scored. Only the part that training set aside is scored where
-    `data.test_fraction` is given, as by the settings of a run, or where the adapter may have been
-    trained on the rest.
+    All of one file without splits is scored. Where `data.test_fraction` is given, as by the
+    settings of a run, only the part that training set aside is. So it is where the adapter may have
+    been trained on the rest.
 
     Raises `DataError` where there is no question to score.
     """

@@ -10,7 +10,7 @@ from ray_sql.metrics import clustered_interval, wilson_interval
 from ray_sql.metrics.judged import JudgedRow
 
 NAMED = 20
-"""How many left-out questions `metrics.json` names; `predictions.jsonl` has them all."""
+"""Left-out questions that `metrics.json` names at most; `predictions.jsonl` has them all."""
 
 
 def share(part: float, total: int) -> float:
