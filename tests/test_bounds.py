@@ -10,8 +10,11 @@ from typing import Any, get_args
 import pytest
 
 from ray_sql.config import CheckConfig, Config, EvaluateConfig, SweepConfig, load, names
-from ray_sql.data.answers import parse_sql
+from ray_sql.data.answers import parse_sql, unwrap_sql
+from ray_sql.data.formats import Record
 from ray_sql.data.linking import LinkError, gold_links, parse_links
+from ray_sql.data.prompted import unfold
+from ray_sql.data.schema_texts import read_schema
 from ray_sql.database import Column, Schema, Table
 from ray_sql.errors import ConfigError, ModelError
 from ray_sql.metrics import exact_set_verdict, hardness, prepare_spider, soft_f1, spider_match
@@ -112,6 +115,16 @@ LINES = {
     "objects": '{"a": [' * 14_000,
     "dotted names": "SELECT a" + ".a" * 9_000 + " FROM item",
     "a list": "SELECT " + "1, " * 6_000 + "1 FROM item",
+    "blank lines": "\n" * 99_000,
+    "a chat of blank lines": "### CREATE TABLE" + "\n" * 50_000 + "question" + "\n" * 40_000,
+    "open comments": "CREATE TABLE a (" + "/*" * 45_000,
+    "tables of joins": ("CREATE TABLE a AS SELECT 1 FROM a" + " JOIN a" * 40 + ";") * 3,
+    "tables without an end": "CREATE TABLE " * 7_000,
+    "rows without an end": "INSERT INTO a (" * 6_000,
+    "fences": "~~~\n" * 24_000,
+    "long fences": "~" * 99_000,
+    "thoughts": "<think>" * 14_000,
+    "withs": "with a" * 16_000,
     "year": "YEAR (" * 16_000,
 }
 
@@ -119,7 +132,10 @@ LINES = {
 def analyse(text: str) -> None:
     """Do all that a run does with the text of an answer or of a gold query."""
     parse_sql(text)
+    unwrap_sql(text)
     parse_links(text)
+    read_schema(text, "a")
+    unfold([Record("line 1", 0, {"instruction": text, "input": text, "output": text})])
     prepare_spider(text)
     hardness(text)
     exact_set_verdict("SELECT name FROM item", text, SCHEMA)

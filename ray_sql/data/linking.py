@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import islice
 
 from sqlglot import exp, parse
 from sqlglot.errors import SqlglotError
@@ -24,6 +25,8 @@ _BLOCK_INFO = re.compile(r"\A[^\n{\[]*(?:\{[.#][^}\n]*\})?\s*")
 """The words behind an opening fence, before JSON."""
 _LONGEST_LITERAL = 100_000
 """Characters of an answer or label; a longer one holds no links that anybody could use."""
+_MOST_BRACES = 1_000
+"""Braces that are tried as the begin of an answer's object."""
 _SQLGLOT_NAMES = {
     "postgresql": "postgres",
     "mysql": "mysql",
@@ -149,7 +152,7 @@ def parse_python_literal(text: str) -> Links | None:
 
 def _first_object(text: str) -> object:
     decoder = json.JSONDecoder()
-    for brace in re.finditer(r"\{", text):
+    for brace in islice(re.finditer(r"\{", text), _MOST_BRACES):
         try:
             return decoder.raw_decode(text, brace.start())[0]
         except ValueError:

@@ -14,10 +14,11 @@ from typing import Any
 from ray_sql.data.formats import Record
 from ray_sql.data.schema_texts import CREATES, statement_spans
 
-_LABEL = re.compile(r"(?im)^[\s#*-]*(?:the\s+|user\s+)*(?:question|request)\b[^\n:]{0,20}:[ \t*]*")
+_LABEL = re.compile(r"(?im)^[ \t#*-]*(?:the\s+|user\s+)*(?:question|request)\b[^\n:]{0,20}:[ \t*]*")
 _ANSWER = re.compile(
-    r"(?im)^[\s#*-]*(?:response|answer|output|sql(?:\s*query)?|(?:database\s+)?schema|tables|context)"
-    r"\s*:|^\s*#"
+    r"(?im)^[ \t#*-]*"
+    r"(?:response|answer|output|sql(?:\s*query)?|(?:database\s+)?schema|tables|context)"
+    r"\s*:|^[ \t]*#"
 )
 _DIVIDED = "; the part with CREATE TABLE is the schema"
 

@@ -18,7 +18,7 @@ from sqlglot import exp, parse_one
 from sqlglot.errors import SqlglotError
 
 from ray_sql.data.corpus import Corpus, join_some
-from ray_sql.database import Column, Executor, ForeignKey, Schema, Table
+from ray_sql.database import MOST_NODES, MOST_SQL, Column, Executor, ForeignKey, Schema, Table
 from ray_sql.store.storage import write_atomically
 
 CREATES = re.compile(r"\bcreate\s+(?:temp\w*\s+)?table\b", re.IGNORECASE)
@@ -26,7 +26,7 @@ _STARTS = re.compile(
     r"\bcreate\s+(?:temp(?:orary)?\s+)?(?:(?P<table>table)|view)\b|\binsert\s+into\b", re.IGNORECASE
 )
 _PIECE = re.compile(
-    r"""'[^']*'|"[^"]*"|`[^`]*`|--[^\n]*|/\*.*?\*/|(?P<open>\()|(?P<close>\))|(?P<end>;)""",
+    r"""'[^']*'|"[^"]*"|`[^`]*`|--[^\n]*|/\*.*?(?:\*/|\Z)|(?P<open>\()|(?P<close>\))|(?P<end>;)""",
     re.DOTALL,
 )
 _INSERTS = re.compile(r"\binsert\s+into\b", re.IGNORECASE)
@@ -82,9 +82,11 @@ def read_schema(text: str, db_id: str) -> Schema | None:
 
 
 def _create(statement: str) -> exp.Create | None:
+    if len(statement) > MOST_SQL:
+        return None
     for dialect in _DIALECTS:
         try:
-            tree = parse_one(statement, read=dialect)
+            tree = parse_one(statement, read=dialect, max_nodes=MOST_NODES)
         except (SqlglotError, RecursionError):
             continue
         return tree if isinstance(tree, exp.Create) else None

@@ -155,7 +155,8 @@ def prepare_spider(
         return sql  # to be refused as it is
     for apart in ("> =", "< =", "! ="):
         sql = sql.replace(apart, apart.replace(" ", ""))
-    if not keep_distinct:
+    # Without either word the pieces make the text again, and cutting it may take seconds.
+    if not keep_distinct and ("distinct" in sql.lower() or ";" in sql):
         tokens: list[Token] = []
         statements = FilterStack().run(sql)  # type: ignore[no-untyped-call]
         for index, statement in enumerate(statements):
