@@ -10,16 +10,18 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_sql import cli, finetune
+from ray_sql import cli, data, finetune, models
 from ray_sql.config import Config, load
 from ray_sql.config.sections import LoraSection
-from ray_sql.errors import ModelError
+from ray_sql.errors import ModelError, RaySqlError
+from ray_sql.evaluate import prediction_forms
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train.resume import starting_point
@@ -191,14 +193,17 @@ def test_a_runs_files_are_named(place: Path, capsys: Any, file: str, job: str, d
 
 @pytest.mark.kind(KIND)
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", ["gold_queries", "rows", "answers"])
-def test_a_cache_is_made_again(place: Path, capsys: Any, kind: str, damage: str) -> None:
-    files = sorted((place / "cache" / kind).glob("*.json*"))
-    assert files
-    for file in files:
-        DAMAGES[damage](file)
+@pytest.mark.parametrize("files", ["gold_queries/*", "rows/*.json", "rows/*.parquet", "answers/*"])
+def test_a_cache_is_made_again(place: Path, capsys: Any, files: str, damage: str) -> None:
+    found = sorted((place / "cache").glob(files))
+    assert found
+    for file in found:
+        if file.suffix == ".parquet" and damage in ("without a key", "wrong types"):
+            file.write_bytes(file.read_bytes()[::-1])
+        else:
+            DAMAGES[damage](file)
     shutil.rmtree(place / "out")
-    if kind == "answers":
+    if files == "answers/*":
         shutil.copytree(place.parent / "kept" / "out", place / "out")
         words = ["--output_name", "e", "--adapter", str(place / "out" / "run" / "adapter")]
         assert end("evaluate", place, capsys, *words)[0] == 0
@@ -218,6 +223,43 @@ def test_a_checkpoint_that_is_damaged_is_passed_over(place: Path, file: str, dam
         starting_point(str(newest), run, contract, lora)
     if file == "checkpoint.json":
         assert [checkpoint.step for checkpoint in checkpoints.complete(run)] == [1]
+
+
+@pytest.fixture
+def unreadable() -> Iterator[Path]:
+    """A folder of files that this process may not read, for it is another user's."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        for name in ("config.json", "data.jsonl", "p.sql"):
+            (place / name).write_text("{}\n")
+            (place / name).chmod(0)
+        (place / "closed").mkdir(mode=0)
+        user = os.geteuid()
+        if not user:
+            os.seteuid(65534)
+        yield place
+        os.seteuid(user)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "settings": lambda place: load(Config, ["--config", str(place / "config.json")]),
+    "a run": lambda place: RunFolder(str(place)).read_settings(),
+    "a closed run": lambda place: RunFolder(str(place / "closed")).read_settings(),
+    "data": lambda place: data.read_file(place / "data.jsonl"),
+    "predictions": lambda place: prediction_forms.read(place / "p.sql", 1, []),
+    "a model": lambda place: models.resolve(str(place), place),
+    "a folder to write to": lambda place: RunFolder(str(place / "new")).require_writable(),
+    "a closed folder": lambda place: RunFolder(str(place / "closed")).require_ours(),
+}
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_may_not_be_read_is_named(unreadable: Path, reader: str) -> None:
+    with pytest.raises(RaySqlError, match=rf"{unreadable}.*Permission denied") as caught:
+        READERS[reader](unreadable)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.kind(KIND)

@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ray_sql import cli
 from ray_sql.config import Config, PublishConfig, load, mask_secrets, names
-from ray_sql.errors import ConfigError
+from ray_sql.database import Executor, Limits
+from ray_sql.errors import ConfigError, DataError
 from ray_sql.publish import hub
 
 KIND = "secrets"
@@ -165,3 +167,16 @@ def test_words_and_names_are_no_secrets() -> None:
     for text in ("hf_generate.py", "Qwen/Qwen2.5-0.5B", "s3://bucket/runs", "a key=b", "sk-learn"):
         assert mask_secrets(text) == text
     assert re.search("://me@", mask_secrets("postgresql://me@host/db"))
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg"])
+def test_no_child_has_a_password_on_its_command_line(scheme: str) -> None:
+    pytest.importorskip("psycopg")
+    with Executor(1, Limits(seconds=2)) as executor:
+        url = f"{scheme}://me:{PASSWORD}@127.0.0.1:1/db"
+        with pytest.raises(DataError, match="cannot connect") as caught:
+            executor.run(url, "SELECT 1")
+        assert hides(str(caught.value))
+        children = psutil.Process().children(recursive=True)
+        assert children and all(hides(" ".join(child.cmdline())) for child in children)

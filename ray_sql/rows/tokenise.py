@@ -181,9 +181,10 @@ def prepare(
     """
     key = cache_key(examples, encoder, limits)
     file, audit_file = cache / "rows" / f"{key}.parquet", cache / "rows" / f"{key}.json"
-    if file.is_file():
-        with suppress(DamagedFile):  # there is none, or it must be made again
-            return file, read_json(Audit, audit_file, "")
+    with suppress(DamagedFile):  # there is none, or it must be made again
+        audit = read_json(Audit, audit_file, "")
+        if _holds(file, audit.rows):
+            return file, audit
     rows, audit = build(examples, encoder, limits, progress)
     _require_usable(audit)
     write(rows, file)
@@ -256,6 +257,17 @@ def write(rows: Sequence[TokenizedExample], file: Path) -> None:
     # trials of a sweep may write the same file at once
     with storage.write_atomically(file) as part:
         pq.write_table(table, part)
+
+
+def _holds(file: Path, rows: int) -> bool:
+    """Tell whether a Parquet file is there, whole to its end, with this many rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return file.is_file() and int(pq.read_metadata(file).num_rows) == rows
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 def read(file: str | Path) -> list[TokenizedExample]:
