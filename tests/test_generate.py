@@ -8,8 +8,10 @@ import pytest
 
 from ray_sql import data, generate
 from ray_sql.data import Corpus
+from ray_sql.data.answers import parse_sql
 from ray_sql.generate import Answer, Question
 from ray_sql.generate.answers import Decoding, answer_questions
+from ray_sql.generate.ends import Ends
 from ray_sql.models import load_tokenizer
 from tests.conftest import make_encoder, make_model
 
@@ -182,3 +184,43 @@ def test_gold_that_cannot_be_linked_is_asked_all_the_same(make_config: Any, toke
             [broken], "dev", corpus, make_encoder(tokenizer, config, corpus.schemas)
         )
     ] == [""]
+
+
+@pytest.mark.kind("thinking models")
+@pytest.mark.parametrize("begun", [True, False], ids=["by the prompt", "by the model"])
+def test_no_block_in_the_thoughts_ends_an_answer(model: Any, tokenizer: Any, begun: bool) -> None:
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    mark = "<think>"
+    ends = Ends(model, tokenizer, ids(f"a question\n{mark}\n" if begun else "a question\n"))
+    thoughts = ids(("" if begun else mark) + "Maybe\n```sql\nSELECT 1\n```\nNo.\n")
+    assert not any(ends(thoughts[: end + 1]) for end in range(len(thoughts)))
+    answer = thoughts + ids("</think>\n```sql\nSELECT 2\n```")
+    assert [ends(answer[: end + 1]) for end in range(len(answer))].index(True) == len(answer) - 1
+    assert parse_sql(ends.text(answer)) == "SELECT 2"
+    assert parse_sql(ends.text(thoughts)) is None
+
+
+@pytest.mark.kind("thinking models")
+def test_marks_of_thoughts_that_are_special_tokens_stay_in_the_text(
+    model: Any, tiny_model: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    text = "[THINK]SELECT 1[/THINK]SELECT 2"
+    answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert Ends(model, tokenizer, [5]).text(answer) == text and parse_sql(text) == "SELECT 2"
+
+
+@pytest.mark.kind("answers that are not one plain fence")
+@pytest.mark.parametrize("fence", ["```", "````", "~~~", "~~~~"])
+def test_generation_ends_at_the_fence_that_closes_the_block(
+    model: Any, tokenizer: Any, fence: str
+) -> None:
+    answer = tokenizer(f"{fence}sql\nSELECT 1\n{fence}\n", add_special_tokens=False)["input_ids"]
+    ends = Ends(model, tokenizer, [5])
+    told = [ends(answer[: end + 1]) for end in range(len(answer))]
+    written = answer[: told.index(True) + 1]
+    assert len(written) in (len(answer) - 1, len(answer))
+    assert parse_sql(ends.text(written)) == "SELECT 1"
