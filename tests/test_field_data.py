@@ -173,6 +173,9 @@ def test_a_file_of_bad_rows_alone_is_refused_with_the_first_reasons(
         "```SELECT 1```",
         "```sqlite\nSELECT 1",
         "Here it is:\n```SQL\nSELECT 1\n```\nIt counts.",
+        "~~~sql\nSELECT 1\n~~~",
+        '````sql title="q"\nSELECT 1\n````',
+        "```postgres SELECT 1```",
         "SELECT 1",
     ],
 )

@@ -38,7 +38,10 @@ _THOUGHTS_END = re.compile(
 
 FENCE_SIGNS = "`~"
 _FENCE = re.compile(r"`{4,5}(?!`)|```|^[ \t]*~{3,}", re.MULTILINE)
-_SQL_NAME = re.compile(r"[ \t]*(?:[a-z]+[-/]?)?sql(?:ite)?\d*\b", re.IGNORECASE)
+_SQL_NAME = re.compile(
+    r"[ \t]*(?:(?:[a-z]+[-/]?)?sql(?:ite)?\d*|postgres|duckdb|bigquery|snowflake|oracle)\b",
+    re.IGNORECASE,
+)
 """A block's language, if it is SQL: sql, sqlite3, t-sql, pl/sql, postgresql, and the like."""
 _ONE_WORD = re.compile(r"(?!(?:select|with|values)\b)[a-z][\w.+#/-]*\Z", re.IGNORECASE)
 _STATEMENT = re.compile(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_sql.config.sections import DataSection
+from ray_sql.data.answers import code_blocks
 from ray_sql.data.corpus import Example, LeftOut
 from ray_sql.data.formats import Record
 from ray_sql.data.prompted import unfold
@@ -48,10 +48,6 @@ NEEDED = ("question", "query")
 
 NO_TEXT = {"", "nan", "none", "null"}
 """Texts, in lower case, that scripts write for a missing value."""
-
-_FENCE = re.compile(r"```(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGE = re.compile(r"^[\w+-]+\s*")
-_SQL_BEGINS = re.compile(r"\s*(?:select|with|values|insert|update|delete|\()", re.IGNORECASE)
 
 Columns = dict[str, str]
 """Our field → the column that holds it; a field without a column is absent."""
@@ -237,8 +233,5 @@ def _is_missing(value: Any) -> bool:
 
 def without_fence(sql: str) -> str:
     """Return the content of the fenced block in a gold query, or the query as it is without one."""
-    block = _FENCE.search(sql)
-    if block is None:
-        return sql
-    body = block[1].strip()
-    return body if _SQL_BEGINS.match(body) else _LANGUAGE.sub("", body)
+    block = next(code_blocks(sql), None)
+    return block.code.strip() if block else sql

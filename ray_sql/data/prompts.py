@@ -68,8 +68,9 @@ def gold_links(example: Example, schemas: Mapping[str, Schema]) -> Links:
     if text is None:
         if example.db_id not in schemas:
             raise linking.LinkError(
-                f"example {example.id}: its schema text has no CREATE TABLE to find links in; name "
-                "the databases with --data.databases, or give each row `links`"
+                f"example {example.id}: no schema of {example.db_id} to find links in, and no "
+                "CREATE TABLE in its row; name the databases with --data.databases, or give each "
+                "row `links`"
             )
         return linking.gold_links(example.gold, schemas[example.db_id])
     links = linking.parse_links(text) or linking.parse_python_literal(text)
