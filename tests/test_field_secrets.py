@@ -164,7 +164,8 @@ def test_a_mistyped_flag_is_named_without_its_value(capsys: Any, flag: str) -> N
 
 
 def test_words_and_names_are_no_secrets() -> None:
-    for text in ("hf_generate.py", "Qwen/Qwen2.5-0.5B", "s3://bucket/runs", "a key=b", "sk-learn"):
+    names = ["hf_generate.py", "hf_llama3finetuned", "Qwen/Qwen2.5-0.5B", "sk-learn-models-of-ours"]
+    for text in (*names, "s3://bucket/runs", "a key=b", "gho_st", "keys do not belong into it"):
         assert mask_secrets(text) == text
     assert re.search("://me@", mask_secrets("postgresql://me@host/db"))
 

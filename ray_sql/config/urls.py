@@ -26,8 +26,9 @@ def _replace_password(text: str, replacement: str) -> str:
 
 
 _TOKEN = re.compile(
-    r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,}"  # of the Hub
-    r"|\b(?:gh[opsur]_|github_pat_|glpat-|xox[abprs]-|sk-|AKIA)[\w-]{12,}"  # of other services
+    r"\bhf_(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{14,}"  # of the Hub
+    r"|\b(?:gh[opsur]_|github_pat_|glpat-|xox[abprs]-)[\w-]{16,}|\bAKIA[A-Z0-9]{12,}"  # of others
+    r"|\bsk-(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{20,}"
     r"|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+"  # a JSON web token
     r"|(?<=[Bb]earer )\S+|(?<='Basic )\S+"  # in a header that an error repeats
 )
