@@ -170,7 +170,7 @@ def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, 
 
     Exact set match needs no database, so it counts the rows that have none, too.
     """
-    unexecuted = [row for row in rows if row["error"] == NO_DATABASE]
+    unexecuted = [row for row in rows if row.get("error") == NO_DATABASE]
     counted = without_gold_errors(rows)
     valid = sum(row["verdict"] in ("correct", "wrong") for row in counted)
     by_hardness = grouped(counted, "hardness", HARDNESS)
