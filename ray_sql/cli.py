@@ -252,7 +252,7 @@ class _Formatter(logging.Formatter):
 
 def _say(text: str) -> None:
     """Print lines to the terminal: of bounded length, without secrets and control characters."""
-    for line in text.splitlines() or [""]:
+    for line in text.split("\n"):
         shown = printable(mask_secrets(line))
         if len(shown) > LONGEST_LINE:
             shown = f"{shown[: LONGEST_LINE // 2]} … {shown[-LONGEST_LINE // 2 :]}"

@@ -193,6 +193,20 @@ def test_a_runs_files_are_named(place: Path, capsys: Any, file: str, job: str, d
 
 @pytest.mark.kind(KIND)
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["contract.json", "adapter_config.json"])
+def test_an_adapter_that_is_measured_is_named(
+    place: Path, capsys: Any, file: str, damage: str
+) -> None:
+    adapter = place / "out" / "run" / "adapter"
+    DAMAGES[damage](adapter / file)
+    words = ["--output_name", "e", "--adapter", str(adapter)]
+    code, said = end("evaluate", place, capsys, *words)
+    assert_named_or_healed((code, said), str(adapter))
+    assert code == 2 or damage == "without a key"  # PEFT has a default for the first
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("files", ["gold_queries/*", "rows/*.json", "rows/*.parquet", "answers/*"])
 def test_a_cache_is_made_again(place: Path, capsys: Any, files: str, damage: str) -> None:
     found = sorted((place / "cache").glob(files))

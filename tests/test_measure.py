@@ -286,6 +286,8 @@ def test_an_adapter_of_another_contract_is_refused(
         check_adapter(adapter, config, str(tiny_model), None)
     trained = make_contract(make_config(), load_tokenizer(str(tiny_model)), None)
     storage.write_text(f"{adapter}/contract.json", json.dumps(trained))
+    lora = {"r": 1, "lora_alpha": 1, "use_dora": False, "use_rslora": False, "target_modules": []}
+    storage.write_text(f"{adapter}/adapter_config.json", json.dumps(lora))
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors: is missing"):
         check_adapter(adapter, config, str(tiny_model), None)
     save_file({"lora_A": torch.zeros(1)}, f"{adapter}/adapter_model.safetensors")

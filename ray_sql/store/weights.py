@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray_sql.errors import ModelError
 from ray_sql.store import storage
-from ray_sql.store.run_folder import ADAPTER_WEIGHTS, AdapterFolder
+from ray_sql.store.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
 
 WAY_OUT = "restore it from a copy, or train again"
 
@@ -49,7 +49,12 @@ def fetch(adapter: AdapterFolder, target: Path, known: str | None = None) -> Pat
 
 
 def require_whole(adapter: AdapterFolder) -> None:
-    """Raise `ModelError` unless an adapter's weights are those that its contract names."""
+    """Raise `ModelError` unless an adapter's weights are those that its contract names.
+
+    Raises `DamagedFile` if PEFT's configuration beside them is none.
+    """
+    if adapter.read_adapter_config() is None:
+        raise ModelError(f"{adapter.place(ADAPTER_CONFIG)}: is missing; {WAY_OUT}")
     known = (adapter.read_contract() or {}).get("weights_sha256")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         fetch(adapter, Path(scratch) / ADAPTER_WEIGHTS, known)
