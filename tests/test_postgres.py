@@ -423,7 +423,8 @@ def test_a_predictions_file_is_scored_on_a_server(
     (tmp_path / "p.jsonl").write_text(
         "\n".join(json.dumps({"id": str(n), "predicted": p}) for n, p in enumerate(predicted))
     )
-    config = make_config(EvaluateConfig, predictions_file=str(tmp_path / "p.jsonl"), **questions)
+    given = {"predictions_file": str(tmp_path / "p.jsonl"), "evaluate.limit": 9}
+    config = make_config(EvaluateConfig, **given, **questions)
     scores = evaluate.run(config)["file"]["dev"]
     assert (scores["n"], scores["correct"], scores["gold_errors"]) == (6, 3, 1)
     assert scores["errors"] == {"wrong rows": 1, "no such column": 1, "refused": 1}

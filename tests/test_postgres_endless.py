@@ -86,6 +86,7 @@ ORDINARY = [
     "SELECT array_agg(id) @> ARRAY[1, 2], array_agg(name) && ARRAY['pen'] FROM item",
     "SELECT repeat('*', id), translate(name, 'aeiou', 'AEIOU'), position('n' IN name) FROM item",
     "SELECT trim(lpad(id::text, 5, ' ')), power(id, 2), sqrt(weight), exp(1), ln(2) FROM item",
+    "SELECT factorial(id + 3) / (factorial(id) * factorial(3)) FROM item",
     "SELECT json_build_object('a', array_agg(id), 'b', array_agg(name)) FROM item",
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 9) SELECT sum(i) "
     "FROM n",
@@ -189,6 +190,7 @@ def test_a_file_of_endless_calls_is_judged_to_its_end(
         question = {"db_id": "mall", "question": "Who?", "query": gold}
         (data / f"{split}.jsonl").write_text(json.dumps(question))
     settings = {"dataset_id": str(data), "data.databases": server.url("{db_id}")}
+    settings |= {"evaluate.limit": "9"}
     file = str(tmp_path / "p.jsonl")
     scores = evaluate.run(make_config(EvaluateConfig, predictions_file=file, **settings))["file"]
     assert [(split["n"], split["correct"]) for split in scores.values()] == [(5, 2)]

@@ -15,7 +15,7 @@ from ray_sql.database.query import MOST_NODES
 
 SMALL = 1_000
 """A length up to which a value is made and read in no time."""
-MAKERS = set("repeat lpad rpad array_fill polygon factorial".split())
+MAKERS = set("repeat lpad rpad array_fill polygon".split())
 GATHERERS = set(
     "string_agg array_agg json_agg jsonb_agg xmlagg json_object_agg jsonb_object_agg range_agg "
     "array".split()
