@@ -70,8 +70,6 @@ def test_a_query_is_read_from_any_kind_of_block(answer: str) -> None:
         ("The query is `SELECT x FROM t`, which reads t.", "SELECT x FROM t"),
         ("SELECT 1\n\nSELECT 2 is another.", "SELECT 1"),
         ("SELECT a) FROM t", "SELECT a) FROM t"),
-        ("<answer>\nSELECT x FROM t\n</answer>\nx is all.", "SELECT x FROM t"),
-        ("SELECT 1\r\nFROM t\r\n\r\nThat is all.", "SELECT 1 FROM t"),
     ],
 )
 def test_a_query_without_a_block_is_read_to_its_end(answer: str, sql: str) -> None:

@@ -236,9 +236,7 @@ def without_end(folder: Path, tiny_model: Path, **ids: dict[str, Any]) -> Path:
         settings.pop("eos_token", None)
         (folder / file.name).write_text(json.dumps(settings))
     for name, content in ids.items():
-        file = folder / f"{name}.json"
-        before = json.loads(file.read_text()) if file.is_file() else {}
-        file.write_text(json.dumps(before | content))
+        (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
@@ -250,7 +248,6 @@ def without_end(folder: Path, tiny_model: Path, **ids: dict[str, Any]) -> Path:
         {"generation_config": {"eos_token_id": [2, 1]}, "config": {"eos_token_id": 1}},
         {"config": {"eos_token_id": 2, "model_type": "llama"}},
         {"generation_config": {}, "config": {"eos_token_id": 2, "model_type": "llama"}},
-        {"tokenizer_config": {"eos_token": ""}, "config": {"eos_token_id": 2}},
     ],
 )
 def test_a_tokenizer_without_an_end_of_text_takes_the_models(

@@ -20,7 +20,7 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.evaluate import scoring
 from ray_sql.evaluate.models import evaluate_models
-from ray_sql.generate import Answer, AnswerCache
+from ray_sql.generate import Answer, AnswerCache, Candidate
 from ray_sql.models import load_tokenizer
 from ray_sql.tasks import SQL
 from tests.conftest import make_encoder
@@ -49,7 +49,10 @@ def files(config: Any) -> list[Path]:
 def test_answers_survive_their_file_and_a_line_cut_off(tmp_path: Path) -> None:
     kept = AnswerCache(tmp_path / "deep" / "answers.jsonl")
     assert kept.read() == {}
-    answers = {3: Answer("a\u2028b\n", 1, 2, 0.5), 0: Answer("c", 1, 2, 0.5, ["c", "d"])}
+    answers = {
+        3: Answer("a\u2028b\n", 1, 2, 0.5),
+        0: Answer("c", 1, 2, 0.5, candidates=[Candidate("c", 2, -0.5)]),
+    }
     for number, answer in answers.items():
         kept.add(number, answer)
     assert kept.read() == answers
@@ -169,12 +172,16 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
     )
     bad, good, other = "SELECT x FROM nowhere", "SELECT COUNT(*) FROM customer", "SELECT 7"
     candidates: Sequence[list[str]] = ([bad, good, other], [other, good, bad], [bad, "", bad], [])
-    answers = [Answer((each or [bad])[0], 1, 1, 0.0, each) for each in candidates]
+    beams = [[Candidate(text, 1) for text in each] for each in candidates]
+    answers = [
+        Answer((each or [bad])[0], 1, 1, 0.0, candidates=own)
+        for each, own in zip(candidates, beams, strict=True)
+    ]
     rows = scoring.score(asked, answers, SQL, config.evaluate)
     assert [row["predicted"] for row in rows] == [good, other, bad, bad]
-    assert [row.get("candidates") for row in rows] == [*candidates[:3], None] and rows[0][
-        "verdict"
-    ] == "correct"
+    kept = [[one["sql"] for one in row.get("candidates", ())] for row in rows]
+    assert kept == [candidates[0], candidates[1], [bad, None, bad], []]
+    assert rows[0]["verdict"] == "correct"
     plain = scoring.score(asked, answers, SQL, make_config(**{"evaluate.num_beams": 3}).evaluate)
     assert [row["predicted"] for row in plain] == [bad, other, bad, bad]
 
@@ -182,7 +189,7 @@ def test_the_first_candidate_that_runs_is_taken(make_config: Any, tiny_model: Pa
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"evaluate.first_executable": True}, "but evaluate.num_beams is 1"),
+        ({"evaluate.first_executable": True}, "evaluate.num_beams and evaluate.samples are 1"),
         (
             {"evaluate.ves_iterations": 100},
             "ves_iterations 100 times right queries for BIRD's R-VES",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from ray_sql.generate import Answer, Question, decoder, hf_generate
+from ray_sql.generate import Answer, Question, decoder, hf_generate, probe
 from ray_sql.generate.answers import Decoding, answer_questions, spread
+from ray_sql.generate.groups import group_prompts
 from ray_sql.models import decode_attention, load_tokenizer
 
 WIDTH = {
@@ -120,7 +121,7 @@ def test_answers_are_those_of_one_by_one_decoding(tokenizer: Any, family: str, l
     alone = one_by_one(model, tokenizer, asked, 24)
     assert len(set(alone)) > 10
     before = model.config._attn_implementation
-    assert (decoder.why_not_share(model, 80) is None) == (family in SHARES)
+    assert (probe.why_not_share(model, 80) is None) == (family in SHARES)
     reasons: list[str] = []
     for max_num_seqs in (None, 1, 3, 16):
         decoding = Decoding(24, batch_size=4, max_num_seqs=max_num_seqs)
@@ -184,7 +185,7 @@ def test_a_prefix_is_computed_once_for_all_its_questions(
     schema = list(range(3, 60))
     asked = [question("one", [*schema, 70 + number, 71]) for number in range(20)]
     answer_questions(model, tokenizer, asked, Decoding(3, max_num_seqs=4))
-    assert computed[decoder.PROBES :] == [len(schema)]  # those before are the probe's
+    assert computed[probe.PROBES :] == [len(schema)]  # those before are the probe's
 
 
 def test_groups_share_at_least_half_of_every_prompt() -> None:
@@ -196,11 +197,11 @@ def test_groups_share_at_least_half_of_every_prompt() -> None:
         schema[:30] + [301] * 5,
         schema[:20] + [9] * 200,
     ]
-    groups = decoder.group_prompts(prompts, ["a"] * 5)
+    groups = group_prompts(prompts, ["a"] * 5)
     found = {frozenset(one.members): one.prefix for one in groups}
     assert found == {frozenset({0, 1}): 100, frozenset({2, 3}): 30, frozenset({4}): 219}
-    assert [one.prefix for one in decoder.group_prompts(prompts[:2], ["a", "b"])] == [101, 100]
-    assert [one.prefix for one in decoder.group_prompts([schema, schema], ["a", "a"])] == [99]
+    assert [one.prefix for one in group_prompts(prompts[:2], ["a", "b"])] == [101, 100]
+    assert [one.prefix for one in group_prompts([schema, schema], ["a", "a"])] == [99]
 
 
 @pytest.mark.parametrize(
@@ -218,11 +219,11 @@ def test_what_only_long_prompts_show_is_found_in_the_settings(
 ) -> None:
     model = build("llama", len(tokenizer))
     model.config.max_position_embeddings = 60
-    assert decoder.why_not_share(model, 80) is None
+    assert probe.why_not_share(model, 80) is None
     for name, value in settings.items():
         setattr(model.config, name, value)
-    assert decoder.why_not_share(model, 40) is None
-    assert reason in (decoder.why_not_share(model, 80) or "")
+    assert probe.why_not_share(model, 40) is None
+    assert reason in (probe.why_not_share(model, 80) or "")
 
 
 def test_bfloat16_answers_too(tokenizer: Any) -> None:
@@ -230,7 +231,7 @@ def test_bfloat16_answers_too(tokenizer: Any) -> None:
 
     model = build("llama", len(tokenizer)).to(torch.bfloat16)
     asked = several(len(tokenizer))
-    assert decoder.why_not_share(model, 80) is None
+    assert probe.why_not_share(model, 80) is None
     answers = answer_questions(model, tokenizer, asked, Decoding(8))
     assert [answer.prompt_tokens for answer in answers] == [len(one.input_ids) for one in asked]
 
@@ -254,7 +255,7 @@ def test_beams_are_kept_best_first(tokenizer: Any) -> None:
     found = answer_questions(model, tokenizer, asked, Decoding(6, batch_size=2, num_beams=3))
     assert all(answer.candidates == [] for answer in greedy)
     assert all(
-        len(answer.candidates) == 3 and answer.candidates[0] == answer.raw for answer in found
+        len(answer.candidates) == 3 and answer.candidates[0].raw == answer.raw for answer in found
     )
     alone = answer_questions(model, tokenizer, asked, Decoding(6, num_beams=3))
     assert [one.candidates for one in alone] == [one.candidates for one in found]

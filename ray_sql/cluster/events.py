@@ -7,7 +7,7 @@ each receiver that shows it. A receiver raises `UnknownEvent` in its last case.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,6 +170,8 @@ class AnswerJob:
     """Answers of an earlier attempt, by model and index of the question."""
     caches: Mapping[str, str]
     """Files that keep answers, by model."""
+    names: Mapping[str, Mapping[str, Collection[str]]] | None = None
+    """Tables and columns of each database, in lower case, where answers may have no other names."""
 
 
 @dataclass(frozen=True)

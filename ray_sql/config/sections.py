@@ -243,6 +243,10 @@ class ScalingSection(StorageSection):
         raise ValueError(allowed)
 
 
+Way = Literal["greedy", "first_executable", "vote", "weighted_vote", "repaired", "constrained"]
+"""Ways to choose a question's answer."""
+
+
 class AnswersSection(Section):
     """Choose how questions are answered and answers are scored."""
 
@@ -260,8 +264,19 @@ class AnswersSection(Section):
     num_beams: int = Field(1, ge=1, le=1000)
     """Search with this many beams for answers to the scored questions; 1 is greedy. Checkpoints are
     always chosen by greedy answers."""
+    samples: int = Field(1, ge=1, le=1000)
+    """Draw this many answers to each scored question, beside the greedy one. 1 draws none."""
+    temperature: float = Field(0.8, gt=0, le=10)
+    """Draw samples at this temperature. Lower ones draw likely tokens more often."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw each token from the likeliest ones whose probabilities reach this sum."""
+    ground: Literal["none", "repair", "constrain"] = "none"
+    """Mend names that the schema lacks (`repair`), or write none (`constrain`). The answer as
+    written is scored too."""
+    choose: Way = "greedy"
+    """Take this answer to each scored question. Every other one has a score of its own."""
     first_executable: bool = False
-    """Take the best beam that runs on the question's database, instead of the best beam."""
+    """Take the best beam that runs, as `evaluate.choose first_executable` does."""
     ves_iterations: int = Field(0, ge=0, le=10_000)
     """Time each right prediction against its gold this many times, for BIRD's R-VES (officially
     100). Needs an idle machine."""
@@ -279,6 +294,11 @@ class AnswersSection(Section):
     """Execute SQL in this many processes. By default one per core, at most 8."""
     baseline: bool = True
     """Measure the base model without the adapter too, on the same examples."""
+
+    @property
+    def way(self) -> Way:
+        """The way in which a question's answer is chosen."""
+        return "first_executable" if self.first_executable else self.choose
 
 
 class EvaluateSection(AnswersSection):

@@ -100,17 +100,49 @@ class ModelConfig(JobConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_beams(self) -> Self:
-        evaluate = self.evaluate
-        if evaluate.first_executable and evaluate.num_beams == 1:
+    def _check_choice(self) -> Self:
+        """Check that there is something to choose from, in the way that is asked for."""
+        evaluate, way = self.evaluate, self.evaluate.way
+        sampled, beams = evaluate.samples > 1, evaluate.num_beams > 1
+        if sampled and beams:
             raise ValueError(
-                "evaluate.first_executable chooses among beams, but evaluate.num_beams is 1: "
-                "raise it, or leave it out"
+                f"evaluate.samples {evaluate.samples} and evaluate.num_beams {evaluate.num_beams} "
+                "are two ways to get several answers: leave one of the two out"
             )
-        if evaluate.first_executable and not self._executes_sql():
+        if way in ("vote", "weighted_vote") and not sampled:
+            raise ValueError(
+                f"evaluate.choose {way} counts samples, but evaluate.samples is 1: raise it, or "
+                "leave it out"
+            )
+        if way == "first_executable" and not (sampled or beams):
+            raise ValueError(
+                "evaluate.first_executable chooses among beams or samples, but evaluate.num_beams "
+                "and evaluate.samples are 1: raise one of them, or leave it out"
+            )
+        if way == "first_executable" and not self._executes_sql():
             raise ValueError(
                 "evaluate.first_executable executes SQL, which task_type "
                 f"{self.task_type} does not write: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ground(self) -> Self:
+        needed = {"repaired": "repair", "constrained": "constrain"}.get(self.evaluate.way)
+        if needed and self.evaluate.ground != needed:
+            raise ValueError(
+                f"evaluate.choose {self.evaluate.way} needs evaluate.ground {needed}, not "
+                f"{self.evaluate.ground}: set it, or choose another answer"
+            )
+        if self.evaluate.ground == "constrain" and not self._executes_sql():
+            raise ValueError(
+                f"evaluate.ground constrain follows SQL, which task_type {self.task_type} does not "
+                "write: use repair"
+            )
+        if self.evaluate.ground == "constrain" and self.evaluate.num_beams > 1:
+            raise ValueError(
+                "evaluate.ground constrain works with greedy answers and samples, not with "
+                f"evaluate.num_beams {self.evaluate.num_beams}: leave one of the two out"
             )
         return self
 

@@ -57,7 +57,6 @@ _QUERY_START = re.compile(
     r"|(?i:with\s+(?:recursive\s+)?\S+\s*(?:\([^()]*\)\s*)?as\s*(?:(?:not\s+)?materialized\s*)?\())",
     re.MULTILINE,
 )
-_TAG = re.compile(r"<(\w+)>\s*\Z")
 _LOWER_CASE_START = re.compile(r"\bselect\b", re.IGNORECASE)
 _MAIN_VERB = re.compile(r"(?:\A|\))(?:select|values|insert|update|delete)\b", re.IGNORECASE)
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
@@ -178,10 +177,8 @@ def _without_a_block(text: str) -> str:
     start = _QUERY_START.search(text) or _LOWER_CASE_START.search(text)
     if not start:
         return text
-    before, text = text[: start.start()], text[start.start() :]
-    in_brackets = before.endswith("(")
-    if tag := _TAG.search(before):  # <answer>SELECT 1</answer>
-        text = text.partition(f"</{tag[1]}>")[0]
+    in_brackets = text[: start.start()].endswith("(")
+    text = text[start.start() :]
     if text.startswith("`"):
         return text[1:].partition("`")[0]
     written = str.upper if start[0].isupper() else str.lower

@@ -1,8 +1,8 @@
 """Write turns as a model reads them, in its own chat template.
 
 Templates differ in what they know. A `Chat` finds out with a short conversation. It learns how to
-give turns to the template so that none is lost. And it learns what a template writes before an
-answer that comes without thoughts.
+give turns to the template so that none is lost. It also learns what the template writes between a
+prompt and an answer that comes without thoughts.
 """
 
 from __future__ import annotations

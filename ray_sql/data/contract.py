@@ -71,11 +71,14 @@ def make_contract(
         "max_length": config.rows.max_length,
         "answer_format": f"fenced {task.fence}",
         "semantics": config.evaluate.semantics,
+        "answers": config.evaluate.model_dump(include=ANSWERS),
         "packages": {"ray_sql": __version__}
         | {package: version(package) for package in CONTRACT_PACKAGES},
     }
 
 
+ANSWERS = {"num_beams", "samples", "temperature", "top_p", "ground", "choose", "first_executable"}
+"""Settings that say how the scored answers were got."""
 BINDING = (
     "task_type",
     "model_name",

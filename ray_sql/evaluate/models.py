@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+DECODING = {
+    *("max_new_tokens", "max_num_seqs", "num_beams", "samples", "temperature", "top_p"),
+    "ground",
+}
+"""Settings that answers depend on."""
+
+
 def evaluate_models(
     config: Config,
     questions: Sequence[Question],
@@ -48,7 +55,10 @@ def evaluate_models(
     wanted = ["base"] if config.evaluate.baseline or adapter is None else []
     if adapter:
         wanted.append("tuned")
-    answers = _ask(config, questions, model_folder, adapter, wanted, display, on_event)
+    names = None
+    if config.evaluate.ground == "constrain":
+        names = {question.db_id: schemas[question.db_id].lower_names() for question in questions}
+    answers = _ask(config, questions, model_folder, adapter, wanted, names, display, on_event)
     task, settings = TASKS[config.task_type], config.evaluate
     with scoring.executor(settings) as shared:
         return {
@@ -71,6 +81,7 @@ def _ask(
     model_folder: str,
     adapter: str | None,
     wanted: Sequence[str],
+    names: Mapping[str, Mapping[str, Collection[str]]] | None,
     display: Display,
     on_event: cluster.OnEvent,
 ) -> dict[str, dict[int, Answer]]:
@@ -105,6 +116,7 @@ def _ask(
         questions=generate.dump(questions),
         known={model: dict(answers[model]) for model in missing},
         caches={model: str(caches[model].file) for model in missing},
+        names=names,
     )
     outcome = cluster.run_workers(
         generate.answer_loop_per_worker, job, config.scaling, config.run_dir, keep
@@ -166,7 +178,8 @@ def _answer_cache(
             config.eval_batch_size,
         ],
         [version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")],
-        config.evaluate.model_dump(include={"max_new_tokens", "max_num_seqs", "num_beams"}),
+        config.evaluate.model_dump(include=DECODING),
+        config.seed if config.evaluate.samples > 1 else None,
         [(question.db_id, question.input_ids) for question in questions],
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ray_sql.config import mask_password
 from ray_sql.config.sections import AnswersSection
 from ray_sql.data.answers import FENCE_SIGNS, is_complete, parse_sql
 from ray_sql.database import Executor, Schema
-from ray_sql.evaluate import judge_links, judge_sql
+from ray_sql.evaluate import candidates, judge_links, judge_sql
 from ray_sql.evaluate.judge_sql import Progress, executor
+from ray_sql.evaluate.shares import without_gold_errors
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics.judged import JudgedRow, is_right
 from ray_sql.tasks import TASKS, Task, TaskName
@@ -52,14 +53,27 @@ def score(
     shared: Executor | None = None,
 ) -> list[JudgedRow]:
     """Return one judged row of `predictions.jsonl` per question."""
-    if settings.first_executable:
-        answers = _first_executable(questions, answers, settings, shared)
+    known = schemas or {}
     rows = [
         _row(question, answer, task, settings.max_new_tokens)
         for question, answer in zip(questions, answers, strict=True)
     ]
     databases = [question.database for question in questions]
-    return judge_rows(rows, databases, schemas or {}, task, settings, progress, shared)
+    several = any(answer.candidates or answer.constrained for answer in answers)
+    if not several and settings.ground == "none":
+        return judge_rows(rows, databases, known, task, settings, progress, shared)
+    parse, mend = JUDGES[task.name].parse, settings.ground == "repair"
+    options = [
+        candidates.options(answer, question.database, known.get(question.db_id), parse, mend)
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    with executor(settings, shared) as running:
+        choices = candidates.choose(options, task, settings, running)
+
+        def judge(part: Sequence[JudgedRow], places: Sequence[str | None]) -> list[JudgedRow]:
+            return judge_rows(part, places, known, task, settings, progress, running)
+
+        return candidates.add_verdicts(rows, options, choices, judge, settings.way, task)
 
 
 def judge_rows(
@@ -89,31 +103,8 @@ def _with_cut(row: JudgedRow, max_new_tokens: int) -> JudgedRow:
 
 def summarise(rows: Sequence[JudgedRow], task: Task, settings: AnswersSection) -> dict[str, Any]:
     """Return the scores of one split as plain JSON values; the first key is the main score."""
-    return JUDGES[task.name].summarise(rows, settings)
-
-
-def _first_executable(
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    settings: AnswersSection,
-    shared: Executor | None,
-) -> list[Answer]:
-    """Give each answer its first candidate that runs on the database, if there is one."""
-    tries = [
-        (index, text, question.database, sql)
-        for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
-        for text in answer.candidates
-        if question.database is not None and (sql := parse_sql(text))
-    ]
-    with executor(settings, shared) as running:
-        results = running.run_many([(database, sql) for _, _, database, sql in tries])
-    texts: dict[int, str] = {}
-    for (index, text, _, _), result in zip(tries, results, strict=True):
-        if result.status == "ok":
-            texts.setdefault(index, text)
-    return [
-        replace(answer, raw=texts.get(index, answer.raw)) for index, answer in enumerate(answers)
-    ]
+    by_way = candidates.scores(without_gold_errors(rows), task)
+    return JUDGES[task.name].summarise(rows, settings) | by_way
 
 
 def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) -> JudgedRow:
@@ -134,7 +125,7 @@ def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) ->
     }
     if is_cut:
         row["cut_off"] = True
-    return row | ({"candidates": answer.candidates} if answer.candidates else {})
+    return row
 
 
 LEVEL_METRICS = {*(task.metric for task in TASKS.values()), "exact_set_match"}

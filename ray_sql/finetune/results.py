@@ -21,6 +21,7 @@ from ray_sql.tasks import TASKS
 
 TABLE_COLUMNS = (
     *("verdict", "question", "gold", "predicted", "error", "db_id", "hardness", "split", "model"),
+    *("chosen_by", "candidates"),
 )
 """Columns of the table of questions in MLflow, whose UI shows the first ones without scrolling."""
 
@@ -79,7 +80,8 @@ def _log_scores(record: tracking.Run, evaluation: Evaluation, metrics: Mapping[s
     scores = markdown({name: metrics[name] for name in evaluation}, task)
     text = "\n\n".join([scores, *notes(metrics, models[0]), *paired_lines(metrics)])
     record.describe(text, f"{models[0]}/{splits[0]}/{task.metric}" if splits else None)
-    table = [{column: row.get(column) for column in TABLE_COLUMNS} for row in rows]
+    columns = [name for name in TABLE_COLUMNS if any(name in row for row in rows)]
+    table = [{column: row.get(column) for column in columns} for row in rows]
     record.table(table, "predictions.json")
 
 

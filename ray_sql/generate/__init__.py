@@ -8,6 +8,7 @@ models that cannot share a prefix go through transformers (`hf_generate`).
 from ray_sql.generate.answer_cache import VERSION, AnswerCache
 from ray_sql.generate.questions import (
     Answer,
+    Candidate,
     Question,
     check_window,
     dump,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
 from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config.sections import AnswersSection
-from ray_sql.generate import decoder, hf_generate
+from ray_sql.generate import decoder, hf_generate, probe
+from ray_sql.generate.decoded import Decoded, make_answer
 from ray_sql.generate.ends import Ends
+from ray_sql.generate.groups import group_prompts
+from ray_sql.generate.name_guard import NameGuard
 from ray_sql.generate.questions import Answer, Question
+from ray_sql.generate.sampling import Sampling
+from ray_sql.generate.wanted import Allows, Wanted
 from ray_sql.models import cpu_linear
 
 if TYPE_CHECKING:
@@ -32,12 +38,23 @@ class Decoding:
     max_num_seqs: int | None = None
     """Questions answered at a time over the prefixes they share; None: as many as memory allows."""
     num_beams: int = 1
+    sampling: Sampling | None = None
+    """Samples to draw beside each greedy answer."""
 
     @classmethod
-    def from_settings(cls, evaluate: AnswersSection, batch_size: int, num_beams: int = 1) -> Self:
-        """Return what the settings say; `num_beams` apart, for checkpoints are chosen greedily."""
+    def greedy(cls, evaluate: AnswersSection, batch_size: int) -> Self:
+        """Return the settings for one greedy answer a question, which choose checkpoints."""
         max_num_seqs = None if evaluate.max_num_seqs == "auto" else evaluate.max_num_seqs
-        return cls(evaluate.max_new_tokens, batch_size, max_num_seqs, num_beams)
+        return cls(evaluate.max_new_tokens, batch_size, max_num_seqs)
+
+    @classmethod
+    def from_settings(cls, evaluate: AnswersSection, batch_size: int, seed: int) -> Self:
+        """Return what the settings say of beams and samples too."""
+        sampling = None
+        if evaluate.samples > 1:
+            sampling = Sampling(evaluate.samples, evaluate.temperature, evaluate.top_p, seed)
+        greedy = cls.greedy(evaluate, batch_size)
+        return replace(greedy, num_beams=evaluate.num_beams, sampling=sampling)
 
 
 def answer_questions(
@@ -45,12 +62,15 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     decoding: Decoding,
+    guards: Mapping[str, NameGuard] | None = None,
     *,
     on_answer: OnAnswer | None = None,
     on_fallback: OnFallback | None = None,
 ) -> list[Answer]:
-    """Return the answers in the order of the questions, greedily over the prefixes they share.
+    """Return the answers in the order of the questions, computed over the prefixes they share.
 
+    Each is greedy, and has samples where `decoding.sampling` asks for them. With `guards`, by
+    database, it has a greedy answer of names that exist too, and samples have no other names.
     Beams, and models that cannot share a prefix, go through transformers' `generate` in batches of
     prompts of similar length. The answers are the same in float32. The model is left as it was.
     """
@@ -63,19 +83,22 @@ def answer_questions(
         if on_answer:
             on_answer(index, answer)
 
+    ends = Ends(model, tokenizer, questions[0].input_ids)
+    allows = None if guards is None else _allows(questions, guards, ends)
+    wanted = Wanted(decoding.sampling, allows)
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
     try:
         with cpu_linear.merged(model):
             if decoding.num_beams > 1:
-                _answer_in_batches(model, tokenizer, questions, decoding, keep)
+                _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
             elif reason := _why_not_share(model, questions, decoding):
                 if on_fallback:
                     on_fallback(reason)
-                _answer_in_batches(model, tokenizer, questions, decoding, keep)
+                _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
             else:
-                _answer_over_prefixes(model, tokenizer, questions, decoding, keep)
+                _answer_over_prefixes(model, ends, questions, decoding, wanted, keep)
     finally:
         model.train(training)
         model.config.use_cache = use_cache
@@ -86,24 +109,38 @@ def _why_not_share(
     model: PreTrainedModel, questions: Sequence[Question], decoding: Decoding
 ) -> str | None:
     longest = max(len(question.input_ids) for question in questions)
-    return decoder.why_not_share(model, longest + decoding.max_new_tokens)
+    return probe.why_not_share(model, longest + decoding.max_new_tokens)
+
+
+def _allows(questions: Sequence[Question], guards: Mapping[str, NameGuard], ends: Ends) -> Allows:
+    """Return a function that tells whether an answer's tokens have only names that exist."""
+
+    @lru_cache(maxsize=100_000)
+    def allows_text(db_id: str, text: str, complete: bool) -> bool:
+        return guards[db_id].allows_answer(text, complete)
+
+    def allows(question: int, tokens: Sequence[int]) -> bool:
+        complete = tokens[-1] in ends.stops
+        return allows_text(questions[question].db_id, ends.text(tokens), complete)
+
+    return allows
 
 
 def _answer_over_prefixes(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    ends: Ends,
     questions: Sequence[Question],
     decoding: Decoding,
+    wanted: Wanted,
     keep: OnAnswer,
 ) -> None:
     prompts = [question.input_ids for question in questions]
-    ends = Ends(model, tokenizer, prompts[0])
 
-    def finish(index: int, tokens: list[int], seconds: float) -> None:
-        tokens = ends.cut(tokens)
-        keep(index, Answer(ends.text(tokens), len(prompts[index]), len(tokens), seconds))
+    def finish(index: int, decoded: list[Decoded], seconds: float) -> None:
+        constrained = wanted.allows is not None
+        keep(index, make_answer(ends, len(prompts[index]), decoded, seconds, constrained))
 
-    groups = decoder.group_prompts(prompts, [question.db_id for question in questions])
+    groups = group_prompts(prompts, [question.db_id for question in questions])
     decoder.decode(
         model,
         prompts,
@@ -112,6 +149,7 @@ def _answer_over_prefixes(
         max_num_seqs=decoding.max_num_seqs,
         ended=ends,
         finish=finish,
+        wanted=wanted,
     )
 
 
@@ -120,6 +158,7 @@ def _answer_in_batches(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     decoding: Decoding,
+    wanted: Wanted,
     keep: OnAnswer,
 ) -> None:
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].input_ids))
@@ -127,7 +166,7 @@ def _answer_in_batches(
         batch = order[start : start + decoding.batch_size]
         prompts = [questions[index].input_ids for index in batch]
         answers = hf_generate.answer_batch(
-            model, tokenizer, prompts, decoding.max_new_tokens, decoding.num_beams
+            model, tokenizer, prompts, decoding.max_new_tokens, decoding.num_beams, wanted, batch
         )
         for index, answer in zip(batch, answers, strict=True):
             keep(index, answer)
@@ -138,6 +177,7 @@ def answer_on_all_ranks(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     decoding: Decoding,
+    guards: Mapping[str, NameGuard] | None = None,
     *,
     on_answer: OnAnswer | None = None,
     on_fallback: OnFallback | None = None,
@@ -158,6 +198,7 @@ def answer_on_all_ranks(
         tokenizer,
         [questions[index] for index in own],
         decoding,
+        guards,
         on_answer=tell,
         on_fallback=on_fallback,
     )
@@ -177,7 +218,7 @@ def spread(questions: Sequence[Question], world: int, max_new_tokens: int) -> li
     schema again.
     """
     prompts = [question.input_ids for question in questions]
-    groups = decoder.group_prompts(prompts, [question.db_id for question in questions])
+    groups = group_prompts(prompts, [question.db_id for question in questions])
 
     def tokens(members: Sequence[int], prefix: int) -> int:
         own = (len(prompts[index]) - prefix + max_new_tokens for index in members)

@@ -1,10 +1,13 @@
-"""Greedy answers to many questions, each database's schema computed once.
+"""Answers to many questions, each database's schema computed once.
 
 Questions of one database whose prompts begin alike are a group. The prefix of a group is computed
 once and kept once. The rest of each prompt is computed in one pass for many questions. Then all of
 them go on together, whatever their database, by a token a pass. Where few are left, the next
 tokens are guessed and several are checked in a pass (`draft`). A question that has its answer
 leaves, and another takes its place.
+
+Answers to a question are one slot until they differ (`slots`). So a sample costs the tokens that no
+other answer to its question has begun with.
 
 The answers are those of one-by-one decoding, token for token (tested in float32). Only the rounding
 of equal sums in another order differs. So it stays beside transformers' continuous batching
@@ -16,21 +19,21 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from transformers import DynamicCache
 
+from ray_sql.generate.decoded import Decoded
 from ray_sql.generate.draft import Draft
+from ray_sql.generate.groups import Group
 from ray_sql.generate.hf_generate import inference
+from ray_sql.generate.slots import Ended, Pick, Slot
+from ray_sql.generate.wanted import Wanted
 from ray_sql.models import decode_attention
 from ray_sql.models.decode_attention import OwnTokens, Prefix, PrefixRuns
-from ray_sql.rows import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,131 +46,12 @@ STEP_TOKENS = {"cpu": 32, "cuda": 256}
 """Tokens of a pass, guesses included, that take about as long as one a question, by device."""
 MAX_GUESSES = 8
 """Maximum tokens that are guessed of an answer at a time."""
-TOLERANCE = 0.05
-"""Relative difference of logits that arithmetic explains, in the middle of `PROBES` tries.
-
-A question that misses its prefix is off by five times as much. A tuned model in bfloat16 was at
-0.018, and at 0.5 without the prefix; a single try reached 0.07.
-"""
-PROBES = 5
-
-Ended = Callable[[Sequence[int]], bool]
-"""Tells whether an answer is complete, given its tokens so far."""
-Finish = Callable[[int, list[int], float], None]
-"""Receives a complete answer: its question's index, its tokens, its share of the seconds."""
 
 
-@dataclass
-class Group:
-    """Questions whose prompts share their first `prefix` tokens.
-
-    `members` are indices of questions. At least one token of each prompt is the question's own.
-    """
-
-    members: list[int]
-    prefix: int
-
-
-@dataclass
-class Slot:
-    """A question that is being answered.
-
-    Its own tokens have the columns from `start` to before `end`; `tokens` are those of its answer.
-    """
-
-    question: int
-    group: int
-    draft: Draft
-    start: int = 0
-    end: int = 0
-    tokens: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def group_prompts(prompts: Sequence[Sequence[int]], databases: Sequence[str]) -> list[Group]:
-    """Return groups by database and common prefix, the largest first.
-
-    A question joins if all members still share at least half of their prompts. A schema that was
-    trimmed, or is shown in part, would cost the others their prefix.
-    """
-    groups: dict[str, list[Group]] = defaultdict(list)
-    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
-        prompt = prompts[index]
-        for group in groups[databases[index]]:
-            # the longest of the group: what it can give up, all can
-            longest = prompts[group.members[0]]
-            shared = common_prefix([list(longest[: group.prefix]), list(prompt[:-1])])
-            if shared * 2 >= len(longest):
-                group.members.append(index)
-                group.prefix = shared
-                break
-        else:
-            groups[databases[index]].append(Group([index], len(prompt) - 1))
-    flat = [group for by_database in groups.values() for group in by_database]
-    return sorted(flat, key=lambda group: -len(group.members))
-
-
-def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
-    """Return why `model` cannot answer over a prefix that questions share; None if it can.
-
-    Prompt and answer have up to `longest` tokens. Pairs of short prompts of random tokens are
-    computed both ways. The attention itself finds sliding windows, softcaps and the like. The
-    model's config is asked for effects that only long prompts have.
-    """
-    if reason := _why_length_matters(model.config.get_text_config(), longest):
-        return reason
-    try:
-        with decode_attention.installed(model), inference(model):
-            difference = median(_difference(model, longest, seed) for seed in range(PROBES))
-    # each architecture fails in its own way; whole prompts are right for all
-    except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0][:120]
-        return f"it does not take a shared prefix ({type(error).__name__}: {first_line})"
-    if not difference < TOLERANCE:
-        return (
-            "a shared prefix gives other logits than whole prompts "
-            f"(relative difference {difference:.2g})"
-        )
-    return None
-
-
-def _difference(model: PreTrainedModel, longest: int, seed: int) -> float:
-    """Return the relative difference of the first logits of two answers, computed both ways."""
-    vocabulary = model.config.get_text_config().vocab_size
-    draw = torch.Generator().manual_seed(seed)
-    prefix, *own = (
-        torch.randint(vocabulary, (length,), generator=draw).tolist() for length in (8, 4, 2)
-    )
-    prompts = [prefix + tokens for tokens in own]
-    decoder = Decoder(model, prompts, [Group([0, 1], len(prefix))], longest)
-    shared = decoder.first_logits()
-    alone = []
-    for prompt in prompts:
-        logits = model(torch.tensor([prompt], device=model.device)).logits
-        alone.append(logits[0, -1].float())
-    expected = torch.stack(alone)
-    return float((shared - expected).norm() / expected.norm())
-
-
-def _why_length_matters(config: Any, longest: int) -> str | None:
-    """Return what sets in after some length, so that a probe of short prompts cannot see it."""
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk and chunk < longest:
-        return f"its attention is cut into chunks of {chunk} tokens, but sequences reach {longest}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope"):
-        return None
-    short = (
-        rope.get("original_max_position_embeddings")
-        or getattr(config, "max_position_embeddings", None)
-        or longest
-    )
-    if int(short) < longest:
-        return (
-            f"its positions change with a sequence's length after {short} tokens, "
-            f"but sequences reach {longest}"
-        )
-    return None
+GREEDY = Wanted()
+"""One greedy answer a question."""
+Finish = Callable[[int, list[Decoded], float], None]
+"""Receives a question's index, its answers in the order of `Wanted`, and its share of seconds."""
 
 
 def decode(
@@ -179,8 +63,9 @@ def decode(
     max_num_seqs: int | None,
     ended: Ended,
     finish: Finish,
+    wanted: Wanted = GREEDY,
 ) -> None:
-    """Answer all prompts greedily, `max_num_seqs` at a time.
+    """Give all prompts the answers that are wanted, `max_num_seqs` prompts at a time.
 
     None is as many as memory allows, up to `AUTO_NUM_SEQS`.
     """
@@ -195,6 +80,7 @@ def decode(
             max_num_seqs=max_num_seqs or AUTO_NUM_SEQS,
             budget=budget,
             max_new_tokens=max_new_tokens,
+            wanted=wanted,
         )
         decoder.run(ended, finish)
 
@@ -215,10 +101,10 @@ def free_memory(model: PreTrainedModel) -> int:
 
 
 class Decoder:
-    """The questions that are being answered, a slot each.
+    """The questions that are being answered, in slots.
 
-    Slots are dense, and those of a group that came together stay together. `limit` is the length
-    that no sequence passes; `budget` the tokens whose keys and values fit into memory, if known.
+    Slots are dense. `limit` is the length that no sequence passes; `budget` the tokens whose keys
+    and values fit into memory, if known.
     """
 
     def __init__(
@@ -230,10 +116,11 @@ class Decoder:
         max_num_seqs: int = AUTO_NUM_SEQS,
         budget: int | None = None,
         max_new_tokens: int = 1,
+        wanted: Wanted = GREEDY,
     ) -> None:
         self._model, self._prompts, self._groups = model, prompts, groups
         self._limit, self._max_num_seqs, self._budget = limit, max_num_seqs, budget
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._wanted = max_new_tokens, wanted
         self._waiting: deque[tuple[int, int]] = deque()
         self._left: dict[int, int] = {}
         for index, group in enumerate(groups):
@@ -242,6 +129,9 @@ class Decoder:
         self._prefixes: dict[int, Prefix] = {}
         self._slots: list[Slot] = []
         self._own = OwnTokens()
+        self._numbers: dict[int, torch.Tensor] = {}
+        self._seconds: dict[int, float] = defaultdict(float)
+        self._done: dict[int, dict[int, Decoded]] = defaultdict(dict)
 
     def run(self, ended: Ended, finish: Finish) -> None:
         """Answer everything."""
@@ -252,17 +142,18 @@ class Decoder:
                 for chunk in self._prompt_passes(self._admit()):
                     first = len(self._slots)
                     self._slots += chunk
-                    tokens = self._begin(chunk).argmax(-1)[:, None].tolist()
-                    self._take(first, tokens, ended, finish)
+                    logits = self._begin(chunk)
+                    self._advance(first, [[]] * len(chunk), logits, ended, finish)
             if self._slots:
-                self._take(0, self._step(), ended, finish)
+                guesses = self._guesses()
+                self._advance(0, guesses, self._step(guesses), ended, finish)
             else:
                 self._own = OwnTokens()  # its memory is for whoever comes next
 
     def first_logits(self) -> torch.Tensor:
         """Return the logits of every answer's first token, `[questions, vocabulary]` in float32."""
         self._slots = self._admit()
-        return self._begin(self._slots).float()
+        return self._begin(self._slots)[:, -1].float()
 
     def _admit(self) -> list[Slot]:
         """Return slots for the next questions that fit, with their prefixes computed."""
@@ -272,17 +163,22 @@ class Decoder:
             if not self._fits(index, question, [*self._slots, *new]):
                 break
             self._waiting.popleft()
-            slot = Slot(question, index, Draft(self._prompts[question]))
+            prompt = self._prompts[question]
             prefix = self._groups[index].prefix
             if prefix and index not in self._prefixes:
                 started = time.monotonic()
-                self._prefixes[index] = self.prefill(self._prompts[question][:prefix])
-                slot.seconds = time.monotonic() - started
-            new.append(slot)
+                self._prefixes[index] = self.prefill(prompt[:prefix])
+                self._seconds[question] += time.monotonic() - started
+            most = self._max_new_tokens + MAX_GUESSES
+            self._numbers[question] = self._wanted.numbers(prompt, most)
+            new.append(Slot(question, index, list(range(self._wanted.answers)), Draft(prompt)))
         return new
 
     def _fits(self, group: int, question: int, slots: Sequence[Slot]) -> bool:
-        """Tell whether a question fits beside `slots`, should all answers be as long as allowed."""
+        """Tell whether a question fits beside `slots`, should all answers be as long as allowed.
+
+        Every answer may come to need a slot of its own.
+        """
         if self._budget is None or not slots:
             return True
         pairs = [(slot.group, slot.question) for slot in slots] + [(group, question)]
@@ -294,14 +190,15 @@ class Decoder:
         # the cache grows and never shrinks
         rows, columns = self._own.allocated
         columns = max(own + self._max_new_tokens + MAX_GUESSES, columns)
-        return prefixes + columns * max(len(pairs), rows) <= self._budget
+        needed = sum(len(slot.answers) for slot in slots) + self._wanted.answers
+        return prefixes + columns * max(needed, rows) <= self._budget
 
     def _prompt_passes(self, new: list[Slot]) -> Iterator[list[Slot]]:
         """Yield new slots by the length of their own prompt tokens, `PROMPT_PASS` tokens a pass."""
         new.sort(key=lambda slot: -len(self._own_prompt(slot)))
         while new:
             count = max(1, PROMPT_PASS // len(self._own_prompt(new[0])))
-            yield sorted(new[:count], key=attrgetter("group"))
+            yield new[:count]
             del new[:count]
 
     def _own_prompt(self, slot: Slot) -> Sequence[int]:
@@ -317,40 +214,39 @@ class Decoder:
         return Prefix(keys, values, len(tokens))
 
     def _begin(self, slots: list[Slot]) -> torch.Tensor:
-        """Return the logits of the first token of each answer.
+        """Return the logits of the first token of each answer, `[slots, 1, vocabulary]`.
 
         `slots` are the last ones. Their own prompt tokens are padded on the left.
         """
         prompts = [list(self._own_prompt(slot)) for slot in slots]
         width = max(map(len, prompts))
         for slot, prompt in zip(slots, prompts, strict=True):
-            slot.start, slot.end = width - len(prompt), width
+            slot.start, slot.end = width - len(prompt), width - 1
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         columns = torch.arange(width).expand(len(slots), width)
-        return self.forward(slots, len(self._slots) - len(slots), ids, columns)[:, -1]
+        return self.forward(slots, len(self._slots) - len(slots), ids, columns)
 
-    def _step(self) -> list[list[int]]:
-        """Return the next tokens of every answer: one, and one for each guess that was right."""
+    def _guesses(self) -> list[list[int]]:
+        """Return guesses at the next tokens of every slot, where few slots leave room for them."""
         budget = STEP_TOKENS.get(self._model.device.type, 0) // len(self._slots) - 1
-        inputs = []
+        guesses = []
         for slot in self._slots:
             most = min(MAX_GUESSES, budget, self._max_new_tokens - len(slot.tokens) - 1)
-            inputs.append([slot.tokens[-1], *slot.draft.guess(max(0, most))])
-        width = max(map(len, inputs))
-        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in inputs])
+            guesses.append(slot.draft.guess(max(0, most)))
+        return guesses
+
+    def _step(self, guesses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the logits after the last token of every slot, and after each guess.
+
+        Keys and values of wrong guesses are overwritten before they are seen.
+        """
+        width = 1 + max(map(len, guesses))
+        ids = [
+            [slot.tokens[-1], *guess, *[0] * (width - 1 - len(guess))]
+            for slot, guess in zip(self._slots, guesses, strict=True)
+        ]
         columns = torch.tensor([[slot.end] for slot in self._slots]) + torch.arange(width)
-        logits = self.forward(self._slots, 0, ids, columns, every_token=True)
-        following = []
-        for slot, tokens, chosen in zip(
-            self._slots, inputs, logits.argmax(-1).tolist(), strict=True
-        ):
-            right = 0
-            while right < len(tokens) - 1 and tokens[right + 1] == chosen[right]:
-                right += 1
-            following.append(chosen[: right + 1])
-            # keys and values of wrong guesses are overwritten before they are seen
-            slot.end += right + 1
-        return following
+        return self.forward(self._slots, 0, torch.tensor(ids), columns, every_token=True)
 
     def forward(
         self,
@@ -377,10 +273,13 @@ class Decoder:
         visible = (own >= starts[:, :, None]) & (own <= columns[:, :, None])
         lowest = torch.finfo(dtype).min
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, lowest)
+        groups = [slot.group for slot in slots]
+        order = sorted(range(len(slots)), key=groups.__getitem__)
         runs = [
             (len(list(run)), self._prefixes.get(group))
-            for group, run in groupby(slots, key=attrgetter("group"))
+            for group, run in groupby(groups[place] for place in order)
         ]
+        rows = torch.tensor(order, device=device)
         tokens = ids.shape[1]
         logits: torch.Tensor = self._model(
             input_ids=ids.to(device),
@@ -391,36 +290,91 @@ class Decoder:
             # Picked by index: the view that a slice makes would be multiplied with a copy of the
             # vocabulary's weights for every row.
             logits_to_keep=torch.arange(0 if every_token else tokens - 1, tokens, device=device),
-            **{decode_attention.RUNS: PrefixRuns(runs, bias[:, None], self._limit)},
+            **{decode_attention.RUNS: PrefixRuns(runs, rows, bias[:, None], self._limit)},
         ).logits
         share = (time.monotonic() - started) / len(slots)
         for slot in slots:
-            slot.seconds += share
+            self._seconds[slot.question] += share
         return logits
 
-    def _take(
-        self, first: int, following: Sequence[Sequence[int]], ended: Ended, finish: Finish
+    def _advance(
+        self,
+        first: int,
+        guesses: Sequence[Sequence[int]],
+        logits: torch.Tensor,
+        ended: Ended,
+        finish: Finish,
     ) -> None:
-        """Give the slots from `first` on their next tokens; free those whose answer is complete."""
-        staying = list(range(first))
-        for place, tokens in enumerate(following, start=first):
-            slot = self._slots[place]
-            if not self._extend(slot, tokens, ended):
-                staying.append(place)
-                continue
-            self._left[slot.group] -= 1
-            if not self._left[slot.group]:
-                self._prefixes.pop(slot.group, None)
-            finish(slot.question, slot.tokens, slot.seconds)
-        if len(staying) < len(self._slots):
-            self._slots = [self._slots[place] for place in staying]
-            self._own.compact(staying, max((slot.end for slot in self._slots), default=0))
+        """Let the slots from `first` on go on by their next tokens; free those that are complete.
 
-    def _extend(self, slot: Slot, tokens: Sequence[int], ended: Ended) -> bool:
-        """Append tokens up to the end of an answer; tell whether it is complete."""
-        for token in tokens:
-            slot.tokens.append(token)
-            slot.draft.add(token)
-            if len(slot.tokens) >= self._max_new_tokens or ended(slot.tokens):
-                return True
-        return False
+        Answers that are no longer alike get slots of their own, with copies of their keys.
+        """
+        picks = self._picks(self._slots[first:], logits)
+        staying, places = self._slots[:first], list(range(first))
+        new: list[Slot] = []
+        sources: list[int] = []
+        for row, slot in enumerate(self._slots[first:]):
+            branches = slot.branches(guesses[row], picks[row])
+            slots = [slot.copy() for _ in branches[1:]] + [slot]
+            going = []
+            for one, branch in zip(slots, branches, strict=True):
+                if one.follow(branch, self._max_new_tokens, ended):
+                    self._keep(one, finish)
+                else:
+                    going.append(one)
+            staying += going[:1]
+            places += [first + row] * len(going[:1])
+            new += going[1:]
+            sources += [first + row] * len(going[1:])
+        width = max((slot.end for slot in (*staying, *new)), default=0)
+        if new:
+            places += range(len(self._slots), len(self._slots) + len(new))
+            self._own.append(sources, len(self._slots), width)
+        if len(staying) < len(self._slots):
+            self._own.compact(places, width)
+        self._slots = staying + new
+
+    def _picks(self, slots: Sequence[Slot], logits: torch.Tensor) -> list[Pick]:
+        """Return for each slot how its answers go on, given the logits behind each place."""
+        rows, places, vocabulary = logits.shape
+        numbers = [
+            self._numbers[slot.question][len(slot.tokens) : len(slot.tokens) + places]
+            for slot in slots
+        ]
+        chosen = self._wanted.choose(logits.view(-1, vocabulary), torch.cat(numbers))
+        tokens, logprobs = (values.view(rows, places, -1).tolist() for values in chosen)
+        return [
+            self._pick(slot.question, logits[row], tokens[row], logprobs[row])
+            for row, slot in enumerate(slots)
+        ]
+
+    def _pick(
+        self,
+        question: int,
+        logits: torch.Tensor,
+        tokens: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+    ) -> Pick:
+        def pick(place: int, answer: int, begun: list[int]) -> tuple[int, float]:
+            token = tokens[place][answer]
+            allowed = self._wanted.allowed(
+                question, answer, begun, token, logits[place], self._prompts[question]
+            )
+            if allowed == token:
+                return token, logprobs[place][answer]
+            return allowed, float(logits[place].float().log_softmax(-1)[allowed])
+
+        return pick
+
+    def _keep(self, slot: Slot, finish: Finish) -> None:
+        """Keep complete answers; hand over all of the question once the last one is complete."""
+        done = self._done[slot.question]
+        answer = Decoded(slot.tokens, slot.logprob if self._wanted.scores else None)
+        done |= dict.fromkeys(slot.answers, answer)
+        if len(done) < self._wanted.answers:
+            return
+        del self._done[slot.question], self._numbers[slot.question]
+        self._left[slot.group] -= 1
+        if not self._left[slot.group]:
+            self._prefixes.pop(slot.group, None)
+        finish(slot.question, [done[place] for place in sorted(done)], self._seconds[slot.question])

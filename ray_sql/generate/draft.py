@@ -23,6 +23,12 @@ class Draft:
         for token in tokens:
             self.add(token)
 
+    def copy(self) -> Draft:
+        """Return a draft of its own with the same tokens."""
+        draft = Draft([])
+        draft._tokens, draft._after = list(self._tokens), dict(self._after)
+        return draft
+
     def add(self, token: int) -> None:
         """Add the next token."""
         for size in SIZES:  # the sequences that end with the last token are followed by this one

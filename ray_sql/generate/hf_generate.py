@@ -6,14 +6,18 @@ It serves beams, and models that cannot share a prefix.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ray_sql.generate.decoded import Decoded, make_answer
 from ray_sql.generate.ends import Ends
-from ray_sql.generate.questions import Answer
+from ray_sql.generate.questions import Answer, Candidate
+from ray_sql.generate.sampling import log_probabilities
+from ray_sql.generate.wanted import Wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,22 +29,31 @@ def answer_batch(
     prompts: list[list[int]],
     max_new_tokens: int,
     num_beams: int = 1,
+    wanted: Wanted | None = None,
+    places: Sequence[int] = (),
 ) -> list[Answer]:
     """Return the answers to prompts computed together, padded on the left.
 
-    With beams, an answer is the best one, and all are its `candidates`, best first.
+    With beams, an answer is the best one, and all are its `candidates`, best first. With `wanted`,
+    an answer is the greedy one, with others beside it; `places` are the prompts' indices in it.
     """
     from transformers import GenerationConfig
 
     started = time.monotonic()
     width = max(map(len, prompts))
+    ends = Ends(model, tokenizer, prompts[0])
+    asked, each = prompts, num_beams
+    draws = None
+    if wanted and wanted.answers > 1:
+        draws = _Draws(wanted, ends, prompts, places, width, max_new_tokens)
+        each = wanted.answers
+        prompts = [prompt for prompt in prompts for _ in range(each)]
     pad = tokenizer.pad_token_id
     ids, mask = [], []
     for prompt in prompts:
         padding = width - len(prompt)
         ids.append([pad] * padding + prompt)
         mask.append([0] * padding + [1] * len(prompt))
-    ends = Ends(model, tokenizer, prompts[0])
     # a config of our own: a model's own may sample, which would make two evaluations differ
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -56,16 +69,71 @@ def answer_batch(
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=settings,
             stopping_criteria=[_FencesClosed(ends, width)],
+            logits_processor=[draws] if draws else [],
         )
-    seconds = (time.monotonic() - started) / len(prompts)
-    beams = [ends.cut(tokens) for tokens in output[:, width:].tolist()]
+    seconds = (time.monotonic() - started) / len(asked)
+    rows = output[:, width:].tolist()
     answers = []
-    for index, prompt in enumerate(prompts):
-        own = beams[index * num_beams : (index + 1) * num_beams]
-        texts = [ends.text(tokens) for tokens in own]
-        candidates = texts if num_beams > 1 else []
-        answers.append(Answer(texts[0], len(prompt), len(own[0]), seconds, candidates))
+    for index, prompt in enumerate(asked):
+        decoded = [
+            Decoded(rows[row], draws.logprob(row, rows[row]) if draws else None)
+            for row in range(index * each, (index + 1) * each)
+        ]
+        constrained = bool(wanted and wanted.allows)
+        answer = make_answer(ends, len(prompt), decoded, seconds, constrained)
+        if num_beams > 1:
+            best = Candidate(answer.raw, answer.new_tokens)
+            answer = replace(answer, candidates=[best, *answer.candidates])
+        answers.append(answer)
     return answers
+
+
+class _Draws:
+    """Leaves each row the token that its answer goes on with; rows are answers within prompts."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        ends: Ends,
+        prompts: Sequence[Sequence[int]],
+        places: Sequence[int],
+        width: int,
+        max_new_tokens: int,
+    ) -> None:
+        self._wanted, self._ends, self._start = wanted, ends, width
+        self._prompts, self._places = prompts, places
+        numbers = [wanted.numbers(prompt, max_new_tokens) for prompt in prompts]
+        self._numbers = torch.stack(numbers)
+        self._logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place, each = input_ids.shape[1] - self._start, self._wanted.answers
+        numbers = self._numbers[:, place].repeat_interleave(each, 0)
+        tokens = self._wanted.choose(scores, numbers)[0]
+        rows = torch.arange(len(scores))
+        chosen = tokens[rows, rows % each].tolist()
+        begun = input_ids[:, self._start :].tolist()
+        for row, token in enumerate(chosen):
+            prompt = row // each
+            chosen[row] = self._wanted.allowed(
+                self._places[prompt],
+                row % each,
+                begun[row],
+                token,
+                scores[row],
+                self._prompts[prompt],
+            )
+        tokens = torch.tensor(chosen, device=scores.device)[:, None]
+        self._logprobs.append(log_probabilities(scores, tokens))
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)
+
+    def logprob(self, row: int, tokens: Sequence[int]) -> float:
+        """Return the log-probability of a row's answer, its end included and padding left out."""
+        length = len(self._ends.cut(tokens))
+        stopped = length < len(tokens) and tokens[length] in self._ends.stops
+        if stopped and not self._ends.closed(tokens[:length]):
+            length += 1
+        return float(sum(logprobs[row, 0] for logprobs in self._logprobs[:length]))
 
 
 @contextmanager

@@ -41,6 +41,16 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One of several answers to a question."""
+
+    raw: str
+    new_tokens: int
+    logprob: float | None = None
+    """The sum of the tokens' log-probabilities at temperature 1; None for beams."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """A model's answer: the raw text, tokens read and written, and its share of the seconds."""
 
@@ -48,8 +58,12 @@ class Answer:
     prompt_tokens: int
     new_tokens: int
     seconds: float
-    candidates: list[str] = field(default_factory=list)
-    """All beams, best first; empty if the answer is greedy."""
+    logprob: float | None = None
+    """The sum of the tokens' log-probabilities, where there are other answers beside it."""
+    constrained: Candidate | None = None
+    """The greedy answer among names that exist."""
+    candidates: list[Candidate] = field(default_factory=list)
+    """All beams, best first, or all samples in the order of their draws."""
 
 
 def make_questions(

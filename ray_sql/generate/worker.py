@@ -11,6 +11,7 @@ from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswerOutcome, Driver
 from ray_sql.cluster.ranks import agreed, gather_all, rank
 from ray_sql.config import Config
 from ray_sql.generate.answer_cache import AnswerCache
+from ray_sql.generate.name_guard import guards
 from ray_sql.generate.questions import Answer, parse
 from ray_sql.store import storage
 
@@ -38,9 +39,7 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
     from ray_sql.generate.answers import Decoding, answer_on_all_ranks
 
     config = Config(**job.settings)
-    decoding = Decoding.from_settings(
-        config.evaluate, config.eval_batch_size, config.evaluate.num_beams
-    )
+    decoding = Decoding.from_settings(config.evaluate, config.eval_batch_size, config.seed)
     questions = parse(job.questions)
     outcome: dict[str, dict[int, Answer]] = {}
 
@@ -71,6 +70,7 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
                 tokenizer,
                 [questions[index] for index in left],
                 decoding,
+                None if job.names is None else guards(job.names, questions),
                 on_answer=send,
                 on_fallback=note_fallback,
             )

@@ -24,8 +24,8 @@ NAME = "ray_sql_shared_prefix"
 """The attention implementation's name in transformers' registry."""
 RUNS = "prefix_runs"
 """The keyword argument of a model's forward that carries `PrefixRuns`."""
-COLUMN_STEP = 64
-"""Columns by which the questions' own tokens get more memory."""
+ROW_STEP, COLUMN_STEP = 8, 64
+"""Rows and columns by which the questions' own tokens get more memory."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class Prefix:
 
 @dataclass(frozen=True)
 class PrefixRuns:
-    """The prefix that each row of a forward pass sees, as runs of rows in their order.
+    """The prefix that each row of a forward pass sees, as runs of rows in the order `rows`.
 
-    A run is (rows, prefix or None). `bias` `[rows, 1, tokens, own]` is added to the scores of their
-    own tokens. No sequence will be longer than `limit`.
+    A run is (number of rows, prefix or None). `bias` `[rows, 1, tokens, own]` is added to the
+    scores of their own tokens. No sequence will be longer than `limit`.
     """
 
     runs: Sequence[tuple[int, Prefix | None]]
+    rows: torch.Tensor
     bias: torch.Tensor
     limit: int
 
@@ -74,9 +75,7 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         self._rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                if old.shape[0] < first + len(columns) or old.shape[2] < self._width:
-                    tensors[layer] = self._allocate(old)
-                    tensors[layer][: old.shape[0], :, : old.shape[2]] = old
+                tensors[layer] = self._room(old, first + len(columns))
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -84,10 +83,18 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         """Keep `[rows, heads, tokens, size]` of a layer; return all own tokens of these rows."""
         for tensors, new in ((self.keys, keys), (self.values, values)):
             if layer_idx == len(tensors):
-                tensors.append(self._allocate(new[:0, :, :0]))
+                tensors.append(self._room(new[:0, :, :0], self._first + len(keys)))
             tensors[layer_idx][self._rows, :, self._columns] = new.transpose(1, 2)
         rows, columns = slice(self._first, self._first + len(keys)), slice(self._width)
         return self.keys[layer_idx][rows, :, columns], self.values[layer_idx][rows, :, columns]
+
+    def append(self, sources: Sequence[int], first: int, width: int) -> None:
+        """Copy rows to the rows from `first` on. Their tokens are in columns below `width`."""
+        copied = torch.tensor(sources, dtype=torch.long, device=self._columns.device)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = self._room(old, first + len(sources))
+                tensors[layer][first : first + len(sources), :, :width] = old[copied, :, :width]
 
     def compact(self, rows: Sequence[int], width: int) -> None:
         """Keep these rows as the first ones, in this order; none moves down.
@@ -108,11 +115,16 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         """Return the width. Models that are given positions do not ask for it."""
         return self._width
 
-    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
-        rows = max(like.shape[0], self._first + len(self._columns))
-        columns = max(like.shape[2], -(-self._width // COLUMN_STEP) * COLUMN_STEP)
+    def _room(self, old: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return a tensor with what `old` holds, and room for `rows` and the width."""
+        if old.shape[0] >= rows and old.shape[2] >= self._width:
+            return old
+        rows = max(old.shape[0], -(-rows // ROW_STEP) * ROW_STEP)
+        columns = max(old.shape[2], -(-self._width // COLUMN_STEP) * COLUMN_STEP)
         # zeros: what is masked must still be a number
-        return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
+        new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
 
 
 @contextmanager
@@ -157,9 +169,12 @@ def _attention(
     bias = bias.reshape(rows, 1, query.shape[2], -1)
     output, total = attend(query, key, value, bias, scale)
     if any(prefix for _, prefix in shared.runs):
-        by_run = list(_attend_to_prefixes(query, shared.runs, int(module.layer_idx), scale))
-        prefix_output = torch.cat([outputs for outputs, _ in by_run])
-        prefix_total = torch.cat([totals for _, totals in by_run])
+        by_run = list(
+            _attend_to_prefixes(query[shared.rows], shared.runs, int(module.layer_idx), scale)
+        )
+        back = shared.rows.argsort()
+        prefix_output = torch.cat([outputs for outputs, _ in by_run])[back]
+        prefix_total = torch.cat([totals for _, totals in by_run])[back]
         share = torch.sigmoid(prefix_total - total)[..., None]
         output = torch.lerp(output.float(), prefix_output.float(), share)
     return output.to(value.dtype).view(rows, heads, tokens, -1).transpose(1, 2), None

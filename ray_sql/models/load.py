@@ -177,7 +177,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
-    if not tokenizer.eos_token:
+    if tokenizer.eos_token is None:
         tokenizer.eos_token = _end_of_text(folder, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

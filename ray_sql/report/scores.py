@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +53,39 @@ def score_lines(models: Mapping[str, Scores], task: Task) -> Iterator[ScoreLine]
             cells = [share_text(each, key) for each in by_model]
             n = scores.get(f"{key}_n", scores["n"])
             yield ScoreLine("secondary", split, task.secondary[key], n, cells)
+        yield from way_lines(split, by_model, task)
+
+
+WAYS = {
+    "greedy": "greedy",
+    "first_executable": "first that runs",
+    "vote": "vote",
+    "weighted_vote": "weighted vote",
+    "repaired": "names repaired",
+    "constrained": "names constrained",
+}
+"""Ways to choose an answer, with their labels."""
+
+
+def way_lines(
+    split: str, summaries: Sequence[Mapping[str, Any]], task: Task
+) -> Iterator[ScoreLine]:
+    """Yield the score of each way to choose an answer, and pass@k, where there are several."""
+    last = summaries[-1]
+    for way, label in WAYS.items():
+        key = f"{task.metric}_{way}"
+        if key in last:
+            cells = [share_text(each, key) + _against_greedy(each, way) for each in summaries]
+            yield ScoreLine("secondary", split, label, last["n"], cells)
+    for key in (key for key in last if re.fullmatch(r"pass@\d+", key)):
+        cells = [share_text(each, key) for each in summaries]
+        yield ScoreLine("secondary", split, key, last["n"], cells)
+
+
+def _against_greedy(scores: Mapping[str, Any], way: str) -> str:
+    """Return the p of a way against the greedy answers, as ` p = 0.03`; empty for these."""
+    test = scores.get(f"{way}_vs_greedy")
+    return f" p = {test['mcnemar_p']:.2g}" if test else ""
 
 
 def markdown(models: Mapping[str, Scores], task: Task) -> str:

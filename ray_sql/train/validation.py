@@ -40,7 +40,7 @@ class Validation:
         # nothing is timed here: the other ranks would wait, and it chooses nothing
         self._config = config.changed({"evaluate.ves_iterations": 0})
         self._tokenizer, self._batching = tokenizer, batching
-        self._decoding = Decoding.from_settings(config.evaluate, config.eval_batch_size)
+        self._decoding = Decoding.greedy(config.evaluate, config.eval_batch_size)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
         """Return `objective`, `tie_break` and `metrics` on rank 0.

@@ -1,0 +1,43 @@
+"""Questions whose prompts begin alike."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray_sql.rows import common_prefix
+
+
+@dataclass
+class Group:
+    """Questions whose prompts share their first `prefix` tokens.
+
+    `members` are indices of questions. At least one token of each prompt is the question's own.
+    """
+
+    members: list[int]
+    prefix: int
+
+
+def group_prompts(prompts: Sequence[Sequence[int]], databases: Sequence[str]) -> list[Group]:
+    """Return groups by database and common prefix, the largest first.
+
+    A question joins if all members still share at least half of their prompts. A schema that was
+    trimmed, or is shown in part, would cost the others their prefix.
+    """
+    groups: dict[str, list[Group]] = defaultdict(list)
+    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+        prompt = prompts[index]
+        for group in groups[databases[index]]:
+            # the longest of the group: what it can give up, all can
+            longest = prompts[group.members[0]]
+            shared = common_prefix([list(longest[: group.prefix]), list(prompt[:-1])])
+            if shared * 2 >= len(longest):
+                group.members.append(index)
+                group.prefix = shared
+                break
+        else:
+            groups[databases[index]].append(Group([index], len(prompt) - 1))
+    flat = [group for by_database in groups.values() for group in by_database]
+    return sorted(flat, key=lambda group: -len(group.members))

@@ -1,0 +1,145 @@
+"""SQL is refused while it is written as soon as a name in it cannot exist any more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_sql.database import Column, Schema, Table
+from ray_sql.generate.name_guard import NameGuard, known_functions
+
+SHOP = Schema(
+    "shop",
+    (
+        Table("item", (Column("id", "INTEGER"), Column("name", "TEXT"), Column("price", "REAL"))),
+        Table("sale", (Column("sale_id", "INTEGER"), Column("item_id", "INTEGER"))),
+        Table("Shop Floor", (Column("open since", "DATE"), Column("area", "REAL"))),
+    ),
+)
+CAN_EXIST = [
+    "SEL",
+    "SELECT na",
+    "SELECT name FROM item",
+    "select NAME from Item where PRICE > 3",
+    "SELECT T1.name, T2.item_id FROM item AS T1 JOIN sale AS T2 ON T1.id = T2.item_id",
+    "SELECT i.pri",
+    "SELECT s.item_id FROM sale s ORDER BY s.sale",
+    "SELECT item.name FROM item",
+    "SELECT count(*) AS many FROM item GROUP BY name HAVING many > 2 ORDER BY many DESC",
+    "SELECT max(price) top FROM item ORDER BY top",
+    "SELECT name FROM item WHERE id IN (SELECT item_id FROM sale WHERE sale_id > item.id)",
+    "WITH dear AS (SELECT id AS key FROM item) SELECT key FROM dear JOIN sale ON key = item_id",
+    "WITH RECURSIVE n(x) AS (VALUES (1) UNION ALL SELECT x + 1 FROM n) SELECT x FROM n",
+    "SELECT x.price FROM (SELECT price FROM item) AS x",
+    "SELECT * FROM (SELECT sum(price) AS total FROM item) AS x WHERE x.total > 1",
+    'SELECT name FROM item WHERE name = "pen"',
+    "SELECT name FROM item WHERE name = 'no such name'",
+    "SELECT `open since` FROM `Shop Floor`",
+    'SELECT "open since" FROM "Shop Fl',
+    "SELECT [open since], area FROM [Shop Floor]",
+    "SELECT CAST(price AS INTEGER) FROM item",
+    "SELECT CASE WHEN price > 1 THEN 'a' ELSE 'b' END FROM item",
+    "SELECT name FROM item UNION SELECT sale_id FROM sale",
+    "SELECT round(avg(price), 2) FROM item -- the mean of prices",
+    "SELECT * FROM json_each('[1]')",
+    "SELECT rowid FROM item",
+    "SELECT strftime('%Y', 'now')",
+]
+CANNOT_EXIST = [
+    "SELECT title",
+    "SELECT name FROM goods",
+    "SELECT name FROM item WHERE cost",
+    "SELECT T1.name FROM item AS T1 JOIN sale AS T2 ON T1.sale_id",
+    "SELECT T1.name FROM item AS T1 WHERE T1.item_id",
+    "SELECT name FROM item WHERE sale_id",  # of a table that is not read
+    "SELECT item.sale_id",
+    "SELECT `shut since`",
+    "SELECT name FROM item GROUP BY kind ",
+    "SELECT foo(name",
+    "SELECT name FROM item WHERE id IN (SELECT shop_id",
+    "SELECT name FROM item ORDER BY T9.name",
+]
+
+
+TOO_EARLY = ["SELECT x.total FROM (SELECT sum(price) AS total", "SELECT value FROM json_each"]
+"""Names that the query makes only later: it is read once, from left to right."""
+
+
+def guard(dialect: str = "sqlite") -> NameGuard:
+    return NameGuard(SHOP.lower_names(), dialect)
+
+
+@pytest.mark.parametrize("sql", CAN_EXIST)
+def test_names_that_exist_are_allowed_from_the_first_letter_on(sql: str) -> None:
+    for end in range(len(sql) + 1):
+        assert guard().allows(sql[:end]), sql[:end]
+
+
+@pytest.mark.parametrize("sql", CANNOT_EXIST)
+def test_names_that_cannot_exist_are_refused_with_their_last_letter(sql: str) -> None:
+    assert not guard().allows(sql)
+
+
+@pytest.mark.parametrize("sql", TOO_EARLY)
+def test_names_that_are_made_later_are_refused(sql: str) -> None:
+    assert not guard().allows(sql)
+
+
+def test_what_is_refused_stays_refused() -> None:
+    for sql in CANNOT_EXIST:
+        assert not guard().allows(sql + "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("Here is the title:", True),
+        ("```sql", True),
+        ("```sql\nSELECT nam", True),
+        ("```sql\nSELECT tit", False),
+        ("```sql\nSELECT name FROM item\n`", True),
+        ("```sql\nSELECT name FROM item\n```", True),
+        ("```sql\nSELECT name FROM item\n```\nthe title", True),
+        ("```sql\nSELECT nam\n```", False),
+        ("```sql\nSELECT name FROM item WHERE name = 'caf\N{REPLACEMENT CHARACTER}", True),
+    ],
+)
+def test_an_answer_is_free_but_for_the_sql_in_its_block(text: str, allowed: bool) -> None:
+    assert guard().allows_answer(text) == allowed
+
+
+def test_a_complete_answer_ends_with_a_whole_name() -> None:
+    assert guard().allows_answer("```sql\nSELECT name FROM ite")
+    assert not guard().allows_answer("```sql\nSELECT name FROM ite", complete=True)
+
+
+def test_functions_are_those_of_the_dialect() -> None:
+    assert {"count", "strftime", "json_extract"} <= known_functions("sqlite")
+    assert {"count", "date_trunc", "to_char"} <= known_functions("postgres")
+
+
+def test_all_gold_of_the_demo_can_be_written() -> None:
+    from ray_sql.config import Config
+    from ray_sql.data import load_split
+
+    config = Config(model_name="demo", output_name="x", task_type="sql", dataset_id="demo")
+    corpus = load_split(config, ("train", "seen", "unseen"))
+    for examples in corpus.splits.values():
+        for example in examples:
+            allowed = NameGuard(corpus.schemas[example.db_id].lower_names()).allows(
+                example.gold + " "
+            )
+            assert allowed, example.gold
+
+
+def test_all_gold_of_spiders_dev_can_be_written(shared: Path) -> None:
+    from ray_sql.database import read_tables_json
+
+    schemas = read_tables_json(shared / "data" / "spider" / "tables.json")
+    guards = {name: NameGuard(schema.lower_names()) for name, schema in schemas.items()}
+    for example in json.loads((shared / "data" / "spider" / "dev.json").read_text()):
+        sql = example["query"]
+        for end in (*range(1, len(sql), 5), len(sql)):
+            assert guards[example["db_id"]].allows(sql[:end]), sql[:end]
