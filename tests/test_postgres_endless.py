@@ -60,6 +60,7 @@ ENDLESS = [
     f"SELECT {JSON} ?& {TEXTS}",
     f"SELECT {JSON} ?| {TEXTS}",
     f"SELECT {JSON} - {TEXTS}",
+    "SELECT repeat('9', 130000)::numeric % repeat('8', 60000)::numeric",
     f"SELECT array_length(normalize(string_to_array({LONG}, NULL)::text), 1)",
     "SELECT length(normalize(repeat(chr(803) || chr(775), 10000000), NFC))",
     f"SELECT exp({NUMBER})",
@@ -90,6 +91,9 @@ ORDINARY = [
     "SELECT json_build_object('a', array_agg(id), 'b', array_agg(name)) FROM item",
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 9) SELECT sum(i) "
     "FROM n",
+    "WITH RECURSIVE r(id, total) AS (SELECT id, weight FROM item WHERE id = 1 UNION ALL "
+    "SELECT item.id, r.total + item.weight * r.id - item.id FROM item JOIN r "
+    "ON item.id = r.id + 1) SELECT total / (id + total), round(total) FROM r",
     "WITH a AS (SELECT sold, string_agg(name, ',') s FROM item GROUP BY sold) "
     "SELECT replace(s, ',', ';') FROM a",
     "SELECT d::date, count(id) FROM generate_series('2024-01-01'::date, '2024-03-01', '1 month') d "

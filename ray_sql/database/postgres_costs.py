@@ -40,6 +40,8 @@ CROSSING = (
 )
 """Operators that compare the parts of one side with those of the other."""
 LINEAR_OPERATORS = (exp.Connector, exp.DPipe, exp.Predicate)
+ARITHMETIC = (exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Mod)
+"""Operators that are for numbers mostly: a column of one is no large value."""
 WIDE = re.compile(
     r"\d{1000}|\b(?:char|character|bpchar|bit|varying|numeric|decimal)\s*\(\s*\d{4}", re.IGNORECASE
 )
@@ -87,7 +89,8 @@ class _Query:
             name = _name(node)
             if name is None or name in LINEAR or name in MAKERS:
                 continue
-            large = sum(map(self._is_large, node.iter_expressions()))
+            counts = not isinstance(node, ARITHMETIC) and self._columns_are_large
+            large = sum(self._is_large(part, counts) for part in node.iter_expressions())
             if large > 1 or (large and name in ALONE):
                 return name
         return None
@@ -108,9 +111,10 @@ class _Query:
         short = isinstance(count, exp.Literal) and count.name.isdigit() and len(count.name) <= 3
         return not short or given[0].find(exp.Func) is not None
 
-    def _is_large(self, node: exp.Expr) -> bool:
+    def _is_large(self, node: exp.Expr, columns: bool) -> bool:
+        """Tell whether a value holds one that the query makes; `columns` count as such too."""
         return any(
-            id(part) in self._makers or (self._columns_are_large and isinstance(part, exp.Column))
+            id(part) in self._makers or (columns and isinstance(part, exp.Column))
             for part in node.walk()
         )
 
