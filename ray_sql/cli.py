@@ -218,7 +218,7 @@ def _silence_libraries() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))
     handler.addFilter(
         lambda record: record.name.startswith("ray_sql") or record.levelno >= logging.ERROR
     )
@@ -243,7 +243,7 @@ def _warn_of_secrets(words: Sequence[str]) -> None:
             _say(f"warning: the password in {mask_password(word)} {shows}; {way_out}")
 
 
-class _Formatter(logging.Formatter):
+class MaskingFormatter(logging.Formatter):
     """Write what libraries log as fit for a terminal, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -151,9 +151,9 @@ def test_a_token_that_is_none_is_refused_unseen(token: str) -> None:
 )
 def test_an_error_of_a_library_is_shown_without_its_header(text: str) -> None:
     assert hides(mask_secrets(text))
-    assert hides(hub._reason(RuntimeError(text)))
+    assert hides(hub.reason(RuntimeError(text)))
     record = logging.LogRecord("x", logging.WARNING, "f", 1, "%s", (text,), None)
-    assert hides(cli._Formatter("%(message)s").format(record))
+    assert hides(cli.MaskingFormatter("%(message)s").format(record))
 
 
 @pytest.mark.kind(KIND)

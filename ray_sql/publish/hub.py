@@ -245,10 +245,10 @@ def _attempt(what: str, action: Callable[[], T]) -> T:
             raise error
         if failures > len(WAITS):
             raise StoreError(
-                f"{what} failed {failures} times, at last with {_reason(error)}"
+                f"{what} failed {failures} times, at last with {reason(error)}"
             ) from None
         seconds = max(WAITS[failures - 1], min(_asked_to_wait(error), LONGEST_WAIT))
-        log.warning("the Hub: %s failed (%s); again in %.0f s", what, _reason(error), seconds)
+        log.warning("the Hub: %s failed (%s); again in %.0f s", what, reason(error), seconds)
         return seconds
 
     return retry(attempt, wait)
@@ -288,7 +288,7 @@ def _asked_to_wait(error: BaseException) -> float:
     return float(text) if text.isdigit() else 0.0
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Return an error in one line, from the cause that a user can recognise."""
     status, first = _status(error), list(_chain(error))[-1]
     if status is not None:
@@ -323,4 +323,4 @@ def _named(place: str) -> Iterator[None]:
                 "--hub.repo_id, or set HF_TOKEN to a token that may"
             ) from None
         # not the error's own words where a header may be in them
-        raise StoreError(f"{place}: refused: {_reason(error)}") from None
+        raise StoreError(f"{place}: refused: {reason(error)}") from None
