@@ -55,6 +55,13 @@ class _Serializer(TypedDict):
 
 
 @with_config(OPEN)
+class _Template(TypedDict):
+    system: str
+    user: str
+    evidence: str
+
+
+@with_config(OPEN)
 class Contract(TypedDict):
     """`contract.json`: all that an answer depends on besides the weights."""
 
@@ -62,7 +69,7 @@ class Contract(TypedDict):
     model_name: str
     model_revision: Annotated[str, Field(pattern=r"^[\w./-]{1,200}$")] | None
     quantization: dict[str, Any]
-    template: dict[str, str]
+    template: _Template
     template_hash: str
     serializer: _Serializer
     schema_form: str
