@@ -17,6 +17,7 @@ from ray_sql.data.contract import check_contract, make_contract
 from ray_sql.errors import ContractError, ModelError
 from ray_sql.models import load_tokenizer
 from ray_sql.rows import Encoder
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import SQL
 from tests.conftest import CHAT_TEMPLATE
 
@@ -81,7 +82,7 @@ def read_back(tokenizer: Any, thinking: str) -> tuple[str, str]:
 @CHATS
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_every_template_of_trl_writes_all_of_a_prompt(
-    tokenizer: Any, make_config: Any, name: str
+    tokenizer: Any, make_config: Any, tmp_path: Path, name: str
 ) -> None:
     tokenizer.chat_template = TEMPLATES[name]
     model = name.removesuffix("_training")
@@ -103,7 +104,8 @@ def test_every_template_of_trl_writes_all_of_a_prompt(
             ANSWER, prompts.answer(SQL, example, corpus.schemas)
         )
         config = make_config(**{"prompt.thinking": thinking})
-        saved[thinking] = json.loads(json.dumps(make_contract(config, tokenizer, None)))
+        RunFolder(str(tmp_path)).write_contract(make_contract(config, tokenizer, None))
+        saved[thinking] = RunFolder(str(tmp_path)).read_contract() or {}
         check_contract(saved[thinking], make_contract(config, tokenizer, None), "out/run/adapter")
         # an adapter of a version without the setting is taken where its prompt is the same
         earlier = {key: value for key, value in saved[thinking].items() if key != "thinking"}
@@ -165,21 +167,23 @@ def test_the_answer_never_stands_in_open_thoughts(
 
 @CHATS
 @pytest.mark.parametrize(
-    ("template", "merged", "in_parts"),
-    [(ALTERNATING, True, False), (IN_PARTS, False, True), (CHAT_TEMPLATE, False, False)],
+    ("template", "way"),
+    [(ALTERNATING, "merged"), (IN_PARTS, "in parts"), (CHAT_TEMPLATE, "")],
     ids=["user and assistant alone", "contents in parts", "text"],
 )
 def test_no_part_of_a_prompt_is_lost(
-    tokenizer: Any, make_config: Any, template: str, merged: bool, in_parts: bool
+    tokenizer: Any, make_config: Any, tmp_path: Path, template: str, way: str
 ) -> None:
     tokenizer.chat_template = template
     prompt, completion = read_back(tokenizer, "off")
     assert prompt.endswith("<|start|>assistant\n") and completion == f"{ANSWER}<|end|>"
     assert "'type'" not in prompt
     contract = make_contract(make_config(), tokenizer, None)
-    assert contract["template"]["turns"] == ("user" if merged else "system and user")
-    found = contract["template"].get("way", {"merged": False, "parts": False})
-    assert found == {"merged": merged, "parts": in_parts}
+    assert contract["template"]["turns"] == ("user" if way == "merged" else "system and user")
+    assert contract["template"].get("way", "") == way
+    folder = RunFolder(str(tmp_path))
+    folder.write_contract(contract)
+    assert folder.read_contract() == contract
 
 
 @CHATS

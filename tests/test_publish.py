@@ -381,7 +381,7 @@ def trained_prompt(asked: Any, run_dir: Path, tiny_model: Path) -> list[int]:
 def test_the_cards_code_asks_with_thinking_as_it_was_trained(
     stand_in: stand_ins.Hub, run_dir: Path, publication: Any, thinking: str
 ) -> None:
-    told = {"prompt_end": "<think></think>", "way": {"merged": False, "parts": True}}
+    told = {"prompt_end": "<think></think>", "way": "in parts"}
     for file in (run_dir / "contract.json", run_dir / "adapter" / "contract.json"):
         template = json.loads(file.read_text())["template"] | told
         edit(file, thinking=thinking, template=template)

@@ -49,6 +49,11 @@ class Way:
     mends: bool = False
     """A template writes turns that are given plainly, and leaves out some of the text."""
 
+    @property
+    def name(self) -> str:
+        """The way as a contract calls it."""
+        return f"{'merged ' * self.merged}{'in parts' * self.parts}".strip()
+
     def arrange(self, turns: list[dict[str, str]]) -> list[dict[str, Any]]:
         """Return the turns as the template takes them."""
         arranged: list[dict[str, Any]] = list(turns)

@@ -38,13 +38,13 @@ def make_contract(
     writer = chat.Chat(tokenizer, config.prompt.thinking)
     dated = {"date": chat.DATE.isoformat()} if chat.TODAY.search(template) else {}
     task = TASKS[config.task_type]
-    told: dict[str, Any] = {}
+    told: dict[str, str] = {}
     if writer.way.mends:  # before it was found, the same template wrote another prompt
-        told |= {"way": {"merged": writer.way.merged, "parts": writer.way.parts}}
+        told |= {"way": writer.way.name}
     text = json.dumps(
         [task.system, prompts.USER, prompts.EVIDENCE, template, *dated.values(), *told.values()]
     )
-    thinking: dict[str, Any] = {}
+    thinking: dict[str, str] = {}
     if writer.can_think:
         thinking = {"thinking": config.prompt.thinking}
         told |= {"thinking_default": writer.default, "prompt_end": writer.prompt_end}

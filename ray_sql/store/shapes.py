@@ -78,6 +78,7 @@ class Contract(TypedDict):
     max_length: Count
     answer_format: str
     packages: dict[str, str]
+    thinking: NotRequired[str]
     weights_sha256: NotRequired[str]
 
 
