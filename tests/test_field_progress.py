@@ -136,7 +136,7 @@ def test_the_plan_says_what_is_scored_by_and_how_little_a_few_questions_tell(
     lines = list(plan.lines(prepare.prepare(config)))
     at = next(n for n, line in enumerate(lines) if line.startswith("scoring"))
     assert lines[at].endswith(f"on {limit} of dev, {rule}")
-    assert f"so few tell a share to {points} points up or down" in lines[at + 1]
+    assert f"is known to ±{points} points" in lines[at + 1]
 
 
 @kind

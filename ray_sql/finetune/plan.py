@@ -136,8 +136,8 @@ def _precision(questions: int) -> Iterator[str]:
     interval = wilson_interval(questions // 2, questions)
     points = 50 * (interval.high - interval.low)
     yield (
-        f"          so few tell a share to {points:.0f} points up or down; more questions, or "
-        "--data.test_fraction, tell more"
+        f"          a score of so few questions is known to ±{points:.0f} points; give more, or "
+        "raise --data.test_fraction"
     )
 
 
