@@ -172,13 +172,14 @@ def test_what_measure_writes_can_be_compared(
 ) -> None:
     from ray_sql.display import Display
 
+    config = make_config(**{"evaluate.limit": None})
     files = {}
     for name, sql in (
         ("a", "SELECT COUNT(*) FROM customer"),
         ("b", "SELECT MAX(price) FROM product"),
     ):
         (tmp_path / f"{name}.sql").write_text(f"{sql}\n" * 8)
-        judged = evaluate_file(tmp_path / f"{name}.sql", make_config(), Display())["file"]
+        judged = evaluate_file(tmp_path / f"{name}.sql", config, Display())["file"]
         files[name] = json_lines(judged).splitlines()
     result, _, _ = run(files["a"], files["b"])
     assert (result["n"], result["only_a"], result["only_b"]) == (8, 1, 1)

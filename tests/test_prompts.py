@@ -243,6 +243,15 @@ PINNED = {
     "tokenizer_hash": "6bbafd4e924e",
     "max_length": 2048,
     "semantics": "spider",
+    "answers": {
+        "num_beams": 1,
+        "samples": 1,
+        "temperature": 0.8,
+        "top_p": 1.0,
+        "ground": "none",
+        "choose": "greedy",
+        "first_executable": False,
+    },
 }
 PINNED_BY_TASK = {
     "sql": (

@@ -103,8 +103,9 @@ def _entry(setting: Setting) -> list[str]:
         facts.append(f"default {setting.default}")
     if facts:
         head += f"  ({'; '.join(facts)})"
+    heads = textwrap.wrap(head, 98, subsequent_indent="      ", break_on_hyphens=False)
     text = textwrap.wrap(setting.sentence, 94, break_on_hyphens=False)
-    return [head, *(f"      {line}" for line in text)]
+    return [*heads, *(f"      {line}" for line in text)]
 
 
 def _group(title: str, sentence: str, settings: dict[str, Setting], used: Any) -> Group:

@@ -112,7 +112,7 @@ class RowsSection(Section):
 class LoraSection(Section):
     """Configure the adapter, in PEFT's words."""
 
-    r: int = Field(64, ge=1, le=100_000)
+    r: int = Field(64, ge=1, le=100_000_000)
     """Set the rank of the update matrices."""
     lora_alpha: float = Field(128, gt=0, le=1e6)
     """Multiply the update by lora_alpha / r."""

@@ -211,7 +211,7 @@ def explain(error: Exception, refused: str | None) -> str:
         return one_line(f"refused: {refused}")
     if "one statement at a time" in message:
         return "refused: more than one statement"
-    if "may not be modified" in message:
+    if "may not be modified" in message or "readonly database" in message:
         return f"refused: {message}"
     if isinstance(error, MemoryError):
         return "too large: out of memory"
