@@ -461,7 +461,7 @@ def test_a_malformed_tables_json_names_file_database_and_key(
 
 
 def test_a_tables_json_that_is_missing_or_no_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"tables\.json: cannot read it"):
+    with pytest.raises(DataError, match=r"tables\.json: cannot be read"):
         read_tables_json(tmp_path / "tables.json")
     for content in ("{", "{}", '["school"]'):
         (tmp_path / "tables.json").write_text(content)

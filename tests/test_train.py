@@ -569,8 +569,8 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: A
             f"{config.run_dir}/metrics.json",
             f"{config.run_dir}/inputs/finished",
         ):
-            storage.write_text(file, "{}")
-        assert finetune.finished_metrics(config) == {}, "a finished run"
+            storage.write_text(file, '{"task_type": "sql"}')
+        assert finetune.finished_metrics(config) == {"task_type": "sql"}, "a finished run"
         if not removal_cut_off(config.run_dir, after):
             break
         assert os.path.exists(config.run_dir)

@@ -183,7 +183,7 @@ class ModelConfig(JobConfig):
 class Config(ModelConfig):
     """Settings of a run."""
 
-    learning_rate: float = Field(1e-4, gt=0, le=100)
+    learning_rate: float = Field(1e-4, gt=0, le=1e9)
     """Raise the learning rate to this peak."""
     num_epochs: float = Field(1, gt=0, le=10_000)
     """Pass over the training examples this many times."""

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Set
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -261,16 +262,17 @@ def end_with(parent: int) -> None:
 
 
 def serve(parent: Connection, query: Callable[..., Reply]) -> None:
-    """Report that the process is ready, then answer requests until the parent hangs up."""
+    """Report that the process is ready, then answer requests until the parent hangs up.
+
+    A parent that has ended is told nothing: its end is no error of this process.
+    """
     threading.stack_size(SMALL_STACK)
     threading.Thread(target=end_with, args=(parent.fileno(),), daemon=True).start()
-    parent.send_bytes(b"ready")
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        parent.send_bytes(b"ready")
+        while True:
             request: Request = marshal.loads(parent.recv_bytes())
-        except EOFError:
-            return
-        parent.send_bytes(packed(query(*request)))
+            parent.send_bytes(packed(query(*request)))
 
 
 if __name__ == "__main__":
