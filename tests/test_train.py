@@ -556,6 +556,14 @@ def test_the_name_of_a_run_with_other_settings_is_refused(make_config: Any) -> N
         assert not os.path.exists(f"{config.run_dir}/metrics.json")
 
 
+METRICS = {
+    **{"task_type": "sql", "dataset_id": "d", "data_fingerprint": "f", "identity": "i"},
+    **{"mlflow_run_id": None, "tracking_uri": None, "best_step": 1, "steps": 1},
+    **{"training_seconds": 1.0, "seconds": 2.0},
+}
+"""What `metrics.json` of a finished run holds at least."""
+
+
 def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: Any) -> None:
     config = make_config()
     prepared, adapter = (
@@ -569,8 +577,8 @@ def test_what_a_removal_that_was_cut_off_left_is_taken_for_no_run(make_config: A
             f"{config.run_dir}/metrics.json",
             f"{config.run_dir}/inputs/finished",
         ):
-            storage.write_text(file, '{"task_type": "sql"}')
-        assert finetune.finished_metrics(config) == {"task_type": "sql"}, "a finished run"
+            storage.write_text(file, json.dumps(METRICS))
+        assert finetune.finished_metrics(config) == METRICS, "a finished run"
         if not removal_cut_off(config.run_dir, after):
             break
         assert os.path.exists(config.run_dir)
