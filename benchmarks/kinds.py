@@ -43,6 +43,17 @@ class Faces:
             if report.failed:
                 self.outcomes[report.nodeid] = "failed"
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_unconfigure(self) -> None:
+        """Print the table before the tests' own conftest ends the process."""
+        table = self.table()
+        print("", "| kind | faces | right | skipped |", "|---|---|---|---|", sep="\n")
+        for kind, outcomes in table.items():
+            print(f"| {kind} | {outcomes.total()} | {outcomes['passed']} | {outcomes['skipped']} |")
+        total = sum(table.values(), Counter())
+        summary = {"kinds": len(table), "faces": total.total(), "right": total["passed"]}
+        print(json.dumps(summary | {"skipped": total["skipped"], "wrong": total["failed"]}))
+
     def table(self) -> dict[str, Counter[str]]:
         """Return for each kind how many of its faces passed, failed or were skipped."""
         table: dict[str, Counter[str]] = {}
@@ -57,17 +68,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="try only the kinds with these words")
     parser.add_argument("--quick", action="store_true", help="leave out slow and cluster tests")
     options = parser.parse_args()
-    faces = Faces(options.only)
-    marks = "kind and not slow and not cluster" if options.quick else "kind"
-    code = pytest.main([str(TESTS), "-q", "-p", "no:cacheprovider", "-m", marks], plugins=[faces])
-    table = faces.table()
-    print("", "| kind | faces | right | skipped |", "|---|---|---|---|", sep="\n")
-    for kind, outcomes in table.items():
-        print(f"| {kind} | {outcomes.total()} | {outcomes['passed']} | {outcomes['skipped']} |")
-    total = sum(table.values(), Counter())
-    summary = {"kinds": len(table), "faces": total.total(), "right": total["passed"]}
-    print(json.dumps(summary | {"skipped": total["skipped"], "wrong": total["failed"]}))
-    sys.exit(int(code != 0))
+    marks = "kind and not slow and not cluster" if options.quick else "kind and not cluster"
+    arguments = [str(TESTS), "-q", "-p", "no:cacheprovider", "-m", marks]
+    sys.exit(int(pytest.main(arguments, plugins=[Faces(options.only)]) != 0))
 
 
 if __name__ == "__main__":
