@@ -31,8 +31,8 @@ SELECT m.rowid, f.id, f."table", f."from", f."to"
 FROM sqlite_master m, pragma_foreign_key_list(m.name, 'main') f
 WHERE m.rowid IN ({}) ORDER BY m.rowid, f.id, f.seq
 """
-UNFINISHED = "attempt to write a readonly database"
-"""SQLite's words for a journal whose change must first be undone."""
+UNFINISHED = "refused: attempt to write a readonly database"
+"""The executor says this of a journal whose change must first be undone."""
 STANDARD_TYPES = {"ANY", "BLOB", "INT", "INTEGER", "REAL", "TEXT"}
 """SQLite forgets the case of these since 3.37, and so do we for a file read by an older one."""
 
