@@ -43,7 +43,7 @@ def options(
     def propose(candidate: Candidate) -> Proposal:
         predicted = parse(candidate.raw)
         if mend:
-            predicted = mended(predicted, database, schema)
+            predicted = mended(predicted, schema)
         return Proposal(predicted, candidate.logprob)
 
     constrained = None if answer.constrained is None else propose(answer.constrained)
@@ -51,14 +51,13 @@ def options(
     return Options(database, schema, parse(answer.raw), constrained, proposals)
 
 
-def mended(predicted: str | None, database: str | None, schema: Schema | None) -> str | None:
+def mended(predicted: str | None, schema: Schema | None) -> str | None:
     """Return SQL or links with names that exist, where that is clear."""
     if predicted is None or schema is None:
         return predicted
     if predicted.lstrip().startswith("{"):
         return repair.repair_links(predicted, schema)
-    dialect = "postgres" if "://" in (database or "") else "sqlite"
-    return repair.repair_sql(predicted, schema, dialect)
+    return repair.repair_sql(predicted, schema, schema.dialect)
 
 
 def choose(
@@ -82,7 +81,7 @@ def choose(
         if not sampled:
             choice.chosen = {"greedy": question.greedy}
         if settings.ground == "repair":
-            choice.chosen["repaired"] = mended(question.greedy, question.database, question.schema)
+            choice.chosen["repaired"] = mended(question.greedy, question.schema)
         if question.constrained:
             choice.chosen["constrained"] = question.constrained.predicted
     return choices

@@ -19,13 +19,12 @@ from sqlglot.errors import SqlglotError
 from sqlglot.optimizer.scope import Scope, traverse_scope
 
 from ray_sql.database import Schema
+from ray_sql.generate.name_guard import ROW_NAMES
 
 NEAR = 70.0
 """Similarity from which a name may stand for another, of 100."""
 CLEARLY = 8.0
 """Similarity by which the nearest name must be ahead of the next one."""
-ROW_NAMES = frozenset({"rowid", "oid", "_rowid_", "ctid"})
-"""Columns that tables have without being declared."""
 
 
 def nearest(name: str, options: Collection[str]) -> str | None:
