@@ -34,6 +34,7 @@ from ray_sql.finetune import prepare
 from ray_sql.rows.batch import Step
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS
 from ray_sql.train import trainer
 from ray_sql.train.resume import claim_run
 from tests.conftest import load_base, make_model, removal_cut_off
@@ -476,6 +477,30 @@ def test_workers_read_nothing_but_the_runs_folder(
     result = train.fit(config, prepared.model_folder, Curve())
     assert result.best.metrics["validation/n"] == len(prepared.validation()) > 0
     assert result.best.metrics["validation/gold_errors"] == 0
+
+
+@pytest.mark.parametrize(
+    ("task_type", "chosen"),
+    [
+        ("sql", {"ground": "none", "choose": "vote"}),
+        ("sql", {"ground": "repair", "choose": "repaired"}),
+        ("sql", {"ground": "constrain", "choose": "weighted_vote"}),
+        ("schema", {"ground": "repair", "choose": "vote"}),
+    ],
+)
+@pytest.mark.parametrize("objective", ["answers", "chosen"])
+def test_checkpoints_are_chosen_by_greedy_answers_or_by_chosen_ones(
+    make_config: Any, objective: str, task_type: str, chosen: dict[str, str]
+) -> None:
+    config = make_config(
+        **{f"evaluate.{name}": value for name, value in chosen.items()},
+        **{"task_type": task_type, "evaluate.samples": 3, "evaluate.select_examples": 2},
+        **{"tune.objective": objective, "train.max_steps": 1},
+    )
+    metrics = fit(config, Curve()).best.metrics
+    names = {"validation/pass_2", f"validation/{TASKS[task_type].metric}_{chosen['choose']}"}
+    assert metrics["validation/n"] == 2
+    assert names & metrics.keys() == (names if objective == "chosen" else set())
 
 
 @pytest.mark.parametrize("remote", [False, True])

@@ -158,7 +158,7 @@ def test_an_axis_that_cannot_be_is_refused_with_its_name(
         ({"tune.scheduler": "median"}, "input should be 'asha' or 'fifo'"),
         (
             {"tune.objective": "f2"},
-            "tune.objective: 'f2' given; input should be 'answers' or 'eval_loss'",
+            "tune.objective: 'f2' given; input should be 'answers', 'chosen' or 'eval_loss'",
         ),
         ({"task_type": "sql,poetry"}, "input should be 'sql' or 'schema'"),
         ({"resume": True, "overwrite": True}, "leave one of the two out"),

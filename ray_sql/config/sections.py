@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -263,7 +263,7 @@ class AnswersSection(Section):
     memory allows. In float32 answers do not change; in bfloat16 near-ties may."""
     num_beams: int = Field(1, ge=1, le=1000)
     """Search with this many beams for answers to the scored questions; 1 is greedy. Checkpoints are
-    always chosen by greedy answers."""
+    chosen by greedy answers, unless tune.objective is `chosen`."""
     samples: int = Field(1, ge=1, le=1000)
     """Draw this many answers to each scored question, beside the greedy one. 1 draws none."""
     temperature: float = Field(0.8, gt=0, le=10)
@@ -300,6 +300,11 @@ class AnswersSection(Section):
         """The way in which a question's answer is chosen."""
         return "first_executable" if self.first_executable else self.choose
 
+    def greedy(self) -> Self:
+        """Return the settings with one greedy answer to each question, scored as written."""
+        one = {"samples": 1, "num_beams": 1, "ground": "none", "choose": "greedy"}
+        return self.model_copy(update={**one, "first_executable": False})
+
 
 class EvaluateSection(AnswersSection):
     """Choose how checkpoints are compared, questions are answered, and answers are scored."""
@@ -315,10 +320,10 @@ class EvaluateSection(AnswersSection):
 class TuneSection(Section):
     """Choose what a sweep tries, in Ray Tune's words."""
 
-    objective: Literal["answers", "eval_loss"] = "answers"
-    """Choose trials and checkpoints by answers to the validation questions, or by the loss on them
-    (`eval_loss`). Answers count by execution accuracy (sql), or by strict recall and then F1
-    (schema)."""
+    objective: Literal["answers", "chosen", "eval_loss"] = "answers"
+    """Choose trials and checkpoints by greedy answers to the validation questions (`answers`), by
+    those that evaluate.choose takes (`chosen`), or by the loss (`eval_loss`). Answers count by
+    execution accuracy (sql), or by strict recall and then F1 (schema)."""
     num_samples: int = Field(16, ge=1, le=100_000)
     """Run this many trials per study. The first has the settings as they are, so that a sweep can
     only win."""

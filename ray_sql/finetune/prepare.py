@@ -6,6 +6,7 @@ cluster and no GPU.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -163,6 +164,9 @@ def write_inputs(prepared: Prepared) -> None:
         # workers may be on machines that do not see the databases
         questions = generate.stage_databases(questions, folder)
     storage.write_text(folder.validation_questions, generate.dump(questions))
+    if config.tune.objective == "chosen" and config.evaluate.ground != "none":
+        schemas = {one.db_id: prepared.corpus.schemas[one.db_id].to_dict() for one in questions}
+        storage.write_text(folder.validation_schemas, json.dumps(schemas))
     validation_rows = prepared.validation_rows()
     if validation_rows:
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
@@ -42,19 +42,13 @@ class Decoding:
     """Samples to draw beside each greedy answer."""
 
     @classmethod
-    def greedy(cls, evaluate: AnswersSection, batch_size: int) -> Self:
-        """Return the settings for one greedy answer a question, which choose checkpoints."""
-        max_num_seqs = None if evaluate.max_num_seqs == "auto" else evaluate.max_num_seqs
-        return cls(evaluate.max_new_tokens, batch_size, max_num_seqs)
-
-    @classmethod
     def from_settings(cls, evaluate: AnswersSection, batch_size: int, seed: int) -> Self:
-        """Return what the settings say of beams and samples too."""
+        """Return what the settings of an evaluation say."""
+        max_num_seqs = None if evaluate.max_num_seqs == "auto" else evaluate.max_num_seqs
         sampling = None
         if evaluate.samples > 1:
             sampling = Sampling(evaluate.samples, evaluate.temperature, evaluate.top_p, seed)
-        greedy = cls.greedy(evaluate, batch_size)
-        return replace(greedy, num_beams=evaluate.num_beams, sampling=sampling)
+        return cls(evaluate.max_new_tokens, batch_size, max_num_seqs, evaluate.num_beams, sampling)
 
 
 def answer_questions(

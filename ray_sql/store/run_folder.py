@@ -54,6 +54,7 @@ _DATA_FINGERPRINT = f"{_INPUTS}/data_fingerprint"
 _ROWS = f"{_INPUTS}/rows.parquet"
 _VALIDATION_ROWS = f"{_INPUTS}/validation_rows.parquet"
 _VALIDATION_QUESTIONS = f"{_INPUTS}/validation.jsonl"
+_VALIDATION_SCHEMAS = f"{_INPUTS}/validation_schemas.json"
 _FINISHED = f"{_INPUTS}/finished"
 _START = f"{_INPUTS}/start"
 _DRIVER = f"{_INPUTS}/driver"
@@ -270,6 +271,11 @@ class RunFolder(_Folder):
         """The place of the validation questions."""
         return self.place(_VALIDATION_QUESTIONS)
 
+    @property
+    def validation_schemas(self) -> str:
+        """The place of the schemas by database, where names in answers are mended."""
+        return self.place(_VALIDATION_SCHEMAS)
+
     def database(self, db_id: str) -> str:
         """Return the place of the copy of a SQLite database that travels with the run."""
         return self.place(f"{DATABASES}/{db_id}.sqlite")
@@ -280,7 +286,8 @@ class RunFolder(_Folder):
 
     def copy_inputs(self, source: RunFolder) -> None:
         """Take over the contract, the data and the questions of another run."""
-        names = (CONTRACT, _DATA_FINGERPRINT, _ROWS, _VALIDATION_ROWS, _VALIDATION_QUESTIONS)
+        names = [CONTRACT, _DATA_FINGERPRINT, _ROWS]
+        names += [_VALIDATION_ROWS, _VALIDATION_QUESTIONS, _VALIDATION_SCHEMAS]
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
             for name in names:
                 if storage.exists(source.place(name)):

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ray_sql import generate, rows
 from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config import Batching, Config
+from ray_sql.database import Schema
 from ray_sql.evaluate import scoring
+from ray_sql.files import parse_json
 from ray_sql.generate.answers import Decoding, answer_on_all_ranks
+from ray_sql.generate.name_guard import guards
 from ray_sql.store import storage
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import RESTORE, RunFolder
 from ray_sql.tasks import TASKS
 from ray_sql.train import trainer
 
@@ -37,10 +40,19 @@ class Validation:
         if storage.exists(folder.validation_rows):
             local = storage.fetch_file(folder.validation_rows, scratch / "validation.parquet")
             self._examples = rows.read(local)
+        settings = config.evaluate
+        if config.tune.objective != "chosen":
+            settings = settings.greedy()
         # nothing is timed here: the other ranks would wait, and it chooses nothing
-        self._config = config.changed({"evaluate.ves_iterations": 0})
+        self._settings = settings.model_copy(update={"ves_iterations": 0})
+        self._task, self._by_loss = TASKS[config.task_type], config.tune.objective == "eval_loss"
+        self._schemas = _read_schemas(folder) if settings.ground != "none" else {}
+        self._guards = None
+        if settings.ground == "constrain":
+            names = {name: schema.lower_names() for name, schema in self._schemas.items()}
+            self._guards = guards(names, self._questions)
         self._tokenizer, self._batching = tokenizer, batching
-        self._decoding = Decoding.greedy(config.evaluate, config.eval_batch_size)
+        self._decoding = Decoding.from_settings(settings, config.eval_batch_size, config.seed)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, Any] | None:
         """Return `objective`, `tie_break` and `metrics` on rank 0.
@@ -52,17 +64,18 @@ class Validation:
         metrics = {"validation/n": float(len(self._questions))}
         if self._examples:
             metrics["validation/loss"] = self._loss(model)
-        if self._config.tune.objective == "eval_loss":
+        if self._by_loss:
             loss = metrics.get("validation/loss", math.nan)
             objective = -loss if math.isfinite(loss) else None  # else nothing was measured
             return {"objective": objective, "tie_break": None, "metrics": metrics}
-        answers = answer_on_all_ranks(model, self._tokenizer, self._questions, self._decoding)
+        answers = answer_on_all_ranks(
+            model, self._tokenizer, self._questions, self._decoding, self._guards
+        )
         if answers is None:
             return None
-        task, settings = TASKS[self._config.task_type], self._config.evaluate
-        rows = scoring.score(self._questions, answers, task, settings)
-        scores = scoring.summarise(rows, task, settings)
-        objective, tie_break = task.objective(scores)
+        rows = scoring.score(self._questions, answers, self._task, self._settings, self._schemas)
+        scores = scoring.summarise(rows, self._task, self._settings)
+        objective, tie_break = self._task.objective(scores)
         metrics |= scoring.mlflow_metrics(scores, "validation")
         return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
 
@@ -78,3 +91,9 @@ class Validation:
         )
         totals, counts = zip(*gather_all(part), strict=True)
         return float(sum(totals) / sum(counts))
+
+
+def _read_schemas(folder: RunFolder) -> dict[str, Schema]:
+    """Return the schemas of the validation questions, by database."""
+    content = storage.read_text(folder.validation_schemas) or ""
+    return parse_json(dict[str, Schema], content, folder.validation_schemas, RESTORE)
