@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import sqlite3
@@ -29,9 +30,9 @@ TURNED = [(n, *QUESTIONS[n]) for n in (4, 7, 0, 3, 6, 1, 5, 2)]
 def score(make_config: Any, tmp_path: Path) -> Callable[..., Any]:
     """`score(text, name)`: (execution accuracy, n, what was said, rows) of a file with the text."""
 
-    def run(text: str, name: str = "answers.txt", **settings: Any) -> Any:
+    def run(text: str | bytes, name: str = "answers.txt", **settings: Any) -> Any:
         file = tmp_path / name
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
         said = io.StringIO()
         config = make_config(**{"evaluate.limit": None} | settings)
         evaluation = evaluate_file(file, config, Display(Console(file=said, width=500)))
@@ -138,7 +139,31 @@ def as_csv(delimiter: str, index: bool = False) -> str:
     return stream.getvalue()
 
 
-FORMS = {
+def batch(answer: Callable[[str], Any]) -> str:
+    return lines([{"id": f"req_{n}", "custom_id": str(n), **answer(sql)} for n, _, sql in TURNED])
+
+
+def openai(sql: str) -> Any:
+    choices = [{"index": 0, "message": {"role": "assistant", "content": f"```sql\n{sql}\n```"}}]
+    return {"response": {"status_code": 200, "body": {"choices": choices}}, "error": None}
+
+
+def anthropic(sql: str) -> Any:
+    return {
+        "result": {"type": "succeeded", "message": {"content": [{"type": "text", "text": sql}]}}
+    }
+
+
+def parquet() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"id": n, "pred": sql} for n, _, sql in TURNED]), stream)
+    return stream.getvalue()
+
+
+FORMS: dict[str, tuple[str | bytes, str]] = {
     "several lines with ;": (
         ";\n\n".join(sql.replace(" FROM", "\n  FROM") for sql in GOLD),
         "a.sql",
@@ -169,6 +194,16 @@ FORMS = {
         "NLQ,PREDICTED SQL,DATABASE\n" + "".join(f'"{q}","{sql}",mall\n' for _, q, sql in TURNED),
         "a.csv",
     ),
+    "UTF-16, as PowerShell writes it": ("\r\n".join(GOLD).encode("utf-16"), "a.sql"),
+    "UTF-16 JSON lines": (lines(GOLD).encode("utf-16"), "a.jsonl"),
+    "packed lines": (gzip.compress("\n".join(GOLD).encode()), "a.sql.gz"),
+    "packed CSV": (gzip.compress(as_csv(",").encode()), "a.csv.gz"),
+    "Parquet": (parquet(), "a.parquet"),
+    "Excel's line above": ("sep=;\r\n" + as_csv(";"), "a.csv"),
+    "numbers of a list": ("".join(f"{n}. {sql}\n" for n, sql in enumerate(GOLD, 1)), "a.txt"),
+    "a comment above each": ("".join(f"-- Q: {q}\n{sql}\n" for q, sql in QUESTIONS), "a.sql"),
+    "OpenAI's batch": (batch(openai), "a.jsonl"),
+    "Anthropic's batch": (batch(anthropic), "a.jsonl"),
     "tabs as white space": ("\n".join(sql.replace(" ", "\t") for sql in GOLD), "a.sql"),
     "tabs, then the database": (
         "\n".join(f"{sql.replace(' ', chr(9))}\tmall" for sql in GOLD),
@@ -197,6 +232,17 @@ def test_a_folder_of_one_file_a_question_is_read(make_config: Any, tmp_path: Pat
 
 
 @pytest.mark.kind("predictions in other tools' forms")
+def test_a_request_of_a_batch_that_failed_is_no_answer(score: Callable[..., Any]) -> None:
+    failed = {"id": "r", "custom_id": "2", "response": None, "error": {"code": "expired"}}
+    text = batch(openai).splitlines()
+    text[TURNED.index((2, *QUESTIONS[2]))] = json.dumps(failed)
+    accuracy, n, _, _ = score("\n".join(text), "a.jsonl")
+    assert (accuracy, n) == (7 / 8, 8)
+    text = batch(lambda sql: {"response": {"status_code": 200, "body": {"output": sql}}})
+    assert "req_4' is in none of --split dev" in refused(score, text, "a.jsonl")
+
+
+@pytest.mark.kind("predictions in other tools' forms")
 def test_empty_cells_of_a_table_count_as_not_given(score: Callable[..., Any]) -> None:
     table = "id,db_id,gold,split,predicted\n" + "".join(
         f'{n},,,,"{sql}"\n' for n, _, sql in TURNED[1:]
@@ -218,12 +264,17 @@ def test_a_tab_before_a_table_that_is_called_as_a_database_belongs_to_the_query(
 @pytest.mark.parametrize(
     ("text", "name", "reason"),
     [
-        ("id,predicted\n0,SELECT name, city FROM customer\n", "a.csv", "line 2: has more or fewer"),
+        (
+            "id,predicted\n0,SELECT name, city FROM customer\n",
+            "a.csv",
+            "line 2: has 3 fields where",
+        ),
         ("id,sql_text,label\n0,SELECT 1,x\n", "a.csv", "line 2: no field 'predicted'; found id, l"),
         ('{"0": "SELECT 1", "0": "SELECT 2"}', "a.json", "key '0' is there twice"),
         ('[\n{"id": 0,\n "predicted": }]', "a.json", "line 3: not valid JSON"),
         ("[]", "a.json", "holds no prediction; give one a question"),
         ("id,predicted\n", "a.csv", "holds no prediction; give one a question"),
+        ("id,pred,pred\n0,SELECT 1,SELECT 2\n", "a.csv", "column 'pred' is there twice"),
         ("SELECT 1;\nSELECT 2;\n", "a.sql", "2 lines, but --split dev has 8 examples"),
     ],
 )

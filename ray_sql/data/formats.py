@@ -7,17 +7,16 @@ Every record knows the file and the line (or the row) that it comes from.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
-import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_sql import files
+from ray_sql.data import tables
 from ray_sql.errors import DamagedFile, DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -66,10 +65,16 @@ def read_file(path: Path) -> Records:
     """
     match form(path):
         case ".parquet":
-            rows = enumerate(_parquet_rows(path))
-            return {"": [Record(f"{path}, row {row}", row, values) for row, values in rows]}
-        case ".csv" | ".tsv" as suffix:
-            return {"": list(_table_rows(path, read_text(path), suffix))}
+            found = enumerate(_parquet_rows(path))
+            return {"": [Record(f"{path}, row {row}", row, values) for row, values in found]}
+        case ".csv" | ".tsv":
+            rows = enumerate(tables.read(path, read_text(path)))
+            return {
+                "": [
+                    Record(f"{path}, line {one.line}", row, dict(one.values), one.fault)
+                    for row, one in rows
+                ]
+            }
         case "":
             raise DataError(
                 f"{path}: is there, but in no form that is read here; those are "
@@ -79,11 +84,13 @@ def read_file(path: Path) -> Records:
             return _json_records(path, read_text(path))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, name: str = "") -> str:
     """Return the text of a file: UTF-8, or UTF-16 with its mark; unpacked where it is gzip.
 
-    Line ends and a mark at the beginning are taken off, whatever wrote them.
+    Line ends and a mark at the beginning are taken off, whatever wrote them. `name` is what the
+    user knows the file by, if not its path.
     """
+    name = name or str(path)
     try:
         raw = files.read_bytes(path)
         if raw.startswith(b"\x1f\x8b"):
@@ -92,8 +99,9 @@ def read_text(path: Path) -> str:
             raw = raw.decode("utf-16").encode()
     # gzip has errors of its own for a file that was cut off
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
-        raise DamagedFile(f"{path}: cannot be read ({error}); replace it") from None
-    return files.decode(raw, str(path), "save it as UTF-8").replace("\r\n", "\n")
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DamagedFile(f"{name}: cannot be read ({reason}); give a whole file") from None
+    return files.decode(raw, name, "save it as UTF-8 text").replace("\r\n", "\n")
 
 
 def parse_lines(path: Path | str, text: str) -> dict[int, Any]:
@@ -196,34 +204,6 @@ def _shape(value: Any) -> str:
 
 def _parse(path: Path | str, text: str, line: int | None = None) -> Any:
     return files.parse_json(object, text, str(path), "correct the line or remove it", line)
-
-
-def _table_rows(path: Path, text: str, suffix: str) -> Iterator[Record]:
-    """Yield the rows of CSV or TSV; a first line without commas may use semicolons or tabs."""
-    header = text.partition("\n")[0]
-    delimiter = "\t" if suffix == ".tsv" else ","
-    if delimiter not in header:
-        delimiter = next((mark for mark in ";\t," if mark in header), ",")
-    csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    names = [name.strip() for name in next(reader, [])]
-    row = 0
-    try:
-        for fields in reader:
-            if not any(map(str.strip, fields)):
-                continue
-            # a value in quotes may hold line breaks, and the row begins at its first line
-            line = reader.line_num - sum(field.count("\n") for field in fields)
-            place, fault = f"{path}, line {line}", ""
-            if len(fields) != len(names):
-                fault = (
-                    f"has {len(fields)} fields where the first line has {len(names)}: a value with "
-                    f"{delimiter!r} in it needs double quotes"
-                )
-            yield Record(place, row, dict(zip(names, fields, strict=False)), fault)
-            row += 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,11 @@
 """Read predictions in the forms that people's tools write: each becomes a record of plain fields.
 
-Forms are JSON lines, a JSON list, BIRD's object of text by key, and CSV and TSV with a header. SQL
-comes with one query a line, or over several lines with `;` between, or as a folder of `<id>.sql`.
+Forms are JSON lines, a JSON list, BIRD's object of text by key, a batch's output, tables, and SQL.
+SQL comes a query a line, over several lines with `;` between, or as a folder of `<id>.sql`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,9 +16,10 @@ from typing import Any
 import sqlparse
 
 from ray_sql import data
+from ray_sql.data import formats, tables
 from ray_sql.data.answers import unwrap_sql
 from ray_sql.errors import DamagedFile, DataError
-from ray_sql.files import parse_json, read_text
+from ray_sql.files import parse_json
 
 Record = dict[str, Any]
 
@@ -54,9 +53,11 @@ _UNFINISHED = re.compile(
 
 _QUERY = re.compile(r"\s*(?:\(|--|/\*|;|(?:select|with|values)\b)", re.IGNORECASE)
 _PREFIX = re.compile(
-    r"\s*(?:[*#>]+\s*)?[a-z][\w ]{0,30}:\**\s*(?=(?:\(|select\b|with\b|values\b))", re.IGNORECASE
+    r"\s*(?:(?:[*#>]+\s*)?[a-z][\w ]{0,30}:\**\s*|\d{1,6}[.):]\s+)"
+    r"(?=(?:\(|select\b|with\b|values\b))",
+    re.IGNORECASE,
 )
-"""Words and a colon before a query, such as `SQL:`."""
+"""Words and a colon before a query, such as `SQL:`, or its number in a list."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,14 @@ def read(path: Path, expected: int, databases: Collection[str]) -> PredictionsFi
     """
     if path.is_dir():
         return _folder(path)
+    form = formats.form(path)
+    if form == ".parquet":
+        rows = {f"row {one.row}": one.values for one in data.read_file(path)[""]}
+        return _named(path, "rows", rows, [])
     text = _text(path)
     if not text.strip():
         raise DataError(f"--predictions_file {path}: is empty; give one prediction a line")
-    if path.suffix.lower() in (".csv", ".tsv"):
+    if form in (".csv", ".tsv"):
         return _named(path, "lines", _table(path, text), [])
     if text.lstrip()[0] in '{["':
         return _json(path, text)
@@ -91,8 +96,7 @@ def read(path: Path, expected: int, databases: Collection[str]) -> PredictionsFi
 
 
 def _text(path: Path) -> str:
-    text = read_text(path, "save it as UTF-8 text", f"--predictions_file {path}")
-    return text.replace("\r\n", "\n")
+    return data.read_text(path, f"--predictions_file {path}")
 
 
 def _folder(path: Path) -> PredictionsFile:
@@ -165,25 +169,13 @@ def sql_in(answer: str) -> str:
 
 def _table(path: Path, text: str) -> dict[str, Record]:
     """Read CSV or TSV with a header; cells that are empty count as not given."""
-    header = text.partition("\n")[0]
-    delimiter = max("\t,;" if path.suffix.lower() == ".tsv" else ",;\t", key=header.count)
     rows: dict[str, Record] = {}
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 2
-    try:
-        for row in reader:
-            place = f"line {line}"
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{path}, {place}: has more or fewer cells than the header; put a cell with "
-                    f"{delimiter!r} in it in double quotes"
-                )
-            rows[place] = {
-                name: cell for name, cell in row.items() if cell or _spell(name) not in _OPTIONAL
-            }
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: not valid CSV ({error})") from None
+    for row in tables.read(path, text):
+        if row.fault:
+            raise DataError(f"{path}, line {row.line}: {row.fault}")
+        rows[f"line {row.line}"] = {
+            name: cell for name, cell in row.values.items() if cell or _spell(name) not in _OPTIONAL
+        }
     return rows
 
 
@@ -218,9 +210,9 @@ def _keyed(path: Path, value: Mapping[str, Any]) -> PredictionsFile:
 
 
 def _records(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with a record for each that is text alone."""
+    """Return values with a record for each that is text alone, or the answer of a request."""
     return {
-        place: _record(value) if isinstance(value, str) else value
+        place: _record(value) if isinstance(value, str | dict) else value
         for place, value in values.items()
     }
 
@@ -228,11 +220,39 @@ def _records(values: Mapping[str, Any]) -> dict[str, Any]:
 def _record(value: Any) -> Record:
     """Return a prediction of an object; BIRD's text ends in the name of its database."""
     if isinstance(value, dict):
-        return value
+        return _batch_record(value)
     if not isinstance(value, str) or not _BIRD.search(value):
         return {"predicted": value}
     sql, database = _BIRD.split(value, maxsplit=1)
     return {"predicted": sql, "db_id": database.strip()}
+
+
+def _batch_record(value: Record) -> Record:
+    """Return the answer to a request of a batch, by its own id; other records stay as they are.
+
+    OpenAI and Anthropic write the lines of a batch in any order. A request that failed has no
+    answer.
+    """
+    if "custom_id" not in value or not {"response", "result"} & value.keys():
+        return value
+    content = _inside(value, "response", "body", "choices", 0, "message", "content")
+    content = content or _inside(value, "result", "message", "content")
+    if isinstance(content, list):
+        content = "".join(str(_inside(part, "text") or "") for part in content)
+    is_done = _inside(value, "response", "status_code") == 200
+    if content is None and (is_done or _inside(value, "result", "type") == "succeeded"):
+        return value  # of another shape
+    return {"id": value["custom_id"], "predicted": content}
+
+
+def _inside(value: Any, *steps: str | int) -> Any:
+    """Return what lies in nested objects and lists, None where a step leads nowhere."""
+    for step in steps:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
 
 
 class _TwinError(Exception):
@@ -263,6 +283,8 @@ def _plain(path: Path, text: str, expected: int, databases: Collection[str]) -> 
     while len(queries) > expected and not lines[len(queries)].strip():
         queries.popitem()
     filled = {place: query for place, query in queries.items() if query.strip()}
+    if len(filled) > expected:
+        filled = {place: sql for place, sql in filled.items() if not sql.lstrip().startswith("--")}
     if len(queries) != expected or not all(map(looks_like_sql, filled.values())):
         statements = [sql.strip() for sql in sqlparse.split(text) if sql.strip(" \t\n;")]
         if len(queries) == expected:
@@ -274,7 +296,7 @@ def _plain(path: Path, text: str, expected: int, databases: Collection[str]) -> 
             unit = "statements"
             notes = [f"{len(lines)} lines are read as {expected} statements that end with ;"]
         elif len(filled) == expected:
-            notes = ["blank lines between queries are passed over"] if filled != queries else []
+            notes = ["lines without a query are passed over"] if filled != queries else []
             queries = filled
     fields = {place: _split_database(query, databases) for place, query in queries.items()}
     _check_databases(path, queries, fields)
