@@ -23,6 +23,7 @@ from typing import Any
 
 from ray_sql import __version__, cluster
 from ray_sql.config import (
+    AskConfig,
     CheckConfig,
     CompareConfig,
     Config,
@@ -99,6 +100,13 @@ JOBS = {
         CompareConfig,
         run="ray_sql.evaluate.compare:run",
         files="files",
+    ),
+    "ask": Job(
+        "Ask a tuned model a question about a database.",
+        AskConfig,
+        run="ray_sql.serve.ask:run",
+        plan="ray_sql.serve.ask:dry_run",
+        files="question",
     ),
     "tune": Job(
         "Sweep settings, and measure the best adapter.",

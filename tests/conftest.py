@@ -270,3 +270,44 @@ def make_config(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> Iterat
         return load(kind, [], **(defaults | changes))
 
     yield make
+
+
+@pytest.fixture(scope="session")
+def tuned_run(
+    tiny_model: Path, spider_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Share a finished run whose adapter knows the answers to most of the questions above.
+
+    Its folder is `<output_dir>/tuned`, and no test may change it.
+    """
+    from ray_sql import finetune
+
+    root = tmp_path_factory.mktemp("tuned")
+    settings = {
+        "model_name": str(tiny_model),
+        "output_name": "tuned",
+        "task_type": "sql",
+        "dataset_id": str(spider_folder),
+        "output_dir": str(root / "out"),
+        "cache_dir": str(root / "cache"),
+        "prompt.serializer": "compact",
+        "lora.r": 64,
+        "lora.lora_alpha": 64,
+        "lora.lora_dropout": 0,
+        "quantization.load_in_4bit": False,
+        "learning_rate": 6e-3,
+        "grad_accum_steps": 8,
+        "rows.examples_per_row": 8,
+        "train.max_steps": 80,
+        "train.bf16": False,
+        "train.lr_scheduler_type": "constant",
+        "data.split_by": "question",
+        "data.validation_fraction": 0,
+        "evaluate.max_new_tokens": 48,
+        "evaluate.processes": 1,
+        "evaluate.select_examples": 0,
+        "scaling.num_workers": 0,
+        "tracking.enabled": False,
+    }
+    finetune.run(load(Config, [], **settings))
+    return root / "out" / "tuned"

@@ -35,6 +35,7 @@ TREE_TAKERS = {
     "generate": "workers rebuild the settings",
     "preflight": "the checks before a run read every section",
     "publish": "the stage's door",
+    "serve": "an adapter's settings come from its own file",
     "train": "the stage's door",
     "tune": "trials change any setting",
 }

@@ -15,7 +15,7 @@ FLOORS = [
     {"data", "metrics", "store", "models", "cluster", "tracking"},
     {"rows", "generate", "report", "progress"},
     {"evaluate", "train"},
-    {"publish", "finetune", "tune", "preflight", "cli", "__main__"},
+    {"publish", "finetune", "tune", "serve", "preflight", "cli", "__main__"},
 ]
 """A module imports from the floors above its own in this list, and of its own floor only itself."""
 

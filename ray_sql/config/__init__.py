@@ -10,11 +10,13 @@ from ray_sql.config.base import JobConfig
 from ray_sql.config.batching import AUTO_EXAMPLES_PER_ROW, Batching
 from ray_sql.config.help import groups, help_text
 from ray_sql.config.jobs import (
+    AskConfig,
     CheckConfig,
     CompareConfig,
     EvaluateConfig,
     PublishConfig,
     SweepConfig,
+    TunedConfig,
 )
 from ray_sql.config.load import C, load
 from ray_sql.config.settings import Config, ModelConfig

@@ -16,7 +16,17 @@ from ray_sql.config.validate import names, section_of
 
 EVERYDAY = (
     *("model_name", "output_name", "task_type", "dataset_id", "files", "predictions_file"),
-    *("adapter", "split", "learning_rate", "num_epochs", "config", "dry_run", "overwrite"),
+    *(
+        "adapter",
+        "question",
+        "database",
+        "split",
+        "learning_rate",
+        "num_epochs",
+        "config",
+        "dry_run",
+        "overwrite",
+    ),
 )
 BATCHES = (
     *("train_batch_size", "grad_accum_steps", "eval_batch_size", "save_steps", "prev_checkpoint"),

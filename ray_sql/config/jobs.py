@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ray_sql.config.base import JobConfig
-from ray_sql.config.sections import RepositorySection
+from ray_sql.config.sections import AnswersSection, RepositorySection
 from ray_sql.config.settings import Config, ModelConfig
 from ray_sql.config.validate import build, merge
 from ray_sql.tasks import TaskName
+
+# pydantic's models have a method of this name, which nobody calls
+warnings.filterwarnings("ignore", message='Field name "json" in "AskConfig"')
+ASKING = {
+    *("max_new_tokens", "num_beams", "samples", "temperature", "top_p", "ground", "choose"),
+    *("semantics", "timeout", "max_rows", "max_bytes", "max_sql_length"),
+}
+"""Settings of `evaluate` that questions without gold use."""
 
 
 class EvaluateConfig(Config):
@@ -68,6 +77,46 @@ class PublishConfig(JobConfig):
     """Settings of a publication. The run's own folder holds all the rest."""
 
     hub: RepositorySection = RepositorySection()
+
+
+class TunedConfig(JobConfig):
+    """Settings of a job that asks a tuned model. All the rest is in the adapter's config.json."""
+
+    output_name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        description="Ask the adapter of this run in output_dir.",
+    )
+    adapter: str | None = None
+    """Ask the adapter in this folder, URI or Hub repository, not that of a run."""
+    evaluate: AnswersSection = AnswersSection()
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if not self.output_name and not self.adapter:
+            raise ValueError("no adapter to ask: give --output_name of a run, or --adapter")
+        return self
+
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Leave out the settings of scores."""
+        asking = {f"evaluate.{name}" for name in ASKING}
+        return {name for name in super().shown() if "evaluate." not in name or name in asking}
+
+
+class AskConfig(TunedConfig):
+    """Settings of questions from the terminal."""
+
+    question: tuple[str, ...] = ()
+    """Ask this question. Without one, questions are read from the terminal or the standard
+    input."""
+    database: str | None = None
+    """Ask about this database: a SQLite file, an SQLAlchemy URL, or the name of one of the run's
+    own."""
+    json: bool = False  # type: ignore[assignment]
+    """Print a JSON object a question, as the service answers."""
+    corrections: str = "corrections.jsonl"
+    """Append corrected pairs to this file, which `dataset_id` reads."""
 
 
 class TasksConfig(Config):

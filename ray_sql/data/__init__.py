@@ -17,4 +17,4 @@ from ray_sql.data.corpus import (
     why_not_executable,
 )
 from ray_sql.data.formats import parse_lines, read_file, read_text
-from ray_sql.data.splits import load, load_split
+from ray_sql.data.splits import add_schema, load, load_split, read_databases

@@ -69,6 +69,23 @@ def load_split(config: Config, splits: Sequence[str], *, undivided: bool = False
     )
 
 
+def read_databases(config: Config) -> Corpus:
+    """Return the places of the dataset's databases, without questions; `add_schema` reads one."""
+    return replace(read_corpus(_source(config)), splits={}, left_out=(), notes=())
+
+
+def add_schema(corpus: Corpus, db_id: str, config: Config) -> Corpus:
+    """Return a corpus of `read_databases` with the schema that prompts on a database show."""
+    asked = Example(id="", db_id=db_id, question="", gold="")
+    read = _with_schemas(
+        replace(corpus, splits={"": (asked,)}),
+        _source(config),
+        config.prompt.example_values,
+        suites=False,
+    )
+    return replace(corpus, schemas=corpus.schemas | read.schemas)
+
+
 def _executes_suites(config: Config) -> bool:
     executes = TASKS[config.task_type].executes_sql
     return executes and config.evaluate.semantics == "spider"

@@ -126,6 +126,10 @@ class Executor:
         """Run (database, sql) pairs in parallel; return results in the order of the pairs."""
         return self.map(lambda query: self.run(*query, limits), queries, progress)
 
+    def forget(self) -> None:
+        """Drop all cached results: a server's content may have changed."""
+        self._results = _Results()
+
     def map(
         self,
         function: Callable[[Item], Answer],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Self
@@ -12,7 +13,8 @@ from ray_sql.config.sections import AnswersSection
 from ray_sql.generate import decoder, hf_generate, probe
 from ray_sql.generate.decoded import Decoded, make_answer
 from ray_sql.generate.ends import Ends
-from ray_sql.generate.groups import group_prompts
+from ray_sql.generate.groups import Group, group_prompts
+from ray_sql.generate.kept_prefixes import KeptPrefixes
 from ray_sql.generate.name_guard import NameGuard
 from ray_sql.generate.questions import Answer, Question
 from ray_sql.generate.sampling import Sampling
@@ -70,6 +72,43 @@ def answer_questions(
     """
     if not questions:
         return []
+    with ready(model):
+        groups = _groups(model, questions, decoding, on_fallback)
+        return answer_ready(
+            model, tokenizer, questions, decoding, guards, groups=groups, on_answer=on_answer
+        )
+
+
+@contextmanager
+def ready(model: PreTrainedModel) -> Iterator[None]:
+    """Hold a model as answering needs it, its adapter merged, and leave it as it was."""
+    training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        with cpu_linear.merged(model):
+            yield
+    finally:
+        model.train(training)
+        model.config.use_cache = use_cache
+
+
+def answer_ready(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    guards: Mapping[str, NameGuard] | None = None,
+    *,
+    groups: Sequence[Group] | None,
+    kept: KeptPrefixes | None = None,
+    on_answer: OnAnswer | None = None,
+) -> list[Answer]:
+    """Answer as `answer_questions` does, by a model that is `ready`.
+
+    Questions of a group share a prefix, which `kept` may hold. Without groups, each prompt is
+    computed whole.
+    """
     answers: dict[int, Answer] = {}
 
     def keep(index: int, answer: Answer) -> None:
@@ -80,30 +119,29 @@ def answer_questions(
     ends = Ends(model, tokenizer, questions[0].input_ids)
     allows = None if guards is None else _allows(questions, guards, ends)
     wanted = Wanted(decoding.sampling, allows)
-    training, use_cache = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
-    try:
-        with cpu_linear.merged(model):
-            if decoding.num_beams > 1:
-                _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
-            elif reason := _why_not_share(model, questions, decoding):
-                if on_fallback:
-                    on_fallback(reason)
-                _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
-            else:
-                _answer_over_prefixes(model, ends, questions, decoding, wanted, keep)
-    finally:
-        model.train(training)
-        model.config.use_cache = use_cache
+    if groups is None:
+        _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
+    else:
+        _answer_over_prefixes(model, ends, questions, groups, decoding, wanted, keep, kept)
     return [answers[index] for index in range(len(questions))]
 
 
-def _why_not_share(
-    model: PreTrainedModel, questions: Sequence[Question], decoding: Decoding
-) -> str | None:
-    longest = max(len(question.input_ids) for question in questions)
-    return probe.why_not_share(model, longest + decoding.max_new_tokens)
+def _groups(
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    on_fallback: OnFallback | None,
+) -> list[Group] | None:
+    """Return the questions by the prefixes they share; None if the model or beams share none."""
+    if decoding.num_beams > 1:
+        return None
+    prompts = [question.input_ids for question in questions]
+    reason = probe.why_not_share(model, max(map(len, prompts)) + decoding.max_new_tokens)
+    if reason is None:
+        return group_prompts(prompts, [question.db_id for question in questions])
+    if on_fallback:
+        on_fallback(reason)
+    return None
 
 
 def _allows(questions: Sequence[Question], guards: Mapping[str, NameGuard], ends: Ends) -> Allows:
@@ -124,9 +162,11 @@ def _answer_over_prefixes(
     model: PreTrainedModel,
     ends: Ends,
     questions: Sequence[Question],
+    groups: Sequence[Group],
     decoding: Decoding,
     wanted: Wanted,
     keep: OnAnswer,
+    kept: KeptPrefixes | None,
 ) -> None:
     prompts = [question.input_ids for question in questions]
 
@@ -134,7 +174,6 @@ def _answer_over_prefixes(
         constrained = wanted.allows is not None
         keep(index, make_answer(ends, len(prompts[index]), decoded, seconds, constrained))
 
-    groups = group_prompts(prompts, [question.db_id for question in questions])
     decoder.decode(
         model,
         prompts,
@@ -144,6 +183,7 @@ def _answer_over_prefixes(
         ended=ends,
         finish=finish,
         wanted=wanted,
+        kept=kept,
     )
 
 

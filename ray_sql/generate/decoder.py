@@ -30,6 +30,7 @@ from ray_sql.generate.decoded import Decoded
 from ray_sql.generate.draft import Draft
 from ray_sql.generate.groups import Group
 from ray_sql.generate.hf_generate import inference
+from ray_sql.generate.kept_prefixes import KeptPrefixes
 from ray_sql.generate.slots import Ended, Pick, Slot
 from ray_sql.generate.wanted import Wanted
 from ray_sql.models import decode_attention
@@ -64,10 +65,12 @@ def decode(
     ended: Ended,
     finish: Finish,
     wanted: Wanted = GREEDY,
+    kept: KeptPrefixes | None = None,
 ) -> None:
     """Give all prompts the answers that are wanted, `max_num_seqs` prompts at a time.
 
-    None is as many as memory allows, up to `AUTO_NUM_SEQS`.
+    None is as many as memory allows, up to `AUTO_NUM_SEQS`. Prefixes are taken from `kept`, and
+    left there.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     budget = None if max_num_seqs else free_memory(model) // bytes_per_token(model)
@@ -81,6 +84,7 @@ def decode(
             budget=budget,
             max_new_tokens=max_new_tokens,
             wanted=wanted,
+            kept=kept,
         )
         decoder.run(ended, finish)
 
@@ -117,8 +121,10 @@ class Decoder:
         budget: int | None = None,
         max_new_tokens: int = 1,
         wanted: Wanted = GREEDY,
+        kept: KeptPrefixes | None = None,
     ) -> None:
         self._model, self._prompts, self._groups = model, prompts, groups
+        self._kept = kept or KeptPrefixes()
         self._limit, self._max_num_seqs, self._budget = limit, max_num_seqs, budget
         self._max_new_tokens, self._wanted = max_new_tokens, wanted
         self._waiting: deque[tuple[int, int]] = deque()
@@ -167,7 +173,7 @@ class Decoder:
             prefix = self._groups[index].prefix
             if prefix and index not in self._prefixes:
                 started = time.monotonic()
-                self._prefixes[index] = self.prefill(prompt[:prefix])
+                self._prefixes[index] = self._kept.get(prompt[:prefix], self.prefill)
                 self._seconds[question] += time.monotonic() - started
             most = self._max_new_tokens + MAX_GUESSES
             self._numbers[question] = self._wanted.numbers(prompt, most)

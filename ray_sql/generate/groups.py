@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_sql.rows import common_prefix
@@ -41,3 +41,21 @@ def group_prompts(prompts: Sequence[Sequence[int]], databases: Sequence[str]) ->
             groups[databases[index]].append(Group([index], len(prompt) - 1))
     flat = [group for by_database in groups.values() for group in by_database]
     return sorted(flat, key=lambda group: -len(group.members))
+
+
+def group_known(
+    prompts: Sequence[Sequence[int]], databases: Sequence[str], known: Mapping[str, Sequence[int]]
+) -> list[Group]:
+    """Return a group for each database of which the begin of every prompt is known.
+
+    A prompt that begins otherwise is a group of its own, without a prefix.
+    """
+    groups: dict[str, Group] = {}
+    others = []
+    for index, (prompt, database) in enumerate(zip(prompts, databases, strict=True)):
+        begin = list(known[database])
+        if list(prompt[: len(begin)]) != begin or len(prompt) == len(begin):
+            others.append(Group([index], 0))
+            continue
+        groups.setdefault(database, Group([], len(begin))).members.append(index)
+    return [*groups.values(), *others]

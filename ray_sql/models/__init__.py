@@ -8,6 +8,7 @@ from ray_sql.models.demo import DEMO_HUB_ID, DEMO_WHEEL, demo_model, demo_source
 from ray_sql.models.load import (
     check_window,
     compute_dtype,
+    fetch_adapter,
     load_adapter,
     load_base,
     load_tokenizer,

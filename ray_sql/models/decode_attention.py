@@ -36,6 +36,11 @@ class Prefix:
     values: list[torch.Tensor]
     length: int
 
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
 
 @dataclass(frozen=True)
 class PrefixRuns:

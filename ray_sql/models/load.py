@@ -115,7 +115,9 @@ def revision_of(contract: Mapping[str, Any] | None, model_name: str) -> str | No
     return named.get("model_revision") if named.get("model_name") == model_name else None
 
 
-def _fetch_snapshot(model_name: str, revision: str | None, token: SecretStr | None) -> str:
+def _fetch_snapshot(
+    model_name: str, revision: str | None, token: SecretStr | None, flag: str = "--model_name"
+) -> str:
     from huggingface_hub import snapshot_download
 
     try:
@@ -131,10 +133,15 @@ def _fetch_snapshot(model_name: str, revision: str | None, token: SecretStr | No
     except Exception as error:
         which = f"{model_name} at {revision}" if revision else model_name
         raise ModelError(
-            f"--model_name {which}: neither a local folder nor a model that the Hub gives "
+            f"{flag} {which}: neither a local folder nor a model that the Hub gives "
             f"({type(error).__name__}); check the name, the network and --read_token (on a "
             "cluster's other nodes HF_TOKEN), or give a folder or `demo`"
         ) from None
+
+
+def fetch_adapter(name: str, token: SecretStr | None) -> str:
+    """Return the local folder of an adapter on the Hub, fetched once. Raises `ModelError`."""
+    return _fetch_snapshot(name, None, token, "--adapter")
 
 
 def check_window(folder: str, tokens: int, reason: str) -> None:

@@ -1,0 +1,89 @@
+"""A model that stays ready for questions, as a service or a terminal asks them.
+
+It is merged and probed once. The begin of a database's prompts, its schema, is computed once and
+kept while there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ray_sql.generate import probe
+from ray_sql.generate.answers import Decoding, answer_ready, ready
+from ray_sql.generate.groups import Group, group_known
+from ray_sql.generate.kept_prefixes import KeptPrefixes
+from ray_sql.generate.name_guard import NameGuard
+from ray_sql.generate.questions import Answer, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBED_TOKENS = 1024
+"""Lengths are rounded up to a multiple of this before a model is asked whether it can share."""
+
+
+class Answerer:
+    """Answers questions one call after the other; a context manager, for one thread at a time."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most_bytes: int
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._kept = KeptPrefixes(most_bytes)
+        self._probed = 0
+        self._shares = False
+        self._ready = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._ready.enter_context(ready(self._model))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ready.close()
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        decoding: Decoding,
+        begins: Mapping[str, Sequence[int]],
+        guards: Mapping[str, NameGuard] | None = None,
+    ) -> list[Answer]:
+        """Return the answers in the order of the questions, computed together.
+
+        `begins` has the tokens with which the prompts of each database begin.
+        """
+        groups = self._groups(questions, decoding, begins)
+        return answer_ready(
+            self._model,
+            self._tokenizer,
+            questions,
+            decoding,
+            guards,
+            groups=groups,
+            kept=self._kept,
+        )
+
+    def _groups(
+        self, questions: Sequence[Question], decoding: Decoding, begins: Mapping[str, Sequence[int]]
+    ) -> list[Group] | None:
+        prompts = [question.input_ids for question in questions]
+        if decoding.num_beams > 1 or not self._can_share(
+            max(map(len, prompts)) + decoding.max_new_tokens
+        ):
+            return None
+        return group_known(prompts, [question.db_id for question in questions], begins)
+
+    def _can_share(self, longest: int) -> bool:
+        """Tell whether the model can share prefixes at this length; asked once for each size."""
+        if longest > self._probed:
+            self._probed = -(-longest // PROBED_TOKENS) * PROBED_TOKENS
+            self._shares = probe.why_not_share(self._model, self._probed) is None
+        return self._shares
