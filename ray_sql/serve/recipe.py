@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def find(config: TunedConfig) -> Recipe:
     return Recipe(run.changed(places | _given(config)), adapter, name)
 
 
-def _given(config: TunedConfig) -> Mapping[str, Any]:
+def _given(config: TunedConfig) -> dict[str, Any]:
     """Return the settings for answers, and the token, that this command was given."""
     answers = config.evaluate.model_dump(exclude_unset=True)
     token = {"read_token": config.read_token} if config.read_token else {}
