@@ -195,7 +195,9 @@ class _Loader(yaml.SafeLoader):
         """
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         is_switch = tag.endswith(":bool") and value.lower() not in ("true", "false")
-        return _TEXT if is_switch or tag.endswith(":timestamp") else tag
+        if is_switch or tag.endswith(":timestamp"):
+            return _TEXT
+        return tag
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()

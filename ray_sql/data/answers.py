@@ -152,8 +152,9 @@ def parse_sql(text: str) -> str | None:
     """
     text = after_thoughts(text)
     block = answer_block(text)
-    sql = block.code if block else _without_a_block(text)
-    return _first_statement(one_line(sql)) or None
+    if block is None:
+        return _first_statement(one_line(_without_a_block(text))) or None
+    return _first_statement(one_line(block.code)) or None
 
 
 def answer_block(text: str) -> CodeBlock | None:

@@ -105,12 +105,14 @@ def _sqlite_file(url: str) -> str:
 def called(name: str, known: Iterable[str]) -> str:
     """Return the database that is meant by a name, which is the name itself where it is known.
 
-    It may be a file's name or path, differ in case, or be composed of other characters that look
-    the same: a file from macOS writes é as two.
+    It may be a file's name or path, or differ in case. Its letters may be composed in another way:
+    a file from macOS writes é as two.
     """
     names = list(known)
     alike = [one for one in names if _plain(one) == _plain(name)]
-    return alike[0] if len(alike) == 1 and name not in names else name
+    if name in names or len(alike) != 1:
+        return name
+    return alike[0]
 
 
 def _plain(name: str) -> str:

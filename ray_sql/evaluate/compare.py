@@ -69,7 +69,9 @@ def _answers(place: str) -> str:
     """Return the file of judged answers that a user means: the file, or that of a run's folder."""
     uri = storage.absolute_uri(place)
     inside = RunFolder(uri).predictions()
-    return inside if not uri.endswith(".jsonl") and storage.exists(inside) else uri
+    if not uri.endswith(".jsonl") and storage.exists(inside):
+        return inside
+    return uri
 
 
 def compare_files(a: str, b: str) -> dict[str, Any]:
