@@ -98,7 +98,7 @@ def _named(corpus: Corpus, split: str) -> Corpus:
     return replace(corpus, splits={split: examples}, left_out=left_out)
 
 
-def _source(config: Config, splits: Sequence[str]) -> Source:
+def _source(config: Config, splits: Sequence[str] = ()) -> Source:
     token = config.read_token.get_secret_value() if config.read_token else None
     return Source(
         config.dataset_id, config.task_type, config.data, config.cache, token, tuple(splits)
@@ -188,7 +188,7 @@ def _on_tables(
         left_out += [LeftOut(split, one.id, one.place, reason.format(one.db_id)) for one in lost]
         kept[split] = tuple(one for one in examples if one.db_id not in bare or one.schema_text)
     if bare and not any(kept.values()):
-        raise DataError(f"{left_out[-1].place}: {left_out[-1].reason}")
+        raise DataError(left_out[-1].reason)
     return kept
 
 
