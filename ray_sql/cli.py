@@ -29,7 +29,9 @@ from ray_sql.config import (
     Config,
     EvaluateConfig,
     JobConfig,
+    PipelineConfig,
     PublishConfig,
+    ResultsConfig,
     SweepConfig,
     help_text,
     load,
@@ -115,16 +117,22 @@ JOBS = {
         plan="ray_sql.tune:dry_run",
     ),
     "pipeline": Job(
-        "Sweep, measure and publish, for one task or both; go on after a crash.",
-        SweepConfig,
+        "Sweep, measure and publish one task, or both and what links do for SQL.",
+        PipelineConfig,
         run="ray_sql.tune.pipeline:run",
-        plan="ray_sql.tune:dry_run",
+        plan="ray_sql.tune.pipeline:dry_run",
     ),
     "publish": Job(
         "Push a finished run's adapter to the Hub.",
         PublishConfig,
         run="ray_sql.publish:publish",
         plan="ray_sql.publish:dry_run",
+    ),
+    "results": Job(
+        "Gather answers and scores of runs into one folder, for the Hub as a dataset.",
+        ResultsConfig,
+        run="ray_sql.publish.results:run",
+        files="runs",
     ),
 }
 

@@ -21,6 +21,7 @@ from ray_sql.cluster.events import (
     TrainPoint,
     UnknownEvent,
 )
+from ray_sql.data.shown import ORACLE
 from ray_sql.display import Display, percent
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
@@ -125,10 +126,11 @@ class Progress:
 
 def validation_scores(values: Mapping[str, float]) -> str:
     """Return a checkpoint's validation score as a clause that begins with a comma."""
-    for name in (task.metric for task in TASKS.values()):
-        if f"validation/{name}" in values:
-            share, n = values[f"validation/{name}"], values["validation/n"]
-            return f", validation {name} {percent(share)} of {n:.0f}"
+    for split in ("validation", f"validation{ORACLE}"):
+        for name in (task.metric for task in TASKS.values()):
+            if f"{split}/{name}" in values:
+                share, n = values[f"{split}/{name}"], values["validation/n"]
+                return f", {split} {name} {percent(share)} of {n:.0f}"
     return (
         f", validation loss {values['validation/loss']:.3f}" if "validation/loss" in values else ""
     )

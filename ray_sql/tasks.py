@@ -87,6 +87,7 @@ SCHEMA = Task(
     label="strict recall",
     tie_break="column_f1",
     secondary={
+        "completed_strict_recall": "strict recall, links completed",
         "exact_match": "exact match",
         "table_f1": "table F1",
         "column_f1": "column F1",

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from ray_sql.config.sections import PromptSection
 from ray_sql.data import Example, prompts
 from ray_sql.data.answers import one_line, parse_sql
 from ray_sql.data.linking import gold_links
@@ -246,4 +247,5 @@ def test_gold_is_read_in_the_dialect_of_its_database(dialect: str, sql: str, lin
     schema = replace(schema_of(TABLES), dialect=dialect)
     example = Example("1", "town", "?", sql)
     assert prompts.gold_links(example, {"town": schema}) == links
-    assert set(prompts.shown_schema(example, {"town": schema}, "tables").table_names) == set(links)
+    tables = PromptSection(schema_form="tables")
+    assert set(prompts.shown_schema(example, {"town": schema}, tables).table_names) == set(links)

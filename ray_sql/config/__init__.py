@@ -14,11 +14,13 @@ from ray_sql.config.jobs import (
     CheckConfig,
     CompareConfig,
     EvaluateConfig,
+    PipelineConfig,
     PublishConfig,
+    ResultsConfig,
     SweepConfig,
     TunedConfig,
 )
 from ray_sql.config.load import C, load
 from ray_sql.config.settings import Config, ModelConfig
 from ray_sql.config.urls import absolute, mask_password, mask_secrets, strip_password
-from ray_sql.config.validate import build, differences, flatten, names
+from ray_sql.config.validate import build, differences, flatten, merge, names, nested

@@ -33,8 +33,8 @@ BATCHES = (
 )
 FOLDERS = ("output_dir", "cache_dir", "read_token", "write_token")
 SECTIONS = (
-    *("data", "prompt", "rows", "lora", "quantization", "train", "scaling", "evaluate", "tune"),
-    *("tracking", "hub"),
+    *("data", "prompt", "linking", "rows", "lora", "quantization", "train", "scaling"),
+    *("evaluate", "tune", "tracking", "hub"),
 )
 WORDS = {str: "text", SecretStr: "text", int: "integer", float: "number", bool: "true, false"}
 

@@ -119,6 +119,21 @@ class AskConfig(TunedConfig):
     """Append corrected pairs to this file, which `dataset_id` reads."""
 
 
+class ResultsConfig(JobConfig):
+    """Settings of a folder of results, which others can read and score again."""
+
+    runs: tuple[str, ...] = Field(min_length=1)
+    """Gather the answers and scores in these folders of runs or evaluations."""
+    publish: bool = False
+    """Push the folder to the Hub as a dataset."""
+    hub: RepositorySection = RepositorySection()
+
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Leave out what only models have."""
+        return super().shown() - {f"hub.{name}" for name in ("base_model", "merge", "force")}
+
+
 class TasksConfig(Config):
     """Settings for one task or several."""
 
@@ -149,6 +164,8 @@ class TasksConfig(Config):
     def _named(self, task: TaskName) -> dict[str, Any]:
         named: dict[str, Any] = {"task_type": task}
         if len(self.task_type) > 1:
+            if task == "schema":  # whose prompts must not show its answers
+                named["prompt"] = {"schema_form": "full"}
             named["output_name"] = f"{self.output_name}-{task}"
             if self.hub.repo_id:
                 named["hub"] = {"repo_id": f"{self.hub.repo_id}-{task}"}
@@ -193,5 +210,46 @@ class SweepConfig(TasksConfig):
             raise ValueError(
                 f"hub.push_checkpoints {self.hub.push_checkpoints}: a sweep pushes its best "
                 "adapter only; leave it out"
+            )
+        return self
+
+
+class PipelineConfig(SweepConfig):
+    """Settings of a pipeline: those of a sweep for one task, or for both, one after the other."""
+
+    sweep: bool = True
+    """Sweep each task. Without, train each once, with the settings as they are."""
+
+    def studies(self) -> list[Config]:
+        """Return the settings of each task's study, those of the linker first."""
+        return sorted(super().studies(), key=lambda study: study.task_type != "schema")
+
+    @model_validator(mode="after")
+    def _check_links(self) -> Self:
+        if len(self.task_type) > 1 and self.prompt.links is not None:
+            raise ValueError(
+                f"prompt.links {self.prompt.links}: the pipeline asks without links, with those of "
+                "its own linker, and with gold ones: leave it out"
+            )
+        if self.linking.keep and self.evaluate.samples == 1:
+            raise ValueError(
+                f"linking.keep {self.linking.keep} counts a linker's samples, but evaluate.samples "
+                "is 1: raise it, or leave linking.keep out"
+            )
+        return self
+
+    @property
+    def measures_noise(self) -> bool:
+        """Say whether the generator trains with the noise that its linker is measured to have."""
+        given = {"spare_tables", "spare_columns"} & self.prompt.model_fields_set
+        return len(self.task_type) > 1 and self.prompt.schema_form == "noisy" and not given
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> Self:
+        if self.measures_noise and not self.data.validation_fraction:
+            raise ValueError(
+                "prompt.schema_form noisy: data.validation_fraction 0 leaves no questions to "
+                "measure the linker's mistakes on: raise it, or give prompt.spare_tables and "
+                "prompt.spare_columns"
             )
         return self

@@ -35,6 +35,11 @@ LONGEST = 30 * 24 * 3600.0
 """Seconds, a month: clocks of the libraries take no more than some 10^9."""
 Many = Annotated[int, Field(ge=1, le=MOST)]
 
+NO_LINKS, GOLD = "none", "gold"
+"""Values of `prompt.links` besides the place of a linker."""
+LinkedForm = Literal["tables", "reduced"]
+"""The parts of a schema that links can leave: whole tables, or columns of them."""
+
 
 class Section(BaseModel):
     """Hold settings that belong together; frozen, without unknown names."""
@@ -81,15 +86,64 @@ class PromptSection(Section):
     serializer: Literal["ddl", "compact", "m_schema"] = "ddl"
     """Write a schema as CREATE TABLE statements, as one line a table, or as M-Schema with example
     values."""
-    schema_form: Literal["full", "tables", "reduced"] = "full"
-    """Show all of the schema, the tables the gold SQL needs, or those tables' needed columns and
-    keys."""
+    schema_form: Literal["full", "tables", "reduced", "noisy"] = "full"
+    """Train on all of the schema, on the tables the gold SQL needs, or on those tables' needed
+    columns and keys. `noisy` is the last, among names that a linker would add."""
+    links: str | None = None
+    """Make the schemas of scored questions smaller by these links: `none`, `gold`, a linker's
+    predictions, or its adapter, which is asked first. By default gold's for `tables` and `reduced`.
+    Scores by gold links are called oracle."""
+    spare_tables: float = Field(0.1, ge=0, le=1)
+    """Show each table that is not needed by this chance, under `noisy`: a linker's score
+    `spare_tables`."""
+    spare_columns: float = Field(0.1, ge=0, le=1)
+    """Show each column of a shown table that is not needed by this chance, under `noisy`: a
+    linker's score `spare_columns`."""
+    full_share: float = Field(0.2, ge=0, le=1)
+    """Show this share of the training examples the full schema, under `noisy`."""
     thinking: Literal["off", "on"] = "off"
     """Let a thinking model think before it answers, where its chat template can switch that. `on`
     needs a larger `evaluate.max_new_tokens`, for thoughts are tokens too."""
     example_values: int = Field(0, ge=0, le=20)
     """Show this many example values per column, read from the database. Only `m_schema` writes
     them."""
+
+    @property
+    def asked_links(self) -> str:
+        """Whose links make the schemas of scored questions smaller."""
+        return self.links or (GOLD if self.schema_form in ("tables", "reduced") else NO_LINKS)
+
+    @property
+    def links_kind(self) -> Literal["none", "gold", "predicted"]:
+        """The kind of these links, without the place of a linker."""
+        match self.asked_links:
+            case "none" | "gold" as kind:
+                return kind
+            case _:
+                return "predicted"
+
+    def of_training(self) -> dict[str, Any]:
+        """Return the settings that shape training examples, as plain values."""
+        noise = {"spare_tables", "spare_columns", "full_share"}
+        unused = {"links"} if self.schema_form == "noisy" else {"links", *noise}
+        return self.model_dump(exclude=unused)
+
+
+class LinkingSection(Section):
+    """Choose what is made of links before they make a schema smaller."""
+
+    form: LinkedForm | None = None
+    """Show linked tables whole, or their linked columns and keys. By default as prompt.schema_form
+    was trained, and whole where that is full."""
+    complete: bool = True
+    """Add keys, and the tables on the way between linked ones, to a linker's links."""
+    keep: float | None = Field(None, gt=0, le=1)
+    """Keep what this share of a linker's samples names: less keeps more. By default its chosen
+    answer is taken."""
+
+    def form_of(self, trained: str) -> LinkedForm:
+        """Return the form of linked schemas for a model that was trained on this form."""
+        return self.form or ("reduced" if trained in ("reduced", "noisy") else "tables")
 
 
 class RowsSection(Section):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ray_sql.config.base import TOKENS, JobConfig
 from ray_sql.config.batching import (
@@ -23,10 +23,12 @@ from ray_sql.config.batching import (
 )
 from ray_sql.config.sections import (
     MOST,
+    NO_LINKS,
     AnswersSection,
     DataSection,
     EvaluateSection,
     HubSection,
+    LinkingSection,
     LoraSection,
     PrecisionSection,
     PromptSection,
@@ -70,15 +72,11 @@ class ModelConfig(JobConfig):
     schema."""
     data: QuestionsSection = QuestionsSection()
     prompt: PromptSection = PromptSection()
+    linking: LinkingSection = LinkingSection()
     quantization: QuantizationSection = QuantizationSection()
     train: PrecisionSection = PrecisionSection()
     scaling: ScalingSection = ScalingSection()
     evaluate: AnswersSection = AnswersSection()
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _split_names(cls, given: Any) -> Any:
-        return given.split(",") if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _check_example_values(self) -> Self:
@@ -101,6 +99,11 @@ class ModelConfig(JobConfig):
             raise ValueError(
                 f"prompt.schema_form {self.prompt.schema_form} shows the answer of task_type "
                 f"{self.task_type} in its prompt: use full"
+            )
+        if not self._executes_sql() and self.prompt.asked_links != NO_LINKS:
+            raise ValueError(
+                f"prompt.links {self.prompt.links}: task_type {self.task_type} finds links, and is "
+                "shown none: leave it out"
             )
         return self
 
@@ -360,6 +363,7 @@ class Config(ModelConfig):
     def identity(self) -> str:
         """Return 12 hex digits that change when a setting that shapes the adapter changes."""
         settings = self.model_dump(mode="json", include=IDENTITY)
+        settings["prompt"] = self.prompt.of_training()
         settings["train"]["global_batch_size"] = self.batching.global_batch_size
         if self.prompt.thinking == "off":  # runs of versions that knew no thinking go on
             settings["prompt"].pop("thinking")

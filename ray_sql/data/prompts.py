@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from ray_sql.config.sections import PromptSection
 from ray_sql.data import Example, linking
 from ray_sql.data.answers import one_line
-from ray_sql.database import Form, Links, Schema, render, restrict
+from ray_sql.data.noise import noisy_schema
+from ray_sql.database import Links, Schema, render, restrict
 from ray_sql.errors import DataError
 from ray_sql.tasks import Task
 
@@ -23,19 +24,23 @@ def schema_text(example: Example, schemas: Mapping[str, Schema], prompt: PromptS
     """Return the schema as the prompt shows it: the dataset's own text, or else our rendering."""
     if example.schema_text:
         return example.schema_text
-    return render(shown_schema(example, schemas, prompt.schema_form), prompt.serializer)
+    return render(shown_schema(example, schemas, prompt), prompt.serializer)
 
 
-def shown_schema(example: Example, schemas: Mapping[str, Schema], form: Form) -> Schema:
-    """Return the part of the example's schema that a prompt shows.
+def shown_schema(example: Example, schemas: Mapping[str, Schema], prompt: PromptSection) -> Schema:
+    """Return the part of the example's schema that a prompt shows in training.
 
     Raises:
-        LinkError: `form` needs the links of the gold SQL, which cannot be found.
+        LinkError: it needs the links of the gold SQL, which cannot be found.
     """
     schema = schemas[example.db_id]
-    if form == "full":
-        return schema
-    return restrict(schema, linking.gold_links(example.gold, schema), form)
+    match prompt.schema_form:
+        case "full":
+            return schema
+        case "noisy":
+            return noisy_schema(example, schema, prompt)
+        case form:
+            return restrict(schema, linking.gold_links(example.gold, schema), form)
 
 
 def messages(task: Task, schema: str, question: str, evidence: str = "") -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ holds no environment variable and no open file of the parent. On a server querie
 child, so the guards differ: `postgres_worker` lists them, and the risks left to the role's rights.
 """
 
+from ray_sql.database.join_paths import complete
 from ray_sql.database.pool import Executor
 from ray_sql.database.query import (
     MOST_ANALYSED,

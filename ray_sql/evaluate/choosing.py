@@ -29,7 +29,7 @@ from math import comb, exp
 from typing import Any
 
 from ray_sql.config.sections import Way
-from ray_sql.database import Executor, QueryResult
+from ray_sql.database import Executor, Links, QueryResult
 from ray_sql.metrics import Semantics, execution_match, is_ordered, prepare_spider
 
 WAYS: tuple[Way, ...] = ("greedy", "first_executable", "vote", "weighted_vote")
@@ -151,7 +151,7 @@ def choose_links(greedy: str | None, proposals: Sequence[Proposal]) -> Choices:
     """Choose links, JSON objects as text, by votes for each table and column."""
     keys: dict[str, int] = {}
     result_keys: list[int | None] = []
-    links: list[dict[str, list[str]] | None] = []
+    links: list[Links | None] = []
     for index, proposal in enumerate(proposals):
         if proposal.predicted is None:
             result_keys.append(None)
@@ -169,8 +169,8 @@ def choose_links(greedy: str | None, proposals: Sequence[Proposal]) -> Choices:
     by_probability = [0.0] * len(links)
     for index in {result_keys[index]: index for index in reversed(parsed)}.values():
         by_probability[index] = proposals[index].probability
-    chosen["vote"] = json.dumps(_voted_links(links, equal))
-    chosen["weighted_vote"] = json.dumps(_voted_links(links, by_probability))
+    chosen["vote"] = json.dumps(voted_links(links, equal))
+    chosen["weighted_vote"] = json.dumps(voted_links(links, by_probability))
     return Choices(chosen, result_keys)
 
 
@@ -178,18 +178,21 @@ def _canonical(links: Any) -> str:
     return json.dumps({table: sorted(columns) for table, columns in sorted(links.items())})
 
 
-def _voted_links(
-    links: Sequence[dict[str, list[str]] | None], weights: Sequence[float]
-) -> dict[str, list[str]]:
-    """Return the tables and columns with enough of the weight, in the order of first mention."""
+def voted_links(
+    links: Sequence[Links | None], weights: Sequence[float], keep: float = KEPT_SHARE
+) -> Links:
+    """Return the tables and columns with this share of the weight, in the order of first mention.
+
+    A column with enough of it keeps its table.
+    """
     votes: dict[tuple[str, str | None], float] = defaultdict(float)
     for answer, weight in zip(links, weights, strict=True):
         for table, columns in (answer or {}).items():
             votes[table, None] += weight
             for column in dict.fromkeys(columns):
                 votes[table, column] += weight
-    enough = KEPT_SHARE * sum(weights)
-    kept: dict[str, list[str]] = {}
+    enough = keep * sum(weights) * (1 - 1e-9)  # 0.3 * 10 is a little more than 3
+    kept: Links = {}
     for (table, name), votes_for in votes.items():
         if votes_for < enough:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_sql.config.sections import AnswersSection
 from ray_sql.data import linking
-from ray_sql.database import Executor, Schema
+from ray_sql.database import Executor, Schema, complete
 from ray_sql.evaluate.judge_sql import Progress
 from ray_sql.evaluate.shares import (
     clustered,
@@ -20,7 +20,7 @@ from ray_sql.evaluate.shares import (
     share,
     without_gold_errors,
 )
-from ray_sql.metrics import PRF, Counts, LinkingScore, score_links, summarise_links
+from ray_sql.metrics import PRF, Counts, LinkingScore, score_links, spare_names, summarise_links
 from ray_sql.metrics.judged import HARDNESS, JudgedRow, grouped, is_right
 
 
@@ -56,7 +56,12 @@ def _verdict_fields(row: JudgedRow, schema: Schema | None) -> dict[str, Any]:
         }
     predicted = json.loads(row["predicted"]) if row["predicted"] is not None else None
     names = {table.name: table.column_names for table in schema.tables} if schema else None
-    score = score_links(json.loads(row["gold"]), predicted, names)
+    gold = json.loads(row["gold"])
+    score = score_links(gold, predicted, names)
+    fields: dict[str, Any] = {"linking": asdict(score)}
+    if schema and names and predicted is not None:
+        fields["linking_completed"] = asdict(score_links(gold, complete(predicted, schema)))
+        fields["spare"] = asdict(spare_names(gold, predicted, names))
     verdict, error, kind = "wrong", None, "missing names"
     if not score.parsed:
         verdict, error, kind = "error", "no JSON object of tables and columns", "unparsable"
@@ -64,7 +69,7 @@ def _verdict_fields(row: JudgedRow, schema: Schema | None) -> dict[str, Any]:
         verdict, kind = "correct", "none"
     elif score.strict_recall:
         kind = "extra names"
-    return {"verdict": verdict, "error": error, "error_kind": kind, "linking": asdict(score)}
+    return {"verdict": verdict, "error": error, "error_kind": kind, **fields}
 
 
 def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, Any]:
@@ -75,6 +80,7 @@ def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, 
     return {
         **_recall(counted),
         **_name_scores(counted),
+        **_completed_scores(counted),
         **gold_counts(rows),
         "by_hardness": {level: _recall(group) for level, group in by_hardness.items()},
         "by_database": {db_id: _recall(group) for db_id, group in by_database.items()},
@@ -131,6 +137,35 @@ def _with_intervals(kind: str, micro: PRF, macro: PRF, counts: Sequence[Counts])
         scores |= resampled(f"{kind}_{key}", parts)
         scores |= resampled(f"{kind}_{key}_macro", means)
     return scores
+
+
+def _completed_scores(rows: Sequence[JudgedRow]) -> dict[str, Any]:
+    """Return the strict recall of completed links, and how many names too many a linker gives.
+
+    `spare_tables` is the chance that an unneeded table is named, `spare_columns` the same of an
+    unneeded column of a named table. Empty where no schema is known.
+    """
+    completed = [row["linking_completed"] for row in rows if "linking_completed" in row]
+    if not completed:
+        return {}
+    tables, columns = ([Counts(**one[kind]) for one in completed] for kind in ("tables", "columns"))
+    recalled = sum(
+        table.shared == table.gold and column.shared == column.gold
+        for table, column in zip(tables, columns, strict=True)
+    )
+    spare = [row["spare"] for row in rows if "spare" in row]
+    return {
+        "completed_strict_recall": share(recalled, len(rows)),
+        "completed_strict_recall_interval": interval(recalled, len(rows)),
+        "completed_table_precision": sum(tables, Counts(0, 0, 0)).scores.precision,
+        "completed_column_precision": sum(columns, Counts(0, 0, 0)).scores.precision,
+        **{
+            f"spare_{kind}": share(
+                sum(one[kind] for one in spare), sum(one[f"of_{kind}"] for one in spare)
+            )
+            for kind in ("tables", "columns")
+        },
+    }
 
 
 def _linking_score(row: JudgedRow) -> LinkingScore:

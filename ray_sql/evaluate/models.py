@@ -15,6 +15,7 @@ from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
 from ray_sql.config import Config
 from ray_sql.data import Corpus
 from ray_sql.data.contract import check_contract, make_contract
+from ray_sql.data.shown import AskedLinks
 from ray_sql.database import Schema
 from ray_sql.display import Display
 from ray_sql.errors import ContractError
@@ -128,14 +129,17 @@ def _ask(
 
 
 def scored_questions(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config, links: AskedLinks
 ) -> list[Question]:
-    """Return the questions of `config.split`, at most `evaluate.limit` of each split."""
+    """Return the questions of `config.split`, at most `evaluate.limit` of each split.
+
+    `links` make their schemas smaller.
+    """
     encoder = Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
     questions = []
     for split in config.split:
         examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-        questions += generate.make_questions(examples, split, corpus, encoder)
+        questions += generate.make_questions(examples, split, corpus, encoder, links)
     return questions
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from ray_sql import data, generate, models, tracking
 from ray_sql.config import Config, EvaluateConfig, absolute
+from ray_sql.config.sections import NO_LINKS
+from ray_sql.data.shown import AskedLinks
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.evaluate import predictions_file, results
+from ray_sql.evaluate.linker import asked_links, is_adapter
 from ray_sql.evaluate.models import check_adapter, evaluate_models, scored_questions
 from ray_sql.evaluate.scored import load_scored
 from ray_sql.metrics.judged import Evaluation
@@ -31,18 +34,21 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
     with Display() as display:
         if config.dry_run:
-            for line in _plan(config):
+            for line in _plan(config, display):
                 display.line(line)
             return {}
         folder.require_ours()
+        facts: dict[str, Any] = {}
         if config.predictions_file:
             path = absolute(config.predictions_file)
             evaluation = predictions_file.evaluate_file(path, config, display)
         else:
-            evaluation = _evaluate_models(config, config.adapter, display)
+            evaluation, facts = _evaluate_models(config, config.adapter, display)
         metrics = {
             "task_type": config.task_type,
             "dataset_id": config.dataset_id,
+            "links": NO_LINKS if config.predictions_file else config.prompt.links_kind,
+            **facts,
             **results.summarise(evaluation, TASKS[config.task_type], config.evaluate),
         }
         folder.write_settings(config.public())
@@ -53,7 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return metrics
 
 
-def _plan(config: EvaluateConfig) -> Iterator[str]:
+def _plan(config: EvaluateConfig, display: Display) -> Iterator[str]:
     """Yield lines on what would be scored, after reading it; with a model, one of its prompts."""
     corpus = load_scored(config, config.adapter)
     if config.predictions_file:
@@ -63,7 +69,12 @@ def _plan(config: EvaluateConfig) -> Iterator[str]:
     else:
         base, _ = models.resolve(config.model_name, config.cache, config.read_token)
         tokenizer = models.load_tokenizer(base)
-        for first in scored_questions(corpus, tokenizer, config)[:1]:
+        links = AskedLinks()
+        if is_adapter(config.prompt.asked_links):
+            yield f"links     the linker {config.prompt.links} would be asked first"
+        else:
+            links = asked_links(config, corpus, display)
+        for first in scored_questions(corpus, tokenizer, config, links)[:1]:
             yield f"--- prompt ---\n{tokenizer.decode(first.input_ids)}\n--- plan ---"
         source = config.model_name + (f" and --adapter {config.adapter}" if config.adapter else "")
     yield from data.remarks(corpus.notes, corpus.left_out)
@@ -74,7 +85,10 @@ def _plan(config: EvaluateConfig) -> Iterator[str]:
     )
 
 
-def _evaluate_models(config: Config, adapter: str | None, display: Display) -> Evaluation:
+def _evaluate_models(
+    config: Config, adapter: str | None, display: Display
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Return the judged answers, and the mean tokens of a prompt."""
     corpus = load_scored(config, adapter)
     predictions_file.require_executable(corpus, TASKS[config.task_type])
     predictions_file.show_remarks(corpus, RunFolder(config.run_dir), display)
@@ -86,8 +100,10 @@ def _evaluate_models(config: Config, adapter: str | None, display: Display) -> E
     folder, revision = models.resolve(config.model_name, config.cache, config.read_token, pinned)
     if adapter:
         check_adapter(adapter, config, folder, revision)
-    questions = scored_questions(corpus, models.load_tokenizer(folder), config)
+    links = asked_links(config, corpus, display)
+    questions = scored_questions(corpus, models.load_tokenizer(folder), config, links)
     generate.check_window(folder, questions, config.evaluate.max_new_tokens)
     progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
     schemas = corpus.judged_schemas(TASKS[config.task_type])
-    return evaluate_models(config, questions, schemas, folder, adapter, display, progress)
+    evaluation = evaluate_models(config, questions, schemas, folder, adapter, display, progress)
+    return evaluation, {"prompts": generate.token_counts(questions)}

@@ -7,6 +7,7 @@ same functions choose checkpoints, evaluate models after training, and score a p
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,9 @@ def _with_cut(row: JudgedRow, max_new_tokens: int) -> JudgedRow:
 def summarise(rows: Sequence[JudgedRow], task: Task, settings: AnswersSection) -> dict[str, Any]:
     """Return the scores of one split as plain JSON values; the first key is the main score."""
     by_way = candidates.scores(without_gold_errors(rows), task)
-    return JUDGES[task.name].summarise(rows, settings) | by_way
+    whole = Counter(row["full_schema"] for row in rows if "full_schema" in row)
+    shown = {"full_schema": dict(whole.most_common())} if whole else {}
+    return JUDGES[task.name].summarise(rows, settings) | by_way | shown
 
 
 def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) -> JudgedRow:
@@ -125,7 +128,8 @@ def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) ->
     }
     if is_cut:
         row["cut_off"] = True
-    return row
+    shown = {"links": question.links, "full_schema": question.full_schema}
+    return row | {name: value for name, value in shown.items() if value is not None}
 
 
 LEVEL_METRICS = {*(task.metric for task in TASKS.values()), "exact_set_match"}

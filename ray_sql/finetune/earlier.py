@@ -13,6 +13,10 @@ from ray_sql.store.run_folder import RunFolder
 
 SCORING_SETTINGS = (
     "split",
+    "prompt.links",
+    "linking.form",
+    "linking.complete",
+    "linking.keep",
     "evaluate.semantics",
     "evaluate.keep_distinct",
     "evaluate.limit",

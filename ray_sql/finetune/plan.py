@@ -113,6 +113,11 @@ def _scoring(prepared: Prepared) -> Iterator[str]:
     task = TASKS[config.task_type]
     rule = f"semantics {config.evaluate.semantics}" if task.executes_sql else f"by {task.label}"
     yield f"scoring   {models} on {', '.join(counts)}, {rule}"
+    match config.prompt.links_kind:
+        case "gold":
+            yield "          over schemas made smaller by gold links: an oracle, not a result"
+        case "predicted":
+            yield f"          over schemas made smaller by the links of {config.prompt.links}"
     yield from _precision(sum(sizes.values()))
     if not task.executes_sql:
         return

@@ -18,7 +18,10 @@ from ray_sql.config import Config, strip_password
 from ray_sql.data import Corpus, Example, LeftOut
 from ray_sql.data.contract import make_contract
 from ray_sql.database import Schema
+from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
+from ray_sql.evaluate.linker import asked_links
+from ray_sql.evaluate.models import scored_questions
 from ray_sql.finetune import gold
 from ray_sql.generate import Question
 from ray_sql.rows import Audit
@@ -58,15 +61,14 @@ class Prepared:
         """The optimizer steps of the run."""
         return self.config.batching.steps(self.audit.rows)
 
-    def questions(self) -> list[Question]:
+    def questions(self, display: Display | None = None) -> list[Question]:
         """Return the questions to score, at most `evaluate.limit` of each split.
 
         Raises `ModelError` for a prompt that is longer than the model's window.
         """
-        settings, questions = self.config.evaluate, list[Question]()
-        for split in self.config.split:
-            questions += self._questions(split, settings.limit)
-        generate.check_window(self.model_folder, questions, settings.max_new_tokens)
+        links = asked_links(self.config, self.corpus, display or Display())
+        questions = scored_questions(self.corpus, self.tokenizer, self.config, links)
+        generate.check_window(self.model_folder, questions, self.config.evaluate.max_new_tokens)
         return questions
 
     def validation(self) -> list[Question]:
@@ -78,7 +80,9 @@ class Prepared:
         failing = {row["id"] for row in self.gold_errors if row["split"] == "validation"}
         usable = [
             question
-            for question in self._questions("validation", None)
+            for question in generate.make_questions(
+                self.corpus.splits["validation"], "validation", self.corpus, self.encoder
+            )
             if question.gold and question.id not in failing and (question.database or not executes)
         ]
         return list(data.sample(usable, count, self.config.seed))
@@ -91,10 +95,6 @@ class Prepared:
         by_id = {example.id: example for example in self.corpus.splits["validation"]}
         examples = [by_id[question.id] for question in self.validation()]
         return rows.build(examples, self.encoder, self.config.rows)[0]
-
-    def _questions(self, split: str, limit: int | None) -> list[Question]:
-        examples = data.sample(self.corpus.splits[split], limit, self.config.seed)
-        return generate.make_questions(examples, split, self.corpus, self.encoder)
 
     @property
     def judged_schemas(self) -> dict[str, Schema]:
@@ -139,7 +139,6 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         min(audit.longest, config.rows.max_length),
         "an example has {tokens}: lower --rows.max_length and choose --rows.too_long",
     )
-    models.check_vocabulary(folder, rows.largest_token(file))
     contract = make_contract(config, tokenizer, revision)
     left_out = [*corpus.left_out, *left_out, *_unlinkable(train, audit)]
     return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing, left_out)

@@ -44,6 +44,7 @@ def conclude(
         "task_type": config.task_type,
         "model_name": config.model_name,
         "dataset_id": config.dataset_id,
+        "links": config.prompt.links_kind,
         "data_fingerprint": prepared.corpus.fingerprint(),
         "identity": config.identity(),
         "weights_sha256": (folder.adapter.read_contract() or {}).get("weights_sha256"),

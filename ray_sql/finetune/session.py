@@ -58,7 +58,7 @@ class Session:
         self.display.end("reading data")
         require_same_data(self.prepared.corpus, config)
         self.check()
-        self.questions = self.prepared.questions()
+        self.questions = self.prepared.questions(self.display)
         self.start_ray()
         for line in self.plan():
             self.display.line(line)

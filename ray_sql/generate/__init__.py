@@ -6,6 +6,7 @@ models that cannot share a prefix go through transformers (`hf_generate`).
 """
 
 from ray_sql.generate.answer_cache import VERSION, AnswerCache
+from ray_sql.generate.groups import token_counts
 from ray_sql.generate.questions import (
     Answer,
     Candidate,

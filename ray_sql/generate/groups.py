@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ray_sql.generate.questions import Question
 from ray_sql.rows import common_prefix
 
 
@@ -59,3 +60,18 @@ def group_known(
             continue
         groups.setdefault(database, Group([], len(begin))).members.append(index)
     return [*groups.values(), *others]
+
+
+def token_counts(questions: Sequence[Question]) -> dict[str, float]:
+    """Return the mean tokens of a prompt, and those computed where prompts that begin alike share.
+
+    With links of its own, a question has a schema of its own, and shares less.
+    """
+    prompts = [question.input_ids for question in questions]
+    groups = group_prompts(prompts, [question.db_id for question in questions])
+    tokens, count = sum(map(len, prompts)), max(1, len(prompts))
+    saved = sum(group.prefix * (len(group.members) - 1) for group in groups)
+    return {
+        "prompt_tokens": round(tokens / count, 1),
+        "computed_tokens": round((tokens - saved) / count, 1),
+    }

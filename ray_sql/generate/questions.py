@@ -6,7 +6,6 @@ a line of JSON. So generation runs on machines that see neither the dataset nor 
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,8 @@ from pathlib import Path
 from ray_sql import models
 from ray_sql.config import strip_password
 from ray_sql.data import Corpus, Example, prompts
-from ray_sql.data.linking import LinkError
+from ray_sql.data.linking import LinkError, format_links
+from ray_sql.data.shown import AskedLinks, ShownSchema
 from ray_sql.files import parse_json
 from ray_sql.metrics import hardness
 from ray_sql.rows import Encoder
@@ -39,6 +39,10 @@ class Question:
     """Where SQL is executed: a path or a URL."""
     input_ids: list[int]
     """The tokens of the prompt."""
+    links: str | None = None
+    """The links that its schema was made smaller by, as JSON text."""
+    full_schema: str | None = None
+    """Why its schema is shown whole, where links should have made it smaller."""
 
 
 @dataclass(frozen=True)
@@ -68,31 +72,40 @@ class Answer:
 
 
 def make_questions(
-    examples: Iterable[Example], split: str, corpus: Corpus, encoder: Encoder
+    examples: Iterable[Example],
+    split: str,
+    corpus: Corpus,
+    encoder: Encoder,
+    links: AskedLinks | None = None,
 ) -> list[Question]:
-    """Return the examples of a split as questions."""
-    return [
-        Question(
-            id=example.id,
-            split=split,
-            db_id=example.db_id,
-            question=example.question,
-            gold=gold_answer(example, corpus, encoder.task),
-            hardness=example.hardness or hardness(example.gold),
-            database=corpus.executable(example.db_id),
-            input_ids=encoder.encode_question(example),
+    """Return the examples of a split as questions.
+
+    `links` make their schemas smaller. Without, prompts are as they are trained on.
+    """
+    questions = []
+    for example in examples:
+        shown = ShownSchema(None)
+        if links is not None:
+            shown = links.show(split, example, corpus.schemas)
+        questions.append(
+            Question(
+                id=example.id,
+                split=links.split_name(split) if links else split,
+                db_id=example.db_id,
+                question=example.question,
+                gold=gold_answer(example, corpus, encoder.task),
+                hardness=example.hardness or hardness(example.gold),
+                database=corpus.executable(example.db_id),
+                input_ids=encoder.encode_question(example, shown.schema),
+                links=None if shown.links is None else format_links(shown.links),
+                full_schema=shown.why_whole,
+            )
         )
-        for example in examples
-    ]
+    return questions
 
 
 def check_window(folder: str, questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Raise `ModelError` if a prompt and its answer are longer than the model of `folder` reads.
-
-    Raises it, too, for a token that the model does not have.
-    """
-    tokens = itertools.chain.from_iterable(question.input_ids for question in questions)
-    models.check_vocabulary(folder, max(tokens, default=0))
+    """Raise `ModelError` if a prompt and its answer are longer than the model of `folder` reads."""
     longest = max((len(question.input_ids) for question in questions), default=0)
     shorter = (
         "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"

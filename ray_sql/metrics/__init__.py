@@ -23,7 +23,14 @@ from ray_sql.metrics.judge import (
     judge_many,
     time_pair,
 )
-from ray_sql.metrics.linking import PRF, Counts, LinkingScore, score_links, summarise_links
+from ray_sql.metrics.linking import (
+    PRF,
+    Counts,
+    LinkingScore,
+    score_links,
+    spare_names,
+    summarise_links,
+)
 from ray_sql.metrics.match import (
     Semantics,
     bird_match,

@@ -128,6 +128,32 @@ def score_links(gold: Links, predicted: Links | None, schema: Links | None = Non
     )
 
 
+@dataclass(frozen=True)
+class SpareNames:
+    """The unneeded names in a prediction, and `of_` how many there could be.
+
+    Columns are those of the tables that it names.
+    """
+
+    tables: int
+    of_tables: int
+    columns: int
+    of_columns: int
+
+
+def spare_names(gold: Links, predicted: Links, schema: Links) -> SpareNames:
+    """Count the names of the schema that a prediction has and gold does not need."""
+    (gold_tables, gold_columns), (tables, columns) = _names(gold), _names(predicted)
+    all_tables, all_columns = _names(schema)
+    unneeded = {name for name in all_columns - gold_columns if name[0] in tables}
+    return SpareNames(
+        len((tables & all_tables) - gold_tables),
+        len(all_tables - gold_tables),
+        len(columns & unneeded),
+        len(unneeded),
+    )
+
+
 def summarise_links(scores: Sequence[LinkingScore]) -> LinkingSummary:
     """Aggregate the scores of at least one question."""
     if not scores:

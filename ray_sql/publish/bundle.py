@@ -23,7 +23,7 @@ from ray_sql.store import weights
 from ray_sql.store.run_folder import ADAPTER_CONFIG, CONFIG, CONTRACT, METRICS, RunFolder
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
-PLACES = {"output_dir", "cache_dir", "prev_checkpoint"}
+PLACES = {"output_dir", "cache_dir", "prev_checkpoint", "adapter", "predictions_file"}
 """Settings that name places on one machine. In sections: `databases`, `storage_path`, `uri`."""
 
 
@@ -267,13 +267,20 @@ def public_adapter_config(
 
 def published_settings(config: Config, base_model: str) -> dict[str, Any]:
     """Return the run's settings without the places that they name on this machine."""
-    settings = {
-        name: value for name, value in config.public().items() if name not in PLACES | {"hub"}
-    }
-    settings |= {"model_name": base_model, "dataset_id": public_name(config.dataset_id)}
+    public = {"model_name": base_model, "dataset_id": public_name(config.dataset_id)}
+    return without_places(config.public()) | public
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without places on this machine; of a linker's, its last part is left."""
+    kept = {name: value for name, value in settings.items() if name not in PLACES | {"hub"}}
     for section, name in (("data", "databases"), ("scaling", "storage_path"), ("tracking", "uri")):
-        del settings[section][name]
-    return settings
+        if section in kept:
+            kept[section] = {key: value for key, value in kept[section].items() if key != name}
+    links = kept["prompt"].get("links")
+    if links is not None:
+        kept["prompt"] = {**kept["prompt"], "links": links.rstrip("/").rpartition("/")[2]}
+    return kept
 
 
 def public_name(dataset_id: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import SecretStr
 
@@ -54,6 +54,11 @@ class Hub:
     api: Any
     repo_id: str
     private: bool
+    kind: Literal["model", "dataset"] = "model"
+
+    @property
+    def _repo(self) -> dict[str, str]:
+        return {"repo_id": self.repo_id, "repo_type": self.kind}
 
     def base_model(self) -> str | None:
         """Return the base model that the repository names.
@@ -86,7 +91,7 @@ class Hub:
 
         with _named(f"{self.repo_id} on {self.api.endpoint}"):
             try:
-                return _attempt("reading it", lambda: self.api.model_info(self.repo_id))
+                return _attempt("reading it", lambda: self.api.repo_info(**self._repo))
             except RepositoryNotFoundError:
                 return None
 
@@ -104,23 +109,25 @@ class Hub:
         """
         with _named(f"{self.repo_id} on {self.api.endpoint}"):
             self._create(branch)
-            before = _attempt(
-                "reading it", lambda: self.api.model_info(self.repo_id, revision=branch)
-            ).sha
+            before = _attempt("reading it", lambda: self._at(branch)).sha
             commit = _attempt("the commit", lambda: self._commit(files, message, branch))
             if tag is not None:
                 self._tag(tag, commit)
-        return Pushed(f"{self.api.endpoint}/{self.repo_id}", commit, commit != before)
+        place = "datasets/" if self.kind == "dataset" else ""
+        return Pushed(f"{self.api.endpoint}/{place}{self.repo_id}", commit, commit != before)
+
+    def _at(self, branch: str) -> Any:
+        return self.api.repo_info(**self._repo, revision=branch)
 
     def _create(self, branch: str) -> None:
         _attempt(
             "creating it",
-            lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True),
+            lambda: self.api.create_repo(**self._repo, private=self.private, exist_ok=True),
         )
         if branch != "main":
             _attempt(
                 "the branch",
-                lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True),
+                lambda: self.api.create_branch(**self._repo, branch=branch, exist_ok=True),
             )
 
     def _commit(self, files: Mapping[str, Path | bytes], message: str, branch: str) -> str:
@@ -128,29 +135,33 @@ class Hub:
 
         # asked at every try: an abandoned try may still be carried out, and of two commits with the
         # same parent only one succeeds
-        parent = self.api.model_info(self.repo_id, revision=branch).sha
+        parent = self._at(branch).sha
         # made anew at every try: they remember the repository's content, which a commit may have
         # changed whose answer was lost
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         commit = self.api.create_commit(
-            self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
+            **self._repo,
+            operations=operations,
+            commit_message=message,
+            revision=branch,
+            parent_commit=parent,
         )
         return str(commit.oid)
 
     def _tag(self, name: str, commit: str) -> None:
         from huggingface_hub.errors import RevisionNotFoundError
 
-        tags = _attempt("reading tags", lambda: self.api.list_repo_refs(self.repo_id)).tags
+        tags = _attempt("reading tags", lambda: self.api.list_repo_refs(**self._repo)).tags
         at = next((tag.target_commit for tag in tags if tag.name == name), None)
         if at == commit:
             return
         if at is not None:
             # an earlier try may have removed it, and its answer was lost
             with suppress(RevisionNotFoundError):
-                _attempt("moving the tag", lambda: self.api.delete_tag(self.repo_id, tag=name))
+                _attempt("moving the tag", lambda: self.api.delete_tag(**self._repo, tag=name))
         _attempt(
             "the tag",
-            lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True),
+            lambda: self.api.create_tag(**self._repo, tag=name, revision=commit, exist_ok=True),
         )
 
     def license_of(self, model: str) -> License:
@@ -165,7 +176,12 @@ class Hub:
         return {name: str(value) for name in fields if card and (value := getattr(card, name))}
 
 
-def login(settings: RepositorySection, output_name: str, write_token: SecretStr | None) -> Hub:
+def login(
+    settings: RepositorySection,
+    output_name: str,
+    write_token: SecretStr | None,
+    kind: Literal["model", "dataset"] = "model",
+) -> Hub:
     """Return the repository of the settings, by default named `output_name`. Sends nothing.
 
     Raises `ConfigError` without a token, for one that may only read, and for one that belongs to
@@ -190,7 +206,7 @@ def login(settings: RepositorySection, output_name: str, write_token: SecretStr 
     if "/" not in repo_id:
         repo_id = f"{user}/{repo_id}"
     _require_access(account, repo_id)
-    return Hub(api, repo_id, settings.private)
+    return Hub(api, repo_id, settings.private, kind)
 
 
 def _require_access(account: Mapping[str, Any], repo_id: str) -> None:

@@ -20,6 +20,7 @@ from ray_sql.config.sections import QuantizationSection
 from ray_sql.display import Display
 from ray_sql.errors import DamagedFile, ModelError
 from ray_sql.evaluate import results
+from ray_sql.evaluate.linker import asked_links
 from ray_sql.evaluate.models import adapter_digest, evaluate_models, scored_questions
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
@@ -91,7 +92,8 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
     """Score the merged model on the run's questions, and compare it with the adapter's answers."""
     plain = config.changed({"quantization.load_in_4bit": False})
     corpus = data.load_split(plain, plain.split)
-    questions = scored_questions(corpus, models.load_tokenizer(str(folder)), plain)
+    links = asked_links(plain, corpus, display)
+    questions = scored_questions(corpus, models.load_tokenizer(str(folder)), plain, links)
 
     def show(event: Event) -> None:
         match event:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_sql.data.shown import ORACLE
 from ray_sql.display import printable
 from ray_sql.metrics import wilson_interval
 from ray_sql.metrics.judged import JudgedRow, grouped, is_right
@@ -29,12 +30,13 @@ Share = tuple[float, float, float]
 def figures(metrics: Mapping[str, Any], evaluation: Mapping[str, Rows]) -> dict[str, Figure]:
     """Return figures by file name: scores and databases per split, prompt lengths, and errors."""
     models = list(evaluation)
-    label = f"{TASKS[metrics['task_type']].label}, %"
+    splits = list(metrics[models[0]])
+    by = " by oracle links" if any(split.endswith(ORACLE) for split in splits) else ""
+    label = f"{TASKS[metrics['task_type']].label}{by}, %"
     counted = {
         model: [row for row in rows if row["verdict"] != "gold_error"]
         for model, rows in evaluation.items()
     }
-    splits = list(metrics[models[0]])
     drawn = {f"accuracy_{split}.png": accuracy(metrics, models, split) for split in splits}
     for split in splits:
         in_split = {
@@ -49,7 +51,7 @@ def figures(metrics: Mapping[str, Any], evaluation: Mapping[str, Rows]) -> dict[
     if len(edges) > 1:
         drawn["prompt_tokens.png"] = prompt_tokens(prompted, edges, label)
     if any(row["error_kind"] != "none" for rows in evaluation.values() for row in rows):
-        drawn["errors.png"] = errors(evaluation)
+        drawn["errors.png"] = errors(evaluation, by)
     return drawn
 
 
@@ -256,8 +258,8 @@ def _categories(trials: Rows, name: str) -> list[Any]:
     return [*sorted(numbers), *sorted(values - numbers, key=str)]
 
 
-def errors(evaluation: Mapping[str, Rows]) -> Figure:
-    """Draw each kind of error as a share of each model's questions."""
+def errors(evaluation: Mapping[str, Rows], by: str = "") -> Figure:
+    """Draw each kind of error as a share of each model's questions; `by` ends the title."""
     counts = {
         model: Counter(row["error_kind"] for row in rows if row["error_kind"] != "none")
         for model, rows in evaluation.items()
@@ -280,7 +282,7 @@ def errors(evaluation: Mapping[str, Rows]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("questions, % (and how many)")
     axes.margins(x=0.08)
-    axes.set_title("What goes wrong")
+    axes.set_title(f"What goes wrong{by}")
     _legend(axes)
     return figure
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
+LINKS = {"gold": "the gold SQL's: an oracle", "predicted": "a linker's"}
+"""Whose links made schemas smaller, by their kind in `metrics.json`."""
+
 
 def write(
     folder: RunFolder,
@@ -95,6 +98,7 @@ def facts(metrics: Mapping[str, Any], models: Sequence[str]) -> dict[str, str]:
         "data": metrics["dataset_id"],
         "base model": metrics.get("model_name"),
         "semantics": scores.get("semantics"),
+        "links": LINKS.get(metrics.get("links", "none")),
         "best step": steps,
         "MLflow run": metrics.get("mlflow_run_id"),
     }

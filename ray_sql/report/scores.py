@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ray_sql.data.shown import ORACLE
 from ray_sql.display import percent
 from ray_sql.tasks import Task
 
@@ -119,9 +120,13 @@ def counted(n: int, left_out: int) -> str:
 
 def notes(metrics: Mapping[str, Any], model: str) -> list[str]:
     """Return what must stand beside the scores of a model: what they leave out, and why."""
-    return [
-        f"{split}: {note}" for split, scores in metrics[model].items() for note in _notes(scores)
+    splits = metrics[model].items()
+    oracles = [
+        f"{split}: prompts show the gold links, which nobody has for a new question: a bound"
+        for split, _ in splits
+        if split.endswith(ORACLE)
     ]
+    return [*oracles, *(f"{split}: {note}" for split, scores in splits for note in _notes(scores))]
 
 
 def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
@@ -144,6 +149,8 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
         )
     if unknown := scores.get("by_hardness", {}).get("unknown", {}).get("n", 0):
         yield f"hardness is unknown for {unknown} of {n} questions: Spider grades no such gold"
+    for reason, count in scores.get("full_schema", {}).items():
+        yield f"{count} of {n + failing} prompts show the full schema: {reason}"
     if cut := scores.get("errors", {}).get("cut off", 0):
         yield (
             f"{cut} of {n} answers are not right and were cut off at --evaluate.max_new_tokens; "

@@ -32,7 +32,7 @@ from ray_sql.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_VERSION = 3
+ROWS_VERSION = 2
 """Raise when the code below makes other rows from the same input."""
 
 IGNORED = -100
@@ -116,11 +116,15 @@ class Encoder:
         input_ids = prompt_ids + completion_ids
         return TokenizedExample(example.id, example.db_id, input_ids, len(prompt_ids))
 
-    def encode_question(self, example: Example) -> list[int]:
+    def encode_question(self, example: Example, shown: Schema | None = None) -> list[int]:
         """Return the tokens of an example's prompt, for generation.
 
-        The full schema is shown where the gold SQL does not fit a reduced form of it.
+        `shown` is its schema in the prompt, by default as an example is trained on. The full one is
+        shown where the gold SQL does not fit a reduced form of it.
         """
+        if shown is not None and not example.schema_text:
+            turns = self._turns(example, render(shown, self.prompt.serializer))
+            return encode_prompt(self.tokenizer, self.chat.prompt(turns))
         try:
             turns = self._turns(example)
         except LinkError:
@@ -150,7 +154,7 @@ class Encoder:
                 f"example {example.id}: its schema is a text of the dataset, so --rows.too_long "
                 "trim_schema cannot leave tables out; use drop, or raise --rows.max_length"
             )
-        schema = prompts.shown_schema(example, self.schemas, self.prompt.schema_form)
+        schema = prompts.shown_schema(example, self.schemas, self.prompt)
         needed = {name.lower() for name in prompts.gold_links(example, self.schemas)}
         unused = [table for table in schema.tables if table.name.lower() not in needed]
         tables = list(schema.tables)
@@ -243,14 +247,9 @@ def _require_usable(audit: Audit) -> None:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return prompt tokens as training and generation both see them.
 
-    A chat template writes its own special tokens. Without one the tokenizer adds those that begin a
-    text; an end of text that it adds too would stand before the answer.
+    A chat template writes its own special tokens.
     """
-    ids = list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
-    end = tokenizer.eos_token
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(end)):
-        ids.pop()
-    return ids
+    return list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
 
 
 def write(rows: Sequence[TokenizedExample], file: Path) -> None:
@@ -282,15 +281,6 @@ def read(file: str | Path) -> list[TokenizedExample]:
     return [TokenizedExample(**values) for values in pq.read_table(file).to_pylist()]
 
 
-def largest_token(file: str | Path) -> int:
-    """Return the largest token of the examples in a file."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    column = pq.read_table(file, columns=["input_ids"])["input_ids"]
-    return int(pc.max(pc.list_flatten(column)).as_py())
-
-
 def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection) -> str:
     """Return 24 hex digits over all that rows depend on.
 
@@ -308,7 +298,7 @@ def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection
         ],
         [
             tokenizer_hash(encoder.tokenizer),
-            encoder.prompt.model_dump(),
+            encoder.prompt.of_training(),
             limits.max_length,
             limits.too_long,
         ],

@@ -137,7 +137,7 @@ class Engine:
         left_out = self.prompter.databases[database].schema.left_out
         warnings = [f"not in the schema: {reason}" for reason in left_out]
         form = self.config.prompt.schema_form
-        if form != "full":
+        if form not in ("full", "noisy"):
             warnings.append(
                 f"the adapter was trained with schema_form {form}, which needs gold SQL: the "
                 "prompt shows the full schema"

@@ -43,6 +43,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STUDY = "study.json"
 COMPARISON = "compare.json"
+STAGES = "stages.json"
+README = "README.md"
+"""Files by which a folder of a comparison, of both stages, or of a study's results is known."""
 
 ARTIFACTS = (CONFIG, CONTRACT, METRICS, PREDICTIONS, GOLD_ERRORS, LEFT_OUT, REPORT, ADAPTER)
 """The files that MLflow keeps, where the run has them."""
@@ -200,6 +203,10 @@ class RunFolder(_Folder):
     def sweep_report(self) -> str:
         """The place of the page about a sweep."""
         return self.place("sweep.html")
+
+    def write_stages(self, result: Mapping[str, Any]) -> None:
+        """Write what links do for SQL."""
+        self._write_json(STAGES, result)
 
     @property
     def comparison(self) -> str:

@@ -131,6 +131,15 @@ def _require_main_scores(metrics: Any) -> Any:
 
 
 @with_config(OPEN)
+class ScoredMetrics(TypedDict):
+    """`metrics.json` of a run or an evaluation, whose models have scores by split."""
+
+    task_type: Literal["sql", "schema"]
+    dataset_id: str
+    links: NotRequired[str]
+
+
+@with_config(OPEN)
 class _RunMetrics(TypedDict):
     task_type: str
     base: NotRequired[dict[str, Scores]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_sql import generate, rows
 from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config import Batching, Config
+from ray_sql.data.shown import ORACLE
 from ray_sql.database import Schema
 from ray_sql.evaluate import scoring
 from ray_sql.files import parse_json
@@ -51,6 +52,8 @@ class Validation:
         if settings.ground == "constrain":
             names = {name: schema.lower_names() for name, schema in self._schemas.items()}
             self._guards = guards(names, self._questions)
+        # its prompts show what is trained on
+        self._name = "validation" + ORACLE * (config.prompt.schema_form != "full")
         self._tokenizer, self._batching = tokenizer, batching
         self._decoding = Decoding.from_settings(settings, config.eval_batch_size, config.seed)
 
@@ -76,7 +79,7 @@ class Validation:
         rows = scoring.score(self._questions, answers, self._task, self._settings, self._schemas)
         scores = scoring.summarise(rows, self._task, self._settings)
         objective, tie_break = self._task.objective(scores)
-        metrics |= scoring.mlflow_metrics(scores, "validation")
+        metrics |= scoring.mlflow_metrics(scores, self._name)
         return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
 
     def _loss(self, model: PreTrainedModel) -> float:

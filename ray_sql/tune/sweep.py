@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,22 @@ def run(config: SweepConfig) -> dict[str, dict[str, Any]]:
     Raises `RaySqlError` for what the user can fix.
     """
     studies = config.studies()
-    for one_task in studies:  # what is wrong with the second is known before the first has run
-        space.read(one_task)
-        if one_task.publish:
-            publish.require_publishable(one_task)
+    check(studies)
     try:
         metrics = {study.task_type: run_study(study, config.resume) for study in studies}
     finally:
         cluster.leave_ray()
     if config.publish:
-        _publish(studies, metrics)
+        publish_all(studies, metrics)
     return {str(task): scores for task, scores in metrics.items()}
+
+
+def check(studies: Sequence[Config]) -> None:
+    """Raise for what is wrong with a later study before the first has run."""
+    for study in studies:
+        space.read(study)
+        if study.publish:
+            publish.require_publishable(study)
 
 
 def run_study(config: Config, resume: bool) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _show_finished(config: Config, display: Display) -> dict[str, Any]:
     return metrics
 
 
-def _publish(studies: list[Config], metrics: Mapping[Any, Mapping[str, Any]]) -> None:
+def publish_all(studies: Sequence[Config], metrics: Mapping[Any, Mapping[str, Any]]) -> None:
     """Push every champion; a refused one does not keep the others back."""
     refused = []
     for study in studies:
