@@ -274,3 +274,15 @@ def test_a_dry_run_writes_nothing(
         and "would compare" in capsys.readouterr().out
         and not (tmp_path / "out").exists()
     )
+
+
+@pytest.mark.kind("runs named by their folder")
+@pytest.mark.parametrize("form", ["{}", "{}/", "{}/predictions.jsonl"])
+def test_the_folder_of_a_run_stands_for_its_answers(tmp_path: Path, form: str) -> None:
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder, verdicts in zip(folders, ("cccw", "cwww"), strict=True):
+        folder.mkdir()
+        (folder / "predictions.jsonl").write_text(json_lines(rows(verdicts)))
+    files = [form.format(folder) for folder in folders]
+    result = compare.run(load(CompareConfig, ["--files", *files, "--output_dir", str(tmp_path)]))
+    assert (result["accuracy_a"], result["accuracy_b"]) == (0.75, 0.25)

@@ -189,3 +189,61 @@ def test_addresses_with_passwords_are_saved_without_them() -> None:
     )
     for saved in (config.public(), config.for_workers()):
         assert password not in json.dumps(saved) and "AbCdEfGh" not in json.dumps(saved)
+
+
+@pytest.mark.kind("chat templates")
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_prompt_of_plain_text_does_not_end_the_text(model: Path, begins: bool) -> None:
+    """A tokenizer may end all that it reads, and the answer would follow the end of the text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    from ray_sql.rows.tokenise import encode_prompt
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.chat_template = None
+    start, end = ("<|start|>", 1), ("<|end|>", 2)
+    form = f"{start[0]} $A {end[0]}" if begins else f"$A {end[0]}"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=[start, end]
+    )
+    ids = encode_prompt(tokenizer, "Question: how many?\n\nAnswer:\n")
+    assert ids[-1] != tokenizer.eos_token_id and (ids[0] == 1) is begins
+    # an end that the text itself has stays
+    assert encode_prompt(tokenizer, "one<|end|>")[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.kind("tokenizers of another model")
+@pytest.mark.parametrize("token", ["many customers are", "Schema:", "```sql"])
+def test_a_token_without_an_embedding_is_refused(model: Path, make_config: Any, token: str) -> None:
+    """The first pass over it ended in IndexError, on a GPU in an assertion of the device."""
+    from transformers import AutoTokenizer
+
+    from ray_sql.finetune import prepare
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    size = len(tokenizer)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(ModelError, match=rf"writes token {size}, but the model has embeddings for"):
+        prepare.prepare(make_config(model_name=str(model)))
+
+
+@pytest.mark.kind("tokenizers of another model")
+def test_a_token_that_no_text_has_is_no_hindrance(model: Path, make_config: Any) -> None:
+    from transformers import AutoTokenizer
+
+    from ray_sql.finetune import prepare
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    prepared = prepare.prepare(make_config(model_name=str(model)))
+    assert prepared.questions()
+
+
+@pytest.mark.kind(KIND)
+def test_a_file_is_no_model(tmp_path: Path, make_config: Any) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"m\.gguf: is a file; give the folder of a Hugging Face"):
+        models.resolve(str(tmp_path / "m.gguf"), tmp_path, None)

@@ -163,3 +163,34 @@ def test_the_display_shows_commands_and_never_obeys_them(text: str) -> None:
     display.update(f"{text}[/red]", 1, 1, text)
     said = output.getvalue()
     assert text not in said and printable(text) in said and "[/red]" in said
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(
+    "text,name,value",
+    [
+        ("prompt: {thinking: off}", "prompt.thinking", "off"),
+        ("output_name: 2024-01-31", "output_name", "2024-01-31"),
+        ("output_name: no", "output_name", "no"),
+        ("split: test", "split", ("test",)),
+        ("split: seen,unseen", "split", ("seen", "unseen")),
+        ("learning_rate: 2e-4", "learning_rate", 2e-4),
+        ("tracking: {enabled: off}", "tracking.enabled", False),
+        ("overwrite: yes", "overwrite", True),
+        ("overwrite: true", "overwrite", True),
+        ("train: {bf16: no}", "train.bf16", False),
+    ],
+)
+def test_words_of_yaml_are_read_as_they_stand(
+    tmp_path: Path, text: str, name: str, value: Any
+) -> None:
+    file = tmp_path / "settings.yaml"
+    others = "".join(line for line in RUN.splitlines(True) if not text.startswith(line[:8]))
+    file.write_text(f"{others}{text}\n")
+    assert load(Config, ["--config", str(file)]).setting(name) == value
+
+
+@pytest.mark.kind(KIND)
+def test_a_number_for_a_name_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    message = refusal(tmp_path, RUN.replace("output_name: o", "output_name: 007"))
+    assert message.endswith("output_name: 7 given; input should be a text; write it in quotes")

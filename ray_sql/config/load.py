@@ -182,8 +182,22 @@ def _read_file(file: str) -> dict[str, Any]:
     return nested(values)
 
 
+_TEXT = "tag:yaml.org,2002:str"
+
+
 class _Loader(yaml.SafeLoader):
     """Refuse a setting that is given twice in a file, where YAML would keep the last."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        """Leave `off` and 2024-01-31 the texts they are, which YAML 1.1 takes for false and a day.
+
+        Where a setting is true or false, its validation understands such words.
+        """
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        is_switch = tag.endswith(":bool") and value.lower() not in ("true", "false")
+        if is_switch or tag.endswith(":timestamp"):
+            return _TEXT
+        return tag
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_sql.config.base import TOKENS, JobConfig
 from ray_sql.config.batching import (
@@ -77,6 +77,11 @@ class ModelConfig(JobConfig):
     train: PrecisionSection = PrecisionSection()
     scaling: ScalingSection = ScalingSection()
     evaluate: AnswersSection = AnswersSection()
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _split_names(cls, given: Any) -> Any:
+        return given.split(",") if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _check_example_values(self) -> Self:

@@ -167,6 +167,8 @@ def _explain(kind: type[BaseModel], error: Any, sources: Mapping[str, Mapping[st
     if error["type"] == "missing":
         return f"--{name} is required: {kind.model_fields[name].description}"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        message = "Input should be a text; write it in quotes"
     if not name:
         return message
     field = known.get(name)

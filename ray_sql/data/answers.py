@@ -151,11 +151,18 @@ def parse_sql(text: str) -> str | None:
     Without a block, it is the first query in the text.
     """
     text = after_thoughts(text)
+    block = answer_block(text)
+    if block is None:
+        return _first_statement(one_line(_without_a_block(text))) or None
+    return _first_statement(one_line(block.code)) or None
+
+
+def answer_block(text: str) -> CodeBlock | None:
+    """Return the last closed block with a query, or the next best; None without a block."""
     blocks = list(code_blocks(text))
     if not blocks:
-        return _first_statement(one_line(_without_a_block(text))) or None
-    answer = max(enumerate(blocks), key=lambda at: (at[1].is_query, at[1].closed, at[0]))[1]
-    return _first_statement(one_line(answer.code)) or None
+        return None
+    return max(enumerate(blocks), key=lambda at: (at[1].is_query, at[1].closed, at[0]))[1]
 
 
 def unwrap_sql(text: str) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_sql.config.sections import DataSection
-from ray_sql.data.answers import code_blocks
+from ray_sql.data.answers import after_thoughts, answer_block, has_thoughts
 from ray_sql.data.corpus import Example, LeftOut
 from ray_sql.data.formats import Record
 from ray_sql.data.prompted import unfold
@@ -46,6 +47,11 @@ TASK_COLUMNS: dict[TaskName, dict[str, tuple[str, ...]]] = {
 
 NEEDED = ("question", "query")
 
+_NAME = re.compile(r"[\w.$-]*")
+"""A name, as of a server's schema: no text that shows tables and columns."""
+_WHOLE = re.compile(r"\A(\d+)\.0\Z")
+"""A whole number as tables write it, where another row of its column has none."""
+
 NO_TEXT = {"", "nan", "none", "null"}
 """Texts, in lower case, that scripts write for a missing value."""
 
@@ -64,6 +70,8 @@ class Source:
     """Where the demo's databases, and those of schema texts, are built."""
     token: str | None
     """The Hub's read token."""
+    asked: tuple[str, ...] = ()
+    """The splits that are to be scored, by the names that the user gives."""
 
     @property
     def flag(self) -> str:
@@ -111,7 +119,7 @@ def read_rows(
         records = [by_row.get(record.row, record) for record in records]
         whole = [record for record in records if not record.fault]
     columns = _choose(source, whole, file)
-    notes += _say(source, columns)
+    notes += _say(source, columns, whole)
     examples, left_out = list[Example](), list[LeftOut]()
     for record in records:
         default_id = str(first_id + record.row)
@@ -121,10 +129,12 @@ def read_rows(
             own_id = record.values.get(columns.get("id", ""))
             name = default_id if own_id is None else str(own_id)
             left_out.append(LeftOut(split, name, record.place, str(error)))
-    query = columns.get("query", "")
-    fences = sum("```" in str(record.values.get(query)) for record in records)
-    if fences:
-        notes.append(f"fences were taken off {fences} gold queries")
+    golds = [str(record.values.get(columns.get("query", ""))) for record in records]
+    taken_off = {
+        "thoughts": sum(map(has_thoughts, golds)),
+        "fences": sum("```" in gold for gold in golds),
+    }
+    notes += [f"{what} were taken off {n} gold queries" for what, n in taken_off.items() if n]
     if left_out and (not examples or source.section.bad_rows == "error"):
         shown = "; ".join(f"{row.place} {row.reason}" for row in left_out[:3])
         how_many = "no row can be used" if not examples else f"{len(left_out)} bad rows"
@@ -142,12 +152,14 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
     found = dict.fromkeys(str(name) for record in records for name in record.values)
     by_lower = {name.lower(): name for name in reversed(found)}
     columns: Columns = {}
+    taken = set(source.section.columns.values())
     for field, known in source.columns.items():
         mapped = source.section.columns.get(field)
-        names = (mapped,) if mapped else known
+        # a column that is mapped to one field is no guess for another
+        names = (mapped,) if mapped else tuple(name for name in known if name not in taken)
         exact = [name for name in names if name in found]
         present = exact or [by_lower[name.lower()] for name in names if name.lower() in by_lower]
-        used = [name for name in present if _has_value(records, name)]
+        used = [name for name in present if _has_value(records, name, field)]
         needed = mapped or field in NEEDED
         if used or (present and needed):
             columns[field] = (used or present)[0]
@@ -159,22 +171,32 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
     return columns
 
 
-def _has_value(records: Sequence[Record], column: str) -> bool:
-    """Tell whether a column holds a value in any row; CREATE TABLE where only that makes sense."""
+def _has_value(records: Sequence[Record], column: str, field: str) -> bool:
+    """Tell whether a column holds a value in any row; a schema's must show what there is."""
     values = [record.values.get(column) for record in records]
     if column in SCHEMA_TEXTS:
         return any(isinstance(value, str) and CREATES.search(value) for value in values)
+    if field == "schema":
+        values = [value for value in values if not _is_name(value)]
     return not all(_is_missing(value) for value in values)
 
 
-def _say(source: Source, columns: Columns) -> list[str]:
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NAME.fullmatch(value.strip()))
+
+
+def _say(source: Source, columns: Columns, records: Sequence[Record]) -> list[str]:
     """Say which columns of other names were taken for the fields that shape a prompt."""
     guessed = [
         f"{field} ← {columns[field]}"
         for field in (*NEEDED, "db_id", "schema", "evidence")
         if columns.get(field, field) not in (field, "SQL") and field not in source.section.columns
     ]
-    return [f"columns: {', '.join(guessed)}"] if guessed else []
+    said = [f"columns: {', '.join(guessed)}"] if guessed else []
+    names = [record.values.get("schema") for record in records if record.values.get("schema")]
+    if names and "schema" not in columns and all(map(_is_name, names)):
+        said.append(f"column schema holds a name ({names[0]}) and no schema: it is not shown")
+    return said
 
 
 def _example(source: Source, columns: Columns, record: Record, default_id: str) -> Example:
@@ -203,8 +225,8 @@ def _example(source: Source, columns: Columns, record: Record, default_id: str) 
 
 
 def _word(value: Any) -> str | None:
-    """Return a name or a number as text, None for a missing value."""
-    return None if _is_missing(value) else str(value).strip()
+    """Return a name or a number as text, 3 for 3.0; None for a missing value."""
+    return None if _is_missing(value) else _WHOLE.sub(r"\1", str(value).strip())
 
 
 def _text(values: Mapping[str, Any], field: str, keep: bool) -> str | None:
@@ -219,19 +241,20 @@ def _text(values: Mapping[str, Any], field: str, keep: bool) -> str | None:
 
 def _required(values: Mapping[str, Any], field: str, keep: bool) -> str:
     text = _text(values, field, keep)
-    if text is None or text.lower() in NO_TEXT:
+    if text is None:
         raise ValueError(f"{field} is empty")
     return text
 
 
 def _is_missing(value: Any) -> bool:
-    """Tell None, NaN and empty text."""
+    """Tell None, NaN, empty text, and the words that scripts write for them."""
     if isinstance(value, float) and math.isnan(value):
         return True
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or (isinstance(value, str) and value.strip().lower() in NO_TEXT)
 
 
 def without_fence(sql: str) -> str:
-    """Return the content of the fenced block in a gold query, or the query as it is without one."""
-    block = next(code_blocks(sql), None)
+    """Return the query in a gold answer: behind thoughts, in its fenced block, or as it is."""
+    sql = after_thoughts(sql).strip() if has_thoughts(sql) else sql
+    block = answer_block(sql)
     return block.code.strip() if block else sql

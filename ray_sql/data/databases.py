@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -98,6 +100,25 @@ def _sqlite_file(url: str) -> str:
     if absolute(literal).is_file():
         return str(absolute(literal))
     return str(absolute(unquote(literal.partition("?")[0])))
+
+
+def called(name: str, known: Iterable[str]) -> str:
+    """Return the database that is meant by a name, which is the name itself where it is known.
+
+    It may be a file's name or path, or differ in case. Its letters may be composed in another way:
+    a file from macOS writes é as two.
+    """
+    names = list(known)
+    alike = [one for one in names if _plain(one) == _plain(name)]
+    if name in names or len(alike) != 1:
+        return name
+    return alike[0]
+
+
+def _plain(name: str) -> str:
+    plain = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1]).casefold()
+    ending = next((suffix for suffix in SUFFIXES if plain.endswith(suffix)), "")
+    return plain.removesuffix(ending)
 
 
 def only_name(url: str) -> str | None:

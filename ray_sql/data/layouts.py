@@ -116,7 +116,7 @@ def _databases(folder: Path, notes: list[str]) -> dict[str, str]:
     beside = {
         path.stem: str(path)
         for path in visible(folder)
-        if path.is_file() and path.suffix in databases.SUFFIXES and path.name != "mlflow.db"
+        if path.is_file() and path.suffix.lower() in databases.SUFFIXES and path.name != "mlflow.db"
     }
     if beside:
         notes.append(f"databases beside the questions: {', '.join(sorted(beside))}")

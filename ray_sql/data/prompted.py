@@ -55,31 +55,37 @@ def _interaction(values: Values) -> Values:
 
 def _alpaca(values: Values) -> Values:
     """Take the text with CREATE TABLE for the schema, and the other for the question."""
-    instruction, given = (_plain(values.get(name)) for name in ("instruction", "input"))
+    if _has_turns(values.get("history")):
+        raise ValueError("has a history, and a later question needs what was said before")
+    system, instruction, given = (
+        _plain(values.get(name)) for name in ("system", "instruction", "input")
+    )
+    if CREATES.search(system):
+        return _prompt(system, f"{instruction}\n{given}".strip()) | {"query": values.get("output")}
     return _prompt(instruction, given) | {"query": values.get("output")}
 
 
 def _completion(values: Values) -> Values:
     prompt, completion = values.get("prompt"), values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        return _turns([*_as_list(prompt), *_as_list(completion)])
-    return _prompt("", _plain(prompt)) | {"query": completion}
+        return _turns([*_as_list(prompt), *_as_list(completion)], values)
+    return _prompt(_plain(values.get("system")), _plain(prompt)) | {"query": completion}
 
 
 def _messages(values: Values) -> Values:
-    return _turns(values.get("messages"))
+    return _turns(values.get("messages"), values)
 
 
 def _conversations(values: Values) -> Values:
-    return _turns(values.get("conversations"))
+    return _turns(values.get("conversations"), values)
 
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _turns(turns: Any) -> Values:
-    """Take the last answer of a chat, its question, and what the system says."""
+def _turns(turns: Any, values: Values) -> Values:
+    """Take the last answer of a chat, its question, and what the system says in it or beside."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("holds no list of turns")
     said = [_turn(turn) for turn in turns]
@@ -88,8 +94,12 @@ def _turns(turns: Any) -> Values:
         raise ValueError("has no answer of the assistant to a question of the user")
     if len(answers) > 1:
         raise ValueError("has several answers, and a later question needs what was said before")
-    system = "\n".join(text for who, text in said if who == "system")
-    return _prompt(system, said[answers[-1] - 1][1]) | {"query": said[answers[-1]][1]}
+    query = said[answers[-1]][1]
+    if not query.strip():
+        raise ValueError("has an answer without text, such as a call of a tool")
+    beside = [_plain(values.get("system"))]
+    system = "\n".join(beside + [text for who, text in said if who in ("system", "developer")])
+    return _prompt(system.strip(), said[answers[-1] - 1][1]) | {"query": query}
 
 
 def _turn(turn: Mapping[str, Any]) -> tuple[str, str]:
@@ -97,6 +107,11 @@ def _turn(turn: Mapping[str, Any]) -> tuple[str, str]:
     who = str(turn.get("role", turn.get("from", "")))
     names = {"human": "user", "gpt": "assistant", "model": "assistant"}
     return names.get(who, who), _plain(turn.get("content", turn.get("value")))
+
+
+def _has_turns(history: Any) -> bool:
+    """Tell whether a history holds anything that was said."""
+    return any(map(_has_turns, history)) if isinstance(history, list) else bool(history)
 
 
 def _plain(value: Any) -> str:

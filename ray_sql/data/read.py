@@ -7,8 +7,9 @@ rows. Here they meet the databases. A row that cannot be used is left out, with 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -114,7 +115,10 @@ def _read_by_datasets(source: Source, name: str) -> Corpus:
         records = [
             Record(f"{where}, row {row}", row, dict(values)) for row, values in enumerate(rows)
         ]
-        reading.add(str(split), records, where)
+        if list(splits) == ["train"]:
+            reading.add_unsplit(records, where)
+        else:
+            reading.add(str(split), records, where)
     return _corpus(reading, {}, {}, [])
 
 
@@ -132,12 +136,29 @@ class _Reading:
         for file in files:
             try:
                 for own_split, records in formats.read_file(file).items():
-                    self.add(split or own_split or "train", records, str(file))
+                    if split or own_split:
+                        self.add(split or own_split, records, str(file))
+                    else:
+                        self.add_unsplit(records, str(file))
             except DataError as error:
                 # a file of another name beside the known ones may hold anything
                 if split in ("", *layouts.SPLITS, *VALIDATION):
                     raise
                 self.notes.append(f"not read: {error}")
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the examples of all splits."""
+        return itertools.chain.from_iterable(self.splits.values())
+
+    def add_unsplit(self, records: Sequence[Record], file: str) -> None:
+        """Read the rows of a place without splits, each in the split that its own column names."""
+        parts = by_column(records)
+        if len(parts) > 1 and "split" not in self.source.section.columns.values():
+            self.notes.append(f"splits ← column split: {', '.join(parts)}")
+            for split, rows in parts.items():
+                self.add(split, rows, file)
+        else:
+            self.add("train", records, file)
 
     def add(self, split: str, records: Sequence[Record], file: str) -> None:
         """Read the rows of a file; those without an id are counted across a split's files."""
@@ -153,7 +174,7 @@ def _corpus(
     reading: _Reading, schemas: dict[str, Schema], beside: dict[str, str], notes: Iterable[str]
 ) -> Corpus:
     """Return the corpus, each example with the database that it is about."""
-    found = _Databases.find(reading, beside)
+    found = _Databases.find(reading, beside, schemas)
     left_out, said = reading.left_out, [*notes, *reading.notes]
     splits: Splits = {}
     for split, examples in reading.splits.items():
@@ -167,13 +188,14 @@ def _corpus(
             if not example.db_id
         ]
         splits[split] = _with_unique_ids(usable)
-    nameless = any(not example.db_id for rows in reading.splits.values() for example in rows)
+    said += found.renamed(reading)
+    nameless = any(not example.db_id for example in reading.examples())
     if nameless and found.only in found.places:
         said.append(f"database {found.only} for all questions that name none")
     everything = [example for rows in splits.values() for example in rows]
     if not found.places and not schemas and not all(one.schema_text for one in everything):
         raise DataError(f"{reading.source.flag}: {found.missing()}")
-    name = next((name for name in VALIDATION if name in splits and "dev" not in splits), "")
+    name = _taken_for_dev(splits, reading.source)
     splits = {"dev" if split == name else split: rows for split, rows in splits.items()}
     left_out = [replace(row, split="dev") if row.split == name else row for row in left_out]
     return Corpus(splits, schemas, found.places, left_out=tuple(left_out), notes=tuple(said))
@@ -187,34 +209,43 @@ class _Databases:
     only: str | None
     asked_for: bool
     """True if `data.databases` names them."""
+    known: Sequence[str] = ()
+    """The names of all databases, and of those that only tables.json has."""
 
     @classmethod
-    def find(cls, reading: _Reading, beside: dict[str, str]) -> _Databases:
+    def find(cls, reading: _Reading, beside: dict[str, str], schemas: Iterable[str]) -> _Databases:
         """Return the databases that the settings name, or else those beside the questions."""
         where = reading.source.section.databases
         if where and "://" in where:
             only = databases.only_name(where)
-            examples = [example for rows in reading.splits.values() for example in rows]
-            return cls(
-                databases.on_server(where, {e.db_id or only or "" for e in examples}), only, True
-            )
+            named = {example.db_id or only or "" for example in reading.examples()}
+            return cls(databases.on_server(where, named), only, True)
         places = databases.find(where) if where else beside
-        named = {e.db_id for rows in reading.splits.values() for e in rows if e.db_id}
+        named = {example.db_id for example in reading.examples() if example.db_id}
         if where and len(named) == 1 and absolute(where).is_file():
             places = dict.fromkeys(named, *places.values())
-        return cls(places, next(iter(places)) if len(places) == 1 else None, bool(where))
+        only = next(iter(places)) if len(places) == 1 else None
+        return cls(places, only, bool(where), tuple(dict.fromkeys([*places, *schemas])))
 
     def named(self, example: Example) -> Example:
         """Return the example with a database's name, where it has none and there is one for it.
 
         A schema text is a database of its own, unless the settings name one.
         """
+        if example.db_id and not example.schema_text:
+            return replace(example, db_id=databases.called(example.db_id, self.known))
         if example.db_id:
             return example
         if example.schema_text and not (self.asked_for and self.only):
             digest = hashlib.sha256(example.schema_text.encode()).hexdigest()[:8]
             return replace(example, db_id=f"schema-{digest}")
         return replace(example, db_id=self.only or "")
+
+    def renamed(self, reading: _Reading) -> list[str]:
+        """Say which databases the questions call by another name, such as that of the file."""
+        given = {e.db_id: self.named(e).db_id for e in reading.examples() if e.db_id}
+        others = [f"{name} for {theirs}" for theirs, name in given.items() if name != theirs]
+        return [f"databases: {join_some(others)}"] if others else []
 
     def how_many(self) -> str:
         """Say which databases there are to choose from."""
@@ -233,6 +264,36 @@ class _Databases:
             "no databases found beside it; name them with --data.databases "
             f"({databases.LAYOUTS}), or give each line its own `schema` text (CREATE TABLE …)"
         )
+
+
+def _taken_for_dev(splits: Splits, source: Source) -> str:
+    """Return the split that is scored as `dev`, "" where there is one or it keeps its name."""
+    name = next((name for name in VALIDATION if name in splits and "dev" not in splits), "")
+    if name == "validation" and name in source.asked:
+        raise DataError(
+            f"--split {name}: {source.flag} has a split of this name, which is called dev here, "
+            f"for {name} is what training sets aside to choose by; give --split dev"
+        )
+    return "" if name in source.asked else name
+
+
+def by_column(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the records by the split that their column `split` names, if it names a known one.
+
+    A row without a name is a bad row. Without such a column the only key is "".
+    """
+    names = [record.values.get("split", record.values.get("Split")) for record in records]
+    words = [name.strip().lower() if isinstance(name, str) else "" for name in names]
+    if not {*layouts.SPLITS, *VALIDATION} & set(words):
+        return {"": list(records)}
+    parts: dict[str, list[Record]] = {word: [] for word in dict.fromkeys(words) if word}
+    for record, word in zip(records, words, strict=True):
+        if word:
+            parts[word].append(record)
+        else:
+            bad = record if record.fault else replace(record, fault="its split is empty")
+            next(iter(parts.values())).append(bad)
+    return parts
 
 
 def _with_unique_ids(examples: Sequence[Example]) -> tuple[Example, ...]:

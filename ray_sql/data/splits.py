@@ -35,7 +35,7 @@ def load(config: Config) -> Corpus:
                 f"--split {split}: is trained or chosen on, so it cannot score a run; name a "
                 "split that is not"
             )
-    source = _source(config)
+    source = _source(config, config.split)
     corpus = _divide(read_corpus(source), source, config.split, config.seed)
     return _with_schemas(
         corpus, source, config.prompt.example_values, suites=_executes_suites(config)
@@ -47,7 +47,7 @@ def load_split(config: Config, splits: Sequence[str], *, undivided: bool = False
 
     One file without splits is divided as for training; if `undivided`, all of it is the split.
     """
-    source = _source(config)
+    source = _source(config, splits)
     corpus = read = read_corpus(source)
     if len(corpus.splits) == 1 and not corpus.splits.keys() & {"dev", "test", *splits}:
         corpus = replace(corpus, has_splits=False)
@@ -98,9 +98,11 @@ def _named(corpus: Corpus, split: str) -> Corpus:
     return replace(corpus, splits={split: examples}, left_out=left_out)
 
 
-def _source(config: Config) -> Source:
+def _source(config: Config, splits: Sequence[str] = ()) -> Source:
     token = config.read_token.get_secret_value() if config.read_token else None
-    return Source(config.dataset_id, config.task_type, config.data, config.cache, token)
+    return Source(
+        config.dataset_id, config.task_type, config.data, config.cache, token, tuple(splits)
+    )
 
 
 def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) -> Corpus:
@@ -163,11 +165,31 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int, *, suites
         if suites:
             places = [run_on for db_id in schemas if (run_on := corpus.executable(db_id))]
             notes += suite.remarks(executor, places)
+    splits = _on_tables(splits, schemas, left_out)
     used = replace(
         corpus, splits=splits, schemas=schemas, left_out=tuple(left_out), notes=tuple(notes)
     )
     keyed = _with_listed_keys(used, corpus.schemas)
     return schema_texts.add_to(keyed, source.cache, not TASKS[source.task].executes_sql)
+
+
+def _on_tables(
+    splits: Mapping[str, Examples], schemas: Mapping[str, Schema], left_out: list[LeftOut]
+) -> dict[str, Examples]:
+    """Return the examples on databases that have a table; add the others to `left_out`.
+
+    Raises `DataError` if there are none.
+    """
+    bare = {db_id for db_id, schema in schemas.items() if not schema.tables}
+    kept: dict[str, Examples] = {}
+    for split, examples in splits.items():
+        lost = [one for one in examples if one.db_id in bare and not one.schema_text]
+        reason = "database {} has no table; give the file that was filled"
+        left_out += [LeftOut(split, one.id, one.place, reason.format(one.db_id)) for one in lost]
+        kept[split] = tuple(one for one in examples if one.db_id not in bare or one.schema_text)
+    if bare and not any(kept.values()):
+        raise DataError(left_out[-1].reason)
+    return kept
 
 
 def _with_listed_keys(corpus: Corpus, listed: Mapping[str, Schema]) -> Corpus:

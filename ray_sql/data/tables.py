@@ -43,7 +43,7 @@ def read(path: Path, text: str) -> list[TableRow]:
     """
     lines = text.split("\n", 1)
     skipped = int(len(lines) == 2 and bool(_EXCEL.fullmatch(lines[0])))
-    text = lines[skipped] if skipped else text
+    text = "\n".join(lines[skipped:])
     header = re.sub('"[^"]*"', "", text.partition("\n")[0])
     mark = max(_MARKS, key=header.count)
     if mark != "\t":

@@ -51,7 +51,7 @@ class PairedRows:
 def run(config: CompareConfig) -> dict[str, Any]:
     """Compare the two files of `config.files`, and return what `compare.json` holds."""
     display, folder = Display(), RunFolder(config.run_dir)
-    a, b = (storage.absolute_uri(file) for file in config.files)
+    a, b = map(_answers, config.files)
     if config.dry_run:
         display.line(f"would compare {a} with {b} and write {config.run_dir}")
         return {}
@@ -63,6 +63,15 @@ def run(config: CompareConfig) -> dict[str, Any]:
     display.line(text.split(f"\n\n{QUESTIONS.format(side='A')}")[0])
     display.line(f"\nquestions on which they differ  {folder.comparison_text}")
     return result
+
+
+def _answers(place: str) -> str:
+    """Return the file of judged answers that a user means: the file, or that of a run's folder."""
+    uri = storage.absolute_uri(place)
+    inside = RunFolder(uri).predictions()
+    if not uri.endswith(".jsonl") and storage.exists(inside):
+        return inside
+    return uri
 
 
 def compare_files(a: str, b: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_sql.data import Corpus, Example
+from ray_sql.data import Corpus, Example, databases
 from ray_sql.errors import DataError
 from ray_sql.evaluate.prediction_forms import ID_NAMES, PredictionsFile, Record
 
@@ -88,7 +88,7 @@ def _choose(file: PredictionsFile, examples: Sequence[Match], scored: str) -> tu
     for name in given:
         values = [(str(record.get("split")), _id(record, name)) for record in records]
         if len(set(values)) == len(values) and all(value in ids for _, value in values):
-            return _by_id(file, examples, scored, name), f"by {name}"
+            return _by_id(file, examples, scored, name), f"by {name}{_doubt(values, examples)}"
     for name in given:
         for first in (0, 1):
             places = {str(number): place for number, place in enumerate(examples, first)}
@@ -116,6 +116,18 @@ def _choose(file: PredictionsFile, examples: Sequence[Match], scored: str) -> tu
         )
     order = iter(examples)
     return lambda place, record: next(order), "by order, for they have neither ids nor questions"
+
+
+def _doubt(values: Sequence[tuple[str, str]], examples: Sequence[Match]) -> str:
+    """Say where ids of the first questions may count from 1, and the questions do from 0."""
+    counted = all(example.id == str(place) for place, (_, example) in enumerate(examples))
+    given = {value for _, value in values}
+    if counted and len(given) > 1 and given == {str(n) for n in range(1, len(given) + 1)}:
+        return (
+            "; they begin at 1, where the first question is 0: give `question` beside, or count "
+            "from 0, if the first prediction is for the first question"
+        )
+    return ""
 
 
 def _by_place(places: Mapping[str, Match], name: str) -> Matcher:
@@ -206,7 +218,7 @@ def _check(file: PredictionsFile, found: Sequence[Match | None], examples: Seque
 
 def _database(record: Record, example: Example) -> str:
     """Return the database that a record names; without a name that of the example."""
-    return str(record.get("db_id") or example.db_id)
+    return databases.called(str(record.get("db_id") or example.db_id), [example.db_id])
 
 
 def _id(record: Record, name: str) -> str:

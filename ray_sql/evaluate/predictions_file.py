@@ -141,7 +141,8 @@ def _row(
     if match and not matching.has_gold(record):
         db_id, gold = example.db_id, generate.gold_answer(example, corpus, task)
     else:
-        db_id = str(record["db_id"])
+        known = [*corpus.databases, *corpus.schemas]
+        db_id = data.databases.called(str(record["db_id"]), dict.fromkeys(known))
         gold = read_answer(record["gold"], f"{where}: gold") or ""
     if db_id not in corpus.databases and db_id not in corpus.schemas:
         raise DataError(

@@ -139,6 +139,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         min(audit.longest, config.rows.max_length),
         "an example has {tokens}: lower --rows.max_length and choose --rows.too_long",
     )
+    models.check_vocabulary(folder, rows.largest_token(file))
     contract = make_contract(config, tokenizer, revision)
     left_out = [*corpus.left_out, *left_out, *_unlinkable(train, audit)]
     return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing, left_out)

@@ -6,6 +6,7 @@ a line of JSON. So generation runs on machines that see neither the dataset nor 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -105,7 +106,12 @@ def make_questions(
 
 
 def check_window(folder: str, questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Raise `ModelError` if a prompt and its answer are longer than the model of `folder` reads."""
+    """Raise `ModelError` if a prompt and its answer are longer than the model of `folder` reads.
+
+    Raises it, too, for a token that the model does not have.
+    """
+    tokens = itertools.chain.from_iterable(question.input_ids for question in questions)
+    models.check_vocabulary(folder, max(tokens, default=0))
     longest = max((len(question.input_ids) for question in questions), default=0)
     shorter = (
         "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"

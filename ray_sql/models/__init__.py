@@ -6,6 +6,7 @@ Our own torch kernels lie beside them and are imported by those who compute: `cp
 
 from ray_sql.models.demo import DEMO_HUB_ID, DEMO_WHEEL, demo_model, demo_source
 from ray_sql.models.load import (
+    check_vocabulary,
     check_window,
     compute_dtype,
     fetch_adapter,

@@ -62,6 +62,11 @@ def resolve(
     if model_name == "demo":
         return str(demo_model(cache)), None
     folder = absolute(model_name)
+    if folder.is_file():
+        raise ModelError(
+            f"--model_name {model_name}: is a file; give the folder of a Hugging Face model (a "
+            "GGUF file cannot be trained on)"
+        )
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(
@@ -158,6 +163,17 @@ def check_window(folder: str, tokens: int, reason: str) -> None:
     if window and tokens > window and rope.get("rope_type") == "default":
         text = reason.format(tokens=f"{tokens:,}")
         raise ModelError(f"--model_name {folder}: it reads up to {window:,} tokens, but {text}")
+
+
+def check_vocabulary(folder: str, largest: int) -> None:
+    """Raise `ModelError` if a model has no embedding for the largest token of a text."""
+    size = getattr(read_shape(folder), "vocab_size", None)
+    if isinstance(size, int) and largest >= size:
+        raise ModelError(
+            f"--model_name {folder}: its tokenizer writes token {largest:,}, but the model has "
+            f"embeddings for {size:,}: give the tokenizer it was trained with, or resize it "
+            "(resize_token_embeddings) where tokens were added"
+        )
 
 
 def read_shape(folder: str) -> Any:

@@ -22,6 +22,7 @@ from ray_sql.rows.tokenise import (
     build,
     cache_key,
     encode_prompt,
+    largest_token,
     prepare,
     read,
     write,

@@ -32,7 +32,7 @@ from ray_sql.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Raise when the code below makes other rows from the same input."""
 
 IGNORED = -100
@@ -247,9 +247,14 @@ def _require_usable(audit: Audit) -> None:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return prompt tokens as training and generation both see them.
 
-    A chat template writes its own special tokens.
+    A chat template writes its own special tokens. Without one the tokenizer adds those that begin a
+    text; an end of text that it adds too would stand before the answer.
     """
-    return list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
+    end = tokenizer.eos_token
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(end)):
+        ids.pop()
+    return ids
 
 
 def write(rows: Sequence[TokenizedExample], file: Path) -> None:
@@ -279,6 +284,15 @@ def read(file: str | Path) -> list[TokenizedExample]:
     import pyarrow.parquet as pq
 
     return [TokenizedExample(**values) for values in pq.read_table(file).to_pylist()]
+
+
+def largest_token(file: str | Path) -> int:
+    """Return the largest token of the examples in a file."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    column = pq.read_table(file, columns=["input_ids"])["input_ids"]
+    return int(pc.max(pc.list_flatten(column)).as_py())
 
 
 def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection) -> str:
