@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--spider", type=int, help="ask this many questions of Spider's dev")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0 leaves it out")
     parser.add_argument("--timed", type=int, default=32, help="questions of a round")
+    parser.add_argument("--rows", help="write the judged rows to this file of JSON lines")
     parser.add_argument("--quick", action="store_true", help="16 questions, 4 samples, one round")
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(arguments)
     questions = bench.questions[:: max(1, len(bench.questions) // 16)] if arguments.quick else None
     rows = bench.scored(questions or bench.questions)
+    if arguments.rows:
+        Path(arguments.rows).write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = scoring.summarise(rows, TASK, bench.settings)
     report(summary, rows)
     seconds = bench.timed(arguments.rounds, arguments.timed)

@@ -87,6 +87,13 @@ def test_names_that_are_made_later_are_refused(sql: str) -> None:
     assert not guard().allows(sql)
 
 
+def test_a_guard_that_remembers_beginnings_says_what_a_new_one_says() -> None:
+    one = guard()
+    for sql in (*CAN_EXIST, *CANNOT_EXIST, *CAN_EXIST):
+        for end in range(len(sql) + 1):
+            assert one.allows(sql[:end]) == guard().allows(sql[:end]), sql[:end]
+
+
 def test_what_is_refused_stays_refused() -> None:
     for sql in CANNOT_EXIST:
         assert not guard().allows(sql + "x")

@@ -26,13 +26,23 @@ Judge = Callable[[Sequence[JudgedRow], Sequence[str | None]], list[JudgedRow]]
 
 @dataclass(frozen=True)
 class Options:
-    """The answers to one question, parsed; its gold is left out."""
+    """The answers to one question, parsed; its gold is left out.
+
+    `proposals` are its samples or beams. `first` is the greedy answer with its names mended or
+    constrained as those of samples are. It is a candidate too.
+    """
 
     database: str | None
     schema: Schema | None
     greedy: str | None
     constrained: Proposal | None
+    first: Proposal
     proposals: Sequence[Proposal]
+
+    @property
+    def candidates(self) -> list[Proposal]:
+        """Return what is chosen from; nothing where the greedy answer is the only one."""
+        return [self.first, *self.proposals] if self.proposals else []
 
 
 def options(
@@ -47,8 +57,11 @@ def options(
         return Proposal(predicted, candidate.logprob)
 
     constrained = None if answer.constrained is None else propose(answer.constrained)
+    greedy = Candidate(answer.raw, answer.new_tokens, answer.logprob)
     proposals = [propose(candidate) for candidate in answer.candidates]
-    return Options(database, schema, parse(answer.raw), constrained, proposals)
+    return Options(
+        database, schema, parse(answer.raw), constrained, constrained or propose(greedy), proposals
+    )
 
 
 def mended(predicted: str | None, schema: Schema | None) -> str | None:
@@ -66,15 +79,15 @@ def choose(
     """Return the answer that each way chooses for each question."""
     if task.executes_sql:
         semantics, keep_distinct = settings.semantics, settings.keep_distinct
-        asked = [(question.database, question.proposals) for question in questions]
+        asked = [(question.database, question.candidates) for question in questions]
         results = choosing.run_candidates(asked, executor, semantics, keep_distinct)
         choices = [
-            choosing.choose_sql(question.greedy, question.proposals, result, semantics)
+            choosing.choose_sql(question.greedy, question.candidates, result, semantics)
             for question, result in zip(questions, results, strict=True)
         ]
     else:
         choices = [
-            choosing.choose_links(question.greedy, question.proposals) for question in questions
+            choosing.choose_links(question.greedy, question.candidates) for question in questions
         ]
     sampled = any(question.proposals for question in questions)
     for question, choice in zip(questions, choices, strict=True):
@@ -127,7 +140,7 @@ def add_verdicts(
                     "right": is_right(judged[index, proposal.predicted]),
                     "result_key": key,
                 }
-                for proposal, key in zip(question.proposals, choice.result_keys, strict=True)
+                for proposal, key in zip(question.proposals, choice.result_keys[1:], strict=True)
             ]
         complete.append(row)
     return complete

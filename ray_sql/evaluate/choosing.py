@@ -1,6 +1,6 @@
 """Choose one of a question's candidates, without looking at its gold.
 
-Ways of choosing, for SQL:
+The candidates are the greedy answer and the samples. Ways of choosing, for SQL:
 
 - `greedy`: the greedy answer.
 - `first_executable`: the likeliest candidate that runs.

@@ -12,10 +12,11 @@ are those of the tables that it names.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 
 from sqlglot import Dialect, exp
 
@@ -66,6 +67,8 @@ MORE_FUNCTIONS = {
     "postgres": frozenset("to_char to_date to_timestamp date_part age now random".split()),
 }
 """Functions of a database that sqlglot has no names for, or other ones."""
+REMEMBERED = 10_000
+"""Beginnings of queries that are remembered for a database."""
 FROM_INSIDE = frozenset("extract trim substring overlay position".split())
 """Functions with a FROM between their arguments."""
 
@@ -113,6 +116,8 @@ class NameGuard:
     tables: Mapping[str, Collection[str]]
     """Table → its columns, in lower case."""
     dialect: str = "sqlite"
+    _readers: dict[str, _Reader] = field(default_factory=dict, repr=False, compare=False)
+    """Beginning of a query → the meaning before its last token: most calls add a token to one."""
 
     def allows_answer(self, text: str, complete: bool = False) -> bool:
         """Tell whether an answer may begin like this: it is free but for the SQL in its block."""
@@ -127,15 +132,34 @@ class NameGuard:
 
     def allows(self, sql: str) -> bool:
         """Tell whether a query may begin like this."""
-        reader = _Reader(self.tables, self.dialect)
         tokens = [match for match in _LEXER.finditer(sql) if match.lastgroup != "space"]
-        for index, token in enumerate(tokens):
+        reader, known = self._known_beginning(sql, tokens)
+        for index, token in enumerate(tokens[known:], known):
+            if index == len(tokens) - 2:  # what follows may change the meaning of the last one
+                self._remember(sql[: token.end()], reader)
             following = tokens[index + 1].group() if index + 1 < len(tokens) else ""
             unfinished = token.end() == len(sql)
             if not reader.fits(token, following, unfinished):
                 return False
             reader.read(token, following)
         return True
+
+    def _known_beginning(self, sql: str, tokens: Sequence[re.Match[str]]) -> tuple[_Reader, int]:
+        """Return the meaning behind the longest beginning that was read, and its tokens' number."""
+        for index in range(len(tokens) - 1, 0, -1):
+            reader = self._readers.get(sql[: tokens[index].end()])
+            if reader:
+                return reader.copy(), index
+        return self._start.copy(), 0
+
+    @cached_property
+    def _start(self) -> _Reader:
+        return _Reader(self.tables, self.dialect)
+
+    def _remember(self, beginning: str, reader: _Reader) -> None:
+        if len(self._readers) >= REMEMBERED:
+            self._readers.clear()
+        self._readers[beginning] = reader.copy()
 
 
 def guards(
@@ -165,6 +189,13 @@ class _Reader:
         """The name before the last token, if that is a dot."""
         self._ended = False
         """The last token ends an expression."""
+
+    def copy(self) -> _Reader:
+        """Return a reader that goes on by itself."""
+        reader = copy.copy(self)
+        reader._levels = [replace(level, sources=dict(level.sources)) for level in self._levels]
+        reader._made = set(self._made)
+        return reader
 
     # -- may a token stand here?
 
