@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -195,6 +196,7 @@ def _run(job: Job, words: list[str]) -> None:
     A full disk, and a cache that cannot be written, are for the user to fix wherever they are met.
     """
     _silence_libraries()
+    _print_anything()
     for number in (signal.SIGTERM, signal.SIGINT):  # as exceptions, so that runs are closed
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, exit_on_signal)
@@ -239,6 +241,13 @@ def _silence_libraries() -> None:
         lambda record: record.name.startswith("ray_sql") or record.levelno >= logging.ERROR
     )
     logging.basicConfig(handlers=[handler])
+
+
+def _print_anything() -> None:
+    """Show as \\u2026 what the terminal's encoding lacks, in place of falling over it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _import(door: str) -> Callable[[Any], object]:

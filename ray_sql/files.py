@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 BOM = b"\xef\xbb\xbf"
 """Bytes that some editors put before a text in UTF-8."""
+LARGEST = 2 * 2**30
+"""Bytes of a file, or of what it unpacks to, that are read at once. A file of nothing but a hole
+takes no room on the disk, and all memory."""
 _PLACE = re.compile(r"(.*?)(?: at line (\d+) column \d+)?")
 
 
@@ -84,13 +87,18 @@ def decode(content: bytes, name: str, way_out: str) -> str:
 def read_bytes(file: str | Path) -> bytes:
     """Return the bytes of an ordinary file.
 
-    Raises `DamagedFile` for a pipe or a device: reading it might never end. Raises `OSError` where
-    nothing can be read.
+    Raises `DamagedFile` for a pipe or a device, reading which might never end, and for a file that
+    memory would not hold. Raises `OSError` where nothing can be read.
     """
     with open(file, "rb", opener=_open_now) as stream:
-        kind = os.fstat(stream.fileno()).st_mode
-        if not stat.S_ISREG(kind):
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise DamagedFile(f"{file}: is a pipe or device; give an ordinary file")
+        if found.st_size > LARGEST:
+            raise DamagedFile(
+                f"{file}: has {found.st_size:,} bytes, over {LARGEST:,}; divide it into files that "
+                "fit into memory"
+            )
         return stream.read()
 
 

@@ -39,6 +39,9 @@ METRICS_PER_CALL = 1000
 """Metrics that MLflow takes in one call."""
 PARAMS_PER_CALL = 100
 """Params that MLflow takes in one call."""
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""The usual ports of what may hold MLflow's record."""
+DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 RETRY_SECONDS = 60.0
 """Seconds for which records go straight to the spool after a failure: each try costs seconds."""
 
@@ -375,16 +378,17 @@ def require_store(settings: TrackingSection) -> str:
         parts = urlsplit(uri)
     except ValueError as error:
         raise StoreError(f"--tracking.uri {shown}: is no address ({error}); correct it") from None
-    if parts.scheme in ("http", "https"):
-        usual = {"http": 80, "https": 443}[parts.scheme]
+    dialect = parts.scheme.partition("+")[0]
+    if dialect in ("http", "https") or (dialect in PORTS and parts.hostname):
         try:
-            address = (parts.hostname or "", parts.port or usual)
+            address = (parts.hostname or "", parts.port or PORTS[dialect])
             socket.create_connection(address, timeout=5).close()
         except (OSError, ValueError) as error:  # the second for a port or name that is none
             raise StoreError(
                 f"--tracking.uri {shown}: no MLflow server answers there ({error}); start it, "
                 "correct the address (MLFLOW_TRACKING_URI), or use --no-tracking.enabled"
             ) from None
+    if parts.scheme in ("http", "https"):
         # a server that dies later must cost seconds, not MLflow's default of many minutes per call
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -399,8 +403,19 @@ def require_store(settings: TrackingSection) -> str:
                 f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written"
             )
     with _refusing(uri):
+        if dialect in DATABASES:
+            _open_database(uri)
         _client(uri).search_experiments(max_results=1)
     return uri
+
+
+def _open_database(uri: str) -> None:
+    """Connect to a database once: one that refuses is tried by MLflow for two minutes."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    engine.connect().close()
+    engine.dispose()
 
 
 def store_uri(uri: str | None) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from ray_sql import tracking
 from ray_sql.config import CheckConfig, Config, EvaluateConfig, SweepConfig, load, names
+from ray_sql.config.sections import TrackingSection
 from ray_sql.data.answers import parse_sql, unwrap_sql
 from ray_sql.data.formats import Record
 from ray_sql.data.linking import LinkError, gold_links, parse_links
 from ray_sql.data.prompted import unfold
 from ray_sql.data.schema_texts import read_schema
 from ray_sql.database import Column, Schema, Table
-from ray_sql.errors import ConfigError, ModelError
+from ray_sql.errors import ConfigError, ModelError, StoreError
 from ray_sql.metrics import exact_set_verdict, hardness, prepare_spider, soft_f1, spider_match
 from ray_sql.models import patterns
 from ray_sql.models.patterns import check_patterns
@@ -26,6 +29,7 @@ ODD = ["0", "-1", "1e10", "10000000000", "1e308", "9" * 400, "9" * 5000, "nan", 
 LARGE = 1e9
 """More than any setting counts or waits for."""
 WITHOUT_LIMIT = {"train.max_grad_norm": "a norm that is never reached turns clipping off"}
+PASSWORD = "Opensesame77"
 GIVEN = ["--model_name", "demo", "--output_name", "r", "--task_type", "sql"]
 
 
@@ -67,6 +71,28 @@ def outcome(kind: type[Any], name: str, value: str) -> str:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_of_a_setting_is_refused_or_sane(name: str) -> None:
     assert [wrong for value in ODD if (wrong := outcome(SweepConfig, name, value))] == []
+
+
+STORES = [
+    f"postgresql://me:{PASSWORD}@127.0.0.1:9/runs",
+    f"mysql+pymysql://me:{PASSWORD}@127.0.0.1:9/runs",
+    f"mssql+pyodbc://me:{PASSWORD}@127.0.0.1:9/runs",
+    "postgresql://127.0.0.1:x/runs",
+    "sqlite:///{folder}/a-folder",
+    "oracle://127.0.0.1/runs",
+]
+
+
+@pytest.mark.kind("time in the parent")
+@pytest.mark.parametrize("uri", STORES)
+def test_a_record_that_cannot_be_opened_is_said_at_once(tmp_path: Path, uri: str) -> None:
+    (tmp_path / "a-folder").mkdir()
+    settings = TrackingSection(uri=uri.format(folder=tmp_path))
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=r"^--tracking.uri ") as refused:
+        tracking.require_store(settings)
+    assert PASSWORD not in str(refused.value)
+    assert time.monotonic() - started < HANGS / 2  # MLflow's own tries take 102 s
 
 
 def test_the_numbers_of_every_job_are_among_those_of_a_sweep() -> None:

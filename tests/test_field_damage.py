@@ -6,23 +6,25 @@ either named in one line, with exit code 2, or is a cache, which is made again.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_sql import cli, data, finetune, models
+from ray_sql import cli, data, files, finetune, models
 from ray_sql.config import Config, load
 from ray_sql.config.sections import LoraSection
-from ray_sql.errors import ModelError, RaySqlError
-from ray_sql.evaluate import prediction_forms
-from ray_sql.store import checkpoints
+from ray_sql.errors import DamagedFile, ModelError, RaySqlError
+from ray_sql.evaluate import prediction_forms, scored
+from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train.resume import starting_point
 from tests.test_publish import settings
@@ -154,7 +156,35 @@ def assert_named_or_healed(found: tuple[int, str], name: str) -> None:
 def test_data_are_named(place: Path, capsys: Any, file: str, damage: str) -> None:
     DAMAGES[damage](place / "data" / file)
     shutil.rmtree(place / "out")
-    assert_named_or_healed(end("finetune", place, capsys, "--dry_run"), "data")
+    code, said = end("finetune", place, capsys, "--dry_run")
+    assert_named_or_healed((code, said), "data")
+    if damage in ("link", "pipe"):  # a split would be made of other questions in its place
+        assert code == 2 and file in said
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_memory_would_not_hold_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    file = tmp_path / ("data.jsonl.gz" if packed else "data.jsonl")
+    if packed:
+        monkeypatch.setattr(files, "LARGEST", 2**20)
+        file.write_bytes(gzip.compress(bytes(2**20)) * 2)
+    else:
+        file.touch()
+        os.truncate(file, 50 * 2**30)
+    with pytest.raises(DamagedFile, match=rf"{file}: (has|unpacks to) .*; divide it"):
+        data.read_file(file)
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("dataset_id", [5, ["a"], {"a": 1}, None])
+def test_an_adapter_that_names_no_dataset_is_measured(
+    tmp_path: Path, make_config: Any, dataset_id: Any
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dataset_id": dataset_id}))
+    assert scored.load_scored(make_config(), str(tmp_path)).has_splits
 
 
 @pytest.mark.kind(KIND)
@@ -274,6 +304,17 @@ def test_what_may_not_be_read_is_named(unreadable: Path, reader: str) -> None:
     with pytest.raises(RaySqlError, match=rf"{unreadable}.*Permission denied") as caught:
         READERS[reader](unreadable)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("name", ["itself", "one", "x" * 300, "a\0b"])
+def test_a_place_that_is_none_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    for link, target in (("itself", "itself"), ("one", "other"), ("other", "one")):
+        (tmp_path / link).symlink_to(target)
+    started = time.monotonic()
+    with pytest.raises(RaySqlError, match="cannot be read"):
+        RunFolder(str(tmp_path / name)).read_settings()
+    assert time.monotonic() - started < storage.PATIENCE / 2
 
 
 @pytest.mark.kind(KIND)

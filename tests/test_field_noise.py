@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,19 @@ def test_make_says_in_our_words_what_it_does() -> None:
     ui = commands("ui")
     assert "PYTHONWARNINGS=ignore MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in ui
     assert "--backend-store-uri 'sqlite:///mlflow.db' --workers 1" in ui
+
+
+@pytest.mark.kind("terminals that lack a character")
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+@pytest.mark.parametrize("body", ["print('98 ± 2 … 中')", "Display().line('98 ± 2 … 中')"])
+def test_what_a_terminal_lacks_is_shown_otherwise(body: str, encoding: str) -> None:
+    body = f"from ray_sql.display import Display; {body}"
+    done = subprocess.run(
+        [sys.executable, "-c", JOB.format(body=body)],
+        capture_output=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == "98 ± 2 … 中\n".encode(encoding, "backslashreplace")

@@ -88,6 +88,48 @@ def test_other_weights_are_not_published(
     assert not stand_in.repos
 
 
+OTHERWISE = {
+    "lora_alpha": 800,
+    "use_rslora": True,
+    "use_dora": True,
+    "bias": "all",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 800},
+}
+"""Settings with which the same weights give other answers."""
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_weights_are_not_published_with_other_settings(
+    stand_in: Any, run_dir: Path, publication: Any, name: str
+) -> None:
+    edit(run_dir / "adapter" / "adapter_config.json", **{name: OTHERWISE[name]})
+    with pytest.raises(RaySqlError, match=rf"adapter_config.json: {name} is .*; the files are not"):
+        publish.dry_run(publication())
+    assert not stand_in.repos
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"r": 10**9},
+        {"r": 2000},
+        {"rank_pattern": {".*q_proj": 10**8}},
+        {"rank_pattern": {"a": 4, "b": 10**12}},
+    ],
+)
+def test_ranks_that_no_weight_has_take_no_memory(
+    run_dir: Path, tiny_model: Path, ranks: dict[str, Any]
+) -> None:
+    adapter = run_dir / "adapter"
+    edit(adapter / "adapter_config.json", **ranks)
+    config = Config(**json.loads((run_dir / "config.json").read_text()))
+    with pytest.raises(RaySqlError, match=rf"{adapter}/adapter_config.json: .*which no weight has"):
+        check_adapter(str(adapter), config, str(tiny_model), None)
+
+
 @pytest.mark.kind(KIND)
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "a link"])
 def test_other_weights_are_not_measured(run_dir: Path, tiny_model: Path, damage: str) -> None:

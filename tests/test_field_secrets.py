@@ -76,6 +76,27 @@ def test_no_setting_repeats_a_secret(
 
 
 @pytest.mark.kind(KIND)
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("s3://K:{}@b/x?endpoint_override=http://u:{}@h", "s3://K:***@b/x?"),
+        ("http://h:80/?next=http://u:{}@h", "http://h:80/?next=http://u:***@h"),
+        ("abfss://c@a.example/x?sig={}&sv=1", "abfss://c@a.example/x?sig=***&sv=1"),
+        ("abfss://c@a.example/x?X-Amz-Credential={}", "X-Amz-Credential=***"),
+        ("mysql://h/d?passwd={}", "mysql://h/d?passwd=***"),
+        ("me:{}@mlflow.example/x", "me:***@mlflow.example/x"),
+        ("me:{}@localhost:5000", "me:***@localhost:5000"),
+        ("git@host.example:me/x", "git@host.example:me/x"),
+        ("/data/a:b/c@d.example", "/data/a:b/c@d.example"),
+        ("a://b:" * 20_000, "a://b:"),
+    ],
+)
+def test_an_address_in_an_address_is_shown_without_secrets(given: str, shown: str) -> None:
+    masked = mask_secrets(given.replace("{}", PASSWORD))
+    assert shown in masked and hides(masked)
+
+
+@pytest.mark.kind(KIND)
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "MLFLOW_TRACKING_URI"])
 @pytest.mark.parametrize("secret", SECRETS)
 def test_the_environment_repeats_no_secret(

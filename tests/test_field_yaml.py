@@ -38,6 +38,12 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
 
 
 @pytest.mark.kind(KIND)
+@pytest.mark.parametrize("value", ["other.yaml", "[a.yaml, b.yaml]", "null", "{a: b}"])
+def test_a_file_of_settings_names_no_other(tmp_path: Path, value: str) -> None:
+    assert "config: a file of settings reads no others" in refusal(tmp_path, f"config: {value}\n")
+
+
+@pytest.mark.kind(KIND)
 @pytest.mark.parametrize(
     ("text", "name"),
     [

@@ -179,6 +179,10 @@ def _read_file(file: str) -> dict[str, Any]:
         raise ConfigError(
             f"{name}: must hold `setting: value` lines, found {type(values).__name__}"
         )
+    if "config" in values:
+        raise ConfigError(
+            f"{name}: config: a file of settings reads no others; give each with --config"
+        )
     return nested(values)
 
 

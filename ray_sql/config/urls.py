@@ -6,21 +6,27 @@ import os
 import re
 from pathlib import Path
 
+DEEPEST_ADDRESS = 3
+"""Addresses within each other, as in `s3://…?endpoint_override=http://…`, that are looked into."""
 
-def _replace_password(text: str, replacement: str) -> str:
+
+def _replace_password(text: str, replacement: str, depth: int = DEEPEST_ADDRESS) -> str:
     """Return `text` with `replacement` in place of `:password` in every URI in it."""
+
+    def inner(rest: str) -> str:
+        return _replace_password(rest, replacement, depth - 1) if depth else rest
 
     def replace(match: re.Match[str]) -> str:
         scheme, user, rest = match.groups()
         if scheme in {"http", "https", "hdfs"} and re.match(r"\d+(?:[/?#]|$)", rest):
-            return match[0]  # a port
+            return f"{scheme}{user}:{inner(rest)}"  # a port
         # A password ends at the last @ before the path. If it holds a slash, it ends at the first
         # @, or at the last one if the scheme is followed by a bucket.
         holds_slash = r".*@" if scheme in {"s3", "gs"} else r"[^@]*@"
         password = re.match(r"[^/?#]*@", rest) or re.match(holds_slash, rest)
         if password is None:
-            return match[0]
-        return f"{scheme}{user}{replacement}@{rest[password.end() :]}"
+            return f"{scheme}{user}:{inner(rest)}"
+        return f"{scheme}{user}{replacement}@{inner(rest[password.end() :])}"
 
     return re.sub(r"([\w+.-]{0,30})(://[^:/@\s\[]*):(\S*)", replace, text)
 
@@ -33,9 +39,12 @@ _TOKEN = re.compile(
     r"|(?<=[Bb]earer )\S+|(?<='Basic )\S+"  # in a header that an error repeats
 )
 _SECRET_ARGUMENT = re.compile(
-    r"([?&](?:password|[\w-]{0,30}(?:token|secret|key|signature)[\w-]{0,30})=)[^&\s]*",
+    r"([?&](?:sig|pwd|[\w-]{0,30}(?:passw|token|secret|key|signature|credential)[\w-]{0,30})=)"
+    r"[^&\s]*",
     re.IGNORECASE,
 )
+_WITHOUT_SCHEME = re.compile(r"(?<![\w:/@.-])([\w.+-]+):[^\s/@:]+@(?=[\w-]+\.[\w.-]+|localhost\b)")
+"""`user:password@host.name`, an address that somebody forgot the beginning of."""
 
 
 def mask_secrets(text: str) -> str:
@@ -45,7 +54,7 @@ def mask_secrets(text: str) -> str:
 
 def mask_password(uri: str | None) -> str | None:
     """Return a URI with `***` in place of its password: `postgresql://user:***@host/db`."""
-    masked = uri and _replace_password(uri, ":***")
+    masked = uri and _WITHOUT_SCHEME.sub(r"\1:***@", _replace_password(uri, ":***"))
     return masked and _SECRET_ARGUMENT.sub(r"\1***", masked)
 
 

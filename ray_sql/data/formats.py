@@ -94,7 +94,7 @@ def read_text(path: Path, name: str = "") -> str:
     try:
         raw = files.read_bytes(path)
         if raw.startswith(b"\x1f\x8b"):
-            raw = gzip.decompress(raw)
+            raw = _unpacked(raw, path)
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raw = raw.decode("utf-16").encode()
     # gzip has errors of its own for a file that was cut off
@@ -102,6 +102,18 @@ def read_text(path: Path, name: str = "") -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise DamagedFile(f"{name}: cannot be read ({reason}); give a whole file") from None
     return files.decode(raw, name, "save it as UTF-8 text").replace("\r\n", "\n")
+
+
+def _unpacked(raw: bytes, path: Path) -> bytes:
+    """Return what gzip packed. Raises `DamagedFile` for more than memory would hold."""
+    with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
+        content = packed.read(files.LARGEST + 1)
+    if len(content) > files.LARGEST:
+        raise DamagedFile(
+            f"{path}: unpacks to over {files.LARGEST:,} bytes; divide it into files that fit into "
+            "memory"
+        )
+    return content
 
 
 def parse_lines(path: Path | str, text: str) -> dict[int, Any]:

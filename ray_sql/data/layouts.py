@@ -84,10 +84,16 @@ def _layout(files: Splits, places: Iterable[Path], notes: list[str]) -> Layout:
 
 
 def _question_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that may hold questions.
+
+    Pipes, and links to nowhere, count too: whoever reads one names it.
+    """
     return [
         path
         for path in visible(folder)
-        if path.is_file() and formats.form(path) and not NO_QUESTIONS.fullmatch(formats.stem(path))
+        if not path.is_dir()
+        and formats.form(path)
+        and not NO_QUESTIONS.fullmatch(formats.stem(path))
     ]
 
 
@@ -153,7 +159,8 @@ def _bird(folder: Path) -> Splits:
         return files
     for split in ("train", "dev"):
         for path in [folder / f"{split}.json", *sorted(folder.glob(f"{split}*/{split}.json"))]:
-            if path.is_file() and list(path.parent.glob("*_tables.json")):
+            is_there = path.exists() or path.is_symlink()
+            if is_there and list(path.parent.glob("*_tables.json")):
                 files.setdefault(split, [path])
     return files
 

@@ -44,4 +44,6 @@ def _may_have_seen(adapter: str, dataset_id: str) -> bool:
     """Tell whether an adapter was trained on a dataset of this name, or does not say on which."""
     settings = RunFolder(storage.absolute_uri(adapter)).read_settings() or {}
     trained_on = settings.get("dataset_id")
-    return trained_on is None or Path(trained_on).name == Path(dataset_id).name
+    if not isinstance(trained_on, str):
+        return True
+    return Path(trained_on).name == Path(dataset_id).name

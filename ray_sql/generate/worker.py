@@ -60,7 +60,7 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
             known = gather_all({**job.known[name], **cached})[0]
             left = [index for index in range(len(questions)) if index not in known]
             if name == "tuned" and adapter:
-                model = models.load_adapter(model, adapter)
+                model = models.load_adapter(model, adapter, place=job.adapter or "")
 
             def send(place: int, answer: Answer, name: str = name, left: list[int] = left) -> None:
                 driver.emit(AnswerGiven(name, left[place], answer))

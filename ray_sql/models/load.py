@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_LAYERS = 2_000
+"""Layers of a model. Each is laid out before its weights are looked for."""
 SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """The files of a Hub repository that make a model."""
 
@@ -179,13 +181,18 @@ def check_vocabulary(folder: str, largest: int) -> None:
 def read_shape(folder: str) -> Any:
     """Return the sizes of a model's text part, as transformers reads them from config.json.
 
-    Raises `ModelError` if they cannot be read, or if the model needs code of its own.
+    Raises `ModelError` if they cannot be read, if the model needs code of its own, or if it has
+    more layers than any.
     """
     quiet()
     from transformers import AutoConfig
 
     with _refusals(f"--model_name {folder}", "its config.json cannot be used"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        layers = getattr(shape, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers {layers:,}, over {MOST_LAYERS:,}")
+    return shape
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -239,6 +246,7 @@ def load_base(
 
     from ray_sql.models import cpu_linear  # it loads torch, which a driver does without
 
+    read_shape(folder)
     dtype = compute_dtype(bf16)
     given: dict[str, Any] = {}
     if quantization.load_in_4bit:
@@ -263,21 +271,24 @@ def load_base(
 
 
 def load_adapter(
-    base: PreTrainedModel, adapter: str | Path, *, exact: bool = False
+    base: PreTrainedModel, adapter: str | Path, *, place: str = "", exact: bool = False
 ) -> PreTrainedModel:
     """Return `base` with the LoRA adapter of a local folder, for generation.
 
-    Its weights are rounded to the base model's type, unless they are to be `exact`. Raises
-    `ModelError` if the two do not fit.
+    Its weights are rounded to the base model's type, unless they are to be `exact`. `place` is
+    where the user has the adapter, if the folder is a copy. Raises `ModelError` if the two do not
+    fit.
     """
+    place = place or str(adapter)
     from peft import PeftModel
     from peft.utils import CONFIG_NAME
 
-    with _refusals(str(adapter), "not an adapter for this base model"):
+    with _refusals(place, "not an adapter for this base model"):
         file = Path(adapter) / CONFIG_NAME
         if file.exists():
-            settings = read_json(dict[str, Any], file, "train the adapter again")
-            check_patterns(settings, [name for name, _ in base.named_modules()], str(file))
+            shown = f"{place.rstrip('/')}/{CONFIG_NAME}"
+            settings = read_json(dict[str, Any], file, "train the adapter again", shown)
+            check_patterns(settings, [name for name, _ in base.named_modules()], shown)
         model = PeftModel.from_pretrained(base, str(adapter))
     for name, weight in model.named_parameters():
         # rounded once, where autocast would do it at every token

@@ -186,6 +186,9 @@ def _require_one_run(
         "serializer": run.prompt.serializer,
     }
     found = contract | {"serializer": contract["serializer"]["name"]}
+    # what the weights are multiplied by, among others: with other values they answer otherwise
+    trained = run.lora.model_dump(exclude={"target_modules"})
+    trained |= {"rank_pattern": {}, "alpha_pattern": {}}
     measured = {
         "identity": run.identity(),
         "task_type": run.task_type,
@@ -194,7 +197,7 @@ def _require_one_run(
     for file, content, expected in (
         (f"adapter/{CONTRACT}", found, stated),
         (METRICS, metrics, measured),
-        (f"adapter/{ADAPTER_CONFIG}", adapter_config, {"r": run.lora.r}),
+        (f"adapter/{ADAPTER_CONFIG}", adapter_config, trained),
     ):
         for name, value in expected.items():
             if content.get(name) != value:

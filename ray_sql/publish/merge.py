@@ -82,7 +82,7 @@ def _write(config: Config, run: RunFolder, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         adapter = storage.fetch(run.adapter.uri, Path(scratch))
         # LoRA's weights are not rounded, as for generation: their product is, when it is added
-        model = models.load_adapter(base, adapter, exact=True)
+        model = models.load_adapter(base, adapter, place=run.adapter.uri, exact=True)
         model.merge_and_unload().save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
     storage.fetch_file(run.place(CONTRACT), folder / CONTRACT)

@@ -43,6 +43,7 @@ class AdapterConfig(TypedDict):
     """`adapter_config.json` of PEFT."""
 
     r: Count
+    rank_pattern: NotRequired[dict[str, Count] | None]
     lora_alpha: float
     use_dora: bool
     use_rslora: bool

@@ -28,7 +28,8 @@ PATIENCE = 120.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 """Seconds between two tries. Each pause is twice as long as the one before."""
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-FINAL |= {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
+FINAL |= {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+FINAL |= {errno.EINVAL, errno.ELOOP}
 """Errors that another try would meet again: no room, no right, not there."""
 REFUSED = (
     "is a directory",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray_sql.errors import ModelError
 from ray_sql.store import storage
 from ray_sql.store.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
 
 WAY_OUT = "restore it from a copy, or train again"
+HARMLESS_RANK = 1024
+"""A rank for which there is room anywhere. A higher one must be that of the weights."""
 
 
 def check(file: Path, place: str, known: str | None = None) -> None:
@@ -53,11 +57,29 @@ def require_whole(adapter: AdapterFolder) -> None:
 
     Raises `DamagedFile` if PEFT's configuration beside them is none.
     """
-    if adapter.read_adapter_config() is None:
+    config = adapter.read_adapter_config()
+    if config is None:
         raise ModelError(f"{adapter.place(ADAPTER_CONFIG)}: is missing; {WAY_OUT}")
     known = (adapter.read_contract() or {}).get("weights_sha256")
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        fetch(adapter, Path(scratch) / ADAPTER_WEIGHTS, known)
+        file = fetch(adapter, Path(scratch) / ADAPTER_WEIGHTS, known)
+        _require_ranks(config, file, adapter.place(ADAPTER_CONFIG))
+
+
+def _require_ranks(config: Mapping[str, Any], file: Path, place: str) -> None:
+    """Raise `ModelError` for ranks that the weights do not have.
+
+    PEFT makes room for the ranks of the configuration before it reads a weight.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if "lora_" in name]  # noqa: SIM118
+        widest = max(max(opened.get_slice(name).get_shape(), default=0) for name in names)
+    ranks = {"r": config["r"]} | dict(config.get("rank_pattern") or {})
+    for name, rank in ranks.items():
+        if rank > max(widest, HARMLESS_RANK):
+            raise ModelError(f"{place}: {name[:80]!r} is {rank:,}, which no weight has; {WAY_OUT}")
 
 
 def require_own(adapter: AdapterFolder) -> None:
