@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -108,13 +109,14 @@ def called(name: str, known: Iterable[str]) -> str:
     It may be a file's name or path, or differ in case. Its letters may be composed in another way:
     a file from macOS writes é as two.
     """
-    names = list(known)
-    alike = [one for one in names if _plain(one) == _plain(name)]
-    if name in names or len(alike) != 1:
+    names = tuple(known)
+    if name in names:
         return name
-    return alike[0]
+    alike = [one for one in names if _plain(one) == _plain(name)]
+    return alike[0] if len(alike) == 1 else name
 
 
+@cache
 def _plain(name: str) -> str:
     plain = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1]).casefold()
     ending = next((suffix for suffix in SUFFIXES if plain.endswith(suffix)), "")
