@@ -199,7 +199,7 @@ def test_a_missing_an_empty_and_a_binary_file_are_named(
     of_file: Any, make_config: Any, tmp_path: Path
 ) -> None:
     assert "is empty; give one prediction a line" in refusal(of_file, [])
-    (tmp_path / "predictions.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "predictions.bin").write_bytes(b"\xff\xfd\x00")
     for name, reason in (("predictions.no", "cannot be read"), ("predictions.bin", "not UTF-8")):
         with pytest.raises(DataError, match=rf"^--predictions_file .*{name}.*: {reason}"):
             evaluate_file(tmp_path / name, make_config(), DISPLAY)
