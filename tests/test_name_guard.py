@@ -63,6 +63,24 @@ CANNOT_EXIST = [
 ]
 
 
+SERVER = {
+    "customer": {"id", "name"},
+    "sales.orders": {"order_id", "customer_id"},
+    "sales.goods": {"good_id"},
+}
+ON_SERVER = [
+    "SELECT order_id FROM sales.orders WHERE customer_id > 3",
+    "SELECT o.order_id FROM sales.orders AS o JOIN customer ON customer.id = o.customer_id",
+    "SELECT orders.order_id FROM sales.orders JOIN sales.goods ON good_id = orders.order_id",
+    "SELECT sales.orders.order_id FROM sales.orders WHERE sales.orders.customer_id = 1",
+]
+NOT_ON_SERVER = [
+    "SELECT name FROM sales.customer",
+    "SELECT name FROM sale.",
+    "SELECT order_id FROM orders ",
+    "SELECT good_id FROM sales.orders WHERE good_id",
+    "SELECT o.good_id FROM sales.orders AS o WHERE o.good_id",
+]
 TOO_EARLY = ["SELECT x.total FROM (SELECT sum(price) AS total", "SELECT value FROM json_each"]
 """Names that the query makes only later: it is read once, from left to right."""
 
@@ -80,6 +98,17 @@ def test_names_that_exist_are_allowed_from_the_first_letter_on(sql: str) -> None
 @pytest.mark.parametrize("sql", CANNOT_EXIST)
 def test_names_that_cannot_exist_are_refused_with_their_last_letter(sql: str) -> None:
     assert not guard().allows(sql)
+
+
+@pytest.mark.parametrize("sql", ON_SERVER)
+def test_tables_of_a_servers_schemas_are_qualified(sql: str) -> None:
+    for end in range(len(sql) + 1):
+        assert NameGuard(SERVER, "postgres").allows(sql[:end]), sql[:end]
+
+
+@pytest.mark.parametrize("sql", NOT_ON_SERVER)
+def test_tables_of_another_schema_are_refused(sql: str) -> None:
+    assert not NameGuard(SERVER, "postgres").allows(sql)
 
 
 @pytest.mark.parametrize("sql", TOO_EARLY)

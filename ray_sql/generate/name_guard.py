@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import chain
 
 from sqlglot import Dialect, exp
 
@@ -180,6 +182,12 @@ class _Reader:
         self._tables = {table: frozenset(columns) for table, columns in tables.items()}
         self._dialect = dialect
         self._all_columns = frozenset().union(*self._tables.values())
+        self._inside: dict[str, set[str]] = defaultdict(set)
+        """The tables of each of a server's schemas: those of `sales.orders`."""
+        for table in self._tables:
+            namespace, _, name = table.rpartition(".")
+            self._inside[namespace].add(name)
+        self._namespaces = self._inside.keys() - {""}
         self._levels = [_Level()]
         self._made: set[str] = set()
         """Names that the query itself makes: aliases, CTEs and their columns."""
@@ -241,19 +249,24 @@ class _Reader:
         if self._before == ".":
             return self._columns_behind(self._qualifier)
         if self._expects_source():
-            return self._tables.keys() | self._made
-        names = self._columns_in_scope() | self._made | ROW_NAMES
+            return self._tables.keys() | self._made | self._namespaces
+        names = self._columns_in_scope() | self._made | ROW_NAMES | self._namespaces
         if self._knows_sources():
             return names | {name for level in self._levels for name in level.sources}
-        return names | self._tables.keys()
+        return names | self._tables.keys() | {*chain.from_iterable(self._inside.values())}
 
     def _columns_behind(self, qualifier: str) -> Collection[str]:
-        """Return the columns of an alias or a table; every column where it is not known."""
+        """Return the columns of an alias or a table; every column where it is not known.
+
+        Behind a server's schema are its tables.
+        """
         anything = self._all_columns | self._made | ROW_NAMES | self._tables.keys()
         for level in reversed(self._levels):
             if qualifier in level.sources:
                 table = level.sources[qualifier]
                 return anything if table is None else self._tables[table] | ROW_NAMES
+        if qualifier in self._namespaces:
+            return self._inside[qualifier]
         if qualifier in self._tables and qualifier not in self._made:
             return self._tables[qualifier] | ROW_NAMES
         return anything
@@ -336,12 +349,12 @@ class _Reader:
         name = _bare(word)
         if self._before == ".":
             if self._level.clause == "from":  # `FROM sales.orders`
-                self._add_source(name)
+                self._add_source(name, f"{self._qualifier}.{name}")
             self._ended = True
         elif self._any_word_fits() and not self._is_keyword_after_source(word):
             self._make(name)
         elif self._expects_source() and following not in ("(", ".") and word not in BEFORE_SOURCE:
-            self._add_source(name)
+            self._add_source(name, name)
             self._ended = True
         elif word in self._keywords():
             self._read_keyword(word)
@@ -366,9 +379,9 @@ class _Reader:
         elif word in CLAUSES:
             level.clause = word
 
-    def _add_source(self, name: str) -> None:
-        known = name in self._tables and name not in self._made
-        self._level.last_table = name if known else None
+    def _add_source(self, name: str, table: str) -> None:
+        known = table in self._tables and name not in self._made
+        self._level.last_table = table if known else None
         self._level.sources[name] = self._level.last_table
 
     def _make(self, name: str) -> None:
