@@ -138,7 +138,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ray.shutdown()
 
 
-def wait_for(seen: Callable[[], bool], thread: threading.Thread, seconds: float = 200) -> None:
+def wait_for(seen: Callable[[], bool], thread: threading.Thread, seconds: float = 600) -> None:
     """Wait until something is seen; fail when the run ends without it, or it takes too long."""
     end = time.monotonic() + seconds
     while not seen():

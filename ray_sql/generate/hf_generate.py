@@ -42,18 +42,11 @@ def answer_batch(
     started = time.monotonic()
     width = max(map(len, prompts))
     ends = Ends(model, tokenizer, prompts[0])
-    asked, each = prompts, num_beams
-    draws = None
+    draws, copies = None, 1
     if wanted and wanted.answers > 1:
         draws = _Draws(wanted, ends, prompts, places, width, max_new_tokens)
-        each = wanted.answers
-        prompts = [prompt for prompt in prompts for _ in range(each)]
-    pad = tokenizer.pad_token_id
-    ids, mask = [], []
-    for prompt in prompts:
-        padding = width - len(prompt)
-        ids.append([pad] * padding + prompt)
-        mask.append([0] * padding + [1] * len(prompt))
+        copies = wanted.answers
+    ids, mask = _padded(prompts, copies, tokenizer.pad_token_id, model.device)
     # a config of our own: a model's own may sample, which would make two evaluations differ
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -61,24 +54,24 @@ def answer_batch(
         num_beams=num_beams,
         num_return_sequences=num_beams,
         eos_token_id=ends.stops,
-        pad_token_id=pad,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with inference(model):
         output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=settings,
             stopping_criteria=[_FencesClosed(ends, width)],
             logits_processor=[draws] if draws else [],
         )
-    seconds = (time.monotonic() - started) / len(asked)
+    seconds = (time.monotonic() - started) / len(prompts)
     rows = output[:, width:].tolist()
+    scores = [draws.logprob(row, tokens) if draws else None for row, tokens in enumerate(rows)]
+    every = [Decoded(tokens, score) for tokens, score in zip(rows, scores, strict=True)]
+    each = copies * num_beams
     answers = []
-    for index, prompt in enumerate(asked):
-        decoded = [
-            Decoded(rows[row], draws.logprob(row, rows[row]) if draws else None)
-            for row in range(index * each, (index + 1) * each)
-        ]
+    for index, prompt in enumerate(prompts):
+        decoded = every[index * each : (index + 1) * each]
         constrained = bool(wanted and wanted.allows)
         answer = make_answer(ends, len(prompt), decoded, seconds, constrained)
         if num_beams > 1:
@@ -86,6 +79,18 @@ def answer_batch(
             answer = replace(answer, candidates=[best, *answer.candidates])
         answers.append(answer)
     return answers
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], copies: int, pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask `[prompts x copies, width]`, padded on the left; copies lie together."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    both = (torch.tensor(values, device=device) for values in (ids, mask))
+    padded_ids, padded_mask = (values.repeat_interleave(copies, 0) for values in both)
+    return padded_ids, padded_mask
 
 
 class _Draws:
