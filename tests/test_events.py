@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql import progress, tracking
+from ray_sql import tracking
 from ray_sql.cluster import Channel
 from ray_sql.cluster.events import (
     CheckpointSaved,
@@ -18,6 +18,7 @@ from ray_sql.cluster.events import (
     UnknownEvent,
 )
 from ray_sql.display import Display
+from ray_sql.report import progress
 from ray_sql.store.run_folder import RunFolder
 
 

@@ -17,7 +17,7 @@ from ray_sql.data import Corpus, Example, leakage
 from ray_sql.display import Display, Pace, duration
 from ray_sql.finetune import plan, prepare
 from ray_sql.preflight import nodes
-from ray_sql.progress import Progress
+from ray_sql.report.progress import Progress
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tracking import null_run
 from tests.test_field_interrupted import screen

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "files", "tasks", "display"},
     {"config", "database"},
     {"data", "metrics", "store", "models", "cluster", "tracking"},
-    {"rows", "generate", "report", "progress"},
+    {"rows", "generate", "report"},
     {"evaluate", "train"},
     {"publish", "finetune", "tune", "serve", "preflight", "cli", "__main__"},
 ]

@@ -142,4 +142,4 @@ def test_candidates_that_agree_are_computed_once(
     answers = answer_questions(model, tokenizer, asked, decoding)
     for answer in answers:
         assert {one.raw for one in answer.candidates} == {answer.raw}
-    assert max(rows) == len(asked)
+    assert max(rows[1:]) == len(asked), "the first pass is the probe's"

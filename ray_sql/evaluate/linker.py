@@ -19,7 +19,7 @@ from ray_sql.evaluate import judge_links, matching, prediction_forms
 from ray_sql.evaluate.choosing import voted_links
 from ray_sql.evaluate.models import check_adapter, evaluate_models, scored_questions
 from ray_sql.metrics.judged import JudgedRow
-from ray_sql.progress import Progress
+from ray_sql.report.progress import Progress
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder, RunFolder
 from ray_sql.tasks import SCHEMA

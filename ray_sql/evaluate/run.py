@@ -16,8 +16,8 @@ from ray_sql.evaluate.linker import asked_links, is_adapter
 from ray_sql.evaluate.models import check_adapter, evaluate_models, scored_questions
 from ray_sql.evaluate.scored import load_scored
 from ray_sql.metrics.judged import Evaluation
-from ray_sql.progress import Progress
 from ray_sql.report import figures, html, terminal
+from ray_sql.report.progress import Progress
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder, RunFolder
 from ray_sql.tasks import TASKS

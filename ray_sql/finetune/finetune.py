@@ -20,8 +20,8 @@ from ray_sql.finetune.earlier import finished_metrics, require_same_data
 from ray_sql.finetune.prepare import Prepared, prepare
 from ray_sql.finetune.results import conclude
 from ray_sql.finetune.session import Session, require_start, spool
-from ray_sql.progress import Progress, StartupClock, validation_scores
 from ray_sql.report import terminal
+from ray_sql.report.progress import Progress, StartupClock, validation_scores
 from ray_sql.store.run_folder import RunFolder
 
 

@@ -26,7 +26,7 @@ from ray_sql.finetune import plan
 from ray_sql.finetune.earlier import require_same_data
 from ray_sql.finetune.prepare import Prepared, prepare, write_inputs
 from ray_sql.generate import Question
-from ray_sql.progress import StartupClock
+from ray_sql.report.progress import StartupClock
 from ray_sql.store.run_folder import RunFolder
 
 FOLDER_TAG = "folder"

@@ -58,7 +58,7 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
 def _differences(model: PreTrainedModel, longest: int) -> list[float]:
     """Return the relative difference of first logits computed both ways, by pair of prompts.
 
-    All pairs are answered together, and whole prompts of one length in one pass: on a CPU a pass
+    All pairs are answered together, and whole prompts of one length in one pass. On a CPU a pass
     over few tokens costs about as much as one over many.
     """
     vocabulary = model.config.get_text_config().vocab_size

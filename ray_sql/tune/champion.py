@@ -19,7 +19,7 @@ from ray_sql.evaluate.models import evaluate_models
 from ray_sql.evaluate.results import paired
 from ray_sql.finetune.results import conclude
 from ray_sql.metrics.judged import Evaluation
-from ray_sql.progress import Progress
+from ray_sql.report.progress import Progress
 from ray_sql.store import storage
 from ray_sql.store.run_folder import STUDY, RunFolder
 from ray_sql.tasks import TASKS
