@@ -41,9 +41,10 @@ import psutil
 
 from benchmarks.mlflow_server import Server
 from benchmarks.ray_cluster import ray_cluster
-from ray_sql import cli, finetune, progress
+from ray_sql import cli, finetune
 from ray_sql.cluster.events import DriverLink, Event, TrainJob, TrainOutcome, TrainPoint
 from ray_sql.config import Config, load
+from ray_sql.report import progress
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import driver
