@@ -199,7 +199,7 @@ def main() -> None:
                 moment = draw.uniform(LEAST_SECONDS, LONGEST_MOMENT[case.name])
                 seconds = case.disturb(number, moment, options.patience)
                 name = signal.Signals(number).name
-                print(f"{case.name}: {name} after {moment:.1f} s, gone in {seconds:.2f} s")
+                print(f"{case.name}: {name} at {moment:.1f} s, gone in {seconds:.2f} s", flush=True)
             case.finish()
     rows = {case.name: case.row() for case in found}
     print(json.dumps({"load": os.getloadavg()[0], "cores": os.cpu_count(), **rows}))

@@ -307,7 +307,7 @@ def test_what_may_not_be_read_is_named(unreadable: Path, reader: str) -> None:
 
 
 @pytest.mark.kind(KIND)
-@pytest.mark.parametrize("name", ["itself", "one", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("name", ["itself", "one", "other", "x" * 300])
 def test_a_place_that_is_none_is_not_waited_for(tmp_path: Path, name: str) -> None:
     for link, target in (("itself", "itself"), ("one", "other"), ("other", "one")):
         (tmp_path / link).symlink_to(target)

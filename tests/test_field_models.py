@@ -60,6 +60,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "a weight less": without_a_weight,
     "other sizes": of_another_size,
+    "attention of the Hub": lambda folder: edit(
+        folder / "config.json", attn_implementation="kernels-community/evil"
+    ),
+    "attention of somebody": lambda folder: edit(
+        folder / "config.json", _attn_implementation="evil/attention"
+    ),
     "a billion layers": lambda folder: edit(folder / "config.json", num_hidden_layers=10**9),
     "sizes of text": lambda folder: edit(folder / "config.json", hidden_size="many"),
 }

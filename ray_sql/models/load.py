@@ -188,7 +188,14 @@ def read_shape(folder: str) -> Any:
     from transformers import AutoConfig
 
     with _refusals(f"--model_name {folder}", "its config.json cannot be used"):
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        shape = config.get_text_config()
+        # transformers fetches and runs what is named like a repository of the Hub
+        if any("/" in str(part._attn_implementation) for part in (config, shape)):
+            raise ModelError(
+                f"--model_name {folder}: its config.json asks for attention of the Hub, code that "
+                "is not run; remove attn_implementation there"
+            )
         layers = getattr(shape, "num_hidden_layers", None)
         if isinstance(layers, int) and layers > MOST_LAYERS:
             raise ValueError(f"num_hidden_layers {layers:,}, over {MOST_LAYERS:,}")

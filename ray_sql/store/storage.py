@@ -29,7 +29,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 """Seconds between two tries. Each pause is twice as long as the one before."""
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 FINAL |= {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-FINAL |= {errno.EINVAL, errno.ELOOP}
+FINAL |= {errno.EINVAL, errno.ELOOP, errno.EFBIG}
 """Errors that another try would meet again: no room, no right, not there."""
 REFUSED = (
     "is a directory",
