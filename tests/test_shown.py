@@ -15,7 +15,7 @@ from ray_sql.config.sections import AnswersSection, PromptSection
 from ray_sql.data import Corpus, Example
 from ray_sql.data.prompts import shown_schema
 from ray_sql.data.shown import ORACLE
-from ray_sql.database import Column, ForeignKey, Links, Schema, Table, complete
+from ray_sql.database import Column, ForeignKey, Links, Schema, Table, complete, read_tables_json
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.evaluate import judge_links
@@ -25,6 +25,7 @@ from ray_sql.generate import Question
 from ray_sql.models import load_tokenizer
 from ray_sql.report.scores import notes
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tune.objective import Objective
 
 
 @pytest.fixture
@@ -255,3 +256,41 @@ def test_a_linkers_scores_say_what_completion_gains_and_how_many_names_it_adds()
     assert (scores["strict_recall"], scores["completed_strict_recall"]) == (0.0, 0.5)
     # of Course, Room and Canteen one; of 6 unneeded columns in the tables named one
     assert (scores["spare_tables"], scores["spare_columns"]) == (1 / 3, 1 / 5)
+
+
+def test_the_tables_that_only_join_are_found_again_on_spider(shared: Path) -> None:
+    schemas = read_tables_json(shared / "data/spider/tables.json")
+    lost = found = 0
+    for line in (shared / "data/agreement/links.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        needed: Links = {table: [] for table in row["tables"]}
+        for name in row["columns"]:
+            table, _, column = name.partition(".")
+            needed[table].append(column)
+        schema = schemas[row["db_id"]]
+        kept = {
+            table: asked
+            for table, names in needed.items()
+            if (asked := not_keys(schema, table, names))
+        }
+        if len(kept) < 2 or len(kept) == len(needed):
+            continue
+        lost += len(needed) - len(kept)
+        found += sum(
+            name.lower() in needed and name.lower() not in kept for name in complete(kept, schema)
+        )
+    assert lost > 50 and found / lost > 0.9
+
+
+def not_keys(schema: Schema, table: str, names: list[str]) -> list[str]:
+    """Return the columns that are no key of their table."""
+    place = schema.table(table)
+    assert place
+    keys = {*place.primary_key, *(name for key in place.foreign_keys for name in key.columns)}
+    return [name for name in names if name not in {key.lower() for key in keys}]
+
+
+@pytest.mark.parametrize(("form", "said"), [("full", False), ("noisy", True), ("tables", True)])
+def test_a_sweep_over_gold_links_says_oracle(make_config: Any, form: str, said: bool) -> None:
+    objective = Objective.of(make_config(**{"prompt.schema_form": form}))
+    assert ("oracle" in objective.axis_label) is said

@@ -19,8 +19,11 @@ class Objective:
     @classmethod
     def of(cls, config: Config) -> Objective:
         """Return the objective that the settings choose."""
-        is_loss = config.tune.objective == "eval_loss"
-        return cls("validation loss" if is_loss else TASKS[config.task_type].label, is_loss)
+        if config.tune.objective == "eval_loss":
+            return cls("validation loss", True)
+        # validation prompts show what is trained on
+        by = " by oracle links" if config.prompt.schema_form != "full" else ""
+        return cls(TASKS[config.task_type].label + by, False)
 
     @property
     def axis_label(self) -> str:
