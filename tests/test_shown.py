@@ -279,7 +279,7 @@ def test_the_tables_that_only_join_are_found_again_on_spider(shared: Path) -> No
         found += sum(
             name.lower() in needed and name.lower() not in kept for name in complete(kept, schema)
         )
-    assert lost > 50 and found / lost > 0.9
+    assert lost > 40 and found / lost > 0.9, (lost, found)
 
 
 def not_keys(schema: Schema, table: str, names: list[str]) -> list[str]:
