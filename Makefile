@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TRACKING ?= sqlite:///mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint ui test-cluster test-browser clean
+.PHONY: help setup demo test lint ui serve test-cluster test-browser clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ ui: $(STAMP)  ## open the MLflow UI on http://127.0.0.1:5000
 	@echo "Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning (or choose Model training in its corner)"
 	@PYTHONWARNINGS=ignore MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		$(BIN)/mlflow ui --backend-store-uri '$(TRACKING)' --workers 1 --host 127.0.0.1 --port 5000
+
+serve: $(STAMP)  ## serve the demo's tuned model on http://127.0.0.1:8000
+	$(BIN)/ray-sql serve --output_name demo
 
 test-cluster: $(STAMP)  ## run the tests that start a cluster, or take most of a minute
 	$(BIN)/python -m pytest -m cluster

@@ -33,6 +33,7 @@ from ray_sql.config import (
     PipelineConfig,
     PublishConfig,
     ResultsConfig,
+    ServeConfig,
     SweepConfig,
     help_text,
     load,
@@ -40,7 +41,7 @@ from ray_sql.config import (
     mask_secrets,
 )
 from ray_sql.display import printable
-from ray_sql.errors import RaySqlError
+from ray_sql.errors import ConfigError, RaySqlError
 
 LONGEST_LINE = 1500
 """Characters of a line of an error; of a longer one, its beginning and end are shown."""
@@ -64,6 +65,7 @@ class Job:
 
     `plan` is the function that `--dry_run` calls, if it is another one. `files` is the setting that
     takes words before the first flag. `defaults` is a YAML file of the package, read first.
+    `extra` is the extra whose packages it needs.
     """
 
     summary: str
@@ -72,6 +74,7 @@ class Job:
     plan: str = ""
     files: str = ""
     defaults: str = ""
+    extra: str = ""
 
 
 JOBS = {
@@ -110,6 +113,13 @@ JOBS = {
         run="ray_sql.serve.ask:run",
         plan="ray_sql.serve.ask:dry_run",
         files="question",
+    ),
+    "serve": Job(
+        "Serve a tuned model over HTTP.",
+        ServeConfig,
+        run="ray_sql.serve.job:run",
+        plan="ray_sql.serve.job:dry_run",
+        extra="serve",
     ),
     "tune": Job(
         "Sweep settings, and measure the best adapter.",
@@ -208,7 +218,7 @@ def _run(job: Job, words: list[str]) -> None:
     config = None
     try:
         config = load(job.settings, words)
-        _import(job.plan if config.dry_run and job.plan else job.run)(config)
+        _import(job.plan if config.dry_run and job.plan else job.run, job.extra)(config)
     except SystemExit:
         if _SIGNALS:  # on its way through Ray's core the exception loses its code
             raise SystemExit(128 + _SIGNALS[0]) from None
@@ -250,10 +260,18 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _import(door: str) -> Callable[[Any], object]:
-    """Return the function that "module:function" names. Imported late, so that --help is fast."""
+def _import(door: str, extra: str) -> Callable[[Any], object]:
+    """Return the function that "module:function" names. Imported late, so that --help is fast.
+
+    Raises `ConfigError` where a package of the extra is missing.
+    """
     module, _, function = door.partition(":")
-    job: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+    try:
+        job: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if not extra:
+            raise
+        raise ConfigError(f"{error.name} is not installed; pip install -e '.[{extra}]'") from None
     return job
 
 

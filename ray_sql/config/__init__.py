@@ -17,6 +17,7 @@ from ray_sql.config.jobs import (
     PipelineConfig,
     PublishConfig,
     ResultsConfig,
+    ServeConfig,
     SweepConfig,
     TunedConfig,
 )

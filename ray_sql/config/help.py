@@ -34,7 +34,7 @@ BATCHES = (
 FOLDERS = ("output_dir", "cache_dir", "read_token", "write_token")
 SECTIONS = (
     *("data", "prompt", "linking", "rows", "lora", "quantization", "train", "scaling"),
-    *("evaluate", "tune", "tracking", "hub"),
+    *("evaluate", "tune", "tracking", "hub", "serve"),
 )
 WORDS = {str: "text", SecretStr: "text", int: "integer", float: "number", bool: "true, false"}
 

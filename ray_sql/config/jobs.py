@@ -7,9 +7,10 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_sql.config.base import JobConfig
-from ray_sql.config.sections import AnswersSection, RepositorySection
+from ray_sql.config.base import TOKENS, JobConfig
+from ray_sql.config.sections import AnswersSection, RepositorySection, ServeSection
 from ray_sql.config.settings import Config, ModelConfig
+from ray_sql.config.urls import absolute
 from ray_sql.config.validate import build, merge
 from ray_sql.tasks import TaskName
 
@@ -132,6 +133,21 @@ class ResultsConfig(JobConfig):
     def shown(cls) -> set[str]:
         """Leave out what only models have."""
         return super().shown() - {f"hub.{name}" for name in ("base_model", "merge", "force")}
+
+
+class ServeConfig(TunedConfig):
+    """Settings of a service."""
+
+    serve: ServeSection = ServeSection()
+
+    def for_replicas(self) -> dict[str, Any]:
+        """Return the settings that were given, with absolute paths, without tokens."""
+        once = {"config", "dry_run"}
+        settings = self.model_dump(mode="json", exclude_unset=True, exclude=TOKENS | once)
+        settings |= {"output_dir": str(absolute(self.output_dir)), "cache_dir": str(self.cache)}
+        if self.adapter and absolute(self.adapter).exists():
+            settings["adapter"] = str(absolute(self.adapter))
+        return settings
 
 
 class TasksConfig(Config):

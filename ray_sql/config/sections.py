@@ -461,6 +461,30 @@ class HubSection(RepositorySection):
     all."""
 
 
+class ServeSection(Section):
+    """Serve a tuned model over HTTP."""
+
+    databases: dict[str, str] = {}
+    """Answer about these databases: a name for each SQLite file or SQLAlchemy URL. By default about
+    the run's own."""
+    host: str = "127.0.0.1"
+    """Listen on this address. Any but this machine's own needs RAY_SQL_TOKEN in the environment."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Listen on this port."""
+    num_replicas: int = Field(1, ge=1, le=MOST_WORKERS)
+    """Serve by this many copies of the model."""
+    max_waiting: int = Field(64, ge=1, le=MOST_WORKERS)
+    """Refuse further questions, with 503, while this many wait at a copy of the model."""
+    request_timeout_s: float = Field(60.0, gt=0, le=LONGEST)
+    """Give up a question after this many seconds, with 504."""
+    max_request_bytes: int = Field(65_536, ge=1, le=MOST)
+    """Refuse a request whose body has more bytes, with 413."""
+    schema_bytes: int = Field(2**30, ge=0, le=10**15)
+    """Keep computed schemas in at most this many bytes of memory."""
+    log_questions: bool = False
+    """Log questions and the SQL of their answers, which may hold what is private."""
+
+
 def _read_axis(axis: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {kind: [_number(value) for value in values] for kind, values in axis.items()}
 

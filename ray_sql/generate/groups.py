@@ -54,8 +54,8 @@ def group_known(
     groups: dict[str, Group] = {}
     others = []
     for index, (prompt, database) in enumerate(zip(prompts, databases, strict=True)):
-        begin = list(known[database])
-        if list(prompt[: len(begin)]) != begin or len(prompt) == len(begin):
+        begin = list(known.get(database, ()))
+        if not begin or list(prompt[: len(begin)]) != begin or len(prompt) == len(begin):
             others.append(Group([index], 0))
             continue
         groups.setdefault(database, Group([], len(begin))).members.append(index)

@@ -104,7 +104,11 @@ class Engine:
 
     def _replies(self, questions: Sequence[Question], settings: AnswersSection) -> list[Reply]:
         decoding = Decoding.from_settings(settings, self.config.eval_batch_size, self.config.seed)
-        schemas = {one.db_id: self.prompter.databases[one.db_id].schema for one in questions}
+        schemas = {
+            name: database.schema
+            for name, database in self.prompter.databases.items()
+            if any(one.db_id == name for one in questions)
+        }
         names = None
         if settings.ground == "constrain":
             names = guards({name: s.lower_names() for name, s in schemas.items()}, questions)
@@ -112,7 +116,7 @@ class Engine:
         task, mend = self.prompter.task, settings.ground == "repair"
         parse = scoring.JUDGES[task.name].parse
         options = [
-            candidates.options(answer, one.database, schemas[one.db_id], parse, mend)
+            candidates.options(answer, one.database, schemas.get(one.db_id), parse, mend)
             for one, answer in zip(questions, answers, strict=True)
         ]
         choices = candidates.choose(options, task, settings, self._executor)
@@ -134,7 +138,8 @@ class Engine:
         ]
 
     def _warnings(self, database: str, answer: Answer, settings: AnswersSection) -> list[str]:
-        left_out = self.prompter.databases[database].schema.left_out
+        known = self.prompter.databases.get(database)
+        left_out = known.schema.left_out if known else ()
         warnings = [f"not in the schema: {reason}" for reason in left_out]
         form = self.config.prompt.schema_form
         if form not in ("full", "noisy"):

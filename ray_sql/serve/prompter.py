@@ -12,7 +12,7 @@ from ray_sql.database import render
 from ray_sql.errors import DataError
 from ray_sql.evaluate.models import check_adapter
 from ray_sql.generate import Question
-from ray_sql.rows import Encoder, common_prefix
+from ray_sql.rows import Encoder, common_prefix, encode_prompt
 from ray_sql.serve.databases import Database
 from ray_sql.serve.recipe import Recipe
 from ray_sql.tasks import TASKS
@@ -68,14 +68,28 @@ class Prompter:
         settings = settings or self.config.evaluate
         place = self.databases[database].place
         tokens = self._tokens(question, database, evidence)
-        asked = Question("", "", database, question, "", None, place, tokens)
-        generate.check_window(self.model_folder, [asked], settings.max_new_tokens)
-        return Asked(asked, settings)
+        return self._asked(Question("", "", database, question, "", None, place, tokens), settings)
+
+    def ask_turns(self, turns: list[dict[str, str]], settings: AnswersSection) -> Asked:
+        """Return a conversation as a prompt, whatever it is about.
+
+        It shares the schema of a database whose prompts begin so. Raises `ModelError` for one that
+        the model's template cannot write, or that is longer than its window.
+        """
+        tokens = encode_prompt(self.tokenizer, self._encoder.chat.prompt(turns))
+        database = next(
+            (name for name, begin in self.begins.items() if tokens[: len(begin)] == begin), ""
+        )
+        return self._asked(Question("", "", database, "", "", None, None, tokens), settings)
 
     def schema_text(self, database: str) -> str:
         """Return a database's schema as prompts show it."""
         schema = self.databases[database].schema
         return render(schema, self.config.prompt.serializer)
+
+    def _asked(self, question: Question, settings: AnswersSection) -> Asked:
+        generate.check_window(self.model_folder, [question], settings.max_new_tokens)
+        return Asked(question, settings)
 
     def _tokens(self, question: str, database: str, evidence: str = "") -> list[int]:
         return self._encoder.encode_question(Example("", database, question, "", evidence))

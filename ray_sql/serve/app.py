@@ -1,0 +1,192 @@
+"""The service over HTTP: `/v1/sql`, what OpenAI's clients expect, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import generate_latest
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ray_sql import __version__
+from ray_sql.config.sections import AnswersSection, ServeSection
+from ray_sql.errors import DataError, RaySqlError
+from ray_sql.generate.decoder import AUTO_NUM_SEQS
+from ray_sql.serve import wire
+from ray_sql.serve.access import LOCAL_HOSTS, Door, error
+from ray_sql.serve.batcher import Batcher, Full
+from ray_sql.serve.counts import Counted, Counts
+from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.prompter import Asked
+from ray_sql.serve.requests import ChatRequest, SqlRequest
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 0.2
+"""Seconds between two looks whether who asked is still there."""
+RETRY_SECONDS = 2
+"""Seconds after which a request that was refused may come again."""
+GONE = 499
+"""The status of a request whose sender did not wait for the answer."""
+
+
+class Service:
+    """The answers to all requests, by one engine."""
+
+    def __init__(self, engine: Engine, section: ServeSection) -> None:
+        self._engine, self._section = engine, section
+        most = engine.config.evaluate.max_num_seqs
+        self.batcher = Batcher(
+            self._answer, AUTO_NUM_SEQS if most == "auto" else most, section.max_waiting
+        )
+        self.counts = Counts(lambda: self.batcher.waiting)
+
+    async def sql(self, body: SqlRequest, request: Request) -> dict[str, Any]:
+        """Answer a question about a database, with the rows of its SQL."""
+        prompter = self._engine.prompter
+        settings = self._engine.config.changed(body.settings()).evaluate
+        database = body.database or self._only_database()
+        reply = await self._reply(
+            prompter.ask(body.question, database, body.evidence, settings), request
+        )
+        result = None
+        if body.execute and prompter.task.executes_sql and reply.predicted:
+            result = await asyncio.to_thread(self._engine.run, database, reply.predicted)
+        if self._section.log_questions:
+            log.warning("%s: %s: %s", database, body.question, reply.predicted)
+        return wire.reply(reply, result, prompter.task, prompter.name)
+
+    async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any]:
+        """Answer a conversation, written in the chat template of the base model."""
+        settings = self._greedy(body.most_tokens)
+        turns = [message.turn() for message in body.messages]
+        asked = self._engine.prompter.ask_turns(turns, settings)
+        reply = await self._reply(asked, request)
+        cut = reply.new_tokens >= settings.max_new_tokens
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self._engine.prompter.name,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": reply.raw},
+                    "finish_reason": "length" if cut else "stop",
+                }
+            ],
+            "usage": {
+                "prompt_tokens": reply.prompt_tokens,
+                "completion_tokens": reply.new_tokens,
+                "total_tokens": reply.prompt_tokens + reply.new_tokens,
+            },
+        }
+
+    async def models(self) -> dict[str, Any]:
+        """List the model, in OpenAI's words, with the databases that it is asked about."""
+        prompter = self._engine.prompter
+        model = {"id": prompter.name, "object": "model", "created": 0, "owned_by": "ray_sql"}
+        return {"object": "list", "data": [model | {"databases": sorted(prompter.databases)}]}
+
+    async def healthz(self) -> dict[str, str]:
+        """Say that the service is ready."""
+        return {"status": "ok"}
+
+    async def metrics(self) -> PlainTextResponse:
+        """Return counts and times for Prometheus."""
+        return PlainTextResponse(generate_latest(self.counts.registry))
+
+    def _answer(self, asked: Sequence[Asked]) -> list[Reply]:
+        self.counts.together.observe(len(asked))
+        return self._engine.answer(asked)
+
+    async def _reply(self, asked: Asked, request: Request) -> Reply:
+        """Return the reply to a question, unless nobody waits for it any more."""
+        reply = self.batcher.submit(asked)
+        gone = asyncio.create_task(_until_gone(request))
+        try:
+            either: set[asyncio.Future[Any]] = {reply, gone}
+            timeout = self._section.request_timeout_s
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if reply.done():
+                return reply.result()
+            raise Gone if gone.done() else TimeoutError
+        finally:
+            gone.cancel()
+            reply.cancel()
+
+    def _only_database(self) -> str:
+        names = sorted(self._engine.prompter.databases)
+        if len(names) != 1:
+            raise DataError(f"database is missing; give one of {', '.join(names)}")
+        return names[0]
+
+    def _greedy(self, most_tokens: int | None) -> AnswersSection:
+        """Return the settings of one greedy answer of at most so many tokens."""
+        settings = self._engine.config.evaluate
+        return AnswersSection(
+            max_new_tokens=most_tokens or settings.max_new_tokens,
+            max_num_seqs=settings.max_num_seqs,
+        )
+
+
+class Gone(Exception):
+    """Nobody waits for the answer."""
+
+
+def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAPI:
+    """Return the service as an ASGI application; without a token, for this machine only."""
+    service = Service(engine, section)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        answering = asyncio.create_task(service.batcher.run())
+        yield
+        answering.cancel()
+
+    # no pages of documentation: they fetch scripts from elsewhere
+    app = FastAPI(
+        title="ray_sql", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.add_api_route("/v1/sql", service.sql, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
+    app.add_api_route("/v1/models", service.models, methods=["GET"])
+    app.add_api_route("/healthz", service.healthz, methods=["GET"])
+    app.add_api_route("/metrics", service.metrics, methods=["GET"])
+    app.add_exception_handler(RaySqlError, _bad_request)
+    app.add_exception_handler(Full, _full)
+    app.add_exception_handler(TimeoutError, _late)
+    app.add_exception_handler(Gone, _gone)
+    app.add_middleware(Counted, counts=service.counts)
+    app.add_middleware(Door, token=token, most_bytes=section.max_request_bytes)
+    if token is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    return app
+
+
+async def _until_gone(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _bad_request(_: Request, mistake: Exception) -> JSONResponse:
+    return error(400, str(mistake))
+
+
+async def _full(_: Request, __: Exception) -> JSONResponse:
+    wait = {"Retry-After": str(RETRY_SECONDS)}
+    return error(503, "as many questions wait as may; ask again later", **wait)
+
+
+async def _late(_: Request, __: Exception) -> JSONResponse:
+    return error(504, "not answered in time; ask again later, or ask for fewer samples")
+
+
+async def _gone(_: Request, __: Exception) -> JSONResponse:
+    return error(GONE, "nobody waits for the answer")

@@ -1,0 +1,47 @@
+"""The service as an application of Ray Serve.
+
+`ray-sql serve` runs it on this machine. `serve deploy jobs/serve.yaml` runs it on a cluster, with
+Ray Serve's own settings for replicas and autoscaling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from ray_sql.config import ServeConfig, load
+from ray_sql.serve import databases, recipe
+from ray_sql.serve.access import token_for
+from ray_sql.serve.app import make_app
+from ray_sql.serve.engine import Engine
+from ray_sql.serve.prompter import Prompter
+
+
+def prompter(config: ServeConfig) -> Prompter:
+    """Return the prompts of the adapter on all registered databases."""
+    found = recipe.find(config)
+    return Prompter(found, databases.registered(config.serve.databases, found.config))
+
+
+@serve.deployment(max_ongoing_requests=10_000)  # the service itself refuses what is too much
+@serve.ingress()
+class Service:
+    """A copy of the model, and the service over it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        config = load(ServeConfig, [], **settings)
+        self._section, self._token = config.serve, token_for(config.serve.host)
+        self._engine = Engine(prompter(config), config.serve.schema_bytes)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._engine, self._section, self._token)
+
+
+def application(settings: dict[str, Any]) -> Any:
+    """Return the application for settings of `ray-sql serve`, which `serve deploy` calls."""
+    deployment: Any = Service  # what the decorators made of the class
+    copies = load(ServeConfig, [], **settings).serve.num_replicas
+    # one copy is the default, which a file of `serve deploy` may change, to autoscaling too
+    return (deployment.options(num_replicas=copies) if copies > 1 else deployment).bind(settings)

@@ -1,0 +1,69 @@
+"""The bodies of requests, as OpenAPI describes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ray_sql.config.sections import Way
+
+
+class SqlRequest(BaseModel):
+    """A question about a database. Without a database, it is about the only one."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    question: str = Field(min_length=1, max_length=20_000)
+    database: str | None = None
+    evidence: str = Field("", max_length=20_000)
+    execute: bool = True
+    samples: int | None = Field(None, ge=1, le=64)
+    temperature: float | None = Field(None, gt=0, le=10)
+    choose: Way | None = None
+    ground: Literal["none", "repair", "constrain"] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of `evaluate` that the request gives, by their dotted names."""
+        given = self.model_dump(include={"samples", "temperature", "choose", "ground"})
+        return {f"evaluate.{name}": value for name, value in given.items() if value is not None}
+
+
+class Part(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "developer"]
+    content: str | list[Part]
+
+    def turn(self) -> dict[str, str]:
+        """Return the turn as chat templates take it."""
+        text = self.content
+        if not isinstance(text, str):
+            text = "".join(part.text for part in text)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(BaseModel):
+    """A conversation in OpenAI's words. Answers are greedy, one at a time, and sent whole."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    messages: list[Message] = Field(min_length=1, max_length=100)
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1, le=100_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=100_000)
+    temperature: Literal[0] | None = None
+    n: Literal[1] | None = None
+    stream: Literal[False] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Return the length of the answer that is asked for."""
+        return self.max_completion_tokens or self.max_tokens

@@ -1,0 +1,393 @@
+"""The service over real HTTP: its answers, who may ask, and what happens when too many do."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+import yaml
+
+from ray_sql import cli
+from ray_sql.config import ServeConfig, load
+from ray_sql.config.sections import ServeSection
+from ray_sql.data import prompts
+from ray_sql.errors import ConfigError
+from ray_sql.serve import deployment
+from ray_sql.serve.access import TOKEN, token_for
+from ray_sql.serve.app import make_app
+from ray_sql.serve.batcher import Batcher, Full
+from ray_sql.serve.databases import registered
+from ray_sql.serve.engine import Engine
+from ray_sql.serve.prompter import Prompter
+from ray_sql.serve.recipe import find
+from ray_sql.store.run_folder import RunFolder
+from tests.conftest import QUESTIONS
+from tests.waiting import HANGS, wait_until
+
+COUNTED = QUESTIONS[6]
+"""A question whose answer the tuned run knows."""
+
+
+def settings(run: Path, **given: Any) -> ServeConfig:
+    """Return the settings of a service of a run."""
+    return load(ServeConfig, [], output_name=run.name, output_dir=str(run.parent), **given)
+
+
+@pytest.fixture(scope="module")
+def engine(tuned_run: Path) -> Iterator[Engine]:
+    """Share an engine on all databases of the run."""
+    found = find(settings(tuned_run))
+    with Engine(Prompter(found, registered({}, found.config))) as engine:
+        yield engine
+
+
+@contextmanager
+def serving(engine: Engine, token: str | None = None, **section: Any) -> Iterator[httpx2.Client]:
+    """Serve on a free port of this machine; yield a client."""
+    app = make_app(engine, ServeSection(**section), token)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="debug", log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(HANGS)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[httpx2.Client]:
+    """Share a service with the default settings."""
+    with serving(engine) as client:
+        yield client
+
+
+@pytest.fixture
+def held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Let the engine wait with every batch until the event is set."""
+    released = threading.Event()
+    answer = engine.answer
+
+    def wait(asked: Any) -> Any:
+        released.wait(HANGS)
+        return answer(asked)
+
+    monkeypatch.setattr(engine, "answer", wait)
+    yield released
+    released.set()
+
+
+def sql(client: httpx2.Client, question: str = COUNTED[0], **body: Any) -> httpx2.Response:
+    """Ask about the database mall."""
+    return client.post("/v1/sql", json={"question": question, "database": "mall"} | body)
+
+
+def turns(engine: Engine, question: str) -> list[dict[str, str]]:
+    """Return the turns of the contract's prompt."""
+    return prompts.messages(engine.prompter.task, engine.prompter.schema_text("mall"), question)
+
+
+def test_a_question_gets_sql_rows_and_times(client: httpx2.Client) -> None:
+    answer = sql(client).json()
+    assert answer["sql"] == COUNTED[1]
+    assert (answer["columns"], answer["rows"]) == (["COUNT(*)"], [[2]])
+    assert (answer["database"], answer["model"], answer["warnings"]) == ("mall", "tuned", [])
+    assert set(answer["timings"]) == {"answer_seconds", "query_seconds"}
+    unexecuted = sql(client, execute=False).json()
+    assert unexecuted["sql"] == COUNTED[1]
+    assert "rows" not in unexecuted
+
+
+def test_candidates_are_voted_on_and_shown(client: httpx2.Client) -> None:
+    answer = sql(client, samples=3, temperature=0.05, choose="vote", ground="repair").json()
+    assert (answer["chosen_by"], len(answer["candidates"])) == ("vote", 3)
+    assert answer["sql"] == COUNTED[1]
+
+
+def test_answers_of_a_conversation_are_the_measured_ones(
+    client: httpx2.Client, engine: Engine, tuned_run: Path
+) -> None:
+    for row in RunFolder(str(tuned_run)).read_predictions():
+        messages = turns(engine, row["question"])
+        body = {"model": "tuned", "messages": messages, "temperature": 0, "user": "somebody"}
+        answer = client.post("/v1/chat/completions", json=body).json()
+        (choice,) = answer["choices"]
+        assert choice["message"] == {"role": "assistant", "content": row["raw"]}
+        assert answer["usage"]["prompt_tokens"] == row["prompt_tokens"]
+    short = client.post("/v1/chat/completions", json=body | {"max_tokens": 2}).json()
+    assert short["choices"][0]["finish_reason"] == "length"
+
+
+def test_other_conversations_are_answered_too(client: httpx2.Client) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("sql", {"question": "How many?"}, 400, "database is missing; give one of kiosk, mall"),
+        ("sql", {"question": "How many?", "database": "moon"}, 400, "'moon' is not registered"),
+        ("sql", {"question": "why " * 3000, "database": "mall"}, 400, "reads up to 2,048 tokens"),
+        ("sql", {"question": "How many?", "choose": "vote"}, 400, "evaluate.samples is 1"),
+        ("sql", {"question": "How many?", "limit": 1}, 422, "Extra inputs are not permitted"),
+        ("sql", {"question": ""}, 422, "at least 1 character"),
+        ("sql", {"question": "q" * 70_000}, 413, "at most 65536 bytes"),
+        ("chat/completions", {"messages": []}, 422, "at least 1 item"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "stream": True},
+            422,
+            "Input should be False",
+        ),
+    ],
+)
+def test_a_bad_request_is_named(
+    client: httpx2.Client, path: str, body: dict[str, Any], status: int, words: str
+) -> None:
+    answer = client.post(f"/v1/{path}", json=body)
+    assert (answer.status_code, words in answer.text) == (status, True), answer.text
+
+
+def test_models_health_metrics_and_openapi(client: httpx2.Client) -> None:
+    sql(client)
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("tuned", "model")
+    assert "mall" in model["databases"]
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert 'ray_sql_requests_total{route="/v1/sql",status="200"}' in client.get("/metrics").text
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/sql", "/v1/chat/completions", "/v1/models", "/healthz", "/metrics"} == set(paths)
+    assert client.get("/docs").status_code == 404
+
+
+def test_requests_that_arrive_together_are_answered_together(
+    client: httpx2.Client, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    answer = engine.answer
+
+    def counted(asked: Any) -> Any:
+        batches.append(len(asked))
+        time.sleep(0.3)  # the others arrive
+        return answer(asked)
+
+    monkeypatch.setattr(engine, "answer", counted)
+    questions = [question for question, _ in QUESTIONS]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda question: sql(client, question).json(), questions))
+    assert sum(batches) == 8
+    assert max(batches) > 1
+    alone = [sql(client, question).json() for question in questions]
+    assert [one["sql"] for one in together] == [one["sql"] for one in alone]
+
+
+def test_where_too_many_wait_a_request_is_refused_and_may_come_again(
+    engine: Engine, held: threading.Event
+) -> None:
+    with serving(engine, max_waiting=1) as client, ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(sql, client) for _ in range(5)]
+        wait_until(lambda: sum(one.done() for one in asked) == 3)
+        held.set()
+        answers = [one.result() for one in asked]
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert int(refused.headers["Retry-After"]) > 0
+    assert "ask again later" in refused.json()["error"]["message"]
+
+
+def test_a_request_that_is_left_frees_its_place(engine: Engine, held: threading.Event) -> None:
+    with serving(engine, max_waiting=1) as client, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(sql, client)  # it is being answered, and waits no more
+        wait_until(lambda: waiting(client) == 0 and not first.done())
+        time.sleep(0.1)
+        with pytest.raises(httpx2.TimeoutException):
+            sql_within(client, 0.3)
+        wait_until(lambda: waiting(client) == 0)
+        held.set()
+        assert first.result().status_code == 200
+
+
+def sql_within(client: httpx2.Client, seconds: float) -> None:
+    """Ask, and go away after some seconds."""
+    body = {"question": COUNTED[0], "database": "mall"}
+    client.post("/v1/sql", json=body, timeout=seconds)
+
+
+def waiting(client: httpx2.Client) -> float:
+    """Return how many questions wait, by the metrics."""
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith("ray_sql_waiting ")).split()[1])
+
+
+def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: threading.Event) -> None:
+    with serving(engine, request_timeout_s=0.2) as client:
+        answer = sql(client)
+    assert answer.status_code == 504
+    assert "not answered in time" in answer.json()["error"]["message"]
+
+
+def test_a_token_is_asked_for_where_there_is_one(engine: Engine) -> None:
+    with serving(engine, token="open sesame") as client:
+        assert client.get("/healthz").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "open sesame"}):
+            answer = client.get("/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert "Bearer" in answer.json()["error"]["message"]
+        right = {"Authorization": "Bearer open sesame"}
+        assert client.get("/v1/models", headers=right).status_code == 200
+
+
+def test_an_address_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert [token_for(host) for host in ("127.0.0.1", "::1", "localhost")] == [None] * 3
+    for host in ("0.0.0.0", "::", "db.example.org", "10.0.0.7"):
+        with pytest.raises(ConfigError, match=f"{host}: others reach it, so set RAY_SQL_TOKEN"):
+            token_for(host)
+    monkeypatch.setenv(TOKEN, "secret\n")
+    assert token_for("0.0.0.0") == "secret"
+
+
+def test_pages_of_others_may_not_ask(client: httpx2.Client) -> None:
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    preflight = client.options("/v1/sql", headers=asked)
+    assert preflight.status_code == 405
+    assert "access-control-allow-origin" not in preflight.headers
+    plain = client.post(
+        "/v1/sql", content=json.dumps({"question": "q"}), headers={"Content-Type": "text/plain"}
+    )
+    assert plain.status_code == 422
+    led_here = client.get("/v1/models", headers={"Host": "evil.example"})
+    assert led_here.status_code == 400
+
+
+def test_a_body_of_unknown_size_is_refused(client: httpx2.Client) -> None:
+    place = client.base_url
+    connection = http.client.HTTPConnection(place.host, place.port, timeout=HANGS)
+    connection.request("POST", "/v1/sql", iter([b"{}"]), encode_chunked=True)
+    assert connection.getresponse().status == 411
+
+
+def test_questions_and_sql_are_in_no_log(
+    client: httpx2.Client, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    question = "How many products cost more than 987654321?"
+    with caplog.at_level(logging.DEBUG):
+        answer = sql(client, question).json()
+        sql(client, question, choose="vote")
+        assert question not in caplog.text
+        assert "SELECT" not in caplog.text
+        with serving(engine, log_questions=True) as speaking:
+            sql(speaking, question)
+    assert f"mall: {question}: {answer['sql']}" in caplog.text
+
+
+def batched(answer: Callable[[Sequence[Any]], list[Any]], most_waiting: int, work: Any) -> Any:
+    """Run `work(batcher)` beside a batcher."""
+
+    async def run() -> Any:
+        batcher = Batcher(answer, 4, most_waiting)
+        answering = asyncio.create_task(batcher.run())
+        try:
+            return await work(batcher)
+        finally:
+            answering.cancel()
+
+    return asyncio.run(run())
+
+
+def test_one_question_that_fails_fails_alone() -> None:
+    def answer(asked: Sequence[Any]) -> list[Any]:
+        if "bad" in asked:
+            raise ValueError("bad")
+        return [one.upper() for one in asked]
+
+    async def work(batcher: Batcher) -> list[Any]:
+        replies = [batcher.submit(word) for word in ("a", "bad", "b")]  # type: ignore[arg-type]
+        return await asyncio.gather(*replies, return_exceptions=True)
+
+    first, bad, last = batched(answer, 8, work)
+    assert (first, str(bad), last) == ("A", "bad", "B")
+
+
+def test_a_cancelled_question_frees_its_place_and_is_not_answered() -> None:
+    answered: list[Any] = []
+
+    def answer(asked: Sequence[Any]) -> list[Any]:
+        answered.extend(asked)
+        return list(asked)
+
+    async def work(batcher: Batcher) -> int:
+        first = batcher.submit("first")  # type: ignore[arg-type]
+        with pytest.raises(Full):
+            batcher.submit("refused")  # type: ignore[arg-type]
+        first.cancel()
+        await asyncio.sleep(0)
+        await batcher.submit("second")  # type: ignore[arg-type]
+        return batcher.waiting
+
+    assert batched(answer, 1, work) == 0
+    assert answered == ["second"]
+
+
+def test_the_file_for_serve_deploy_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    values = yaml.safe_load((Path(__file__).parent.parent / "jobs" / "serve.yaml").read_text())
+    (application,) = ServeDeploySchema(**values).applications
+    section = load(ServeConfig, [], **application.args).serve
+    assert (section.host, section.port) == tuple(values["http_options"].values())
+    assert application.import_path == f"{deployment.__name__}:application"
+    assert [one.name for one in application.deployments] == [deployment.Service.name]
+
+
+def test_a_package_that_is_missing_is_named(
+    tuned_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in ("job", "deployment", "app"):
+        monkeypatch.delitem(sys.modules, f"ray_sql.serve.{name}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main("serve", ["--output_name", tuned_run.name])
+    assert ended.value.code == 2
+    assert "fastapi is not installed; pip install -e '.[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.cluster
+def test_the_job_serves_until_it_is_stopped(tuned_run: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "jobs.serve", "--output_name", tuned_run.name]
+    command += ["--output_dir", str(tuned_run.parent), "--serve.port", str(port)]
+    environment = {**os.environ, "RAY_SQL_TOKEN": ""}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        lines = iter(process.stdout or [])
+        assert any(f"http://127.0.0.1:{port}/v1/sql" in line for line in lines)
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as client:
+            assert sql(client).json()["rows"] == [[2]]
+            assert client.get("/v1/models", headers={"Host": "evil"}).status_code == 400
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANGS) == 128 + signal.SIGTERM
