@@ -35,6 +35,7 @@ from ray_sql.config import (
     ResultsConfig,
     ServeConfig,
     SweepConfig,
+    VerifyConfig,
     help_text,
     load,
     mask_password,
@@ -120,6 +121,12 @@ JOBS = {
         run="ray_sql.serve.job:run",
         plan="ray_sql.serve.job:dry_run",
         extra="serve",
+    ),
+    "verify": Job(
+        "Check that an endpoint answers as the run that was measured.",
+        VerifyConfig,
+        run="ray_sql.serve.verify:run",
+        plan="ray_sql.serve.verify:dry_run",
     ),
     "tune": Job(
         "Sweep settings, and measure the best adapter.",

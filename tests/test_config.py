@@ -548,14 +548,15 @@ def test_settings_that_were_removed_are_dropped_from_files_and_named_to_users(
     saved = yaml_file(tmp_path, "evaluate: {backend: transformers, limit: 3}\ncompare: []\n")
     assert settings("--config", saved).evaluate.limit == 3
     assert Config(**settings().public() | {"evaluate": {"backend": "transformers"}})
-    for text in ("evaluate.backend: vllm\n", "evaluate: {backend: vllm}\n"):
-        message = refusal("--config", yaml_file(tmp_path, text))
-        assert (
-            message
-            == "evaluate.backend: 'vllm' given; transformers answers all questions; leave it out"
-        )
-    for flags in (["--evaluate.backend", "vllm"], ["--evaluate.backend=vllm"]):
-        assert (
-            refusal(*flags)
-            == "--evaluate.backend: transformers answers all questions; leave it out"
-        )
+    assert refusal("--config", yaml_file(tmp_path, "compare: [a]\n")).endswith(
+        "given; compare two files with `ray-sql compare A B`"
+    )
+
+
+def test_an_endpoint_is_asked_for_one_greedy_answer(tmp_path: Path) -> None:
+    endpoint = "evaluate.backend: openai\n"
+    assert "needs evaluate.url" in refusal("--config", yaml_file(tmp_path, endpoint))
+    endpoint += "evaluate.url: http://127.0.0.1:8000/v1\n"
+    assert settings("--config", yaml_file(tmp_path, endpoint)).evaluate.url
+    for more in ("evaluate.samples: 2\n", "evaluate.num_beams: 2\n"):
+        assert "one greedy answer" in refusal("--config", yaml_file(tmp_path, endpoint + more))

@@ -15,64 +15,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 import yaml
 
 from ray_sql import cli
 from ray_sql.config import ServeConfig, load
-from ray_sql.config.sections import ServeSection
 from ray_sql.data import prompts
 from ray_sql.errors import ConfigError
 from ray_sql.serve import deployment
 from ray_sql.serve.access import TOKEN, token_for
-from ray_sql.serve.app import make_app
 from ray_sql.serve.batcher import Batcher, Full
-from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine
-from ray_sql.serve.prompter import Prompter
-from ray_sql.serve.recipe import find
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
+from tests.serving import make_engine, serving
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
 """A question whose answer the tuned run knows."""
 
 
-def settings(run: Path, **given: Any) -> ServeConfig:
-    """Return the settings of a service of a run."""
-    return load(ServeConfig, [], output_name=run.name, output_dir=str(run.parent), **given)
-
-
 @pytest.fixture(scope="module")
 def engine(tuned_run: Path) -> Iterator[Engine]:
     """Share an engine on all databases of the run."""
-    found = find(settings(tuned_run))
-    with Engine(Prompter(found, registered({}, found.config))) as engine:
+    with make_engine(tuned_run) as engine:
         yield engine
-
-
-@contextmanager
-def serving(engine: Engine, token: str | None = None, **section: Any) -> Iterator[httpx2.Client]:
-    """Serve on a free port of this machine; yield a client."""
-    app = make_app(engine, ServeSection(**section), token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="debug", log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(HANGS)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from ray_sql.config.jobs import (
     ServeConfig,
     SweepConfig,
     TunedConfig,
+    VerifyConfig,
 )
 from ray_sql.config.load import C, load
 from ray_sql.config.settings import Config, ModelConfig

@@ -150,6 +150,27 @@ class ServeConfig(TunedConfig):
         return settings
 
 
+class VerifyConfig(TunedConfig):
+    """Settings of the check that an endpoint is the model of a run."""
+
+    questions: int = Field(64, ge=1, le=100_000)
+    """Send this many of the run's scored questions, drawn with its seed."""
+
+    @model_validator(mode="after")
+    def _check_run_and_url(self) -> Self:
+        if not self.output_name or not self.evaluate.url:
+            raise ValueError(
+                "give the run whose answers are compared (--output_name), and the endpoint's "
+                "address (--evaluate.url, e.g. http://127.0.0.1:8000/v1)"
+            )
+        return self
+
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Add the settings of the endpoint."""
+        return super().shown() | {"evaluate.url", "evaluate.served_model"}
+
+
 class TasksConfig(Config):
     """Settings for one task or several."""
 

@@ -342,6 +342,13 @@ class AnswersSection(Section):
     """Stop a query whose result has more bytes; a number counts 8."""
     max_sql_length: int = Field(100_000, ge=1, le=MOST)
     """Refuse a query whose text has more bytes."""
+    backend: Literal["transformers", "openai"] = "transformers"
+    """Ask the model here, or the endpoint at `evaluate.url`, which speaks OpenAI's protocol."""
+    url: str | None = None
+    """Ask the endpoint below this address, e.g. `http://127.0.0.1:8000/v1`. It may get a key, as
+    OPENAI_API_KEY in the environment."""
+    served_model: str | None = None
+    """Ask this model of the endpoint. By default the first that it lists."""
     limit: Many | None = None
     """Score at most this many examples of each split, drawn with the seed."""
     processes: int | None = Field(None, ge=1, le=1000)

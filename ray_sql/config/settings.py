@@ -160,6 +160,23 @@ class ModelConfig(JobConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_backend(self) -> Self:
+        evaluate = self.evaluate
+        if evaluate.backend == "transformers":
+            return self
+        if not evaluate.url:
+            raise ValueError(
+                "evaluate.backend openai needs evaluate.url: give the endpoint's address, e.g. "
+                "http://127.0.0.1:8000/v1"
+            )
+        if evaluate.samples > 1 or evaluate.num_beams > 1 or evaluate.ground == "constrain":
+            raise ValueError(
+                "evaluate.backend openai gives one greedy answer a question: leave out "
+                "evaluate.samples, evaluate.num_beams and evaluate.ground constrain"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_ves(self) -> Self:
         evaluate = self.evaluate
         is_bird = evaluate.semantics == "bird" and self._executes_sql()

@@ -23,8 +23,7 @@ PLACES = {"output_dir", "output_name", "cache_dir", "scaling.storage_path"}
 """Settings that say where a run is kept, not what it is."""
 
 REMOVED: dict[str, tuple[Any, str]] = {
-    "compare": ([], "compare two files with `ray-sql compare A B`"),
-    "evaluate.backend": ("transformers", "transformers answers all questions; leave it out"),
+    "compare": ([], "compare two files with `ray-sql compare A B`")
 }
 """Settings of earlier versions: the value that saved files hold and that is ignored, and the way
 out of others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 from ray_sql import cluster, data, generate, models
 from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
 from ray_sql.config import Config
-from ray_sql.data import Corpus
+from ray_sql.data import Corpus, Example
 from ray_sql.data.contract import check_contract, make_contract
 from ray_sql.data.shown import AskedLinks
 from ray_sql.database import Schema
 from ray_sql.display import Display
 from ray_sql.errors import ContractError
 from ray_sql.evaluate import scoring
+from ray_sql.evaluate.endpoint import Endpoint, Turns
 from ray_sql.generate import Answer, AnswerCache, Question
-from ray_sql.metrics.judged import Evaluation
+from ray_sql.metrics.judged import Evaluation, JudgedRow
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder
@@ -137,10 +138,41 @@ def scored_questions(
     """
     encoder = Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
     questions = []
-    for split in config.split:
-        examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+    for split, examples in _scored_examples(corpus, config):
         questions += generate.make_questions(examples, split, corpus, encoder, links)
     return questions
+
+
+def scored_conversations(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config, links: AskedLinks
+) -> list[Turns]:
+    """Return the prompts of `scored_questions` as turns, for an endpoint."""
+    encoder = Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
+    return [
+        encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
+        for split, examples in _scored_examples(corpus, config)
+        for example in examples
+    ]
+
+
+def _scored_examples(corpus: Corpus, config: Config) -> Iterator[tuple[str, tuple[Example, ...]]]:
+    for split in config.split:
+        yield split, data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+
+
+def evaluate_endpoint(
+    config: Config,
+    questions: Sequence[Question],
+    conversations: Sequence[Turns],
+    schemas: Mapping[str, Schema],
+    display: Display,
+) -> list[JudgedRow]:
+    """Return the judged answers of the endpoint at `evaluate.url`."""
+    endpoint = Endpoint.find(config.evaluate)
+    asking = display.counter(f"asking {endpoint.model}")
+    answers = endpoint.answer_all(conversations, config.evaluate.max_new_tokens, asking)
+    task, executing = TASKS[config.task_type], display.counter("executing its SQL")
+    return scoring.score(questions, answers, task, config.evaluate, schemas, executing)
 
 
 def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:

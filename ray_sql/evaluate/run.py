@@ -13,7 +13,13 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.evaluate import predictions_file, results
 from ray_sql.evaluate.linker import asked_links, is_adapter
-from ray_sql.evaluate.models import check_adapter, evaluate_models, scored_questions
+from ray_sql.evaluate.models import (
+    check_adapter,
+    evaluate_endpoint,
+    evaluate_models,
+    scored_conversations,
+    scored_questions,
+)
 from ray_sql.evaluate.scored import load_scored
 from ray_sql.metrics.judged import Evaluation
 from ray_sql.report import figures, html, terminal
@@ -103,7 +109,13 @@ def _evaluate_models(
     links = asked_links(config, corpus, display)
     questions = scored_questions(corpus, models.load_tokenizer(folder), config, links)
     generate.check_window(folder, questions, config.evaluate.max_new_tokens)
-    progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
     schemas = corpus.judged_schemas(TASKS[config.task_type])
-    evaluation = evaluate_models(config, questions, schemas, folder, adapter, display, progress)
+    if config.evaluate.backend == "openai":
+        tokenizer = models.load_tokenizer(folder)
+        conversations = scored_conversations(corpus, tokenizer, config, links)
+        rows = evaluate_endpoint(config, questions, conversations, schemas, display)
+        evaluation = {"tuned" if adapter else "base": rows}
+    else:
+        progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
+        evaluation = evaluate_models(config, questions, schemas, folder, adapter, display, progress)
     return evaluation, {"prompts": generate.token_counts(questions)}

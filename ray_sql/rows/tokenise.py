@@ -117,20 +117,22 @@ class Encoder:
         return TokenizedExample(example.id, example.db_id, input_ids, len(prompt_ids))
 
     def encode_question(self, example: Example, shown: Schema | None = None) -> list[int]:
-        """Return the tokens of an example's prompt, for generation.
+        """Return the tokens of an example's prompt, for generation."""
+        return encode_prompt(self.tokenizer, self.chat.prompt(self.question_turns(example, shown)))
+
+    def question_turns(self, example: Example, shown: Schema | None = None) -> list[dict[str, str]]:
+        """Return the turns of an example's prompt, for generation.
 
         `shown` is its schema in the prompt, by default as an example is trained on. The full one is
         shown where the gold SQL does not fit a reduced form of it.
         """
         if shown is not None and not example.schema_text:
-            turns = self._turns(example, render(shown, self.prompt.serializer))
-            return encode_prompt(self.tokenizer, self.chat.prompt(turns))
+            return self._turns(example, render(shown, self.prompt.serializer))
         try:
-            turns = self._turns(example)
+            return self._turns(example)
         except LinkError:
             full = self.prompt.model_copy(update={"schema_form": "full"})
-            turns = replace(self, prompt=full)._turns(example)
-        return encode_prompt(self.tokenizer, self.chat.prompt(turns))
+            return replace(self, prompt=full)._turns(example)
 
     @cached_property
     def chat(self) -> Chat:

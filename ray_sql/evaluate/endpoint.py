@@ -1,0 +1,151 @@
+"""Ask an endpoint that speaks OpenAI's protocol: ours, vLLM, llama.cpp's server and others."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import requests
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from ray_sql.config.sections import AnswersSection
+from ray_sql.errors import ConfigError, StoreError
+from ray_sql.generate import Answer
+from ray_sql.store.retry import retry
+
+Turns = list[dict[str, str]]
+Progress = Callable[[int, int], None]
+KEY = "OPENAI_API_KEY"
+"""The environment variable with the endpoint's key."""
+AT_A_TIME = 8
+"""Questions that are sent at a time."""
+PATIENCE, MOST_TRIES = 300.0, 8
+"""Seconds that an answer may take, and tries while the endpoint says that it is busy."""
+LONGEST_PAUSE = 30.0
+
+
+class _Message(TypedDict):
+    content: str | None
+
+
+class _Choice(TypedDict):
+    message: _Message
+    finish_reason: str | None
+
+
+class _Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Completion(TypedDict):
+    choices: list[_Choice]
+    usage: _Usage
+
+
+class _Model(TypedDict):
+    id: str
+
+
+class _Models(TypedDict):
+    data: list[_Model]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint below an address, and one of its models."""
+
+    url: str
+    model: str
+
+    @classmethod
+    def find(cls, settings: AnswersSection) -> Self:
+        """Return the endpoint of the settings, with the model that is named, or its first one.
+
+        Raises `StoreError` if it does not answer, and `ConfigError` if it has no such model.
+        """
+        assert settings.url is not None
+        endpoint = cls(settings.url.rstrip("/"), settings.served_model or "")
+        listed = endpoint._call(_Models, "GET", "models", None)
+        names = [model["id"] for model in listed["data"]]
+        if (settings.served_model and settings.served_model not in names) or not names:
+            raise ConfigError(
+                f"--evaluate.served_model {settings.served_model}: {endpoint.url} has no such "
+                f"model; it has {', '.join(names) or 'none'}"
+            )
+        return cls(endpoint.url, settings.served_model or names[0])
+
+    def answer_all(
+        self, conversations: Sequence[Turns], max_new_tokens: int, progress: Progress | None = None
+    ) -> list[Answer]:
+        """Return a greedy answer to each conversation, several asked at a time."""
+        answers = []
+        with ThreadPoolExecutor(AT_A_TIME) as threads:
+            for answer in threads.map(
+                lambda turns: self.answer(turns, max_new_tokens), conversations
+            ):
+                answers.append(answer)
+                if progress:
+                    progress(len(answers), len(conversations))
+        return answers
+
+    def answer(self, turns: Turns, max_new_tokens: int) -> Answer:
+        """Return the greedy answer to a conversation."""
+        body = {"model": self.model, "messages": turns, "temperature": 0}
+        began = time.monotonic()
+        limited = body | {"max_tokens": max_new_tokens}
+        completion = self._call(_Completion, "POST", "chat/completions", limited)
+        seconds = time.monotonic() - began
+        usage = completion["usage"]
+        text = completion["choices"][0]["message"]["content"] if completion["choices"] else ""
+        return Answer(text or "", usage["prompt_tokens"], usage["completion_tokens"], seconds)
+
+    def _call(self, shape: Any, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """Return what a path answers. Raises `StoreError` where that is not what is expected."""
+        key = os.environ.get(KEY, "").strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        place = f"{self.url}/{path}"
+
+        def ask() -> requests.Response:
+            response = requests.request(
+                method, place, json=body, headers=headers, timeout=PATIENCE, allow_redirects=False
+            )
+            if response.status_code in (429, 503):
+                raise _Busy(response.headers.get("Retry-After", ""))
+            return response
+
+        try:
+            response = retry(ask, _pause)
+            if response.status_code != 200:
+                reason = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
+                raise StoreError(f"--evaluate.url {place}: {reason}; check address, model and key")
+            return TypeAdapter(shape).validate_json(response.content)
+        except _Busy:
+            raise StoreError(f"--evaluate.url {place}: stays busy; try again later") from None
+        except requests.RequestException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise StoreError(
+                f"--evaluate.url {place}: does not answer ({type(error).__name__}: {reason}); "
+                "check the address, and that the endpoint runs"
+            ) from None
+        except ValidationError:
+            raise StoreError(
+                f"--evaluate.url {place}: does not speak OpenAI's protocol; give the address that "
+                "ends before /models, as http://127.0.0.1:8000/v1"
+            ) from None
+
+
+class _Busy(Exception):
+    """An endpoint that asks to come again."""
+
+
+def _pause(error: Exception, failures: int) -> float:
+    if not isinstance(error, _Busy) or failures >= MOST_TRIES:
+        raise error
+    wished = str(error)
+    return min(float(wished) if wished.isdigit() else 2.0**failures, LONGEST_PAUSE)

@@ -1,0 +1,131 @@
+"""Tell from an endpoint's answers whether it is the model that was measured, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray_sql.metrics.paired import PairedTest, paired_test
+
+Verdict = Literal[
+    "equal",
+    "within rounding",
+    "sampling is on",
+    "another template",
+    "truncated prompt",
+    "no adapter",
+    "other weights",
+]
+FINE: set[Verdict] = {"equal", "within rounding"}
+SAME = 0.9
+"""The share of answers that rounding leaves as they were; other weights change more."""
+RESTLESS = 2
+"""Questions whose second answer may differ by rounding, when others are computed beside them."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One question: the measured answers of the adapter and its base, and the endpoint's.
+
+    Answers are SQL or links, empty where none was found; `base` is None where it was not measured.
+    `again` are further answers of the endpoint.
+    """
+
+    id: str
+    question: str
+    measured: str
+    base: str | None
+    served: str
+    again: tuple[str, ...]
+    measured_right: bool
+    served_right: bool
+    measured_prompt: int
+    served_prompt: int
+
+    @property
+    def is_same(self) -> bool:
+        """Tell whether the endpoint's answer is the measured one."""
+        return self.served == self.measured
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What an endpoint was found to be, with the evidence in sentences and in numbers."""
+
+    verdict: Verdict
+    evidence: list[str]
+    numbers: dict[str, Any]
+
+    @property
+    def is_fine(self) -> bool:
+        """Tell whether the endpoint is the model that was measured."""
+        return self.verdict in FINE
+
+
+def diagnose(compared: Sequence[Compared]) -> Diagnosis:
+    """Return what all questions together say about an endpoint."""
+    same = sum(one.is_same for one in compared)
+    telling = [one for one in compared if one.base not in (None, one.measured)]
+    as_base = sum(one.served == one.base for one in telling)
+    as_tuned = sum(one.is_same for one in telling)
+    restless = sum(any(other != one.served for other in one.again) for one in compared)
+    repeated = sum(bool(one.again) for one in compared)
+    offsets = [one.served_prompt - one.measured_prompt for one in compared]
+    test = paired_test((one.measured_right, one.served_right) for one in compared)
+    numbers = {
+        "questions": len(compared),
+        "same": same,
+        "told_apart_from_base": len(telling),
+        "as_base": as_base,
+        "repeated": repeated,
+        "unsteady": restless,
+        "prompts_of_other_length": sum(offset != 0 for offset in offsets),
+        **test.named("measured", "served"),
+    }
+    evidence = [f"{same} of {len(compared)} answers are the measured ones"]
+    verdict: Verdict
+    if restless > RESTLESS:
+        verdict = "sampling is on"
+        evidence.append(f"{restless} of {repeated} questions got another answer the second time")
+    elif same == len(compared):
+        verdict = "equal"
+    elif any(offsets):
+        verdict, reason = _prompt_verdict(compared, offsets)
+        evidence.append(reason)
+    elif as_base > as_tuned:
+        verdict = "no adapter"
+        evidence.append(
+            f"where base and adapter differ, {as_base} of {len(telling)} answers are the base's"
+        )
+    elif same >= SAME * len(compared) and not test.a_is_better:
+        verdict = "within rounding"
+    else:
+        verdict = "other weights"
+        evidence.append(
+            "the prompts have the measured lengths: look for another base, an older adapter, "
+            "another rank or another quantisation"
+        )
+    evidence.append(_accuracy(compared, test))
+    return Diagnosis(verdict, evidence, numbers)
+
+
+def _prompt_verdict(compared: Sequence[Compared], offsets: Sequence[int]) -> tuple[Verdict, str]:
+    """Tell a prompt that is cut where it is long from one that is written otherwise."""
+    cut = {one.served_prompt for one, offset in zip(compared, offsets, strict=True) if offset < 0}
+    others = sum(offset != 0 for offset in offsets)
+    if max(offsets) <= 0 and len(cut) == 1:
+        return "truncated prompt", (
+            f"{others} of {len(compared)} prompts are longer than {cut.pop()} tokens, and the "
+            "endpoint read no more of them"
+        )
+    return "another template", (
+        f"{others} of {len(compared)} prompts have another length (from {min(offsets):+d} to "
+        f"{max(offsets):+d} tokens)"
+    )
+
+
+def _accuracy(compared: Sequence[Compared], test: PairedTest) -> str:
+    right = sum(one.served_right for one in compared)
+    before = sum(one.measured_right for one in compared)
+    return f"right: {right} of {len(compared)}, measured {before} (McNemar p = {test.p:.2g})"

@@ -1,0 +1,141 @@
+"""Check that an endpoint answers as the run that was measured: the door of `ray-sql verify`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from ray_sql import data
+from ray_sql.config import Config, VerifyConfig
+from ray_sql.data import Example
+from ray_sql.display import Display
+from ray_sql.errors import DataError
+from ray_sql.evaluate import scoring
+from ray_sql.evaluate.endpoint import Endpoint
+from ray_sql.evaluate.scored import load_scored
+from ray_sql.generate import Answer, make_questions
+from ray_sql.metrics.judged import JudgedRow, is_right
+from ray_sql.rows import Encoder
+from ray_sql.serve import recipe
+from ray_sql.serve.diagnosis import Compared, Diagnosis, diagnose
+from ray_sql.serve.prompter import Prompter
+from ray_sql.store.run_folder import RunFolder
+from ray_sql.tasks import TASKS
+
+REPEATED = 16
+"""Questions that are asked a second time, to see whether answers are drawn."""
+DIFFERS = 3
+"""The exit code for an endpoint that is another model."""
+SHOWN = 5
+"""Answers that differ, of which the log shows both."""
+
+
+def run(config: VerifyConfig) -> Diagnosis:
+    """Compare an endpoint's answers with those of a run; end with exit code 3 where it differs."""
+    checked = _Checked(config)
+    with Display() as display:
+        endpoint = Endpoint.find(config.evaluate)
+        compared = checked.ask(endpoint, display)
+        found = diagnose(compared)
+        for one in [one for one in compared if not one.is_same][:SHOWN]:
+            display.line(f"{one.id}: {one.question}")
+            display.line(f"    measured {one.measured}")
+            display.line(f"    served   {one.served}")
+        for line in found.evidence:
+            display.line(line)
+        display.line(f"{endpoint.model} at {endpoint.url}: {found.verdict}")
+    print(json.dumps({"verdict": found.verdict, **found.numbers}))
+    if not found.is_fine:
+        raise SystemExit(DIFFERS)
+    return found
+
+
+def dry_run(config: VerifyConfig) -> None:
+    """Show the first prompt, and how many questions would be sent where."""
+    checked, display = _Checked(config), Display()
+    for turn in checked.turns(checked.examples[0][1]):
+        display.line(f"--- {turn['role']} ---\n{turn['content']}")
+    count = len(checked.examples)
+    display.line(f"--- plan ---\nwould send {count} questions to {config.evaluate.url}")
+
+
+class _Checked:
+    """The scored questions of a run, with its measured answers."""
+
+    def __init__(self, config: VerifyConfig) -> None:
+        found = recipe.find(config)
+        prompter = Prompter(found, {})  # the contract is compared
+        self._config: Config = found.config
+        folder = RunFolder(config.run_dir)
+        self._measured = _by_key(folder.read_predictions())
+        self._base = _by_key(folder.read_predictions("base"))
+        self._corpus = load_scored(self._config, found.adapter.uri)
+        self._encoder = Encoder(
+            prompter.tokenizer, prompter.task, self._config.prompt, self._corpus.schemas
+        )
+        known = [
+            (split, example)
+            for split in self._config.split
+            for example in self._corpus.splits[split]
+            if (split, example.id) in self._measured
+        ]
+        if not known:
+            raise DataError(
+                f"{folder}: none of its scored questions is among the answers in "
+                "predictions.jsonl; give a run that was measured"
+            )
+        self.examples = data.sample(known, config.questions, self._config.seed)
+        """The questions to send, with their splits."""
+
+    def turns(self, example: Example) -> list[dict[str, str]]:
+        """Return the turns of the contract's prompt."""
+        return self._encoder.question_turns(example)
+
+    def ask(self, endpoint: Endpoint, display: Display) -> list[Compared]:
+        """Return what an endpoint answers, beside what was measured."""
+        conversations = [self.turns(example) for _, example in self.examples]
+        most = self._config.evaluate.max_new_tokens
+        asking = display.counter(f"asking {endpoint.model}")
+        repeated = conversations[:REPEATED]
+        answers = endpoint.answer_all([*conversations, *repeated], most, asking)
+        first, again = answers[: len(conversations)], answers[len(conversations) :]
+        rows = self._judged(first)
+        seconds = [self._read(answer.raw) for answer in again]
+        return [
+            self._compared((split, example.id), row, tuple(seconds[index : index + 1]))
+            for index, ((split, example), row) in enumerate(zip(self.examples, rows, strict=True))
+        ]
+
+    def _read(self, raw: str) -> str:
+        """Return the SQL or links of an answer; "" where there are none."""
+        return scoring.JUDGES[self._config.task_type].parse(raw) or ""
+
+    def _judged(self, answers: Sequence[Answer]) -> list[JudgedRow]:
+        questions = [
+            question
+            for split, example in self.examples
+            for question in make_questions([example], split, self._corpus, self._encoder)
+        ]
+        task = TASKS[self._config.task_type]
+        greedy = self._config.evaluate.model_copy(update={"ground": "none"})
+        schemas = self._corpus.judged_schemas(task)
+        return scoring.score(questions, answers, task, greedy, schemas)
+
+    def _compared(self, key: tuple[str, str], row: JudgedRow, again: tuple[str, ...]) -> Compared:
+        measured, base = self._measured[key], self._base.get(key)
+        return Compared(
+            id=row["id"],
+            question=row["question"],
+            measured=self._read(measured["raw"]),
+            base=None if base is None else self._read(base["raw"]),
+            served=row["predicted"] or "",
+            again=again,
+            measured_right=is_right(measured),
+            served_right=is_right(row),
+            measured_prompt=measured["prompt_tokens"],
+            served_prompt=row["prompt_tokens"],
+        )
+
+
+def _by_key(rows: Sequence[JudgedRow]) -> dict[tuple[str, str], JudgedRow]:
+    return {(row["split"], row["id"]): row for row in rows}
