@@ -480,6 +480,9 @@ class ServeSection(Section):
     """Listen on this port."""
     num_replicas: int = Field(1, ge=1, le=MOST_WORKERS)
     """Serve by this many copies of the model."""
+    ray_actor_options: dict[str, Annotated[float, Field(ge=0, le=MOST)]] = {}
+    """Reserve these for each copy, in Ray's words, e.g. `{num_cpus: 4}` or `{num_gpus: 1}`. By
+    default copies share the cores, and use no GPU."""
     max_waiting: int = Field(64, ge=1, le=MOST_WORKERS)
     """Refuse further questions, with 503, while this many wait at a copy of the model."""
     request_timeout_s: float = Field(60.0, gt=0, le=LONGEST)

@@ -6,8 +6,10 @@ Ray Serve's own settings for replicas and autoscaling.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from ray import serve
 
@@ -33,6 +35,9 @@ class Service:
     def __init__(self, settings: dict[str, Any]) -> None:
         config = load(ServeConfig, [], **settings)
         self._section, self._token = config.serve, token_for(config.serve.host)
+        if "num_cpus" not in config.serve.ray_actor_options:
+            # Ray allows one thread to an actor that reserves nothing
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.serve.num_replicas))
         self._engine = Engine(prompter(config), config.serve.schema_bytes)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -41,7 +46,11 @@ class Service:
 
 def application(settings: dict[str, Any]) -> Any:
     """Return the application for settings of `ray-sql serve`, which `serve deploy` calls."""
+    section = load(ServeConfig, [], **settings).serve
     deployment: Any = Service  # what the decorators made of the class
-    copies = load(ServeConfig, [], **settings).serve.num_replicas
-    # one copy is the default, which a file of `serve deploy` may change, to autoscaling too
-    return (deployment.options(num_replicas=copies) if copies > 1 else deployment).bind(settings)
+    options: dict[str, Any] = {}  # what is not set here, a file of `serve deploy` may set
+    if section.num_replicas > 1:
+        options["num_replicas"] = section.num_replicas
+    if section.ray_actor_options:
+        options["ray_actor_options"] = section.ray_actor_options
+    return deployment.options(**options).bind(settings)

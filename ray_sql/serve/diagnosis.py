@@ -51,7 +51,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What an endpoint was found to be, with the evidence in sentences and in numbers."""
+    """The verdict on an endpoint, with the evidence in sentences and in numbers."""
 
     verdict: Verdict
     evidence: list[str]

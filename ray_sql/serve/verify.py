@@ -130,7 +130,7 @@ class _Checked:
             base=None if base is None else self._read(base["raw"]),
             served=row["predicted"] or "",
             again=again,
-            measured_right=is_right(measured),
+            measured_right=_greedy_is_right(measured),
             served_right=is_right(row),
             measured_prompt=measured["prompt_tokens"],
             served_prompt=row["prompt_tokens"],
@@ -139,3 +139,9 @@ class _Checked:
 
 def _by_key(rows: Sequence[JudgedRow]) -> dict[tuple[str, str], JudgedRow]:
     return {(row["split"], row["id"]): row for row in rows}
+
+
+def _greedy_is_right(row: JudgedRow) -> bool:
+    """Tell whether a row's greedy answer is right, whichever answer was chosen."""
+    greedy = row.get("ways", {}).get("greedy")
+    return is_right(row) if greedy is None else bool(greedy["right"])
