@@ -28,7 +28,7 @@ OTHER_NAMES = {
     "quantization.load_in_4bit": "qlora quantization_bit quantize",
     "model_name": "model model_id model_name_or_path pretrained_model_name_or_path base_model",
     "dataset_id": "dataset dataset_name dataset_path data_path train_file train_data data_file",
-    "data.databases": "database databases db db_path db_url database_url db_dir",
+    "data.databases": "databases db db_path db_url database_url db_dir",
     "data.validation_fraction": "val_size val_fraction val_ratio validation_split val_set_size",
     "data.test_fraction": "test_size test_ratio",
     "data.limit": "max_samples max_train_samples",
