@@ -113,7 +113,7 @@ def test_a_truncated_prompt_is_named(
 
     def cut(turns: Any, settings: Any) -> Any:
         asked = ask(turns, settings)
-        tokens = asked.question.input_ids[-most:]
+        tokens = asked.question.input_ids[:most]
         return replace(asked, question=replace(asked.question, input_ids=tokens))
 
     monkeypatch.setattr(engine.prompter, "ask_turns", cut)

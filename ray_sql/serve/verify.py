@@ -12,6 +12,7 @@ from ray_sql.display import Display
 from ray_sql.errors import DataError
 from ray_sql.evaluate import scoring
 from ray_sql.evaluate.endpoint import Endpoint
+from ray_sql.evaluate.linker import asked_links
 from ray_sql.evaluate.scored import load_scored
 from ray_sql.generate import Answer, make_questions
 from ray_sql.metrics.judged import JudgedRow, is_right
@@ -32,8 +33,8 @@ SHOWN = 5
 
 def run(config: VerifyConfig) -> Diagnosis:
     """Compare an endpoint's answers with those of a run; end with exit code 3 where it differs."""
-    checked = _Checked(config)
     with Display() as display:
+        checked = _Checked(config, display)
         endpoint = Endpoint.find(config.evaluate)
         compared = checked.ask(endpoint, display)
         found = diagnose(compared)
@@ -52,8 +53,9 @@ def run(config: VerifyConfig) -> Diagnosis:
 
 def dry_run(config: VerifyConfig) -> None:
     """Show the first prompt, and how many questions would be sent where."""
-    checked, display = _Checked(config), Display()
-    for turn in checked.turns(checked.examples[0][1]):
+    display = Display()
+    checked = _Checked(config, display)
+    for turn in checked.turns(*checked.examples[0]):
         display.line(f"--- {turn['role']} ---\n{turn['content']}")
     count = len(checked.examples)
     display.line(f"--- plan ---\nwould send {count} questions to {config.evaluate.url}")
@@ -62,7 +64,7 @@ def dry_run(config: VerifyConfig) -> None:
 class _Checked:
     """The scored questions of a run, with its measured answers."""
 
-    def __init__(self, config: VerifyConfig) -> None:
+    def __init__(self, config: VerifyConfig, display: Display) -> None:
         found = recipe.find(config)
         prompter = Prompter(found, {})  # the contract is compared
         self._config: Config = found.config
@@ -70,6 +72,7 @@ class _Checked:
         self._measured = _by_key(folder.read_predictions())
         self._base = _by_key(folder.read_predictions("base"))
         self._corpus = load_scored(self._config, found.adapter.uri)
+        self._links = asked_links(self._config, self._corpus, display)
         self._encoder = Encoder(
             prompter.tokenizer, prompter.task, self._config.prompt, self._corpus.schemas
         )
@@ -77,7 +80,7 @@ class _Checked:
             (split, example)
             for split in self._config.split
             for example in self._corpus.splits[split]
-            if (split, example.id) in self._measured
+            if (self._links.split_name(split), example.id) in self._measured
         ]
         if not known:
             raise DataError(
@@ -87,13 +90,14 @@ class _Checked:
         self.examples = data.sample(known, config.questions, self._config.seed)
         """The questions to send, with their splits."""
 
-    def turns(self, example: Example) -> list[dict[str, str]]:
-        """Return the turns of the contract's prompt."""
-        return self._encoder.question_turns(example)
+    def turns(self, split: str, example: Example) -> list[dict[str, str]]:
+        """Return the turns of the prompt that was measured."""
+        shown = self._links.show(split, example, self._corpus.schemas)
+        return self._encoder.question_turns(example, shown.schema)
 
     def ask(self, endpoint: Endpoint, display: Display) -> list[Compared]:
         """Return what an endpoint answers, beside what was measured."""
-        conversations = [self.turns(example) for _, example in self.examples]
+        conversations = [self.turns(*scored) for scored in self.examples]
         most = self._config.evaluate.max_new_tokens
         asking = display.counter(f"asking {endpoint.model}")
         repeated = conversations[:REPEATED]
@@ -102,8 +106,7 @@ class _Checked:
         rows = self._judged(first)
         seconds = [self._read(answer.raw) for answer in again]
         return [
-            self._compared((split, example.id), row, tuple(seconds[index : index + 1]))
-            for index, ((split, example), row) in enumerate(zip(self.examples, rows, strict=True))
+            self._compared(row, tuple(seconds[index : index + 1])) for index, row in enumerate(rows)
         ]
 
     def _read(self, raw: str) -> str:
@@ -114,14 +117,17 @@ class _Checked:
         questions = [
             question
             for split, example in self.examples
-            for question in make_questions([example], split, self._corpus, self._encoder)
+            for question in make_questions(
+                [example], split, self._corpus, self._encoder, self._links
+            )
         ]
         task = TASKS[self._config.task_type]
         greedy = self._config.evaluate.model_copy(update={"ground": "none"})
         schemas = self._corpus.judged_schemas(task)
         return scoring.score(questions, answers, task, greedy, schemas)
 
-    def _compared(self, key: tuple[str, str], row: JudgedRow, again: tuple[str, ...]) -> Compared:
+    def _compared(self, row: JudgedRow, again: tuple[str, ...]) -> Compared:
+        key = row["split"], row["id"]
         measured, base = self._measured[key], self._base.get(key)
         return Compared(
             id=row["id"],
