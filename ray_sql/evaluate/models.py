@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from ray_sql import cluster, data, generate, models
 from ray_sql.cluster.events import AnswerGiven, AnswerJob, AnswersCounted
 from ray_sql.config import Config
-from ray_sql.data import Corpus, Example
+from ray_sql.config.sections import AnswersSection
+from ray_sql.data import Corpus
 from ray_sql.data.contract import check_contract, make_contract
 from ray_sql.data.shown import AskedLinks
 from ray_sql.database import Schema
@@ -27,7 +28,7 @@ from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder
 from ray_sql.store.weights import require_whole
-from ray_sql.tasks import TASKS
+from ray_sql.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +139,8 @@ def scored_questions(
     """
     encoder = Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
     questions = []
-    for split, examples in _scored_examples(corpus, config):
+    for split in config.split:
+        examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
         questions += generate.make_questions(examples, split, corpus, encoder, links)
     return questions
 
@@ -150,29 +152,25 @@ def scored_conversations(
     encoder = Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
     return [
         encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
-        for split, examples in _scored_examples(corpus, config)
-        for example in examples
+        for split in config.split
+        for example in data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
     ]
 
 
-def _scored_examples(corpus: Corpus, config: Config) -> Iterator[tuple[str, tuple[Example, ...]]]:
-    for split in config.split:
-        yield split, data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-
-
 def evaluate_endpoint(
-    config: Config,
+    settings: AnswersSection,
     questions: Sequence[Question],
     conversations: Sequence[Turns],
     schemas: Mapping[str, Schema],
+    task: Task,
     display: Display,
 ) -> list[JudgedRow]:
     """Return the judged answers of the endpoint at `evaluate.url`."""
-    endpoint = Endpoint.find(config.evaluate)
+    endpoint = Endpoint.find(settings)
     asking = display.counter(f"asking {endpoint.model}")
-    answers = endpoint.answer_all(conversations, config.evaluate.max_new_tokens, asking)
-    task, executing = TASKS[config.task_type], display.counter("executing its SQL")
-    return scoring.score(questions, answers, task, config.evaluate, schemas, executing)
+    answers = endpoint.answer_all(conversations, settings.max_new_tokens, asking)
+    executing = display.counter("executing its SQL")
+    return scoring.score(questions, answers, task, settings, schemas, executing)
 
 
 def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:

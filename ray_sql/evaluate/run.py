@@ -113,7 +113,8 @@ def _evaluate_models(
     if config.evaluate.backend == "openai":
         tokenizer = models.load_tokenizer(folder)
         conversations = scored_conversations(corpus, tokenizer, config, links)
-        rows = evaluate_endpoint(config, questions, conversations, schemas, display)
+        task = TASKS[config.task_type]
+        rows = evaluate_endpoint(config.evaluate, questions, conversations, schemas, task, display)
         evaluation = {"tuned" if adapter else "base": rows}
     else:
         progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)

@@ -35,7 +35,7 @@ def find(where: str | None, config: Config) -> Database:
             f"{given if where else '--database is missing'}; give a SQLite file, a URL, or one of "
             f"{', '.join(sorted(known)) or 'a run that has databases'}"
         )
-    return _of_run(corpus, name, config)
+    return _database(data.add_schema(corpus, name, config), name)
 
 
 def at(where: str, example_values: int, name: str | None = None) -> Database:
@@ -56,11 +56,10 @@ def registered(places: Mapping[str, str], config: Config) -> dict[str, Database]
         values = config.prompt.example_values
         return {name: at(place, values, name) for name, place in places.items()}
     corpus = data.read_databases(config)
-    return {name: _of_run(corpus, name, config) for name in sorted(corpus.databases)}
-
-
-def _of_run(corpus: Corpus, name: str, config: Config) -> Database:
-    return _database(data.add_schema(corpus, name, config), name)
+    return {
+        name: _database(data.add_schema(corpus, name, config), name)
+        for name in sorted(corpus.databases)
+    }
 
 
 def _database(corpus: Corpus, name: str) -> Database:
