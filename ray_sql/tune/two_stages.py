@@ -20,8 +20,13 @@ WAYS = {"full": stages.FULL, "predicted": stages.PREDICTED, "oracle": stages.GOL
 
 
 def with_measured_noise(generator: Config, linker: Config) -> Config:
-    """Return a generator's settings with the noise of its linker on validation questions."""
-    changes = {"split": ("validation",), "output_name": f"{linker.output_name}-validation"}
+    """Return a generator's settings with the noise of its linker's greedy answers to validation."""
+    changes = {
+        "split": ("validation",),
+        "output_name": f"{linker.output_name}-validation",
+        "linking.keep": None,
+        "evaluate": linker.evaluate.greedy().model_dump() | {"baseline": False},
+    }
     scores = evaluate.run(_evaluation(linker, changes))["tuned"]["validation"]
     rates = {name: round(scores.get(name, 0.0), 2) for name in ("spare_tables", "spare_columns")}
     return generator.changed({f"prompt.{name}": rate for name, rate in rates.items()})
