@@ -13,11 +13,12 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.mlflow_server import Server
-from ray_sql import finetune, preflight, progress, tracking
+from ray_sql import finetune, preflight, tracking
 from ray_sql.cluster.events import Event, TrainPoint
 from ray_sql.config import CheckConfig, Config
 from ray_sql.display import Display
 from ray_sql.errors import StoreError, TakenOver
+from ray_sql.report import progress
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train.resume import claim_run
 
