@@ -1,7 +1,7 @@
 """A checkpoint is complete or absent. The best and the last two survive."""
 
-import json
 import errno
+import json
 import logging
 from pathlib import Path
 from typing import Any
