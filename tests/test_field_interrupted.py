@@ -86,7 +86,7 @@ def test_ctrl_c_in_a_job_is_one_word(
     def interrupted(_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "_import", lambda door: interrupted)
+    monkeypatch.setattr(cli, "_import", lambda *door: interrupted)
     given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     words = ["--output_name", "x", "--model_name", "m", "--task_type", "sql"]

@@ -22,7 +22,7 @@ from ray_sql import cli
 def job(config):
     {body}
 
-cli._import = lambda door: job
+cli._import = lambda *door: job
 cli.main('compare', ['--output_name', 'x', '--files', 'a', 'b'])
 """
 
