@@ -168,7 +168,8 @@ def test_storage_that_fails_for_a_while_is_waited_for(
     save(local, outage.run_dir, 1)
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", lambda _: outage.end())  # once the failure is said
-    logging.getLogger("ray_sql").addHandler(handler)
+    logger = logging.getLogger("ray_sql")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
     for number, access in enumerate(
         (
             lambda: save(local, outage.run_dir, 2),
@@ -183,7 +184,6 @@ def test_storage_that_fails_for_a_while_is_waited_for(
         outage.begin()
         access()
         assert caplog.text.count("storage fails") == number, "said once a time"
-    logging.getLogger("ray_sql").removeHandler(handler)
     assert checkpoints.damaged(tmp_path / "fetched") is None
 
 
