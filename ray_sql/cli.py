@@ -214,6 +214,7 @@ def _run(job: Job, words: list[str]) -> None:
     """
     _silence_libraries()
     _print_anything()
+    _SIGNALS.clear()  # those of an earlier job in this process
     for number in (signal.SIGTERM, signal.SIGINT):  # as exceptions, so that runs are closed
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, exit_on_signal)

@@ -99,6 +99,29 @@ def test_ctrl_c_in_a_job_is_one_word(
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+def test_a_signal_of_an_earlier_job_is_not_that_of_a_later_one(monkeypatch: Any) -> None:
+    words = ["--output_name", "x", "--model_name", "m", "--task_type", "sql"]
+
+    def interrupted(_: Any) -> None:
+        cli.exit_on_signal(signal.SIGINT, None)
+
+    def ended(_: Any) -> None:
+        raise SystemExit(3)
+
+    given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    codes = []
+    try:
+        for job in (interrupted, ended):
+            monkeypatch.setattr(cli, "_import", lambda *_, job=job: job)
+            with pytest.raises(SystemExit) as caught:
+                cli.main("finetune", words)
+            codes.append(caught.value.code)
+    finally:
+        for number, handler in given.items():
+            signal.signal(number, handler)
+    assert codes == [130, 3]
+
+
 @kind
 @pytest.mark.parametrize(
     ("saved", "overwrite", "words"),
