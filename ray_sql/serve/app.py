@@ -128,7 +128,7 @@ class Service:
         return names[0]
 
     def _greedy(self, most_tokens: int | None) -> AnswersSection:
-        """Return the settings of one greedy answer of at most so many tokens."""
+        """Return the settings of one greedy answer; `most_tokens` may shorten it."""
         settings = self._engine.config.evaluate
         return AnswersSection(
             max_new_tokens=most_tokens or settings.max_new_tokens,
