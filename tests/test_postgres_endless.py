@@ -28,6 +28,38 @@ JSON = LIST.replace("array_agg", "jsonb_agg")
 OTHER_JSON = OTHERS.replace("array_agg", "jsonb_agg")
 TEXTS = "(SELECT array_agg(i::text) FROM generate_series(1, 1000000) i)"
 NUMBER = f"('1.' || {LONG.replace('10000', '16')})::numeric"
+ATTRIBUTES = "'<a ' || string_agg('a' || i || '=\"\"', ' ') || '/>'"
+
+
+def doubled(letter: str, more: str = "x || x || x || x") -> str:
+    """Return a query whose text is four times as long at each of its levels."""
+    query = f"SELECT '{letter}'::text x"
+    for level in range(11):
+        query = f"SELECT {more} AS x FROM ({query}) t{level}"
+    return f"({query})"
+
+
+def nested(function: str, letter: str = "a") -> str:
+    """Return calls in calls, each of which writes ten letters for one."""
+    flags = ", 'g'" if function == "regexp_replace" else ""
+    call = f"'{letter}'"
+    for _ in range(7):
+        call = f"{function}({call}, '{letter}', '{letter * 10}'{flags})"
+    return call
+
+
+def quoted(times: int) -> str:
+    """Return a text that is quoted again and again, which doubles its quotes."""
+    return "quote_literal(" * times + "'" * 4 + ")" * times
+
+
+def steps() -> str:
+    """Return common table expressions, each ten times as long as the one before."""
+    ten = ", ".join(f"{' || '.join([name] * 10)} {name}" for name in "xy")
+    first = "s0 AS (SELECT 'aaaaaaaaaa'::text x, 'bbbbbbbbbb'::text y)"
+    return ", ".join([first, *(f"s{n} AS (SELECT {ten} FROM s{n - 1})" for n in range(1, 6))])
+
+
 ENDLESS = [
     f"SELECT length(translate({LONG}, {OTHER}, ''))",
     f"SELECT length(btrim({LONG}, {OTHER} || 'a'))",
@@ -79,6 +111,40 @@ ENDLESS = [
     "SELECT xpath_exists('//*[count(//*[count(//*) > 0]) > 0]', '<a><b/><b/></a>'::xml)",
     "SELECT * FROM xmltable('//*' PASSING '<a/>'::xml COLUMNS x text PATH '.')",
     f"SELECT starts_with({LONG}, {LONG}), translate({LONG}, {LONG}, '')",
+    # values made long by other means
+    "SELECT strpos(format('%9000000s', ''), 'b' || format('%3000000s', ''))",
+    "SELECT strpos(format('%*s', 9000000, ''), 'b' || format('%*s', 3000000, ''))",
+    f"SELECT translate({doubled('a')}, {doubled('b')}, '')",
+    f"SELECT translate({doubled('a', 'concat(x, x, x, x)')}, {doubled('b')}, '')",
+    f"SELECT translate({nested('replace')}, {nested('replace', 'b')}, '')",
+    f"SELECT translate({nested('regexp_replace')}, {nested('regexp_replace', 'b')}, '')",
+    f"SELECT position('b' || {quoted(20)} IN {quoted(22)})",
+    f"WITH {steps()} SELECT translate(x, y, '') FROM s5",
+    "SELECT translate('0'::bit/**/(3000000)::text, (~('0'::bit/**/(3000000)))::text, '')",
+    "SELECT a @> b FROM (SELECT string_to_array(format('%3000000s', ''), NULL) a, "
+    "ARRAY['x'] || string_to_array(format('%3000000s', 'b'), NULL) b) s",
+    # rows made by other means
+    "SELECT translate(string_agg('a', ''), string_agg('b', ''), '') FROM pg_proc a "
+    "JOIN pg_proc b ON true",
+    "SELECT array_agg(a.oid::bigint) && array_agg(-b.oid::bigint) FROM pg_proc a "
+    "JOIN pg_proc b ON 1 = 1",
+    "SELECT array_agg(a.oid::bigint) && array_agg(-b.oid::bigint) FROM pg_proc a "
+    "JOIN pg_proc b ON a.oid <> b.oid",
+    "SELECT array_agg(a.oid::bigint) && array_agg(-b.oid::bigint) FROM pg_proc a "
+    "LEFT JOIN LATERAL (SELECT oid FROM pg_proc WHERE a.oid > 0) b ON true",
+    "SELECT translate(string_agg('a', ''), string_agg('b', ''), '') "
+    "FROM string_to_table(format('%3000000s', ''), NULL)",
+    "SELECT array_agg(m[1]) && array_agg(m[1] || 'x') "
+    "FROM regexp_matches(format('%3000000s', ''), '.', 'g') m",
+    "SELECT array_agg(v::text) && array_agg(v::text || 'x') FROM json_array_elements("
+    "('[' || replace(format('%1000000s', ''), ' ', '1,') || '1]')::json) v",
+    # long on a single value
+    f"SELECT ({ATTRIBUTES})::xml IS NULL FROM generate_series(1, 400000) i",
+    f"SELECT xml_is_well_formed({ATTRIBUTES}) FROM generate_series(1, 400000) i",
+    "SELECT ('a' || string_agg(' | a' || i, ''))::tsquery IS NULL "
+    "FROM generate_series(1, 900000) i",
+    "SELECT numnode(to_tsquery(repeat('a|', 1000000) || 'a'))",
+    "SELECT array_length(parse_ident('a' || repeat('.a', 100000000)), 1)",
 ]
 """One call each that goes on for hours, and that no limit of the server ends."""
 ORDINARY = [
@@ -99,6 +165,16 @@ ORDINARY = [
     "SELECT d::date, count(id) FROM generate_series('2024-01-01'::date, '2024-03-01', '1 month') d "
     "LEFT JOIN item ON date_trunc('month', made) = d GROUP BY d",
     "SELECT a.name FROM item a, item b WHERE a.id = b.id + 1 AND a.name LIKE '%n%'",
+    "WITH f AS (SELECT id, name || ' (' || code || ')' AS n FROM item) "
+    "SELECT position(a.n IN concat(b.n, '!')) FROM f a JOIN f b ON b.id >= a.id",
+    "SELECT strpos(replace(a.name, 'n', ''), replace(b.name, '-', ' ')), "
+    "format('%s: %-9s', a.name, b.code), quote_literal(a.name) FROM item a JOIN item b ON true",
+    "SELECT a.ids && b.ids FROM (SELECT sold, array_agg(id) ids FROM item GROUP BY sold) a "
+    "JOIN (SELECT sold, array_agg(id) ids FROM item GROUP BY sold) b ON a.sold = b.sold",
+    "SELECT array_to_string(array_agg(name ORDER BY id), ', '), "
+    "regexp_replace(min(name), '[aeiou]', '*', 'g') FROM item",
+    "SELECT CAST(price AS decimal(10, 2)), code::char(6) || '-' || name, '<a/>'::xml::text "
+    "FROM item",
 ]
 OWN = """
 CREATE FUNCTION reads() RETURNS text LANGUAGE sql AS $$ SELECT pg_read_file('/etc/passwd') $$;
@@ -108,6 +184,16 @@ CREATE FUNCTION sleeps(x int) RETURNS int LANGUAGE sql BEGIN ATOMIC
 CREATE FUNCTION raises() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1';
 CREATE FUNCTION hidden(int) RETURNS void LANGUAGE internal AS 'pg_sleep';
 CREATE AGGREGATE slow(int) (SFUNC = step, STYPE = int);
+CREATE VIEW watch AS SELECT pg_terminate_backend(0) AS done;
+CREATE VIEW "Over it" AS SELECT done FROM watch;
+CREATE VIEW plain AS SELECT random() AS r, upper('a') AS done;
+CREATE OPERATOR ### (FUNCTION = step, LEFTARG = int, RIGHTARG = int);
+CREATE DOMAIN checked AS int CHECK (sleeps(value) > 0);
+CREATE TYPE pair AS (a int, b text);
+CREATE FUNCTION to_pair(text) RETURNS pair LANGUAGE sql AS 'SELECT (1, reads())::pair';
+CREATE CAST (text AS pair) WITH FUNCTION to_pair(text);
+CREATE TABLE guarded AS SELECT 1 AS done;
+CREATE POLICY rows_of ON guarded USING (sleeps(done) > 0);
 """
 STEP = """
 CREATE FUNCTION step(a int, b int) RETURNS int LANGUAGE plpgsql
@@ -123,6 +209,15 @@ def server() -> Iterator[Server]:
     started = Server(binaries)
     yield started
     started.close()
+
+
+def own(server: Server) -> str:
+    """Return the URL of a database with functions of its own, which act outside."""
+    with psycopg.connect(server.url("hostile")) as owner:
+        owner.execute("CREATE SCHEMA IF NOT EXISTS own; SET LOCAL search_path = own")
+        if not owner.execute("SELECT to_regproc('reads')").fetchone()[0]:
+            owner.execute(STEP + OWN)
+    return f"{server.url('hostile')}&options=-csearch_path%3Dpublic,own"
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +247,32 @@ def test_an_ordinary_call_is_run(server: Server, executor: Executor, sql: str) -
     "call", ["reads()", "reads_too()", "sleeps(1)", "raises()", "hidden(1)", "slow(id)"]
 )
 def test_a_function_of_the_database_that_acts_outside_is_refused(server: Server, call: str) -> None:
-    with psycopg.connect(server.url("hostile")) as owner:
-        owner.execute("CREATE SCHEMA IF NOT EXISTS own; SET LOCAL search_path = own")
-        if not owner.execute("SELECT to_regproc('reads')").fetchone()[0]:
-            owner.execute(STEP + OWN)
-        url = f"{server.url('hostile')}&options=-csearch_path%3Dpublic,own"
+    url = own(server)
     with Executor(1, LIMITS) as executor:
         result = executor.run(url, f"SELECT {call} FROM item")
         assert result.error == f"refused: FUNCTION {call.partition('(')[0]}"
         assert executor.run(url, "SELECT raised(2) FROM item LIMIT 1").rows == ((4,),)
+
+
+@KIND
+@pytest.mark.parametrize(
+    ("name", "sql"),
+    [
+        ("watch", "SELECT done FROM watch"),
+        ("over it", 'SELECT done FROM "Over it"'),
+        ("###", "SELECT id ### id FROM item"),
+        ("###", "SELECT id OPERATOR(own.###) -1 FROM item"),
+        ("checked", "SELECT id::checked FROM item"),
+        ("pair", "SELECT CAST(name AS pair) FROM item"),
+        ("guarded", "SELECT done FROM guarded"),
+    ],
+)
+def test_what_calls_a_function_that_acts_outside_is_refused(
+    server: Server, name: str, sql: str
+) -> None:
+    with Executor(1, LIMITS) as executor:
+        assert executor.run(own(server), sql).error == f"refused: FUNCTION {name}"
+        assert executor.run(own(server), "SELECT done FROM plain").rows == (("A",),)
 
 
 @KIND

@@ -6,13 +6,14 @@ These guards keep a query from doing harm, the strongest first:
   and row locks.
 - A cursor, declared through the extended protocol. The server's own grammar admits one SELECT,
   VALUES or WITH, and no COPY, SET, CALL, DO, SELECT INTO or second statement.
-- No volatile function of the server or of its extensions, but for a few harmless ones. Volatile
-  functions act outside of the transaction (`pg_terminate_backend`, `pg_read_file`, `lo_export`,
-  `dblink`, advisory locks, `set_config`). A query is refused if any word of its text names one,
-  wherever it stands, so no quoting and no comment hides it. Functions that run SQL given as text
-  are refused too.
+- No volatile function of the server or of its extensions, but for a few harmless ones
+  (`postgres_functions`). Volatile functions act outside of the transaction (`pg_terminate_backend`,
+  `pg_read_file`, `lo_export`, `dblink`, advisory locks, `set_config`). A query is refused if any
+  word of its text names one, wherever it stands, so no quoting and no comment hides it. Functions
+  that run SQL given as text are refused too.
 - No function of the database's own that acts outside too. It may be in a language that the server
-  does not trust, have its owner's rights (`SECURITY DEFINER`), or name a refused function.
+  does not trust, have its owner's rights (`SECURITY DEFINER`), or name a refused function. And no
+  view, operator, cast, domain or policy of rows that calls one.
 - No call that the server could not stop (`postgres_costs`), and no XPath.
 - `statement_timeout` and `lock_timeout` on the server, and rows fetched in small portions. The
   next worker that connects tells a process of the server to end that overstays nevertheless.
@@ -37,38 +38,9 @@ import psycopg
 from psycopg import pq
 
 from ray_sql.database.postgres_costs import endless_call
+from ray_sql.database.postgres_functions import called, refused_functions, words
 from ray_sql.database.sqlite_worker import Reply, one_line, restrict, serve
 
-HARMLESS = set(
-    "random random_normal clock_timestamp timeofday gen_random_uuid uuid_generate_v4".split()
-)
-"""Volatile only because they answer anew each time."""
-RUNS_TEXT = set("crosstab crosstab2 crosstab3 crosstab4 crosstabn connectby xpath_table".split())
-"""Functions of the server's extensions that run a query given as text, not declared volatile."""
-XPATH = set("xpath xpath_exists xmltable xmlexists xslt_process xpath_bool xpath_nodeset".split())
-"""They run programs of loops in loops, which no limit of the server stops."""
-WORDS = {"xmlexists", "xmltable"}
-"""Functions of the grammar, whose names may be those of columns too."""
-# No query can call a function with an argument of type `internal`, whose name may be "system".
-VOLATILE = """
-SELECT DISTINCT lower(p.proname) FROM pg_catalog.pg_proc p
-WHERE p.provolatile = 'v' AND p.prorettype <> 'trigger'::regtype
-  AND NOT 'internal'::regtype = ANY (p.proargtypes::oid[])
-  AND (p.pronamespace = 'pg_catalog'::regnamespace OR EXISTS (
-    SELECT FROM pg_catalog.pg_depend d
-    WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
-"""
-OWN = """
-SELECT lower(p.proname), p.prosecdef OR NOT l.lanpltrusted,
-  CASE p.prokind WHEN 'a' THEN concat(a.aggtransfn, ' ', a.aggfinalfn)
-    ELSE pg_catalog.pg_get_functiondef(p.oid) END
-FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang
-LEFT JOIN pg_catalog.pg_aggregate a ON a.aggfnoid = p.oid
-WHERE p.pronamespace <> 'pg_catalog'::regnamespace AND p.prorettype <> 'trigger'::regtype
-  AND p.pronamespace <> 'information_schema'::regnamespace AND NOT EXISTS (
-    SELECT FROM pg_catalog.pg_depend d
-    WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')
-"""
 # A backend that is in a function without an end takes note of this when it leaves it.
 OVERSTAYED = """
 SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
@@ -168,11 +140,9 @@ def query(
             if isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None:
                 return reply("unreachable", UNREADABLE_URL)
             return reply("full" if FULL.search(str(error)) else "unreachable", str(error))
-        found = words(sql)
-        named = {name for name in refused & found if name not in WORDS or is_called(name, sql)}
-        if named:
+        if named := called(refused, sql):
             return reply("error", f"refused: FUNCTION {min(named)}")
-        if call := endless_call(sql, found):
+        if call := endless_call(sql, words(sql)):
             return reply("error", f"refused: FUNCTION {call} on large values of the query's own")
         began = time.monotonic()
         names, result_rows = fetch(connection, text, started + seconds, seconds, rows, size)
@@ -228,25 +198,6 @@ def reach(uri: str, seconds: float) -> psycopg.Connection[Any]:
         time.sleep(0.1)
 
 
-def refused_functions(connection: psycopg.Connection[Any]) -> set[str]:
-    """Return the names of all functions that no query may call, in lower case."""
-    volatile = {name for (name,) in connection.execute(VOLATILE)}
-    refused = volatile - HARMLESS | RUNS_TEXT | XPATH
-    return refused | outside(connection.execute(OWN).fetchall(), refused)
-
-
-def outside(functions: list[tuple[str, bool, str]], refused: set[str]) -> set[str]:
-    """Return the names of the database's own functions that act outside, alone or by another.
-
-    `functions` are (name, whether it has rights of its own, text).
-    """
-    found = {name for name, has_rights, _ in functions if has_rights}
-    texts = [(name, words(text) - {name}) for name, has_rights, text in functions if not has_rights]
-    while more := {name for name, called in texts if called & (refused | found)} - found:
-        found |= more
-    return found
-
-
 def clean(uri: str) -> None:
     """Roll back and reset the session for the next query; close it where that fails."""
     if uri not in CONNECTIONS:
@@ -258,16 +209,6 @@ def clean(uri: str) -> None:
     except psycopg.Error:
         connection.close()
         del CONNECTIONS[uri]
-
-
-def is_called(name: str, sql: str) -> bool:
-    """Tell whether a name may be that of a call: a parenthesis or a comment comes next."""
-    return re.search(rf"\b{name}\b\s*(?:\(|/\*|--)", sql, re.IGNORECASE) is not None
-
-
-def words(sql: str) -> set[str]:
-    """Return every word in lower case, inside comments and quotes too."""
-    return {word.lower() for word in re.findall(r"[^\W\d][\w$]*", sql)}
 
 
 def fetch(
