@@ -50,6 +50,15 @@ def of_another_size(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=96)
 
 
+def shards(folder: Path, listed: object) -> None:
+    """Weights that lie outside of the model's folder, by the list of its files."""
+    (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
+    weights = {"model.embed_tokens.weight": listed}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weights})
+    )
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "an unknown type": lambda folder: edit(folder / "config.json", model_type="qwen99"),
     "no type": lambda folder: edit(folder / "config.json", model_type=None, architectures=None),
@@ -67,6 +76,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         folder / "config.json", _attn_implementation="evil/attention"
     ),
     "a billion layers": lambda folder: edit(folder / "config.json", num_hidden_layers=10**9),
+    "shards outside": lambda folder: shards(folder, "../secret.safetensors"),
+    "shards from the root": lambda folder: shards(folder, "/etc/passwd"),
+    "shards as a list": lambda folder: shards(folder, ["a"]),
+    "a shard that is its list": lambda folder: shards(folder, "model.safetensors.index.json"),
+    "ends as texts": lambda folder: edit(folder / "generation_config.json", eos_token_id=["x"]),
+    "an end as text": lambda folder: edit(folder / "generation_config.json", eos_token_id="</s>"),
+    "an end as a list": lambda folder: edit(folder / "generation_config.json", eos_token_id=[[2]]),
+    "an end as an object": lambda folder: edit(
+        folder / "generation_config.json", eos_token_id={"a": 1.5}
+    ),
     "sizes of text": lambda folder: edit(folder / "config.json", hidden_size="many"),
 }
 

@@ -261,6 +261,7 @@ def load_base(
             **quantization.model_dump(), bnb_4bit_compute_dtype=dtype
         )
     with _refusals(f"--model_name {folder}", "cannot be loaded"):
+        _check_shards(Path(folder))
         # never "auto": it would spread one model over all devices of a worker group
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -272,9 +273,30 @@ def load_base(
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
+        _check_ends(model)
     if quantization.load_in_4bit and model.device.type == "cpu":
         cpu_linear.dequantise_once(model, dtype)
     return model
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise `ValueError` if a list of weight files names one outside of the folder."""
+    for file in sorted(folder.glob("*.index.json")):
+        listed = read_json(dict[str, Any], file, "fetch the model again").get("weight_map")
+        for shard in sorted(set(map(str, dict(listed or {}).values()))):
+            if Path(shard).name != shard:
+                raise ValueError(f"{file.name} names weights outside of the folder: {shard!a:.99}")
+
+
+def _check_ends(model: PreTrainedModel) -> None:
+    """Raise `ValueError` if the tokens that end an answer are no numbers."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    for end in ends if isinstance(ends, list) else [ends]:
+        if not isinstance(end, int | None):
+            raise ValueError(
+                f"eos_token_id {end!a:.99} is no number of a token; correct generation_config.json "
+                "or config.json"
+            )
 
 
 def load_adapter(
