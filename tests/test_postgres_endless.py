@@ -192,6 +192,12 @@ CREATE DOMAIN checked AS int CHECK (sleeps(value) > 0);
 CREATE TYPE pair AS (a int, b text);
 CREATE FUNCTION to_pair(text) RETURNS pair LANGUAGE sql AS 'SELECT (1, reads())::pair';
 CREATE CAST (text AS pair) WITH FUNCTION to_pair(text);
+CREATE DOMAIN checked_too AS checked;
+CREATE AGGREGATE moves(int) (SFUNC = int4pl, STYPE = int, MSFUNC = step, MINVFUNC = step,
+  MSTYPE = int);
+CREATE FOREIGN DATA WRAPPER files;
+CREATE SERVER filled FOREIGN DATA WRAPPER files;
+CREATE FOREIGN TABLE lines (line text) SERVER filled OPTIONS (program 'touch here');
 CREATE TABLE guarded AS SELECT 1 AS done;
 CREATE POLICY rows_of ON guarded USING (sleeps(done) > 0);
 """
@@ -263,6 +269,9 @@ def test_a_function_of_the_database_that_acts_outside_is_refused(server: Server,
         ("###", "SELECT id ### id FROM item"),
         ("###", "SELECT id OPERATOR(own.###) -1 FROM item"),
         ("checked", "SELECT id::checked FROM item"),
+        ("checked_too", "SELECT checked_too(id) FROM item"),
+        ("moves", "SELECT moves(id) OVER (ORDER BY id ROWS 1 PRECEDING) FROM item"),
+        ("lines", "SELECT line FROM lines"),
         ("pair", "SELECT CAST(name AS pair) FROM item"),
         ("guarded", "SELECT done FROM guarded"),
     ],

@@ -32,7 +32,8 @@ WHERE p.provolatile = 'v' AND p.prorettype <> 'trigger'::regtype
 """
 OWN = """
 SELECT lower(p.proname), p.prosecdef OR NOT l.lanpltrusted,
-  CASE p.prokind WHEN 'a' THEN concat(a.aggtransfn, ' ', a.aggfinalfn)
+  CASE p.prokind WHEN 'a' THEN concat_ws(' ', a.aggtransfn, a.aggfinalfn, a.aggcombinefn,
+      a.aggmtransfn, a.aggminvtransfn, a.aggmfinalfn)
     ELSE pg_catalog.pg_get_functiondef(p.oid) END
 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang
 LEFT JOIN pg_catalog.pg_aggregate a ON a.aggfnoid = p.oid
@@ -49,6 +50,11 @@ FROM pg_catalog.pg_policy y JOIN pg_catalog.pg_class c ON c.oid = y.polrelid
 WHERE y.polqual IS NOT NULL
 UNION ALL SELECT lower(t.typname), false, pg_catalog.pg_get_constraintdef(c.oid)
 FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_type t ON t.oid = c.contypid
+UNION ALL SELECT lower(t.typname), false, pg_catalog.format_type(t.typbasetype, NULL)
+FROM pg_catalog.pg_type t WHERE t.typtype = 'd'
+UNION ALL SELECT lower(c.relname), true, ''
+FROM pg_catalog.pg_foreign_table f JOIN pg_catalog.pg_class c ON c.oid = f.ftrelid
+WHERE array_to_string(f.ftoptions, ' ') LIKE '%program=%'
 UNION ALL SELECT lower(t.typname), false, p.proname
 FROM pg_catalog.pg_cast c JOIN pg_catalog.pg_type t ON t.oid = c.casttarget
 JOIN pg_catalog.pg_proc p ON p.oid = c.castfunc
@@ -59,7 +65,8 @@ WHERE p.pronamespace <> 'pg_catalog'::regnamespace
 """
 """The functions that the database's owner made, and what calls them without their names.
 
-These are views, policies of rows, checks of domains, casts (by the target's type) and operators.
+These are views, policies of rows, checks of domains, foreign tables that a program fills, casts
+(by the target's type) and operators.
 """
 
 
