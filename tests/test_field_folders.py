@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from ray_sql import rows
 from ray_sql.config import CompareConfig, EvaluateConfig, load
 from ray_sql.display import Display
-from ray_sql.errors import ConfigError, RaySqlError, StoreError
+from ray_sql.errors import ConfigError, DamagedFile, RaySqlError, StoreError
 from ray_sql.evaluate import compare
 from ray_sql.evaluate import run as evaluate
 from ray_sql.finetune.earlier import finished_metrics
@@ -114,7 +116,7 @@ def full_disk() -> Iterator[None]:
 
 
 @pytest.mark.kind(KIND)
-@pytest.mark.parametrize("what", ["a text", "a local text", "a folder", "an answer"])
+@pytest.mark.parametrize("what", ["a text", "a local text", "a folder", "an answer", "rows"])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, what: str) -> None:
     target, large = tmp_path / "new" / "file.json", "x" * 50_000
     source = tmp_path / "source"
@@ -128,6 +130,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, what: str) -> N
             storage.write_text(str(target), large)
         elif what == "a local text":
             storage.write_local_text(target, large)
+        elif what == "rows":
+            rows.write([rows.TokenizedExample("a", large, list(range(9000)), 1)], target)
         elif what == "an answer":
             AnswerCache(target).add(0, Answer("SELECT 1", 1, 1, 0.0))
             AnswerCache(target).add(1, Answer(large, 1, 1, 0.0))
@@ -137,6 +141,46 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, what: str) -> N
         assert len(AnswerCache(target).read()) == 1 and target.read_text().endswith("}\n")
     else:
         assert not target.parent.exists() or list(target.parent.iterdir()) == []
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("name", ["inputs", "adapter", "checkpoint-5", "metrics.json", ""])
+def test_what_a_link_in_a_removed_run_leads_to_stays(tmp_path: Path, name: str) -> None:
+    run, theirs = tmp_path / "out" / "run", tmp_path / "theirs"
+    for file in ("inputs/finished", "adapter/weights", "checkpoint-5/state", "metrics.json"):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).write_text(file)
+    (run / name).rename(theirs)
+    (run / name).symlink_to(theirs)
+    RunFolder(str(run)).remove()
+    if name:
+        assert not run.exists()
+        assert theirs.is_file() or [file.read_text() for file in theirs.iterdir()]
+    else:  # the run is in another place, and so will be the next one
+        assert run.is_symlink() and list(run.iterdir()) == []
+
+
+@pytest.mark.kind(KIND)
+@pytest.mark.parametrize("use", [rows.read, rows.largest_token])
+@pytest.mark.parametrize("state", ["gone", "empty", "cut", "text"])
+def test_rows_that_somebody_removed_are_named(tmp_path: Path, use: Any, state: str) -> None:
+    file = tmp_path / "rows.parquet"
+    rows.write([rows.TokenizedExample("a", "shop", [1, 2], 1)], file)
+    content = file.read_bytes()
+    file.unlink()
+    if state != "gone":
+        file.write_bytes({"empty": b"", "cut": content[:90], "text": b"rows"}[state])
+    with pytest.raises(DamagedFile, match=rf"^{file}: cannot be read .* makes it anew"):
+        use(file)
+
+
+@pytest.mark.kind(KIND)
+def test_a_cache_that_is_removed_meanwhile_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "file"
+    refused = pytest.raises(StoreError, match=rf"^{file}: cannot be written")
+    with refused, storage.write_to_cache(file) as part:
+        part.write_text("x")
+        shutil.rmtree(tmp_path / "cache")
 
 
 @pytest.mark.kind(KIND)

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from ray_sql import publish
 from ray_sql.config import Config, EvaluateConfig, load
 from ray_sql.errors import RaySqlError
 from ray_sql.evaluate.models import check_adapter
-from ray_sql.publish import bundle
+from ray_sql.publish import bundle, hub
 from ray_sql.publish.card import card
 from ray_sql.store.storage import sha256
+from tests import hub as stand_ins
 from tests import test_publish
 from tests.test_publish import edit, push
 
@@ -246,6 +248,28 @@ def test_a_revision_that_is_none_is_refused(
         edit(file, model_revision=HOSTILE[kind])
     with pytest.raises(RaySqlError, match=r"contract\.json: 'model_revision.*restore it"):
         publish.publish(publication())
+
+
+@pytest.mark.kind("damaged files")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        "me",
+        {},
+        {"name": "me", "auth": []},
+        {"name": "me", "orgs": 5},
+        {"name": "me", "orgs": [5]},
+        {"name": "me", "auth": {"accessToken": {"fineGrained": [], "role": "fineGrained"}}},
+    ],
+)
+def test_an_answer_that_is_no_hubs_is_named(
+    stand_in: Any, publication: Any, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    monkeypatch.setitem(stand_ins.ACCOUNTS, stand_ins.WRITER, answer)
+    with pytest.raises(RaySqlError, match=r"^the Hub at http\S+: .*whoami") as caught:
+        hub.login(publication().hub, "run", SecretStr(stand_ins.WRITER))
+    assert stand_ins.WRITER not in str(caught.value)
 
 
 def test_a_licence_with_a_line_break_is_no_setting() -> None:

@@ -21,7 +21,7 @@ from ray_sql.data.corpus import Corpus, Example, LeftOut, Splits, join_some
 from ray_sql.data.formats import Record
 from ray_sql.database import Schema, read_tables_json
 from ray_sql.errors import DataError
-from ray_sql.store.storage import write_atomically
+from ray_sql.store.storage import write_to_cache
 
 WRITTEN_BY_DATASETS = ("dataset_dict.json", "state.json")
 """Files in a folder of `save_to_disk`, of the `datasets` library."""
@@ -80,7 +80,7 @@ def _build_database(script: Path, cache: Path) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     target = cache / "demo" / digest / f"{script.parent.name}.sqlite"
     if not target.exists():
-        with write_atomically(target) as part:
+        with write_to_cache(target) as part:
             connection = sqlite3.connect(part)
             connection.executescript(text)
             connection.close()

@@ -19,7 +19,7 @@ from sqlglot.errors import SqlglotError
 
 from ray_sql.data.corpus import Corpus, join_some
 from ray_sql.database import MOST_NODES, MOST_SQL, Column, Executor, ForeignKey, Schema, Table
-from ray_sql.store.storage import write_atomically
+from ray_sql.store.storage import write_to_cache
 
 CREATES = re.compile(r"\bcreate\s+(?:temp\w*\s+)?table\b", re.IGNORECASE)
 _STARTS = re.compile(
@@ -205,7 +205,7 @@ def build(texts: Iterable[str], cache: Path) -> dict[str, Built]:
             if result.status != "ok":
                 errors[text] = result.error or result.status
                 continue
-            with write_atomically(files[text]) as part:
+            with write_to_cache(files[text]) as part:
                 part.write_bytes(result.rows[0][0])
     return {
         text: Built(None, errors[text]) if text in errors else Built(str(file))

@@ -201,11 +201,15 @@ def login(
     api = HfApi(token=token, library_name="ray_sql")
     with _named(f"the Hub at {api.endpoint}"):
         account = _attempt("whoami", api.whoami)
-    user = str(account["name"])
     repo_id = settings.repo_id or output_name
-    if "/" not in repo_id:
-        repo_id = f"{user}/{repo_id}"
-    _require_access(account, repo_id)
+    try:
+        if "/" not in repo_id:
+            repo_id = f"{account['name']}/{repo_id}"
+        _require_access(account, repo_id)
+    except (AttributeError, KeyError, TypeError):
+        raise StoreError(
+            f"the Hub at {api.endpoint}: its answer to whoami is none of a Hub; correct HF_ENDPOINT"
+        ) from None
     return Hub(api, repo_id, settings.private, kind)
 
 

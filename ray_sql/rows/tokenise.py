@@ -266,7 +266,7 @@ def write(rows: Sequence[TokenizedExample], file: Path) -> None:
 
     table = pa.Table.from_pylist([asdict(row) for row in rows])
     # trials of a sweep may write the same file at once
-    with storage.write_atomically(file) as part:
+    with storage.write_to_cache(file) as part:
         pq.write_table(table, part)
 
 
@@ -283,18 +283,29 @@ def _holds(file: Path, rows: int) -> bool:
 
 def read(file: str | Path) -> list[TokenizedExample]:
     """Return the tokenised examples of a file."""
-    import pyarrow.parquet as pq
-
-    return [TokenizedExample(**values) for values in pq.read_table(file).to_pylist()]
+    return [TokenizedExample(**values) for values in _table(file).to_pylist()]
 
 
 def largest_token(file: str | Path) -> int:
     """Return the largest token of the examples in a file."""
     import pyarrow.compute as pc
+
+    column = _table(file, ["input_ids"])["input_ids"]
+    return int(pc.max(pc.list_flatten(column)).as_py())
+
+
+def _table(file: str | Path, columns: list[str] | None = None) -> Any:
+    """Return a file of tokenised examples as a table, perhaps of some columns only."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    column = pq.read_table(file, columns=["input_ids"])["input_ids"]
-    return int(pc.max(pc.list_flatten(column)).as_py())
+    try:
+        return pq.read_table(file, columns=columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DamagedFile(
+            f"{file}: cannot be read ({type(error).__name__}); remove it if it is there, and run "
+            "the command again, which makes it anew"
+        ) from None
 
 
 def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection) -> str:

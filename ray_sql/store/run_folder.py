@@ -16,6 +16,7 @@ A new file of a run is a name and a method here. A file for MLflow to keep is in
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -435,15 +436,19 @@ class RunFolder(_Folder):
         return "://" not in self.uri
 
     def remove(self) -> None:
-        """Remove the folder. If that is cut off, `finish_removal` completes it."""
+        """Remove the folder. If that is cut off, `finish_removal` completes it.
+
+        A link inside is removed, not what it leads to. A folder that is a link itself is emptied.
+        """
         if not self.exists():
             return
         storage.write_text(self.place(_REMOVED), "")
-        storage.remove(self.place(_FINISHED))  # at once: with it, the run could be published
+        storage.remove(self.place(_INPUTS))  # first: with what it holds, the run can be published
         for name in storage.names(self.uri):
             if name != _REMOVED:
                 storage.remove(self.place(name))
-        storage.remove(self.uri)
+        is_link = os.path.islink(self.uri)
+        storage.remove(self.place(_REMOVED) if is_link else self.uri)
 
     def finish_removal(self) -> None:
         """Complete a removal that was cut off. Called before a folder is taken for a run."""

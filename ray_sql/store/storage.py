@@ -218,16 +218,26 @@ def write_atomically(file: Path) -> Iterator[Path]:
         raise
 
 
-def write_local_text(file: Path, text: str) -> None:
-    """Write a local text file, whole or not at all. Raises `StoreError` if it cannot be written."""
+@contextmanager
+def write_to_cache(file: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file of the cache, as `write_atomically` does.
+
+    Raises `StoreError` if it cannot be written.
+    """
     try:
         with write_atomically(file) as part:
-            part.write_text(text, encoding="utf-8")
+            yield part
     except OSError as error:
         raise StoreError(
-            f"{file}: cannot be written ({error.strerror}); free space, or choose another "
+            f"{file}: cannot be written ({error.strerror or error}); free space, or choose another "
             "--cache_dir"
         ) from None
+
+
+def write_local_text(file: Path, text: str) -> None:
+    """Write a local text file, whole or not at all. Raises `StoreError` if it cannot be written."""
+    with write_to_cache(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def checksum(file: Path) -> str | None:
