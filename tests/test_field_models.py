@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable
@@ -46,6 +47,18 @@ def without_a_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+class Planted:
+    """What runs a program where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (open, ("ran", "w"))
+
+
+def planted(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(), protocol=2))
+
+
 def of_another_size(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=96)
 
@@ -66,6 +79,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut weights": lambda folder: os.truncate(folder / "model.safetensors", 40_000),
     "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
     "pickled weights": lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04K\x01."),
+    "a program in place of weights": planted,
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "a weight less": without_a_weight,
     "other sizes": of_another_size,
@@ -101,7 +115,7 @@ def test_a_damaged_model_is_named(
         models.read_shape(str(model))
         models.load_base(str(model), PLAIN, bf16=False)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists() and "weights_only" not in str(caught.value)
     if damage == "code of its own":
         assert "needs code of its own, which is not run" in str(caught.value)
 

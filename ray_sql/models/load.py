@@ -342,4 +342,6 @@ def _refusals(place: str, what: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is not run; give a model of a known type"
+        if "weights_only" in str(error):  # advice to run it
+            reason = "its weights may hold code, which is not run; give a model in safetensors"
         raise ModelError(f"{place}: {what}: {reason}") from None
