@@ -15,8 +15,10 @@ from ray_sql.database import Column, QueryResult, Schema, Table
 from ray_sql.evaluate import candidates, choosing, scoring
 from ray_sql.evaluate.choosing import Proposal, choose_links, choose_sql
 from ray_sql.generate import Answer, Candidate, Question
+from ray_sql.report.scores import notes
 from ray_sql.tasks import TASKS
 
+COUNTS = {"n": 1, "gold_errors": 0}
 ITEM = Schema("shop", (Table("item", (Column("name", "TEXT"), Column("price", "REAL"))),))
 
 
@@ -136,6 +138,8 @@ def test_every_way_is_scored_beside_the_one_that_is_chosen(shop: str) -> None:
     assert scores["execution_accuracy_greedy"] == 0.0
     assert scores["vote_vs_greedy"]["only_vote"] == 1
     assert scores["pass@1"] == pytest.approx(6 / 8) and scores["pass@4"] == 1.0
+    assert (scores["new_tokens_greedy"], scores["new_tokens_all"]) == (9, 90)  # ten answers
+    assert "0.10 s and 90 new tokens" in notes({"tuned": {"dev": COUNTS | scores}}, "tuned")[-1]
 
 
 def test_gold_is_never_read_in_choosing(shop: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ray_sql.config.sections import AnswersSection, Way
@@ -163,7 +164,18 @@ def scores(rows: Sequence[JudgedRow], task: Task) -> dict[str, Any]:
         if way != "greedy":
             pairs = ((row["ways"]["greedy"]["right"], row["ways"][way]["right"]) for row in chosen)
             summary[f"{way}_vs_greedy"] = paired_test(pairs).named("greedy", way)
-    return summary | _pass_at(chosen)
+    return summary | _pass_at(chosen) | _cost(chosen)
+
+
+def _cost(rows: Sequence[JudgedRow]) -> dict[str, float]:
+    """Return mean tokens and seconds of a question; empty where its answers came from a file."""
+    asked = [row for row in rows if "all_new_tokens" in row]
+    names = {
+        "new_tokens_greedy": "new_tokens",
+        "new_tokens_all": "all_new_tokens",
+        "seconds_all": "generation_seconds",
+    }
+    return {name: fmean(row[column] for row in asked) for name, column in names.items() if asked}
 
 
 def _pass_at(rows: Sequence[JudgedRow]) -> dict[str, Any]:

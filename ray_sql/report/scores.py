@@ -151,6 +151,12 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
         yield f"hardness is unknown for {unknown} of {n} questions: Spider grades no such gold"
     for reason, count in scores.get("full_schema", {}).items():
         yield f"{count} of {n + failing} prompts show the full schema: {reason}"
+    if "new_tokens_all" in scores:
+        yield (
+            f"all answers to a question took {scores['seconds_all']:.2f} s and "
+            f"{scores['new_tokens_all']:.0f} new tokens; its greedy answer has "
+            f"{scores['new_tokens_greedy']:.0f} of them"
+        )
     if cut := scores.get("errors", {}).get("cut off", 0):
         yield (
             f"{cut} of {n} answers are not right and were cut off at --evaluate.max_new_tokens; "
