@@ -16,8 +16,9 @@ from ray_sql.config.sections import ServeSection
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine
+from ray_sql.serve.opening import open_engine
 from ray_sql.serve.prompter import Prompter
-from ray_sql.serve.recipe import find
+from ray_sql.serve.recipe import find, find_linker
 from tests.waiting import HANGS, wait_until
 
 
@@ -28,8 +29,10 @@ def settings(run: Path, **given: Any) -> ServeConfig:
 
 def make_engine(run: Path, **given: Any) -> Engine:
     """Return an engine on all databases of a run."""
-    found = find(settings(run, **given))
-    return Engine(Prompter(found, registered({}, found.config)))
+    config = settings(run, **given)
+    found = find(config)
+    prompter = Prompter(found, registered({}, found.config))
+    return open_engine(prompter, find_linker(config))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ray_sql.errors import ConfigError, ContractError, DataError, ModelError, Ra
 from ray_sql.generate.kept_prefixes import KeptPrefixes
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.engine import Engine
+from ray_sql.serve.opening import open_engine
 from ray_sql.serve.prompter import Prompter
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS, SHOP
@@ -44,7 +45,7 @@ def prompter(run: Path, **given: Any) -> Prompter:
 @pytest.fixture(scope="module")
 def engine(tuned_run: Path) -> Iterator[Engine]:
     """Share an engine of the tuned run on the database mall."""
-    with Engine(prompter(tuned_run)) as engine:
+    with open_engine(prompter(tuned_run)) as engine:
         yield engine
 
 
@@ -98,7 +99,7 @@ def test_a_schema_is_computed_once(tuned_run: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Decoder, "prefill", counted)
     asking = prompter(tuned_run)
-    with Engine(asking) as engine:
+    with open_engine(asking) as engine:
         for question, _ in QUESTIONS[:3]:
             engine.answer([asking.ask(question, "mall")])
     assert computed.count(len(asking.begins["mall"])) == 1
@@ -131,7 +132,7 @@ def test_sampled_answers_are_voted_on_and_names_mended(tuned_run: Path) -> None:
             "evaluate.ground": "repair",
         },
     )
-    with Engine(asking) as engine:
+    with open_engine(asking) as engine:
         (reply,) = engine.answer([asking.ask(QUESTIONS[0][0], "mall")])
     assert (reply.chosen_by, len(reply.candidates)) == ("vote", 4)
     assert reply.predicted in reply.candidates

@@ -127,6 +127,12 @@ def test_other_conversations_are_answered_too(client: httpx2.Client) -> None:
         ("chat/completions", {"messages": []}, 422, "at least 1 item"),
         (
             "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "model": "other"},
+            404,
+            "model 'other' is not served; tuned is",
+        ),
+        (
+            "chat/completions",
             {"messages": [{"role": "user", "content": "a"}], "stream": True},
             422,
             "Input should be False",
@@ -148,8 +154,120 @@ def test_models_health_metrics_and_openapi(client: httpx2.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert 'ray_sql_requests_total{route="/v1/sql",status="200"}' in client.get("/metrics").text
     paths = client.get("/openapi.json").json()["paths"]
-    assert {"/v1/sql", "/v1/chat/completions", "/v1/models", "/healthz", "/metrics"} == set(paths)
+    ours = {"sql", "run", "corrections", "databases", "databases/{name}"}
+    openai = {"chat/completions", "models"}
+    assert {f"/v1/{path}" for path in ours | openai} | {"/healthz", "/metrics"} == set(paths)
     assert client.get("/docs").status_code == 404
+
+
+def test_databases_show_their_schemas(client: httpx2.Client) -> None:
+    listed = client.get("/v1/databases").json()
+    names = ["kiosk", "mall", "shop", "store"]
+    assert listed == {"model": "tuned", "task": "sql", "saves": False, "databases": names}
+    mall = client.get("/v1/databases/mall").json()
+    told = {name: mall[name] for name in ("name", "dialect", "runs", "left_out")}
+    assert told == {"name": "mall", "dialect": "sqlite", "runs": True, "left_out": []}
+    *_, sale = mall["tables"]
+    assert (sale["name"], sale["is_view"]) == ("sale", False)
+    assert sale["columns"][1] == {
+        "name": "product_id",
+        "type": "INTEGER",
+        "primary_key": True,
+        "references": ["product.id"],
+    }
+    unknown = client.get("/v1/databases/..%2F..%2Fetc")
+    assert (unknown.status_code, "is not registered" in unknown.text) == (400, True)
+
+
+def run(client: httpx2.Client, sql: str, **body: Any) -> httpx2.Response:
+    """Run a query on the database mall."""
+    return client.post("/v1/run", json={"database": "mall", "sql": sql} | body)
+
+
+def test_a_query_is_run_and_its_links_are_told(client: httpx2.Client) -> None:
+    answer = run(client, "SELECT name FROM customer ORDER BY id", max_rows=2).json()
+    assert (answer["rows"], answer["row_count"]) == ([["Ada"], ["Ben"]], 4)
+    assert answer["links"] == {"customer": ["id", "name"]}
+    assert set(answer["timings"]) == {"query_seconds"}
+    assert sql(client, max_rows=0).json()["rows"] == []
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("DELETE FROM customer", "refused:"),
+        ("ATTACH 'x.db' AS x", "refused:"),
+        ("SELECT 1; SELECT 2", "refused:"),
+        ("SELECT readfile('/etc/passwd')", "no such function"),
+        ("SELECT '\x00'", "null character"),
+        ("PRAGMA writable_schema = 1", "refused:"),
+        ("SELECT town FROM customer", "no such column"),
+    ],
+)
+def test_a_query_that_may_not_run_is_refused(client: httpx2.Client, query: str, words: str) -> None:
+    answer = run(client, query)
+    assert (answer.status_code, words in answer.json()["error"]) == (200, True), answer.text
+    assert "rows" not in answer.json()
+
+
+@pytest.mark.parametrize("body", [{"sql": ""}, {"database": "/etc/passwd"}, {"place": "x"}])
+def test_a_query_elsewhere_is_refused(client: httpx2.Client, body: dict[str, Any]) -> None:
+    answer = client.post("/v1/run", json={"database": "mall", "sql": "SELECT 1"} | body)
+    assert answer.status_code in (400, 422)
+
+
+def test_queries_beyond_those_that_may_wait_are_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    execute = engine.run
+
+    def wait(database: str, query: str) -> Any:
+        released.wait(HANGS)
+        return execute(database, query)
+
+    monkeypatch.setattr(engine, "run", wait)
+    with serving(engine, max_waiting=2) as client, ThreadPoolExecutor(5) as threads:
+        asked = [threads.submit(run, client, "SELECT 1") for _ in range(5)]
+        wait_until(lambda: sum(one.done() for one in asked) == 3)
+        released.set()
+        codes = sorted(one.result().status_code for one in asked)
+    assert codes == [200, 200, 503, 503, 503]
+
+
+def test_corrections_are_kept_where_there_is_a_file(engine: Engine, tmp_path: Path) -> None:
+    pair = {"database": "mall", "question": "How\nmany “é”?", "sql": "SELECT 1"}
+    with serving(engine) as client:
+        refused = client.post("/v1/corrections", json=pair)
+        assert (refused.status_code, "--serve.corrections" in refused.text) == (400, True)
+    file = tmp_path / "kept.jsonl"
+    with serving(engine, corrections=str(file)) as client, ThreadPoolExecutor(8) as threads:
+        assert client.get("/v1/databases").json()["saves"] is True
+        saved = list(
+            threads.map(lambda _: client.post("/v1/corrections", json=pair).status_code, range(20))
+        )
+    assert saved == [201] * 20
+    kept = {"db_id": "mall", "question": pair["question"], "query": "SELECT 1"}
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [kept] * 20
+    with serving(engine, corrections=str(tmp_path)) as client:
+        failed = client.post("/v1/corrections", json=pair)
+        assert failed.status_code == 400
+        assert "cannot be written (Is a directory)" in failed.text
+
+
+def test_the_page_is_for_anybody_and_runs_nothing_but_its_own(engine: Engine) -> None:
+    with serving(engine, token="sesame") as client:
+        for path in ("/", "/page.css", "/page.js"):
+            answer = client.get(path)
+            assert answer.status_code == 200
+            policy = answer.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy and "unsafe" not in policy
+            assert "http:" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+            assert "https:" not in answer.text and "innerHTML" not in answer.text
+        for path in ("/v1/databases", "/v1/databases/mall"):
+            assert client.get(path).status_code == 401
+        for path in ("/v1/run", "/v1/corrections"):
+            assert client.post(path, json={}).status_code == 401
 
 
 def test_requests_that_arrive_together_are_answered_together(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,17 +11,18 @@ from typing import Any
 
 import httpx2
 import pytest
-from safetensors.torch import load_file, save_file
+from starlette.responses import PlainTextResponse
 
 from ray_sql import cli
 from ray_sql.config import VerifyConfig, load
 from ray_sql.config.sections import AnswersSection
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.evaluate.endpoint import Endpoint
+from ray_sql.serve.app import Service
 from ray_sql.serve.diagnosis import Compared, diagnose
 from ray_sql.serve.engine import Engine, Reply
-from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
+from tests.planted import half_the_rank, over_another_base, over_other_bits, weakened
 from tests.serving import make_engine, serving
 
 Verify = Callable[..., tuple[int, dict[str, Any], str]]
@@ -61,16 +61,33 @@ def address(client: httpx2.Client) -> str:
     return f"{str(client.base_url).rstrip('/')}/v1"
 
 
-def weakened(run: Path, folder: Path, factor: float) -> Path:
-    """Return a copy of a run's adapter whose update is multiplied by a factor."""
-    shutil.copytree(run / "adapter", folder)
-    file = folder / "adapter_model.safetensors"
-    weights = load_file(file)
-    save_file({name: w * (factor if "lora_B" in name else 1) for name, w in weights.items()}, file)
-    contract = json.loads((folder / "contract.json").read_text())
-    contract["weights_sha256"] = storage.sha256(file)
-    (folder / "contract.json").write_text(json.dumps(contract))
-    return folder
+@pytest.mark.parametrize(
+    ("plant", "verdict"),
+    [
+        (weakened, "another adapter"),
+        (half_the_rank, "another rank"),
+        (over_other_bits, "another quantization"),
+        (over_another_base, "another base"),
+    ],
+)
+def test_what_a_service_of_ours_is_made_of_is_compared(
+    tuned_run: Path, verify: Verify, tmp_path: Path, plant: Any, verdict: str
+) -> None:
+    adapter = plant(tuned_run, tmp_path / "planted")
+    with make_engine(tuned_run, adapter=str(adapter)) as engine, serving(engine) as client:
+        code, found, out = verify(client)
+    assert (code, found["verdict"]) == (3, verdict)
+    assert "the endpoint says that its" in out
+
+
+def test_an_adapter_that_says_whose_it_is_but_is_not_applied_is_named_so(
+    tuned_run: Path, verify: Verify, tmp_path: Path, engine: Engine
+) -> None:
+    adapter = weakened(tuned_run, tmp_path / "none", 0.0)
+    with make_engine(tuned_run, adapter=str(adapter)) as other:
+        other.described = engine.described
+        with serving(other) as client:
+            assert verify(client)[1]["verdict"] == "no adapter"
 
 
 def test_our_own_service_is_the_measured_model(engine: Engine, verify: Verify) -> None:
@@ -171,6 +188,27 @@ def test_an_endpoint_that_does_not_answer_is_named_with_the_way_out(engine: Engi
             Endpoint.find(AnswersSection(url=address(client), served_model="other"))
     with serving(engine, token="sesame") as client, pytest.raises(StoreError, match="HTTP 401"):
         Endpoint.find(AnswersSection(url=address(client)))
+
+
+def test_a_model_that_is_served_and_not_listed_is_asked(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for listed in ('{"data": []}', '{"data": [{"id": "another"}]}', "no list"):
+        monkeypatch.setattr(Service, "models", answering(listed))
+        with serving(engine) as client:
+            found = Endpoint.find(AnswersSection(url=address(client), served_model="tuned"))
+            assert (found.model, found.described) == ("tuned", {})
+            with pytest.raises((ConfigError, StoreError)):
+                Endpoint.find(AnswersSection(url=address(client), served_model="other"))
+
+
+def answering(text: str) -> Any:
+    """Return a path that answers with a text."""
+
+    async def answer(_: Service) -> PlainTextResponse:
+        return PlainTextResponse(text)
+
+    return answer
 
 
 def test_a_key_is_sent_from_the_environment(

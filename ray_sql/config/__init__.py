@@ -11,6 +11,7 @@ from ray_sql.config.batching import AUTO_EXAMPLES_PER_ROW, Batching
 from ray_sql.config.help import groups, help_text
 from ray_sql.config.jobs import (
     AskConfig,
+    AskingConfig,
     CheckConfig,
     CompareConfig,
     EvaluateConfig,

@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore", message='Field name "json" in "AskConfig"')
 ASKING = {
     *("max_new_tokens", "num_beams", "samples", "temperature", "top_p", "ground", "choose"),
     *("semantics", "timeout", "max_rows", "max_bytes", "max_sql_length"),
+    *("backend", "url", "served_model"),
 }
 """Settings of `evaluate` that questions without gold use."""
 
@@ -105,7 +106,15 @@ class TunedConfig(JobConfig):
         return {name for name in super().shown() if "evaluate." not in name or name in asking}
 
 
-class AskConfig(TunedConfig):
+class AskingConfig(TunedConfig):
+    """Settings of a job that asks about databases."""
+
+    linker: str | None = None
+    """Ask the adapter in this folder, URI or Hub repository first, which finds links. The prompt
+    shows what they leave of the schema."""
+
+
+class AskConfig(AskingConfig):
     """Settings of questions from the terminal."""
 
     question: tuple[str, ...] = ()
@@ -135,7 +144,7 @@ class ResultsConfig(JobConfig):
         return super().shown() - {f"hub.{name}" for name in ("base_model", "merge", "force")}
 
 
-class ServeConfig(TunedConfig):
+class ServeConfig(AskingConfig):
     """Settings of a service."""
 
     serve: ServeSection = ServeSection()
@@ -147,6 +156,10 @@ class ServeConfig(TunedConfig):
         settings |= {"output_dir": str(absolute(self.output_dir)), "cache_dir": str(self.cache)}
         if self.adapter and absolute(self.adapter).exists():
             settings["adapter"] = str(absolute(self.adapter))
+        if self.linker and absolute(self.linker).exists():
+            settings["linker"] = str(absolute(self.linker))
+        if self.serve.corrections:
+            settings["serve"]["corrections"] = str(absolute(self.serve.corrections))
         return settings
 
 
@@ -167,8 +180,8 @@ class VerifyConfig(TunedConfig):
 
     @classmethod
     def shown(cls) -> set[str]:
-        """Add the settings of the endpoint."""
-        return super().shown() | {"evaluate.url", "evaluate.served_model"}
+        """Leave out the choice between an endpoint and a model here."""
+        return super().shown() - {"evaluate.backend"}
 
 
 class TasksConfig(Config):

@@ -491,6 +491,11 @@ class ServeSection(Section):
     """Refuse a request whose body has more bytes, with 413."""
     schema_bytes: int = Field(2**30, ge=0, le=10**15)
     """Keep computed schemas in at most this many bytes of memory."""
+    gpu: Literal["vllm"] | None = None
+    """Serve nothing, and print the configuration with which this server loads the adapter."""
+    corrections: str | None = None
+    """Append pairs that are corrected on the page to this file, which `dataset_id` reads. By
+    default none are kept."""
     log_questions: bool = False
     """Log questions and the SQL of their answers, which may hold what is private."""
 

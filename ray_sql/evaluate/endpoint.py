@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, Self
 
 import requests
 from pydantic import TypeAdapter, ValidationError
@@ -50,6 +50,9 @@ class _Completion(TypedDict):
 
 class _Model(TypedDict):
     id: str
+    ray_sql: NotRequired[dict[str, str]]  # of what our own service is made
+    root: NotRequired[str | None]  # vLLM's words, for an adapter: its folder, and its base
+    parent: NotRequired[str | None]
 
 
 class _Models(TypedDict):
@@ -58,10 +61,11 @@ class _Models(TypedDict):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An endpoint below an address, and one of its models."""
+    """An endpoint below an address, and one of its models, as the endpoint describes it."""
 
     url: str
     model: str
+    described: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, settings: AnswersSection) -> Self:
@@ -70,15 +74,35 @@ class Endpoint:
         Raises `StoreError` if it does not answer, and `ConfigError` if it has no such model.
         """
         assert settings.url is not None
-        endpoint = cls(settings.url.rstrip("/"), settings.served_model or "")
-        listed = endpoint._call(_Models, "GET", "models", None)
-        names = [model["id"] for model in listed["data"]]
-        if (settings.served_model and settings.served_model not in names) or not names:
+        wanted = settings.served_model
+        endpoint = cls(settings.url.rstrip("/"), wanted or "")
+        try:
+            listed = {model["id"]: model for model in endpoint._list()}
+        except StoreError:
+            if wanted is None or not endpoint._knows():
+                raise
+            listed = {wanted: {}}
+        name = wanted or next(iter(listed), None)
+        # transformers lists what the Hub's cache has, and not the folder that it serves
+        if name is None or (name not in listed and not endpoint._knows()):
             raise ConfigError(
-                f"--evaluate.served_model {settings.served_model}: {endpoint.url} has no such "
-                f"model; it has {', '.join(names) or 'none'}"
+                f"--evaluate.served_model {wanted}: {endpoint.url} has no such model; it has "
+                f"{', '.join(listed) or 'none'}"
             )
-        return cls(endpoint.url, settings.served_model or names[0])
+        return cls(endpoint.url, name, listed.get(name, {}))
+
+    def _list(self) -> list[Mapping[str, Any]]:
+        """Return the models that the endpoint lists."""
+        models: list[Mapping[str, Any]] = self._call(_Models, "GET", "models", None)["data"]
+        return models
+
+    def _knows(self) -> bool:
+        """Tell whether the endpoint answers as the model, which it may not list."""
+        try:
+            self.answer([{"role": "user", "content": "SELECT"}], 1)
+        except StoreError:
+            return False
+        return True
 
     def answer_all(
         self, conversations: Sequence[Turns], max_new_tokens: int, progress: Progress | None = None

@@ -1,6 +1,6 @@
 """A model that stays ready for questions, as a service or a terminal asks them.
 
-It is merged and probed once. The begin of a database's prompts, its schema, is computed once and
+It is merged once. The begin of a database's prompts, its schema, is computed once and
 kept while there is room.
 """
 
@@ -33,8 +33,6 @@ class Answerer:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._kept = KeptPrefixes(most_bytes)
-        self._probed = 0
-        self._shares = False
         self._ready = ExitStack()
 
     def __enter__(self) -> Self:
@@ -75,15 +73,8 @@ class Answerer:
         self, questions: Sequence[Question], decoding: Decoding, begins: Mapping[str, Sequence[int]]
     ) -> list[Group] | None:
         prompts = [question.input_ids for question in questions]
-        if decoding.num_beams > 1 or not self._can_share(
-            max(map(len, prompts)) + decoding.max_new_tokens
-        ):
+        longest = max(map(len, prompts)) + decoding.max_new_tokens
+        tried = -(-longest // PROBED_TOKENS) * PROBED_TOKENS  # few lengths, each tried once
+        if decoding.num_beams > 1 or probe.why_not_share(self._model, tried):
             return None
         return group_known(prompts, [question.db_id for question in questions], begins)
-
-    def _can_share(self, longest: int) -> bool:
-        """Tell whether the model can share prefixes at this length; asked once for each size."""
-        if longest > self._probed:
-            self._probed = -(-longest // PROBED_TOKENS) * PROBED_TOKENS
-            self._shares = probe.why_not_share(self._model, self._probed) is None
-        return self._shares

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,8 +25,18 @@ A question that misses its prefix is off by five times as much. A tuned model in
 0.018, and at 0.5 without the prefix; a single try reached 0.07.
 """
 PROBES = 5
-_SHARES: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-"""The longest sequences for which a model was found to share."""
+
+
+@dataclass
+class _Known:
+    """The longest sequences over which a model shares, and the shortest over which it does not."""
+
+    shares: int = 0
+    fails: float = math.inf
+    reason: str = ""
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
 
 
 def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
@@ -32,13 +44,22 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
 
     Prompt and answer have up to `longest` tokens. Pairs of short prompts of random tokens are
     computed both ways. The attention itself finds sliding windows, softcaps and the like. The
-    model's config is asked for effects that only long prompts have. A model that can is not tried
-    again, for training changes its weights and not its layers.
+    model's config is asked for effects that only long prompts have. A finding is not tried
+    again, for training changes a model's weights and not its layers.
     """
     if reason := _why_length_matters(model.config.get_text_config(), longest):
         return reason
-    if longest <= _SHARES.get(model, 0):
-        return None
+    known = _KNOWN.setdefault(model, _Known())
+    if known.shares < longest < known.fails:
+        if reason := _why_tries_differ(model, longest):
+            known.fails, known.reason = longest, reason
+        else:
+            known.shares = longest
+    return known.reason if longest >= known.fails else None
+
+
+def _why_tries_differ(model: PreTrainedModel, longest: int) -> str | None:
+    """Return why prompts over a prefix are computed otherwise than whole ones; None if alike."""
     try:
         with decode_attention.installed(model), inference(model):
             difference = median(_differences(model, longest))
@@ -46,13 +67,12 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0][:120]
         return f"it does not take a shared prefix ({type(error).__name__}: {first_line})"
-    if not difference < TOLERANCE:
-        return (
-            "a shared prefix gives other logits than whole prompts "
-            f"(relative difference {difference:.2g})"
-        )
-    _SHARES[model] = longest
-    return None
+    if difference < TOLERANCE:
+        return None
+    return (
+        "a shared prefix gives other logits than whole prompts "
+        f"(relative difference {difference:.2g})"
+    )
 
 
 def _differences(model: PreTrainedModel, longest: int) -> list[float]:

@@ -11,11 +11,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ray_sql.errors import ConfigError
+from ray_sql.serve import page
 
 TOKEN = "RAY_SQL_TOKEN"
 """The environment variable with the bearer token."""
-OPEN = {"/healthz"}
-"""Paths that need no token."""
+OPEN = {"/healthz", *page.FILES}
+"""Paths that need no token: the page asks for it."""
 LOCAL_HOSTS = ["localhost", "127.0.0.1"]
 """Names by which this machine is asked. Another name is a page that leads a browser here."""
 
@@ -70,6 +71,7 @@ class Door:
 
 
 def error(status: int, message: str, **headers: str) -> JSONResponse:
-    """Return an error as OpenAI's clients read it."""
+    """Return an error as OpenAI's clients read it; half characters in it are replaced."""
+    message = message.encode(errors="replace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)

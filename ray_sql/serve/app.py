@@ -1,4 +1,4 @@
-"""The service over HTTP: `/v1/sql`, what OpenAI's clients expect, health and metrics."""
+"""The service over HTTP: `/v1/sql`, what the page and OpenAI's clients need, health and metrics."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ray_sql import __version__
-from ray_sql.config.sections import AnswersSection, ServeSection
-from ray_sql.errors import DataError, RaySqlError
+from ray_sql.config import absolute
+from ray_sql.config.sections import ServeSection
+from ray_sql.errors import DataError, RaySqlError, StoreError
 from ray_sql.generate.decoder import AUTO_NUM_SEQS
 from ray_sql.serve import wire
 from ray_sql.serve.access import LOCAL_HOSTS, Door, error
 from ray_sql.serve.batcher import Batcher, Full
+from ray_sql.serve.corrections import append
 from ray_sql.serve.counts import Counted, Counts
 from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.page import add_page
 from ray_sql.serve.prompter import Asked
-from ray_sql.serve.requests import ChatRequest, SqlRequest
+from ray_sql.serve.queries import Queries
+from ray_sql.serve.requests import ChatRequest, Correction, RunRequest, SqlRequest
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.2
 """Seconds between two looks whether who asked is still there."""
 RETRY_SECONDS = 2
 """Seconds after which a request that was refused may come again."""
+MOST_REASONS = 1000
+"""Characters that say what is wrong with a body."""
 GONE = 499
 """The status of a request whose sender did not wait for the answer."""
 
@@ -45,6 +53,7 @@ class Service:
         self.batcher = Batcher(
             self._answer, AUTO_NUM_SEQS if most == "auto" else most, section.max_waiting
         )
+        self.queries = Queries(engine, section.max_waiting)
         self.counts = Counts(lambda: self.batcher.waiting)
 
     async def sql(self, body: SqlRequest, request: Request) -> dict[str, Any]:
@@ -52,28 +61,34 @@ class Service:
         prompter = self._engine.prompter
         settings = self._engine.config.changed(body.settings()).evaluate
         database = body.database or self._only_database()
-        reply = await self._reply(
-            prompter.ask(body.question, database, body.evidence, settings), request
-        )
-        result = None
-        if body.execute and prompter.task.executes_sql and reply.predicted:
-            result = await asyncio.to_thread(self._engine.run, database, reply.predicted)
+        asked = prompter.ask(body.question, database, body.evidence, settings)
+        reply = await self._wait(self.batcher.submit(asked), request)
         if self._section.log_questions:
             log.warning("%s: %s: %s", database, body.question, reply.predicted)
-        return wire.reply(reply, result, prompter.task, prompter.name)
+        result, links = None, {}
+        if body.execute and prompter.task.executes_sql and reply.predicted:
+            done = await self._wait(self.queries.submit(database, reply.predicted), request)
+            result, links = done.result, done.named_links()
+        answer = wire.reply(reply, result, prompter.task, prompter.name, body.max_rows)
+        return answer | links
 
     async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any]:
         """Answer a conversation, written in the chat template of the base model."""
-        settings = self._greedy(body.most_tokens)
+        name = self._engine.prompter.name
+        if body.model not in (None, name):
+            raise Unknown(f"model {body.model!r} is not served; {name} is")
+        settings = self._engine.config.evaluate.greedy()
+        if body.most_tokens:
+            settings = settings.model_copy(update={"max_new_tokens": body.most_tokens})
         turns = [message.turn() for message in body.messages]
         asked = self._engine.prompter.ask_turns(turns, settings)
-        reply = await self._reply(asked, request)
+        reply = await self._wait(self.batcher.submit(asked), request)
         cut = reply.new_tokens >= settings.max_new_tokens
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": self._engine.prompter.name,
+            "model": name,
             "choices": [
                 {
                     "index": 0,
@@ -88,11 +103,48 @@ class Service:
             },
         }
 
+    async def run(self, body: RunRequest, request: Request) -> dict[str, Any]:
+        """Run a query on a registered database, as those of answers are run."""
+        self._engine.prompter.database(body.database)
+        done = await self._wait(self.queries.submit(body.database, body.sql), request)
+        if self._section.log_questions:
+            log.warning("%s: %s", body.database, body.sql)
+        return {
+            "database": body.database,
+            **wire.rows(done.result, body.max_rows),
+            **done.named_links(),
+            "timings": {"query_seconds": round(done.result.seconds, 3)},
+        }
+
+    async def correct(self, body: Correction) -> dict[str, bool]:
+        """Keep a corrected pair in the file of corrections."""
+        self._engine.prompter.database(body.database)
+        if self._section.corrections is None:
+            raise DataError("corrections are not kept; start with --serve.corrections FILE")
+        file = absolute(self._section.corrections)
+        await asyncio.to_thread(append, file, body.database, body.question, body.sql)
+        return {"saved": True}
+
+    async def databases(self) -> dict[str, Any]:
+        """List the databases by name, with what is asked about them."""
+        prompter = self._engine.prompter
+        return {
+            "model": prompter.name,
+            "task": prompter.task.name,
+            "saves": self._section.corrections is not None and prompter.task.executes_sql,
+            "databases": sorted(prompter.databases),
+        }
+
+    async def database(self, name: str) -> dict[str, Any]:
+        """Return the schema of a database."""
+        return wire.schema(self._engine.prompter.database(name))
+
     async def models(self) -> dict[str, Any]:
-        """List the model, in OpenAI's words, with the databases that it is asked about."""
+        """List the model, in OpenAI's words, with its databases, and of what it is made."""
         prompter = self._engine.prompter
         model = {"id": prompter.name, "object": "model", "created": 0, "owned_by": "ray_sql"}
-        return {"object": "list", "data": [model | {"databases": sorted(prompter.databases)}]}
+        own = {"databases": sorted(prompter.databases), "ray_sql": self._engine.described}
+        return {"object": "list", "data": [model | own]}
 
     async def healthz(self) -> dict[str, str]:
         """Say that the service is ready."""
@@ -106,20 +158,19 @@ class Service:
         self.counts.together.observe(len(asked))
         return self._engine.answer(asked)
 
-    async def _reply(self, asked: Asked, request: Request) -> Reply:
-        """Return the reply to a question, unless nobody waits for it any more."""
-        reply = self.batcher.submit(asked)
+    async def _wait(self, coming: asyncio.Future[T], request: Request) -> T:
+        """Return what is coming, unless nobody waits for it any more."""
         gone = asyncio.create_task(_until_gone(request))
         try:
-            either: set[asyncio.Future[Any]] = {reply, gone}
+            either: set[asyncio.Future[Any]] = {coming, gone}
             timeout = self._section.request_timeout_s
             await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if reply.done():
-                return reply.result()
+            if coming.done():
+                return coming.result()
             raise Gone if gone.done() else TimeoutError
         finally:
             gone.cancel()
-            reply.cancel()
+            coming.cancel()
 
     def _only_database(self) -> str:
         names = sorted(self._engine.prompter.databases)
@@ -127,17 +178,13 @@ class Service:
             raise DataError(f"database is missing; give one of {', '.join(names)}")
         return names[0]
 
-    def _greedy(self, most_tokens: int | None) -> AnswersSection:
-        """Return the settings of one greedy answer; `most_tokens` may shorten it."""
-        settings = self._engine.config.evaluate
-        return AnswersSection(
-            max_new_tokens=most_tokens or settings.max_new_tokens,
-            max_num_seqs=settings.max_num_seqs,
-        )
-
 
 class Gone(Exception):
     """Nobody waits for the answer."""
+
+
+class Unknown(Exception):
+    """A model that is not served."""
 
 
 def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAPI:
@@ -157,12 +204,20 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_api_route("/v1/sql", service.sql, methods=["POST"])
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
+    app.add_api_route("/v1/run", service.run, methods=["POST"])
+    app.add_api_route("/v1/corrections", service.correct, methods=["POST"], status_code=201)
+    app.add_api_route("/v1/databases", service.databases, methods=["GET"])
+    app.add_api_route("/v1/databases/{name:path}", service.database, methods=["GET"])
     app.add_api_route("/healthz", service.healthz, methods=["GET"])
     app.add_api_route("/metrics", service.metrics, methods=["GET"])
+    add_page(app)
+    app.add_exception_handler(RequestValidationError, _unreadable)
     app.add_exception_handler(RaySqlError, _bad_request)
+    app.add_exception_handler(StoreError, _elsewhere)
     app.add_exception_handler(Full, _full)
     app.add_exception_handler(TimeoutError, _late)
     app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(Unknown, _unknown)
     app.add_middleware(Counted, counts=service.counts)
     app.add_middleware(Door, token=token, most_bytes=section.max_request_bytes)
     if token is None:
@@ -175,8 +230,18 @@ async def _until_gone(request: Request) -> None:
         await asyncio.sleep(LOOK_SECONDS)
 
 
+async def _unreadable(_: Request, mistake: Any) -> JSONResponse:
+    """Say what is wrong with a body, without what it holds: JSON cannot write all that it reads."""
+    reasons = (f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in mistake.errors())
+    return error(422, "; ".join(reasons)[:MOST_REASONS])
+
+
 async def _bad_request(_: Request, mistake: Exception) -> JSONResponse:
     return error(400, str(mistake))
+
+
+async def _elsewhere(_: Request, mistake: Exception) -> JSONResponse:
+    return error(502, str(mistake))
 
 
 async def _full(_: Request, __: Exception) -> JSONResponse:
@@ -190,3 +255,7 @@ async def _late(_: Request, __: Exception) -> JSONResponse:
 
 async def _gone(_: Request, __: Exception) -> JSONResponse:
     return error(GONE, "nobody waits for the answer")
+
+
+async def _unknown(_: Request, mistake: Exception) -> JSONResponse:
+    return error(404, str(mistake))

@@ -12,7 +12,7 @@ from ray_sql.display import Display
 from ray_sql.errors import RaySqlError
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.dialogue import HELP, Dialogue
-from ray_sql.serve.engine import Engine
+from ray_sql.serve.opening import open_engine
 from ray_sql.serve.prompter import Prompter
 
 
@@ -23,7 +23,7 @@ def run(config: AskConfig) -> None:
     interactive = not config.question and sys.stdin.isatty()
     if interactive:
         display.line(f"{prompter.name} on database {database}; loading the model")
-    with Engine(prompter) as engine:
+    with open_engine(prompter, recipe.find_linker(config)) as engine:
         corrections = absolute(config.corrections)
         dialogue = Dialogue(engine, database, corrections, display, config.json)
         if config.question:
@@ -42,10 +42,13 @@ def run(config: AskConfig) -> None:
 def dry_run(config: AskConfig) -> None:
     """Show the prompt of the question, and who would be asked about what."""
     display, prompter = Display(), _prompter(config)
+    linker = recipe.find_linker(config)
     ((name, database),) = prompter.databases.items()
     asked = prompter.ask(" ".join(config.question) or "…", name)
     prompt = prompter.tokenizer.decode(asked.question.input_ids)
     display.line(f"--- prompt ---\n{prompt}\n--- plan ---")
+    if linker is not None:
+        display.line(f"would ask {linker.adapter} first, which makes the schema smaller")
     display.line(f"would ask {prompter.adapter} about {name} ({mask_password(database.place)})")
 
 

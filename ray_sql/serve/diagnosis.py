@@ -15,8 +15,14 @@ Verdict = Literal[
     "another template",
     "truncated prompt",
     "no adapter",
+    "another base",
+    "another quantization",
+    "another rank",
+    "another adapter",
     "other weights",
 ]
+Said = tuple[Verdict, str] | None
+"""A part that the endpoint says to have otherwise than measured, and the evidence."""
 FINE: set[Verdict] = {"equal", "within rounding"}
 SAME = 0.9
 """The share of answers that rounding leaves as they were; other weights change more."""
@@ -63,8 +69,8 @@ class Diagnosis:
         return self.verdict in FINE
 
 
-def diagnose(compared: Sequence[Compared]) -> Diagnosis:
-    """Return what all questions together say about an endpoint."""
+def diagnose(compared: Sequence[Compared], said: Said = None) -> Diagnosis:
+    """Return what all questions together, and its own description, say about an endpoint."""
     same = sum(one.is_same for one in compared)
     telling = [one for one in compared if one.base not in (None, one.measured)]
     as_base = sum(one.served == one.base for one in telling)
@@ -88,9 +94,7 @@ def diagnose(compared: Sequence[Compared]) -> Diagnosis:
     if restless > RESTLESS:
         verdict = "sampling is on"
         evidence.append(f"{restless} of {repeated} questions got another answer the second time")
-    elif same == len(compared):
-        verdict = "equal"
-    elif any(offsets):
+    elif same < len(compared) and any(offsets):
         verdict, reason = _prompt_verdict(compared, offsets)
         evidence.append(reason)
     elif as_base > as_tuned:
@@ -98,13 +102,18 @@ def diagnose(compared: Sequence[Compared]) -> Diagnosis:
         evidence.append(
             f"where base and adapter differ, {as_base} of {len(telling)} answers are the base's"
         )
+    elif said is not None:
+        verdict, reason = said
+        evidence.append(reason)
+    elif same == len(compared):
+        verdict = "equal"
     elif same >= SAME * len(compared) and not test.a_is_better:
         verdict = "within rounding"
     else:
         verdict = "other weights"
         evidence.append(
-            "the prompts have the measured lengths: look for another base, an older adapter, "
-            "another rank or another quantisation"
+            "the prompts have the measured lengths, and answers alone do not tell which: look for "
+            "an older adapter, another base, another rank or another quantization"
         )
     evidence.append(_accuracy(compared, test))
     return Diagnosis(verdict, evidence, numbers)

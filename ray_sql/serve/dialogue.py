@@ -12,7 +12,7 @@ from ray_sql.data.answers import one_line
 from ray_sql.database import QueryResult
 from ray_sql.display import Display, cell
 from ray_sql.errors import ConfigError
-from ray_sql.serve import wire
+from ray_sql.serve import corrections, wire
 from ray_sql.serve.engine import Engine, Reply
 
 MOST_ROWS = 50
@@ -28,9 +28,9 @@ class Dialogue:
     """Answers lines about one database. It remembers the last question and its query."""
 
     def __init__(
-        self, engine: Engine, database: str, corrections: Path, display: Display, as_json: bool
+        self, engine: Engine, database: str, kept: Path, display: Display, as_json: bool
     ) -> None:
-        self._engine, self._database, self._corrections = engine, database, corrections
+        self._engine, self._database, self._corrections = engine, database, kept
         self._display, self._as_json = display, as_json
         self._question = ""
         self._sql: str | None = None
@@ -88,9 +88,7 @@ class Dialogue:
         """Append the last question with its query, as a dataset has it."""
         if not self._question or not self._sql:
             raise ConfigError(r"nothing to save: ask a question, and correct its query with \sql")
-        pair = {"db_id": self._database, "question": self._question, "query": self._sql}
-        with self._corrections.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+        corrections.append(self._corrections, self._database, self._question, self._sql)
         self._display.line(f"saved to {self._corrections}: {self._sql}")
 
     def _print_json(self, value: object) -> None:

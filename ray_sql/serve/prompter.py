@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_sql import generate, models
 from ray_sql.config.sections import AnswersSection
 from ray_sql.data import Example
-from ray_sql.database import render
+from ray_sql.data.shown import ShownSchema
+from ray_sql.database import Links, Schema, render
 from ray_sql.errors import DataError
 from ray_sql.evaluate.models import check_adapter
 from ray_sql.generate import Question
@@ -23,10 +24,18 @@ UNLIKE = ("How many?", "1")
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as a prompt, and the settings by which it is answered."""
+    """A question as a prompt, and the settings by which it is answered.
+
+    `example` is None for a conversation. `links` are what a linker left of its schema, or
+    `why_whole` says why it left all.
+    """
 
     question: Question
     settings: AnswersSection
+    turns: list[dict[str, str]]
+    example: Example | None = None
+    links: Links | None = None
+    why_whole: str | None = None
 
 
 class Prompter:
@@ -62,13 +71,16 @@ class Prompter:
         Raises `DataError` for an unknown database, and `ModelError` for a prompt that is longer
         than the model's window.
         """
-        if database not in self.databases:
-            known = ", ".join(sorted(self.databases))
-            raise DataError(f"database {database!r} is not registered; there are {known}")
-        settings = settings or self.config.evaluate
-        place = self.databases[database].place
-        tokens = self._tokens(question, database, evidence)
-        return self._asked(Question("", "", database, question, "", None, place, tokens), settings)
+        self.database(database)
+        example = Example("", database, question, "", evidence)
+        return self._asked(example, settings or self.config.evaluate)
+
+    def shown(self, asked: Asked, shown: ShownSchema) -> Asked:
+        """Return a question with a prompt that shows a part of its schema."""
+        if asked.example is None or shown.links is None:
+            return replace(asked, why_whole=shown.why_whole)
+        narrowed = self._asked(asked.example, asked.settings, shown.schema)
+        return replace(narrowed, links=shown.links)
 
     def ask_turns(self, turns: list[dict[str, str]], settings: AnswersSection) -> Asked:
         """Return a conversation as a prompt, whatever it is about.
@@ -80,20 +92,36 @@ class Prompter:
         database = next(
             (name for name, begin in self.begins.items() if tokens[: len(begin)] == begin), ""
         )
-        return self._asked(Question("", "", database, "", "", None, None, tokens), settings)
+        question = Question("", "", database, "", "", None, None, tokens)
+        self._check_window(question, settings)
+        return Asked(question, settings, turns)
+
+    def database(self, name: str) -> Database:
+        """Return a database that is asked about. Raises `DataError` for an unknown name."""
+        if name not in self.databases:
+            known = ", ".join(sorted(self.databases))
+            raise DataError(f"database {name!r} is not registered; there are {known}")
+        return self.databases[name]
 
     def schema_text(self, database: str) -> str:
         """Return a database's schema as prompts show it."""
         schema = self.databases[database].schema
         return render(schema, self.config.prompt.serializer)
 
-    def _asked(self, question: Question, settings: AnswersSection) -> Asked:
-        generate.check_window(self.model_folder, [question], settings.max_new_tokens)
-        return Asked(question, settings)
+    def _asked(
+        self, example: Example, settings: AnswersSection, shown: Schema | None = None
+    ) -> Asked:
+        turns = self._encoder.question_turns(example, shown)
+        tokens = encode_prompt(self.tokenizer, self._encoder.chat.prompt(turns))
+        name, place = example.db_id, self.databases[example.db_id].place
+        question = Question("", "", name, example.question, "", None, place, tokens)
+        self._check_window(question, settings)
+        return Asked(question, settings, turns, example)
 
-    def _tokens(self, question: str, database: str, evidence: str = "") -> list[int]:
-        return self._encoder.encode_question(Example("", database, question, "", evidence))
+    def _check_window(self, question: Question, settings: AnswersSection) -> None:
+        generate.check_window(self.model_folder, [question], settings.max_new_tokens)
 
     def _begin(self, database: str) -> list[int]:
-        prompts = [self._tokens(question, database) for question in UNLIKE]
+        examples = [Example("", database, question, "") for question in UNLIKE]
+        prompts = [self._encoder.encode_question(example) for example in examples]
         return prompts[0][: common_prefix(prompts)]

@@ -6,18 +6,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ray_sql.config.sections import Way
+from ray_sql.config.sections import MOST, Way
+from ray_sql.database import MOST_SQL
 
 
-class SqlRequest(BaseModel):
-    """A question about a database. Without a database, it is about the only one."""
+class Body(BaseModel):
+    """A body of our own paths, which has nothing but what they know."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class SqlRequest(Body):
+    """A question about a database. Without a database, it is about the only one."""
 
     question: str = Field(min_length=1, max_length=20_000)
     database: str | None = None
     evidence: str = Field("", max_length=20_000)
     execute: bool = True
+    max_rows: int | None = Field(None, ge=0, le=MOST)
     samples: int | None = Field(None, ge=1, le=64)
     temperature: float | None = Field(None, gt=0, le=10)
     choose: Way | None = None
@@ -27,6 +33,22 @@ class SqlRequest(BaseModel):
         """Return the settings of `evaluate` that the request gives, by their dotted names."""
         given = self.model_dump(include={"samples", "temperature", "choose", "ground"})
         return {f"evaluate.{name}": value for name, value in given.items() if value is not None}
+
+
+class RunRequest(Body):
+    """A query on a database."""
+
+    database: str
+    sql: str = Field(min_length=1, max_length=MOST_SQL)
+    max_rows: int | None = Field(None, ge=0, le=MOST)
+
+
+class Correction(Body):
+    """A question with the query that answers it."""
+
+    database: str
+    question: str = Field(min_length=1, max_length=20_000)
+    sql: str = Field(min_length=1, max_length=MOST_SQL)
 
 
 class Part(BaseModel):

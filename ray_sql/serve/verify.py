@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ray_sql import data
 from ray_sql.config import Config, VerifyConfig
@@ -18,7 +19,8 @@ from ray_sql.generate import Answer, make_questions
 from ray_sql.metrics.judged import JudgedRow, is_right
 from ray_sql.rows import Encoder
 from ray_sql.serve import recipe
-from ray_sql.serve.diagnosis import Compared, Diagnosis, diagnose
+from ray_sql.serve.diagnosis import Compared, Diagnosis, Said, diagnose
+from ray_sql.serve.identity import Identity
 from ray_sql.serve.prompter import Prompter
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
@@ -37,12 +39,12 @@ def run(config: VerifyConfig) -> Diagnosis:
         checked = _Checked(config, display)
         endpoint = Endpoint.find(config.evaluate)
         compared = checked.ask(endpoint, display)
-        found = diagnose(compared)
+        found = diagnose(compared, checked.said(endpoint.described))
         for one in [one for one in compared if not one.is_same][:SHOWN]:
             display.line(f"{one.id}: {one.question}")
             display.line(f"    measured {one.measured}")
             display.line(f"    served   {one.served}")
-        for line in found.evidence:
+        for line in found.evidence + _over(endpoint):
             display.line(line)
         display.line(f"{endpoint.model} at {endpoint.url}: {found.verdict}")
     print(json.dumps({"verdict": found.verdict, **found.numbers}))
@@ -67,6 +69,9 @@ class _Checked:
     def __init__(self, config: VerifyConfig, display: Display) -> None:
         found = recipe.find(config)
         prompter = Prompter(found, {})  # the contract is compared
+        self._identity = Identity.of(
+            prompter.model_folder, found.config.quantization, found.adapter
+        )
         self._config: Config = found.config
         folder = RunFolder(config.run_dir)
         self._measured = _by_key(folder.read_predictions())
@@ -109,6 +114,10 @@ class _Checked:
             self._compared(row, tuple(seconds[index : index + 1])) for index, row in enumerate(rows)
         ]
 
+    def said(self, described: Mapping[str, Any]) -> Said:
+        """Return the first part that an endpoint says to have otherwise than the run."""
+        return self._identity.difference(described.get("ray_sql", {}))
+
     def _read(self, raw: str) -> str:
         """Return the SQL or links of an answer; "" where there are none."""
         return scoring.JUDGES[self._config.task_type].parse(raw) or ""
@@ -141,6 +150,12 @@ class _Checked:
             measured_prompt=measured["prompt_tokens"],
             served_prompt=row["prompt_tokens"],
         )
+
+
+def _over(endpoint: Endpoint) -> list[str]:
+    """Return what vLLM says of its adapters, in a line."""
+    root, parent = endpoint.described.get("root"), endpoint.described.get("parent")
+    return [f"the endpoint says that it serves {root} over {parent}"] if root and parent else []
 
 
 def _by_key(rows: Sequence[JudgedRow]) -> dict[tuple[str, str], JudgedRow]:

@@ -1,0 +1,26 @@
+"""The tuned model behind an endpoint that speaks OpenAI's protocol: vLLM, for example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ray_sql.config.sections import AnswersSection
+from ray_sql.evaluate.endpoint import Endpoint
+from ray_sql.generate import Answer
+from ray_sql.serve.prompter import Asked
+
+
+class RemoteModel:
+    """An endpoint that answers prompts: one greedy answer each."""
+
+    def __init__(self, settings: AnswersSection) -> None:
+        self._endpoint = Endpoint.find(settings)
+        self.described: dict[str, str] = dict(self._endpoint.described.get("ray_sql", {}))
+
+    def answer(self, asked: Sequence[Asked], settings: AnswersSection) -> list[Answer]:
+        """Return the answers to prompts, several asked at a time."""
+        turns = [one.turns for one in asked]
+        return self._endpoint.answer_all(turns, settings.max_new_tokens)
+
+    def close(self) -> None:
+        """Leave the endpoint as it is."""

@@ -1,0 +1,121 @@
+"""A linker before the generator, and the generator behind an endpoint: the same answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import finetune
+from ray_sql.config import Config, ServeConfig, load
+from ray_sql.database import complete
+from ray_sql.errors import ConfigError, StoreError
+from ray_sql.serve.engine import Engine
+from ray_sql.serve.recipe import find_linker
+from ray_sql.store.run_folder import RunFolder
+from tests.conftest import QUESTIONS
+from tests.serving import make_engine, serving, settings
+
+COUNTED, COUNT = QUESTIONS[6]
+"""A question whose answer the tuned run knows, and its SQL."""
+
+
+@pytest.fixture(scope="module")
+def linker_run(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Share a finished run for links, trained as the tuned one is."""
+    saved = RunFolder(str(tuned_run)).read_settings() or {}
+    root = tmp_path_factory.mktemp("linker")
+    own = {"output_name": "linker", "task_type": "schema", "output_dir": str(root)}
+    finetune.run(load(Config, [], **(saved | own)))
+    return root / "linker"
+
+
+@pytest.fixture(scope="module")
+def engine(tuned_run: Path) -> Iterator[Engine]:
+    """Share an engine on all databases of the run."""
+    with make_engine(tuned_run) as engine:
+        yield engine
+
+
+def sql(client: Any, question: str = COUNTED, **body: Any) -> Any:
+    """Return the answer about the database mall."""
+    return client.post("/v1/sql", json={"question": question, "database": "mall"} | body)
+
+
+def test_a_linker_makes_the_schema_smaller(tuned_run: Path, linker_run: Path) -> None:
+    measured = {row["question"]: row for row in RunFolder(str(linker_run)).read_predictions()}
+    smaller = 0
+    with make_engine(tuned_run, linker=str(linker_run)) as engine, serving(engine) as client:
+        schema = engine.prompter.database("mall").schema
+        for question, _ in QUESTIONS:
+            answer = sql(client, question).json()
+            asked = engine.prompter.ask(question, "mall")
+            (narrowed,) = engine.answer([asked])
+            predicted = measured[question]["predicted"]
+            if predicted is None:
+                assert "the prompt shows the full schema: the linker's" in answer["warnings"][0]
+                assert narrowed.prompt_tokens == len(asked.question.input_ids)
+                continue
+            assert answer["shown"] == narrowed.shown == complete(json.loads(predicted), schema)
+            smaller += narrowed.prompt_tokens < len(asked.question.input_ids)
+        hello = {"messages": [{"role": "user", "content": "hello"}]}
+        assert client.post("/v1/chat/completions", json=hello).status_code == 200
+    assert smaller > 3
+
+
+def test_links_that_are_served_are_those_that_were_measured(linker_run: Path) -> None:
+    rows = [one for one in RunFolder(str(linker_run)).read_predictions() if one["predicted"]]
+    with make_engine(linker_run) as engine, serving(engine) as client:
+        listed = client.get("/v1/databases").json()
+        assert (listed["task"], listed["saves"]) == ("schema", False)
+        answer = sql(client, rows[0]["question"]).json()
+        assert answer["links"] == json.loads(rows[0]["predicted"])
+        assert not {"sql", "rows"} & set(answer)
+
+
+def test_an_adapter_that_writes_sql_is_no_linker(tuned_run: Path) -> None:
+    with pytest.raises(ConfigError, match="is no adapter that finds links"):
+        find_linker(settings(tuned_run, linker=str(tuned_run)))
+
+
+def test_the_generator_may_be_behind_an_endpoint(engine: Engine, tuned_run: Path) -> None:
+    with serving(engine) as behind:
+        url = f"{str(behind.base_url).rstrip('/')}/v1"
+        remote = {"evaluate.backend": "openai", "evaluate.url": url}
+        with make_engine(tuned_run, **remote) as front, serving(front) as client:
+            assert front.described == engine.described
+            for question, _ in QUESTIONS:
+                answer, same = sql(client, question).json(), sql(behind, question).json()
+                assert {name: answer.get(name) for name in ("sql", "rows", "links")} == {
+                    name: same.get(name) for name in ("sql", "rows", "links")
+                }
+            drawn = sql(client, samples=3, choose="vote")
+            assert (drawn.status_code, "one greedy answer" in drawn.text) == (400, True)
+
+
+def test_an_endpoint_that_went_away_is_no_mistake_of_who_asks(
+    engine: Engine, tuned_run: Path
+) -> None:
+    with serving(engine) as behind:
+        url = f"{str(behind.base_url).rstrip('/')}/v1"
+        remote = {"evaluate.backend": "openai", "evaluate.url": url}
+        front = make_engine(tuned_run, **remote)
+    with front, serving(front) as client:
+        answer = sql(client)
+    assert (answer.status_code, "does not answer" in answer.text) == (502, True)
+    with pytest.raises(StoreError, match="does not answer"):
+        make_engine(tuned_run, **remote)
+
+
+def test_settings_for_replicas_have_absolute_places(
+    tuned_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tuned_run.parent)
+    given = load(
+        ServeConfig, [], output_name="tuned", linker="tuned", **{"serve.corrections": "kept.jsonl"}
+    ).for_replicas()
+    assert given["linker"] == str(tuned_run)
+    assert given["serve"]["corrections"] == str(tuned_run.parent / "kept.jsonl")
