@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-TRACKING ?= sqlite:///mlflow.db
+TRACKING ?=
+PORT ?= 5000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint ui serve test-cluster test-browser clean
@@ -29,10 +30,8 @@ lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-ui: $(STAMP)  ## open the MLflow UI on http://127.0.0.1:5000
-	@echo "Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning (or choose Model training in its corner)"
-	@PYTHONWARNINGS=ignore MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-		$(BIN)/mlflow ui --backend-store-uri '$(TRACKING)' --workers 1 --host 127.0.0.1 --port 5000
+ui: $(STAMP)  ## open MLflow on this project's runs (PORT=5000, TRACKING=sqlite:///mlflow.db)
+	$(BIN)/ray-sql ui --port $(PORT) $(if $(TRACKING),--tracking.uri '$(TRACKING)')
 
 serve: $(STAMP)  ## serve the demo's tuned model on http://127.0.0.1:8000
 	$(BIN)/ray-sql serve --output_name demo

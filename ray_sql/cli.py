@@ -33,8 +33,10 @@ from ray_sql.config import (
     PipelineConfig,
     PublishConfig,
     ResultsConfig,
+    RunsConfig,
     ServeConfig,
     SweepConfig,
+    UiConfig,
     VerifyConfig,
     help_text,
     load,
@@ -145,6 +147,14 @@ JOBS = {
         PublishConfig,
         run="ray_sql.publish:publish",
         plan="ray_sql.publish:dry_run",
+    ),
+    "ui": Job(
+        "Open MLflow's pages on this project's runs.", UiConfig, run="ray_sql.tracking.ui:run"
+    ),
+    "runs": Job(
+        "List runs, and remove old ones with their MLflow runs.",
+        RunsConfig,
+        run="ray_sql.finetune.runs:run",
     ),
     "results": Job(
         "Gather answers and scores of runs into one folder, for the Hub as a dataset.",

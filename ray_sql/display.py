@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -12,18 +13,31 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
+from rich.spinner import Spinner
 from rich.text import Text
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal obeys, and halves of characters, which it cannot show."""
-PLAIN_SECONDS = 10.0
-"""Least seconds between two lines of a stage where there is no terminal."""
+PLAIN_SECONDS, MOST_PLAIN_SECONDS = 5.0, 60.0
+"""Least seconds between two lines of a stage where there is no terminal, and of one of hours."""
+PART_OF_A_STAGE = 60
+"""A line comes no sooner than after this part of the time that its stage has taken."""
 LOG_WIDTH = 160
 """Columns of a table where there is no terminal: cells of a wide sweep are not broken in two."""
-SILENT_SECONDS = 60.0
+STEP_SECONDS = 3.0
 """Seconds after which a step without values is worth a line where there is no terminal."""
-ESTIMATE_SECONDS, ESTIMATE_UNITS = 10.0, 2
+WAIT_SECONDS = 2.0
+"""Seconds after which a wait is worth a word."""
+ESTIMATE_SECONDS, ESTIMATE_UNITS = 2.0, 2
 """The least that a stage must have taken and done before its end is estimated."""
 
 
@@ -42,6 +56,10 @@ class Pace:
         if counted >= ESTIMATE_UNITS and took >= ESTIMATE_SECONDS:
             self._ends = now + took / counted * (total - done)
 
+    def least_gap(self, now: float) -> float:
+        """Return the least seconds between two plain lines: more, the longer it takes."""
+        return min(MOST_PLAIN_SECONDS, (now - self._begun) / PART_OF_A_STAGE)
+
     def left(self, now: float) -> str:
         """Return the time that is left in words; empty where nobody can tell."""
         if self._ends is None or self._ends <= now:
@@ -57,6 +75,32 @@ class _TimeLeft(ProgressColumn):
         return Text(pace.left(time.monotonic()), style="progress.remaining")
 
 
+class _Wait:
+    """A wait for something of which nobody knows how long it takes, as a line that moves."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.since = what, time.monotonic()
+        self.told = self.since
+        self._spinner = Spinner("dots", style="dim")
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.since
+        return f"starting: {self.what}" + (f", {seconds:.0f} s" if seconds >= WAIT_SECONDS else "")
+
+    def __rich__(self) -> RenderableType:
+        self._spinner.update(text=Text(str(self), style="dim"))
+        return self._spinner
+
+    def is_due(self, now: float) -> bool:
+        """Tell whether it is time for a plain line, and note that there was one."""
+        first = self.told == self.since
+        gap = max(PLAIN_SECONDS, min(MOST_PLAIN_SECONDS, (now - self.since) / PART_OF_A_STAGE))
+        if now - self.told < (WAIT_SECONDS if first else gap):
+            return False
+        self.told = now
+        return True
+
+
 class Display:
     """Progress of training and of counted stages, with the time that is left."""
 
@@ -65,6 +109,7 @@ class Display:
         if console is None and not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = LOG_WIDTH
         self._progress = Progress(
+            SpinnerColumn(finished_text=" "),
             TextColumn("{task.description:<26}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -78,10 +123,14 @@ class Display:
         self._paces: dict[str, Pace] = {}
         self._notes: dict[str, str] = {}
         self._printed: dict[str, float] = {}
+        self._wait: _Wait | None = None
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._live.start()
+        else:
+            threading.Thread(target=self._tell_waits, daemon=True).start()
         return self
 
     def __exit__(
@@ -90,6 +139,7 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended.set()
         if self.console.is_terminal:
             self._below = ""  # what stays was printed as lines
             # a bar that stands still would stay below the last line
@@ -105,8 +155,22 @@ class Display:
         self._below = table
 
     def starting(self, what: str) -> None:
-        """Say below the moving lines, on a terminal, what a run waits for before its first step."""
-        self._below = Text(printable(f"starting: {what}"), style="dim") if what else ""
+        """Say what a run waits for until `starting("")` or the next progress.
+
+        It stands with its seconds below the moving lines, or is told as a line every few seconds.
+        """
+        earlier, self._wait = self._wait, _Wait(printable(what)) if what else None
+        if self._wait is not None:
+            self._below = self._wait
+        elif self._below is earlier:
+            self._below = ""
+
+    def _tell_waits(self) -> None:
+        """Write a line now and then while something is waited for, where there is no terminal."""
+        while not self._ended.wait(WAIT_SECONDS / 4):
+            wait = self._wait
+            if wait is not None and wait.is_due(time.monotonic()):
+                self.line(str(wait))
 
     def end(self, stage: str) -> None:
         """Take a stage's bar from the terminal: what follows is what counts."""
@@ -134,7 +198,7 @@ class Display:
 
     def step(self, step: int, steps: int) -> None:
         """Show that training has come to a step, of which no values are known."""
-        self.update("training", step, steps, None, every=SILENT_SECONDS)
+        self.update("training", step, steps, None, every=STEP_SECONDS)
 
     def update(
         self, stage: str, done: int, total: int, note: str | None = "", every: float = PLAIN_SECONDS
@@ -144,6 +208,7 @@ class Display:
         On a terminal a note of None leaves the last one as it is.
         """
         stage, now = printable(stage), time.monotonic()
+        self.starting("")
         note = None if note is None else printable(note)
         pace = self._paces.setdefault(stage, Pace(done, now))
         pace.update(done, total, now)
@@ -151,7 +216,7 @@ class Display:
             self._move_bar(stage, done, total, note)
             return
         last = self._printed.setdefault(stage, now)
-        if done < total and now - last < every:
+        if done < total and every and now - last < max(every, pace.least_gap(now)):
             return
         self._printed[stage] = now
         parts = [f"{stage}: {done}/{total}", pace.left(now), note or ""]

@@ -233,7 +233,7 @@ def test_a_dry_run_shows_the_prompt(ask: Any) -> None:
         ({"database": None}, "--database is missing; give a SQLite file, a URL, or one of kiosk"),
         ({"database": "moon"}, "--database moon: no such file, and no such database of the run"),
         ({"database": __file__}, "not an SQLite database"),
-        ({"output_name": "none"}, "no adapter of a ray_sql run (no config.json)"),
+        ({"output_name": "none"}, "no adapter of a ray_sql run (no ray_sql_config.json)"),
         ({"evaluate.choose": "vote"}, "evaluate.samples is 1: raise it"),
         ({"adapter": "nobody/nothing"}, "--adapter nobody/nothing: neither a local folder nor"),
     ],

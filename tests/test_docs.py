@@ -157,3 +157,12 @@ def _anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    code = "".join(path.read_text() for path in sorted((ROOT / "ray_sql").rglob("*.py")))
+    said = re.sub(r'"\s*\n\s*f?"', "", code)  # a message over several lines
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 20
+    assert not [message for message in messages if message not in said]

@@ -13,6 +13,7 @@ from ray_sql.data import Corpus, Example
 from ray_sql.errors import DataError
 from ray_sql.evaluate import scoring
 from ray_sql.finetune import gold
+from ray_sql.finetune.results import final_scores
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics.judged import HARDNESS
 from ray_sql.models import load_tokenizer
@@ -315,17 +316,20 @@ def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
     place = corpus.databases["mall"]
     asked = [ask("SELECT 1", level, place) for level in ("easy", "très dur!", "a+b", "x (y)")]
     scores = summarise(score(asked, [said("SELECT 1")] * 4, make_config()), make_config())
-    metrics = scoring.mlflow_metrics(scores, "tuned/my split#1")
-    for name, value in metrics.items():
+    metrics = {
+        "tuned": {split: scores | {"pass@2": 0.5} for split in ("dev", "très dur #1!")},
+        "base": dict.fromkeys(("dev", "très dur #1!"), scores),
+        "objective": 0.5,
+    }
+    kept = final_scores(metrics, ["base", "tuned"], SQL)
+    for name, value in kept.items():
         _validate_metric_name(name)
         assert isinstance(Metric(name, value, 0, 0).value, float)
-    assert (
-        metrics["tuned/my split_1/execution_accuracy"]
-        == 1.0
-        == metrics["tuned/my split_1/easy/execution_accuracy"]
-    )
-    assert len([name for name in metrics if name.endswith("/execution_accuracy")]) == 5
-    assert not [name for name in metrics if "mall" in name or "interval" in name]
+    assert list(kept) == [
+        *("score/execution_accuracy", "score/valid_sql", "score/pass_2"),
+        *("score/execution_accuracy_base", "score/très dur _1_/execution_accuracy"),
+        *("score/très dur _1_/execution_accuracy_base", "score/validation"),
+    ], "the main score first; counts, levels and databases stay in the files"
 
 
 def test_predictions_are_written_one_a_line(judged: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -362,11 +366,7 @@ def test_exact_set_match_is_a_second_score_where_the_schema_is_known(
     )
     assert scores["exact_set_match_interval"][0] < 1 / 4 < scores["exact_set_match_interval"][1]
     assert [group["exact_set_match"] for group in scores["by_hardness"].values()] == [1 / 2, 0]
-    metrics = scoring.mlflow_metrics(scores, "tuned/dev")
-    assert (metrics["tuned/dev/exact_set_match"], metrics["tuned/dev/easy/exact_set_match"]) == (
-        1 / 4,
-        1 / 2,
-    )
+    assert scoring.headline(scores, SQL)["exact_set_match"] == 1 / 4
     without = summarise(
         score(asked, [said(one) for _, one, _ in cases], make_config()), make_config()
     )

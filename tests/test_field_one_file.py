@@ -83,11 +83,11 @@ def test_what_training_set_aside_is_scored_where_the_rest_was_trained_on(
     adapter.mkdir()
     counts = {}
     for trained_on in (changes["dataset_id"], "asked.jsonl", "other.jsonl"):
-        (adapter / "config.json").write_text(json.dumps({"dataset_id": trained_on}))
+        (adapter / "ray_sql_config.json").write_text(json.dumps({"dataset_id": trained_on}))
         corpus = load_scored(config, str(adapter))
         counts[trained_on] = len(corpus.splits["dev"])
     assert list(counts.values()) == [2, 2, 20]
-    (adapter / "config.json").unlink()
+    (adapter / "ray_sql_config.json").unlink()
     corpus = load_scored(config, str(adapter))
     assert (
         len(corpus.splits["dev"]) == 2 and "the part that training sets aside" in corpus.notes[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from ray_sql.report.progress import Progress
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tracking import null_run
 from tests.test_field_interrupted import screen
+from tests.waiting import wait_until
 
 kind = pytest.mark.kind("progress that tells the truth")
 
@@ -119,7 +122,7 @@ def test_steps_without_values_move_the_bar(terminal: bool, make_config: Any, clo
     assert "4 min left" in lines[-1]
     assert ("loss 2.500" in lines[-1]) == terminal, "the last values stay beside the bar"
     if not terminal:
-        assert [line.split()[1] for line in lines] == ["1/13", "3/13", "5/13", "7/13"]
+        assert [line.split()[1] for line in lines] == [f"{n}/13" for n in range(1, 8)]
 
 
 @kind
@@ -168,3 +171,60 @@ def test_a_start_is_told_below_the_bars_and_leaves_nothing() -> None:
     assert "starting: MLflow" in out.getvalue()
     shown = screen(out.getvalue())
     assert shown[0] == "run       out/x" and len(shown) == 2 and shown[1].endswith("1/10")
+
+
+@kind
+def test_a_wait_is_told_in_a_log_until_there_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(displays, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(displays, "PLAIN_SECONDS", 0.05)
+    out = io.StringIO()
+    with Display(Console(file=out)) as display:
+        display.starting("workers and model")
+        wait_until(lambda: out.getvalue().count("starting: workers and model, ") >= 2)
+        display.update("training", 1, 10)
+        told = out.getvalue().count("starting:")
+        time.sleep(0.5)
+        assert out.getvalue().count("starting:") == told
+        display.starting("answers")
+    time.sleep(0.2)
+    last = out.getvalue()
+    time.sleep(0.3)
+    assert out.getvalue() == last, "nothing is told after the end"
+
+
+@kind
+def test_lines_of_a_long_stage_grow_rarer(clock: Clock) -> None:
+    out = io.StringIO()
+    display = Display(Console(file=out, width=120))
+    for second in range(7200):
+        clock.now = 1000.0 + second
+        display.update("scoring", second, 7200)
+    lines = len(out.getvalue().splitlines())
+    assert 100 < lines < 400, "two hours, at most a line a minute in the end"
+
+
+@kind
+def test_the_plan_warns_of_what_can_tell_and_teach_little(make_config: Any) -> None:
+    config = make_config(**{"evaluate.max_new_tokens": 8, "evaluate.limit": 4})
+    lines = "\n".join(plan.lines(prepare.prepare(config)))
+    assert "so few steps change a model little: raise --num_epochs" in lines
+    assert "a gain over the base model cannot be shown: it takes 6 questions" in lines
+    assert re.search(r"\d+ of 22 gold answers of train are longer than --evaluate.max_new", lines)
+    assert "8 of 8 gold answers of dev are longer" in lines
+    enough = make_config(**{"evaluate.max_new_tokens": 128, "train.max_steps": 40})
+    lines = "\n".join(plan.lines(prepare.prepare(enough)))
+    assert "so few steps" not in lines and "cut off" not in lines and "goes on" not in lines
+
+
+@kind
+def test_the_plan_says_where_a_run_goes_on(make_config: Any, tmp_path: Any) -> None:
+    config = make_config(**{"train.max_steps": 4})
+    place = tmp_path / "out" / "run" / "checkpoint-2"
+    place.mkdir(parents=True)
+    (place / "a.bin").write_text("x")
+    marker = {"step": 2, "files": {"a.bin": 1}, "objective": None, "tie_break": None, "metrics": {}}
+    (place / "checkpoint.json").write_text(json.dumps(marker))
+    prepared = prepare.prepare(config)
+    assert "          goes on after step 2 of 4" in list(plan.lines(prepared))
+    anew = prepare.prepare(config.changed({"overwrite": True}))
+    assert not [line for line in plan.lines(anew) if "goes on" in line]

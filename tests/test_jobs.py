@@ -218,7 +218,7 @@ def test_evaluate_scores_the_adapter_it_is_given(
     code, _, err = run(
         "evaluate",
         "--config",
-        f"{adapter}/config.json",
+        f"{adapter}/ray_sql_config.json",
         "--adapter",
         adapter,
         "--output_name",
@@ -230,7 +230,7 @@ def test_evaluate_scores_the_adapter_it_is_given(
     code, _, err = run(
         "evaluate",
         "--config",
-        f"{adapter}/config.json",
+        f"{adapter}/ray_sql_config.json",
         "--adapter",
         adapter,
         "--output_name",

@@ -79,20 +79,15 @@ def recorded(server: Server, run_id: str) -> Any:
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(
         range(1, STEPS + 1)
     )
-    assert [point.step for point in client.get_metric_history(run_id, "validation/n")] == [4, 8]
-    assert {"tuned/dev/n", "base/dev/n", "time/forward"} <= set(run.data.metrics)
+    assert [point.step for point in client.get_metric_history(run_id, "validation/loss")] == [4, 8]
+    assert {"score/execution_accuracy", "score/execution_accuracy_base", "time/forward"} <= set(
+        run.data.metrics
+    )
     files = {file.path for file in client.list_artifacts(run_id)}
-    assert {
-        "adapter",
-        "config.json",
-        "metrics.json",
-        "predictions.jsonl",
-        "report.html",
-        "figures",
-    } <= files
-    assert [
-        file.path for file in client.list_artifacts(run_id, "adapter") if "safetensors" in file.path
-    ]
+    assert {"config.json", "metrics.json", "predictions.jsonl", "report.html", "figures"} <= files
+    (model,) = client.search_logged_models([run.info.experiment_id], "name = 'adapter'")
+    weights = {file.path for file in client.list_logged_model_artifacts(model.model_id)}
+    assert model.source_run_id == run_id and "adapter_model.safetensors" in weights
     assert client.list_artifacts(run_id, "figures")
     table = json.loads(Path(client.download_artifacts(run_id, "predictions.json")).read_text())
     assert len(table["data"]) == 4, "two questions, asked of two models"

@@ -330,7 +330,7 @@ def test_a_setting_that_changes_the_prompt_is_refused_by_name(
     )
     assert (
         repr(current[field]) in message
-        and "--config and its config.json" in message
+        and "--config and its ray_sql_config.json" in message
         and "\n" not in message
     )
 

@@ -48,9 +48,9 @@ FILES = [
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
-    "config.json",
     "contract.json",
     "metrics.json",
+    "ray_sql_config.json",
 ]
 RUN_ID = "0123456789abcdef0123456789abcdef"
 
@@ -234,7 +234,7 @@ def test_the_published_settings_and_contract_fit_each_other(
         (folder / name).write_bytes(stand_in.repos["me/run"].files[name])
     given = [
         "--config",
-        str(folder / "config.json"),
+        str(folder / "ray_sql_config.json"),
         "--adapter",
         str(folder),
         "--output_name",
@@ -918,6 +918,21 @@ def test_a_dry_run_shows_the_card_and_sends_nothing(
     assert code == 0, err
     assert "me/run, if there is none, a private one is created" in out and "## How to use it" in out
     assert stand_in.count("POST|PUT|DELETE") == 0
+
+
+@pytest.mark.parametrize("fault", ["no token", "no Hub"])
+def test_a_dry_run_needs_neither_token_nor_hub(
+    stand_in: stand_ins.Hub, run_dir: Path, job: Any, fault: str
+) -> None:
+    given = ["--output_name", "run", "--dry_run"]
+    if fault == "no Hub":
+        given += ["--write_token", WRITER]
+        stand_in.fail("GET /api/whoami", 503)
+    code, out, err = job("publish", *given)
+    assert code == 0, err
+    assert "Hub       YOU/run, which was not asked: " in out
+    assert "adapter_model.safetensors" in out and "ray_sql_config.json" in out
+    assert '"YOU/run"' in out and "## How to use it" in out
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ class Head:
     def states(self, name: str) -> dict[str, str]:
         """Return MLflow's runs of this name: id and state."""
         experiments = [found.experiment_id for found in self.tracking.search_experiments()]
-        found = self.tracking.search_runs(experiments, f"attributes.run_name = '{name}'")
+        found = self.tracking.search_runs(experiments, f"params.output_name = '{name}'")
         return {run.info.run_id: run.info.status for run in found}
 
     def curve(self, run_id: str, key: str) -> dict[int, float]:

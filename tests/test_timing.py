@@ -81,7 +81,7 @@ def test_every_point_says_where_the_time_went(
     assert [point.step for point in points] == [1, 3, 6] and len(reads) == 3
     for point in points:
         assert all(point.values[phase] > 0 for phase in PHASES)
-        assert point.values["memory/process_gib"] > 0.1
+        assert point.values["system/process_memory_gib"] > 0.1
     for (before, after), (then, now) in zip(pairwise(points), pairwise(reads), strict=True):
         whole = sum(after.values[phase] for phase in PHASES)
         assert whole * (after.step - before.step) == pytest.approx(now - then)
@@ -158,7 +158,11 @@ def test_a_slow_rank_shows_in_the_phases_of_the_others(
 
 
 @pytest.mark.parametrize(
-    ("told", "found"), [(42, {"memory/gpu_gib", "gpu/utilization"}), (None, {"memory/gpu_gib"})]
+    ("told", "found"),
+    [
+        (42, {"system/gpu_memory_gib", "system/gpu_utilization_percentage"}),
+        (None, {"system/gpu_memory_gib"}),
+    ],
 )
 def test_a_gpu_that_does_not_tell_how_busy_it_is_keeps_no_run_from_training(
     monkeypatch: pytest.MonkeyPatch, told: int | None, found: set[str]

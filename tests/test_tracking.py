@@ -16,9 +16,8 @@ from benchmarks.mlflow_server import Server, free_port
 from ray_sql import tracking
 from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import StoreError
-from ray_sql.report.scores import markdown
-from ray_sql.tasks import TASKS
-from ray_sql.tracking import Run
+from ray_sql.tracking import LoggedModel, Run
+from ray_sql.tracking import run as tracking_runs
 from tests.waiting import HANGS
 
 
@@ -57,6 +56,10 @@ def read(run: Run) -> Any:
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(run.uri).get_run(run.run_id)
+
+
+def as_model(name: str, split: str = "dev") -> LoggedModel:
+    return LoggedModel(name, {"lora.r": "8"}, {"weights_sha256": name}, split)
 
 
 def history(run: Run, key: str) -> list[tuple[int, float]]:
@@ -188,11 +191,11 @@ def test_an_alias_goes_to_the_better_of_what_was_measured_alike(store: str, tmp_
     for score, measured_on, won in (
         ("0.4", "dev", True),
         ("0.3", "dev", True),  # worse on the same questions
-        ("0.5", "dev", False),  # no winner of its own sweep
+        ("0.5", "dev", False),  # no winner of its own sweep, so it is not registered
         ("0.2", "other", True),  # scores on other questions do not compare
     ):
         run = begin(store, tmp_path)
-        run.artifact(tmp_path / "adapter", "adapter")
+        run.model(tmp_path / "adapter", as_model("adapter"))
         for _ in range(2):  # a second time, as after a restart, changes nothing
             run.register(
                 "ray-sql-sql",
@@ -203,12 +206,39 @@ def test_an_alias_goes_to_the_better_of_what_was_measured_alike(store: str, tmp_
             )
         run.end("FINISHED")
         versions.append(str(client.get_model_version_by_alias("ray-sql-sql", "champion").version))
-    assert versions == ["1", "1", "1", "4"]
-    assert len(client.search_model_versions("name='ray-sql-sql'")) == 4
+    assert versions == ["1", "1", "1", "3"]
+    assert len(client.search_model_versions("name='ray-sql-sql'")) == 3
     assert client.get_model_version("ray-sql-sql", "1").tags == {
         "score": "0.4",
         "measured_on": "dev",
     }
+
+
+def test_a_model_has_its_runs_scores_and_is_sent_once(store: str, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, run = MlflowClient(store), begin(store, tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a.bin").write_text("x")
+    run.dataset("shops: dev", "0123", "/data/shops", "dev")
+    for score in (0.25, 0.5):  # measured again
+        run.log(4, {"score/execution_accuracy": score, "train/loss": 1.0}, replace=True)
+        run.model(tmp_path / "adapter", as_model("adapter"))
+    of_run = f"name = 'adapter' AND source_run_id = '{run.run_id}'"
+    (model,) = client.search_logged_models([read(run).info.experiment_id], of_run)
+    assert (str(model.status), model.params, model.source_run_id) == (
+        "READY",
+        {"lora.r": "8"},
+        run.run_id,
+    )
+    newest = model.metrics[-1]
+    assert {point.key for point in model.metrics} == {"score/execution_accuracy"}
+    assert (newest.value, newest.dataset_name, newest.dataset_digest) == (0.5, "shops: dev", "0123")
+    assert len(history(run, "score/execution_accuracy")) == 2, "no point twice"
+    names = {file.path for file in client.list_logged_model_artifacts(model.model_id)}
+    assert names == {"a.bin", "MLmodel", "model.py"}
+    assert [one.model_id for one in read(run).outputs.model_outputs] == [model.model_id]
+    run.end("FINISHED")
 
 
 def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_path: Path) -> None:
@@ -219,7 +249,7 @@ def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_pa
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.bin").write_text(folder)
-        run.artifact(tmp_path / folder, folder)
+        run.model(tmp_path / folder, as_model(folder))
 
     def say(folder: str, score: float, won: bool) -> None:
         run.log(4, {"tuned/dev/execution_accuracy": score}, replace=True)
@@ -243,7 +273,7 @@ def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_pa
     assert client.get_registered_model("again").aliases == {"champion": one}, (
         "what was crowned is still there"
     )
-    assert client.get_model_version("again", "2").source.endswith("/second")
+    assert len(client.search_model_versions("name='again'")) == 1, "what lost is not registered"
     say("first", 0.125, False)
     assert client.get_registered_model("again").aliases == {}
     assert read(run).data.metrics["tuned/dev/execution_accuracy"] == 0.125
@@ -443,7 +473,7 @@ def test_a_run_that_is_not_required_begins_when_its_store_is_back(
     assert sum("stopped answering" in record.message for record in caplog.records) == 1
     server.start()
     try:
-        monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+        monkeypatch.setattr(tracking_runs, "RETRY_SECONDS", 0.0)
         run._retry_at = 0.0
         run.log(4, {"loss": 4.0})  # the store is back: the run begins
         assert run.run_id and history(run, "loss") == [(4, 4.0)]
@@ -486,20 +516,36 @@ def test_a_server_that_fails_for_a_moment_has_not_lost_the_run(
         server.shutdown()
 
 
-def test_a_run_is_described_by_its_scores_and_the_experiment_by_the_main_one(
+def test_a_run_is_described_and_its_experiment_lists_the_main_score(
     make_config: Any, tmp_path: Path
 ) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    config = make_config(**{"tracking.enabled": True, "tracking.uri": uri})
-    run = tracking.start(config.tracking, {}, name="x", tags={}, spool=tmp_path / "spool")
-    scores = {"n": 4, "execution_accuracy": 0.25, "interval": [0.046, 0.699], "gold_errors": 0}
-    text = markdown({"tuned": {"dev": scores}}, TASKS["sql"])
-    run.describe(text, "tuned/dev/execution_accuracy")
+    config = make_config(**{"tracking.enabled": True, "tracking.uri": "http://127.0.0.1:9"})
+    waiting = tmp_path / "spool.jsonl"
+    own = {"mlflow.parentRunId": "p", "trial": "0"}
+
+    def begin(settings: TrackingSection, required: bool) -> Run:
+        return tracking.start(
+            settings, {}, name="x", tags={}, own=own, spool=waiting, required=required
+        )
+
+    run = begin(config.tracking, required=False)
+    run.describe(f"[Report]({tracking.THIS_RUN}/artifacts/report.html)", "score/strict_recall")
+    assert "description" in waiting.read_text(), "it waits like any other record"
+    back = config.changed({"tracking.uri": uri})
+    run = begin(back.tracking, required=True)
     run.end("FINISHED")
     client = MlflowClient(uri)
-    told = client.get_run(run.run_id).data.tags["mlflow.note.content"]
-    assert told.splitlines()[-1] == "| dev | execution accuracy | 4 | 25.0 % [4.6, 69.9] |"
+    found = client.get_run(run.run_id)
+    page = f"#/experiments/{found.info.experiment_id}/runs/{run.run_id}"
+    assert found.data.tags["mlflow.note.content"] == f"[Report]({page}/artifacts/report.html)"
     (experiment,) = client.search_experiments(filter_string="name = 'ray_sql'")
-    assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "tuned/dev/execution_accuracy"
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "score/strict_recall"
+    shown = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])
+    assert shown["selectedColumns"][:2] == [
+        "metrics.`score/strict_recall`",
+        "metrics.`score/strict_recall_base`",
+    ]
+    assert shown["orderByKey"] == shown["selectedColumns"][0] and not shown["orderByAsc"]

@@ -789,7 +789,9 @@ def test_a_sweep_from_its_space_to_its_champion(
     }
     saved = json.loads((place / "config.json").read_text())
     assert saved["learning_rate"] == best.point["learning_rate"] and saved["output_name"] == "sweep"
-    assert (place / "adapter" / "config.json").read_text() == (place / "config.json").read_text()
+    assert (place / "adapter" / "ray_sql_config.json").read_text() == (
+        place / "config.json"
+    ).read_text()
     page = (place / "sweep.html").read_text()
     assert "diverged by step" in page and "http://" not in page and page.count("<tr class=") == 3
 
@@ -810,10 +812,13 @@ def test_a_sweep_from_its_space_to_its_champion(
         run = children[str(trial.number)]
         assert run.info.status == ("FAILED" if trial.state == "failed" else "FINISHED")
         assert float(run.data.params["learning_rate"]) == trial.point["learning_rate"]
-    curve = client.get_metric_history(children["0"].info.run_id, "objective")
-    assert [point.step for point in curve] == [
-        one.step for one in study.read_scores(known.trial_folder(0))
-    ]
+    curve = client.get_metric_history(children["0"].info.run_id, tracking.VALIDATED)
+    measured = study.read_scores(known.trial_folder(0))
+    assert [point.step for point in curve] == [one.step for one in measured]
+    assert curve[-1].value == max(one.objective for one in measured)
+    assert children["0"].info.run_name == "trial-000: learning_rate 0.001"
+    told = children["0"].data.tags["mlflow.note.content"]
+    assert told.endswith("with learning_rate 0.001: finished, after 4 of 4 steps")
     assert client.get_metric_history(children["0"].info.run_id, "train/loss")
     adapter = f"adapter-{trial_name(best.number)}-step-{best.best.step}"
     names = {
@@ -821,12 +826,13 @@ def test_a_sweep_from_its_space_to_its_champion(
         for folder in ("", "figures")
         for item in client.list_artifacts(parent.info.run_id, folder)
     }
-    assert names >= {adapter, "sweep.html", "trials.json", "figures/objective.png"}
-    (version,) = client.search_model_versions("name='ray-sql-sql'")
-    assert version.run_id == parent.info.run_id and version.source.endswith(f"/{adapter}")
-    assert client.get_registered_model("ray-sql-sql").aliases == {}, (
+    assert names >= {"sweep.html", "trials.json", "figures/objective.png"}
+    assert not client.search_model_versions("name='ray-sql-sql'"), (
         "no answer was right, so nothing is crowned"
     )
+    (model,) = client.search_logged_models([parent.info.experiment_id], f"name = '{adapter}'")
+    assert model.source_run_id == parent.info.run_id
+    assert model.tags["verdict"].startswith("not shown to beat its base")
 
     before = [trial.seconds for trial in known.trials]
     assert tune.run(given)["sql"] == metrics, "a finished study is shown, not repeated"
@@ -961,7 +967,9 @@ def test_a_killed_driver_resumes_its_study(
     assert weights.stat().st_mtime_ns == trained, "a finished trial is not run again"
     assert [trial.point for trial in after.trials[:2]] == [trial.point for trial in before.trials]
     (run,) = (run for run in runs(tracked["tracking.uri"]) if run.data.tags.get("trial") == "1")
-    curve = MlflowClient(tracked["tracking.uri"]).get_metric_history(run.info.run_id, "objective")
+    curve = MlflowClient(tracked["tracking.uri"]).get_metric_history(
+        run.info.run_id, tracking.VALIDATED
+    )
     assert [point.step for point in curve] == [
         one.step for one in study.read_scores(after.trial_folder(1))
     ]

@@ -18,9 +18,11 @@ from ray_sql.config.jobs import (
     PipelineConfig,
     PublishConfig,
     ResultsConfig,
+    RunsConfig,
     ServeConfig,
     SweepConfig,
     TunedConfig,
+    UiConfig,
     VerifyConfig,
 )
 from ray_sql.config.load import C, load

@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from ray_sql.config.base import TOKENS, JobConfig
-from ray_sql.config.sections import AnswersSection, RepositorySection, ServeSection
+from ray_sql.config.sections import AnswersSection, RepositorySection, ServeSection, TrackingSection
 from ray_sql.config.settings import Config, ModelConfig
 from ray_sql.config.urls import absolute
 from ray_sql.config.validate import build, merge
@@ -82,7 +82,7 @@ class PublishConfig(JobConfig):
 
 
 class TunedConfig(JobConfig):
-    """Settings of a job that asks a tuned model. All the rest is in the adapter's config.json."""
+    """Settings of a job that asks a tuned model. The adapter's folder has all the rest."""
 
     output_name: str = Field(
         "",
@@ -142,6 +142,40 @@ class ResultsConfig(JobConfig):
     def shown(cls) -> set[str]:
         """Leave out what only models have."""
         return super().shown() - {f"hub.{name}" for name in ("base_model", "merge", "force")}
+
+
+class PagesConfig(JobConfig):
+    """Settings of a job that looks at runs and makes none."""
+
+    output_name: str = Field("all", description="Not used.")
+    tracking: TrackingSection = TrackingSection()
+
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Leave out what only a run has."""
+        unused = {"output_name", "cache_dir", "tracking.enabled", *TOKENS}
+        return super().shown() - unused
+
+
+class UiConfig(PagesConfig):
+    """Settings of MLflow's pages."""
+
+    port: int = Field(5000, ge=1, le=65535)
+    """Show the pages at this port of this machine."""
+
+    @classmethod
+    def shown(cls) -> set[str]:
+        """Leave out the folders of runs."""
+        return super().shown() - {"output_dir", "scaling.storage_path"}
+
+
+class RunsConfig(PagesConfig):
+    """Settings of a list of runs."""
+
+    older_than: str = Field("", pattern=r"^(\d{1,4}[hdw])?$")
+    """List only runs in which nothing has changed for so long: `12h`, `30d`, `8w`."""
+    delete: bool = False
+    """Remove the folders and the MLflow runs that `older_than` lists. Without it they are shown."""
 
 
 class ServeConfig(AskingConfig):

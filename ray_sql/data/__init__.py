@@ -13,6 +13,7 @@ from ray_sql.data.corpus import (
     counted,
     leakage,
     remarks,
+    repeated,
     sample,
     why_not_executable,
 )

@@ -106,7 +106,7 @@ def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any], where: 
             raise ContractError(
                 f"{where}: the adapter was trained with {name} {saved.get(name)!r}, but this run "
                 f"has {current.get(name)!r}; give it the settings it was trained with (--config "
-                "and its config.json), or train it again"
+                "and its ray_sql_config.json), or train it again"
             )
 
 

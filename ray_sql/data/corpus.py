@@ -149,23 +149,31 @@ def sample(examples: Sequence[Item], n: int | None, seed: int) -> tuple[Item, ..
     return tuple(examples[index] for index in chosen)
 
 
+def repeated(corpus: Corpus) -> dict[str, int]:
+    """Return how many questions of each split stand in `train`, too."""
+    train = {_normalized(example) for example in corpus.splits.get("train", ())}
+    return {
+        split: sum(_normalized(example) in train for example in examples)
+        for split, examples in corpus.splits.items()
+        if split != "train"
+    }
+
+
 def leakage(corpus: Corpus) -> list[str]:
     """Say, in a line per split, how many databases and questions it shares with `train`."""
-    train = corpus.splits.get("train", ())
-    train_questions = {_normalized(example) for example in train}
-    train_databases = {example.db_id for example in train}
+    train_databases = {example.db_id for example in corpus.splits.get("train", ())}
+    also_trained = repeated(corpus)
     lines = []
     for name, examples in corpus.splits.items():
         if name == "train" or not examples:
             continue
         databases = {example.db_id for example in examples}
-        repeated = sum(_normalized(example) in train_questions for example in examples)
         known = f"{len(databases & train_databases)} of them also in train"
         if len(databases) == 1:
             known = "which train has too" if databases <= train_databases else "not in train"
         lines.append(
             f"{name}: {counted(len(examples), 'question')} on {counted(len(databases), 'database')}"
-            f", {known}; {counted(repeated, 'question')} also in train"
+            f", {known}; {counted(also_trained[name], 'question')} also in train"
         )
     return lines
 

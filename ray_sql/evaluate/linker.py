@@ -97,7 +97,7 @@ def _parsed(value: Any, where: str) -> Links | None:
 
 def _ask(config: Config, adapter: str, corpus: Corpus, display: Display) -> list[JudgedRow]:
     """Return the judged answers of a linker to the scored questions."""
-    saved = RunFolder(adapter).read_settings()
+    saved = AdapterFolder(adapter).read_settings()
     if saved is None or saved.get("task_type") != SCHEMA.name:
         raise ConfigError(
             f"--prompt.links {adapter}: is no adapter that finds links; give one of --task_type "

@@ -121,6 +121,7 @@ def _ask(
         caches={model: str(caches[model].file) for model in missing},
         names=names,
     )
+    display.starting("the models that answer")
     outcome = cluster.run_workers(
         generate.answer_loop_per_worker, job, config.scaling, config.run_dir, keep
     )

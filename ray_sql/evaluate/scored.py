@@ -10,7 +10,7 @@ from ray_sql.config import Config
 from ray_sql.data import Corpus
 from ray_sql.errors import DataError
 from ray_sql.store import storage
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import AdapterFolder
 
 
 def load_scored(config: Config, adapter: str | None = None) -> Corpus:
@@ -42,7 +42,7 @@ def load_scored(config: Config, adapter: str | None = None) -> Corpus:
 
 def _may_have_seen(adapter: str, dataset_id: str) -> bool:
     """Tell whether an adapter was trained on a dataset of this name, or does not say on which."""
-    settings = RunFolder(storage.absolute_uri(adapter)).read_settings() or {}
+    settings = AdapterFolder(storage.absolute_uri(adapter)).read_settings() or {}
     trained_on = settings.get("dataset_id")
     if not isinstance(trained_on, str):
         return True

@@ -21,7 +21,7 @@ from ray_sql.evaluate.judge_sql import Progress, executor
 from ray_sql.evaluate.shares import without_gold_errors
 from ray_sql.generate import Answer, Question
 from ray_sql.metrics.judged import JudgedRow, is_right
-from ray_sql.tasks import TASKS, Task, TaskName
+from ray_sql.tasks import Task, TaskName
 
 
 @dataclass(frozen=True)
@@ -135,24 +135,20 @@ def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) ->
     return row | {name: value for name, value in shown.items() if value is not None}
 
 
-LEVEL_METRICS = {*(task.metric for task in TASKS.values()), "exact_set_match"}
-"""Scores that MLflow gets by hardness too."""
+def headline(scores: Mapping[str, Any], task: Task) -> dict[str, float]:
+    """Return the few scores of a summary that are followed in MLflow, the main one first.
 
-
-def mlflow_metrics(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Return the numbers of a summary by MLflow name, as `tuned/seen/execution_accuracy`.
-
-    Scores by database stay in the files. Splits and hardness levels are a dataset's own words, so
-    characters that MLflow allows in no name become `_`.
+    These are the secondary ones, that of each way to choose an answer, and pass@k. Characters that
+    MLflow allows in no name become `_`. Counts, levels and databases stay in the files.
     """
-    metrics = {
-        f"{prefix}/{key}": float(value)
-        for key, value in scores.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    for level, group in scores["by_hardness"].items():
-        metrics |= {f"{prefix}/{level}/{key}": group[key] for key in LEVEL_METRICS & set(group)}
-    return {re.sub(r"[^\w./ -]", "_", name): value for name, value in metrics.items()}
+    ways = [key for key in scores if key.startswith((f"{task.metric}_", "pass@"))]
+    names = dict.fromkeys([task.metric, task.tie_break, *task.secondary, *ways])
+    return {legal(name): scores[name] for name in names if isinstance(scores.get(name), float)}
+
+
+def legal(name: str) -> str:
+    """Return a dataset's own word as a part of a metric's name in MLflow."""
+    return re.sub(r"[^\w. -]", "_", name)
 
 
 def failing_gold(

@@ -112,6 +112,7 @@ def _train_and_evaluate(session: Session) -> dict[str, Any]:
     progress.close()
     facts = {
         "best_step": best.step,
+        "objective": best.objective,
         "steps": fitted.steps,
         "training_seconds": round(fitted.seconds, 1),
         "startup_seconds": session.clock.stages(),

@@ -9,11 +9,20 @@ from pathlib import Path
 from ray_sql import data, rows
 from ray_sql.config import AUTO_EXAMPLES_PER_ROW
 from ray_sql.finetune.prepare import Prepared
-from ray_sql.metrics import wilson_interval
+from ray_sql.metrics import mcnemar, wilson_interval
+from ray_sql.metrics.paired import ALPHA
+from ray_sql.store import checkpoints
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 
 FEW_QUESTIONS = 100
 """Fewer questions than this tell a share to 10 points at best."""
+FEW_STEPS = 30
+"""Fewer optimizer steps than this change a model little."""
+
+
+LEAST_ALONE = next(count for count in range(1, 99) if mcnemar(0, count) <= ALPHA)
+"""The fewest questions by which one model is shown to be better than another."""
 
 
 def lines(prepared: Prepared) -> Iterator[str]:
@@ -23,6 +32,7 @@ def lines(prepared: Prepared) -> Iterator[str]:
     yield from _training(prepared)
     yield from _scoring(prepared)
     yield f"run       {config.run_dir}"
+    yield from _resumed(prepared)
     yield from _lost_with_the_job(prepared)
 
 
@@ -73,6 +83,11 @@ def _training(prepared: Prepared) -> Iterator[str]:
         f"training  {prepared.steps} steps of {config.batching.global_batch_size} examples "
         f"({made_of}), a checkpoint {saved}"
     )
+    if prepared.steps < FEW_STEPS:
+        yield (
+            "          so few steps change a model little: raise --num_epochs, or lower "
+            "--grad_accum_steps"
+        )
     if config.evaluate.select_examples:
         yield (
             f"          measured on validation questions every {config.eval_every} steps and at "
@@ -119,6 +134,7 @@ def _scoring(prepared: Prepared) -> Iterator[str]:
         case "predicted":
             yield f"          over schemas made smaller by the links of {config.prompt.links}"
     yield from _precision(sum(sizes.values()))
+    yield from _cut_answers(prepared)
     if not task.executes_sql:
         return
     corpus = prepared.corpus
@@ -144,6 +160,35 @@ def _precision(questions: int) -> Iterator[str]:
         f"          a score of so few questions is known to ±{points:.0f} points; give more, or "
         "raise --data.test_fraction"
     )
+    gain = 100 * LEAST_ALONE / questions
+    told = f"shows from {gain:.0f} points on" if gain <= 100 else "cannot be shown"
+    yield (
+        f"          a gain over the base model {told}: it takes {LEAST_ALONE} questions that the "
+        f"tuned model alone gets right (p <= {ALPHA})"
+    )
+
+
+def _cut_answers(prepared: Prepared) -> Iterator[str]:
+    """Warn of gold answers that are longer than an answer may be."""
+    config, encoder = prepared.config, prepared.encoder
+    most = config.evaluate.max_new_tokens
+    for split in dict.fromkeys(("train", *config.split)):
+        lengths = [encoder.answer_length(example) for example in prepared.corpus.splits[split]]
+        over = sum(length > most for length in lengths)
+        if over:
+            yield (
+                f"          {over} of {len(lengths)} gold answers of {split} are longer than "
+                f"--evaluate.max_new_tokens {most} (the longest has {max(lengths)} tokens), and "
+                "would be cut off: raise it"
+            )
+
+
+def _resumed(prepared: Prepared) -> Iterator[str]:
+    """Say where a run goes on that was begun before."""
+    config = prepared.config
+    saved = [] if config.overwrite else checkpoints.complete(RunFolder(config.run_dir))
+    if saved and not config.prev_checkpoint:
+        yield f"          goes on after step {saved[-1].step} of {prepared.steps}"
 
 
 def _lost_with_the_job(prepared: Prepared) -> Iterator[str]:

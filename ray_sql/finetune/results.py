@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_sql import tracking
+from ray_sql import data, tracking
 from ray_sql.config import Config, mask_password
+from ray_sql.config.sections import LoraSection
 from ray_sql.evaluate.results import summarise, write
-from ray_sql.evaluate.scoring import mlflow_metrics
+from ray_sql.evaluate.scoring import headline, legal
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.finetune.session import spool
 from ray_sql.metrics.judged import Evaluation
-from ray_sql.report import figures, html
-from ray_sql.report.scores import markdown, notes, paired_lines
+from ray_sql.report import description, figures, html
+from ray_sql.report.description import code
+from ray_sql.report.scores import verdict
 from ray_sql.store.run_folder import RunFolder
-from ray_sql.tasks import TASKS
+from ray_sql.tasks import TASKS, Task
 
 TABLE_COLUMNS = (
     *("verdict", "question", "gold", "predicted", "error", "db_id", "hardness", "split", "model"),
@@ -47,6 +49,8 @@ def conclude(
         "links": config.prompt.links_kind,
         "data_fingerprint": prepared.corpus.fingerprint(),
         "identity": config.identity(),
+        "longest_trained": min(prepared.audit.longest, prepared.audit.max_length),
+        "also_trained": data.repeated(prepared.corpus),
         "weights_sha256": (folder.adapter.read_contract() or {}).get("weights_sha256"),
         "mlflow_run_id": record.run_id,
         "tracking_uri": mask_password(record.uri),
@@ -56,40 +60,111 @@ def conclude(
     write(folder, evaluation, metrics)
     drawn = figures.figures(metrics, evaluation)
     html.write(folder, config.output_name, metrics, evaluation, drawn)
-    _log_scores(record, evaluation, metrics)
+    _log_scores(
+        record, folder, evaluation, metrics, _trained(prepared, config.lora, config.learning_rate)
+    )
     for file, figure in drawn.items():
         record.figure(figure, f"figures/{file}")
-    _log_files(record, folder, spool(config), artifact)
+    made_with = {
+        "model_name": config.model_name,
+        "lora.r": str(config.lora.r),
+        "learning_rate": str(config.learning_rate),
+        "steps": str(metrics["best_step"]),
+    }
+    tags = {
+        "task_type": config.task_type,
+        "weights_sha256": metrics["weights_sha256"] or "",
+        **_score_tags(metrics, "tuned", TASKS[config.task_type]),
+    }
+    model = tracking.LoggedModel(artifact, made_with, tags, next(iter(config.split), ""))
+    _log_files(record, folder, spool(config), model)
     folder.mark_finished()
     return metrics
 
 
-def _log_scores(record: tracking.Run, evaluation: Evaluation, metrics: Mapping[str, Any]) -> None:
-    """Log scores and the table of questions, in place of those of an earlier time.
+def _log_scores(
+    record: tracking.Run,
+    folder: RunFolder,
+    evaluation: Evaluation,
+    metrics: Mapping[str, Any],
+    trained: Sequence[str],
+) -> None:
+    """Log scores, description and the table of questions, in place of those of an earlier time.
 
     A study may be given more trials, and then has another winner. MLflow shows the scores of the
     highest step.
     """
     step = metrics["sweep"]["trials"] if "sweep" in metrics else metrics.get("steps", 0)
-    # the UI lists metrics and rows as they came: the tuned model is looked for first
-    models = list(reversed(evaluation))
-    for model in models:
-        for split, summary in metrics[model].items():
-            record.log(step, mlflow_metrics(summary, f"{model}/{split}"), replace=True)
-    rows = [{"model": model, **row} for model in models for row in evaluation[model]]
-    task, splits = TASKS[metrics["task_type"]], list(metrics[models[0]])
-    scores = markdown({name: metrics[name] for name in evaluation}, task)
-    text = "\n\n".join([scores, *notes(metrics, models[0]), *paired_lines(metrics)])
-    record.describe(text, f"{models[0]}/{splits[0]}/{task.metric}" if splits else None)
-    columns = [name for name in TABLE_COLUMNS if any(name in row for row in rows)]
-    table = [{column: row.get(column) for column in columns} for row in rows]
+    task, models = TASKS[metrics["task_type"]], list(evaluation)
+    record.log(step, final_scores(metrics, models, task), replace=True)
+    record.tag(_score_tags(metrics, models[-1], task))
+    text = description.page(folder, metrics, models, trained, tracking.THIS_RUN)
+    main = f"{tracking.SCORE}/{task.metric}" if metrics[models[-1]] else None
+    record.describe(text, main)
+    # the UI lists rows as they came: the tuned model's answers are looked for first
+    judged = [{"model": model, **row} for model in reversed(models) for row in evaluation[model]]
+    columns = [name for name in TABLE_COLUMNS if any(name in row for row in judged)]
+    table = [{column: row.get(column) for column in columns} for row in judged]
     record.table(table, "predictions.json")
 
 
-def _log_files(record: tracking.Run, folder: RunFolder, spool: Path, artifact: str) -> None:
-    """Log the run's files; those in a remote store are copied here for it."""
+def final_scores(metrics: Mapping[str, Any], models: Sequence[str], task: Task) -> dict[str, float]:
+    """Return the scores of `metrics.json` that MLflow keeps, the main one first.
+
+    The last of the models is the tuned one. Of the others, and of splits after the first, only the
+    main score is kept.
+    """
+    scores: dict[str, float] = {}
+    *others, tuned = models
+    for place, (split, summary) in enumerate(metrics[tuned].items()):
+        group = f"{tracking.SCORE}/{legal(split)}" if place else tracking.SCORE
+        followed = headline(summary, task)
+        kept = followed if not place else {task.metric: followed[task.metric]}
+        scores |= {f"{group}/{name}": value for name, value in kept.items()}
+        scores |= {
+            f"{group}/{task.metric}_{model}": metrics[model][split][task.metric] for model in others
+        }
+    if metrics.get("objective") is not None:
+        scores[tracking.VALIDATED] = metrics["objective"]
+    return scores
+
+
+def _score_tags(metrics: Mapping[str, Any], model: str, task: Task) -> dict[str, str]:
+    """Return how many questions were answered rightly, and how that compares with the base."""
+    counts = [
+        f"{round(scores[task.metric] * scores['n'])} of {scores['n']} of {split}"
+        + (f", {scores['gold_errors']} not counted" if scores["gold_errors"] else "")
+        for split, scores in metrics[model].items()
+    ]
+    told = {tracking.SCORED: "; ".join(counts)}
+    for split in list(metrics[model])[:1]:
+        told[tracking.VERDICT] = verdict(metrics, split)
+    return {name: text for name, text in told.items() if text}
+
+
+def _trained(prepared: Prepared, lora: LoraSection, learning_rate: float) -> list[str]:
+    """Return sentences on what was trained on what; a sweep's winner has its own values."""
+    config, corpus = prepared.config, prepared.corpus
+    batch = config.batching.global_batch_size
+    bits = "4-bit " if config.quantization.load_in_4bit else ""
+    databases = {example.db_id for example in corpus.splits["train"]}
+    return [
+        f"LoRA of rank {lora.r} on the {bits}base {code(config.model_name)},",
+        f"learning rate {learning_rate:g}, {prepared.steps:,} steps of {batch} examples.",
+        f"Trained on {len(corpus.splits['train']):,} questions on {len(databases):,} databases of",
+        f"{code(config.dataset_id)} (fingerprint {corpus.fingerprint()}).",
+    ]
+
+
+def _log_files(
+    record: tracking.Run, folder: RunFolder, spool: Path, model: tracking.LoggedModel
+) -> None:
+    """Log the run's files, its adapter as a model; those in a remote store are copied for it."""
     copies = spool.with_suffix("") / "run"
     for path in folder.artifacts(copies):
-        record.artifact(path, artifact if path.is_dir() else "")
+        if path.is_dir():
+            record.model(path, model)
+        else:
+            record.artifact(path)
     if not folder.is_local and not spool.exists():  # else they are still to be sent
         shutil.rmtree(copies)

@@ -128,7 +128,7 @@ class Session:
         record = tracking.start(
             config.tracking,
             config.public(),
-            name=config.output_name,
+            name=self._title(),
             tags=self._facts(),
             spool=spool(config),
             run_id=run_id,
@@ -154,6 +154,13 @@ class Session:
         place = tracking.read_tag(self.config.tracking, run_id, FOLDER_TAG)
         is_copy = place is not None and _still_holds(RunFolder(place), run_id, self.folder)
         return None if is_copy else run_id
+
+    def _title(self) -> str:
+        """Name the run for people: its own name, then the model, the task and the data."""
+        config = self.config
+        parts = (config.model_name, config.task_type, config.dataset_id)
+        words = [part.rstrip("/").rpartition("/")[2] for part in parts]
+        return f"{config.output_name}: {', '.join(words)}"
 
     def _facts(self) -> dict[str, str]:
         """Return the tags that say what the run was made from and by."""

@@ -20,7 +20,14 @@ from ray_sql.data.contract import check_contract
 from ray_sql.errors import ConfigError, ContractError, ModelError
 from ray_sql.metrics.paired import PairedTest
 from ray_sql.store import weights
-from ray_sql.store.run_folder import ADAPTER_CONFIG, CONFIG, CONTRACT, METRICS, RunFolder
+from ray_sql.store.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_SETTINGS,
+    CONFIG,
+    CONTRACT,
+    METRICS,
+    RunFolder,
+)
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 PLACES = {"output_dir", "cache_dir", "prev_checkpoint", "adapter", "predictions_file"}
@@ -65,7 +72,7 @@ class Bundle:
         """Return the published JSON files. The same run makes the same bytes."""
         files = {
             ADAPTER_CONFIG: self.adapter_config,
-            CONFIG: published_settings(self.config, self.base_model),
+            ADAPTER_SETTINGS: published_settings(self.config, self.base_model),
             CONTRACT: self.contract,
             METRICS: self.metrics,
         }

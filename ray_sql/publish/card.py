@@ -15,6 +15,8 @@ from importlib import resources
 from typing import Any
 
 from ray_sql.config import absolute
+from ray_sql.data import counted
+from ray_sql.data.shown import ORACLE
 from ray_sql.database import Column, ForeignKey, Schema, Table, render
 from ray_sql.display import printable
 from ray_sql.publish.bundle import HUB_NAME, Bundle
@@ -66,6 +68,9 @@ def card(
     }
     if merged is not None:
         models["merged"] = merged["merged"]
+    measured_on = {
+        name for scores in metrics["tuned"].values() for name in scores.get("by_database", {})
+    }
     body = environment.from_string(template).render(
         bundle=bundle,
         config=config,
@@ -75,16 +80,35 @@ def card(
         license=license.get("license_name", license.get("license")),
         merged=merged,
         task=task,
+        overlap=_overlap(metrics),
         semantics=next((scores.get("semantics") for scores in metrics["tuned"].values()), None),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
         rows=table(models, task),
         notes=notes({"tuned": models["tuned"]}, "tuned"),
         schema=render(SAMPLE, config.prompt.serializer),
         question=QUESTION,
+        adapter_repo=repo_id.removesuffix("-merged") if merged is not None else repo_id,
+        databases=counted(len(measured_on), "database"),
         questions=sum(scores["n"] for scores in metrics["tuned"].values()),
         versions=bundle.contract["packages"],
     )
     return f"---\n{metadata(bundle, repo_id, license, merged)}\n---\n\n{body}"
+
+
+def _overlap(metrics: Mapping[str, Any]) -> list[str]:
+    """Return sentences on scored questions that were trained on; none where nobody counted."""
+    if "also_trained" not in metrics:  # a run of an earlier version
+        return []
+    counts: dict[str, int] = {}
+    for split, scores in metrics["tuned"].items():
+        known = metrics["also_trained"].get(split.removesuffix(ORACLE), scores["n"])
+        if known:
+            counts[split] = known
+    if not counts:
+        return ["None of these questions was trained on."]
+    return [
+        f"{n:,} questions of `{code(split)}` were trained on, too." for split, n in counts.items()
+    ]
 
 
 def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:

@@ -187,12 +187,12 @@ def login(
     Raises `ConfigError` without a token, for one that may only read, and for one that belongs to
     neither the repository's owner nor a member.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     # one line says what was pushed, and a bar would break the display of a training run
     disable_progress_bars()
-    token = write_token.get_secret_value() if write_token else get_token()
+    token = token_of(write_token)
     if not token:
         raise ConfigError(
             "publishing needs a Hub token that may write: make one and set HF_TOKEN (or run "
@@ -211,6 +211,13 @@ def login(
             f"the Hub at {api.endpoint}: its answer to whoami is none of a Hub; correct HF_ENDPOINT"
         ) from None
     return Hub(api, repo_id, settings.private, kind)
+
+
+def token_of(write_token: SecretStr | None) -> str | None:
+    """Return the token to publish with: the one given, or the client's own; None without any."""
+    from huggingface_hub import get_token
+
+    return write_token.get_secret_value() if write_token else get_token()
 
 
 def _require_access(account: Mapping[str, Any], repo_id: str) -> None:

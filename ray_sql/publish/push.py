@@ -73,14 +73,27 @@ def publish(config: Config | PublishConfig, display: Display | None = None) -> s
 
 
 def dry_run(config: Config | PublishConfig) -> None:
-    """Show what `publish` would push where, and the card. Raises as it does, sends nothing."""
+    """Show what `publish` would push where, and the card. Sends nothing.
+
+    Raises as it does for the run, and for a token without rights. Without a token, or a Hub that
+    answers, it shows what is known here.
+    """
     display, bundle = Display(), bundles.read(config)
-    display.line(f"Hub       {require_publishable(bundle.config)}")
-    hub = _login(bundle)
-    license = _license(hub, bundle)
+    run = bundle.config
+    repo_id = run.hub.repo_id or run.output_name
+    repo_id = repo_id if "/" in repo_id else f"YOU/{repo_id}"
+    license: License = {"license": run.hub.license} if run.hub.license else {}
+    place = f"{repo_id}, which was not asked: there is no token (HF_TOKEN)"
+    if hubs.token_of(run.write_token):
+        try:
+            place, hub = require_publishable(run), _login(bundle)
+            repo_id, license = hub.repo_id, _license(hub, bundle)
+        except StoreError as error:
+            place = f"{repo_id}, which was not asked: {error}"
+    display.line(f"Hub       {place}")
     files = ", ".join(sorted((ADAPTER_WEIGHTS, "README.md", *bundle.json_files())))
     display.line(f"files     {files}, as one commit, tag {bundle.tag}")
-    display.line(f"--- README.md ---\n{card(bundle, hub.repo_id, license)}")
+    display.line(f"--- README.md ---\n{card(bundle, repo_id, license)}")
 
 
 def command_to_publish(bundle: Bundle) -> str:

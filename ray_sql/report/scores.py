@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ray_sql.data.shown import ORACLE
 from ray_sql.display import percent
+from ray_sql.metrics.paired import PairedTest
 from ray_sql.tasks import Task
 
 Scores = Mapping[str, Mapping[str, Any]]
@@ -175,3 +176,17 @@ def paired_lines(metrics: Mapping[str, Any]) -> list[str]:
                 f"{test[f'only_{other}']} (McNemar p = {test['mcnemar_p']:.2g})"
             )
     return lines
+
+
+def verdict(metrics: Mapping[str, Any], split: str) -> str:
+    """Say how the tuned model compares with its base on a split; empty where none was measured."""
+    test = metrics.get("compared", {}).get(split)
+    if test is None:
+        return ""
+    pair = PairedTest(test["only_base"], test["only_tuned"])
+    words = "not shown to beat its base"
+    if pair.b_is_better:
+        words = "better than its base"
+    elif pair.a_is_better:
+        words = "worse than its base"
+    return f"{words} (p = {pair.p:.2g})"

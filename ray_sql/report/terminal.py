@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ray_sql.display import Display, cell
+from ray_sql.report import commands
 from ray_sql.report.scores import notes, paired_lines, score_lines
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
@@ -36,10 +36,11 @@ def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Dis
     display.line(f"report       {folder.report}")
     if metrics.get("mlflow_run_id"):
         display.line(f"MLflow run   {metrics['mlflow_run_id']}")
-        address = metrics["tracking_uri"] or ""
-        if not address.startswith("http"):
-            address = f"make ui    (mlflow ui --backend-store-uri {shlex.quote(address)})"
-        display.line(f"MLflow UI    {address}")
+    if "training_seconds" not in metrics:
+        return
+    display.line(f"look         {commands.look(metrics) or folder.report}")
+    display.line(f"ask          {commands.ask(folder, metrics)}")
+    display.line(f"publish      {commands.publish(folder)}")
 
 
 def _table(title: str, metrics: Mapping[str, Any]) -> Table:

@@ -120,6 +120,14 @@ class Encoder:
         """Return the tokens of an example's prompt, for generation."""
         return encode_prompt(self.tokenizer, self.chat.prompt(self.question_turns(example, shown)))
 
+    def answer_length(self, example: Example) -> int:
+        """Return the tokens of an example's gold answer; 0 where its SQL cannot be linked."""
+        try:
+            answer = prompts.answer(self.task, example, self.schemas)
+        except LinkError:
+            return 0
+        return len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
     def question_turns(self, example: Example, shown: Schema | None = None) -> list[dict[str, str]]:
         """Return the turns of an example's prompt, for generation.
 

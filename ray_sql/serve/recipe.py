@@ -14,7 +14,7 @@ from ray_sql.config import AskingConfig, Config, TunedConfig
 from ray_sql.config.sections import AnswersSection
 from ray_sql.errors import ConfigError
 from ray_sql.store import storage
-from ray_sql.store.run_folder import CONFIG, AdapterFolder, RunFolder
+from ray_sql.store.run_folder import ADAPTER_SETTINGS, AdapterFolder, RunFolder
 from ray_sql.tasks import SCHEMA
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,11 +37,11 @@ def find(config: TunedConfig) -> Recipe:
     Raises `ConfigError` if there is none, or if its settings cannot be read.
     """
     adapter = _adapter(config.adapter, config.run_dir, config.read_token)
-    saved = RunFolder(adapter.uri).read_settings()
+    saved = adapter.read_settings()
     if saved is None:
         raise ConfigError(
-            f"{adapter}: no adapter of a ray_sql run (no {CONFIG}); give --output_name of a "
-            "finished run, or --adapter with its folder or Hub id"
+            f"{adapter}: no adapter of a ray_sql run (no {ADAPTER_SETTINGS}); give --output_name "
+            "of a finished run, or --adapter with its folder or Hub id"
         )
     places = {name: config.setting(name) for name in PLACES}
     places["output_name"] = config.output_name or "adapter"
@@ -49,7 +49,8 @@ def find(config: TunedConfig) -> Recipe:
         run = Config(**({"output_name": "adapter"} | saved))
     except ValueError:  # of another version
         raise ConfigError(
-            f"{adapter.place(CONFIG)} cannot be read by this version; use the one that wrote it"
+            f"{adapter.place(ADAPTER_SETTINGS)} cannot be read by this version; use the one that "
+            "wrote it"
         ) from None
     name = config.adapter or config.output_name
     given = _given(config.evaluate, config.read_token)

@@ -33,6 +33,8 @@ T = TypeVar("T")
 RESTORE = "restore it from a copy, or train again with --overwrite"
 """The way out where a run's own file is damaged."""
 CONFIG = "config.json"
+ADAPTER_SETTINGS = "ray_sql_config.json"
+"""The settings beside an adapter. transformers takes a `config.json` there for a base model's."""
 CONTRACT = "contract.json"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
@@ -115,6 +117,10 @@ class AdapterFolder(_Folder):
         """Return PEFT's configuration; None if there is none."""
         config = self._read_json(AdapterConfig, ADAPTER_CONFIG)
         return config and dict(config)
+
+    def read_settings(self) -> dict[str, Any] | None:
+        """Return the settings of the run that trained the adapter; None where there are none."""
+        return self._read_json(dict[str, Any], ADAPTER_SETTINGS)
 
     def fetch_files(self, target: Path) -> None:
         """Copy the adapter and its contract to a local folder, without what only training reads."""
@@ -245,7 +251,7 @@ class RunFolder(_Folder):
 
         An adapter carries its recipe wherever it is copied to, and the SHA-256 of its weights.
         """
-        storage.fetch_file(self.place(CONFIG), local / CONFIG)
+        storage.fetch_file(self.place(CONFIG), local / ADAPTER_SETTINGS)
         if not (local / CONTRACT).exists():
             storage.fetch_file(self.place(CONTRACT), local / CONTRACT)
         contract = AdapterFolder(str(local)).read_contract() or {}

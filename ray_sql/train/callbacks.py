@@ -63,7 +63,7 @@ class Reporter:
         point: dict[str, float] = {
             name: value
             for name, value in values.items()
-            if name in LOGGED or name.startswith(("time/", "memory/", "gpu/"))
+            if name in LOGGED or name.startswith(("time/", "system/"))
         }
         point["epoch"] = step / self._epoch_steps
         if self._last is not None and now > self._last[1]:

@@ -80,9 +80,9 @@ def memory_use(device: torch.device) -> dict[str, float]:
     in per cent of about the last second.
     """
     if device.type != "cuda":
-        return {"memory/process_gib": psutil.Process(os.getpid()).memory_info().rss / GIB}
-    use = {"memory/gpu_gib": torch.cuda.max_memory_allocated(device) / GIB}
+        return {"system/process_memory_gib": psutil.Process(os.getpid()).memory_info().rss / GIB}
+    use = {"system/gpu_memory_gib": torch.cuda.max_memory_allocated(device) / GIB}
     # NVML may be missing, or raise errors of its own, as for a part of a GPU
     with suppress(Exception):
-        use["gpu/utilization"] = float(torch.cuda.utilization(device))
+        use["system/gpu_utilization_percentage"] = float(torch.cuda.utilization(device))
     return use

@@ -79,7 +79,8 @@ class Validation:
         rows = scoring.score(self._questions, answers, self._task, self._settings, self._schemas)
         scores = scoring.summarise(rows, self._task, self._settings)
         objective, tie_break = self._task.objective(scores)
-        metrics |= scoring.mlflow_metrics(scores, self._name)
+        followed = scoring.headline(scores, self._task)
+        metrics |= {f"{self._name}/{name}": value for name, value in followed.items()}
         return {"objective": objective, "tie_break": tie_break, "metrics": metrics}
 
     def _loss(self, model: PreTrainedModel) -> float:

@@ -73,6 +73,8 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
         self._lap_started: dict[int, float] = {}
         self._newest_steps: dict[int, int] = {}
         """Steps that running trials have come to, evaluated or not."""
+        self._validated: dict[int, float] = {}
+        """The best objective of trials so far."""
         self._show()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
             self._runs[number] = self._begin_run(known)
             for score in read_scores(self._study.trial_folder(number)):
                 # an earlier attempt may have been killed before it said this
-                self._runs[number].log(score.step, {**score.metrics, "objective": score.objective})
+                self._log(number, score.step, score.metrics, score.objective)
         run_id = self._runs[number].run_id or known.mlflow_run_id
         self._study.change(number, state="running", seconds=seconds, mlflow_run_id=run_id)
         self._progress(f"{known.name}: {shown_point(known.point)}")
@@ -208,7 +210,8 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
         if number in self._runs:
             named = tracking.named(values)
             if objective is not None:
-                named["objective"] = objective
+                best = max(objective, self._validated.get(number, objective))
+                named[tracking.VALIDATED] = self._validated[number] = best
             self._runs[number].log(step, named)
 
     def _step(self, trial: TrialRecord) -> int:
@@ -242,9 +245,13 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
     def _end_run(
         self, run: tracking.Run, trial: TrialRecord, state: State, reason: str | None
     ) -> None:
+        text = f"{shown_point(trial.point)}: {state}"
         if trial.best:
-            best = {"best_objective": trial.best.objective, "best_step": float(trial.best.step)}
-            run.log(trial.steps, best)
+            run.tag({"best_step": str(trial.best.step)})
+            best = self._objective.text(trial.best.objective)
+            text = f"**{self._objective.label} {best}** on validation, at step {trial.best.step}, "
+            text += f"with {shown_point(trial.point)}: {state}"
+        run.describe(f"{text}, after {trial.steps} of {self._steps} steps", None)
         run.tag({"state": state})
         if reason:
             run.tag({"failure": reason[:500]})

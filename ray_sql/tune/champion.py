@@ -56,6 +56,7 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
     steps = {
         "best_step": score.step,
+        "objective": score.objective,
         "steps": best.steps,
         "training_seconds": round(best.seconds, 1),
         "seconds": round(sum(trial.seconds for trial in study.trials), 1),

@@ -196,8 +196,7 @@ def begin_trial_record(
     return tracking.start(
         config.tracking,
         trial_settings(config, space.changes(trial.point), trial.number).public(),
-        # in this order: MLflow shows the first words
-        name=f"{trial.name} of {config.output_name}",
+        name=f"{trial.name}: {shown_point(trial.point)}",
         tags={"task_type": config.task_type},
         spool=trial_spool(config, trial.number),
         run_id=trial.mlflow_run_id,

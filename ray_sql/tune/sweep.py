@@ -73,8 +73,8 @@ def run_study(config: Config, resume: bool) -> dict[str, Any]:
             return _show_finished(config, display)
         with StudySession(config, display, study, space.read(config)) as session:
             metrics = _search(session)
-        terminal.show(session.folder, config.output_name, metrics, display)
         display.line(f"sweep        {session.folder.sweep_report}")
+        terminal.show(session.folder, config.output_name, metrics, display)
     return metrics
 
 
@@ -220,12 +220,11 @@ def _record_study(
     axes = "; ".join(axis.text for axis in session.space.axes)
     record.tag({"space": axes, "winner": winner, "verdict": sweep["verdict"]})
     totals = {
-        "best_objective": sweep["objective"],
-        "trials": float(len(study.trials)),
-        f"{sweep['unit']}_hours": sweep["hours"],
-        "steps_of_all_trials": float(sweep["steps"]),
+        "trials": str(len(study.trials)),
+        f"{sweep['unit']}_hours": f"{sweep['hours']:.2f}",
+        "steps_of_all_trials": str(sweep["steps"]),
     }
-    record.log(len(study.trials), totals, replace=True)
+    record.tag(totals)
     record.table(_table_rows(study), "trials.json")
     for file, figure in figures.items():
         record.figure(figure, f"figures/{file}")

@@ -1,0 +1,8 @@
+"""MLflow as the record of a run. Where tracking is off, no function does anything."""
+
+from ray_sql.tracking.models import LoggedModel
+from ray_sql.tracking.names import SCORE, SCORED, THIS_RUN, VALIDATED, VERDICT, VIEW, named
+from ray_sql.tracking.remove import aliases_of, remove
+from ray_sql.tracking.run import Run, Status, close, null_run, read_tag, reopen, replay, start
+from ray_sql.tracking.spool import run_ids_waiting
+from ray_sql.tracking.store import require_store, run_exists, store_uri

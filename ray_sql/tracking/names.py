@@ -1,0 +1,42 @@
+"""Names of what MLflow shows: groups of metrics, tags of scores, and a list of runs with scores.
+
+MLflow draws a section of charts for each group, in the order of the alphabet. So final scores in
+`score/` come before the curves in `time/`, `train/` and `validation/`. `system/` has a tab of its
+own. Counts are tags, or stand in the run's description and its table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+SCORE = "score"
+"""The group of final scores: few, and the main one first."""
+VALIDATED = f"{SCORE}/validation"
+"""The best validation objective so far: of a run's chosen checkpoint, and all that a trial has."""
+SCORED, VERDICT = "scored", "verdict"
+"""Tags: how many questions were answered rightly, and how that compares with the base model."""
+VIEW = "scores"
+"""The key of an experiment's view of its runs, in an address: `?viewStateShareKey=scores`."""
+THIS_RUN = "#this-run"
+"""Stands in a description for the page of its run, whose address only the store knows."""
+_COUNTS = {"epoch", "validation/n"}
+
+
+def named(values: Mapping[str, float]) -> dict[str, float]:
+    """Return a point's values by MLflow's names: `loss` becomes `train/loss`, a group is kept.
+
+    Counts are left out.
+    """
+    return {
+        name if "/" in name else f"train/{name}": value
+        for name, value in values.items()
+        if name not in _COUNTS
+    }
+
+
+def view(score: str) -> str:
+    """Return a state of MLflow's list of runs: sorted by `score`, with the scores as columns."""
+    columns = [f"metrics.`{name}`" for name in (score, f"{score}_base", VALIDATED)]
+    columns += [f"tags.`{name}`" for name in (SCORED, VERDICT)]
+    return json.dumps({"selectedColumns": columns, "orderByKey": columns[0], "orderByAsc": False})

@@ -1,0 +1,45 @@
+"""Runs removed from MLflow, with their children and models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray_sql.config.sections import TrackingSection
+from ray_sql.tracking.store import client_of, refusing, require_store, run_exists
+
+
+def aliases_of(settings: TrackingSection, run_id: str) -> list[str]:
+    """Return the aliases, as `ray-sql-sql@champion`, of registered models that are of a run."""
+    uri = require_store(settings)
+    with refusing(uri):
+        client = client_of(uri)
+        versions = client.search_model_versions(f"run_id = '{run_id}'")
+        return [
+            f"{version.name}@{alias}"
+            for version in versions
+            for alias in client.get_model_version(version.name, version.version).aliases
+        ]
+
+
+def remove(settings: TrackingSection, run_id: str) -> int:
+    """Delete a run, its children and their models. Returns the number of runs deleted.
+
+    MLflow keeps what is deleted until `mlflow gc`. A run that is not there counts as deleted.
+    """
+    uri = require_store(settings)
+    with refusing(uri):
+        client = client_of(uri)
+        if not run_exists(client, run_id):
+            return 0
+        experiment = client.get_run(run_id).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{run_id}'"
+        runs = [run_id, *(run.info.run_id for run in client.search_runs([experiment], query))]
+        for each in runs:
+            _remove_one(client, experiment, each)
+    return len(runs)
+
+
+def _remove_one(client: Any, experiment: str, run_id: str) -> None:
+    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        client.delete_logged_model(model.model_id)
+    client.delete_run(run_id)

@@ -1,0 +1,64 @@
+"""MLflow's pages, opened on this project's runs: the door of `ray-sql ui`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+from ray_sql.config import UiConfig, mask_password
+from ray_sql.errors import ConfigError
+from ray_sql.tracking.names import VIEW
+from ray_sql.tracking.store import client_of, refusing, require_store
+
+QUIET = {
+    "PYTHONWARNINGS": "ignore",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of its own judges, in processes of their own
+}
+HOST = "127.0.0.1"
+
+
+def run(config: UiConfig) -> None:
+    """Say where the runs are shown, and serve MLflow's pages of a database until stopped.
+
+    Raises `StoreError` if the store does not answer, and `ConfigError` for a port that is taken.
+    """
+    uri = require_store(config.tracking.model_copy(update={"enabled": True})).rstrip("/")
+    page = runs_page(uri, config.tracking.experiment)
+    if uri.startswith("http"):
+        print(f"{mask_password(uri)}/{page}")
+        return
+    _require_free(config.port)
+    print(f"MLflow of {mask_password(uri)}: open http://{HOST}:{config.port}/{page}", flush=True)
+    if config.dry_run:
+        return
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", HOST, "--port", str(config.port)]
+    # by the environment, for an address may hold a password
+    subprocess.run(command, env=os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}, check=False)
+
+
+def runs_page(uri: str, experiment: str) -> str:
+    """Return the address of an experiment's runs below that of MLflow, with the scores as columns.
+
+    It is empty where nothing was recorded yet.
+    """
+    with refusing(uri):
+        known = client_of(uri).get_experiment_by_name(experiment)
+    if known is None:
+        return ""
+    page = f"#/experiments/{known.experiment_id}/runs?workflowType=machine_learning"
+    has_view = f"mlflow.sharedViewState.{VIEW}" in known.tags
+    return page + f"&viewStateShareKey={VIEW}" * has_view
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ConfigError(
+                f"--port {port}: cannot be used ({error.strerror}); choose another"
+            ) from None
