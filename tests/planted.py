@@ -40,7 +40,7 @@ def half_the_rank(run: Path, folder: Path) -> Path:
 
 def told(folder: Path, settings: dict[str, Any] | None = None, **contract: Any) -> Path:
     """Change the settings and the contract of an adapter's folder; return it."""
-    for name, changes in (("config.json", settings or {}), ("contract.json", contract)):
+    for name, changes in (("ray_sql_config.json", settings or {}), ("contract.json", contract)):
         saved = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(saved | changes))
     return folder

@@ -46,7 +46,7 @@ class Prompter:
 
     def __init__(self, recipe: Recipe, databases: Mapping[str, Database]) -> None:
         config = recipe.config
-        self.config, self.adapter, self.databases = config, recipe.adapter, databases
+        self.config, self.adapter = config, recipe.adapter
         self.task, self.name = TASKS[config.task_type], recipe.name
         pinned = models.revision_of(self.adapter.read_contract(), config.model_name)
         self.model_folder, revision = models.resolve(
@@ -54,8 +54,13 @@ class Prompter:
         )
         check_adapter(self.adapter.uri, config, self.model_folder, revision)
         self.tokenizer = models.load_tokenizer(self.model_folder)
+        self.take(databases)
+
+    def take(self, databases: Mapping[str, Database]) -> None:
+        """Ask about these databases from now on."""
+        self.databases = databases
         schemas = {name: database.schema for name, database in databases.items()}
-        self._encoder = Encoder(self.tokenizer, self.task, config.prompt, schemas)
+        self._encoder = Encoder(self.tokenizer, self.task, self.config.prompt, schemas)
         self.begins = {name: self._begin(name) for name in databases}
         """The tokens that the prompts of all questions on a database begin with."""
 

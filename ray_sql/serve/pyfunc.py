@@ -19,7 +19,8 @@ from ray_sql.data.schema_texts import read_schema
 from ray_sql.errors import DataError
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.databases import Database
-from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.engine import Reply
+from ray_sql.serve.opening import open_engine
 from ray_sql.serve.prompter import Prompter
 
 
@@ -36,9 +37,9 @@ class TunedModel(PythonModel):  # type: ignore[misc]  # mlflow is not followed b
         )
         self._recipe = recipe.find(settings)
         self._known: dict[str, Database] = {}
-        self._engine = Engine(Prompter(self._recipe, {}))
+        self._engine = open_engine(Prompter(self._recipe, {}))
         self._lock = threading.Lock()
-        atexit.register(self._engine.__exit__, None, None, None)
+        atexit.register(self._engine.close)
 
     def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
         """Return a row for every row of questions, with `sql` or `links`.
@@ -82,7 +83,7 @@ class TunedModel(PythonModel):  # type: ignore[misc]  # mlflow is not followed b
         prompter = self._engine.prompter
         if not needed.keys() <= prompter.databases.keys():
             self._known = {name: self._known[name] for name in needed}
-            prompter = self._engine.prompter = Prompter(self._recipe, dict(self._known))
+            prompter.take(dict(self._known))
         return prompter
 
     def _answer(self, reply: Reply) -> dict[str, str | None]:
