@@ -16,6 +16,9 @@ NF4:
               nothing
 
 Peak memory is measured in a process of its own for each variant. The last line is one JSON object.
+
+With --model qwen3.5 or lfm2 the model has the layers of `benchmarks.hybrids`, most of which carry a
+state, and is compared with plain TRL only: packing would let one example's state reach the next.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from typing import Any
 import torch
 
 from benchmarks import make_encoder
+from benchmarks.hybrids import HYBRIDS, make_hybrid
 from ray_sql import cluster, data, models, rows
 from ray_sql.config import Config, load
 from ray_sql.rows import TokenizedExample
@@ -68,7 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", choices=VARIANTS, help="one round of one variant, to measure its memory"
     )
+    parser.add_argument("--model", choices=HYBRIDS, help="a model whose layers carry a state")
     arguments = parser.parse_args(argv)
+    if arguments.model:
+        compare_hybrid(arguments.model, 2 if arguments.quick else arguments.rounds)
+        return
     config = settings()
     folder, _ = models.resolve(config.model_name, config.cache, config.read_token)
     rounds = list(draw_rounds(config, folder, 2 if arguments.quick else arguments.rounds))
@@ -113,6 +121,37 @@ RATIOS = (
     ("vs_packing", "packing", "ours 8"),
     ("vs_plain_32", "plain", "ours 32"),
 )
+
+
+HYBRID_RATIOS = (
+    ("hybrid_vs_plain", "plain", "ours 8"),
+    ("hybrid_vs_plain_32", "plain", "ours 32"),
+    ("hybrid_unshared_vs_plain", "plain", "ours 1"),
+)
+
+
+def compare_hybrid(model: str, count: int) -> None:
+    """Measure a model of `HYBRIDS` over `count` rounds, and print."""
+    with tempfile.TemporaryDirectory() as scratch:
+        demo = settings()
+        source, _ = models.resolve(demo.model_name, demo.cache, demo.read_token)
+        folder = make_hybrid(model, source, Path(scratch))
+        config = demo.changed({"model_name": folder})
+        rounds = list(draw_rounds(config, folder, count))
+        bench = Bench(config, folder, rounds, ("plain", "ours 1", "ours 8", "ours 32"))
+        seconds = bench.run()
+        found: dict[str, Any] = {"model": model}
+        for name, slow, fast in HYBRID_RATIOS:
+            least, middle, most = spread(seconds, slow, fast)
+            found[name] = round(middle, 2)
+            print(f"{fast}: {middle:.1f}x ({least:.1f} to {most:.1f}) plain TRL")
+        found["gradient_relative_error"] = gradient_error(config, folder, rounds[0][:8])
+    found |= {
+        "rounds": count,
+        "threads": torch.get_num_threads(),
+        "dtype": str(models.compute_dtype(config.train.bf16)),
+    }
+    print(json.dumps(found))
 
 
 def size(variant: str) -> int:

@@ -112,7 +112,7 @@ def test_prefixes_are_kept_within_their_bytes() -> None:
 
     def compute(tokens: Any) -> Prefix:
         made.append(list(tokens))
-        return Prefix([torch.zeros(1, len(tokens), 1)], [torch.zeros(1, len(tokens), 1)], 0)
+        return Prefix({0: torch.zeros(1, len(tokens), 1)}, {0: torch.zeros(1, len(tokens), 1)}, 0)
 
     made: list[list[int]] = []
     kept = KeptPrefixes(most_bytes=80)  # ten tokens

@@ -17,7 +17,7 @@ from ray_sql import generate, models
 from ray_sql.cluster.events import TrainOutcome
 from ray_sql.generate import hf_generate
 from ray_sql.generate.answers import Decoding, answer_questions
-from ray_sql.models import packed_attention
+from ray_sql.models import packed_attention, seen
 from ray_sql.rows import passes
 from ray_sql.rows.probe import why_not_share
 from ray_sql.train import trainer
@@ -182,9 +182,9 @@ def test_a_wrong_block_mask_is_noticed_and_the_mask_used(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(family("llama", tmp_path), make_config(), "cuda:0")
-    right = packed_attention.block_mask
+    right = seen.block_mask
     monkeypatch.setattr(
-        packed_attention, "block_mask", lambda segments: right(torch.zeros_like(segments))
+        seen, "block_mask", lambda segments, *rest: right(torch.zeros_like(segments), *rest)
     )
     assert why_not_share(base, 330, 450) is None
     assert base.config._attn_implementation == packed_attention.MASKED

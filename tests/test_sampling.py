@@ -53,7 +53,10 @@ def drawn_one_by_one(
     return candidates
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3"])  # the last cannot share
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt_neox", "gemma4_text", "qwen3_5_text", "bloom"],  # the last cannot share
+)
 def test_candidates_are_those_of_drawing_one_by_one(tokenizer: Any, family: str) -> None:
     model = sharpened(family, len(tokenizer))
     asked = several(len(tokenizer))[:8]

@@ -14,15 +14,16 @@ import torch
 
 from ray_sql import models, rows
 from ray_sql.data import load
-from ray_sql.models import packed_attention
+from ray_sql.models import packed_attention, seen
+from ray_sql.models.seen import Seen, visible
 from ray_sql.rows import TokenizedExample, passes, share, step_order
-from ray_sql.rows.batch import Steps, collate, model_inputs, visible
+from ray_sql.rows.batch import Steps, collate
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, padded_tokens
 from ray_sql.train import trainer
 from tests.conftest import load_base, make_encoder, make_model
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16},
@@ -47,7 +48,10 @@ def family(kind: str, folder: Path, **shape: Any) -> Path:
         "num_attention_heads": 4,
     }
     made = AutoConfig.for_model(
-        kind, vocab_size=vocabulary, max_position_embeddings=2048, **sizes | FAMILIES[kind] | shape
+        kind,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        **sizes | FAMILIES.get(kind, {}) | shape,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)
@@ -180,23 +184,22 @@ def test_attention_weights_that_are_not_kept_are_computed_again(
     assert again[0] == kept[0] and relative_error(again[1], kept[1]) < 1e-7
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_a_block_mask_says_what_the_mask_says(make_config: Any, tmp_path: Path, kind: str) -> None:
-    model = load_base(family(kind, tmp_path), make_config(**{"quantization.load_in_4bit": False}))
-    packed_attention.use_mask(model)
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_a_block_mask_says_what_the_mask_says(heads: int, window: int | None) -> None:
     made = collate(share(some_rows(9, databases=2), 9, 10_000), pad=0)
-    inputs = model_inputs(made, model)
-    with (
-        torch.no_grad()
-    ):  # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
-        masked, flexed, unmasked = (
-            model(**inputs | {"attention_mask": mask}).logits
-            for mask in (inputs["attention_mask"], packed_attention.block_mask(made.segments), None)
-        )
-    assert float((flexed - masked).norm() / masked.norm()) < 1e-5
-    assert float((unmasked - masked).norm() / masked.norm()) > 0.05, (
-        "a mask that nobody heeds shows"
+    who = Seen(made.segments, made.position_ids, torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    shape = (len(made.segments), 4, made.segments.shape[1], 16)
+    query = torch.randn(shape, generator=draw)
+    key, value = torch.randn(2, shape[0], heads, *shape[2:], generator=draw)
+    # FlexAttention has no backward on a CPU; tests/test_gpu.py compares gradients
+    flexed = packed_attention.flex(query, key, value, who.block_mask(window), 0.3)
+    repeated = (tensor.repeat_interleave(4 // heads, dim=1) for tensor in (key, value))
+    masked = torch.nn.functional.scaled_dot_product_attention(
+        query, *repeated, attn_mask=who.mask(window), scale=0.3
     )
+    assert float((flexed - masked).norm() / masked.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
@@ -432,8 +435,10 @@ def test_rows_of_very_different_lengths_are_passes_of_their_own(make_config: Any
 
 
 def test_a_question_sees_the_prefix_and_itself() -> None:
-    seen = visible(torch.tensor([[0, 0, 1, 1, 2, 2, -1]]))[0]
-    assert seen.int().tolist() == [
+    segments = torch.tensor([[0, 0, 1, 1, 2, 2, -1]])
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3, 0]])
+    sees = visible(segments, positions)[0]
+    assert sees.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
@@ -456,11 +461,12 @@ def test_positions_of_a_shared_row_are_those_of_its_examples(tmp_path: Path) -> 
     )
 
 
-def test_a_sliding_window_shorter_than_an_example_is_refused(
+def test_a_window_that_only_our_attention_counts_in_positions_is_refused_elsewhere(
     make_config: Any, tmp_path: Path
 ) -> None:
     config = make_config(**{"quantization.load_in_4bit": False})
     base = load_base(family("mistral", tmp_path / "model", sliding_window=32), config)
+    base.set_attn_implementation("eager")
     assert "window of 32 tokens, but the longest example has 60" in (
         why_not_share(base, 60, 120) or ""
     )
@@ -481,7 +487,7 @@ def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
     make_config: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(tiny_model, make_config())
-    monkeypatch.setattr(packed_attention, "spans", lambda *_: 1 / 0)
+    monkeypatch.setattr(seen, "spans", lambda *_: 1 / 0)
     assert why_not_share(base, 60, 120) is None
     assert base.config._attn_implementation == packed_attention.MASKED
     packed_attention.install(base)
@@ -493,7 +499,7 @@ def test_a_model_that_the_fast_attention_fails_for_gets_a_mask(
 def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: Path) -> None:
     base = load_base(tiny_model, make_config())
     forward = base.forward
-    base.forward = lambda attention_mask=None, shared_spans=None, **given: forward(**given)
+    base.forward = lambda attention_mask=None, shared_rows_seen=None, **given: forward(**given)
     assert "gives other logits" in (why_not_share(base, 60, 120) or "")
 
 

@@ -23,17 +23,54 @@ GROUPED = WIDTH | {
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
-FAMILIES = {
+SLIDES = {
+    "head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "qwen2": GROUPED,
     "qwen3": GROUPED | {"head_dim": 24},
     "mistral": GROUPED,  # its window is longer than any prompt here
+    "ministral": GROUPED | SLIDES,
     "phi3": GROUPED | {"sliding_window": 24},
-    "gemma2": GROUPED | {"head_dim": 16, "sliding_window": 16},
-    "gemma3_text": GROUPED | {"head_dim": 16, "sliding_window": 16},
+    "gemma2": GROUPED | SLIDES | {"attn_logit_softcapping": 2.0},
+    "gemma3_text": GROUPED | SLIDES,
+    "gemma4_text": GROUPED
+    | SLIDES
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 24,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 700,
+    },
     "gpt_neox": WIDTH | {"max_position_embeddings": 2048, "eos_token_id": 2},
+    "qwen3_5_text": GROUPED
+    | {
+        "head_dim": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "lfm2": GROUPED | {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": GROUPED
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+    },
+    "bloom": WIDTH | {"n_layer": 2, "n_head": 4, "eos_token_id": 2},
 }
-SHARES = {"llama", "qwen2", "qwen3", "mistral", "gpt_neox"}
+SHARES = set(FAMILIES) - {"bloom"}
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from transformers import DynamicCache
 
@@ -31,10 +30,13 @@ from ray_sql.generate.draft import Draft
 from ray_sql.generate.groups import Group
 from ray_sql.generate.hf_generate import inference
 from ray_sql.generate.kept_prefixes import KeptPrefixes
+from ray_sql.generate.memory import bytes_per_token, free_memory
 from ray_sql.generate.slots import Ended, Pick, Slot
 from ray_sql.generate.wanted import Wanted
-from ray_sql.models import decode_attention
+from ray_sql.models import decode_attention, recurrent
 from ray_sql.models.decode_attention import OwnTokens, Prefix, PrefixRuns
+from ray_sql.models.decode_states import StatesPass
+from ray_sql.models.recurrent import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,21 +91,6 @@ def decode(
         decoder.run(ended, finish)
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Return the bytes that the keys and values of one token take."""
-    shape = model.config.get_text_config()
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return int(2 * shape.num_hidden_layers * heads * size * model.dtype.itemsize)
-
-
-def free_memory(model: PreTrainedModel) -> int:
-    """Return the bytes for keys and values: half of what a GPU has free, a quarter on a CPU."""
-    if model.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(model.device)[0] // 2)
-    return int(psutil.virtual_memory().available // 4)
-
-
 class Decoder:
     """The questions that are being answered, in slots.
 
@@ -125,6 +112,7 @@ class Decoder:
     ) -> None:
         self._model, self._prompts, self._groups = model, prompts, groups
         self._kept = kept or KeptPrefixes()
+        self._carries = recurrent.has_layers(model)
         self._limit, self._max_num_seqs, self._budget = limit, max_num_seqs, budget
         self._max_new_tokens, self._wanted = max_new_tokens, wanted
         self._waiting: deque[tuple[int, int]] = deque()
@@ -196,6 +184,8 @@ class Decoder:
         # the cache grows and never shrinks
         rows, columns = self._own.allocated
         columns = max(own + self._max_new_tokens + MAX_GUESSES, columns)
+        states = max((prefix.state_bytes for prefix in self._prefixes.values()), default=0)
+        columns += states // bytes_per_token(self._model)
         needed = sum(len(slot.answers) for slot in slots) + self._wanted.answers
         return prefixes + columns * max(needed, rows) <= self._budget
 
@@ -211,13 +201,12 @@ class Decoder:
         return self._prompts[slot.question][self._groups[slot.group].prefix :]
 
     def prefill(self, tokens: Sequence[int]) -> Prefix:
-        """Compute the keys and values of a prefix."""
-        cache = DynamicCache()
+        """Compute the keys, values and states of a prefix."""
+        # given the config, a cache holds states, but of windows no more than they see
+        cache = DynamicCache(config=self._model.config) if self._carries else DynamicCache()
         ids = torch.tensor([list(tokens)], device=self._model.device)
         self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        keys = [layer.keys[0] for layer in cache.layers]
-        values = [layer.values[0] for layer in cache.layers]
-        return Prefix(keys, values, len(tokens))
+        return decode_attention.read_cache(cache, len(tokens))
 
     def _begin(self, slots: list[Slot]) -> torch.Tensor:
         """Return the logits of the first token of each answer, `[slots, 1, vocabulary]`.
@@ -233,7 +222,12 @@ class Decoder:
         return self.forward(slots, len(self._slots) - len(slots), ids, columns)
 
     def _guesses(self) -> list[list[int]]:
-        """Return guesses at the next tokens of every slot, where few slots leave room for them."""
+        """Return guesses at the next tokens of every slot, where few slots leave room for them.
+
+        A state that has met a wrong guess cannot go back, so that there layers may carry none.
+        """
+        if self._carries:
+            return [[] for _ in self._slots]
         budget = STEP_TOKENS.get(self._model.device.type, 0) // len(self._slots) - 1
         guesses = []
         for slot in self._slots:
@@ -287,21 +281,36 @@ class Decoder:
         ]
         rows = torch.tensor(order, device=device)
         tokens = ids.shape[1]
+        positions = (prefixes + columns - starts).clamp(0, self._limit - 1)  # of padding, too
+        shared = PrefixRuns(runs, rows, bias[:, None], columns, positions, self._own, self._limit)
         logits: torch.Tensor = self._model(
             input_ids=ids.to(device),
-            position_ids=(prefixes + columns - starts).clamp(0, self._limit - 1),  # of padding, too
+            position_ids=positions,
             attention_mask=bias[:, None],
             past_key_values=self._own,
             use_cache=True,
             # Picked by index: the view that a slice makes would be multiplied with a copy of the
             # vocabulary's weights for every row.
             logits_to_keep=torch.arange(0 if every_token else tokens - 1, tokens, device=device),
-            **{decode_attention.RUNS: PrefixRuns(runs, rows, bias[:, None], self._limit)},
+            **{decode_attention.RUNS: shared},
+            **self._states(slots, first, tokens),
         ).logits
         share = (time.monotonic() - started) / len(slots)
         for slot in slots:
             self._seconds[slot.question] += share
         return logits
+
+    def _states(self, slots: Sequence[Slot], first: int, tokens: int) -> dict[str, StatesPass]:
+        """Return what layers that carry a state are told of a pass over so many tokens a slot."""
+        if not self._carries:
+            return {}
+        begins: list[Mapping[int, State] | None] | None = None
+        lengths = [tokens] * len(slots)
+        if not slots[0].tokens:
+            prefixes = [self._prefixes.get(slot.group) for slot in slots]
+            begins = [None if prefix is None else prefix.states for prefix in prefixes]
+            lengths = [tokens - slot.start for slot in slots]
+        return {recurrent.CARRIED: StatesPass(self._own.states, first, lengths, begins)}
 
     def _advance(
         self,

@@ -13,7 +13,7 @@ import torch
 from ray_sql.generate.decoder import Decoder
 from ray_sql.generate.groups import Group
 from ray_sql.generate.hf_generate import inference
-from ray_sql.models import decode_attention
+from ray_sql.models import decode_attention, recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,9 +43,9 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
     """Return why `model` cannot answer over a prefix that questions share; None if it can.
 
     Prompt and answer have up to `longest` tokens. Pairs of short prompts of random tokens are
-    computed both ways. The attention itself finds sliding windows, softcaps and the like. The
-    model's config is asked for effects that only long prompts have. A finding is not tried
-    again, for training changes a model's weights and not its layers.
+    computed both ways. The attention itself finds windows that layers do not say, sinks and the
+    like. The model's config is asked for effects that only long prompts have. A finding is not
+    tried again, for training changes a model's weights and not its layers.
     """
     if reason := _why_length_matters(model.config.get_text_config(), longest):
         return reason
@@ -60,6 +60,8 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
 
 def _why_tries_differ(model: PreTrainedModel, longest: int) -> str | None:
     """Return why prompts over a prefix are computed otherwise than whole ones; None if alike."""
+    if unknown := recurrent.unknown_layer(model):
+        return f"its layers of the kind {unknown} carry a state that is not handed on to questions"
     try:
         with decode_attention.installed(model), inference(model):
             difference = median(_differences(model, longest))

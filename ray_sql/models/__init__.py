@@ -1,7 +1,7 @@
 """The model: base, tokenizer and adapter (`load`), and the demo's weights (`demo`).
 
 Our own torch kernels lie beside them and are imported by those who compute: `cpu_linear`,
-`packed_attention` for training, `decode_attention` for answering.
+`packed_attention` for training, `decode_attention` for answering, `recurrent` for both.
 """
 
 from ray_sql.models.demo import DEMO_HUB_ID, DEMO_WHEEL, demo_model, demo_source

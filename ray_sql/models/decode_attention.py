@@ -4,18 +4,27 @@ A cache of transformers holds every question's whole prompt. Here the prefix of 
 is held once (`Prefix`), and each question has only its own tokens (`OwnTokens`). All questions of a
 group are rows of one matrix product with the prefix's keys. Attention to the prefix and to own
 tokens is computed apart. The two are weighted by the sums of their exponentials, as FlashAttention
-joins its blocks (arXiv 2205.14135). So the result is that of the whole prompt.
+joins its blocks (arXiv 2205.14135). So the result is that of the whole prompt. A layer that slides
+over a window sees of both what lies less than the window before a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from ray_sql.models import recurrent
+from ray_sql.models.decode_states import RowStates
+from ray_sql.models.plain_attention import attend_plainly, capped, scale_of
+from ray_sql.models.recurrent import State
+from ray_sql.models.seen import window_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,16 +39,42 @@ ROW_STEP, COLUMN_STEP = 8, 64
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a shared prefix, by layer, `[key heads, tokens, head size]` each."""
+    """Keys and values of a shared prefix, by layer, `[key heads, tokens, head size]` each.
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    Layers that carry a state have their state after the prefix instead, of one row.
+    """
+
+    keys: Mapping[int, torch.Tensor]
+    values: Mapping[int, torch.Tensor]
     length: int
+    states: Mapping[int, State] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of all keys and values."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        """Return the bytes of all keys, values and states."""
+        tensors = (*self.keys.values(), *self.values.values())
+        return self.state_bytes + sum(int(tensor.nbytes) for tensor in tensors)
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of the states, which every question needs for itself."""
+        return sum(state.bytes for state in self.states.values())
+
+
+def read_cache(cache: Cache, length: int) -> Prefix:
+    """Return what a pass over a prefix of `length` tokens has left in transformers' cache.
+
+    Raises `NotImplementedError` if a layer kept less.
+    """
+    keys, values, states = {}, {}, {}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states[number] = State(layer.conv_states[0], layer.recurrent_states[0])
+        if getattr(layer, "keys", None) is not None:
+            if layer.keys.shape[2] != length:
+                raise NotImplementedError("beside states it has layers that slide over a window")
+            keys[number], values[number] = layer.keys[0], layer.values[0]
+    return Prefix(keys, values, length, states)
 
 
 @dataclass(frozen=True)
@@ -47,13 +82,25 @@ class PrefixRuns:
     """The prefix that each row of a forward pass sees, as runs of rows in the order `rows`.
 
     A run is (number of rows, prefix or None). `bias` `[rows, 1, tokens, own]` is added to the
-    scores of their own tokens. No sequence will be longer than `limit`.
+    scores of their own tokens, which lie in `columns` and have `positions`, `[rows, tokens]` each.
+    No sequence will be longer than `limit`.
     """
 
     runs: Sequence[tuple[int, Prefix | None]]
     rows: torch.Tensor
     bias: torch.Tensor
+    columns: torch.Tensor
+    positions: torch.Tensor
+    own: OwnTokens
     limit: int
+
+    def own_bias(self, window: int | None) -> torch.Tensor:
+        """Return `bias`, with the lowest number where a token lies before the window of another."""
+        if window is None:
+            return self.bias
+        own = torch.arange(self.bias.shape[-1], device=self.bias.device)
+        before = self.columns[:, None, :, None] - own >= window
+        return self.bias.masked_fill(before, torch.finfo(self.bias.dtype).min)
 
 
 class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -64,8 +111,10 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.states = RowStates()
+        self._handed_out: dict[int, torch.Tensor] = {}
         self._first = 0
         self._rows = torch.zeros(0)
         self._columns = torch.zeros(0)
@@ -79,7 +128,7 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         self._first, self._columns, self._width = first, columns, width
         self._rows = torch.arange(first, first + len(columns), device=columns.device)[:, None]
         for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
+            for layer, old in tensors.items():
                 tensors[layer] = self._room(old, first + len(columns))
 
     def update(
@@ -87,17 +136,27 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep `[rows, heads, tokens, size]` of a layer; return all own tokens of these rows."""
         for tensors, new in ((self.keys, keys), (self.values, values)):
-            if layer_idx == len(tensors):
-                tensors.append(self._room(new[:0, :, :0], self._first + len(keys)))
+            if layer_idx not in tensors:
+                tensors[layer_idx] = self._room(new[:0, :, :0], self._first + len(keys))
             tensors[layer_idx][self._rows, :, self._columns] = new.transpose(1, 2)
         rows, columns = slice(self._first, self._first + len(keys)), slice(self._width)
-        return self.keys[layer_idx][rows, :, columns], self.values[layer_idx][rows, :, columns]
+        self._handed_out[layer_idx] = self.keys[layer_idx][rows, :, columns]
+        return self._handed_out[layer_idx], self.values[layer_idx][rows, :, columns]
+
+    def layer_of(self, keys: torch.Tensor, layer_idx: int) -> int:
+        """Return the layer that computed `keys` of this pass: another than `layer_idx`, if shared.
+
+        Gemma 4's last layers attend to the keys of earlier ones.
+        """
+        handed_out = (layer for layer, handed in self._handed_out.items() if handed is keys)
+        return next(handed_out, layer_idx)
 
     def append(self, sources: Sequence[int], first: int, width: int) -> None:
         """Copy rows to the rows from `first` on. Their tokens are in columns below `width`."""
         copied = torch.tensor(sources, dtype=torch.long, device=self._columns.device)
+        self.states.copy(copied, first)
         for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
+            for layer, old in tensors.items():
                 tensors[layer] = self._room(old, first + len(sources))
                 tensors[layer][first : first + len(sources), :, :width] = old[copied, :, :width]
 
@@ -108,13 +167,15 @@ class OwnTokens(Cache):  # type: ignore[misc]  # transformers is not followed by
         """
         first = next((place for place, row in enumerate(rows) if place != row), len(rows))
         moved = torch.tensor(rows[first:], dtype=torch.long, device=self._columns.device)
-        for tensor in (*self.keys, *self.values):
+        self.states.copy(moved, first)
+        for tensor in (*self.keys.values(), *self.values.values()):
             tensor[first : len(rows), :, :width] = tensor[moved, :, :width]
 
     @property
     def allocated(self) -> tuple[int, int]:
         """Rows and columns that memory is held for."""
-        return (self.keys[0].shape[0], self.keys[0].shape[2]) if self.keys else (0, 0)
+        held = next(iter(self.keys.values()), torch.zeros(0, 0, 0))
+        return held.shape[0], held.shape[2]
 
     def get_seq_length(self, *_: Any) -> int:
         """Return the width. Models that are given positions do not ask for it."""
@@ -138,6 +199,7 @@ def installed(model: PreTrainedModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    recurrent.install(model)
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -162,20 +224,27 @@ def _attention(
     """
     shared: PrefixRuns | None = options.pop(RUNS, None)
     if shared is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
-    _refuse(options, shared.limit)
+        return attend_plainly(module, query, key, value, attention_mask, **options)
+    for name in ("s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"its attention has {name}")
+    window = window_of(module, options.get("sliding_window"), lambda: shared.limit)
+    window = window if window is not None and window < shared.limit else None
     rows, heads, tokens, size = query.shape
-    scale = options.get("scaling") or size**-0.5
+    layer = shared.own.layer_of(key, int(module.layer_idx))
+    attend_some = partial(attend, scale=scale_of(query, options), cap=options.get("softcap"))
     # heads that share a key are rows of one product, so that keys need not be repeated
     query = query.to(key.dtype).reshape(rows, key.shape[1], -1, size)
-    bias = shared.bias.expand(-1, heads // key.shape[1], -1, -1)
+    groups = heads // key.shape[1]
+    bias = shared.own_bias(window).expand(-1, groups, -1, -1)
     bias = bias.reshape(rows, 1, query.shape[2], -1)
-    output, total = attend(query, key, value, bias, scale)
+    output, total = attend_some(query, key, value, bias)
     if any(prefix for _, prefix in shared.runs):
+        positions = shared.positions.repeat(1, groups)[shared.rows]
         by_run = list(
-            _attend_to_prefixes(query[shared.rows], shared.runs, int(module.layer_idx), scale)
+            _attend_to_prefixes(
+                query[shared.rows], positions, shared.runs, layer, window, attend_some
+            )
         )
         back = shared.rows.argsort()
         prefix_output = torch.cat([outputs for outputs, _ in by_run])[back]
@@ -185,19 +254,45 @@ def _attention(
     return output.to(value.dtype).view(rows, heads, tokens, -1).transpose(1, 2), None
 
 
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""`attend`, with a layer's scale and cap."""
+
+
 def _attend_to_prefixes(
-    query: torch.Tensor, runs: Sequence[tuple[int, Prefix | None]], layer: int, scale: float
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    runs: Sequence[tuple[int, Prefix | None]],
+    layer: int,
+    window: int | None,
+    attend_some: Attend,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the result of `attend` for every run and its prefix; no prefix has the weight 0."""
-    queries = query.split([rows for rows, _ in runs])
-    for (rows, prefix), own in zip(runs, queries, strict=True):
-        if prefix is None:
+    """Yield the result of `attend` for every run and its prefix; no prefix has the weight 0.
+
+    Takes queries `[rows, key heads, queries, size]` with their positions `[rows, queries]`.
+    """
+    counts = [rows for rows, _ in runs]
+    parts = zip(runs, query.split(counts), positions.split(counts), strict=True)
+    for (rows, prefix), own, places in parts:
+        first = 0 if window is None else max(0, int(places.min()) - window + 1)
+        if prefix is None or first >= prefix.length:
             nothing = own.new_full(own.shape[:3], float("-inf"), dtype=torch.float32)
             yield torch.zeros_like(own), nothing
             continue
         merged = own.transpose(0, 1).flatten(1, 2)[None]
-        keys, values = prefix.keys[layer][None], prefix.values[layer][None]
-        output, total = attend(merged, keys, values, None, scale)
+        keys, values = prefix.keys[layer][None, :, first:], prefix.values[layer][None, :, first:]
+        bias = None
+        if window is not None:
+            seen = torch.arange(first, prefix.length, device=places.device)
+            before = places.flatten()[:, None] - seen >= window
+            bias = torch.zeros(before.shape, dtype=keys.dtype, device=keys.device)
+            bias = bias.masked_fill_(before, torch.finfo(keys.dtype).min)[None, None]
+        output, total = attend_some(merged, keys, values, bias)
+        if window is not None:
+            # a token that sees none of the prefix gives it no weight
+            total = total.masked_fill(before.all(-1), float("-inf"))
         shape = (own.shape[1], rows, own.shape[2])
         yield output.view(*shape, -1).transpose(0, 1), total.view(shape).transpose(0, 1)
 
@@ -208,13 +303,15 @@ def attend(
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention, and the logarithm of the sum of its exponentials.
 
     They are `[rows, heads, queries, size]` and `[rows, heads, queries]`. Each query sees a token.
     """
-    attend_on_device = attend_by_kernel if query.device.type == "cpu" else attend_by_products
-    return attend_on_device(query, key, value, bias, scale)
+    if query.device.type == "cpu" and cap is None:
+        return attend_by_kernel(query, key, value, bias, scale)
+    return attend_by_products(query, key, value, bias, scale, cap)
 
 
 def attend_by_kernel(
@@ -224,7 +321,7 @@ def attend_by_kernel(
     bias: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `attend` by PyTorch's own kernel for CPUs.
+    """Compute `attend` by PyTorch's own kernel for CPUs, which knows no cap.
 
     It is called by its private name, because the public function keeps the second result to itself.
     """
@@ -239,22 +336,11 @@ def attend_by_products(
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `attend` by matrix products, on any device."""
-    scores = ((query * scale) @ key.transpose(2, 3)).float()
+    scores = capped(((query * scale) @ key.transpose(2, 3)).float(), cap)
     if bias is not None:
         scores += bias
     total = scores.logsumexp(-1)
     return scores.sub_(total[..., None]).exp_().to(value.dtype) @ value, total
-
-
-def _refuse(options: dict[str, Any], limit: int) -> None:
-    """Raise `NotImplementedError` for attention that is more than a softmax over all before."""
-    window = options.get("sliding_window")
-    if window is not None and window < limit:
-        raise NotImplementedError(
-            f"its attention slides over a window of {window} tokens, but sequences reach {limit}"
-        )
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise NotImplementedError(f"its attention has {name}")

@@ -5,30 +5,29 @@ ones away.
 
 On a CPU the prefix is computed by itself, then a few questions at a time with the prefix and
 themselves, as plain matrix products. PyTorch's own kernel for CPUs (2.13, bfloat16) takes 2 to 2.6
-times as long, most of it in its backward. Where a model's layers do not hand `SPANS` on to their
-attention, the mask is used: slower, and equal.
+times as long, most of it in its backward. Where a model's layers do not hand `SEEN` on to their
+attention, the mask is used. It is slower, and knows no window.
 
 On a GPU a `BlockMask` takes the mask's place, made on the device from the segments of each row.
 FlexAttention skips blocks of 128 by 128 tokens that nobody sees. It is compiled where it runs, so
 `install` tries it first, gradients included, and keeps the mask where it fails. Rows of one
 example, and generation, go through PyTorch's SDPA as before.
+
+A layer says the window that it slides over, and a cap of its scores, at every call.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention.flex_attention import (
-    BlockMask,
-    create_block_mask,
-    create_mask,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ray_sql.models import recurrent
+from ray_sql.models.plain_attention import attend_plainly, capped, head_sizes, scale_of
+from ray_sql.models.seen import Seen, Spans, window_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,13 +38,8 @@ NAME = "ray_sql_shared_rows"
 """The attention implementation's name in transformers' registry."""
 MASKED = "ray_sql_masked_rows"
 """The name of SDPA with a mask, for a GPU on which FlexAttention cannot compute shared rows."""
-SPANS = "shared_spans"
-"""The keyword argument of a model's forward that carries each row's `Spans`."""
-QUESTIONS_PER_PART = 8
-"""Questions computed together on a CPU.
-
-Fewer make many small products, more compute pairs of tokens that do not see each other.
-"""
+SEEN = "shared_rows_seen"
+"""The keyword argument of a model's forward that carries `Seen`."""
 MAX_SAVED_WEIGHTS = 2**24
 """Maximum attention weights of a part and layer that are saved for the backward pass on a CPU.
 
@@ -66,74 +60,40 @@ Its own limit is 8.
 """
 
 
-@dataclass(frozen=True)
-class Spans:
-    """A row's parts without padding: the prefix (or a plain row), then a few questions each.
-
-    `lengths` are tokens. `biases` `[own, seen]` are added to a part's scores: 0 where a token sees
-    another, -inf where not. The tokens seen are the prefix's, then the part's own.
-    """
-
-    lengths: list[int]
-    biases: list[torch.Tensor]
-
-
-def spans(segments: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> Spans:
-    """Return the parts of one row.
-
-    `segments` is `[length]`, `visible` (query, key) is bool `[length, length]`.
-    """
-    prefix, *questions = torch.bincount(segments[segments >= 0]).tolist()
-    starts = range(0, len(questions), QUESTIONS_PER_PART)
-    lengths = [prefix, *(sum(questions[start : start + QUESTIONS_PER_PART]) for start in starts)]
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-    biases = [bias[:prefix, :prefix]]
-    for start, end in pairwise(ends):
-        own = bias[start:end]
-        biases.append(torch.cat([own[:, :prefix], own[:, start:end]], dim=1))
-    return Spans(lengths, biases)
-
-
-def block_mask(segments: torch.Tensor) -> BlockMask:
-    """Return who sees whom for `segments` `[rows, length]`, for FlexAttention on their device."""
-
-    def seen(
-        row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
-        segment = segments[row, key]
-        return (query >= key) & ((segment == 0) | (segment == segments[row, query]))
-
-    rows, length = segments.shape
-    return create_block_mask(
-        seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=segments.device
-    )
-
-
 def install(model: PreTrainedModel) -> None:
     """Let `model` compute shared rows this way if its attention is PyTorch's (SDPA).
 
-    All else is computed as before. A GPU on which FlexAttention fails, or computes something else,
-    gets the mask, and the log says why.
+    So does a model that has products in SDPA's place because its scores are capped. All else is
+    computed as before. A GPU on which FlexAttention fails, or computes something else, gets the
+    mask, and the log says why. Layers that carry a state are told of shared rows, too.
     """
-    if model.config._attn_implementation != "sdpa" or model.device.type not in ("cpu", "cuda"):
+    recurrent.install(model)
+    implementation, caps = model.config._attn_implementation, _caps(model)
+    known = implementation == "sdpa" or (implementation == "eager" and caps)
+    if not known or model.device.type not in ("cpu", "cuda"):
         return
-    if model.device.type == "cuda" and not _flex_fits(model):
+    if model.device.type == "cuda" and (caps or not _flex_fits(model)):
         use_mask(model)
     else:
-        _register(model, NAME)
+        _register(model, NAME, _attention)
 
 
 def use_mask(model: PreTrainedModel) -> None:
     """Let `model` compute shared rows by SDPA and a mask, even where `install` would not."""
-    _register(model, MASKED)
+    _register(model, MASKED, _masked)
 
 
-def _register(model: PreTrainedModel, name: str) -> None:
+def _caps(model: PreTrainedModel) -> bool:
+    """Tell whether the scores of a model's attention are capped."""
+    config = model.config.get_text_config()
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def _register(model: PreTrainedModel, name: str, attention: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(name, _attention)
+    AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)
 
@@ -143,38 +103,54 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
+    attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Serve as transformers' attention function.
 
     It takes `[rows, heads, tokens, head size]` and returns `[rows, tokens, heads, head size]`.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    parts: list[Spans] | None = options.pop(SPANS, None)
-    plain = not options.get("dropout") and options.get("position_bias") is None
-    if plain and isinstance(attention_mask, BlockMask):
-        output = _flex(query, key, value, attention_mask, options.get("scaling"))
+    seen: Seen | None = options.get(SEEN)
+    special = (options.get(name) is not None for name in ("position_bias", "s_aux"))
+    if seen is None or options.get("dropout") or any(special):
+        return _masked(module, query, key, value, attention_mask, **options)
+    window = window_of(module, options.get("sliding_window"), lambda: seen.longest)
+    scale = scale_of(query, options)
+    if query.is_cuda:
+        output = flex(query, key, value, seen.block_mask(window), scale)
         return output.transpose(1, 2).contiguous(), None
-    if plain and parts is not None:
-        rows = zip(query, key, value, parts, strict=True)
-        return torch.stack([_by_parts(*row, options.get("scaling")) for row in rows]), None
-    if isinstance(attention_mask, BlockMask):
-        attention_mask = create_mask(
-            attention_mask.mask_mod, len(query), 1, query.shape[2], key.shape[2], query.device
-        )
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    rows = zip(query, key, value, seen.spans(window), strict=True)
+    return torch.stack([_by_parts(*row, scale, options.get("softcap")) for row in rows]), None
+
+
+def _masked(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Serve as `_attention` does, with a mask for shared rows."""
+    seen: Seen | None = options.pop(SEEN, None)
+    if seen is not None:
+        window = window_of(module, options.get("sliding_window"), lambda: seen.longest)
+        attention_mask = seen.mask(window)
+    return attend_plainly(module, query, key, value, attention_mask, **options)
 
 
 def _by_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Spans, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Spans,
+    scale: float,
+    cap: float | None,
 ) -> torch.Tensor:
     """Compute one row's attention from `[heads, tokens, head size]`.
 
     The result is `[tokens, heads, head size]`, and 0 in padding.
     """
-    scale = scaling or query.shape[-1] ** -0.5
     dtype, tokens = parts.biases[0].dtype, sum(parts.lengths)
     queries, keys, values = (
         tensor[:, :tokens].to(dtype).split(parts.lengths, dim=1)
@@ -188,19 +164,21 @@ def _by_parts(
             seen_values = torch.cat([values[0], values[part]], dim=1)
         # heads that share a key are rows of one product, so that keys need not be repeated
         grouped = queries[part].reshape(len(seen_keys), -1, query.shape[-1])
-        output = _Attend.apply(grouped, seen_keys, seen_values, bias)
+        attend = _Attend.apply if cap is None else partial(_attend_capped, cap)
+        output = attend(grouped, seen_keys, seen_values, bias)
         outputs.append(output.reshape(*queries[part].shape[:2], -1))
     joined = torch.cat(outputs, dim=1).transpose(0, 1)
     return torch.nn.functional.pad(joined, (0, 0, 0, 0, 0, query.shape[1] - tokens))
 
 
-def _flex(
+def flex(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: BlockMask,
     scaling: float | None,
 ) -> torch.Tensor:
+    """Return attention `[rows, heads, tokens, head size]` by FlexAttention."""
     # Uncompiled it computes every pair, which is for tests on a CPU. Inside a compiled model it is
     # compiled with the rest.
     kernel = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else _kernel
@@ -243,11 +221,8 @@ def _compiled() -> Any:
 def _flex_fits(model: PreTrainedModel) -> bool:
     """Tell whether FlexAttention works for a model's heads. It knows no dropout."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return not getattr(config, "attention_dropout", 0) and flex_works(
-        heads, shared, size, model.dtype, model.device
+    return not getattr(config, "attention_dropout", 0) and all(
+        flex_works(*sizes, model.dtype, model.device) for sizes in set(head_sizes(config))
     )
 
 
@@ -301,14 +276,13 @@ def _difference(
     prefixes = torch.arange(rows, device=device)[:, None] * 7 + length // 2  # another in every row
     places = torch.arange(length, device=device) - prefixes
     segments = places.clamp(min=0).div(9, rounding_mode="floor")
-    mask = block_mask(segments)
-    dense = create_mask(mask.mask_mod, rows, 1, length, length, device)
+    seen = Seen(segments, places, dtype)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         repeated = [tensor.repeat_interleave(heads // shared, dim=1) for tensor in (key, value)]
         expected = torch.nn.functional.scaled_dot_product_attention(
-            query, *repeated, attn_mask=dense
+            query, *repeated, attn_mask=seen.mask()
         )
-        actual = _flex(query, key, value, mask, None)
+        actual = flex(query, key, value, seen.block_mask(), None)
         inputs = [query, key, value]
         expected_grads = torch.autograd.grad(expected, inputs, upstream)
         actual_grads = torch.autograd.grad(actual, inputs, upstream)
@@ -351,6 +325,15 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]  # mypy does not f
             weights.transpose(1, 2) @ gradient,
             None,
         )
+
+
+def _attend_capped(
+    cap: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Compute what `_Attend` does, with scores between -cap and cap."""
+    scores = capped(query @ key.transpose(1, 2), cap)
+    scores = scores.view(len(key), -1, *bias.shape) + bias
+    return scores.softmax(-1).view(len(key), query.shape[1], -1) @ value
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

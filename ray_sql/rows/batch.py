@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_sql.config import Batching
-from ray_sql.models import packed_attention
+from ray_sql.models import packed_attention, recurrent
+from ray_sql.models.recurrent import SharedStates
+from ray_sql.models.seen import Seen
 from ray_sql.rows.share import SharedRow, passes, step_order
 from ray_sql.rows.tokenise import IGNORED, TokenizedExample
 
@@ -97,34 +99,28 @@ def model_inputs(batch: Pass, model: PreTrainedModel) -> dict[str, Any]:
     # asked before the pass is moved: a GPU's answer would have to be waited for
     shared = bool((batch.segments > 0).any())
     unpadded = bool((batch.segments == 0).all())
+    states = None
+    if shared and recurrent.has_layers(model):
+        states = SharedStates.of(batch.segments, model.device)
     batch = batch.to(model.device)
     if not shared:  # plain rows need causal order and, where there is any, the padding
-        inputs = {"input_ids": batch.input_ids}
-        return inputs if unpadded else inputs | {"attention_mask": (batch.segments == 0).long()}
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        plain = {"input_ids": batch.input_ids}
+        return plain if unpadded else plain | {"attention_mask": (batch.segments == 0).long()}
+    seen = Seen(batch.segments, batch.position_ids, model.dtype)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     implementation = model.config._attn_implementation
+    if implementation in (packed_attention.NAME, packed_attention.MASKED):
+        inputs[packed_attention.SEEN] = seen
+    if states is not None:
+        inputs[recurrent.CARRIED] = states
     if implementation == packed_attention.NAME and batch.segments.is_cuda:
-        return inputs | {"attention_mask": packed_attention.block_mask(batch.segments)}
-    seen = visible(batch.segments)
-    mask = seen[:, None]
+        # Every attention is handed `seen`. A mask of all pairs would take memory for nothing.
+        return inputs | {"attention_mask": batch.segments.new_ones(1, 1, 1, 1, dtype=torch.bool)}
+    mask = seen.mask()
     if implementation == "eager":  # it adds the mask to the scores
         lowest = torch.finfo(model.dtype).min
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
-    if implementation == packed_attention.NAME:
-        inputs[packed_attention.SPANS] = [
-            packed_attention.spans(*row, model.dtype)
-            for row in zip(batch.segments, seen, strict=True)
-        ]
     return inputs | {"attention_mask": mask}
-
-
-def visible(segments: torch.Tensor) -> torch.Tensor:
-    """Return who sees whom for `segments` `[rows, length]`: bool `[rows, length, length]`.
-
-    The last two dimensions are query and key.
-    """
-    query, key = segments[:, :, None], segments[:, None, :]
-    return ((key == 0) | (key == query)).tril()
 
 
 def _line(row: SharedRow) -> tuple[list[int], list[int], list[int], list[int]]:

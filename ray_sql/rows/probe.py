@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_sql.errors import out_of_memory
-from ray_sql.models import packed_attention
+from ray_sql.models import packed_attention, recurrent
 from ray_sql.rows.batch import collate, model_inputs
 from ray_sql.rows.share import SharedRow
 from ray_sql.rows.tokenise import TokenizedExample
@@ -27,23 +27,26 @@ OWN = 8
 def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
     """Return why rows of several questions would be wrong for `model`; None if they are right.
 
-    Examples have up to `longest` tokens and rows up to `row`. Sliding windows shorter than an
-    example are read from the config. A comparison finds
-    all else: state-space layers, windows of places in the row, attention that takes no mask,
-    positions that are counted and not given. It takes a shared row and a separate one, of random
-    tokens and of these lengths, through the attention that training will use. A model that is wrong
-    with the fast one (`packed_attention`) is left with a mask.
+    Examples have up to `longest` tokens and rows up to `row`. Windows that only our attention
+    counts in positions are read from the config. A comparison finds all else: state-space layers,
+    windows of places in the row, attention that takes no mask, positions that are counted and not
+    given. It takes a shared row and a separate one, of random tokens and of these lengths, through
+    the attention that training will use. A model that is wrong with the fast one
+    (`packed_attention`) is left with a mask.
     """
     config = model.config.get_text_config()
     packed_attention.install(model)
-    window = _window(config)
-    if window and longest > window:
-        return (
-            f"its attention slides over a window of {window} tokens, "
-            f"but the longest example has {longest}"
-        )
     if "flash" in str(config._attn_implementation):
         return "FlashAttention takes no mask of who sees whom"
+    if unknown := recurrent.unknown_layer(model):
+        return f"its layers of the kind {unknown} carry a state that is not handed on to questions"
+    window, implementation = _window(config), model.config._attn_implementation
+    ours = implementation in (packed_attention.NAME, packed_attention.MASKED)
+    if window and longest > window and not ours:
+        return (
+            f"its attention ({implementation}) slides over a window of {window} tokens, "
+            f"but the longest example has {longest}"
+        )
     fault = _fault(model, longest, row)
     if fault and model.config._attn_implementation == packed_attention.NAME:
         packed_attention.use_mask(model)
@@ -105,4 +108,6 @@ def _difference(model: PreTrainedModel, longest: int, row: int) -> float:
 def _logits(model: PreTrainedModel, row: SharedRow) -> torch.Tensor:
     """Return the logits of a row's last question, `[tokens, vocabulary]` in float32."""
     inputs = model_inputs(collate([row], pad=0), model)
-    return model(**inputs, use_cache=False, logits_to_keep=OWN).logits[0].float()
+    # places, not their number, which makes some models leave out tokens inside their layers
+    last = torch.arange(row.tokens - OWN, row.tokens, device=model.device)
+    return model(**inputs, use_cache=False, logits_to_keep=last).logits[0].float()

@@ -1,0 +1,223 @@
+"""Layers that carry a state share: a schema goes through one once, for all questions of a row."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ray_sql import models, rows
+from ray_sql.data import load
+from ray_sql.models import packed_attention, recurrent
+from ray_sql.models.recurrent import SharedStates
+from ray_sql.rows import passes
+from ray_sql.rows.batch import collate
+from ray_sql.rows.probe import why_not_share
+from tests.conftest import load_base, make_encoder
+from tests.test_share import family, gradients, relative_error, some_rows
+
+HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": HEADS | DELTA,
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": MAMBA
+    | {
+        "num_key_value_heads": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+    },
+}
+"""The families that the docs name: Gated DeltaNet, short convolutions, Mamba-2."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_next": HEADS | DELTA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": HEADS | DELTA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "olmo_hybrid": DELTA | {"num_key_value_heads": 4, "pad_token_id": 0},
+    "lfm2_moe": SHAPES["lfm2"] | {"num_experts": 4, "num_experts_per_tok": 2},
+    "bamba": MAMBA | {"num_key_value_heads": 2, "attn_layer_indices": [1]},
+    "falcon_h1": MAMBA | {"num_key_value_heads": 2, "mamba_d_ssm": 128},
+    "nemotron_h": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "layers_block_type": ["mamba", "attention"],
+    },
+}
+"""Families whose layers ask for their state as those do."""
+WITHOUT_OUTPUTS = ["in_proj", "q_proj", "v_proj"]
+"""Layers for LoRA where peft refuses those that Mamba's fused kernels compute."""
+
+
+def hybrid(kind: str, folder: Path) -> Path:
+    """A tiny random model of a family, whose states fade by up to a half with every token.
+
+    Transformers draws up to a ten-millionth. Then float32 loses four digits to where a chunk of
+    tokens begins, in rows of one example too.
+    """
+    family(kind, folder, **(SHAPES | OTHERS)[kind])
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("A_log"):
+            weights[name] = torch.linspace(0.01, 0.5, len(weight)).log().to(weight.dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    "settings",
+    [{"quantization.load_in_4bit": False}, {"train.gradient_checkpointing": True}],
+    ids=["fp32", "nf4-checkpointing"],
+)
+def test_shared_rows_have_the_gradients_of_separate_ones(
+    make_config: Any, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    config = make_config(
+        **settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4}
+    )
+    folder, data = hybrid(kind, tmp_path / "model"), some_rows(schema=90)
+    assert why_not_share(load_base(folder, config), 110, 200) is None
+    alone = gradients(folder, data, config, 1, tmp_path)
+    shared = gradients(folder, data, config, 8, tmp_path)
+    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
+    assert relative_error(shared[1], alone[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_share_too(make_config: Any, tmp_path: Path, kind: str) -> None:
+    settings = {"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 6}
+    if kind in ("falcon_h1", "nemotron_h"):
+        settings["lora.target_modules"] = WITHOUT_OUTPUTS
+    config = make_config(**settings)
+    folder, data = hybrid(kind, tmp_path / "model"), some_rows(6)
+    base = load_base(folder, config)
+    assert recurrent.has_layers(base)
+    assert why_not_share(base, 60, 120) is None
+    alone, shared = (gradients(folder, data, config, count, tmp_path) for count in (1, 8))
+    assert relative_error(shared[1], alone[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["by-parts", "mask"]
+)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_pass_of_several_shared_rows_has_them_too(
+    make_config: Any, tmp_path: Path, kind: str, prepare: Callable[[Any], None]
+) -> None:
+    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 6, "grad_accum_steps": 2})
+    folder, data = hybrid(kind, tmp_path / "model"), some_rows(11)
+    made = passes(data, replace(config.batching, examples_per_row=2), 0, 1)
+    assert [len(each) for each in made] == [3, 3], "shared rows of several lengths and a plain one"
+    alone = gradients(folder, data, config, 1, tmp_path)
+    shared = gradients(folder, data, config, 2, tmp_path, prepare=prepare)
+    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
+    assert relative_error(shared[1], alone[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("task", ["sql", "schema"])
+def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
+    make_config: Any, tmp_path: Path, task: str, kind: str
+) -> None:
+    config = make_config(
+        task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2}
+    )
+    corpus = load(config)
+    folder = hybrid(kind, tmp_path / "model")
+    encoder = make_encoder(models.load_tokenizer(str(folder)), config, corpus.schemas)
+    made, _ = rows.build(corpus.splits["train"], encoder, config.rows)
+    alone, shared = (gradients(folder, made, config, count, tmp_path) for count in (1, 8))
+    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
+    assert relative_error(shared[1], alone[1]) < 1e-5
+
+
+def test_every_place_of_a_pass_gets_its_own_result() -> None:
+    data = some_rows(11, databases=3)
+    made = collate([*rows.share(data, 4, 10_000), rows.SharedRow((data[0],), 0)], pad=0)
+    hidden = torch.arange(made.segments.numel() * 2.0).view(*made.segments.shape, 2)
+    layout = SharedStates.of(made.segments, torch.device("cpu"))
+    computed = []
+
+    def call(given: torch.Tensor, state: recurrent.State) -> torch.Tensor:
+        computed.append(given.shape[0] * given.shape[1])
+        state.conv = state.recurrent = given[:, -1]
+        return given
+
+    output = layout.compute(0, call, hidden)
+    real = made.segments >= 0
+    assert torch.equal(output[real], hidden[real])
+    assert not output[~real].any()
+    assert sum(computed) < 1.3 * int(real.sum()), "a prefix is computed once"
+
+
+def test_a_question_begins_with_the_state_of_its_own_prefix() -> None:
+    data = some_rows(9, databases=3)
+    made = collate(rows.share(data, 3, 10_000), pad=0)
+    layout = SharedStates.of(made.segments, torch.device("cpu"))
+    hidden = torch.arange(len(made.segments)).view(-1, 1, 1).expand(*made.segments.shape, 1)
+
+    def call(given: torch.Tensor, state: recurrent.State) -> torch.Tensor:
+        if state.recurrent is not None:
+            mine = layout.questions[:, :1] // made.segments.shape[1]
+            assert torch.equal(state.recurrent, mine)
+        state.conv = state.recurrent = given[:, -1]
+        return given
+
+    layout.compute(0, call, hidden)
+
+
+def test_a_model_whose_layers_are_told_nothing_is_refused(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**{"quantization.load_in_4bit": False})
+    monkeypatch.setattr(recurrent, "LAYERS", {})
+    base = load_base(hybrid("lfm2", tmp_path / "model"), config)
+    assert "Lfm2ShortConv carry a state" in (why_not_share(base, 60, 120) or "")
+
+
+def one_of_two(rank: int, port: int, config: Any, folders: list[Path], scratch: Path) -> None:
+    """Save the gradients that a rank of two has after a step, for each model."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= address | ranks
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for folder in folders:
+        found = gradients(folder, some_rows(), config, 8, scratch / str(rank))
+        torch.save(found[1], scratch / f"{folder.name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_have_the_gradients_of_one(make_config: Any, tmp_path: Path) -> None:
+    folders = [hybrid(kind, tmp_path / kind) for kind in SHAPES]
+    settings = {"lora.lora_dropout": 0, "train_batch_size": 3}
+    two = make_config(**settings, **{"grad_accum_steps": 2, "scaling.num_workers": 2})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, two, folders, tmp_path), nprocs=2)
+    one = make_config(**settings, **{"grad_accum_steps": 4})
+    for folder in folders:
+        _, alone = gradients(folder, some_rows(), one, 1, tmp_path)
+        ranks = [torch.load(tmp_path / f"{folder.name}-{rank}.pt") for rank in (0, 1)]
+        assert relative_error(ranks[0], ranks[1]) == 0, "gradients are exchanged"
+        assert relative_error(ranks[0], alone) < 1e-5
