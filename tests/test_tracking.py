@@ -4,6 +4,8 @@ import http.server
 import json
 import logging
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,10 @@ from ray_sql.errors import StoreError
 from ray_sql.tracking import LoggedModel, Run
 from ray_sql.tracking import run as tracking_runs
 from tests.waiting import HANGS
+
+
+SOME_TABLES = 60_000
+"""Bytes of a store of which MLflow has made a part."""
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +341,21 @@ def test_the_default_store_is_an_absolute_file_in_the_folder_of_the_job(tmp_path
     assert tracking.store_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
     assert tracking.store_uri("sqlite:////data/runs.db") == "sqlite:////data/runs.db"
     assert tracking.store_uri("http://host:5000") == "http://host:5000"
+
+
+def test_a_run_killed_while_it_makes_the_store_leaves_none_or_a_whole_one(tmp_path: Path) -> None:
+    code = (
+        "from ray_sql import tracking; from ray_sql.config.sections import TrackingSection; "
+        "tracking.require_store(TrackingSection())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    file = tmp_path / "mlflow.db"
+    while process.poll() is None and not (file.exists() and file.stat().st_size > SOME_TABLES):
+        time.sleep(0.002)
+    process.kill()  # at the first moment at which there is something in it
+    process.wait()
+    assert file.exists()
+    assert tracking.require_store(TrackingSection()) == f"sqlite:///{file}"
 
 
 def test_a_store_that_does_not_answer_at_the_start_is_refused_with_the_way_out(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +21,8 @@ from ray_sql.errors import StoreError
 
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 """The usual ports of what may hold MLflow's record."""
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""Errors of a file system that makes no hard links."""
 DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 
 
@@ -51,7 +56,7 @@ def require_store(settings: TrackingSection) -> str:
         # at a run's end MLflow would print where to look, with the password of the address
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     elif parts.scheme == "sqlite":
-        folder, name = _sqlite_folder(uri), uri.rpartition("/")[2].partition("?")[0]
+        folder, name = _sqlite_file(uri).parent, uri.rpartition("/")[2].partition("?")[0]
         if len(name.encode()) > 255:  # MLflow would try for minutes to open it
             raise StoreError(f"--tracking.uri {shown}: its name is too long; give a shorter one")
         if not os.access(folder, os.W_OK):
@@ -59,6 +64,8 @@ def require_store(settings: TrackingSection) -> str:
                 f"--tracking.uri {shown}: the folder {folder} is missing or cannot be written"
             )
     with refusing(uri):
+        if parts.scheme == "sqlite":
+            _create_sqlite(_sqlite_file(uri))
         if dialect in DATABASES:
             _open_database(uri)
         client_of(uri).search_experiments(max_results=1)
@@ -72,6 +79,28 @@ def _open_database(uri: str) -> None:
     engine = create_engine(uri)
     engine.connect().close()
     engine.dispose()
+
+
+def _create_sqlite(file: Path) -> None:
+    """Make a new store under another name first: a run killed meanwhile leaves no half one.
+
+    MLflow refuses a store whose tables are not all there. Where the folder knows no hard links,
+    MLflow makes the store in its place.
+    """
+    if file.exists():
+        return
+    with tempfile.TemporaryDirectory() as place:
+        made, beside = Path(place) / "new.db", file.with_name(f".{file.name}.{os.getpid()}")
+        client_of(f"sqlite:///{made}").search_experiments(max_results=1)
+        try:
+            shutil.copyfile(made, beside)
+            with suppress(FileExistsError):  # another run was first
+                os.link(beside, file)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def store_uri(uri: str | None) -> str:
@@ -93,9 +122,9 @@ def store_uri(uri: str | None) -> str:
     return f"sqlite:///{encoded}{mark}{query}"
 
 
-def _sqlite_folder(uri: str) -> Path:
-    """Return the folder of a SQLite store, from what `store_uri` returns."""
-    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).parent
+def _sqlite_file(uri: str) -> Path:
+    """Return the file of a SQLite store, from what `store_uri` returns."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
 def reason(error: Exception) -> str:
@@ -149,7 +178,7 @@ def experiment_id_of(client: Any, name: str, uri: str) -> str:
     if not uri.startswith("sqlite:"):
         return str(client.create_experiment(name))
     # without this, artifacts would go to `mlruns` in whatever folder the process happens to be in
-    root = _sqlite_folder(uri) / "mlartifacts" / name
+    root = _sqlite_file(uri).parent / "mlartifacts" / name
     return str(client.create_experiment(name, artifact_location=root.as_uri()))
 
 
