@@ -22,7 +22,6 @@ from ray_sql.tracking import LoggedModel, Run
 from ray_sql.tracking import run as tracking_runs
 from tests.waiting import HANGS
 
-
 SOME_TABLES = 60_000
 """Bytes of a store of which MLflow has made a part."""
 
