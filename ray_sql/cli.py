@@ -25,12 +25,14 @@ from typing import Any
 from ray_sql import __version__, cluster
 from ray_sql.config import (
     AskConfig,
+    AuditConfig,
     CheckConfig,
     CompareConfig,
     Config,
     EvaluateConfig,
     JobConfig,
     PipelineConfig,
+    PrepareConfig,
     PublishConfig,
     ResultsConfig,
     RunsConfig,
@@ -67,7 +69,8 @@ class Job:
     """A job: its line in `--help`, its settings, and its function as "module:function".
 
     `plan` is the function that `--dry_run` calls, if it is another one. `files` is the setting that
-    takes words before the first flag. `defaults` is a YAML file of the package, read first.
+    takes words before the first flag. `begin` is a function that turns a command line with such
+    words into one of flags. `defaults` is a YAML file of the package, read first.
     `extra` is the extra whose packages it needs.
     """
 
@@ -76,6 +79,7 @@ class Job:
     run: str
     plan: str = ""
     files: str = ""
+    begin: str = ""
     defaults: str = ""
     extra: str = ""
 
@@ -88,6 +92,12 @@ JOBS = {
         plan="ray_sql.finetune:dry_run",
         defaults="demo_data/demo.yaml",
     ),
+    "prepare": Job(
+        "Make a checked dataset of your pairs and your database.",
+        PrepareConfig,
+        run="ray_sql.curate:prepare",
+        files="pairs",
+    ),
     "check": Job(
         "Check settings, data, machines and tokens before a run.",
         CheckConfig,
@@ -98,11 +108,17 @@ JOBS = {
         Config,
         run="ray_sql.finetune:run",
         plan="ray_sql.finetune:dry_run",
+        begin="ray_sql.finetune.begin:begin",
     ),
     "evaluate": Job(
         "Score a model, its adapter, or a file of predictions.",
         EvaluateConfig,
         run="ray_sql.evaluate:run",
+    ),
+    "audit": Job(
+        "Find gold queries, or predictions, whose result is empty, open or by chance.",
+        AuditConfig,
+        run="ray_sql.evaluate.audit:audit",
     ),
     "compare": Job(
         "Compare two scored files question by question.",
@@ -235,6 +251,8 @@ def _run(job: Job, words: list[str]) -> None:
         words = ["--config", str(Path(__file__).parent / job.defaults), *words]
     config = None
     try:
+        if job.begin and words and not words[0].startswith("-"):
+            words = _import(job.begin, job.extra)(words)
         config = load(job.settings, words)
         _import(job.plan if config.dry_run and job.plan else job.run, job.extra)(config)
     except SystemExit:
@@ -278,14 +296,14 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _import(door: str, extra: str) -> Callable[[Any], object]:
+def _import(door: str, extra: str) -> Callable[[Any], Any]:
     """Return the function that "module:function" names. Imported late, so that --help is fast.
 
     Raises `ConfigError` where a package of the extra is missing.
     """
     module, _, function = door.partition(":")
     try:
-        job: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+        job: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if not extra:
             raise

@@ -32,6 +32,10 @@ class DamagedFile(DataError):
     """A file that cannot be read as what it should be: `files` raises it."""
 
 
+class NotUtf8(DamagedFile):
+    """A file whose bytes are no text in UTF-8."""
+
+
 class ModelError(RaySqlError):
     """A model, adapter or checkpoint that cannot be loaded or does not fit the run."""
 

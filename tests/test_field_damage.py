@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from ray_sql import cli, data, files, finetune, models
-from ray_sql.config import Config, load
+from ray_sql import cli, data, finetune, models
+from ray_sql.config import Config, files, load
 from ray_sql.config.sections import LoraSection
 from ray_sql.errors import DamagedFile, ModelError, RaySqlError
 from ray_sql.evaluate import prediction_forms, scored

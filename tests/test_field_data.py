@@ -323,7 +323,7 @@ def test_lists_by_split_in_one_file_are_splits(make_config: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     "name,content,reason",
     [
-        ("q.xlsx", b"PK\x03\x04", "is there, but in no form that is read here; those are .jsonl"),
+        ("q.xls", b"PK\x03\x04", "is there, but in no form that is read here; those are .jsonl"),
         ("q.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("q.jsonl.gz", b"\x1f\x8b broken", "cannot be read"),
         ("q.json", b'{"name": "x"}', "must hold JSON objects, one example each"),

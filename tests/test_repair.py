@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ray_sql.data.repair import nearest, repair_links, repair_sql
 from ray_sql.database import Column, Schema, Table
-from ray_sql.evaluate.repair import nearest, repair_links, repair_sql
+from ray_sql.evaluate.candidates import mended
 
 SHOP = Schema(
     "shop",
@@ -90,3 +91,8 @@ def test_all_gold_of_spiders_dev_stays(shared: Path) -> None:
     schemas = read_tables_json(folder / "tables.json")
     for example in json.loads((folder / "dev.json").read_text()):
         assert repair_sql(example["query"], schemas[example["db_id"]]) == example["query"]
+
+
+def test_a_schema_of_a_server_is_read_in_its_own_dialect() -> None:
+    schema = Schema("shop", (Table("client", (Column("name", "text"),)),), dialect="postgresql")
+    assert mended("SELECT nam FROM client", schema) == "SELECT name FROM client"

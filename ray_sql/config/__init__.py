@@ -8,6 +8,7 @@ package loads no torch, ray or mlflow.
 
 from ray_sql.config.base import JobConfig
 from ray_sql.config.batching import AUTO_EXAMPLES_PER_ROW, Batching
+from ray_sql.config.curation import AuditConfig, PrepareConfig
 from ray_sql.config.help import groups, help_text
 from ray_sql.config.jobs import (
     AskConfig,

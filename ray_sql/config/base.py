@@ -15,7 +15,7 @@ from ray_sql.config.urls import absolute, mask_password, mask_secrets
 from ray_sql.config.validate import build, flatten, merge, names, nested, without_removed
 
 TOKENS = {"read_token", "write_token"}
-MAY_HOLD_PASSWORD = {"data.databases", "tracking.uri"}
+MAY_HOLD_PASSWORD = {"data.databases", "tracking.uri", "url"}
 """Addresses that are opened with the password in them. They are shown and saved without it."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of characters: bytes on a command line that are not UTF-8."""

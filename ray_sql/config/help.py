@@ -15,8 +15,9 @@ from ray_sql.config.jobs import TasksConfig
 from ray_sql.config.validate import names, section_of
 
 EVERYDAY = (
-    *("model_name", "output_name", "task_type", "dataset_id", "files", "predictions_file"),
+    *("model_name", "output_name", "task_type", "dataset_id", "pairs", "url", "files"),
     *(
+        "predictions_file",
         "adapter",
         "question",
         "database",

@@ -40,6 +40,8 @@ class EvaluateConfig(Config):
     line in the split's order."""
     adapter: str | None = None
     """Measure the adapter in this folder or URI beside its base model, e.g. `out/demo/adapter`."""
+    audit: str | None = None
+    """Give scores without the questions that this audit.json flags, too."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -53,7 +55,7 @@ class EvaluateConfig(Config):
     def shown(cls) -> set[str]:
         """Leave out the settings of training."""
         split = {"data.validation_fraction", "data.limit"}
-        return ModelConfig.shown() | split | {"predictions_file", "adapter"}
+        return ModelConfig.shown() | split | {"predictions_file", "adapter", "audit"}
 
 
 class CompareConfig(JobConfig):

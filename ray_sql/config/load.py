@@ -18,6 +18,7 @@ import yaml
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from ray_sql.config.base import JobConfig
+from ray_sql.config.files import read_text
 from ray_sql.config.settings import Config
 from ray_sql.config.urls import absolute, mask_secrets
 from ray_sql.config.validate import (
@@ -30,7 +31,6 @@ from ray_sql.config.validate import (
     without_unused,
 )
 from ray_sql.errors import ConfigError, DamagedFile
-from ray_sql.files import read_text
 
 C = TypeVar("C", bound=JobConfig)
 

@@ -26,8 +26,15 @@ from ray_sql.tasks import TaskName
 COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("id", "question_id"),
     "db_id": ("db_id", "database_id", "db_name"),
-    "question": ("question", "question_en", "SpiderSynQuestion", "sql_prompt", "utterance"),
-    "query": ("query", "SQL", "sql", "answer"),
+    "question": (
+        *("question", "question_en", "SpiderSynQuestion", "sql_prompt", "utterance"),
+        *("nl", "nl_question", "natural_language", "user_question", "input", "prompt"),
+    ),
+    "queries": ("queries", "golds", "gold_queries"),
+    "query": (
+        *("query", "SQL", "sql", "answer", "gold", "gold_sql", "sql_query", "gold_query"),
+        *("output", "response", "completion", "target"),
+    ),
     "evidence": ("evidence", "instructions"),
     "hardness": ("hardness", "difficulty"),
 }
@@ -72,11 +79,12 @@ class Source:
     """The Hub's read token."""
     asked: tuple[str, ...] = ()
     """The splits that are to be scored, by the names that the user gives."""
+    setting: str = "--dataset_id"
 
     @property
     def flag(self) -> str:
         """Return the flag that names the dataset, for messages."""
-        return f"--dataset_id {self.dataset_id}"
+        return f"{self.setting} {self.dataset_id}"
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
@@ -160,7 +168,7 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
         exact = [name for name in names if name in found]
         present = exact or [by_lower[name.lower()] for name in names if name.lower() in by_lower]
         used = [name for name in present if _has_value(records, name, field)]
-        needed = mapped or field in NEEDED
+        needed = mapped or (field in NEEDED and not (field == "query" and "queries" in columns))
         if used or (present and needed):
             columns[field] = (used or present)[0]
         elif records and needed:
@@ -205,6 +213,9 @@ def _example(source: Source, columns: Columns, record: Record, default_id: str) 
         raise ValueError(record.fault)
     values = {field: record.values.get(column) for field, column in columns.items()}
     keep = source.section.bad_rows == "keep"
+    several = _queries(values.get("queries"))
+    if several and _is_missing(values.get("query")):
+        values["query"] = several[0]
     gold = without_fence(_required(values, "query", keep))
     if not gold:
         raise ValueError("query is empty")
@@ -220,8 +231,23 @@ def _example(source: Source, columns: Columns, record: Record, default_id: str) 
         hardness=_word(values.get("hardness")),
         schema_text=_text(values, "schema", keep),
         links_text=_word(links),
+        other_golds=tuple(one for one in several if one != gold),
         place=record.place,
     )
+
+
+def _queries(value: Any) -> list[str]:
+    """Return several queries, given as a list or as one in JSON; raise `ValueError` for others."""
+    if _is_missing(value):
+        return []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError("queries is no JSON list of texts") from None
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError("queries is no list of texts")
+    return list(dict.fromkeys(without_fence(one) for one in value if not _is_missing(one)))
 
 
 def _word(value: Any) -> str | None:

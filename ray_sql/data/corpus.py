@@ -34,6 +34,8 @@ class Example:
     hardness: str | None = None
     schema_text: str | None = None
     links_text: str | None = None
+    other_golds: tuple[str, ...] = ()
+    """Further queries that are right as well; the first, `gold`, is trained on."""
     place: str = field(default="", compare=False)
     """The file and the line of it, for messages."""
 
@@ -41,6 +43,8 @@ class Example:
         """Return all but the place as plain values, of which hashes and cache keys are made."""
         values = asdict(self)
         del values["place"]
+        if not self.other_golds:
+            del values["other_golds"]  # hashes of datasets without them stay
         return values
 
 

@@ -1,5 +1,6 @@
-"""Read a file of records as people have it: JSON, JSON lines, CSV, TSV, Parquet, each also .gz.
+"""Read a file of records as people have it: JSON, JSON lines, CSV, TSV, Excel, Parquet.
 
+All but Excel's are read with .gz behind, too.
 JSON is recognised by its content, for `.json` files hold JSON lines and `.jsonl` files hold lists.
 Every record knows the file and the line (or the row) that it comes from.
 """
@@ -11,18 +12,21 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_sql import files
-from ray_sql.data import tables
-from ray_sql.errors import DamagedFile, DataError
+from ray_sql.config import files
+from ray_sql.data import sheets, tables
+from ray_sql.data.tables import TableRow
+from ray_sql.errors import DamagedFile, DataError, NotUtf8
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""The forms that are read; each may end in `.gz` besides."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
+"""The forms that are read; all but Excel's may end in `.gz` besides."""
 
+GZIP = b"\x1f\x8b"
+"""Bytes that a packed file begins with."""
 _WRAPPED_SPLITS = ("train", "dev", "validation", "test")
 _WRAPPERS = {"data", "examples", "questions", "rows", "records", "items", "samples", "dataset"}
 _TURNS = {"messages", "conversations", "interaction"}
@@ -58,8 +62,12 @@ def stem(path: Path) -> str:
     return name[: len(name) - len(form(path))]
 
 
-def read_file(path: Path) -> Records:
-    """Return the records of a file by split.
+def _silent(_: str) -> None:
+    """Say nothing of a guess."""
+
+
+def read_file(path: Path, say: Callable[[str], None] = _silent) -> Records:
+    """Return the records of a file by split; `say` gets what was guessed, in words.
 
     Raises:
         DataError: names the file, the malformed line, and what would be read.
@@ -69,20 +77,52 @@ def read_file(path: Path) -> Records:
             found = enumerate(_parquet_rows(path))
             return {"": [Record(f"{path}, row {row}", row, values) for row, values in found]}
         case ".csv" | ".tsv":
-            rows = enumerate(tables.read(path, read_text(path)))
-            return {
-                "": [
-                    Record(f"{path}, line {one.line}", row, dict(one.values), one.fault)
-                    for row, one in rows
-                ]
-            }
+            return {"": _of_table(f"{path}, line", tables.read(path, _table_text(path, say)))}
+        case ".xlsx":
+            return _sheets(path, say)
         case "":
             raise DataError(
                 f"{path}: is there, but in no form that is read here; those are "
-                f"{', '.join(SUFFIXES)}, each also with .gz"
+                f"{', '.join(SUFFIXES)}, all but .xlsx also with .gz"
             )
         case _:
             return _json_records(path, read_text(path))
+
+
+def _of_table(place: str, rows: Sequence[TableRow]) -> list[Record]:
+    return [
+        Record(f"{place} {one.line}", row, dict(one.values), one.fault)
+        for row, one in enumerate(rows)
+    ]
+
+
+def _sheets(path: Path, say: Callable[[str], None]) -> Records:
+    """Return the sheets that are called after splits, or else the first one with a table."""
+    found = sheets.read(path, say)
+    places = {title: f"{path}[{title}], row" for title in found}
+    splits = [title for title in found if title.strip().lower() in _WRAPPED_SPLITS]
+    if splits:
+        return {title.strip().lower(): _of_table(places[title], found[title]) for title in splits}
+    if not found:
+        return {"": []}
+    first, *others = found
+    if others:
+        say(f"{path.name}: sheet {first} is read, not {', '.join(others)}")
+    return {"": _of_table(places[first], found[first])}
+
+
+def _table_text(path: Path, say: Callable[[str], None]) -> str:
+    """Return the text of a table, in Windows-1252 where it is not UTF-8: Excel writes it so."""
+    try:
+        return read_text(path)
+    except NotUtf8:
+        raw = files.read_bytes(path)
+        raw = _unpacked(raw, path) if raw.startswith(GZIP) else raw
+        text = raw.decode("cp1252", errors="replace")
+        if "\0" in text or "\ufffd" in text:
+            raise
+        say(f"{path.name}: is not UTF-8 and is read as Windows-1252; save it as UTF-8 to be sure")
+        return text.replace("\r\n", "\n")
 
 
 def read_text(path: Path, name: str = "") -> str:
@@ -94,7 +134,7 @@ def read_text(path: Path, name: str = "") -> str:
     name = name or str(path)
     try:
         raw = files.read_bytes(path)
-        if raw.startswith(b"\x1f\x8b"):
+        if raw.startswith(GZIP):
             raw = _unpacked(raw, path)
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raw = raw.decode("utf-16").encode()

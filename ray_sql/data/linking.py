@@ -37,6 +37,11 @@ _SQLGLOT_NAMES = {
 """Dialect as SQLAlchemy names it → as sqlglot does; any other is read as SQLite's."""
 
 
+def sqlglot_dialect(name: str) -> str:
+    """Return the name that sqlglot has for a dialect, e.g. that of `Schema.dialect`."""
+    return _SQLGLOT_NAMES.get(name, "sqlite")
+
+
 class LinkError(DataError):
     """A query without links: it does not parse, or it names a table that its schema lacks."""
 
@@ -55,8 +60,7 @@ def gold_links(sql: str, schema: Schema, dialect: str | None = None) -> Links:
     """
     try:
         reader = Reader(_known(schema))
-        own = _SQLGLOT_NAMES.get(schema.dialect, "sqlite")
-        reader.query(_parse(sql, dialect or own), None, {})
+        reader.query(_parse(sql, dialect or sqlglot_dialect(schema.dialect)), None, {})
     except (SqlglotError, RecursionError) as error:
         raise LinkError(
             f"query that cannot be analysed ({_one_line(str(error))}): {_one_line(sql)}"

@@ -18,6 +18,9 @@ Owner = tuple[str, str]
 DEFAULT_NAMESPACES = ("main", "temp", "public", "dbo")
 """Names that databases give to the schema whose tables need no qualifier."""
 
+ROW_NAMES = frozenset({"rowid", "oid", "_rowid_", "ctid"})
+"""Columns that tables have without being declared."""
+
 _TREE = "key value type atom id parent fullkey path json root"
 FUNCTION_COLUMNS = {
     "json_each": _TREE.split(),

@@ -21,6 +21,7 @@ from ray_sql.data.corpus import Corpus, Example, LeftOut, Splits, join_some
 from ray_sql.data.formats import Record
 from ray_sql.database import Schema, read_tables_json
 from ray_sql.errors import DataError
+from ray_sql.store import dataset_folder
 from ray_sql.store.storage import write_to_cache
 
 WRITTEN_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -51,6 +52,10 @@ def read_corpus(source: Source) -> Corpus:
         return _read_by_datasets(source, source.dataset_id)
     if any((place / name).is_file() for name in WRITTEN_BY_DATASETS):
         return _read_by_datasets(source, str(place))
+    server = dataset_folder.server_of(place)
+    if server and not source.section.databases:
+        section = source.section.model_copy(update={"databases": server})
+        source = replace(source, section=section)
     where = source.section.databases or ""
     layout = layouts.find(place, "postgresql" if where.startswith("postgres") else "sqlite")
     reading = _Reading(source)
@@ -135,7 +140,7 @@ class _Reading:
         """Read the files of one split; under "" a file may name splits itself."""
         for file in files:
             try:
-                for own_split, records in formats.read_file(file).items():
+                for own_split, records in formats.read_file(file, self.say).items():
                     if split or own_split:
                         self.add(split or own_split, records, str(file))
                     else:
@@ -145,6 +150,10 @@ class _Reading:
                 if split in ("", *layouts.SPLITS, *VALIDATION):
                     raise
                 self.notes.append(f"not read: {error}")
+
+    def say(self, note: str) -> None:
+        """Keep a guess, to be said aloud."""
+        self.notes.append(note)
 
     def examples(self) -> Iterator[Example]:
         """Yield the examples of all splits."""

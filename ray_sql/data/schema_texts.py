@@ -213,6 +213,15 @@ def build(texts: Iterable[str], cache: Path) -> dict[str, Built]:
     }
 
 
+def is_built(place: str, cache: Path) -> bool:
+    """Tell a database that was made of a schema's text from one that was given."""
+    return Path(place).is_relative_to(_folder(cache))
+
+
+def _folder(cache: Path) -> Path:
+    return cache / "schema_texts"
+
+
 def _file(text: str, cache: Path) -> Path:
     digest = hashlib.sha256(script(text).encode()).hexdigest()[:24]
-    return cache / "schema_texts" / digest[:2] / f"{digest}.sqlite"
+    return _folder(cache) / digest[:2] / f"{digest}.sqlite"

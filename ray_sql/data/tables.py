@@ -80,7 +80,7 @@ def _rows(
                 ) from None
             fields, fault = [], f"is no row of the table ({error}); write a quote in it twice"
         if names is None:
-            names = _names(path, fields)
+            names = column_names(path, fields)
             continue
         if not fault and not (fields if len(names) == 1 else any(map(str.strip, fields))):
             continue
@@ -92,8 +92,11 @@ def _rows(
         yield TableRow(line, dict(zip(names, fields, strict=False)), fault)
 
 
-def _names(path: Path, fields: list[str]) -> list[str]:
-    """Return the names of the columns; those without a name hold what nobody asks for."""
+def column_names(path: Path, fields: list[str]) -> list[str]:
+    """Return the names of the columns; those without a name hold what nobody asks for.
+
+    Raises `DataError` where two columns have the same name.
+    """
     names = [name.strip() for name in fields]
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice:

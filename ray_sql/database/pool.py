@@ -368,6 +368,14 @@ def _server(url: str) -> _Source:
     return _Source("postgresql", f"postgresql://{rest}", ())
 
 
+def sqlite_uri(database: Path) -> str:
+    """Return the URI by which SQLite reads a file without creating or changing one.
+
+    Raises `DataError` where it is no database that can be read.
+    """
+    return _file(database).uri
+
+
 def _file(database: Path) -> _Source:
     """Find out how to open a SQLite file without ever creating or changing one.
 

@@ -112,9 +112,16 @@ One open connection for each URL would use up the server's.
 
 
 def query(
-    uri: str, sql: str, seconds: float, rows: int, size: int, memory: int, sql_length: int
+    uri: str,
+    sql: str,
+    seconds: float,
+    rows: int,
+    size: int,
+    memory: int,
+    sql_length: int,
+    reverse: bool = False,
 ) -> Reply:
-    """Run one query under its limits.
+    """Run one query under its limits. A server has no `reverse`.
 
     A mistake in the query becomes a reply. The status is "unreachable" for a server out of reach,
     and "full" for one without a free connection.

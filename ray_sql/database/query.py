@@ -40,6 +40,8 @@ class Limits:
     """
     sql_length: int = MOST_SQL
     """Bytes of the query's own text."""
+    reverse: bool = False
+    """Hand out rows without an order in reverse (SQLite only): does a result depend on it?"""
 
 
 @dataclass(frozen=True)

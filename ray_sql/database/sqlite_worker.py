@@ -20,7 +20,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-Request = tuple[str, str, float, int, int, int, int]
+Request = tuple[str, str, float, int, int, int, int, bool]
 """(uri, sql, *fields of `Limits`)."""
 Reply = tuple[str, tuple[str, ...], tuple[tuple[Any, ...], ...], str | None, float]
 """The fields of `QueryResult` in their order."""
@@ -127,9 +127,19 @@ def fetch(cursor: sqlite3.Cursor, most_rows: int, size: int) -> tuple[tuple[Any,
 
 
 def query(
-    uri: str, sql: str, seconds: float, rows: int, size: int, memory: int, sql_length: int
+    uri: str,
+    sql: str,
+    seconds: float,
+    rows: int,
+    size: int,
+    memory: int,
+    sql_length: int,
+    reverse: bool = False,
 ) -> Reply:
-    """Run one query under its limits; a mistake in the query becomes a reply."""
+    """Run one query under its limits; a mistake in the query becomes a reply.
+
+    With `reverse`, rows without an order come in reverse.
+    """
     started = time.monotonic()
     guard = Guard()
 
@@ -145,6 +155,8 @@ def query(
     except sqlite3.Error as error:
         return failed(explain(error, None))
     try:
+        if reverse:
+            connection.execute("PRAGMA reverse_unordered_selects = ON")
         connection.set_authorizer(guard)
         connection.set_progress_handler(
             lambda: time.monotonic() - started >= seconds, STEPS_BETWEEN_CLOCK_READS
@@ -180,7 +192,14 @@ BUILDING = READING | {"CREATE TABLE", "CREATE VIEW", "CREATE INDEX", "INSERT"}
 
 
 def build(
-    _: str, script: str, seconds: float, rows: int, size: int, memory: int, sql_length: int
+    _: str,
+    script: str,
+    seconds: float,
+    rows: int,
+    size: int,
+    memory: int,
+    sql_length: int,
+    reverse: bool = False,
 ) -> Reply:
     """Run CREATE and INSERT statements in memory; the reply's one cell is the database's file."""
     started = time.monotonic()

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray_sql.config.files import read_json
 from ray_sql.database.schema import Column, ForeignKey, Schema, Table
 from ray_sql.errors import DataError
-from ray_sql.files import read_json
 
 _Place = tuple[int, str]  # (table index, column name)
 _KEYS = (

@@ -11,8 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from ray_sql.config.sections import AnswersSection, Way
+from ray_sql.data import repair
+from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor, Schema
-from ray_sql.evaluate import choosing, repair
+from ray_sql.evaluate import choosing
 from ray_sql.evaluate.choosing import Choices, Proposal
 from ray_sql.evaluate.shares import interval, resampled, share
 from ray_sql.generate import Answer, Candidate
@@ -71,7 +73,7 @@ def mended(predicted: str | None, schema: Schema | None) -> str | None:
         return predicted
     if predicted.lstrip().startswith("{"):
         return repair.repair_links(predicted, schema)
-    return repair.repair_sql(predicted, schema, schema.dialect)
+    return repair.repair_sql(predicted, schema, sqlglot_dialect(schema.dialect))
 
 
 def choose(

@@ -83,7 +83,9 @@ def judge(
     read as 0.
     """
     pairs = {
-        index: Pair(database, row["gold"], row["predicted"] or "")
+        index: Pair(
+            database, row["gold"], row["predicted"] or "", tuple(row.get("other_golds", ()))
+        )
         for index, (row, database) in enumerate(zip(rows, databases, strict=True))
         if database is not None
     }
@@ -158,9 +160,11 @@ def _exact_set_fields(row: JudgedRow, schema: Schema | None) -> dict[str, bool]:
     """Return Spider's clause-by-clause judgement, where the schema is known."""
     if schema is None:
         return {}
-    verdict = exact_set_verdict(row["gold"], row["predicted"] or "", schema)
-    fields = {"exact_set_match": bool(verdict), "exact_set_unread": verdict is None}
-    if verdict is None and not is_readable(row["gold"], schema):
+    golds = [row["gold"], *row.get("other_golds", ())]
+    verdicts = [exact_set_verdict(gold, row["predicted"] or "", schema) for gold in golds]
+    is_unread = all(verdict is None for verdict in verdicts)
+    fields = {"exact_set_match": any(verdicts), "exact_set_unread": is_unread}
+    if is_unread and not any(is_readable(gold, schema) for gold in golds):
         fields["exact_set_gold_unread"] = True
     return fields
 
@@ -185,10 +189,19 @@ def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, 
         "valid_sql_interval": interval(valid, len(counted)),
         **_bird_scores(counted),
         **gold_counts(rows),
+        **_unflagged(counted),
         "by_hardness": {level: _accuracy(group) for level, group in by_hardness.items()},
         "by_database": {db_id: _accuracy(group) for db_id, group in by_database.items()},
         "errors": error_counts(counted),
     }
+
+
+def _unflagged(rows: Sequence[JudgedRow]) -> dict[str, Any]:
+    """Return the scores without the questions that an audit flagged, where there was one."""
+    if not any("flags" in row for row in rows):
+        return {}
+    sound = [row for row in rows if not row.get("flags")]
+    return {"flagged": len(rows) - len(sound), "unflagged": _accuracy(sound)}
 
 
 def _accuracy(rows: Sequence[JudgedRow]) -> dict[str, Any]:

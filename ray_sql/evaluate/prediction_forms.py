@@ -16,10 +16,10 @@ from typing import Any
 import sqlparse
 
 from ray_sql import data
+from ray_sql.config.files import parse_json
 from ray_sql.data import formats, tables
 from ray_sql.data.answers import unwrap_sql
 from ray_sql.errors import DamagedFile, DataError
-from ray_sql.files import parse_json
 
 Record = dict[str, Any]
 
@@ -82,8 +82,9 @@ def read(path: Path, expected: int, databases: Collection[str]) -> PredictionsFi
     if path.is_dir():
         return _folder(path)
     form = formats.form(path)
-    if form == ".parquet":
-        rows = {f"row {one.row}": one.values for one in data.read_file(path)[""]}
+    if form in (".parquet", ".xlsx"):
+        records = next(iter(data.read_file(path).values()))
+        rows = {f"row {one.row}": one.values for one in records}
         return _named(path, "rows", rows, [])
     text = _text(path)
     if not text.strip():

@@ -140,7 +140,9 @@ def _row(
         split, example = str(record.get("split") or "file"), Example(name, "", "", "")
     if match and not matching.has_gold(record):
         db_id, gold = example.db_id, generate.gold_answer(example, corpus, task)
+        others = example.other_golds
     else:
+        others = ()
         known = [*corpus.databases, *corpus.schemas]
         db_id = data.databases.called(str(record["db_id"]), dict.fromkeys(known))
         gold = read_answer(record["gold"], f"{where}: gold") or ""
@@ -161,6 +163,7 @@ def _row(
         "hardness": level,
         "question": record.get("question") or example.question,
         "gold": gold,
+        **({"other_golds": list(others)} if others and task.executes_sql else {}),
         "predicted": predicted,
         **({"raw": given} if predicted != given else {}),
         **{name: value for name, value in numbers.items() if isinstance(value, int | float)},

@@ -11,7 +11,7 @@ from ray_sql.config.sections import NO_LINKS
 from ray_sql.data.shown import AskedLinks
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
-from ray_sql.evaluate import predictions_file, results
+from ray_sql.evaluate import audit, predictions_file, results
 from ray_sql.evaluate.linker import asked_links, is_adapter
 from ray_sql.evaluate.models import (
     check_adapter,
@@ -50,6 +50,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             evaluation = predictions_file.evaluate_file(path, config, display)
         else:
             evaluation, facts = _evaluate_models(config, config.adapter, display)
+        if config.audit:
+            evaluation = audit.with_flags(evaluation, config.audit)
         metrics = {
             "task_type": config.task_type,
             "dataset_id": config.dataset_id,

@@ -131,7 +131,8 @@ def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) ->
     others = [*answer.candidates, *([answer.constrained] if answer.constrained else [])]
     if others:
         row["all_new_tokens"] = answer.new_tokens + sum(other.new_tokens for other in others)
-    shown = {"links": question.links, "full_schema": question.full_schema}
+    golds = list(question.other_golds) or None
+    shown = {"other_golds": golds, "links": question.links, "full_schema": question.full_schema}
     return row | {name: value for name, value in shown.items() if value is not None}
 
 

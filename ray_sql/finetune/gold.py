@@ -11,11 +11,11 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from ray_sql.config.files import read_json
 from ray_sql.config.sections import EvaluateSection
 from ray_sql.data import Corpus, LeftOut
 from ray_sql.errors import DamagedFile, DataError
 from ray_sql.evaluate import scoring
-from ray_sql.files import read_json
 from ray_sql.store import storage
 
 Progress = Callable[[int, int], None]

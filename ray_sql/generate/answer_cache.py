@@ -11,8 +11,8 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from ray_sql.config.files import parse_json, read_text
 from ray_sql.errors import DamagedFile, StoreError
-from ray_sql.files import parse_json, read_text
 from ray_sql.generate.questions import Answer
 from ray_sql.store import storage
 

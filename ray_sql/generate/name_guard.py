@@ -23,6 +23,7 @@ from itertools import chain
 from sqlglot import Dialect, exp
 
 from ray_sql.data.answers import after_thoughts, code_blocks
+from ray_sql.data.names import ROW_NAMES
 from ray_sql.generate.questions import Question
 
 KEYWORDS = frozenset(
@@ -51,8 +52,6 @@ CLAUSES = frozenset(
 """Keywords that begin a clause without sources."""
 BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
 """Keywords that may stand where a table does."""
-ROW_NAMES = frozenset({"rowid", "oid", "_rowid_", "ctid"})
-"""Columns that tables have without being declared."""
 MORE_FUNCTIONS = {
     "sqlite": frozenset(
         """

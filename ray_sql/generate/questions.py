@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ray_sql import models
 from ray_sql.config import strip_password
+from ray_sql.config.files import parse_json
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.data.linking import LinkError, format_links
 from ray_sql.data.shown import AskedLinks, ShownSchema
-from ray_sql.files import parse_json
 from ray_sql.metrics import hardness
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
@@ -44,6 +44,8 @@ class Question:
     """The links that its schema was made smaller by, as JSON text."""
     full_schema: str | None = None
     """Why its schema is shown whole, where links should have made it smaller."""
+    other_golds: list[str] = field(default_factory=list)
+    """Further SQL that is right as well."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def make_questions(
                 input_ids=encoder.encode_question(example, shown.schema),
                 links=None if shown.links is None else format_links(shown.links),
                 full_schema=shown.why_whole,
+                other_golds=list(example.other_golds) if encoder.task.executes_sql else [],
             )
         )
     return questions

@@ -1,7 +1,7 @@
 """Run gold and prediction on their database: one verdict per question, one kind per error."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ray_sql.database import Executor, Limits, Place, QueryResult, suite
@@ -61,6 +61,8 @@ class Pair:
     database: Place
     gold: str
     predicted: str
+    other_golds: tuple[str, ...] = ()
+    """Further queries that are right as well."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,32 @@ def judge(
     keep_distinct: bool = False,
     limits: Limits | None = None,
 ) -> Verdict:
-    """Judge one prediction.
+    """Judge one prediction; it is right if it equals any of several golds.
 
-    Under "spider" DISTINCT is dropped from both queries unless `keep_distinct`. Where the
-    database's folder is a test suite (`shop/shop.sqlite` beside `shop/*.sqlite` of its schema), the
-    results must agree on every file of it.
+    Where it equals none, the verdict is that by the first gold that runs. Under "spider" DISTINCT
+    is dropped from both queries unless `keep_distinct`. Where the database's folder is a test suite
+    (`shop/shop.sqlite` beside `shop/*.sqlite` of its schema), the results must agree on every file
+    of it.
 
     Raises:
         DataError: the database is missing.
     """
+    first: Verdict | None = None
+    for gold in (pair.gold, *pair.other_golds):
+        alone = replace(pair, gold=gold, other_golds=())
+        verdict = _judge_by_one(executor, alone, semantics, keep_distinct, limits)
+        if verdict.verdict == "correct":
+            return verdict
+        if first is None or first.verdict == "gold_error":
+            first = verdict
+    assert first is not None
+    return first
+
+
+def _judge_by_one(
+    executor: Executor, pair: Pair, semantics: Semantics, keep_distinct: bool, limits: Limits | None
+) -> Verdict:
+    """Judge one prediction by its one gold query."""
     gold, predicted = pair.gold, pair.predicted
     databases: tuple[Place, ...] = (pair.database,)
     if semantics == "spider":

@@ -14,8 +14,8 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from ray_sql.config.files import read_json
 from ray_sql.errors import ModelError
-from ray_sql.files import read_json
 from ray_sql.models.logs import quiet
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 
 from ray_sql.config import absolute
+from ray_sql.config.files import read_json
 from ray_sql.config.sections import QuantizationSection
 from ray_sql.errors import ModelError, RaySqlError, out_of_memory
-from ray_sql.files import read_json
 from ray_sql.models.demo import demo_folder, demo_model
 from ray_sql.models.logs import quiet
 from ray_sql.models.patterns import check_patterns

@@ -150,6 +150,13 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
         )
     if unknown := scores.get("by_hardness", {}).get("unknown", {}).get("n", 0):
         yield f"hardness is unknown for {unknown} of {n} questions: Spider grades no such gold"
+    if "unflagged" in scores:
+        sound = scores["unflagged"]
+        accuracy = percent(sound["execution_accuracy"], sound["interval"], sound["n"])
+        yield (
+            f"without the {scores['flagged']} questions whose gold the audit flags: {accuracy} of "
+            f"n = {sound['n']:,}"
+        )
     for reason, count in scores.get("full_schema", {}).items():
         yield f"{count} of {n + failing} prompts show the full schema: {reason}"
     if "new_tokens_all" in scores:

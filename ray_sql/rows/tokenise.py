@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
+from ray_sql.config.files import read_json
 from ray_sql.config.sections import PromptSection, RowsSection
 from ray_sql.data import Example, prompts
 from ray_sql.data.chat import DATE, Chat, template_of
@@ -25,7 +26,6 @@ from ray_sql.data.contract import tokenizer_hash
 from ray_sql.data.linking import LinkError
 from ray_sql.database import SERIALIZER_VERSION, Schema, render
 from ray_sql.errors import DamagedFile, DataError
-from ray_sql.files import read_json
 from ray_sql.store import storage
 from ray_sql.tasks import Task
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_sql.config.files import parse_json, read_json
 from ray_sql.errors import DamagedFile
-from ray_sql.files import parse_json, read_json
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.store.shapes import Marker

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray_sql.config.files import parse_json
 from ray_sql.errors import DamagedFile, StoreError
-from ray_sql.files import parse_json
 from ray_sql.store import storage
 from ray_sql.store.shapes import AdapterConfig, Contract, JudgedAnswer, MlflowRun, RunMetrics
 
@@ -46,9 +46,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STUDY = "study.json"
 COMPARISON = "compare.json"
+AUDIT = "audit.json"
 STAGES = "stages.json"
 README = "README.md"
-"""Files by which a folder of a comparison, of both stages, or of a study's results is known."""
+"""Files by which a folder of a comparison, an audit, both stages, or a study's results is known."""
 
 ARTIFACTS = (CONFIG, CONTRACT, METRICS, PREDICTIONS, GOLD_ERRORS, LEFT_OUT, REPORT, ADAPTER)
 """The files that MLflow keeps, where the run has them."""
@@ -200,6 +201,11 @@ class RunFolder(_Folder):
     def write_left_out(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `left_out.jsonl`: rows of the dataset that are not used, with their reasons."""
         storage.write_text(self.place(LEFT_OUT), json_lines(rows))
+
+    @property
+    def audit(self) -> str:
+        """The place of what an audit found."""
+        return self.place(AUDIT)
 
     @property
     def report(self) -> str:

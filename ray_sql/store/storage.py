@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray_sql import files
+from ray_sql.config import files
 from ray_sql.errors import DamagedFile, StoreError
 from ray_sql.store.retry import retry
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_sql.config import mask_password
+from ray_sql.config.files import parse_json
 from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import DamagedFile, StoreError
-from ray_sql.files import parse_json
 from ray_sql.tracking.models import LoggedModel
 from ray_sql.tracking.senders import SENDERS, create, end_children, logged_points
 from ray_sql.tracking.spool import Record, run_ids_waiting, spooled

@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ray_sql.config.files import parse_json, read_text
 from ray_sql.errors import DamagedFile
-from ray_sql.files import parse_json, read_text
 
 _Kind = Literal[
     "metrics",

@@ -11,10 +11,10 @@ from typing import Any
 
 from ray_sql.cluster.events import Note, OnEvent, Resumed
 from ray_sql.cluster.ranks import agreed, gather_all, rank
+from ray_sql.config.files import read_json
 from ray_sql.config.sections import LoraSection
 from ray_sql.data.contract import check_contract
 from ray_sql.errors import ModelError, TakenOver
-from ray_sql.files import read_json
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.checkpoints import Checkpoint
 from ray_sql.store.run_folder import AdapterFolder, RunFolder

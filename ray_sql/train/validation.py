@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ray_sql import generate, rows
 from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config import Batching, Config
+from ray_sql.config.files import parse_json
 from ray_sql.data.shown import ORACLE
 from ray_sql.database import Schema
 from ray_sql.evaluate import scoring
-from ray_sql.files import parse_json
 from ray_sql.generate.answers import Decoding, answer_on_all_ranks
 from ray_sql.generate.name_guard import guards
 from ray_sql.store import storage

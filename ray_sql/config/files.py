@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ray_sql.errors import DamagedFile
+from ray_sql.errors import DamagedFile, NotUtf8
 
 T = TypeVar("T")
 
@@ -76,12 +76,12 @@ def parse_json(
 
 
 def decode(content: bytes, name: str, way_out: str) -> str:
-    """Return bytes as text, without a byte order mark. Raises `DamagedFile` if not UTF-8."""
+    """Return bytes as text, without a byte order mark. Raises `NotUtf8` where they are none."""
     try:
         return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DamagedFile(f"{name}, line {line}: not UTF-8 text; {way_out}") from None
+        raise NotUtf8(f"{name}, line {line}: not UTF-8 text; {way_out}") from None
 
 
 def read_bytes(file: str | Path) -> bytes:

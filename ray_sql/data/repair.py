@@ -18,8 +18,8 @@ from sqlglot import exp, parse
 from sqlglot.errors import SqlglotError
 from sqlglot.optimizer.scope import Scope, traverse_scope
 
+from ray_sql.data.names import ROW_NAMES
 from ray_sql.database import Schema
-from ray_sql.generate.name_guard import ROW_NAMES
 
 NEAR = 70.0
 """Similarity from which a name may stand for another, of 100."""

@@ -1,0 +1,284 @@
+"""From raw pairs and their database to a dataset's folder: the door of `ray-sql prepare`."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray_sql.config import PrepareConfig, absolute, strip_password
+from ray_sql.curate import near, overview
+from ray_sql.curate.divide import across, divide
+from ray_sql.curate.flags import KINDS, MEANING, Flag
+from ray_sql.curate.pairs import Judged, Pair, judge, read
+from ray_sql.data import schema_texts
+from ray_sql.data.columns import Source
+from ray_sql.data.corpus import Example, counted
+from ray_sql.data.linking import sqlglot_dialect
+from ray_sql.database import Executor, Limits
+from ray_sql.display import Display
+from ray_sql.errors import ConfigError, DataError
+from ray_sql.store.dataset_folder import DatasetFolder
+
+SHOWN = 5
+"""Rejected pairs that are shown in the terminal."""
+FEW = 50
+"""Pairs from which on a trained model says something."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pairs in their splits, judged, and how they were divided."""
+
+    judged: Judged
+    splits: dict[str, list[Pair]]
+    how: str
+
+
+def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
+    """Make a dataset as `config` says, and return what `dataset.json` holds.
+
+    Nothing is written with `dry_run`, or where no pair can be used. If the caller `goes_on` with
+    it, no next command is shown.
+    """
+    unknown = set(config.reject) - set(KINDS)
+    if unknown:
+        raise ConfigError(
+            f"--reject {', '.join(sorted(unknown))}: no such kind; kinds are {', '.join(KINDS)}"
+        )
+    folder = DatasetFolder(absolute(config.output_dir) / config.output_name)
+    sources = {"pairs": str(absolute(config.pairs)), "url": strip_password(config.url)}
+    folder.require_ours(sources, config.overwrite)
+    limits = Limits(
+        seconds=config.evaluate.timeout,
+        rows=config.evaluate.max_rows,
+        bytes=config.evaluate.max_bytes,
+        sql_length=config.evaluate.max_sql_length,
+    )
+    public = frozenset[str]().union(*(near.read_hashes(absolute(file)) for file in config.hashes))
+    with Display() as display, Executor(config.evaluate.processes, limits) as executor:
+        corpus = read(_source(config))
+        for note in corpus.notes:
+            display.line(note)
+        judged = judge(corpus, executor, display, config.reject, config.fix)
+        if not judged.pairs:
+            raise DataError(f"--pairs {config.pairs}: {_no_pair(judged)}")
+        dataset = _divided(judged, config, public)
+        record = _record(dataset, config, sources)
+        for line in _lines(dataset):
+            display.line(line)
+        if config.dry_run:
+            display.line(f"would write {folder.path}")
+            return record
+        _write(folder, dataset, record, config.cache, display)
+        display.line(f"\ndataset   {folder.path}\nlook at   {folder.report}")
+        if not goes_on:
+            display.line(f"next      {next_command(folder.path)}")
+    return record
+
+
+def next_command(folder: Path) -> str:
+    """Return the command that shows what a training on the dataset would do."""
+    return shlex.join(
+        [
+            *("ray-sql", "finetune", "--model_name", "Qwen/Qwen2.5-0.5B-Instruct"),
+            *("--output_name", f"{folder.name}-sql", "--task_type", "sql"),
+            *("--dataset_id", str(folder), "--dry_run"),
+        ]
+    )
+
+
+def _source(config: PrepareConfig) -> Source:
+    token = config.read_token.get_secret_value() if config.read_token else None
+    section = config.data.model_copy(update={"databases": config.url})
+    return Source(config.pairs, "sql", section, config.cache, token, setting="--pairs")
+
+
+def _no_pair(judged: Judged) -> str:
+    shown = "; ".join(f"{row.place}: {row.reason}" for row in judged.rejected[:3])
+    return f"none of {counted(len(judged.rejected), 'pair')} can be used: {shown}"
+
+
+def _divided(judged: Judged, config: PrepareConfig, public: frozenset[str]) -> Dataset:
+    """Return the pairs in `train` and `dev`, or in the splits that they came in."""
+    dialects = {
+        db_id: sqlglot_dialect(schema.dialect) for db_id, schema in judged.corpus.schemas.items()
+    }
+    pairs = judged.pairs
+    groups = near.groups([pair.example for pair in pairs], dialects)
+    names = list(dict.fromkeys(pair.split for pair in pairs))
+    if set(names) == {"train"}:
+        examples = [replace(pair.example, id=str(n)) for n, pair in enumerate(pairs)]
+        (train, dev), how = divide(examples, groups, config.data, config.seed)
+        splits = {"train": [pairs[int(one.id)] for one in train]}
+        if dev:
+            splits["dev"] = [pairs[int(one.id)] for one in dev]
+    else:
+        splits = {name: [pair for pair in pairs if pair.split == name] for name in names}
+        how = "as they came"
+    numbers = dict(zip(map(id, pairs), groups, strict=True))
+    close = across([[numbers[id(pair)] for pair in rows] for rows in splits.values()])
+    flagged = {
+        split: [_with_flags(pair, numbers[id(pair)] in close, public) for pair in rows]
+        for split, rows in splits.items()
+    }
+    return Dataset(judged, flagged, how)
+
+
+def _with_flags(pair: Pair, is_close: bool, public: frozenset[str]) -> Pair:
+    """Return a pair with what is known of it beside the others."""
+    more = [Flag("near_duplicate", "a pair of another split is almost alike")] * is_close
+    if public and any(one in public for one in near.hashes(pair.example)):
+        more.append(Flag("public", "is in a file of --hashes"))
+    return replace(pair, flags=(*pair.flags, *more))
+
+
+def _record(dataset: Dataset, config: PrepareConfig, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `dataset.json` holds beside its mark."""
+    corpus = dataset.judged.corpus
+    places = list(corpus.databases.values())
+    splits = {split: tuple(pair.example for pair in rows) for split, rows in dataset.splits.items()}
+    used = {one.db_id for rows in splits.values() for one in rows}
+    schemas = {db_id: schema for db_id, schema in corpus.schemas.items() if db_id in used}
+    pairs = [pair for rows in dataset.splits.values() for pair in rows]
+    server = config.url if any("://" in place for place in places) else None
+    return {
+        "finished": True,
+        "sources": dict(sources),
+        "server": strip_password(server),
+        "counts": {
+            **{split: len(rows) for split, rows in dataset.splits.items()},
+            "rejected": len(dataset.judged.rejected),
+            "fixed": sum(bool(pair.before) for pair in pairs),
+            "flagged": sum(bool(pair.flags) for pair in pairs),
+            "databases": len(used),
+        },
+        "divided": dataset.how,
+        "fingerprint": replace(corpus, splits=splits, schemas=schemas).fingerprint(),
+        "settings": {
+            "columns": config.data.columns,
+            "test_fraction": config.data.test_fraction,
+            "split_by": config.data.split_by,
+            "seed": config.seed,
+            "fix": config.fix,
+            "reject": list(config.reject),
+        },
+    }
+
+
+def _lines(dataset: Dataset) -> Iterator[str]:
+    """Yield what became of the pairs, for the terminal."""
+    judged = dataset.judged
+    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in dataset.splits.items())
+    pairs = [pair for rows in dataset.splits.values() for pair in rows]
+    yield f"pairs     {len(pairs)} kept ({sizes}), {len(judged.rejected)} rejected"
+    yield f"divided   {dataset.how}"
+    if "dev" not in dataset.splits and len(dataset.splits) == 1:
+        yield "          nothing is set aside for scoring; raise --data.test_fraction"
+    if len(pairs) < FEW:
+        yield f"          {FEW} pairs are the least that a training learns from; write more"
+    for row in judged.rejected[:SHOWN]:
+        yield f"rejected  {Path(row.place).name}: {row.reason}"
+        if row.fix is not None:
+            yield f"          {row.fix.how}{': ' * bool(row.fix.sql)}{row.fix.sql}"
+    if len(judged.rejected) > SHOWN:
+        yield f"          … {len(judged.rejected) - SHOWN} more in rejected.jsonl"
+    clear = sum(row.fix is not None and row.fix.is_clear for row in judged.rejected)
+    if clear:
+        yield f"          --fix would take the nearest query for {counted(clear, 'pair')}"
+    fixed = sum(bool(pair.before) for pair in pairs)
+    if fixed:
+        yield f"fixed     {counted(fixed, 'pair')}, listed in audit.json as they were before"
+    counts = Counter(flag.kind for pair in pairs for flag in pair.flags)
+    for kind, count in counts.most_common():
+        yield f"flagged   {count:>4}  {kind}: {MEANING[kind]}"
+    for reason in judged.unexamined:
+        yield f"          not tried in another order: {reason}"
+
+
+def _write(
+    folder: DatasetFolder,
+    dataset: Dataset,
+    record: Mapping[str, Any],
+    cache: Path,
+    display: Display,
+) -> None:
+    """Write the folder; `dataset.json` says last that it is whole."""
+    corpus = dataset.judged.corpus
+    folder.begin(record["sources"])
+    used = {pair.example.db_id for rows in dataset.splits.values() for pair in rows}
+    files = {
+        db_id: place
+        for db_id, place in corpus.databases.items()
+        if db_id in used and "://" not in place and not schema_texts.is_built(place, cache)
+    }
+    progress = display.counter("writing databases")
+    for number, (db_id, place) in enumerate(files.items(), 1):
+        folder.copy_database(db_id, Path(place))
+        progress(number, len(files))
+    for split, rows in dataset.splits.items():
+        folder.write_lines(folder.split(split), [_row(pair) for pair in rows])
+    folder.write_lines(folder.rejected, [row.row() for row in dataset.judged.rejected])
+    folder.write_audit(audit_of(dataset))
+    folder.write_report(
+        overview.page(folder.path.name, record, corpus.schemas, dataset.splits, dataset.judged)
+    )
+    folder.write_record(record)
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    """Return a pair as a line of a split's file."""
+    one = pair.example
+    status = "fixed" if pair.before else "checked"
+    values = {
+        "id": one.id,
+        "db_id": one.db_id,
+        "question": one.question,
+        "query": one.gold,
+        "queries": [one.gold, *one.other_golds] if one.other_golds else None,
+        "evidence": one.evidence,
+        "hardness": one.hardness,
+        "schema": one.schema_text,
+        "source": one.place,
+        "status": "flagged" if pair.flags else status,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def audit_of(dataset: Dataset) -> dict[str, Any]:
+    """Return what `audit.json` holds: counts by kind, and each pair that has a flag or a fix."""
+    counts = Counter[str]()
+    listed: list[dict[str, Any]] = []
+    fixed: list[dict[str, str]] = []
+    for split, rows in dataset.splits.items():
+        for pair in rows:
+            counts.update(flag.kind for flag in pair.flags)
+            if pair.flags:
+                listed.append(flagged_row(split, pair.example, pair.flags))
+            if pair.before:
+                one = pair.example
+                fixed.append({"split": split, "id": one.id, "before": pair.before, "now": one.gold})
+    return {
+        "of": "gold",
+        "n": sum(map(len, dataset.splits.values())),
+        "flagged": len(listed),
+        "counts": dict(counts.most_common()),
+        "not_reordered": dataset.judged.unexamined,
+        "questions": listed,
+        "fixed": fixed,
+    }
+
+
+def flagged_row(split: str, example: Example, flags: Sequence[Flag]) -> dict[str, Any]:
+    """Return an entry of `audit.json` about one query."""
+    return {
+        "split": split,
+        "id": example.id,
+        "db_id": example.db_id,
+        "question": example.question,
+        "query": example.gold,
+        "flags": [asdict(flag) for flag in flags],
+    }

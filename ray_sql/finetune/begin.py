@@ -1,0 +1,100 @@
+"""One line to begin: pairs and a database become a dataset, and the settings of a run on it.
+
+    ray-sql finetune pairs.csv shop.db
+
+The settings are chosen by the number of pairs. They are written as a file of settings beside the
+dataset, and whatever the command line says wins over them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from ray_sql.config import PrepareConfig, absolute, load
+from ray_sql.curate import prepare
+from ray_sql.data.databases import SUFFIXES
+from ray_sql.errors import ConfigError
+from ray_sql.store.storage import write_local_text
+
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+"""The base model, where none is given: small, and licensed for all uses."""
+EPOCHS = ((100, 10), (300, 6), (1_000, 4), (5_000, 2))
+"""Fewer training pairs than this → passes over them. More pairs get one."""
+FEW = 400
+"""Fewer training pairs than this leave none to choose a checkpoint by."""
+FILE = "finetune.yaml"
+
+Choice = tuple[str, object, str]
+"""A setting, its value, and why."""
+
+
+def begin(words: Sequence[str]) -> list[str]:
+    """Prepare the dataset that a command line begins with; return the command line of its run.
+
+    Raises `ConfigError` for words that are no pairs and database, and what `prepare` raises.
+    """
+    count = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    given, flags = list(words[:count]), list(words[count:])
+    databases = [word for word in given if _is_database(word)]
+    pairs = [word for word in given if word not in databases]
+    if len(pairs) != 1 or len(databases) > 1:
+        raise ConfigError(
+            f"{' '.join(given)}: give one file of pairs, and the database that they are about, as "
+            "in `ray-sql finetune pairs.csv shop.db`"
+        )
+    own = ["--pairs", pairs[0], *(["--url", databases[0]] if databases else [])]
+    asked = load(PrepareConfig, [*own, *flags])
+    name = asked.output_name
+    if "output_name" not in asked.model_fields_set:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(pairs[0]).stem).strip("-._") or "run"
+    # a dry run needs the dataset, but leaves nothing in the place for runs
+    place = str(asked.cache / "dry_run") if asked.dry_run else asked.output_dir
+    changes = {"output_name": f"{name}-data", "output_dir": place, "dry_run": False}
+    record = prepare(asked.changed(changes), goes_on=True)
+    folder = absolute(place) / f"{name}-data"
+    choices = list(choose(record["counts"]["train"], name, folder))
+    for setting, value, why in choices:
+        print(f"chosen    {setting} {value}: {why}")
+    file = folder / FILE
+    write_local_text(file, as_yaml(choices))
+    print(f"          all of it is in {file}; flags win over it")
+    return ["--config", str(file), *flags]
+
+
+def _is_database(word: str) -> bool:
+    return "://" in word or word.lower().endswith(SUFFIXES) or _holds_databases(Path(word))
+
+
+def _holds_databases(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return any(path.suffix.lower() in SUFFIXES for path in [*folder.iterdir(), *folder.glob("*/*")])
+
+
+def choose(pairs: int, name: str, folder: Path) -> Iterator[Choice]:
+    """Yield the settings of a run on so many training pairs, each with its reason."""
+    epochs = next((epochs for fewer, epochs in EPOCHS if pairs < fewer), 1)
+    yield "model_name", MODEL, "small enough for one GPU; name a larger one for better answers"
+    yield "output_name", name, "after the pairs"
+    yield "task_type", "sql", "pairs of questions and SQL"
+    yield "dataset_id", str(folder), "made of the pairs"
+    yield "num_epochs", epochs, f"{pairs} training pairs: fewer pairs want more passes"
+    yield "learning_rate", 2e-4, "short trainings want more than the default"
+    if pairs < FEW:
+        few = f"{pairs} training pairs are too few to choose a checkpoint by"
+        yield "data.validation_fraction", 0, few
+        yield "evaluate.select_examples", 0, "the last checkpoint is kept"
+    yield "rows.examples_per_row", "auto", "questions on one database share its schema"
+
+
+def as_yaml(choices: Sequence[Choice]) -> str:
+    """Return settings as a file that --config reads, each reason as a comment."""
+    lines = ["# Chosen by `ray-sql finetune` for this dataset."]
+    for setting, value, why in choices:
+        written = yaml.safe_dump({setting: value}, width=1_000_000, allow_unicode=True).strip()
+        lines.append(f"{written}  # {why}")
+    return "\n".join(lines) + "\n"

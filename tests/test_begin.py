@@ -1,0 +1,72 @@
+"""One line to begin: pairs and a database become a dataset, and a run with settings to fit."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_sql.cli import main
+from ray_sql.config import Config, load
+from ray_sql.errors import ConfigError
+from ray_sql.finetune.begin import as_yaml, begin, choose
+from tests.conftest import QUESTIONS
+from tests.test_field_data import make_shop
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with a spreadsheet and a database, in which people work."""
+    make_shop(tmp_path / "shop.db")
+    with (tmp_path / "my pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "sql"), *QUESTIONS])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_pairs_and_a_database_become_settings_of_a_run(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = begin(["my pairs.csv", "shop.db", "--lora.r", "8", "--num_epochs", "2"])
+    config = load(Config, words)
+    assert config.output_name == "my-pairs"
+    assert config.dataset_id == str(place / "out" / "my-pairs-data")
+    assert (config.num_epochs, config.lora.r, config.learning_rate) == (2, 8, 2e-4)
+    said = capsys.readouterr().out
+    assert "chosen    num_epochs 10: 7 training pairs" in said
+    assert "next " not in said
+    assert (place / "out" / "my-pairs-data" / "finetune.yaml").is_file()
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_no_run(
+    place: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["shop.db", "my pairs.csv", "--model_name", str(tiny_model), "--dry_run"]
+    words += ["--cache_dir", str(place / "cache"), "--scaling.num_workers", "0"]
+    main("finetune", [*words, "--tracking.enabled", "false"])
+    said = capsys.readouterr().out
+    assert "--- plan ---" in said and "chosen    data.validation_fraction 0" in said
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("pairs", [10, 100, 1_000, 100_000])
+def test_what_is_chosen_is_a_file_of_settings(pairs: int, tmp_path: Path) -> None:
+    choices = list(choose(pairs, "x", tmp_path))
+    file = tmp_path / "f.yaml"
+    file.write_text(as_yaml(choices))
+    config = load(Config, ["--config", str(file)])
+    assert all(config.setting(name) == value for name, value, _ in choices)
+    assert len(yaml.safe_load(file.read_text())) == len(choices)
+
+
+@pytest.mark.parametrize("words", [["shop.db"], ["a.csv", "b.csv"], ["a.csv", "a.db", "b.db"]])
+def test_other_words_are_refused(place: Path, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="give one file of pairs, and the database"):
+        begin(words)
+
+
+def test_a_database_beside_the_pairs_needs_no_name(place: Path) -> None:
+    assert load(Config, begin(["my pairs.csv", "--output_name", "named"])).output_name == "named"
+    assert (place / "out" / "named-data" / "databases" / "shop" / "shop.sqlite").is_file()

@@ -1,0 +1,240 @@
+"""Raw pairs and a database become a dataset's folder, which every other job reads as it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_sql import evaluate, finetune
+from ray_sql.cli import main
+from ray_sql.config import Config, EvaluateConfig, PrepareConfig, load
+from ray_sql.curate import prepare
+from ray_sql.errors import ConfigError, DataError, StoreError
+from tests.conftest import QUESTIONS
+from tests.test_field_data import make_shop
+
+BAD = [
+    ("How many clients?", "SELECT COUNT(*) FROM custmer", "no such table: custmer"),
+    ("First client?", "SELECT TOP 1 name FROM customer ORDER BY id", "syntax error"),
+    ("Which city?", "SELECT citty FROM customer", "no such column: citty"),
+    ("Curled?", "SELECT name FROM customer WHERE city = ‘Lisbon’", "no such column"),
+    ("Delete?", "DELETE FROM customer", "refused"),
+    ("Nothing?", "", "query is empty"),
+]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Return a spreadsheet's CSV beside a database: good pairs, many alike, and bad ones."""
+    make_shop(tmp_path / "shop.db")
+    numbered = [
+        (
+            f"How many products cost more than {n}?",
+            f"SELECT COUNT(*) FROM product WHERE price > {n}",
+        )
+        for n in range(10)
+    ]
+    rows = [*QUESTIONS, *numbered, *[(q, sql) for q, sql, _ in BAD], QUESTIONS[0]]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerows([("Question", "SQL"), *rows])
+    return tmp_path / "pairs.csv"
+
+
+def settings(pairs: Path, *more: str) -> PrepareConfig:
+    folders = [
+        "--output_dir",
+        str(pairs.parent / "out"),
+        "--cache_dir",
+        str(pairs.parent / "cache"),
+    ]
+    url = ["--url", str(pairs.parent / "shop.db")]
+    return load(PrepareConfig, ["--pairs", str(pairs), *url, *folders, *more])
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_good_pairs_are_kept_and_bad_ones_named(
+    pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = prepare(settings(pairs))
+    folder = pairs.parent / "out" / "dataset"
+    assert {path.name for path in folder.iterdir()} >= {
+        *("train.jsonl", "dev.jsonl", "databases", "rejected.jsonl", "audit.json"),
+        *("report.html", "dataset.json"),
+    }
+    counts = record["counts"]
+    assert counts["train"] + counts["dev"] == len(QUESTIONS) + 10
+    assert counts["rejected"] == len(BAD) + 1
+    rejected = {row.get("question", ""): row for row in lines(folder / "rejected.jsonl")}
+    for question, _, reason in BAD[:-1]:
+        assert reason in rejected[question]["reason"], question
+    assert rejected[BAD[0][0]]["fix"] == "SELECT COUNT(*) FROM customer"
+    assert rejected[BAD[1][0]]["fix"].endswith("LIMIT 1")
+    assert rejected[BAD[1][0]]["fix_how"] == "written for tsql"
+    assert rejected[BAD[3][0]]["fix_how"] == "quotes"
+    assert "is the same pair as" in rejected[QUESTIONS[0][0]]["reason"]
+    assert f"{pairs}, line 20" in rejected[BAD[0][0]]["place"]
+    said = capsys.readouterr().out
+    assert "columns: query ← SQL" in said or "question ← Question" in said
+    assert "--fix would take" in said and "next      ray-sql finetune" in said
+
+
+def test_near_duplicates_stay_on_one_side(pairs: Path) -> None:
+    prepare(settings(pairs, "--data.test_fraction", "0.4"))
+    folder = pairs.parent / "out" / "dataset"
+    sides = {
+        split: [row for row in lines(folder / f"{split}.jsonl") if "cost more" in row["question"]]
+        for split in ("train", "dev")
+    }
+    assert sorted(map(len, sides.values())) in ([0, 10], [0, 11])
+    assert lines(folder / "dev.jsonl")
+    audit = json.loads((folder / "audit.json").read_text())
+    assert "near_duplicate" not in audit["counts"]
+
+
+def test_fixes_are_taken_where_they_are_asked_for(pairs: Path) -> None:
+    record = prepare(settings(pairs, "--fix"))
+    folder = pairs.parent / "out" / "dataset"
+    assert record["counts"]["fixed"] == 4
+    assert record["counts"]["rejected"] == len(BAD) + 1 - 4
+    fixed = json.loads((folder / "audit.json").read_text())["fixed"]
+    assert {one["before"] for one in fixed} == {sql for _, sql, _ in BAD[:4]}
+
+
+def test_flagged_pairs_are_kept_or_rejected_as_asked(pairs: Path) -> None:
+    with pairs.open("a") as file:
+        file.write("Cheapest?;SELECT 1\n")
+    record = prepare(settings(pairs))
+    assert record["counts"]["flagged"] >= 1
+    again = prepare(settings(pairs, "--reject", "does_not_run,constant"))
+    assert again["counts"]["rejected"] > record["counts"]["rejected"]
+    with pytest.raises(ConfigError, match="--reject constnt: no such kind"):
+        prepare(settings(pairs, "--reject", "constnt"))
+
+
+def test_a_dry_run_writes_nothing(pairs: Path) -> None:
+    prepare(settings(pairs, "--dry_run"))
+    assert not (pairs.parent / "out").exists()
+
+
+def test_the_folder_is_its_own_or_is_left_alone(pairs: Path) -> None:
+    folder = pairs.parent / "out" / "dataset"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="exists, and is no dataset of ray-sql prepare"):
+        prepare(settings(pairs))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+
+    first = prepare(settings(pairs))
+    (folder / "descriptions.yaml").write_text("mine")
+    assert prepare(settings(pairs)) == first
+    assert (folder / "descriptions.yaml").read_text() == "mine"
+    other = pairs.rename(pairs.with_name("other.csv"))
+    with pytest.raises(StoreError, match="holds a dataset of other sources"):
+        prepare(settings(other))
+    assert prepare(settings(other, "--overwrite"))["counts"] == first["counts"]
+
+
+def test_a_folder_that_was_not_finished_is_refused_and_made_again(pairs: Path) -> None:
+    prepare(settings(pairs))
+    folder = pairs.parent / "out" / "dataset"
+    record = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(record | {"finished": False}))
+    predictions = pairs.parent / "p.sql"
+    predictions.write_text("SELECT 1\n")
+    words = ["--dataset_id", str(folder), "--predictions_file", str(predictions)]
+    with pytest.raises(DataError, match="was not written to its end"):
+        evaluate.run(load(EvaluateConfig, [*words, "--output_name", "x"]))
+    prepare(settings(pairs))
+    assert json.loads((folder / "dataset.json").read_text())["finished"]
+
+
+def test_the_other_jobs_read_the_folder(pairs: Path, make_config: Any, tmp_path: Path) -> None:
+    prepare(settings(pairs, "--data.test_fraction", "0.3"))
+    folder = pairs.parent / "out" / "dataset"
+    (pairs.parent / "shop.db").unlink()  # the folder has its own copy
+    gold = lines(folder / "dev.jsonl")
+    predictions = tmp_path / "gold.jsonl"
+    rows = [{"id": row["id"], "predicted": row["query"]} for row in gold]
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dataset_id", str(folder), "--predictions_file", str(predictions)]
+    words += ["--output_name", "gold", "--output_dir", str(tmp_path / "out")]
+    scores = evaluate.run(load(EvaluateConfig, words))["file"]["dev"]
+    assert scores["execution_accuracy"] == 1.0 and scores["n"] == len(gold) > 0
+
+    config: Config = make_config(dataset_id=str(folder), data={"validation_fraction": 0})
+    finetune.dry_run(config)
+
+
+def test_databases_in_a_folder_are_divided_whole(tmp_path: Path) -> None:
+    rows = []
+    for name in ("a", "b", "c", "d", "e"):
+        make_shop(tmp_path / "dbs" / f"{name}.sqlite3")
+        rows += [{"db_name": name, "nl": q, "output": sql} for q, sql in QUESTIONS]
+    rows.append({"db_name": "zzz", "nl": "Who?", "output": "SELECT 1"})
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps(rows))
+    words = ["--pairs", str(file), "--url", str(tmp_path / "dbs"), "--output_name", "many"]
+    words += ["--output_dir", str(tmp_path), "--data.test_fraction", "0.2"]
+    record = prepare(load(PrepareConfig, words))
+    assert record["divided"] == "by database"
+    assert (record["counts"]["train"], record["counts"]["dev"]) == (32, 8)
+    train, dev = (
+        {row["db_id"] for row in lines(tmp_path / "many" / f"{s}.jsonl")} for s in ("train", "dev")
+    )
+    assert not train & dev
+    (lost,) = lines(tmp_path / "many" / "rejected.jsonl")
+    assert lost["reason"].startswith("unknown database 'zzz'; there are a, b, c, d, e")
+
+
+def test_splits_that_are_there_stay_and_what_they_share_is_flagged(tmp_path: Path) -> None:
+    make_shop(tmp_path / "p" / "shop.sqlite")
+    for split, rows in (
+        ("train", QUESTIONS),
+        ("dev", [("Please, how many customers?", "SELECT 4")]),
+    ):
+        text = "".join(json.dumps({"question": q, "sql": sql}) + "\n" for q, sql in rows)
+        (tmp_path / "p" / f"{split}.jsonl").write_text(text)
+    words = ["--pairs", str(tmp_path / "p"), "--output_dir", str(tmp_path / "out")]
+    record = prepare(load(PrepareConfig, words))
+    assert record["divided"] == "as they came" and record["counts"]["dev"] == 1
+    audit = json.loads((tmp_path / "out" / "dataset" / "audit.json").read_text())
+    assert audit["counts"] == {"near_duplicate": 2, "constant": 1}
+
+
+def test_a_database_that_is_written_meanwhile_is_copied_whole(pairs: Path) -> None:
+    writer = sqlite3.connect(pairs.parent / "shop.db")
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("INSERT INTO customer VALUES (9, 'Eve', 'Faro')")
+    writer.commit()
+    prepare(settings(pairs))
+    writer.close()
+    copy = pairs.parent / "out" / "dataset" / "databases" / "shop" / "shop.sqlite"
+    connection = sqlite3.connect(copy)
+    assert connection.execute("SELECT name FROM customer WHERE id = 9").fetchall() == [("Eve",)]
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    connection.close()
+
+
+def test_one_line_for_what_cannot_be_used(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs.write_text("question,query\nWho?,SELECT nobody\n")
+    url = str(pairs.parent / "shop.db")
+    with pytest.raises(SystemExit):
+        main("prepare", [str(pairs), "--url", url, "--output_dir", str(pairs.parent / "out")])
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: --pairs {pairs}: none of 1 pair can be used: {pairs}, line 2: "
+    )
+    assert not (pairs.parent / "out").exists()
+    with pytest.raises(SystemExit):
+        main("prepare", [str(pairs), "--url", "none.db"])
+    assert capsys.readouterr().err.startswith("error: --url none.db: no such file or folder")
