@@ -7,6 +7,7 @@ import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
+from itertools import dropwhile
 from operator import attrgetter
 from pathlib import Path
 
@@ -91,7 +92,10 @@ def test_commands_in_the_pages_parse() -> None:
             del words[words.index("--config") : words.index("--config") + 2]
         if job == "demo":
             base = ["--config", str(ROOT / "ray_sql" / JOBS[job].defaults)]
-        if words and not words[0].startswith("-"):
+        if words and not words[0].startswith("-") and JOBS[job].begin:
+            base = ["--model_name", "m", "--output_name", "o", "--task_type", "sql"]
+            words = list(dropwhile(lambda word: not word.startswith("-"), words))
+        elif words and not words[0].startswith("-"):
             words = [f"--{JOBS[job].files}", *words]
         load(JOBS[job].settings, base + words)
 

@@ -21,8 +21,8 @@ class _CurationConfig(JobConfig):
     """Settings of jobs that execute gold queries without a model."""
 
     hashes: tuple[str, ...] = ()
-    """Name questions that are in public test sets, by these files of `ray-sql audit
-    --write_hashes`."""
+    """Name questions that are in public test sets, by these files of hashes. `ray-sql audit` makes
+    one (`write_hashes`)."""
     data: DataSection = DataSection()
     evaluate: AnswersSection = AnswersSection()
 

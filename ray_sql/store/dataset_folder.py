@@ -1,12 +1,12 @@
 """A curated dataset's folder: every file that `ray-sql prepare` writes, named in this one place.
 
-out/<output_name>/
-  train.jsonl dev.jsonl      pairs, each with what the audit says of it
-  databases/<db_id>/         copies of the SQLite files
-  descriptions.yaml          tables and columns in words, filled by hand
-  rejected.jsonl             pairs that are not used: place, reason, nearest fix
-  audit.json report.html     what was found, for programs and for people
-  dataset.json               sources, counts, fingerprint, settings; written last
+    out/<output_name>/
+      train.jsonl dev.jsonl      pairs, each with what the audit says of it
+      databases/<db_id>/         copies of the SQLite files
+      descriptions.yaml          tables and columns in words, filled by hand
+      rejected.jsonl             pairs that are not used: place, reason, nearest fix
+      audit.json report.html     what was found, for programs and for people
+      dataset.json               sources, counts, fingerprint, settings; written last
 
 A new file of a dataset is a name and a method here.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from ray_sql.config.files import read_json
 from ray_sql.database.pool import sqlite_uri
 from ray_sql.errors import DamagedFile, DataError, StoreError
-from ray_sql.store.storage import write_atomically, write_local_text
+from ray_sql.store.storage import write_atomically
 
 MADE_BY = "ray-sql prepare"
 _DATASET = "dataset.json"
@@ -136,7 +136,8 @@ class DatasetFolder:
             raise DataError(f"{source}: cannot be copied ({error}); give a whole file") from None
 
     def _write(self, file: Path, text: str) -> None:
-        write_local_text(file, text)
+        with write_atomically(file) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def server_of(folder: Path) -> str | None:
