@@ -47,7 +47,7 @@ from ray_sql.serve.prompter import Prompter
 from ray_sql.serve.recipe import find
 from ray_sql.store.run_folder import RunFolder
 from tests.planted import half_the_rank, over_another_base, over_other_bits, weakened
-from tests.serving import make_engine, serving
+from tests.serving import make_engine, serving, settings
 from tests.waiting import wait_until
 
 Making = contextlib.AbstractContextManager[Engine]
@@ -82,16 +82,16 @@ class Bench:
         self, url: str, questions: int | None = None, model: str | None = None
     ) -> dict[str, Any]:
         """Return what `verify` says of an address."""
-        settings: dict[str, Any] = {
+        given: dict[str, Any] = {
             **named(self.run),
             "questions": questions or self.questions,
             "evaluate.url": url,
         }
         if model:
-            settings["evaluate.served_model"] = model
+            given["evaluate.served_model"] = model
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            verify.run(load(VerifyConfig, [], **settings))
+            verify.run(load(VerifyConfig, [], **given))
         found: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])
         return found
 
@@ -239,7 +239,7 @@ def clean_verdicts(bench: Bench, runs: int) -> list[dict[str, Any]]:
 
 def by_transformers(bench: Bench, python: str) -> dict[str, dict[str, Any]]:
     """Return what is said of `transformers serve` over the merged model, and over its base."""
-    found = find(load(VerifyConfig, [], **named(bench.run)))
+    found = find(settings(bench.run))
     prompter = Prompter(found, {})
     plain = found.config.quantization.model_copy(update={"load_in_4bit": False})
     verdicts = {}
