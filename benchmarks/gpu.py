@@ -416,7 +416,7 @@ class Bench:
         from trl import SFTConfig, SFTTrainer
 
         dtype = models.compute_dtype(self._config.train.bf16)
-        ours = trainer.arguments(self._config, Path(self._scratch.name), 1)
+        ours = trainer.arguments(self._config, Path(self._scratch.name), 1, dtype == torch.bfloat16)
         args = SFTConfig(
             output_dir=self._scratch.name,
             per_device_train_batch_size=1,

@@ -18,6 +18,7 @@ from ray_sql import publish
 from ray_sql.config import Config, EvaluateConfig, load
 from ray_sql.errors import RaySqlError
 from ray_sql.evaluate.models import check_adapter
+from ray_sql.models import load_tokenizer
 from ray_sql.publish import bundle, hub
 from ray_sql.publish.card import card
 from ray_sql.store.storage import sha256
@@ -129,7 +130,7 @@ def test_ranks_that_no_weight_has_take_no_memory(
     edit(adapter / "adapter_config.json", **ranks)
     config = Config(**json.loads((run_dir / "config.json").read_text()))
     with pytest.raises(RaySqlError, match=rf"{adapter}/adapter_config.json: .*which no weight has"):
-        check_adapter(str(adapter), config, str(tiny_model), None)
+        check_adapter(str(adapter), config, load_tokenizer(str(tiny_model)), None)
 
 
 @pytest.mark.kind(KIND)
@@ -139,7 +140,7 @@ def test_other_weights_are_not_measured(run_dir: Path, tiny_model: Path, damage:
     DAMAGES[damage](adapter / WEIGHTS)
     config = Config(**json.loads((run_dir / "config.json").read_text()))
     with pytest.raises(RaySqlError, match=f"{adapter / WEIGHTS}: .*; (restore it|give)"):
-        check_adapter(str(adapter), config, str(tiny_model), None)
+        check_adapter(str(adapter), config, load_tokenizer(str(tiny_model)), None)
 
 
 def test_a_copy_of_links_as_the_hubs_cache_keeps_it_is_measured(
@@ -149,7 +150,7 @@ def test_a_copy_of_links_as_the_hubs_cache_keeps_it_is_measured(
     for file in list(adapter.iterdir()):
         link(file) if file.name == WEIGHTS else None
     config = Config(**json.loads((run_dir / "config.json").read_text()))
-    check_adapter(str(adapter), config, str(tiny_model), None)
+    check_adapter(str(adapter), config, load_tokenizer(str(tiny_model)), None)
 
 
 @pytest.mark.kind(KIND)

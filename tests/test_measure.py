@@ -283,18 +283,18 @@ def test_an_adapter_of_another_contract_is_refused(
 ) -> None:
     adapter, config = str(tmp_path / "run" / "adapter"), make_config()
     with pytest.raises(ContractError, match=r"holds no contract.json; give the adapter folder"):
-        check_adapter(adapter, config, str(tiny_model), None)
+        check_adapter(adapter, config, load_tokenizer(str(tiny_model)), None)
     trained = make_contract(make_config(), load_tokenizer(str(tiny_model)), None)
     storage.write_text(f"{adapter}/contract.json", json.dumps(trained))
     lora = {"r": 1, "lora_alpha": 1, "use_dora": False, "use_rslora": False, "target_modules": []}
     storage.write_text(f"{adapter}/adapter_config.json", json.dumps(lora))
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors: is missing"):
-        check_adapter(adapter, config, str(tiny_model), None)
+        check_adapter(adapter, config, load_tokenizer(str(tiny_model)), None)
     save_file({"lora_A": torch.zeros(1)}, f"{adapter}/adapter_model.safetensors")
-    check_adapter(adapter, config, str(tiny_model), None)
+    check_adapter(adapter, config, load_tokenizer(str(tiny_model)), None)
     other = make_model(tmp_path / "other")
     tokenizer = load_tokenizer(str(other))
     tokenizer.add_tokens(["SELECT DISTINCT"])
     tokenizer.save_pretrained(other)
     with pytest.raises(ContractError, match="trained with tokenizer_hash"):
-        check_adapter(adapter, config, str(other), None)
+        check_adapter(adapter, config, load_tokenizer(str(other)), None)

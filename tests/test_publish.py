@@ -32,6 +32,7 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, StoreError
 from ray_sql.evaluate import results
 from ray_sql.evaluate.models import check_adapter
+from ray_sql.models import load_tokenizer
 from ray_sql.publish import background, bundle, hub
 from ray_sql.publish.card import on_hub
 from ray_sql.store import retry
@@ -242,7 +243,8 @@ def test_the_published_settings_and_contract_fit_each_other(
     ]
     config = load(EvaluateConfig, given)
     assert config.model_name == "tests/tiny"
-    check_adapter(str(folder), config, str(tiny_model), None)  # raises where they differ
+    tokenizer = load_tokenizer(str(tiny_model))
+    check_adapter(str(folder), config, tokenizer, None)  # raises where they differ
 
 
 def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(

@@ -408,7 +408,8 @@ def test_a_study_that_was_cut_off_before_its_first_trial_goes_on(
     make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = one(make_config)
-    monkeypatch.setattr(cluster, "start_ray", lambda: None)
+    for start in ("start_ray", "start_ray_in_background"):
+        monkeypatch.setattr(cluster, start, lambda: None)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt

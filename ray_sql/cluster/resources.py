@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_sql.cluster import ray_internals
+from ray_sql.cluster.device import count_gpus
 from ray_sql.cluster.start import address, joins, start_ray
 from ray_sql.config.sections import ScalingSection
 from ray_sql.errors import ConfigError
@@ -109,9 +110,7 @@ def cluster_nodes() -> list[dict[str, float]]:
     import ray
 
     if not joins():
-        import torch
-
-        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(count_gpus())}]
     start_ray()
     alive: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = list(alive)

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ray_sql.cluster import ray_internals
 from ray_sql.errors import ConfigError
@@ -107,6 +107,9 @@ def leave_ray() -> None:
     processes end with the thread that started them, which is gone by then. Tune would wait a minute
     to take its registrations back.
     """
+    if _STARTING:  # of a run that ended before it needed Ray
+        wait(_STARTING)
+        _STARTING.clear()
     if _OURS.is_set():
         import ray
 

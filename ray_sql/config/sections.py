@@ -197,7 +197,8 @@ class PrecisionSection(Section):
     """Choose the precision of the computation."""
 
     bf16: bool | None = None
-    """Compute in bfloat16. By default where the hardware has units for it."""
+    """Compute in bfloat16, or not. By default a GPU that has it does, and a CPU that is timed to be
+    faster so. A run goes on as it began."""
 
 
 class TrainSection(PrecisionSection):

@@ -123,8 +123,9 @@ def _ask(config: Config, adapter: str, corpus: Corpus, display: Display) -> list
     contract = AdapterFolder(adapter).read_contract()
     pinned = models.revision_of(contract, linker.model_name)
     folder, revision = models.resolve(linker.model_name, linker.cache, linker.read_token, pinned)
-    check_adapter(adapter, linker, folder, revision)
-    questions = scored_questions(corpus, models.load_tokenizer(folder), linker, AskedLinks())
+    tokenizer = models.load_tokenizer(folder)
+    check_adapter(adapter, linker, tokenizer, revision)
+    questions = scored_questions(corpus, tokenizer, linker, AskedLinks())
     display.line(f"links     the linker {adapter} is asked {len(questions)} questions first")
     progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
     evaluation = evaluate_models(

@@ -26,7 +26,7 @@ from ray_sql.generate import Answer, AnswerCache, Question
 from ray_sql.metrics.judged import Evaluation, JudgedRow
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
-from ray_sql.store.run_folder import AdapterFolder
+from ray_sql.store.run_folder import AdapterFolder, RunFolder
 from ray_sql.store.weights import require_whole
 from ray_sql.tasks import TASKS, Task
 
@@ -174,7 +174,9 @@ def evaluate_endpoint(
     return scoring.score(questions, answers, task, settings, schemas, executing)
 
 
-def check_adapter(adapter: str, config: Config, model_folder: str, revision: str | None) -> None:
+def check_adapter(
+    adapter: str, config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | None
+) -> None:
     """Raise `ContractError` unless an adapter was trained for this prompt, tokenizer and base.
 
     Raises `ModelError` if its weights are not those that its contract names.
@@ -184,7 +186,7 @@ def check_adapter(adapter: str, config: Config, model_folder: str, revision: str
         raise ContractError(
             f"--adapter {adapter}: holds no contract.json; give the adapter folder of a ray_sql run"
         )
-    current = make_contract(config, models.load_tokenizer(model_folder), revision)
+    current = make_contract(config, tokenizer, revision)
     check_contract(saved, current, adapter)
     require_whole(AdapterFolder(adapter))
 
@@ -208,7 +210,7 @@ def _answer_cache(
         adapter_digest(adapter) if adapter else None,
         [
             config.quantization.model_dump(),
-            str(models.compute_dtype(config.train.bf16)),
+            _compute_type(config.train.bf16, config.run_dir, model_folder, config.cache),
             config.scaling.use_gpu,
             config.eval_batch_size,
         ],
@@ -219,6 +221,13 @@ def _answer_cache(
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     return AnswerCache(config.cache / "answers" / f"{key}.jsonl")
+
+
+def _compute_type(bf16: bool | None, run_dir: str, model_folder: str, cache: Path) -> str:
+    """Return the type that a model answers in, as far as this machine is like its workers."""
+    if bf16 is None:
+        bf16 = RunFolder(run_dir).read_bf16()
+    return str(models.compute_dtype(bf16, model_folder, cache))
 
 
 def adapter_digest(adapter: str) -> str:

@@ -106,14 +106,14 @@ def _evaluate_models(
         contract = AdapterFolder(adapter).read_contract()
     pinned = models.revision_of(contract, config.model_name)
     folder, revision = models.resolve(config.model_name, config.cache, config.read_token, pinned)
+    tokenizer = models.load_tokenizer(folder)
     if adapter:
-        check_adapter(adapter, config, folder, revision)
+        check_adapter(adapter, config, tokenizer, revision)
     links = asked_links(config, corpus, display)
-    questions = scored_questions(corpus, models.load_tokenizer(folder), config, links)
+    questions = scored_questions(corpus, tokenizer, config, links)
     generate.check_window(folder, questions, config.evaluate.max_new_tokens)
     schemas = corpus.judged_schemas(TASKS[config.task_type])
     if config.evaluate.backend == "openai":
-        tokenizer = models.load_tokenizer(folder)
         conversations = scored_conversations(corpus, tokenizer, config, links)
         task = TASKS[config.task_type]
         rows = evaluate_endpoint(config.evaluate, questions, conversations, schemas, task, display)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ray_sql import data, rows
+from ray_sql import cluster, data, models, rows
 from ray_sql.config import AUTO_EXAMPLES_PER_ROW
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.metrics import mcnemar, wilson_interval
@@ -78,6 +78,7 @@ def _training(prepared: Prepared) -> Iterator[str]:
     )
     if scaling.elastic:
         made_of = f"with {scaling.min_workers} to {scaling.max_workers} workers alike"
+    yield from _compute_type(prepared)
     saved = f"every {config.save_steps}" if prepared.steps > config.save_steps else "at the end"
     yield (
         f"training  {prepared.steps} steps of {config.batching.global_batch_size} examples "
@@ -93,6 +94,24 @@ def _training(prepared: Prepared) -> Iterator[str]:
             f"          measured on validation questions every {config.eval_every} steps and at "
             "the end, to keep the best"
         )
+
+
+def _compute_type(prepared: Prepared) -> Iterator[str]:
+    """Yield the type that this machine's CPU will compute in, and by how much it is the faster.
+
+    Workers on GPUs and on other machines choose when they start.
+    """
+    config = prepared.config
+    given = config.train.bf16
+    if given is None and not config.overwrite:
+        given = RunFolder(config.run_dir).read_bf16()
+    if given is None and not (cluster.address() or cluster.on_gpu(config.scaling)):
+        yield f"compute   {models.cpu_speed(prepared.model_folder, config.cache).line()}"
+    elif given is not None:
+        why = "as this run began"
+        if config.train.bf16 is not None:
+            why = f"as --train.bf16 {str(given).lower()} says"
+        yield f"compute   {('float32', 'bfloat16')[given]}, {why}"
 
 
 def _sharing(prepared: Prepared) -> Iterator[str]:

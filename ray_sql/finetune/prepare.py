@@ -39,6 +39,17 @@ TRAINED_ON = ("train", "validation")
 
 
 @dataclass(frozen=True)
+class Found:
+    """The data, the base model and its tokenizer, before they are read through."""
+
+    corpus: Corpus
+    model_folder: str
+    revision: str | None
+    """The revision of a model of the Hub."""
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run before it starts.
 
@@ -108,16 +119,14 @@ class Prepared:
         return rows.Encoder(self.tokenizer, task, self.config.prompt, self.corpus.schemas)
 
 
-def prepare(config: Config, progress: Progress | None = None) -> Prepared:
-    """Load and check all that `config` names.
+def find(config: Config) -> Found:
+    """Load the data and the tokenizer, and fetch the model, that `config` names.
 
-    Raises a `RaySqlError` for whatever the user can fix, before anything is written outside of the
-    cache.
+    Raises a `RaySqlError` where one is missing, which is known after a second or two.
     """
     corpus = data.load(config)
-    executes = TASKS[config.task_type].executes_sql
-    if executes and corpus.databases:
-        _require_databases(corpus, config)
+    if TASKS[config.task_type].executes_sql and corpus.databases:
+        _require_databases(corpus, config.split, config.evaluate.select_examples)
     begun = None if config.overwrite else RunFolder(config.run_dir).read_contract()
     folder, revision = models.resolve(
         config.model_name,
@@ -125,7 +134,20 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         config.read_token,
         models.revision_of(begun, config.model_name),
     )
-    tokenizer = models.load_tokenizer(folder)
+    return Found(corpus, folder, revision, models.load_tokenizer(folder))
+
+
+def prepare(
+    config: Config, progress: Progress | None = None, found: Found | None = None
+) -> Prepared:
+    """Load and check all that `config` names, from what was `found` if it was looked for before.
+
+    Raises a `RaySqlError` for whatever the user can fix, before anything is written outside of the
+    cache.
+    """
+    found = found or find(config)
+    corpus, folder, tokenizer = found.corpus, found.model_folder, found.tokenizer
+    executes = TASKS[config.task_type].executes_sql
     encoder = rows.Encoder(tokenizer, TASKS[config.task_type], config.prompt, corpus.schemas)
     failing = gold.failing(corpus, config.evaluate, config.cache, progress)
     if executes:
@@ -140,7 +162,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
         "an example has {tokens}: lower --rows.max_length and choose --rows.too_long",
     )
     models.check_vocabulary(folder, rows.largest_token(file))
-    contract = make_contract(config, tokenizer, revision)
+    contract = make_contract(config, tokenizer, found.revision)
     left_out = [*corpus.left_out, *left_out, *_unlinkable(train, audit)]
     return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing, left_out)
 
@@ -180,20 +202,21 @@ def write_inputs(prepared: Prepared) -> None:
         folder.write_left_out(map(asdict, prepared.left_out))
 
 
-def _require_databases(corpus: Corpus, config: Config) -> None:
+def _require_databases(corpus: Corpus, splits: Sequence[str], validated: int) -> None:
     """Raise for scored questions whose database is missing among others, or hidden by a password.
 
+    `validated` is the number of validation questions, which the workers ask.
     A corpus without any database is no error: it can be trained on, and its scores say that nothing
     was executed.
     """
     places = corpus.databases.values()
-    if config.evaluate.select_examples and any(strip_password(place) != place for place in places):
+    if validated and any(strip_password(place) != place for place in places):
         raise ConfigError(
             "--data.databases: the workers execute validation SQL, but a password is written into "
             "no file they read: leave it out of the URL and give it as PGPASSWORD in the "
             "environment, or in ~/.pgpass"
         )
-    for split in config.split:
+    for split in splits:
         for example in corpus.splits[split]:
             if example.db_id not in corpus.databases and not example.schema_text:
                 raise DataError(

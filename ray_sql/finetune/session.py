@@ -3,7 +3,7 @@
     with Session(config, display, clock) as session:
         ...  # session.prepared, session.questions, session.folder, session.record
 
-Entering checks whatever would fail later, reads the data, starts Ray, shows the plan, lays out the
+Entering checks whatever would fail later, starts Ray, reads the data, shows the plan, lays out the
 folder and begins the MLflow run. Leaving ends the MLflow run with the status that fits. A sweep
 overrides the steps in which it differs (`tune/session.py`).
 """
@@ -24,7 +24,7 @@ from ray_sql.display import Display
 from ray_sql.errors import DamagedFile, StoreError, TakenOver
 from ray_sql.finetune import plan
 from ray_sql.finetune.earlier import require_same_data
-from ray_sql.finetune.prepare import Prepared, prepare, write_inputs
+from ray_sql.finetune.prepare import Prepared, find, prepare, write_inputs
 from ray_sql.generate import Question
 from ray_sql.report.progress import StartupClock
 from ray_sql.store.run_folder import RunFolder
@@ -54,15 +54,19 @@ class Session:
             tracking.require_store(config.tracking)
             self.clock.mark("MLflow")
         self.display.starting("data and tokenizer")
-        self.prepared = prepare(config, self.display.counter("reading data"))
+        found = find(config)
+        self.clock.mark("data and tokenizer")
+        self.begin_ray()
+        self.display.starting("rows")
+        self.prepared = prepare(config, self.display.counter("reading data"), found)
         self.display.end("reading data")
         require_same_data(self.prepared.corpus, config)
         self.check()
         self.questions = self.prepared.questions(self.display)
-        self.start_ray()
+        self.see_cluster()
         for line in self.plan():
             self.display.line(line)
-        self.clock.mark("data")
+        self.clock.mark("rows and plan")
         if config.overwrite:
             self.remove_earlier()
         self.lay_out()
@@ -90,10 +94,13 @@ class Session:
         """Raise for settings that do not fit the data, before anything is written."""
         require_start(self.prepared)
 
-    def start_ray(self) -> None:
-        """Start or join Ray, beside whatever comes next."""
+    def begin_ray(self) -> None:
+        """Start or join Ray, whose processes start beside whatever comes next."""
         if self.config.scaling.num_workers:
             cluster.start_ray_in_background()
+
+    def see_cluster(self) -> None:
+        """Raise where the cluster is too small, if that must be known before a worker starts."""
 
     def plan(self) -> Iterable[str]:
         """Return the lines that tell people what will be done."""

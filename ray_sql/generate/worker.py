@@ -14,6 +14,7 @@ from ray_sql.generate.answer_cache import AnswerCache
 from ray_sql.generate.name_guard import guards
 from ray_sql.generate.questions import Answer, parse
 from ray_sql.store import storage
+from ray_sql.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,22 @@ if TYPE_CHECKING:
 def load_model(
     folder: str, config: Config, device: torch.device | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model that the driver has in `folder` on a worker's device, and a tokenizer."""
-    place = models.on_this_node(folder, config.model_name, config.cache, config.read_token)
-    base = models.load_base(place, config.quantization, config.train.bf16, device)
-    return base, models.load_tokenizer(place)
+    """Load the base model that the driver has in `folder` on a worker's device, and a tokenizer.
+
+    All ranks load it in one type. That is set, or what the run began in, or what rank 0 is faster
+    in. An error of any rank is raised on all.
+    """
+    place = agreed(
+        lambda: models.on_this_node(folder, config.model_name, config.cache, config.read_token)
+    )
+    given = config.train.bf16
+    if given is None:
+        given = RunFolder(config.run_dir).read_bf16()
+    on_gpu = cluster.on_gpu(config.scaling)
+    dtype = agreed(lambda: models.compute_dtype(given, place, config.cache, on_gpu))
+    bf16 = str(gather_all(dtype)[0]) == "torch.bfloat16"
+    base = agreed(lambda: models.load_base(place, config.quantization, bf16, device, config.cache))
+    return base, agreed(lambda: models.load_tokenizer(place))
 
 
 def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
@@ -52,7 +65,7 @@ def answer_loop_per_worker(job: AnswerJob, driver: DriverLink) -> AnswerOutcome:
         if job.adapter and "tuned" in job.models:
             adapter = storage.fetch(job.adapter, Path(scratch))
         device = cluster.claim_device(config.scaling)
-        model, tokenizer = agreed(lambda: load_model(job.model_folder, config, device))
+        model, tokenizer = load_model(job.model_folder, config, device)
         # the base comes first: its layers are changed in place by the adapter's
         for name in job.models:
             # all ranks must agree on the rest; a dead worker's answers may be in the file alone

@@ -9,6 +9,7 @@ from ray_sql.models.load import (
     check_vocabulary,
     check_window,
     compute_dtype,
+    cpu_speed,
     fetch_adapter,
     load_adapter,
     load_base,
@@ -18,4 +19,4 @@ from ray_sql.models.load import (
     resolve,
     revision_of,
 )
-from ray_sql.models.logs import quiet
+from ray_sql.models.logs import import_bitsandbytes, quiet

@@ -19,8 +19,9 @@ from ray_sql.config.files import read_json
 from ray_sql.config.sections import QuantizationSection
 from ray_sql.errors import ModelError, RaySqlError, out_of_memory
 from ray_sql.models.demo import demo_folder, demo_model
-from ray_sql.models.logs import quiet
+from ray_sql.models.logs import import_bitsandbytes, quiet
 from ray_sql.models.patterns import check_patterns
+from ray_sql.models.speed import Speed, measure_speed
 
 if TYPE_CHECKING:
     import torch
@@ -28,28 +29,38 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 2_000
 """Layers of a model. Each is laid out before its weights are looked for."""
+SMALL_LAYER = (576, 1536)
+"""Widths of SmolLM2-135M, outside and inside of a layer, where no model is named."""
 SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """The files of a Hub repository that make a model."""
 
 
-def compute_dtype(bf16: bool | None) -> torch.dtype:
-    """Return bfloat16 or float32, as `train.bf16` says; by default what the hardware is fast at."""
+def compute_dtype(
+    bf16: bool | None, folder: str | None = None, cache: Path | None = None, gpu: bool | None = None
+) -> torch.dtype:
+    """Return bfloat16 or float32, as `train.bf16` says; by default what the hardware is fast at.
+
+    A GPU is asked; `gpu` tells whether it computes, by default where there is one. A CPU is timed
+    at the products of the model in `folder`, once for a `cache`.
+    """
     import torch
 
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    if bf16 is None and gpu:
+        bf16 = bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if bf16 is None:
-        bf16 = _multiplies_bfloat16()
+        bf16 = cpu_speed(folder, cache).prefers_bfloat16
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _multiplies_bfloat16() -> bool:
-    """Tell whether this machine has units for bfloat16."""
-    import torch
-
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # getattr: these probes are private to torch and have moved between releases
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+def cpu_speed(folder: str | None, cache: Path | None = None) -> Speed:
+    """Return the speeds of this machine's CPU at the products of a layer of the model."""
+    hidden, inner = SMALL_LAYER
+    if folder is not None:
+        shape = read_shape(folder)
+        hidden = getattr(shape, "hidden_size", None) or hidden
+        inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    return measure_speed([(hidden, hidden), (hidden, inner), (inner, hidden)], cache)
 
 
 def resolve(
@@ -242,20 +253,31 @@ def load_base(
     quantization: QuantizationSection,
     bf16: bool | None = None,
     device: str | torch.device | None = "cpu",
+    cache: Path | None = None,
 ) -> PreTrainedModel:
     """Return the frozen base model on one device, in the type of `compute_dtype`.
 
     `quantization` has the words of BitsAndBytesConfig. A 4-bit model on a CPU has its weights
-    expanded. Raises `ModelError` if the folder cannot be loaded.
+    expanded, and is kept in 4 bits under `cache`, where there is one. Raises `ModelError` if the
+    folder cannot be loaded.
     """
     quiet()
+    import_bitsandbytes()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from ray_sql.models import cpu_linear  # it loads torch, which a driver does without
+    # they load torch, which a driver does without
+    from ray_sql.models import cpu_linear, quantised
 
     read_shape(folder)
-    dtype = compute_dtype(bf16)
+    dtype = compute_dtype(bf16, folder)
     given: dict[str, Any] = {}
+    place = None
+    if quantization.load_in_4bit and cache is not None and str(device) == "cpu":
+        place = quantised.place_of(folder, quantization, dtype, cache)
+        kept = quantised.read(place, folder, dtype)
+        if kept is not None:
+            cpu_linear.dequantise_once(kept, dtype)
+            return kept
     if quantization.load_in_4bit:
         given["quantization_config"] = BitsAndBytesConfig(
             **quantization.model_dump(), bnb_4bit_compute_dtype=dtype
@@ -274,6 +296,8 @@ def load_base(
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
         _check_ends(model)
+    if place is not None:
+        quantised.keep(model, place, dtype)
     if quantization.load_in_4bit and model.device.type == "cpu":
         cpu_linear.dequantise_once(model, dtype)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ray_sql import models
 from ray_sql.config import Config
 
@@ -20,7 +22,7 @@ def memory_estimate(
     hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
     inner = getattr(shape, "intermediate_size", None) or 4 * hidden
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
-    itemsize = _itemsize(config.train.bf16, gpu)
+    itemsize = _itemsize(config.train.bf16, gpu, model_folder, config.cache)
     weights = linear * _bytes_per_weight(config.quantization.load_in_4bit, gpu, itemsize)
     weights += 2 * itemsize * vocabulary * hidden
     checkpointed = config.train.gradient_checkpointing
@@ -52,13 +54,13 @@ def _bytes_per_weight(load_in_4bit: bool, gpu: bool, itemsize: int) -> float:
     return stored + 2 * itemsize
 
 
-def _itemsize(bf16: bool | None, gpu: bool) -> int:
+def _itemsize(bf16: bool | None, gpu: bool, model_folder: str, cache: Path) -> int:
     """Return the bytes of a number of the type that is computed with."""
     import torch
 
     if gpu and bf16 is None and not torch.cuda.is_available():
         return 2  # a head without a GPU cannot ask its workers' GPUs: all sold today have bfloat16
-    return int(models.compute_dtype(bf16).itemsize)
+    return int(models.compute_dtype(bf16, model_folder, cache, gpu).itemsize)
 
 
 def adapter_weights(r: int, model_folder: str) -> int:

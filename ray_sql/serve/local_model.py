@@ -30,9 +30,10 @@ class LocalModel:
 
     def __init__(self, prompter: Prompter, schema_bytes: int = SCHEMA_BYTES) -> None:
         self._prompter, config = prompter, prompter.config
-        base = models.load_base(
-            prompter.model_folder, config.quantization, config.train.bf16, _device(config.scaling)
-        )
+        device, folder, cache = _device(config.scaling), prompter.model_folder, config.cache
+        dtype = models.compute_dtype(config.train.bf16, folder, cache, device.type == "cuda")
+        bf16 = str(dtype) == "torch.bfloat16"
+        base = models.load_base(folder, config.quantization, bf16, device, cache)
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
             adapter = storage.fetch(prompter.adapter.uri, Path(scratch))
             model = models.load_adapter(base, adapter)

@@ -52,8 +52,8 @@ class Prompter:
         self.model_folder, revision = models.resolve(
             config.model_name, config.cache, config.read_token, pinned
         )
-        check_adapter(self.adapter.uri, config, self.model_folder, revision)
         self.tokenizer = models.load_tokenizer(self.model_folder)
+        check_adapter(self.adapter.uri, config, self.tokenizer, revision)
         self.take(databases)
 
     def take(self, databases: Mapping[str, Database]) -> None:

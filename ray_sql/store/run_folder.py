@@ -66,6 +66,7 @@ _FINISHED = f"{_INPUTS}/finished"
 _START = f"{_INPUTS}/start"
 _DRIVER = f"{_INPUTS}/driver"
 _HALVINGS = f"{_INPUTS}/halvings"
+_COMPUTE_TYPE = f"{_INPUTS}/compute_type"
 _MLFLOW_RUN = "run.json"
 _TRIALS = "trials"
 _TRIAL_MEASURES = "measured.json"
@@ -262,6 +263,8 @@ class RunFolder(_Folder):
             storage.fetch_file(self.place(CONTRACT), local / CONTRACT)
         contract = AdapterFolder(str(local)).read_contract() or {}
         contract["weights_sha256"] = storage.sha256(local / ADAPTER_WEIGHTS)
+        if kind := storage.read_text(self.place(_COMPUTE_TYPE)):
+            contract["compute_type"] = kind
         (local / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n")
         storage.put(local, self.adapter.uri)
 
@@ -356,6 +359,15 @@ class RunFolder(_Folder):
     def write_halvings(self, halvings: int) -> None:
         """Keep how often the run halved its forward passes. The adapter does not depend on it."""
         storage.write_text(self.place(_HALVINGS), str(halvings))
+
+    def read_bf16(self) -> bool | None:
+        """Return whether the run began in bfloat16; None before its first worker had a model."""
+        kind = storage.read_text(self.place(_COMPUTE_TYPE))
+        return None if kind is None else kind.strip() == "bfloat16"
+
+    def write_compute_type(self, kind: str) -> None:
+        """Keep the type that the run computes in, `float32` or `bfloat16`, wherever it goes on."""
+        storage.write_text(self.place(_COMPUTE_TYPE), kind)
 
     def read_mlflow_run_id(self) -> str | None:
         """Return the MLflow run that an earlier attempt began."""

@@ -81,6 +81,7 @@ class Contract(TypedDict):
     packages: dict[str, str]
     thinking: NotRequired[str]
     weights_sha256: NotRequired[str]
+    compute_type: NotRequired[str]
 
 
 @with_config(OPEN)

@@ -36,6 +36,7 @@ def train_loop_per_worker(job: TrainJob, driver: DriverLink) -> TrainOutcome:
     """Train on this worker; all ranks return the same outcome."""
     entered = time.time()
     models.quiet()  # before the training stack imports bitsandbytes, which writes a note
+    models.import_bitsandbytes()
     # here: it loads the whole training stack, which the driver can do without
     from ray_sql.train import loop
 

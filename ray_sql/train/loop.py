@@ -49,7 +49,9 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
         tell(Note(f"training with {world_size()} of {bounds} workers"))
     tell(StageEnded("imports of the training stack"))
     device = cluster.claim_device(config.scaling)
-    base, tokenizer = agreed(lambda: generate.load_model(job.model_folder, config, device))
+    base, tokenizer = generate.load_model(job.model_folder, config, device)
+    if rank() == 0:
+        folder.write_compute_type(str(base.dtype).removeprefix("torch."))
     tell(StageEnded("model"))
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as temporary:
         scratch = Path(temporary)

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import safe_globals
 from trl import SFTConfig, SFTTrainer
 
-from ray_sql import cluster, models
+from ray_sql import cluster
 from ray_sql.cluster.events import TrainOutcome
 from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config import Batching, Config
@@ -200,7 +200,8 @@ def build(
     first = examples[0]
     dataset = Dataset.from_dict({"input_ids": [first.input_ids], "labels": [first.labels]})
     try:
-        args = arguments(config, scratch, batching.steps(len(examples)))
+        steps = batching.steps(len(examples))
+        args = arguments(config, scratch, steps, bf16=base.dtype == torch.bfloat16)
         trainer = StepTrainer(
             Steps(examples, batching, args.process_index, args.world_size, tokenizer.pad_token_id),
             model=base,
@@ -251,7 +252,7 @@ class CpuDropout(torch.nn.Module):  # type: ignore[misc]  # torch is not followe
         return x * kept.to(x.dtype).mul_(2**16 / (2**16 - self._dropped))
 
 
-def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
+def arguments(config: Config, scratch: Path, steps: int, bf16: bool) -> SFTConfig:
     """Return TRL's settings. Nothing here may cut or prepare the tokenised rows again."""
     settings, gpu = config.train, cluster.on_gpu(config.scaling)
     checkpointing = settings.gradient_checkpointing
@@ -267,7 +268,7 @@ def arguments(config: Config, scratch: Path, steps: int) -> SFTConfig:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim or ("paged_adamw_8bit" if gpu else "adamw_torch_fused"),
-        bf16=models.compute_dtype(settings.bf16) == torch.bfloat16,
+        bf16=bf16,
         activation_checkpointing=gpu if checkpointing is None else checkpointing,
         logging_steps=min(settings.logging_steps, steps),
         logging_first_step=True,  # the sign that training has begun

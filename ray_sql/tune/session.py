@@ -44,8 +44,12 @@ class StudySession(Session):
         """Raise `ConfigError` where there is nothing to choose trials by."""
         require_choosable(self.prepared)
 
-    def start_ray(self) -> None:
-        """Start or join Ray, and see how many trials fit. Raises `ConfigError` if none does."""
+    def begin_ray(self) -> None:
+        """Start or join Ray, which drives trials also where they train without it."""
+        cluster.start_ray_in_background()
+
+    def see_cluster(self) -> None:
+        """See how many trials fit. Raises `ConfigError` if none does."""
         cluster.start_ray()
         self.capacity = trial_capacity(self.config.scaling, self.config.tune)
 
