@@ -102,6 +102,15 @@ def test_shared_rows_have_the_gradients_of_separate_ones(
     assert relative_error(shared[1], alone[1]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path, kind: str) -> None:
+    config = make_config(**{"lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": True})
+    folder, data = hybrid(kind, tmp_path / "model"), some_rows()
+    alone, shared = (gradients(folder, data, config, count, tmp_path) for count in (1, 8))
+    assert shared[0] == pytest.approx(alone[0], rel=2e-2)
+    assert relative_error(shared[1], alone[1]) < 3e-2
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_families_share_too(make_config: Any, tmp_path: Path, kind: str) -> None:
     settings = {"quantization.load_in_4bit": False, "lora.lora_dropout": 0, "grad_accum_steps": 6}

@@ -182,8 +182,9 @@ def test_answers_are_the_same_without_the_kernel_for_cpus(
         assert told(answer_questions(model, tokenizer, asked, decoding)) == alone
 
 
-def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
-    model = build("llama", len(tokenizer))
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any, family: str) -> None:
+    model = build(family, len(tokenizer))
     model.generation_config.eos_token_id = list(
         range(0, len(tokenizer), 17)
     )  # one token in seventeen ends a turn
@@ -195,8 +196,11 @@ def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any) -> None:
         assert told(answer_questions(model, tokenizer, asked, decoding)) == alone
 
 
-def test_room_for_few_tokens_is_enough(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("qwen2", len(tokenizer))
+@pytest.mark.parametrize("family", ["qwen2", "gemma4_text", "granitemoehybrid"])
+def test_room_for_few_tokens_is_enough(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    model = build(family, len(tokenizer))
     asked = several(len(tokenizer))
     alone = one_by_one(model, tokenizer, asked, 12)
     for tokens in (0, 90, 300):
@@ -263,10 +267,11 @@ def test_what_only_long_prompts_show_is_found_in_the_settings(
     assert reason in (probe.why_not_share(model, 80) or "")
 
 
-def test_bfloat16_answers_too(tokenizer: Any) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_5_text", "lfm2", "granitemoehybrid"])
+def test_bfloat16_answers_too(tokenizer: Any, family: str) -> None:
     import torch
 
-    model = build("llama", len(tokenizer)).to(torch.bfloat16)
+    model = build(family, len(tokenizer)).to(torch.bfloat16)
     asked = several(len(tokenizer))
     assert probe.why_not_share(model, 80) is None
     answers = answer_questions(model, tokenizer, asked, Decoding(8))
