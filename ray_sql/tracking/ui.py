@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 from ray_sql.config import UiConfig, mask_password
 from ray_sql.errors import ConfigError
@@ -17,6 +19,8 @@ QUIET = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of its own judges, in processes of their own
 }
 HOST = "127.0.0.1"
+END_SECONDS = 10.0
+"""Seconds in which the server may end in order."""
 
 
 def run(config: UiConfig) -> None:
@@ -36,7 +40,21 @@ def run(config: UiConfig) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", HOST, "--port", str(config.port)]
     # by the environment, for an address may hold a password
-    subprocess.run(command, env=os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}, check=False)
+    own = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}
+    with subprocess.Popen(command, env=own, start_new_session=True) as server:
+        try:
+            server.wait()
+        finally:
+            _end(server)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End a server with all its processes: alone, it would leave those that answer."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=END_SECONDS)
 
 
 def runs_page(uri: str, experiment: str) -> str:
