@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 
 from ray_sql.config import UiConfig, mask_password
-from ray_sql.errors import ConfigError
+from ray_sql.errors import ConfigError, StoreError
 from ray_sql.tracking.names import VIEW
 from ray_sql.tracking.store import client_of, refusing, require_store
 
@@ -26,7 +27,8 @@ END_SECONDS = 10.0
 def run(config: UiConfig) -> None:
     """Say where the runs are shown, and serve MLflow's pages of a database until stopped.
 
-    Raises `StoreError` if the store does not answer, and `ConfigError` for a port that is taken.
+    Raises `StoreError` if the store does not answer or the pages end, and `ConfigError` for a port
+    that is taken.
     """
     uri = require_store(config.tracking.model_copy(update={"enabled": True})).rstrip("/")
     page = runs_page(uri, config.tracking.experiment)
@@ -41,11 +43,19 @@ def run(config: UiConfig) -> None:
     command += ["--host", HOST, "--port", str(config.port)]
     # by the environment, for an address may hold a password
     own = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}
-    with subprocess.Popen(command, env=own, start_new_session=True) as server:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, env=own, start_new_session=True, stdout=said, stderr=said
+        ) as server,
+    ):
         try:
             server.wait()
         finally:
             _end(server)
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+        raise StoreError(f"MLflow's pages ended by themselves: {lines[-1] if lines else ''}")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
