@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_sql import models, rows
+from ray_sql import finetune, models, rows
 from ray_sql.data import load
 from ray_sql.models import packed_attention, recurrent
 from ray_sql.models.recurrent import SharedStates
@@ -230,3 +230,14 @@ def test_two_workers_have_the_gradients_of_one(make_config: Any, tmp_path: Path)
         ranks = [torch.load(tmp_path / f"{folder.name}-{rank}.pt") for rank in (0, 1)]
         assert relative_error(ranks[0], ranks[1]) == 0, "gradients are exchanged"
         assert relative_error(ranks[0], alone) < 1e-5
+
+
+def test_a_run_shares_rows_and_schemas(
+    make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hybrid("qwen3_5_text", tmp_path / "model")
+    settings = {"train.max_steps": 2, "evaluate.select_examples": 2}
+    # more than one example a row, as set here, is refused where a model cannot share
+    finetune.run(make_config(model_name=str(folder), **settings))
+    assert (tmp_path / "out/run/metrics.json").exists()
+    assert "computed whole" not in capsys.readouterr().out
