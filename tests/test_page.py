@@ -162,6 +162,20 @@ def test_html_in_questions_names_and_cells_stays_text(engine: Engine, open_page:
         assert page.title() == "Ask a database"
 
 
+def test_tables_may_be_called_as_what_every_object_has(engine: Engine, open_page: Open) -> None:
+    with serving(engine) as client:
+        schema = client.get("/v1/databases/mall").json()
+        for table, name in zip(schema["tables"], ("constructor", "__proto__"), strict=False):
+            table["name"] = name
+        page = open_page(client)
+        page.route("**/v1/databases/mall", lambda route: route.fulfill(json=schema))
+        ask(page)
+        expect(page.locator("#facts")).to_contain_text("1 row")
+        names = page.locator(".table").evaluate_all("all => all.map(one => one.dataset.name)")
+        assert names == ["constructor", "__proto__", "sale"]
+        assert used(page) == []
+
+
 def test_votes_show_their_candidates(engine: Engine, open_page: Open) -> None:
     with serving(engine) as client:
         page = open_page(client)

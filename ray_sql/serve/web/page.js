@@ -184,7 +184,7 @@ async function begin() {
   at("schema-box").open = !matchMedia(NARROW).matches;
   showHistory();
   await choose();
-  at("question").focus();
+  if (!matchMedia(NARROW).matches) at("question").focus(); // a phone would show its keyboard
 }
 
 async function choose() {
@@ -243,8 +243,9 @@ function highlight(links) {
     old.querySelector(".unseen")?.remove();
   }
   for (const table of at("schema").querySelectorAll(".table")) {
-    const columns = links?.[table.dataset.name];
-    if (!columns) continue;
+    const name = table.dataset.name;
+    if (!Object.hasOwn(links ?? {}, name)) continue;
+    const columns = links[name];
     table.open = true;
     table.classList.add("used");
     table.firstElementChild.append(make("span", "unseen", " (used by this answer)"));
