@@ -238,7 +238,7 @@ def test_a_prompt_of_plain_text_does_not_end_the_text(model: Path, begins: bool)
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    from ray_sql.rows.tokenise import encode_prompt
+    from ray_sql.rows.encoder import encode_prompt
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     tokenizer.chat_template = None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_sql import data
-from ray_sql.data import prompts
+from ray_sql.config.sections import PromptSection
+from ray_sql.data import prompts, values
+from ray_sql.data.descriptions import Sources, describe
 from ray_sql.data.linking import LinkError, gold_links
 from ray_sql.database import Executor, Schema, reflect, render
 from tests.test_postgres import Server, find_binaries
@@ -268,3 +271,33 @@ def test_a_table_that_the_role_may_not_read_is_named(server: Server) -> None:
     )
     vet = schema.table("vet")
     assert vet is not None
+
+
+@ODD
+def test_cells_of_odd_types_are_found_as_the_server_writes_them(server: Server) -> None:
+    prompt = PromptSection(values="matched")
+    with Executor(1) as executor:
+        schema = reflect(server.url("clinic"), "clinic", 0, executor)
+        tables = tuple(table for table in schema.tables if table.name in ("odd", "kinds", "bill"))
+        found = values.search(
+            replace(schema, tables=tables), server.url("clinic"), prompt, executor
+        )
+    assert found is not None and not found.cells.unread
+    question = "What was on January 1, 2024 or on 'infinity', after 1.5 nights?"
+    literals = {value.literal for value in found.index.find(question, 50)}
+    assert "1.5" in literals and "'infinity'" in literals
+    assert any(literal.startswith("'2024-01-01 ") for literal in literals)
+
+
+def test_comments_describe_tables_and_columns_where_they_are_asked_for(server: Server) -> None:
+    with psycopg.connect(server.url("clinic")) as connection:
+        connection.execute("COMMENT ON TABLE ward.stay IS 'a night, or more,\n of an animal'")
+        connection.execute("COMMENT ON COLUMN vet.name IS 'as on the door'")
+    plain = reflect(server.url("clinic"), "clinic")
+    assert not any(table.is_described for table in plain.tables)
+    read = reflect(server.url("clinic"), "clinic", comments=True)
+    schema, _ = describe(read, Sources.of(server.url("clinic"), "questions.json"), 100)
+    text = render(schema, "compact")
+    assert "ward.stay [a night, or more, of an animal] (id int pk, " in text
+    assert "vet(id int pk, name text [as on the door])" in text
+    assert describe(plain, Sources.of(server.url("clinic"), "questions.json"), 100)[0] == plain

@@ -145,7 +145,7 @@ def test_trimming_leaves_out_only_tables_that_the_sql_does_not_use(
     }
     limit = min(len(row.input_ids) for row in whole.values()) - 1  # every row must lose a table
     example = Example("two tables", "shop", *QUESTIONS[-1])
-    config = make_config(**{"rows.max_length": limit + 20, "rows.too_long": "trim_schema"})
+    config = make_config(**{"rows.max_length": limit + 30, "rows.too_long": "trim_schema"})
     examples = [*corpus.splits["train"], example]
     made, audit = build(examples, corpus.schemas, tokenizer, config)
     assert audit.trimmed == audit.too_long > 0 == audit.dropped
@@ -154,7 +154,7 @@ def test_trimming_leaves_out_only_tables_that_the_sql_does_not_use(
             tokenizer.decode(ids)
             for ids in (row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :])
         )
-        assert len(row.input_ids) <= limit + 20
+        assert len(row.input_ids) <= limit + 30
         assert f"Question: {one.question}<|end|>" in prompt
         assert said == prompts.answer(SQL, one, corpus.schemas) + "<|end|>"
         schema = prompt.partition("Schema:\n")[2].partition("\n\nQuestion")[0]
@@ -213,7 +213,7 @@ def test_an_example_without_links_is_left_out_and_named(
 
 def _only_sale(example: Example, corpus: Corpus, tokenizer: Any, config: Config) -> list[int]:
     schema = corpus.schemas["shop"]
-    sale = Schema("shop", tuple(table for table in schema.tables if table.name == "sale"))
+    sale = Schema("shop", tuple(one for one in schema.tables if one.name == "sale"), unshown=2)
     return make_encoder(tokenizer, config, {"shop": sale}).encode(example).input_ids
 
 
@@ -230,7 +230,14 @@ def test_validation_examples_that_could_not_be_trained_on_have_no_part_in_the_lo
     splits = {**corpus.splits, "validation": [UNLINKABLE, *fitting]}
     audit = Audit(*[0] * 9, "error")
     prepared = Prepared(
-        config, replace(corpus, splits=splits), "", tokenizer, tmp_path, audit, {}, []
+        config,
+        replace(corpus, splits=splits),
+        config.model_name,
+        tokenizer,
+        tmp_path,
+        audit,
+        {},
+        [],
     )
     assert {question.id for question in prepared.validation()} == {
         "broken",

@@ -37,6 +37,8 @@ Many = Annotated[int, Field(ge=1, le=MOST)]
 
 NO_LINKS, GOLD = "none", "gold"
 """Values of `prompt.links` besides the place of a linker."""
+NO_VALUES = "none"
+"""The value of `prompt.values` for prompts without cells."""
 LinkedForm = Literal["tables", "reduced"]
 """The parts of a schema that links can leave: whole tables, or columns of them."""
 
@@ -107,6 +109,16 @@ class PromptSection(Section):
     example_values: int = Field(0, ge=0, le=20)
     """Show this many example values per column, read from the database. Only `m_schema` writes
     them."""
+    description_chars: int = Field(0, ge=0, le=10**6)
+    """Say beside tables and columns what they mean, in at most this many characters a database. It
+    is taken from `descriptions.yaml`, BIRD's CSV files, or the server's comments."""
+    values: Literal["none", "matched"] = "none"
+    """Show the cells of the database that a question names, behind the schema. They are found in
+    any case, inflected, misspelt, and as numbers and dates."""
+    values_top: int = Field(5, ge=1, le=50)
+    """Show at most this many of them, under `matched`."""
+    values_without: tuple[str, ...] = ()
+    """Show no cells of these columns, under `matched`: `table.column`, `table`, or `*.column`."""
 
     @property
     def asked_links(self) -> str:
@@ -126,6 +138,10 @@ class PromptSection(Section):
         """Return the settings that shape training examples, as plain values."""
         noise = {"spare_tables", "spare_columns", "full_share"}
         unused = {"links"} if self.schema_form == "noisy" else {"links", *noise}
+        if self.values == NO_VALUES:
+            unused |= {"values", "values_top", "values_without"}
+        if not self.description_chars:
+            unused.add("description_chars")
         return self.model_dump(exclude=unused)
 
 
@@ -154,7 +170,7 @@ class RowsSection(Section):
     silently."""
     too_long: Literal["error", "trim_schema", "drop"] = "error"
     """Refuse a longer training example, leave out tables its SQL does not use, or drop it and say
-    so."""
+    so. `trim_schema` leaves out tables where questions are answered, too."""
     examples_per_row: Many | Literal["auto"] = "auto"
     """Put this many questions on one database into a row that holds their schema once, at the same
     loss. 1 turns it off. `auto` keeps several databases in a step: 2 for steps of 8, 4 for 16 or

@@ -19,3 +19,4 @@ from ray_sql.data.corpus import (
 )
 from ray_sql.data.formats import parse_lines, read_file, read_text
 from ray_sql.data.splits import add_schema, load, load_split, read_databases
+from ray_sql.data.values import with_values

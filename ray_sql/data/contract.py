@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sql import __version__
 from ray_sql.config import Config
+from ray_sql.config.sections import NO_VALUES
 from ray_sql.data import chat, prompts
-from ray_sql.database import SERIALIZER_VERSION
+from ray_sql.data.value_index import VALUES_VERSION
+from ray_sql.database import SERIALIZER_VERSION, Schema
 from ray_sql.errors import ContractError
 from ray_sql.tasks import TASKS
 
@@ -44,6 +46,16 @@ def make_contract(
     text = json.dumps(
         [task.system, prompts.USER, prompts.EVIDENCE, template, *dated.values(), *told.values()]
     )
+    more: dict[str, Any] = {}
+    if config.prompt.description_chars:
+        more["description_chars"] = config.prompt.description_chars
+    if config.prompt.values != NO_VALUES:
+        more["values"] = {
+            "text": prompts.VALUES,
+            "top": config.prompt.values_top,
+            "without": sorted(config.prompt.values_without),
+            "version": VALUES_VERSION,
+        }
     thinking: dict[str, str] = {}
     if writer.can_think:
         thinking = {"thinking": config.prompt.thinking}
@@ -66,6 +78,7 @@ def make_contract(
         "serializer": {"name": config.prompt.serializer, "version": SERIALIZER_VERSION},
         "schema_form": config.prompt.schema_form,
         "example_values": config.prompt.example_values,
+        **more,
         "columns": config.data.columns,
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "max_length": config.rows.max_length,
@@ -91,7 +104,8 @@ BINDING = (
 )
 """Contract fields that must be equal where an adapter is used; the rest explain a difference.
 
-`thinking` is one more for models that think.
+`thinking` is one more for models that think, `values` for prompts with cells, and
+`description_chars` for those with descriptions.
 """
 
 
@@ -100,13 +114,42 @@ def check_contract(saved: Mapping[str, Any], current: Mapping[str, Any], where: 
 
     An adapter of a version that knew no thinking was trained for what its template does untold.
     """
-    saved = {"thinking": current.get("template", {}).get("thinking_default"), **saved}
-    for name in (*BINDING, "thinking"):
+    untold = current.get("template", {}).get("thinking_default")
+    unsaid = {"values": NO_VALUES, "description_chars": 0}
+    saved, current = {"thinking": untold, **unsaid, **saved}, {**unsaid, **current}
+    for name in (*BINDING, "thinking", *unsaid):
         if saved.get(name) != current.get(name):
             raise ContractError(
                 f"{where}: the adapter was trained with {name} {saved.get(name)!r}, but this run "
                 f"has {current.get(name)!r}; give it the settings it was trained with (--config "
                 "and its ray_sql_config.json), or train it again"
+            )
+
+
+def described(schemas: Mapping[str, Schema]) -> dict[str, str]:
+    """Return 12 hex digits of each database's descriptions, for `described` of a contract."""
+    return {db_id: _hash(json.dumps(_described(schema))) for db_id, schema in schemas.items()}
+
+
+def _described(schema: Schema) -> list[Any]:
+    return [
+        [table.name, table.description, [[one.name, one.description] for one in table.columns]]
+        for table in schema.tables
+        if table.is_described
+    ]
+
+
+def check_described(saved: Mapping[str, Any], schemas: Mapping[str, Schema], where: str) -> None:
+    """Raise `ContractError` for a database that was described otherwise to the adapter at `where`.
+
+    Databases that it does not know may be described in any way.
+    """
+    known = saved.get("described", {})
+    for db_id, digest in described(schemas).items():
+        if known.get(db_id, digest) != digest:
+            raise ContractError(
+                f"{where}: the adapter was trained with other descriptions of {db_id}; restore "
+                "them (descriptions.yaml, CSV files or the server's comments), or train it again"
             )
 
 

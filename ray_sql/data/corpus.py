@@ -20,10 +20,20 @@ EXECUTABLE = ("sqlite", "postgresql", "postgres")
 
 
 @dataclass(frozen=True)
+class CellValue:
+    """A cell of a database that a question names; `literal` is written as in SQL."""
+
+    table: str
+    column: str
+    literal: str
+
+
+@dataclass(frozen=True)
 class Example:
     """One question about one database.
 
-    `schema_text` and `links_text` are set where the dataset brings its own.
+    `schema_text` and `links_text` are set where the dataset brings its own. `values` are cells that
+    the question names, under `prompt.values`.
     """
 
     id: str
@@ -36,16 +46,21 @@ class Example:
     links_text: str | None = None
     other_golds: tuple[str, ...] = ()
     """Further queries that are right as well; the first, `gold`, is trained on."""
+    values: tuple[CellValue, ...] = ()
     place: str = field(default="", compare=False)
     """The file and the line of it, for messages."""
 
     def content(self) -> dict[str, Any]:
-        """Return all but the place as plain values, of which hashes and cache keys are made."""
-        values = asdict(self)
-        del values["place"]
-        if not self.other_golds:
-            del values["other_golds"]  # hashes of datasets without them stay
-        return values
+        """Return all but the place as plain values, of which hashes and cache keys are made.
+
+        Hashes of examples without values, or without other golds, are as before there were any.
+        """
+        content = asdict(self)
+        del content["place"]
+        for name in ("other_golds", "values"):
+            if not content[name]:
+                del content[name]
+        return content
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ prefix. `chat` writes the turns as a model reads them. `contract` records the wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ray_sql.config.sections import PromptSection
 from ray_sql.data import Example, linking
 from ray_sql.data.answers import one_line
+from ray_sql.data.corpus import CellValue
 from ray_sql.data.noise import noisy_schema
-from ray_sql.database import Links, Schema, render, restrict
+from ray_sql.database import Links, Names, Schema, render, restrict
 from ray_sql.errors import DataError
 from ray_sql.tasks import Task
 
 USER = "Schema:\n{schema}\n\n{evidence}Question: {question}"
 EVIDENCE = "Hint: {evidence}\n"
+VALUES = "Values: {values}\n"
 
 
 def schema_text(example: Example, schemas: Mapping[str, Schema], prompt: PromptSection) -> str:
@@ -43,9 +45,26 @@ def shown_schema(example: Example, schemas: Mapping[str, Schema], prompt: Prompt
             return restrict(schema, linking.gold_links(example.gold, schema), form)
 
 
-def messages(task: Task, schema: str, question: str, evidence: str = "") -> list[dict[str, str]]:
+def values_text(values: Iterable[CellValue], shown: Schema) -> str:
+    """Return cells as a prompt writes them, without those of columns that are not shown.
+
+    `singer.country = 'France', concert.year = 2014`.
+    """
+    names, parts = Names(shown), list[str]()
+    for value in values:
+        table = shown.table(value.table)
+        column = table.column(value.column) if table else None
+        if table and column:
+            parts.append(f"{names.table(table.name)}.{names.one(column.name)} = {value.literal}")
+    return ", ".join(parts)
+
+
+def messages(
+    task: Task, schema: str, question: str, evidence: str = "", values: str = ""
+) -> list[dict[str, str]]:
     """Return the system and the user turn of one question."""
     hint = EVIDENCE.format(evidence=evidence) if evidence else ""
+    hint += VALUES.format(values=values) if values else ""
     content = USER.format(schema=schema, evidence=hint, question=question)
     return [{"role": "system", "content": task.system}, {"role": "user", "content": content}]
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Literal
 
 from ray_sql.config import Config
-from ray_sql.data import schema_texts
+from ray_sql.config.sections import PromptSection
+from ray_sql.data import descriptions, schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example, LeftOut, join_some, sample
 from ray_sql.data.read import read_corpus
+from ray_sql.data.values import with_values
 from ray_sql.database import Executor, Schema, foreign_keys, reflect, suite
 from ray_sql.errors import DataError
 from ray_sql.tasks import TASKS
@@ -37,9 +39,8 @@ def load(config: Config) -> Corpus:
             )
     source = _source(config, config.split)
     corpus = _divide(read_corpus(source), source, config.split, config.seed)
-    return _with_schemas(
-        corpus, source, config.prompt.example_values, suites=_executes_suites(config)
-    )
+    corpus = _with_schemas(corpus, source, config.prompt, suites=_executes_suites(config))
+    return with_values(corpus, config.prompt)
 
 
 def load_split(config: Config, splits: Sequence[str], *, undivided: bool = False) -> Corpus:
@@ -64,9 +65,8 @@ def load_split(config: Config, splits: Sequence[str], *, undivided: bool = False
         left_out = tuple(row for row in left_out if row.split in splits)
     chosen = {split: corpus.splits[split] for split in splits}
     corpus = replace(corpus, splits=chosen, left_out=left_out)
-    return _with_schemas(
-        corpus, source, config.prompt.example_values, suites=_executes_suites(config)
-    )
+    corpus = _with_schemas(corpus, source, config.prompt, suites=_executes_suites(config))
+    return with_values(corpus, config.prompt)
 
 
 def read_databases(config: Config) -> Corpus:
@@ -77,12 +77,8 @@ def read_databases(config: Config) -> Corpus:
 def add_schema(corpus: Corpus, db_id: str, config: Config) -> Corpus:
     """Return a corpus of `read_databases` with the schema that prompts on a database show."""
     asked = Example(id="", db_id=db_id, question="", gold="")
-    read = _with_schemas(
-        replace(corpus, splits={"": (asked,)}),
-        _source(config),
-        config.prompt.example_values,
-        suites=False,
-    )
+    corpus_of_one = replace(corpus, splits={"": (asked,)})
+    read = _with_schemas(corpus_of_one, _source(config), config.prompt, suites=False)
     return replace(corpus, schemas=corpus.schemas | read.schemas)
 
 
@@ -138,7 +134,7 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
     return replace(corpus, splits=used, notes=notes, left_out=left_out)
 
 
-def _with_schemas(corpus: Corpus, source: Source, example_values: int, *, suites: bool) -> Corpus:
+def _with_schemas(corpus: Corpus, source: Source, prompt: PromptSection, *, suites: bool) -> Corpus:
     """Add the schema of every database in use: the live database's, else that of tables.json.
 
     Examples on an unknown database are left out. Raises `DataError` if a split has no others.
@@ -153,11 +149,14 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int, *, suites
         left_out += [LeftOut(split, one.id, one.place, _unknown(one, corpus)) for one in unknown]
         splits[split] = usable
     notes = list(corpus.notes)
+    said = bool(prompt.description_chars)
     with Executor(1) as executor:
         for db_id in dict.fromkeys(one.db_id for rows in splits.values() for one in rows):
             if db_id in corpus.databases:
                 place = corpus.databases[db_id]
-                schemas[db_id] = reflect(place, db_id, example_values, executor)
+                schemas[db_id] = reflect(
+                    place, db_id, prompt.example_values, executor, comments=said
+                )
                 if missing := schemas[db_id].left_out:
                     notes.append(f"database {db_id}: {join_some(missing)}")
             elif db_id in corpus.schemas:
@@ -170,7 +169,25 @@ def _with_schemas(corpus: Corpus, source: Source, example_values: int, *, suites
         corpus, splits=splits, schemas=schemas, left_out=tuple(left_out), notes=tuple(notes)
     )
     keyed = _with_listed_keys(used, corpus.schemas)
-    return schema_texts.add_to(keyed, source.cache, not TASKS[source.task].executes_sql)
+    whole = schema_texts.add_to(keyed, source.cache, not TASKS[source.task].executes_sql)
+    return _with_descriptions(whole, source.dataset_id, prompt.description_chars)
+
+
+def _with_descriptions(corpus: Corpus, dataset_id: str, chars: int) -> Corpus:
+    """Return the corpus with what its tables and columns mean, in at most `chars` a database."""
+    if not chars:
+        return corpus
+    schemas, notes = dict[str, Schema](), list(corpus.notes)
+    for db_id, schema in corpus.schemas.items():
+        sources = descriptions.Sources.of(corpus.databases.get(db_id), dataset_id)
+        schemas[db_id], said = descriptions.describe(schema, sources, chars)
+        notes += said
+    if not any(table.is_described for schema in schemas.values() for table in schema.tables):
+        notes.append(
+            f"descriptions: there are none ({descriptions.FILE} beside the data, "
+            f"{descriptions.BIRD_FOLDER} beside a database, or a server's comments)"
+        )
+    return replace(corpus, schemas=schemas, notes=tuple(notes))
 
 
 def _on_tables(

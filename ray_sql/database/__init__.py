@@ -32,5 +32,5 @@ from ray_sql.database.query import (
 )
 from ray_sql.database.reflection import reflect
 from ray_sql.database.schema import Column, ForeignKey, Form, Links, Schema, Table, restrict
-from ray_sql.database.serialize import SERIALIZER_VERSION, render
+from ray_sql.database.serialize import SERIALIZER_VERSION, Names, render
 from ray_sql.database.tables_json import read_tables_json

@@ -6,6 +6,7 @@ SQLAlchemy is imported inside the functions, because most jobs never open a serv
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_sql.database.schema import Column, ForeignKey, Table
@@ -64,12 +65,17 @@ class _Relation(NamedTuple):
         return _full_name(self.namespace, self.name)
 
 
-def tables(connection: "Connection") -> tuple[Table, ...]:
+def tables(connection: "Connection", comments: bool = False) -> tuple[Table, ...]:
     """Return the tables and views as the database declares them, foreign keys unchecked.
 
     They are sorted by name: first the tables of the default schema, then those of others, then
-    views.
+    views. Where `comments` are read, they are the descriptions.
     """
+    declared = _declared(connection)
+    return _with_comments(connection, declared) if comments else declared
+
+
+def _declared(connection: "Connection") -> tuple[Table, ...]:
     if connection.dialect.name != "postgresql":
         relations = _listed(connection)
         return _described(connection, relations, _listed_keys(connection, relations), {})
@@ -165,6 +171,35 @@ def _described(
             )
         )
     return tuple(described)
+
+
+def _with_comments(connection: "Connection", declared: tuple[Table, ...]) -> tuple[Table, ...]:
+    """Return tables with their comments, and their columns', in the dialects that have any."""
+    from sqlalchemy import inspect
+    from sqlalchemy.engine.reflection import ObjectKind
+
+    inspector = inspect(connection)
+    said: dict[tuple[str, str], str] = {}
+    for namespace in {table.namespace or None for table in declared}:
+        columns = inspector.get_multi_columns(namespace, kind=ObjectKind.ANY)
+        for (_, name), found in columns.items():
+            full = _full_name(namespace, name)
+            said |= {(full, one["name"]): one.get("comment") or "" for one in found}
+        if connection.dialect.supports_comments:
+            own = inspector.get_multi_table_comment(namespace, kind=ObjectKind.ANY)
+            for (_, name), comment in own.items():
+                said[_full_name(namespace, name), ""] = comment["text"] or ""
+    return tuple(
+        replace(
+            table,
+            description=said.get((table.name, ""), ""),
+            columns=tuple(
+                replace(column, description=said.get((table.name, column.name), ""))
+                for column in table.columns
+            ),
+        )
+        for table in declared
+    )
 
 
 def _order(relation: _Relation) -> tuple[bool, str, str]:

@@ -34,7 +34,12 @@ CONNECT_SECONDS = "10"
 
 
 def reflect(
-    database: str | Path, db_id: str, example_values: int = 0, executor: Executor | None = None
+    database: str | Path,
+    db_id: str,
+    example_values: int = 0,
+    executor: Executor | None = None,
+    *,
+    comments: bool = False,
 ) -> Schema:
     """Read tables and views, columns, types, whole primary keys and foreign keys.
 
@@ -48,6 +53,7 @@ def reflect(
         db_id: the name that the schema gets.
         example_values: the number of most frequent short values per column; 0 reads no rows.
         executor: processes to read by; one of its own if not given.
+        comments: read a server's comments, as descriptions.
 
     Raises:
         DataError: no such file, not a database, no driver for it, no connection.
@@ -61,7 +67,7 @@ def reflect(
             place = Path(url.database or ":memory:")
             schema = reflect_sqlite.read(BoundedReader(executor, place), db_id)
         else:
-            schema = _server_schema(url, db_id, example_values)
+            schema = _server_schema(url, db_id, example_values, comments)
         schema = _with_resolved_keys(schema)
         if example_values and schema.dialect in CELLS:
             return with_examples(schema, BoundedReader(executor, place), example_values)
@@ -88,7 +94,7 @@ def database_url(database: str | Path) -> "URL":
     return url
 
 
-def _server_schema(url: "URL", db_id: str, example_values: int) -> Schema:
+def _server_schema(url: "URL", db_id: str, example_values: int, comments: bool) -> Schema:
     from sqlalchemy import create_engine
     from sqlalchemy.exc import SAWarning, SQLAlchemyError
     from sqlalchemy.pool import NullPool
@@ -101,11 +107,12 @@ def _server_schema(url: "URL", db_id: str, example_values: int) -> Schema:
         ):
             # SQLAlchemy warns of each type that it does not know.
             warnings.simplefilter("ignore", SAWarning)
-            schema = Schema(db_id, reflect_server.tables(connection), connection.dialect.name)
+            tables = reflect_server.tables(connection, comments)
+            schema = Schema(db_id, tables, connection.dialect.name)
             if not example_values or schema.dialect in CELLS:
                 return schema
-            tables = [_with_examples(table, connection, example_values) for table in schema.tables]
-            return replace(schema, tables=tuple(tables))
+            shown = [_with_examples(table, connection, example_values) for table in schema.tables]
+            return replace(schema, tables=tuple(shown))
     except ModuleNotFoundError as error:
         way_out = "install this database's driver"
         if error.name == "psycopg":

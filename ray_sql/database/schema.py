@@ -13,7 +13,7 @@ Links = dict[str, list[str]]
 Form = Literal["full", "tables", "reduced"]
 """The part of a schema that a prompt shows; see `restrict`."""
 
-_UNSAID = {"namespace": "", "is_view": False, "dialect": "sqlite"}
+_UNSAID = {"namespace": "", "is_view": False, "dialect": "sqlite", "description": "", "unshown": 0}
 """Values of the fields that came after 0.2.0, left out of hashes: those of old schemas stay."""
 
 
@@ -22,12 +22,14 @@ class Column:
     """A column.
 
     `type` is the source's own word, maybe empty. `examples` are its most frequent values first.
+    `description` says on one line what it holds, where prompts show that.
     """
 
     name: str
     type: str
     nullable: bool = True
     examples: tuple[str, ...] = ()
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,16 @@ class Table:
     foreign_keys: tuple[ForeignKey, ...] = ()
     namespace: str = ""
     is_view: bool = False
+    description: str = ""
 
     @property
     def column_names(self) -> tuple[str, ...]:
         return tuple(column.name for column in self.columns)
+
+    @property
+    def is_described(self) -> bool:
+        """Tell whether there are words on the table, or on one of its columns."""
+        return bool(self.description or any(column.description for column in self.columns))
 
     def column(self, name: str) -> Column | None:
         """Return the column of this name, spelled so or else in any case, or None."""
@@ -78,6 +86,8 @@ class Schema:
     tables: tuple[Table, ...]
     dialect: str = "sqlite"
     left_out: tuple[str, ...] = field(default=(), compare=False)
+    unshown: int = 0
+    """Tables that were left out for want of room, which a prompt says."""
 
     @property
     def table_names(self) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ SERIALIZER_VERSION = 2
 
 Serializer = Literal["ddl", "compact", "m_schema"]
 
+UNSHOWN = "-- {count} tables left out"
+"""The last line of a schema of which tables were left out."""
+
 # First the words that SQLite (3.40, tried one by one) rejects as a bare table or column name, then
 # those that PostgreSQL reserves besides.
 _RESERVED_WORDS = """
@@ -55,10 +58,17 @@ def render(schema: Schema, serializer: Serializer) -> str:
 
     `ddl`: one CREATE statement per table or view, a line per column and key. `compact`: one line
     per table, types shortened. `m_schema`: the M-Schema of XiYan-SQL (arXiv 2411.08599), the only
-    form with example values. Names are quoted where the database's SQL must quote them.
-    A schema without tables is empty text in `ddl` and `compact`.
+    form with example values. Names are quoted where the database's SQL must quote them. A
+    description follows its table or column: behind `--`, in brackets, or as M-Schema has it.
+    A schema without tables is empty text in `ddl` and `compact`. A last line says how many tables
+    were left out for want of room.
     """
     names = Names(schema)
+    text = _tables(schema, names, serializer)
+    return f"{text}\n{UNSHOWN.format(count=schema.unshown)}" if schema.unshown else text
+
+
+def _tables(schema: Schema, names: "Names", serializer: Serializer) -> str:
     if serializer == "ddl":
         return "\n\n".join(_ddl_table(table, names) for table in schema.tables)
     if serializer == "compact":
@@ -102,14 +112,24 @@ class Names:
 
 
 def _ddl_table(table: Table, names: Names) -> str:
-    lines = [f"{names.one(column.name)} {column.type}".rstrip() for column in table.columns]
+    lines = [
+        (f"{names.one(column.name)} {column.type}".rstrip(), column.description)
+        for column in table.columns
+    ]
     if table.primary_key:
-        lines.append(f"PRIMARY KEY ({names.many(table.primary_key)})")
+        lines.append((f"PRIMARY KEY ({names.many(table.primary_key)})", ""))
     for key in table.foreign_keys:
         target = f"{names.table(key.ref_table)} ({names.many(key.ref_columns)})"
-        lines.append(f"FOREIGN KEY ({names.many(key.columns)}) REFERENCES {target}")
+        lines.append((f"FOREIGN KEY ({names.many(key.columns)}) REFERENCES {target}", ""))
     kind = "VIEW" if table.is_view else "TABLE"
-    return f"CREATE {kind} {names.table(table.name)} (\n  " + ",\n  ".join(lines) + "\n);"
+    head = f"CREATE {kind} {names.table(table.name)} (" + _comment(table.description)
+    rest = [f"{line},{_comment(said)}" for line, said in lines[:-1]]
+    rest += [line + _comment(said) for line, said in lines[-1:]] or [""]
+    return "\n  ".join([head, *rest]) + "\n);"
+
+
+def _comment(description: str) -> str:
+    return f" -- {description}" if description else ""
 
 
 def _compact_table(table: Table, names: Names) -> str:
@@ -118,19 +138,24 @@ def _compact_table(table: Table, names: Names) -> str:
         if len(key.columns) > 1:
             target = f"{names.table(key.ref_table)}({names.many(key.ref_columns)})"
             parts.append(f"({names.many(key.columns)}) -> {target}")
-    return f"{names.table(table.name)}({', '.join(parts)})"
+    return f"{names.table(table.name)}{_bracket(table.description)}({', '.join(parts)})"
+
+
+def _bracket(description: str) -> str:
+    return f" [{description}] " if description else ""
 
 
 def _compact_column(column: Column, table: Table, names: Names) -> str:
-    words = [names.one(column.name), _short_type(column.type)]
+    words = [names.one(column.name), short_type(column.type)]
     if column.name in table.primary_key:
         words.append("pk")
     targets = [key for key in table.foreign_keys if key.columns == (column.name,)]
     words += [f"-> {names.table(key.ref_table)}.{names.many(key.ref_columns)}" for key in targets]
+    words.append(_bracket(column.description).strip())
     return " ".join(word for word in words if word)
 
 
-def _short_type(declared: str) -> str:
+def short_type(declared: str) -> str:
     """Return the shortest spelling of a type, without length: `VARCHAR(20)` is `text`."""
     word = re.split(r"[\s(]", declared.strip().lower(), maxsplit=1)[0]
     return _SHORT_TYPES.get(word, word)
@@ -140,7 +165,8 @@ def _m_schema(schema: Schema, names: Names) -> str:
     lines = [f"【DB_ID】 {schema.db_id}", "【Schema】"]
     for table in schema.tables:
         columns = ",\n".join(_m_schema_column(column, table, names) for column in table.columns)
-        lines += [f"# Table: {names.table(table.name)}", f"[\n{columns}\n]"]
+        name = ", ".join(filter(None, [names.table(table.name), table.description]))
+        lines += [f"# Table: {name}", f"[\n{columns}\n]"]
     keys = [(table.name, key) for table in schema.tables for key in table.foreign_keys]
     if keys:
         lines.append("【Foreign keys】")
@@ -154,7 +180,7 @@ def _m_schema(schema: Schema, names: Names) -> str:
 def _m_schema_column(column: Column, table: Table, names: Names) -> str:
     # M-Schema drops lengths: TEXT, not VARCHAR(20), decides how a value is written.
     base_type = column.type.split("(")[0].strip().upper()
-    parts = [f"{names.one(column.name)}:{base_type}"]
+    parts = [f"{names.one(column.name)}:{base_type}", *filter(None, [column.description])]
     if column.name in table.primary_key:
         parts.append("Primary Key")
     if column.examples:

@@ -10,7 +10,7 @@ from typing import Any
 from ray_sql import models, tracking
 from ray_sql.config import Config, absolute
 from ray_sql.config.sections import GOLD, NO_LINKS
-from ray_sql.data import Corpus
+from ray_sql.data import Corpus, with_values
 from ray_sql.data.shown import AskedLinks
 from ray_sql.database import Links
 from ray_sql.display import Display
@@ -120,11 +120,18 @@ def _ask(config: Config, adapter: str, corpus: Corpus, display: Display) -> list
             "linking.keep": None,
         }
     )
+    told, own = config.prompt.description_chars, linker.prompt.description_chars
+    if told != own:
+        raise ConfigError(
+            f"--prompt.links {adapter}: the linker was trained with prompt.description_chars {own},"
+            f" and this run has {told}; train both with the same"
+        )
     contract = AdapterFolder(adapter).read_contract()
     pinned = models.revision_of(contract, linker.model_name)
     folder, revision = models.resolve(linker.model_name, linker.cache, linker.read_token, pinned)
     tokenizer = models.load_tokenizer(folder)
     check_adapter(adapter, linker, tokenizer, revision)
+    corpus = with_values(corpus, linker.prompt)
     questions = scored_questions(corpus, tokenizer, linker, AskedLinks())
     display.line(f"links     the linker {adapter} is asked {len(questions)} questions first")
     progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)

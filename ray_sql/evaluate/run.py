@@ -8,6 +8,7 @@ from typing import Any
 from ray_sql import data, generate, models, tracking
 from ray_sql.config import Config, EvaluateConfig, absolute
 from ray_sql.config.sections import NO_LINKS
+from ray_sql.data.contract import check_described
 from ray_sql.data.shown import AskedLinks
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError
@@ -109,6 +110,7 @@ def _evaluate_models(
     tokenizer = models.load_tokenizer(folder)
     if adapter:
         check_adapter(adapter, config, tokenizer, revision)
+        check_described(contract or {}, corpus.schemas, adapter)
     links = asked_links(config, corpus, display)
     questions = scored_questions(corpus, tokenizer, config, links)
     generate.check_window(folder, questions, config.evaluate.max_new_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray_sql.config import mask_password
@@ -107,7 +107,18 @@ def summarise(rows: Sequence[JudgedRow], task: Task, settings: AnswersSection) -
     by_way = candidates.scores(without_gold_errors(rows), task)
     whole = Counter(row["full_schema"] for row in rows if "full_schema" in row)
     shown = {"full_schema": dict(whole.most_common())} if whole else {}
-    return JUDGES[task.name].summarise(rows, settings) | by_way | shown
+    return JUDGES[task.name].summarise(rows, settings) | by_way | shown | _room(rows)
+
+
+def _room(rows: Sequence[JudgedRow]) -> dict[str, Any]:
+    """Say how many prompts had no room for all tables, and the share of gold's that they show."""
+    short = [row["room"] for row in rows if "room" in row]
+    if not short:
+        return {}
+    needed = sum(room["gold_tables"] for room in short)
+    missing = sum(len(room["gold_left_out"]) for room in short)
+    recall = 1 - missing / needed if needed else None
+    return {"no_room": {"prompts": len(short), "gold_table_recall": recall}}
 
 
 def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) -> JudgedRow:
@@ -131,8 +142,12 @@ def _row(question: Question, answer: Answer, task: Task, max_new_tokens: int) ->
     others = [*answer.candidates, *([answer.constrained] if answer.constrained else [])]
     if others:
         row["all_new_tokens"] = answer.new_tokens + sum(other.new_tokens for other in others)
-    golds = list(question.other_golds) or None
-    shown = {"other_golds": golds, "links": question.links, "full_schema": question.full_schema}
+    shown = {
+        "other_golds": list(question.other_golds) or None,
+        "links": question.links,
+        "full_schema": question.full_schema,
+        "room": asdict(question.room) if question.room else None,
+    }
     return row | {name: value for name, value in shown.items() if value is not None}
 
 

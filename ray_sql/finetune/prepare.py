@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray_sql import cluster, data, generate, models, rows
 from ray_sql.config import Config, strip_password
 from ray_sql.data import Corpus, Example, LeftOut
-from ray_sql.data.contract import make_contract
+from ray_sql.data.contract import described, make_contract
 from ray_sql.database import Schema
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
@@ -115,8 +115,15 @@ class Prepared:
     @property
     def encoder(self) -> rows.Encoder:
         """The encoder of this run's examples."""
-        task = TASKS[self.config.task_type]
-        return rows.Encoder(self.tokenizer, task, self.config.prompt, self.corpus.schemas)
+        config = self.config
+        return generate.question_encoder(
+            self.tokenizer,
+            TASKS[config.task_type],
+            config.prompt,
+            self.corpus.schemas,
+            config.rows,
+            config.evaluate,
+        )
 
 
 def find(config: Config) -> Found:
@@ -163,6 +170,8 @@ def prepare(
     )
     models.check_vocabulary(folder, rows.largest_token(file))
     contract = make_contract(config, tokenizer, found.revision)
+    if config.prompt.description_chars:
+        contract["described"] = described(corpus.schemas)
     left_out = [*corpus.left_out, *left_out, *_unlinkable(train, audit)]
     return Prepared(config, corpus, folder, tokenizer, file, audit, contract, failing, left_out)
 

@@ -17,6 +17,7 @@ from ray_sql.generate.questions import (
     localize,
     make_questions,
     parse,
+    question_encoder,
     stage_databases,
 )
 from ray_sql.generate.worker import answer_loop_per_worker, load_model

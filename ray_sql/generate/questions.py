@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_sql import models
 from ray_sql.config import strip_password
 from ray_sql.config.files import parse_json
+from ray_sql.config.sections import AnswersSection, PromptSection, RowsSection
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.data.linking import LinkError, format_links
 from ray_sql.data.shown import AskedLinks, ShownSchema
+from ray_sql.database import Schema
 from ray_sql.metrics import hardness
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import DATABASES, RunFolder
 from ray_sql.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Room:
+    """Count the tables that a prompt had no room for, and name those that gold needs."""
+
+    left_out: int
+    gold_tables: int
+    gold_left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,8 @@ class Question:
     """Why its schema is shown whole, where links should have made it smaller."""
     other_golds: list[str] = field(default_factory=list)
     """Further SQL that is right as well."""
+    room: Room | None = None
+    """Tables that its prompt had no room for; None where there was room for all."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,7 @@ def make_questions(
         shown = ShownSchema(None)
         if links is not None:
             shown = links.show(split, example, corpus.schemas)
+        asked = encoder.ask(example, shown.schema)
         questions.append(
             Question(
                 id=example.id,
@@ -99,13 +118,50 @@ def make_questions(
                 gold=gold_answer(example, corpus, encoder.task),
                 hardness=example.hardness or hardness(example.gold),
                 database=corpus.executable(example.db_id),
-                input_ids=encoder.encode_question(example, shown.schema),
+                input_ids=asked.input_ids,
                 links=None if shown.links is None else format_links(shown.links),
                 full_schema=shown.why_whole,
                 other_golds=list(example.other_golds) if encoder.task.executes_sql else [],
+                room=_room(example, asked.shown, corpus),
             )
         )
     return questions
+
+
+def _room(example: Example, shown: Schema | None, corpus: Corpus) -> Room | None:
+    """Say what the part of a schema that is shown lacks; None where all is shown."""
+    if shown is None:
+        return None
+    needed = list[str]()
+    with suppress(LinkError):  # gold of another dialect, say: nobody knows what it needs
+        needed = list(prompts.gold_links(example, corpus.schemas))
+    missing = [name for name in needed if shown.table(name) is None]
+    return Room(shown.unshown, len(needed), missing)
+
+
+def question_encoder(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompt: PromptSection,
+    schemas: Mapping[str, Schema],
+    limits: RowsSection,
+    answers: AnswersSection,
+) -> Encoder:
+    """Return the encoder of questions to a tokenizer's model, within the room that it has."""
+    room = prompt_room(str(tokenizer.name_or_path), limits, answers.max_new_tokens)
+    return Encoder(tokenizer, task, prompt, schemas, room)
+
+
+def prompt_room(folder: str, limits: RowsSection, max_new_tokens: int) -> int | None:
+    """Return the tokens that a prompt may have beside its answer; None where nothing bounds them.
+
+    The window of the model of `folder` bounds them, and `rows.max_length` under `trim_schema`.
+    """
+    bounds = [models.window(folder)]
+    if limits.too_long == "trim_schema":
+        bounds.append(limits.max_length)
+    most = min((bound for bound in bounds if bound), default=0) - max_new_tokens
+    return most if most > 0 else None
 
 
 def check_window(folder: str, questions: Sequence[Question], max_new_tokens: int) -> None:
@@ -117,7 +173,8 @@ def check_window(folder: str, questions: Sequence[Question], max_new_tokens: int
     models.check_vocabulary(folder, max(tokens, default=0))
     longest = max((len(question.input_ids) for question in questions), default=0)
     shorter = (
-        "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact)"
+        "lower --evaluate.max_new_tokens, or write schemas shorter (--prompt.serializer compact); "
+        "leaving tables out does not help"
     )
     models.check_window(
         folder, longest + max_new_tokens, f"a prompt and its answer have {{tokens}}: {shorter}"

@@ -18,5 +18,6 @@ from ray_sql.models.load import (
     read_shape,
     resolve,
     revision_of,
+    window,
 )
 from ray_sql.models.logs import import_bitsandbytes, quiet

@@ -167,15 +167,20 @@ def check_window(folder: str, tokens: int, reason: str) -> None:
 
     `reason` names the text, with `{tokens}` in it, and the way to a shorter one.
     """
+    most = window(folder)
+    if most and tokens > most:
+        text = reason.format(tokens=f"{tokens:,}")
+        raise ModelError(f"--model_name {folder}: it reads up to {most:,} tokens, but {text}")
+
+
+def window(folder: str) -> int | None:
+    """Return the tokens that a model was made to read at once; None where that is not known."""
     shape = read_shape(folder)
-    window = getattr(shape, "max_position_embeddings", None)
+    most = getattr(shape, "max_position_embeddings", None)
     rope = getattr(shape, "rope_parameters", None) or {"rope_type": "default"}
     # positions that are scaled, or differ from layer to layer, may reach further than this number
-    if not isinstance(window, int) or not isinstance(rope, dict):
-        return
-    if window and tokens > window and rope.get("rope_type") == "default":
-        text = reason.format(tokens=f"{tokens:,}")
-        raise ModelError(f"--model_name {folder}: it reads up to {window:,} tokens, but {text}")
+    known = isinstance(most, int) and isinstance(rope, dict)
+    return most if known and rope.get("rope_type") == "default" else None
 
 
 def check_vocabulary(folder: str, largest: int) -> None:

@@ -165,6 +165,10 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
             f"{scores['new_tokens_all']:.0f} new tokens; its greedy answer has "
             f"{scores['new_tokens_greedy']:.0f} of them"
         )
+    if room := scores.get("no_room"):
+        recall = room["gold_table_recall"]
+        kept = "" if recall is None else f", and show {100 * recall:.1f} % of those that gold needs"
+        yield f"{room['prompts']} of {n + failing} prompts have no room for all tables{kept}"
     if cut := scores.get("errors", {}).get("cut off", 0):
         yield (
             f"{cut} of {n} answers are not right and were cut off at --evaluate.max_new_tokens; "

@@ -12,8 +12,8 @@ from ray_sql.config import Batching
 from ray_sql.models import packed_attention, recurrent
 from ray_sql.models.recurrent import SharedStates
 from ray_sql.models.seen import Seen
+from ray_sql.rows.encoder import IGNORED, TokenizedExample
 from ray_sql.rows.share import SharedRow, passes, step_order
-from ray_sql.rows.tokenise import IGNORED, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ import torch
 from ray_sql.errors import out_of_memory
 from ray_sql.models import packed_attention, recurrent
 from ray_sql.rows.batch import collate, model_inputs
+from ray_sql.rows.encoder import TokenizedExample
 from ray_sql.rows.share import SharedRow
-from ray_sql.rows.tokenise import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from ray_sql.config import Batching
-from ray_sql.rows.tokenise import TokenizedExample
+from ray_sql.rows.encoder import TokenizedExample
 
 MAX_PADDING = 1.25
 """A pass computes at most this many times the tokens of its rows, padding included.

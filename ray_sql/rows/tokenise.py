@@ -12,49 +12,27 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_sql.config.files import read_json
-from ray_sql.config.sections import PromptSection, RowsSection
+from ray_sql.config.sections import NO_VALUES, RowsSection
 from ray_sql.data import Example, prompts
-from ray_sql.data.chat import DATE, Chat, template_of
+from ray_sql.data.chat import DATE, template_of
 from ray_sql.data.contract import tokenizer_hash
 from ray_sql.data.linking import LinkError
-from ray_sql.database import SERIALIZER_VERSION, Schema, render
+from ray_sql.database import SERIALIZER_VERSION
 from ray_sql.errors import DamagedFile, DataError
+from ray_sql.rows.encoder import Encoder, TokenizedExample
 from ray_sql.store import storage
-from ray_sql.tasks import Task
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 """Raise when the code below makes other rows from the same input."""
-
-IGNORED = -100
-"""The label of a token that carries no loss."""
 
 Progress = Callable[[int, int], None]
 """Receives (examples done, all examples)."""
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One training example: prompt, then completion; the first `prompt_length` carry no loss."""
-
-    id: str
-    db_id: str
-    input_ids: list[int]
-    prompt_length: int
-
-    @property
-    def labels(self) -> list[int]:
-        """The token to learn at every place, `IGNORED` on the prompt."""
-        return [IGNORED] * self.prompt_length + self.input_ids[self.prompt_length :]
 
 
 @dataclass(frozen=True)
@@ -92,93 +70,6 @@ class Audit:
             count = len(self.unlinkable)
             text += f"; {count} left out because their SQL cannot be linked to the schema"
         return text
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Tokenises examples of one task, with one way of writing schemas."""
-
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    prompt: PromptSection
-    schemas: Mapping[str, Schema]
-
-    def encode(self, example: Example, schema: str | None = None) -> TokenizedExample:
-        """Return an example's tokens, with `schema` in place of its own schema text if given.
-
-        Raises `LinkError` if the SQL cannot be linked and the answer needs links.
-        """
-        turns = self._turns(example, schema)
-        answer = prompts.answer(self.task, example, self.schemas)
-        completion = self.chat.completion(turns, answer)
-        prompt_ids = encode_prompt(self.tokenizer, self.chat.prompt(turns))
-        completion_ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
-        input_ids = prompt_ids + completion_ids
-        return TokenizedExample(example.id, example.db_id, input_ids, len(prompt_ids))
-
-    def encode_question(self, example: Example, shown: Schema | None = None) -> list[int]:
-        """Return the tokens of an example's prompt, for generation."""
-        return encode_prompt(self.tokenizer, self.chat.prompt(self.question_turns(example, shown)))
-
-    def answer_length(self, example: Example) -> int:
-        """Return the tokens of an example's gold answer; 0 where its SQL cannot be linked."""
-        try:
-            answer = prompts.answer(self.task, example, self.schemas)
-        except LinkError:
-            return 0
-        return len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-    def question_turns(self, example: Example, shown: Schema | None = None) -> list[dict[str, str]]:
-        """Return the turns of an example's prompt, for generation.
-
-        `shown` is its schema in the prompt, by default as an example is trained on. The full one is
-        shown where the gold SQL does not fit a reduced form of it.
-        """
-        if shown is not None and not example.schema_text:
-            return self._turns(example, render(shown, self.prompt.serializer))
-        try:
-            return self._turns(example)
-        except LinkError:
-            full = self.prompt.model_copy(update={"schema_form": "full"})
-            return replace(self, prompt=full)._turns(example)
-
-    @cached_property
-    def chat(self) -> Chat:
-        """Write turns in the tokenizer's chat template."""
-        return Chat(self.tokenizer, self.prompt.thinking)
-
-    def _turns(self, example: Example, schema: str | None = None) -> list[dict[str, str]]:
-        if schema is None:
-            schema = prompts.schema_text(example, self.schemas, self.prompt)
-        return prompts.messages(self.task, schema, example.question, example.evidence)
-
-    def shorten(self, example: Example, limits: RowsSection) -> TokenizedExample | None:
-        """Return an example that is too long without unused tables; None drops it.
-
-        Raises `DataError` if that does not help.
-        """
-        if limits.too_long != "trim_schema":
-            return None
-        if example.schema_text or example.db_id not in self.schemas:
-            raise DataError(
-                f"example {example.id}: its schema is a text of the dataset, so --rows.too_long "
-                "trim_schema cannot leave tables out; use drop, or raise --rows.max_length"
-            )
-        schema = prompts.shown_schema(example, self.schemas, self.prompt)
-        needed = {name.lower() for name in prompts.gold_links(example, self.schemas)}
-        unused = [table for table in schema.tables if table.name.lower() not in needed]
-        tables = list(schema.tables)
-        # the widest first, so that as many tables as possible stay
-        for table in sorted(unused, key=lambda table: len(table.columns))[::-1]:
-            tables.remove(table)
-            shown = _without_dangling_keys(Schema(schema.db_id, tuple(tables)))
-            shorter = self.encode(example, render(shown, self.prompt.serializer))
-            if len(shorter.input_ids) <= limits.max_length:
-                return shorter
-        raise DataError(
-            f"example {example.id} ({example.db_id}): even with only the tables its SQL uses it is "
-            f"over --rows.max_length {limits.max_length}; raise it, or use --rows.too_long drop"
-        )
 
 
 def prepare(
@@ -254,19 +145,6 @@ def _require_usable(audit: Audit) -> None:
         )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return prompt tokens as training and generation both see them.
-
-    A chat template writes its own special tokens. Without one the tokenizer adds those that begin a
-    text; an end of text that it adds too would stand before the answer.
-    """
-    ids = list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
-    end = tokenizer.eos_token
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(end)):
-        ids.pop()
-    return ids
-
-
 def write(rows: Sequence[TokenizedExample], file: Path) -> None:
     """Write tokenised examples as Parquet, complete or not at all."""
     import pyarrow as pa
@@ -322,15 +200,12 @@ def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection
     These are data, schemas, template texts, serialiser, tokenizer and lengths.
     """
     used = sorted({example.db_id for example in examples} & set(encoder.schemas))
+    words = [encoder.task.system, prompts.USER, prompts.EVIDENCE]
+    if encoder.prompt.values != NO_VALUES:
+        words.append(prompts.VALUES)
     parts: list[Any] = [
         [ROWS_VERSION, SERIALIZER_VERSION, encoder.task.name],
-        [
-            encoder.task.system,
-            prompts.USER,
-            prompts.EVIDENCE,
-            DATE.isoformat(),
-            template_of(encoder.tokenizer),
-        ],
+        [*words, DATE.isoformat(), template_of(encoder.tokenizer)],
         [
             tokenizer_hash(encoder.tokenizer),
             encoder.prompt.of_training(),
@@ -341,15 +216,6 @@ def cache_key(examples: Sequence[Example], encoder: Encoder, limits: RowsSection
         [encoder.schemas[db_id].to_dict() for db_id in used],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _without_dangling_keys(schema: Schema) -> Schema:
-    """Return the schema without foreign keys to tables that it does not have."""
-    tables = []
-    for table in schema.tables:
-        keys = tuple(key for key in table.foreign_keys if schema.table(key.ref_table))
-        tables.append(replace(table, foreign_keys=keys))
-    return Schema(schema.db_id, tuple(tables))
 
 
 def _audit(

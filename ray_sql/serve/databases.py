@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ray_sql import data
 from ray_sql.config import Config, absolute
+from ray_sql.config.sections import PromptSection
 from ray_sql.data import Corpus, databases
+from ray_sql.data.descriptions import Sources, describe
 from ray_sql.database import Schema, reflect
 from ray_sql.errors import DataError
 
@@ -25,7 +27,7 @@ class Database:
 def find(where: str | None, config: Config) -> Database:
     """Return the database at a path or URL, or the run's own of this name, or its only one."""
     if where and ("://" in where or absolute(where).is_file()):
-        return at(where, config.prompt.example_values)
+        return at(where, config.prompt, config.dataset_id)
     corpus = data.read_databases(config)
     known = corpus.databases
     name = where or next(iter(known), "")
@@ -38,23 +40,30 @@ def find(where: str | None, config: Config) -> Database:
     return _database(data.add_schema(corpus, name, config), name)
 
 
-def at(where: str, example_values: int, name: str | None = None) -> Database:
-    """Return the database of a SQLite file or an SQLAlchemy URL."""
+def at(where: str, prompt: PromptSection, dataset_id: str, name: str | None = None) -> Database:
+    """Return the database of a SQLite file or an SQLAlchemy URL.
+
+    It is described as in training: by files beside it, and beside the dataset.
+    """
     place = where
     if "://" in where:
         own = databases.only_name(where) or ""
         place = databases.on_server(where, [own])[own]
     else:
         own, place = Path(where).stem, str(absolute(where))
-    schema = reflect(place, name or own, example_values)
+    chars = prompt.description_chars
+    schema = reflect(place, name or own, prompt.example_values, comments=bool(chars))
+    schema, _ = describe(schema, Sources.of(place, dataset_id), chars)
     return _database(Corpus({}, {schema.db_id: schema}, {schema.db_id: place}), schema.db_id)
 
 
 def registered(places: Mapping[str, str], config: Config) -> dict[str, Database]:
     """Return databases by name: those at `places`, or all of the run's own where none is given."""
     if places:
-        values = config.prompt.example_values
-        return {name: at(place, values, name) for name, place in places.items()}
+        return {
+            name: at(place, config.prompt, config.dataset_id, name)
+            for name, place in places.items()
+        }
     corpus = data.read_databases(config)
     return {
         name: _database(data.add_schema(corpus, name, config), name)

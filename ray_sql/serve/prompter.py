@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 
 from ray_sql import generate, models
 from ray_sql.config.sections import AnswersSection
-from ray_sql.data import Example
+from ray_sql.data import Example, values
+from ray_sql.data.contract import check_described
+from ray_sql.data.corpus import CellValue
 from ray_sql.data.shown import ShownSchema
-from ray_sql.database import Links, Schema, render
+from ray_sql.data.value_index import ValueIndex
+from ray_sql.database import Executor, Links, Schema, render
 from ray_sql.errors import DataError
 from ray_sql.evaluate.models import check_adapter
 from ray_sql.generate import Question
-from ray_sql.rows import Encoder, common_prefix, encode_prompt
+from ray_sql.rows import common_prefix, encode_prompt
 from ray_sql.serve.databases import Database
 from ray_sql.serve.recipe import Recipe
 from ray_sql.tasks import TASKS
 
-UNLIKE = ("How many?", "1")
-"""Two questions that begin differently: what their prompts share is the schema."""
+UNLIKE = (("How many?", ""), ("1", ""), ("How many?", "1 is one"))
+"""Questions with hints, which begin differently: what their prompts share is the schema."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,17 @@ class Prompter:
         """Ask about these databases from now on."""
         self.databases = databases
         schemas = {name: database.schema for name, database in databases.items()}
-        self._encoder = Encoder(self.tokenizer, self.task, self.config.prompt, schemas)
+        config = self.config
+        check_described(self.adapter.read_contract() or {}, schemas, self.adapter.uri)
+        self._encoder = generate.question_encoder(
+            self.tokenizer, self.task, config.prompt, schemas, config.rows, config.evaluate
+        )
+        self._values: dict[str, ValueIndex] = {}
+        with Executor(1) as executor:
+            for name, database in databases.items():
+                place = database.place
+                if found := values.search(database.schema, place, config.prompt, executor):
+                    self._values[name] = found.index
         self.begins = {name: self._begin(name) for name in databases}
         """The tokens that the prompts of all questions on a database begin with."""
 
@@ -77,7 +90,7 @@ class Prompter:
         than the model's window.
         """
         self.database(database)
-        example = Example("", database, question, "", evidence)
+        example = self._example(question, database, evidence)
         return self._asked(example, settings or self.config.evaluate)
 
     def shown(self, asked: Asked, shown: ShownSchema) -> Asked:
@@ -126,7 +139,21 @@ class Prompter:
     def _check_window(self, question: Question, settings: AnswersSection) -> None:
         generate.check_window(self.model_folder, [question], settings.max_new_tokens)
 
+    def _example(self, question: str, database: str, evidence: str = "") -> Example:
+        """Return a question with the cells that it names."""
+        found: tuple[CellValue, ...] = ()
+        if database in self._values:
+            found = self._values[database].find(question, self.config.prompt.values_top)
+        return Example("", database, question, "", evidence, values=found)
+
     def _begin(self, database: str) -> list[int]:
-        examples = [Example("", database, question, "") for question in UNLIKE]
+        """Return what all prompts begin with: those with a hint, with cells, and with neither."""
+        examples = [self._example(question, database, evidence) for question, evidence in UNLIKE]
+        if database in self._values:
+            cells = [
+                CellValue(table.name, table.columns[0].name, "1")
+                for table in self.databases[database].schema.tables[:1]
+            ]
+            examples.append(replace(examples[0], values=tuple(cells)))
         prompts = [self._encoder.encode_question(example) for example in examples]
         return prompts[0][: common_prefix(prompts)]

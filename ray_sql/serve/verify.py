@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_sql import data
+from ray_sql import data, generate
 from ray_sql.config import Config, VerifyConfig
 from ray_sql.data import Example
 from ray_sql.display import Display
@@ -17,7 +17,6 @@ from ray_sql.evaluate.linker import asked_links
 from ray_sql.evaluate.scored import load_scored
 from ray_sql.generate import Answer, make_questions
 from ray_sql.metrics.judged import JudgedRow, is_right
-from ray_sql.rows import Encoder
 from ray_sql.serve import recipe
 from ray_sql.serve.diagnosis import Compared, Diagnosis, Said, diagnose
 from ray_sql.serve.identity import Identity
@@ -78,8 +77,13 @@ class _Checked:
         self._base = _by_key(folder.read_predictions("base"))
         self._corpus = load_scored(self._config, found.adapter.uri)
         self._links = asked_links(self._config, self._corpus, display)
-        self._encoder = Encoder(
-            prompter.tokenizer, prompter.task, self._config.prompt, self._corpus.schemas
+        self._encoder = generate.question_encoder(
+            prompter.tokenizer,
+            prompter.task,
+            self._config.prompt,
+            self._corpus.schemas,
+            self._config.rows,
+            self._config.evaluate,
         )
         known = [
             (split, example)
