@@ -104,9 +104,9 @@ def test_make_says_in_our_words_what_it_does() -> None:
 
     assert "minutes the first time" in commands("setup")
     assert "--quiet --disable-pip-version-check" in commands("setup")
-    ui = commands("ui")
-    assert "PYTHONWARNINGS=ignore MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in ui
-    assert "--backend-store-uri 'sqlite:///mlflow.db' --workers 1" in ui
+    assert "ray-sql ui --port 5000" in commands("ui")  # test_runs.py holds what it starts
+    told = commands("ui", "TRACKING=sqlite:///a b.db")
+    assert "--tracking.uri 'sqlite:///a b.db'" in told
 
 
 @pytest.mark.kind("terminals that lack a character")

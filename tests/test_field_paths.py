@@ -86,11 +86,13 @@ def test_the_command_that_shows_a_run_can_be_pasted(name: str, tmp_path: Path) -
     scores = {"n": 4, "execution_accuracy": 0.25, "interval": [0.0, 0.7], "gold_errors": 0}
     metrics = {
         "task_type": "sql",
-        "file": {"dev": scores},
+        "tuned": {"dev": scores},
+        "seconds": 2.0,
+        "training_seconds": 1.0,
         "mlflow_run_id": "run",
         "tracking_uri": uri,
     }
     display = Display(Console(file=out, soft_wrap=True))
     terminal.show(RunFolder(str(tmp_path)), "x", metrics, display)
-    command = out.getvalue().partition("(mlflow ")[2].partition(")\n")[0]
-    assert shlex.split(f"mlflow {command}") == ["mlflow", "ui", "--backend-store-uri", uri]
+    command = out.getvalue().partition("ray-sql ui ")[2].partition("\n")[0]
+    assert shlex.split(command) == ["--tracking.uri", uri]
