@@ -27,6 +27,14 @@ from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 
 log = logging.getLogger(__name__)
+AWAITED = {
+    "Ray": "workers",
+    "workers": "imports of the training stack",
+    "imports of the training stack": "model",
+    "model": "a try of shared rows",
+    "shared rows tried": "first step",
+}
+"""A stage of the start that has ended, and what a run waits for then."""
 
 
 class Progress:
@@ -57,7 +65,7 @@ class Progress:
             case StageEnded(stage, at):
                 if self._startup:
                     self._startup.mark(stage, at)
-                    self._display.starting(f"{stage} done")
+                    self._display.starting(AWAITED.get(stage, f"what follows {stage}"))
             case AnswersCounted(model, done, total):
                 self._display.update(f"answering with {model}", done, total)
             case Resumed(step, points):
