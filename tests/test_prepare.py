@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ray_sql import evaluate, finetune
 from ray_sql.cli import main
@@ -135,6 +136,8 @@ def test_the_folder_is_its_own_or_is_left_alone(pairs: Path) -> None:
     (folder / "notes.txt").unlink()
 
     first = prepare(settings(pairs))
+    offered = yaml.safe_load((folder / "descriptions.yaml").read_text())
+    assert offered and all(tables for tables in offered.values())
     (folder / "descriptions.yaml").write_text("mine")
     assert prepare(settings(pairs)) == first
     assert (folder / "descriptions.yaml").read_text() == "mine"

@@ -14,7 +14,7 @@ from ray_sql.curate import near, overview
 from ray_sql.curate.divide import across, divide
 from ray_sql.curate.flags import KINDS, MEANING, Flag
 from ray_sql.curate.pairs import Judged, Pair, judge, read
-from ray_sql.data import schema_texts
+from ray_sql.data import descriptions, schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Example, counted
 from ray_sql.data.linking import sqlglot_dialect
@@ -223,6 +223,8 @@ def _write(
         folder.write_lines(folder.split(split), [_row(pair) for pair in rows])
     folder.write_lines(folder.rejected, [row.row() for row in dataset.judged.rejected])
     folder.write_audit(audit_of(dataset))
+    shown = [schema for db_id, schema in sorted(corpus.schemas.items()) if db_id in used]
+    folder.offer_descriptions(descriptions.template(shown))
     folder.write_report(
         overview.page(folder.path.name, record, corpus.schemas, dataset.splits, dataset.judged)
     )

@@ -118,6 +118,11 @@ class DatasetFolder:
         """Write `report.html`."""
         self._write(self.report, page)
 
+    def offer_descriptions(self, template: str) -> None:
+        """Write `descriptions.yaml` to be filled; one that is there stays as it is."""
+        if not self.descriptions.exists():
+            self._write(self.descriptions, template)
+
     def copy_database(self, db_id: str, source: Path) -> None:
         """Copy a SQLite file in one state of it, whoever writes it meanwhile.
 
