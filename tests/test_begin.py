@@ -35,7 +35,7 @@ def test_pairs_and_a_database_become_settings_of_a_run(
     assert config.dataset_id == str(place / "out" / "my-pairs-data")
     assert (config.num_epochs, config.lora.r, config.learning_rate) == (2, 8, 2e-4)
     said = capsys.readouterr().out
-    assert "chosen    num_epochs 10: 7 training pairs" in said
+    assert "chosen    learning_rate 0.0002: " in said and "chosen    num_epochs" not in said
     assert "next " not in said
     assert (place / "out" / "my-pairs-data" / "finetune.yaml").is_file()
 

@@ -77,7 +77,7 @@ def test_finetune_writes_exactly_the_documented_files(
         "inputs", "logs", "metrics.json", "predictions.jsonl", "report.html",
     ]  # fmt: skip
     assert sorted(path.name for path in (place / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "config.json", "contract.json",
+        "adapter_config.json", "adapter_model.safetensors", "contract.json", "ray_sql_config.json",
     ]  # fmt: skip
     rows = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 3
@@ -359,7 +359,8 @@ def _not_a_database(folder: Path) -> None:
         (
             _missing_column,
             "dev.json: no column 'question' or 'question_en' or 'SpiderSynQuestion' or "
-            "'sql_prompt' or 'utterance' for question; found db_id, pergunta, query",
+            "'sql_prompt' or 'utterance' or 'nl' or 'nl_question' or 'natural_language' or "
+            "'user_question' or 'input' or 'prompt' for question; found db_id, pergunta, query",
         ),
         (_not_a_database, "mall.sqlite"),
     ],

@@ -56,7 +56,9 @@ def begin(words: Sequence[str]) -> list[str]:
     changes = {"output_name": f"{name}-data", "output_dir": place, "dry_run": False}
     record = prepare(asked.changed(changes), goes_on=True)
     folder = absolute(place) / f"{name}-data"
-    choices = list(choose(record["counts"]["train"], name, folder))
+    said = {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
+    chosen = choose(record["counts"]["train"], name, folder)
+    choices = [choice for choice in chosen if choice[0] not in said]
     for setting, value, why in choices:
         print(f"chosen    {setting} {value}: {why}")
     file = folder / FILE
