@@ -119,7 +119,9 @@ def test_mlflows_own_server_answers(
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["-m", "models:/ray-sql-sql@champion", "--port", str(port)]
     log = tmp_path / "server.log"
-    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it calls uvicorn
+    own = os.environ | {"PATH": path}
+    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=own)
     body = {"dataframe_records": [{"question": row["question"], "database": "mall"}]}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations",
