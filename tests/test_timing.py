@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ray_sql import cluster, train
-from ray_sql.cluster.events import Event, TrainJob, TrainOutcome, TrainPoint
+from ray_sql.cluster.events import Event, NodeUsed, TrainJob, TrainOutcome, TrainPoint
 from ray_sql.finetune import prepare
-from ray_sql.train import step_clock
+from ray_sql.train import node_use, step_clock
 from ray_sql.train.step_clock import Reading, StepClock
 
 PHASES = ["time/data", "time/forward", "time/backward", "time/optimizer", "time/report"]
@@ -64,6 +64,7 @@ def test_every_point_says_where_the_time_went(
     prepared = prepare.prepare(config)
     prepare.write_inputs(prepared)
     points: list[TrainPoint] = []
+    nodes: list[NodeUsed] = []
     reads: list[int] = []
     read = StepClock.read
 
@@ -75,10 +76,13 @@ def test_every_point_says_where_the_time_went(
     def on_event(event: Event) -> None:
         if isinstance(event, TrainPoint):
             points.append(event)
+        if isinstance(event, NodeUsed):
+            nodes.append(event)
 
     monkeypatch.setattr(StepClock, "read", noted)
     train.fit(config, prepared.model_folder, on_event)
     assert [point.step for point in points] == [1, 3, 6] and len(reads) == 3
+    assert nodes[0].step == 1 and nodes[0].values["system/disk_usage_percentage"] > 0
     for point in points:
         assert all(point.values[phase] > 0 for phase in PHASES)
         assert point.values["system/process_memory_gib"] > 0.1
@@ -158,20 +162,41 @@ def test_a_slow_rank_shows_in_the_phases_of_the_others(
 
 
 @pytest.mark.parametrize(
-    ("told", "found"),
-    [
-        (42, {"system/gpu_memory_gib", "system/gpu_utilization_percentage"}),
-        (None, {"system/gpu_memory_gib"}),
-    ],
+    ("told", "found"), [(42, {"gpu_1_utilization_percentage": 42.0}), (None, {})]
 )
 def test_a_gpu_that_does_not_tell_how_busy_it_is_keeps_no_run_from_training(
-    monkeypatch: pytest.MonkeyPatch, told: int | None, found: set[str]
+    monkeypatch: pytest.MonkeyPatch, told: int | None, found: dict[str, float]
 ) -> None:
     def utilization(_: Any) -> int:
         if told is None:
             raise Exception("NVML's errors have no other base")
         return told
 
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+    def is_part_of_a_gpu(_: Any) -> int:
+        raise Exception("NVML knows no such device")
+
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
-    assert set(step_clock.memory_use(torch.device("cuda"))) == found
+    monkeypatch.setattr(torch.cuda, "device_memory_used", is_part_of_a_gpu)
+    monkeypatch.setattr(torch.cuda, "power_draw", is_part_of_a_gpu)
+    assert node_use.gpu_use(1) == found
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "size", "group"),
+    [(0, 0, 2, "system"), (1, 1, 2, None), (2, 0, 4, "system/node_1"), (3, 1, 4, None)],
+)
+def test_each_nodes_first_worker_reads_its_use_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, size: int, group: str | None
+) -> None:
+    import ray.train
+    from ray.train.v2.api.context import LocalTrainContext
+
+    context = LocalTrainContext("run", size, rank, local_rank, min(size, 2), rank // 2)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    watch = node_use.NodeWatch(on=True)
+    first = watch.read()
+    assert {name.rpartition("/")[0] for name in first} == ({group} if group else set())
+    if group:
+        assert 0 < first[f"{group}/system_memory_usage_percentage"] < 100
+    assert watch.read() == {}, "10 s are not over"
+    assert node_use.NodeWatch(on=False).read() == {}

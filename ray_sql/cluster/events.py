@@ -45,6 +45,14 @@ class StepEnded:
 
 
 @dataclass(frozen=True)
+class NodeUsed:
+    """Readings of how busy a node is at an optimizer step, by their names in MLflow."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint is complete.
 
@@ -104,6 +112,7 @@ Event = (
     | StageEnded
     | TrainPoint
     | StepEnded
+    | NodeUsed
     | CheckpointSaved
     | Resumed
     | RowsChosen

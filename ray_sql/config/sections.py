@@ -455,6 +455,8 @@ class TrackingSection(Section):
     job started in."""
     experiment: str = "ray_sql"
     """File runs under this MLflow experiment."""
+    system_metrics: bool = True
+    """Record how busy each node is while it trains, every 10 s."""
 
 
 class RepositorySection(Section):

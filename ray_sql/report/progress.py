@@ -14,6 +14,7 @@ from ray_sql.cluster.events import (
     AnswersCounted,
     CheckpointSaved,
     Event,
+    NodeUsed,
     Note,
     Resumed,
     StageEnded,
@@ -81,6 +82,8 @@ class Progress:
                 self._log(step, values)
             case StepEnded(step, steps):
                 self._display.step(step, steps)
+            case NodeUsed(step, values):
+                self._log(step, values)
             case CheckpointSaved(step, values):
                 self._newest = max(self._newest, step)
                 self._display.line(f"step {step}: checkpoint saved{validation_scores(values)}")

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_sql.cluster.events import CheckpointSaved, OnEvent, StepEnded, TrainPoint
+from ray_sql.cluster.events import CheckpointSaved, NodeUsed, OnEvent, StepEnded, TrainPoint
 from ray_sql.cluster.ranks import gather_all, rank
 from ray_sql.config import Batching
 from ray_sql.errors import RaySqlError, TrainingError
 from ray_sql.rows import TokenizedExample
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import CONTRACT, RunFolder
+from ray_sql.train.node_use import NodeWatch
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import LOGGED, check_owned
 
@@ -41,6 +42,7 @@ class Reporter:
         emit: OnEvent,
         validation: Validation,
         watch: PreemptionWatch,
+        node: NodeWatch,
         is_eval_step: Callable[[int], bool],
         batching: Batching,
         examples: Sequence[TokenizedExample],
@@ -48,6 +50,7 @@ class Reporter:
     ) -> None:
         self._folder, self._driver, self._emit = folder, driver, emit
         self._validation, self._watch, self._is_eval_step = validation, watch, is_eval_step
+        self._node = node
         self._step_examples = batching.global_batch_size
         self._epoch_steps = batching.steps_per_epoch(len(examples))
         self._mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
@@ -85,6 +88,8 @@ class Reporter:
         if self._rank == 0 and now - self._told >= STEP_SECONDS:
             self._told = now
             self._emit(StepEnded(step, self._steps))
+        if use := self._node.read():
+            self._emit(NodeUsed(step, use))
         return self._watch(step)
 
     def on_save(self, step: int, local: Path, model: PreTrainedModel) -> bool:

@@ -29,6 +29,7 @@ from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
 from ray_sql.train.callbacks import Reporter
+from ray_sql.train.node_use import NodeWatch
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import needs_validation, resume
 from ray_sql.train.validation import Validation
@@ -85,6 +86,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
             driver.emit,
             validation,
             watch,
+            NodeWatch(config.tracking.system_metrics),
             is_eval_step,
             batching,
             examples,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -74,15 +73,7 @@ class StepClock:
 
 
 def memory_use(device: torch.device) -> dict[str, float]:
-    """Return the GiB of memory in use and, of a GPU, how busy it was.
-
-    Of a GPU's memory it is the maximum so far, of a machine's the use now. A GPU's utilization is
-    in per cent of about the last second.
-    """
+    """Return the GiB of memory that this process takes: now, or of a GPU at most so far."""
     if device.type != "cuda":
         return {"system/process_memory_gib": psutil.Process(os.getpid()).memory_info().rss / GIB}
-    use = {"system/gpu_memory_gib": torch.cuda.max_memory_allocated(device) / GIB}
-    # NVML may be missing, or raise errors of its own, as for a part of a GPU
-    with suppress(Exception):
-        use["system/gpu_utilization_percentage"] = float(torch.cuda.utilization(device))
-    return use
+    return {"system/gpu_memory_gib": torch.cuda.max_memory_allocated(device) / GIB}

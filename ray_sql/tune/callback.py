@@ -14,6 +14,7 @@ from ray_sql import tracking
 from ray_sql.cluster.events import (
     CheckpointSaved,
     Event,
+    NodeUsed,
     Note,
     Resumed,
     RowsChosen,
@@ -155,6 +156,8 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
             case TrainPoint(step, _, values):
                 self._newest_steps[number] = step
                 self._show()
+                self._log(number, step, values)
+            case NodeUsed(step, values):
                 self._log(number, step, values)
             case CheckpointSaved(step, values, objective):
                 self._log(number, step, values, objective)
