@@ -39,7 +39,7 @@ def recorded(
         **{"train.max_steps": 2, "train.logging_steps": 1, "save_steps": 1},
         **{"evaluate.max_new_tokens": 8, "evaluate.limit": 4, "evaluate.processes": 1},
         **{"evaluate.select_examples": 2, "scaling.num_workers": 0, "grad_accum_steps": 2},
-        **{"tracking.uri": f"sqlite:///{root}/mlflow.db"},
+        **{"tracking.uri": f"sqlite:///{root}/mlflow.db", "tracking.questions": True},
     }
     config = load(Config, [], **settings)
     metrics = finetune.run(config)
@@ -77,6 +77,18 @@ def test_a_runs_records_are_counted(recorded: Any) -> None:
         *("mlflow.runName", "mlflow.source.name", "mlflow.note.content", "mlflow.loggedArtifacts"),
         *("task_type", "data_fingerprint", "template_hash", "folder", "scored", "verdict"),
     }
+
+
+def test_the_tuned_models_questions_stand_in_mlflow(recorded: Any) -> None:
+    from mlflow.tracking import MlflowClient
+
+    config, run = recorded
+    client = MlflowClient(config.tracking.uri)
+    asked = client.search_traces(locations=[run.info.experiment_id], run_id=run.info.run_id)
+    rows = RunFolder(config.run_dir).read_predictions()
+    assert len(rows) == 4
+    told = [(trace.info.request_preview, trace.info.assessments[0].rationale) for trace in asked]
+    assert sorted(told) == sorted((f"{row['question']} · mall", row["error"]) for row in rows)
 
 
 def test_the_name_says_model_task_and_data(recorded: Any) -> None:

@@ -155,7 +155,8 @@ class PagesConfig(JobConfig):
     @classmethod
     def shown(cls) -> set[str]:
         """Leave out what only a run has."""
-        unused = {"output_name", "cache_dir", "tracking.enabled", *TOKENS}
+        unused = {"output_name", "cache_dir", *TOKENS}
+        unused |= {f"tracking.{name}" for name in ("enabled", "system_metrics", "questions")}
         return super().shown() - unused
 
 

@@ -14,7 +14,7 @@ from ray_sql.evaluate.results import summarise, write
 from ray_sql.evaluate.scoring import headline, legal
 from ray_sql.finetune.prepare import Prepared
 from ray_sql.finetune.session import spool
-from ray_sql.metrics.judged import Evaluation
+from ray_sql.metrics.judged import Evaluation, JudgedRow, is_right
 from ray_sql.report import description, figures, html
 from ray_sql.report.description import code
 from ray_sql.report.scores import verdict
@@ -106,6 +106,19 @@ def _log_scores(
     columns = [name for name in TABLE_COLUMNS if any(name in row for row in judged)]
     table = [{column: row.get(column) for column in columns} for row in judged]
     record.table(table, "predictions.json")
+    record.questions(task.metric, map(_scored, evaluation[models[-1]]))
+
+
+def _scored(row: JudgedRow) -> tracking.ScoredQuestion:
+    """Return a judged row as MLflow's page of questions shows it."""
+    return tracking.ScoredQuestion(
+        {"question": row["question"], "database": row["db_id"]},
+        row["predicted"],
+        row["gold"],
+        None if row["verdict"] == "gold_error" else is_right(row),
+        row["error"] or "",
+        {"split": row["split"], "hardness": row["hardness"]},
+    )
 
 
 def final_scores(metrics: Mapping[str, Any], models: Sequence[str], task: Task) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from ray_sql.tracking.models import LoggedModel
 from ray_sql.tracking.names import SCORE, SCORED, THIS_RUN, VALIDATED, VERDICT, VIEW, named
+from ray_sql.tracking.questions import ScoredQuestion
 from ray_sql.tracking.remove import aliases_of, remove
 from ray_sql.tracking.run import Run, Status, close, null_run, read_tag, reopen, replay, start
 from ray_sql.tracking.spool import run_ids_waiting

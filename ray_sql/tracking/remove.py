@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray_sql.config.sections import TrackingSection
+from ray_sql.tracking.questions import remove_questions
 from ray_sql.tracking.store import client_of, refusing, require_store, run_exists
 
 
@@ -22,7 +23,7 @@ def aliases_of(settings: TrackingSection, run_id: str) -> list[str]:
 
 
 def remove(settings: TrackingSection, run_id: str) -> int:
-    """Delete a run, its children and their models. Returns the number of runs deleted.
+    """Delete a run, its children, their models and questions. Returns the number of runs deleted.
 
     MLflow keeps what is deleted until `mlflow gc`. A run that is not there counts as deleted.
     """
@@ -42,4 +43,5 @@ def remove(settings: TrackingSection, run_id: str) -> int:
 def _remove_one(client: Any, experiment: str, run_id: str) -> None:
     for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
         client.delete_logged_model(model.model_id)
+    remove_questions(client, experiment, run_id)
     client.delete_run(run_id)

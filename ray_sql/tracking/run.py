@@ -15,7 +15,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from ray_sql.config.files import parse_json
 from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import DamagedFile, StoreError
 from ray_sql.tracking.models import LoggedModel
+from ray_sql.tracking.questions import ScoredQuestion
 from ray_sql.tracking.senders import SENDERS, create, end_children, logged_points
 from ray_sql.tracking.spool import Record, run_ids_waiting, spooled
 from ray_sql.tracking.store import (
@@ -62,9 +63,11 @@ class Run:
         spool: Path,
         begin: Callable[[Run], tuple[Any, str]] | None = None,
         waiting: str = "",
+        records_questions: bool = False,
     ) -> None:
         self.uri, self.run_id = uri, ""
         self._spool, self._begin, self._waiting = spool, begin, waiting
+        self._records_questions = records_questions
         self._client: Any = None
         self._logged: set[tuple[str, int]] = set()
         self._stored: set[tuple[str, int]] = set()
@@ -122,6 +125,11 @@ class Run:
     def model(self, path: Path, model: LoggedModel) -> None:
         """Store an adapter's folder as a model that MLflow loads, with the final scores so far."""
         self._send("model", [str(path), *model])
+
+    def questions(self, score: str, scored: Iterable[ScoredQuestion]) -> None:
+        """Store scored questions, judged by `score`, for MLflow to show beside another run's."""
+        if self._records_questions:
+            self._send("questions", [score, *scored])
 
     def figure(self, figure: Any, file: str) -> None:
         """Store a matplotlib figure as an image."""
@@ -273,7 +281,8 @@ def start(
 
     # with clients of its own: mlflow.set_tracking_uri would also set MLFLOW_TRACKING_URI, for
     # whatever this process does next
-    run = Run(store_uri(settings.uri), spool, begin, " ".join((own or {}).values()))
+    waiting = " ".join((own or {}).values())
+    run = Run(store_uri(settings.uri), spool, begin, waiting, settings.questions)
     if required:
         run.open()
     run.replay()

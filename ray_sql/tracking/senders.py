@@ -10,6 +10,7 @@ from typing import Any
 from ray_sql.config import flatten
 from ray_sql.tracking.models import find_model, send_model
 from ray_sql.tracking.names import THIS_RUN, VIEW, view
+from ray_sql.tracking.questions import send_questions
 
 PARAMS_PER_CALL = 100
 """Params that MLflow takes in one call."""
@@ -138,6 +139,7 @@ SENDERS: dict[str, Callable[..., object]] = {
     "table": _send_table,
     "artifact": _send_artifact,
     "model": send_model,
+    "questions": send_questions,
     "dataset": _send_dataset,
     "version": _send_version,
     "children": end_children,
