@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_sql.database.pool import sqlite_uri
+from ray_sql.database.places import sqlite_uri
 
 MOST_BYTES = 512 * 2**20
 """Bytes of a database that is copied; a larger one is only read in reverse."""

@@ -9,14 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from ray_sql.database import Schema
+from ray_sql.database import Schema, places
 from ray_sql.tasks import Task
 
 Item = TypeVar("Item")
-
-
-EXECUTABLE = ("sqlite", "postgresql", "postgres")
-"""The kinds of databases that run SQL here, as SQLAlchemy and libpq name them."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +99,18 @@ class Corpus:
         return self.schemas | self.listed if task.executes_sql else self.schemas
 
     def executable(self, db_id: str) -> str | None:
-        """Return the SQLite file or PostgreSQL URL that SQL is scored on; None where there is none.
+        """Return the file or URL that SQL is scored on; None where there is none.
 
         On empty tables almost any two queries agree, so they score nothing.
         """
         return None if db_id in self.empty else self.trial(db_id)
 
     def trial(self, db_id: str) -> str | None:
-        """Return the SQLite file or PostgreSQL URL that shows whether a query runs."""
+        """Return the file or URL that shows whether a query runs; None where there is none."""
         place = self.databases.get(db_id, "").removeprefix("sqlite:///")
         if not place:
             return None
-        dialect = place.partition("://")[0] if "://" in place else "sqlite"
-        return place if dialect.partition("+")[0] in EXECUTABLE else None
+        return place if "://" not in place or places.kind_of(place) else None
 
     def fingerprint(self, splits: Sequence[str] | None = None) -> str:
         """Return 16 hex digits of the content: examples and schemas, not where they lie.
@@ -145,10 +140,7 @@ def why_not_executable(corpus: Corpus) -> str:
     urls = [place for place in corpus.databases.values() if "://" in place]
     dialects = sorted({url.partition("://")[0] for url in urls})
     others = f", not on {', '.join(dialects)}" if dialects else ""
-    return (
-        f"queries run on SQLite files and on PostgreSQL{others}; name such databases with "
-        "--data.databases"
-    )
+    return f"queries run on {places.EXECUTABLE}{others}; name such databases with --data.databases"
 
 
 def remarks(notes: Iterable[str], left_out: Sequence[LeftOut]) -> Iterator[str]:

@@ -5,19 +5,16 @@ import marshal
 import os
 import queue
 import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import astuple
-from importlib.util import find_spec
+from dataclasses import astuple, replace
 from multiprocessing import Pipe
-from pathlib import Path
-from stat import S_ISREG
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
+from ray_sql.database.places import SCRIPT, Kind, Source, source
 from ray_sql.database.query import Limits, Place, QueryResult, may_change
 from ray_sql.errors import DataError
 
@@ -32,11 +29,6 @@ GRACE_SECONDS = 1.0
 START_SECONDS = 60.0
 CACHE_BYTES = 256 * 2**20
 DEFAULT_LIMITS = Limits()
-WORKER = Path(__file__).with_name("sqlite_worker.py")
-Kind = Literal["sqlite", "postgresql", "script"]
-SQLITE_HEADER = b"SQLite format 3\0"
-WAL_VERSION = 2
-PACKAGES = Path(__file__).parents[2]
 
 
 class Executor:
@@ -96,17 +88,15 @@ class Executor:
         """Run one query, or return its cached result; `again` runs it anew, to time it.
 
         Raises:
-            DataError: `database` is missing, unreachable, or neither a SQLite file nor a
-                PostgreSQL URL. A mistake in the query is a result instead.
+            DataError: `database` is missing, unreachable, or of a kind that runs no queries. A
+                mistake in the query is a result instead.
         """
         self._check_open()
-        is_url = isinstance(database, str) and "://" in database
-        source = _server(str(database)) if is_url else _file(Path(database))
-        limits = limits or self.limits
+        place, limits = source(database), limits or self.limits
         if again or may_change(sql):
-            return self._run_in_worker(source, sql, limits).result
+            return self._run_in_worker(place, sql, limits).result
         return self._results.get(
-            (source, sql, limits), lambda: self._run_in_worker(source, sql, limits)
+            (place, sql, limits), lambda: self._run_in_worker(place, sql, limits)
         )
 
     def build(self, script: str) -> QueryResult:
@@ -114,7 +104,8 @@ class Executor:
 
         The one cell of the result is the content of the SQLite file. No file is written.
         """
-        return self._run_in_worker(_Source("script", "", ()), script, self.limits).result
+        limits = replace(self.limits, sql_length=self.limits.bytes)
+        return self._run_in_worker(Source(SCRIPT, "", ()), script, limits).result
 
     def run_many(
         self,
@@ -155,30 +146,29 @@ class Executor:
         if self._closed or self._stopped:
             raise RuntimeError("this Executor is closed")
 
-    def _run_in_worker(self, source: "_Source", sql: str, limits: Limits) -> "_Sized":
+    def _run_in_worker(self, place: Source, sql: str, limits: Limits) -> "_Sized":
         worker = self._slots.get()
         try:
-            if worker is not None and worker.kind != source.kind:
+            if worker is not None and worker.kind != place.kind:
                 self._started.discard(worker)
                 worker.kill()
                 worker = None
             if worker is None or not worker.alive():
-                worker = _Worker(source.kind)
+                worker = _Worker(place.kind)
                 self._started.add(worker)
                 self._check_open()  # it may have been stopped since
-            answer = worker.ask(source.uri, sql, limits)
+            answer = worker.ask(place.uri, sql, limits)
         except ServerFull as error:
             if not self._overstayed:
                 raise
             busy = f"timeout: {self._overstayed} queries before overstayed, and {error}"
             return _Sized(QueryResult("timeout", (), (), busy, 0.0), 0)
         else:
-            if source.kind == "postgresql" and not worker.alive():
+            if place.kind.schemes and not worker.alive():
                 self._overstayed += 1
                 logger.warning(
-                    "PostgreSQL did not stop a query after %g s; one of its processes named "
-                    "`ray_sql` in pg_stat_activity may stay busy",
-                    limits.seconds,
+                    "%s did not stop a query after %g s; one of its processes may stay busy (%s)",
+                    *(place.kind.name, limits.seconds, place.kind.busy),
                 )
             return answer
         finally:
@@ -205,14 +195,14 @@ class _Worker:
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self._socket, child_socket = Pipe()
-        command, environment = _command(kind)
+        command = kind.command()
         with child_socket:
             self._process = subprocess.Popen(
                 [*command, str(child_socket.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(child_socket.fileno(),),
-                env=environment,
+                env=kind.environment(),
             )
         try:
             if not self._socket.poll(START_SECONDS):
@@ -247,13 +237,11 @@ class _Worker:
         status, columns, rows, error, seconds = marshal.loads(reply)
         if status == "full":
             raise ServerFull(
-                f"PostgreSQL has no connection left: {error}; lower --evaluate.processes, or raise "
-                "the limit of the role or server"
+                f"{self.kind.name} has no connection left: {error}; lower --evaluate.processes, "
+                "or raise the limit of the role or server"
             )
         if status == "unreachable":
-            raise DataError(
-                f"cannot connect to PostgreSQL: {error}; check the URL, and PGPASSWORD or ~/.pgpass"
-            )
+            raise DataError(f"cannot connect to {self.kind.name}: {error}; {self.kind.way_out}")
         return _Sized(QueryResult(status, columns, rows, error, seconds), len(reply))
 
     def end(self) -> None:
@@ -265,28 +253,6 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         self._socket.close()
-
-
-def _command(kind: Kind) -> tuple[list[str], dict[str, str]]:
-    """Return command and environment of a worker.
-
-    A worker for SQLite starts by path and isolated. It does not fork this process, which may hold
-    torch and threads. It imports the standard library only, and no token of the environment is
-    within reach of the query. A worker for PostgreSQL runs no query itself, so it gets the packages
-    of this process and the variables that libpq reads (PGPASSWORD, ~/.pgpass).
-    """
-    names = ["PATH", "LD_LIBRARY_PATH"]
-    if kind == "postgresql":
-        names += ["HOME", *(name for name in os.environ if name.startswith("PG"))]
-    environment = {name: os.environ[name] for name in names if name in os.environ}
-    # A heap for each thread would take 64 MiB of the memory that the limit leaves.
-    environment["MALLOC_ARENA_MAX"] = "1"
-    if kind != "postgresql":
-        action = ["build"] if kind == "script" else []
-        return [sys.executable, "-I", "-S", str(WORKER), *action], environment
-    command = [sys.executable, "-P", "-m", "ray_sql.database.postgres_worker"]
-    paths = [path for path in [str(PACKAGES), *sys.path] if path]
-    return command, environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 class _Results:
@@ -334,88 +300,3 @@ class _Results:
                 return
             if future.done():
                 self._size -= self._futures.pop(key).result().size
-
-
-class _Source(NamedTuple):
-    """A database and its state: equal values read equal rows.
-
-    The state is size and time of change, not a hash of the content. Hashing would read a file of
-    gigabytes for a query that touches one page. On a file system with nanosecond times, only
-    intent makes a change that alters neither.
-    """
-
-    kind: Kind
-    uri: str
-    state: tuple[int, ...]
-
-
-def _server(url: str) -> _Source:
-    """Return a PostgreSQL URL as libpq reads it.
-
-    Raises:
-        DataError: another server's URL, or psycopg is not installed.
-    """
-    dialect, _, rest = url.partition("://")
-    if dialect.partition("+")[0] not in ("postgresql", "postgres"):
-        raise DataError(
-            f"{dialect}: queries can be executed on SQLite files and on PostgreSQL "
-            "(postgresql://…), on nothing else"
-        )
-    if find_spec("psycopg") is None:
-        raise DataError(
-            "PostgreSQL needs psycopg, which is not installed: pip install -e '.[postgres]'"
-        )
-    return _Source("postgresql", f"postgresql://{rest}", ())
-
-
-def sqlite_uri(database: Path) -> str:
-    """Return the URI by which SQLite reads a file without creating or changing one.
-
-    Raises `DataError` where it is no database that can be read.
-    """
-    return _file(database).uri
-
-
-def _file(database: Path) -> _Source:
-    """Find out how to open a SQLite file without ever creating or changing one.
-
-    Raises:
-        DataError: the file is missing, is no SQLite database, or needs a repair after a crash.
-    """
-    path = database.resolve()
-    try:
-        # Not waiting: nobody may ever write to a pipe, which a check before would not exclude.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            stat = os.fstat(file.fileno())
-            if not S_ISREG(stat.st_mode):
-                raise DataError(f"{database}: is no file (a folder, a pipe or a device); remove it")
-            header = file.read(len(SQLITE_HEADER) + 4)
-    except OSError as error:
-        raise DataError(
-            f"{database}: cannot open this database ({error.strerror}); check the path"
-        ) from error
-    if not header.startswith(SQLITE_HEADER):
-        raise DataError(
-            f"{database}: not an SQLite database ({stat.st_size} bytes); check the path"
-        )
-    for end in ("-journal", "-wal", "-shm"):
-        side = path.with_name(path.name + end)
-        if side.exists() and not side.is_file():
-            raise DataError(f"{side}: is no file, but SQLite would open it; remove it")
-    uri = f"{path.as_uri()}?mode=ro"
-    state: tuple[int, ...] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if WAL_VERSION not in header[18:20]:
-        return _Source("sqlite", uri, state)
-    log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
-    log_stat = log.stat() if log.exists() else None
-    if log_stat is None or not (log_stat.st_size or index.exists()):
-        # Nobody has it open: say so, or a reader would create the two side files, as no worker may.
-        return _Source("sqlite", f"{uri}&immutable=1", state)
-    if not index.exists():
-        raise DataError(
-            f"{database}: holds changes that a crash left in {log.name}; open it once with sqlite3 "
-            "to merge"
-        )
-    # Read-only: else the first reader after a crash empties the index and cannot fill it again.
-    state = (*state, log_stat.st_size, log_stat.st_mtime_ns)
-    return _Source("sqlite", f"{uri}&readonly_shm=1", state)

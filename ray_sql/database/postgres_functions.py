@@ -3,11 +3,12 @@
 No query may call them, by their names or through what the database's owner made of them.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import psycopg
+
+from ray_sql.database.named_functions import is_called, outside, used
 
 HARMLESS = set(
     "random random_normal clock_timestamp timeofday gen_random_uuid uuid_generate_v4".split()
@@ -17,8 +18,6 @@ RUNS_TEXT = set("crosstab crosstab2 crosstab3 crosstab4 crosstabn connectby xpat
 """Functions of the server's extensions that run a query given as text, not declared volatile."""
 XPATH = set("xpath xpath_exists xmltable xmlexists xslt_process xpath_bool xpath_nodeset".split())
 """They run programs of loops in loops, which no limit of the server stops."""
-PLAIN = re.compile(r"[^\W\d][\w$]*")
-"""A name that is one word. Operators are not, and names in quotes need not be."""
 WORDS = {"xmlexists", "xmltable"}
 """Functions of the grammar, whose names may be those of columns too."""
 # No query can call a function with an argument of type `internal`, whose name may be "system".
@@ -77,34 +76,6 @@ def refused_functions(connection: psycopg.Connection[Any]) -> set[str]:
     return refused | outside(connection.execute(OWN).fetchall(), refused)
 
 
-def outside(functions: list[tuple[str, bool, str]], refused: set[str]) -> set[str]:
-    """Return the names of what the database's owner made that acts outside, alone or by another.
-
-    `functions` are (name, whether it has rights of its own, text), as `OWN` finds them.
-    """
-    found = {name for name, has_rights, _ in functions if has_rights}
-    texts = [(name, text) for name, has_rights, text in functions if not has_rights]
-    while more := {name for name, text in texts if used(refused | found, text) - {name}} - found:
-        found |= more
-    return found
-
-
 def called(refused: Iterable[str], sql: str) -> set[str]:
     """Return the refused names that a query may call."""
     return {name for name in used(refused, sql) if name not in WORDS or is_called(name, sql)}
-
-
-def used(names: Iterable[str], sql: str) -> set[str]:
-    """Return the names that stand in a text: as words, or anywhere if they are no words."""
-    found, text = words(sql), sql.lower().replace('""', '"')
-    return {name for name in names if name in (found if PLAIN.fullmatch(name) else text)}
-
-
-def is_called(name: str, sql: str) -> bool:
-    """Tell whether a name may be that of a call: a parenthesis or a comment comes next."""
-    return re.search(rf"\b{name}\b\s*(?:\(|/\*|--)", sql, re.IGNORECASE) is not None
-
-
-def words(sql: str) -> set[str]:
-    """Return every word in lower case, inside comments and quotes too."""
-    return {word.lower() for word in PLAIN.findall(sql)}

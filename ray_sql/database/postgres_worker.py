@@ -1,4 +1,4 @@
-"""The child process for PostgreSQL: answer queries over a socket, as `sqlite_worker` does.
+"""Say what SQL may do on a PostgreSQL server, for the loop of `worker`.
 
 These guards keep a query from doing harm, the strongest first:
 
@@ -28,18 +28,17 @@ Needs psycopg 3 (`pip install -e '.[postgres]'`).
 """
 
 import re
-import sys
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import psycopg
 from psycopg import pq
 
+from ray_sql.database.named_functions import words
 from ray_sql.database.postgres_costs import endless_call
-from ray_sql.database.postgres_functions import called, refused_functions, words
-from ray_sql.database.sqlite_worker import Reply, one_line, restrict, serve
+from ray_sql.database.postgres_functions import called, refused_functions
+from ray_sql.database.worker import Request
 
 # A backend that is in a function without an end takes note of this when it leaves it.
 OVERSTAYED = """
@@ -111,61 +110,69 @@ One open connection for each URL would use up the server's.
 """
 
 
-def query(
-    uri: str,
-    sql: str,
-    seconds: float,
-    rows: int,
-    size: int,
-    memory: int,
-    sql_length: int,
-    reverse: bool = False,
-) -> Reply:
-    """Run one query under its limits. A server has no `reverse`.
+class Query:
+    """One query on a PostgreSQL server. A server has no `reverse`."""
 
-    A mistake in the query becomes a reply. The status is "unreachable" for a server out of reach,
-    and "full" for one without a free connection.
-    """
-    started = time.monotonic()
+    errors = (psycopg.Error,)
 
-    def reply(status: str, error: str) -> Reply:
-        return status, (), (), one_line(error), time.monotonic() - started
+    def __init__(self, request: Request, deadline: float) -> None:
+        self._request = request
+        self._deadline = deadline
+        self._connection: psycopg.Connection[Any] | None = None
 
-    restrict(seconds, memory)
-    try:
-        text = sql.encode()
-        if b"\0" in text:
-            return reply("error", "refused: a NUL character")
-        if len(text) > sql_length:
-            return reply("error", f"too large: a query of {len(text)} bytes")
+    def open(self) -> None:
+        """Connect, and refuse a query by its words."""
+        sql = self._request.sql
+        if "\0" in sql:
+            raise ValueError("refused: a NUL character")
         if ESCAPED.search(sql):
-            return reply("error", "refused: a name in Unicode escapes")
-        try:
-            connection, refused = connect(uri, seconds)
-        except psycopg.Error as error:
-            # libpq quotes a URL that it cannot read, and the quoted part may be a password.
-            if isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None:
-                return reply("unreachable", UNREADABLE_URL)
-            return reply("full" if FULL.search(str(error)) else "unreachable", str(error))
+            raise ValueError("refused: a name in Unicode escapes")
+        connection, refused = connect(self._request.uri, self._request.seconds)
         if named := called(refused, sql):
-            return reply("error", f"refused: FUNCTION {min(named)}")
+            raise ValueError(f"refused: FUNCTION {min(named)}")
         if call := endless_call(sql, words(sql)):
-            return reply("error", f"refused: FUNCTION {call} on large values of the query's own")
-        began = time.monotonic()
-        names, result_rows = fetch(connection, text, started + seconds, seconds, rows, size)
-        # The seconds of the query alone, because efficiency is judged by them.
-        return "ok", names, result_rows, None, time.monotonic() - began
-    except psycopg.Error as error:
-        return reply(*explain(error, sql, seconds))
-    except TimeoutError:
-        return reply("timeout", f"timeout: stopped after {seconds:g} s")
-    except MemoryError:
-        return reply("error", "too large: out of memory")
-    # A text that is no UTF-8, or a number of more digits than Python reads, is a ValueError.
-    except (OverflowError, ValueError) as error:
-        return reply("error", str(error))
-    finally:
-        clean(uri)
+            raise ValueError(f"refused: FUNCTION {call} on large values of the query's own")
+        self._connection = connection
+
+    def ask(self) -> tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]:
+        """Declare a cursor and fetch its first row; the others come as they are read."""
+        assert self._connection is not None
+        seconds = self._request.seconds
+        begin = BEGIN.format(idle=milliseconds(seconds + 60), seconds=seconds)
+        run(self._connection, begin.encode())
+        run(self._connection, timeouts(self._deadline))
+        # Not `execute`: the simple protocol would take many statements.
+        declare = b"DECLARE answer NO SCROLL CURSOR FOR " + self._request.sql.encode()
+        checked(self._connection.pgconn.exec_params(declare, None))
+        first = fetched(self._connection, self._deadline, 1)
+        columns = range(first.nfields)
+        names = tuple((first.fname(i) or b"").decode(errors="ignore") for i in columns)
+        return names, self._rows(first)
+
+    def _rows(self, first: Any) -> Iterator[tuple[Any, ...]]:
+        """Yield all rows; a portion is about as large as all before it, so `bytes` bounds it."""
+        assert self._connection is not None
+        yield from plain_rows(first)
+        portion, count = 2, first.ntuples
+        while count:
+            result = fetched(self._connection, self._deadline, portion)
+            yield from plain_rows(result)
+            count = result.ntuples if result.ntuples == portion else 0
+            portion = min(2 * portion, MOST_ROWS_AT_ONCE)
+
+    def explain(self, error: Exception) -> tuple[str, str]:
+        """Return status and message of an error, in the words that `QueryResult.error` promises."""
+        assert isinstance(error, psycopg.Error)
+        if self._connection is not None:
+            return explain(error, self._request.sql)
+        # libpq quotes a URL that it cannot read, and the quoted part may be a password.
+        if isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None:
+            return "unreachable", UNREADABLE_URL
+        return "full" if FULL.search(str(error)) else "unreachable", str(error)
+
+    def close(self) -> None:
+        """Leave the session as the next query expects it."""
+        clean(self._request.uri)
 
 
 def connect(uri: str, seconds: float) -> tuple[psycopg.Connection[Any], frozenset[str]]:
@@ -218,50 +225,19 @@ def clean(uri: str) -> None:
         del CONNECTIONS[uri]
 
 
-def fetch(
-    connection: psycopg.Connection[Any],
-    sql: bytes,
-    deadline: float,
-    seconds: float,
-    most_rows: int,
-    size: int,
-) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
-    """Return the names and rows of a query.
-
-    Raises:
-        OverflowError: more than `most_rows` rows or `size` bytes.
-        TimeoutError: the deadline has passed.
-    """
-    run(connection, BEGIN.format(idle=milliseconds(seconds + 60), seconds=seconds).encode())
+def fetched(connection: psycopg.Connection[Any], deadline: float, portion: int) -> Any:
+    """Return the next rows of the cursor; raise TimeoutError after the deadline."""
     run(connection, timeouts(deadline))
-    # Not `execute`: the simple protocol would take many statements.
-    declare = b"DECLARE answer NO SCROLL CURSOR FOR " + sql
-    checked(connection.pgconn.exec_params(declare, None))
-    names: tuple[str, ...] = ()
-    rows: list[tuple[Any, ...]] = []
-    used, portion = 0, 1
-    while True:
-        run(connection, timeouts(deadline))
-        result = run(connection, b"FETCH FORWARD %d FROM answer" % portion)
-        columns = range(result.nfields)
-        if not names:
-            names = tuple((result.fname(i) or b"").decode(errors="ignore") for i in columns)
-            if sum(map(len, names)) > size:
-                raise OverflowError(f"too large: more than {size} bytes of column names")
-        loaders = [LOADERS.get(result.ftype(column), text) for column in columns]
-        for row in range(result.ntuples):
-            cells = [result.get_value(row, column) for column in columns]
-            used += sum(8 if cell is None else max(8, len(cell)) for cell in cells)
-            if len(rows) == most_rows:
-                raise OverflowError(f"too large: more than {most_rows} rows")
-            if used > size:
-                raise OverflowError(f"too large: more than {size} bytes of rows")
-            values = zip(loaders, cells, strict=True)
-            rows.append(tuple(None if cell is None else load(cell) for load, cell in values))
-        if result.ntuples < portion:
-            return names, tuple(rows)
-        # The next portion is about as large as all before it, so `size` bounds it.
-        portion = min(2 * portion, MOST_ROWS_AT_ONCE)
+    return run(connection, b"FETCH FORWARD %d FROM answer" % portion)
+
+
+def plain_rows(result: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a result, each cell as None, int, float, str or bytes."""
+    columns = range(result.nfields)
+    loaders = [LOADERS.get(result.ftype(column), text) for column in columns]
+    for row in range(result.ntuples):
+        cells = zip(loaders, [result.get_value(row, column) for column in columns], strict=True)
+        yield tuple(None if cell is None else load(cell) for load, cell in cells)
 
 
 def timeouts(deadline: float) -> bytes:
@@ -289,11 +265,11 @@ def checked(result: Any) -> Any:
     raise psycopg.errors.error_from_result(result, encoding="utf-8")
 
 
-def explain(error: psycopg.Error, sql: str, seconds: float) -> tuple[str, str]:
-    """Return status and one line about an error, in the words that `QueryResult.error` promises."""
+def explain(error: psycopg.Error, sql: str) -> tuple[str, str]:
+    """Return status and message of an error of a query."""
     state, message = error.sqlstate or "", error.diag.message_primary or str(error)
     if state in LATE:
-        return "timeout", f"timeout: stopped after {seconds:g} s"
+        return "timeout", ""
     if "out of memory" in message:
         return "error", f"too large: {message}"
     if not state or (state.startswith(LOST) and state != BAD_REQUEST):
@@ -351,7 +327,3 @@ LOADERS: dict[int, Callable[[bytes], Any]] = {
     1700: numeric,
 }
 """By the type's oid, which is the same on every server."""
-
-
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), query)

@@ -12,6 +12,7 @@ from typing import Protocol, Self
 from ray_sql.config.sections import AnswersSection
 from ray_sql.data.linking import LinkError, gold_links
 from ray_sql.database import Links, QueryResult
+from ray_sql.database.places import EXECUTABLE
 from ray_sql.errors import DataError
 from ray_sql.evaluate import candidates, scoring
 from ray_sql.generate import Answer
@@ -100,9 +101,7 @@ class Engine:
         """Run one query, read-only and within the limits. Raises `DataError` if none can be."""
         place = self.prompter.databases[database].place
         if place is None:
-            raise DataError(
-                f"database {database}: SQL runs on SQLite files and PostgreSQL, not on this one"
-            )
+            raise DataError(f"database {database}: SQL runs on {EXECUTABLE}, not on this one")
         return self._executor.run(place, sql, again=True)
 
     def links(self, database: str, sql: str) -> Links | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql.config.files import read_json
-from ray_sql.database.pool import sqlite_uri
+from ray_sql.database.places import sqlite_uri
 from ray_sql.errors import DamagedFile, DataError, StoreError
 from ray_sql.store.storage import write_atomically
 
