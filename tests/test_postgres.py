@@ -371,9 +371,9 @@ def test_what_cannot_be_reached_or_is_no_postgresql_is_said(server: Server, tmp_
             executor.run("postgresql://me:secret@127.0.0.1:9/x", "SELECT 1")
         with pytest.raises(
             DataError,
-            match=r"^mysql\+pymysql: queries can be executed on SQLite files and on PostgreSQL",
+            match=r"^mssql\+pyodbc: queries can be executed on SQLite and DuckDB files, on Postgre",
         ):
-            executor.run("mysql+pymysql://me:secret@host/x", "SELECT 1")
+            executor.run("mssql+pyodbc://me:secret@host/x", "SELECT 1")
         # one worker serves both kinds in turn
         sqlite3.connect(tmp_path / "x.sqlite").executescript(SHOP).close()
         for _ in range(2):
@@ -481,8 +481,8 @@ def test_a_password_is_in_no_file_and_workers_that_need_it_are_refused(
 
 
 def test_other_servers_are_refused_where_sql_is_to_be_scored() -> None:
-    corpus = data.Corpus({"dev": ()}, {}, {"a": "mysql://host/a"})
-    with pytest.raises(DataError, match="SQLite files and on PostgreSQL, not on mysql"):
+    corpus = data.Corpus({"dev": ()}, {}, {"a": "mssql://host/a"})
+    with pytest.raises(DataError, match="not on mssql"):
         require_executable(corpus, SQL)
     require_executable(replace(corpus, databases={"a": "postgresql+psycopg://host/a"}), SQL)
     assert corpus.executable("a") is None and corpus.executable("b") is None

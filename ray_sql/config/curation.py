@@ -48,8 +48,8 @@ class PrepareConfig(_CurationConfig):
     """Read questions and their SQL from this file or folder: CSV, TSV, Excel, JSON, JSON lines,
     Parquet, or a published dataset's folder."""
     url: str | None = None
-    """Find their databases here: a SQLite file, a folder of such files, or an SQLAlchemy URL. By
-    default they lie beside the pairs."""
+    """Find their databases here: a SQLite or DuckDB file, a folder of such files, or an SQLAlchemy
+    URL. By default they lie beside the pairs."""
     fix: bool = False
     """Take the nearest query that runs for one that does not, where only one is near."""
     reject: tuple[str, ...] = ("does_not_run",)

@@ -123,8 +123,8 @@ class AskConfig(AskingConfig):
     """Ask this question. Without one, questions are read from the terminal or the standard
     input."""
     database: str | None = None
-    """Ask about this database: a SQLite file, an SQLAlchemy URL, or the name of one of the run's
-    own."""
+    """Ask about this database: a SQLite or DuckDB file, an SQLAlchemy URL, or the name of one of
+    the run's own."""
     json: bool = False  # type: ignore[assignment]
     """Print a JSON object a question, as the service answers."""
     corrections: str = "corrections.jsonl"

@@ -57,8 +57,8 @@ class QuestionsSection(Section):
     databases: str | None = None
     """Find databases here: a file, a folder of files or of folders (`<db_id>/<db_id>.sqlite`), or
     an SQLAlchemy URL (`{db_id}` names one of several). By default the dataset brings its own. SQL
-    is executed on SQLite and PostgreSQL. Give PostgreSQL's password as PGPASSWORD or in
-    ~/.pgpass."""
+    is executed on SQLite, DuckDB, PostgreSQL and MySQL. Give PostgreSQL's password as PGPASSWORD
+    or in ~/.pgpass, and MySQL's as MYSQL_PWD."""
     columns: dict[str, str] = {}
     """Map our fields to the dataset's columns where names differ, e.g. `{question: pergunta, query:
     sql}`."""
@@ -342,8 +342,8 @@ class AnswersSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw each token from the likeliest ones whose probabilities reach this sum."""
     ground: Literal["none", "repair", "constrain"] = "none"
-    """Mend names that the schema lacks (`repair`), or write none (`constrain`). The answer as
-    written is scored too."""
+    """Mend names that the schema lacks (`repair`), or write none (`constrain`, on SQLite and
+    PostgreSQL only). The answer as written is scored too."""
     choose: Way = "greedy"
     """Take this answer to each scored question. Every other one has a score of its own."""
     first_executable: bool = False
@@ -494,7 +494,7 @@ class ServeSection(Section):
     """Serve a tuned model over HTTP."""
 
     databases: dict[str, str] = {}
-    """Answer about these databases: a name for each SQLite file or SQLAlchemy URL. By default about
+    """Answer about these databases: a name for each file or SQLAlchemy URL. By default about
     the run's own."""
     host: str = "127.0.0.1"
     """Listen on this address. Any but this machine's own needs RAY_SQL_TOKEN in the environment."""

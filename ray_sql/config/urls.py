@@ -61,7 +61,7 @@ def mask_password(uri: str | None) -> str | None:
 def strip_password(uri: str | None) -> str | None:
     """Return a URI without its password, to be written into a file and still be opened.
 
-    PGPASSWORD or ~/.pgpass gives the password then.
+    PGPASSWORD or ~/.pgpass gives the password then, or MYSQL_PWD.
     """
     bare = uri and _replace_password(uri, "")
     return bare and re.sub(r"(?<=[?&])password=[^&]*&?", "", bare).rstrip("?&")

@@ -153,7 +153,7 @@ def _by_order(
 
 def _runs(bench: Bench, subject: Subject, result: QueryResult) -> Iterator[tuple[QueryResult, str]]:
     """Yield the results in other orders that could be had, and how each was."""
-    if "://" in str(subject.database):
+    if subject.schema.dialect != "sqlite":
         return
     executor, limits = bench.executor, bench.executor.limits
     seconds = min(limits.seconds, COPY_SECONDS + 10 * result.seconds)
@@ -218,7 +218,7 @@ def _by_keys(bench: Bench, subject: Subject, query: exp.Query | None) -> Iterato
             continue
         keys = [tuple(row[place] for place in sort.keys) for row in result.rows]
         # inside another query a tie may not matter; on a file, copies tell whether it does
-        is_tried = "://" not in str(subject.database)
+        is_tried = subject.schema.dialect == "sqlite"
         tied = _cut_tie(sort, result.rows, keys)
         if tied is not None and (sort.is_whole or not is_tried):
             yield Flag("limit_tie", f"{len(tied)} rows have the last key, as {_short(tied[0])}")

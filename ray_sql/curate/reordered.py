@@ -45,9 +45,11 @@ class Copies:
 def copies(database: Path, folder: Path) -> Copies:
     """Write the copies of a database into a folder.
 
-    Raises `DataError` where it is no SQLite database that can be read.
+    Raises `DataError` where it is no database that can be read.
     """
     uri = sqlite_uri(database)
+    if uri is None:
+        return Copies(left_out=("only the rows of SQLite files are put in another order",))
     size = database.stat().st_size
     if size > MOST_BYTES:
         return Copies(left_out=(f"has {size:,} bytes, and is too large to be copied",))

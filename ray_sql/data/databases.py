@@ -12,15 +12,15 @@ from urllib.parse import quote, unquote, urlsplit
 from ray_sql.config import absolute
 from ray_sql.errors import DataError
 
-SUFFIXES = (".sqlite", ".db", ".sqlite3")
-"""Endings of SQLite files; where one database has several, the first is taken."""
+SUFFIXES = (".sqlite", ".db", ".sqlite3", ".duckdb")
+"""Endings of databases' files; where one database has several, the first is taken."""
 
-SQLITE = "sqlite:///"
-"""Beginning of a SQLAlchemy URL of a SQLite file."""
+FILE_URLS = ("sqlite:///", "duckdb:///")
+"""Beginnings of a URL of a file."""
 
 LAYOUTS = (
-    "give a file (.sqlite, .db, .sqlite3), a folder of such files, a folder with a folder each "
-    "(shop/shop.sqlite), or a URL"
+    "give a file (.sqlite, .db, .sqlite3, .duckdb), a folder of such files, a folder with a folder "
+    "each (shop/shop.sqlite), or a URL"
 )
 
 
@@ -90,14 +90,14 @@ def _own_file(folder: Path) -> Path | None:
 def on_server(url: str, db_ids: Iterable[str]) -> dict[str, str]:
     """Return db_id → URL; the URL's own database where there are no ids."""
     named = sorted({db_id for db_id in db_ids if db_id})
-    if url.startswith(SQLITE):
-        return {db_id: _sqlite_file(url.replace("{db_id}", db_id)) for db_id in named}
+    if url.startswith(FILE_URLS):
+        return {db_id: _file(url.replace("{db_id}", db_id)) for db_id in named}
     return {db_id: url.replace("{db_id}", quote(db_id, safe="")) for db_id in named}
 
 
-def _sqlite_file(url: str) -> str:
+def _file(url: str) -> str:
     """Return the file that a URL names, as it is called or else with what is encoded in it."""
-    literal = url.removeprefix(SQLITE)
+    literal = url.partition(":///")[2]
     if absolute(literal).is_file():
         return str(absolute(literal))
     return str(absolute(unquote(literal.partition("?")[0])))
@@ -127,6 +127,6 @@ def only_name(url: str) -> str | None:
     """Return the name of the one database that a URL leads to; None for one of several."""
     if "{db_id}" in url:
         return None
-    if url.startswith(SQLITE):
-        return Path(_sqlite_file(url)).stem
+    if url.startswith(FILE_URLS):
+        return Path(_file(url)).stem
     return Path(urlsplit(url).path).stem or urlsplit(url).hostname or "database"

@@ -20,6 +20,7 @@ from ray_sql.data.columns import Source, read_rows, require_known_fields
 from ray_sql.data.corpus import Corpus, Example, LeftOut, Splits, join_some
 from ray_sql.data.formats import Record
 from ray_sql.database import Schema, read_tables_json
+from ray_sql.database.places import dialect_of
 from ray_sql.errors import DataError
 from ray_sql.store import dataset_folder
 from ray_sql.store.storage import write_to_cache
@@ -57,7 +58,7 @@ def read_corpus(source: Source) -> Corpus:
         section = source.section.model_copy(update={"databases": server})
         source = replace(source, section=section)
     where = source.section.databases or ""
-    layout = layouts.find(place, "postgresql" if where.startswith("postgres") else "sqlite")
+    layout = layouts.find(place, dialect_of(where) or "sqlite")
     reading = _Reading(source)
     for split, files in layout.files.items():
         reading.add_files(split, files)

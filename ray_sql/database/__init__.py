@@ -16,6 +16,7 @@ bounds memory, time and result size, and the parent survives a crash. It does no
 with a hole in SQLite itself, who gets the rights of the user who runs this. Even so, the child
 holds no environment variable and no open file of the parent. On a server queries run outside of the
 child, so the guards differ: `postgres_worker` lists them, and the risks left to the role's rights.
+`duckdb_worker` lists DuckDB's.
 """
 
 from ray_sql.database.join_paths import complete

@@ -26,9 +26,11 @@ CELLS = {
     ),
     # Text, as the server writes it: Python has no date of `infinity`, and other words for `true`.
     "postgresql": f"left(({{0}})::text, {EXAMPLE_LENGTH + 1})",
+    "duckdb": f"left(CAST({{0}} AS VARCHAR), {EXAMPLE_LENGTH + 1})",
+    **dict.fromkeys(("mysql", "mariadb"), f"left(CAST({{0}} AS CHAR), {EXAMPLE_LENGTH + 1})"),
 }
 """The value of a column in SQL, without what is too long to be an example."""
-BYTES = ("BYTEA", "BLOB", "BINARY", "VARBINARY")
+BYTES = ("BYTEA", "BLOB", "TINYBLOB", "MEDIUMBLOB", "LONGBLOB", "BINARY", "VARBINARY")
 """Types of bytes, which are never examples."""
 
 

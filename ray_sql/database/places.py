@@ -12,6 +12,8 @@ from ray_sql.database.query import Place
 from ray_sql.errors import DataError
 
 SQLITE_HEADER = b"SQLite format 3\0"
+DUCKDB_MARK = b"DUCK"
+DUCKDB_MARK_AT = 8
 WAL_VERSION = 2
 LOOP = Path(__file__).with_name("worker.py")
 PACKAGES = Path(__file__).parents[2]
@@ -27,9 +29,11 @@ class Kind:
     """
 
     name: str
+    dialect: str
+    """Its SQL, as SQLAlchemy names it."""
     worker: tuple[str, str]
     schemes: tuple[str, ...] = ()
-    """The beginnings of its URLs, the first as its driver reads it."""
+    """The beginnings of a server's URLs, the first as its driver reads it."""
     package: str = ""
     extra: str = ""
     """The extra of this project that installs the package."""
@@ -59,10 +63,19 @@ class Kind:
         return environment
 
 
-SQLITE = Kind("SQLite", ("sqlite_worker", "Query"))
-SCRIPT = Kind("SQLite", ("sqlite_worker", "Script"))
+SQLITE = Kind("SQLite", "sqlite", ("sqlite_worker", "Query"))
+SCRIPT = Kind("SQLite", "sqlite", ("sqlite_worker", "Script"))
+DUCKDB = Kind(
+    "DuckDB",
+    "duckdb",
+    ("duckdb_worker", "Query"),
+    package="duckdb",
+    extra="duckdb",
+    way_out="close the program that has it open, or check it with duckdb",
+)
 POSTGRESQL = Kind(
     "PostgreSQL",
+    "postgresql",
     ("postgres_worker", "Query"),
     schemes=("postgresql", "postgres"),
     package="psycopg",
@@ -71,7 +84,18 @@ POSTGRESQL = Kind(
     way_out="check the URL, and PGPASSWORD or ~/.pgpass",
     busy="`ray_sql` in pg_stat_activity",
 )
-SERVERS = (POSTGRESQL,)
+MYSQL = Kind(
+    "MySQL",
+    "mysql",
+    ("mysql_worker", "Query"),
+    schemes=("mysql", "mariadb"),
+    package="pymysql",
+    extra="mysql",
+    variables=("MYSQL_PWD",),
+    way_out="check the URL, and its password or MYSQL_PWD",
+    busy="`ray_sql` in SHOW PROCESSLIST",
+)
+SERVERS = (POSTGRESQL, MYSQL)
 """The kinds that a URL leads to."""
 
 
@@ -110,6 +134,17 @@ def kind_of(url: str) -> Kind | None:
     return next((kind for kind in SERVERS if dialect in kind.schemes), None)
 
 
+def dialect_of(place: Place | None) -> str | None:
+    """Return the dialect of a place, as SQLAlchemy names it; None where there is no database."""
+    if not place:
+        return None
+    url = str(place)
+    if "://" in url:
+        kind = kind_of(url)
+        return None if kind is None else kind.dialect
+    return _file(Path(url)).kind.dialect if Path(url).is_file() else None
+
+
 def installed(kind: Kind) -> Kind:
     """Return the kind; raise `DataError` where its package is not installed."""
     if kind.package and find_spec(kind.package) is None:
@@ -120,24 +155,21 @@ def installed(kind: Kind) -> Kind:
     return kind
 
 
-EXECUTABLE = "SQLite files and on PostgreSQL (postgresql://…)"
+EXECUTABLE = "SQLite and DuckDB files, on PostgreSQL (postgresql://…) and MySQL (mysql://…)"
 """Where queries run, in words."""
 
 
-def sqlite_uri(database: Path) -> str:
+def sqlite_uri(database: Path) -> str | None:
     """Return the URI by which SQLite reads a file without creating or changing one.
 
-    Raises `DataError` where it is no database that can be read.
+    It is None for a file of another kind. Raises `DataError` where it is no database.
     """
-    return _file(database).uri
+    found = _file(database)
+    return found.uri if found.kind == SQLITE else None
 
 
 def _file(database: Path) -> Source:
-    """Find out how to open a SQLite file without ever creating or changing one.
-
-    Raises:
-        DataError: the file is missing, is no SQLite database, or needs a repair after a crash.
-    """
+    """Find out how to open a file without ever creating or changing one."""
     path = database.resolve()
     try:
         # Not waiting: nobody may ever write to a pipe, which a check before would not exclude.
@@ -150,17 +182,33 @@ def _file(database: Path) -> Source:
         raise DataError(
             f"{database}: cannot open this database ({error.strerror}); check the path"
         ) from error
-    if not header.startswith(SQLITE_HEADER):
+    state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if header.startswith(SQLITE_HEADER):
+        return _sqlite(database, path, WAL_VERSION in header[18:20], state)
+    if header.startswith(DUCKDB_MARK, DUCKDB_MARK_AT):
+        return _duckdb(database, path, state)
+    raise DataError(
+        f"{database}: not an SQLite database, nor DuckDB's ({stat.st_size} bytes); check the path"
+    )
+
+
+def _duckdb(database: Path, path: Path, state: tuple[int, ...]) -> Source:
+    log = path.with_name(f"{path.name}.wal")
+    if log.exists():
         raise DataError(
-            f"{database}: not an SQLite database ({stat.st_size} bytes); check the path"
+            f"{database}: changes are still in {log.name}; close the program that writes it, or "
+            "open it once with duckdb to merge"
         )
+    return Source(installed(DUCKDB), str(path), state)
+
+
+def _sqlite(database: Path, path: Path, has_log: bool, state: tuple[int, ...]) -> Source:
     for end in ("-journal", "-wal", "-shm"):
         side = path.with_name(path.name + end)
         if side.exists() and not side.is_file():
             raise DataError(f"{side}: is no file, but SQLite would open it; remove it")
     uri = f"{path.as_uri()}?mode=ro"
-    state: tuple[int, ...] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if WAL_VERSION not in header[18:20]:
+    if not has_log:
         return Source(SQLITE, uri, state)
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
     log_stat = log.stat() if log.exists() else None

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 Place = Path | str
-"""A database: the path of a SQLite file, or a PostgreSQL URL (`postgresql://user@host/name`)."""
+"""A database: the path of a SQLite or DuckDB file, or a URL (`postgresql://user@host/name`)."""
 ResultRow = tuple[Any, ...]
 """One result row; a cell is None, int, float, str or bytes.
 
-From PostgreSQL, `numeric` is int where it has no decimals and else float, and `boolean` is 1 or 0.
-Dates, times and all other types are text in ISO form and UTC, as the server writes them.
+From PostgreSQL and DuckDB, a decimal is int where it has no decimals and else float, and a boolean
+is 1 or 0. Dates, times and all other types are text in ISO form and UTC, as the server writes them.
 """
 Rows = tuple[ResultRow, ...]
 MOST_SQL = 100_000

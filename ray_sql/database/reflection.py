@@ -1,8 +1,9 @@
-"""Read the schema of a live database: a SQLite file, PostgreSQL, MySQL or another dialect.
+"""Read the schema of a live database: a file of SQLite or DuckDB, PostgreSQL, MySQL or another.
 
 SQLAlchemy is imported inside the functions, because most jobs never open a database.
 """
 
+import os
 import sqlite3
 import warnings
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_sql.database import reflect_server, reflect_sqlite
+from ray_sql.database import reflect_duckdb, reflect_server, reflect_sqlite
 from ray_sql.database.bounded import BoundedReader
 from ray_sql.database.examples import (
     CELLS,
@@ -22,6 +23,7 @@ from ray_sql.database.examples import (
     table_with,
     with_examples,
 )
+from ray_sql.database.places import DUCKDB, MYSQL, SERVERS, source
 from ray_sql.database.pool import Executor
 from ray_sql.database.query import Place
 from ray_sql.database.schema import ForeignKey, Schema, Table
@@ -43,17 +45,17 @@ def reflect(
 ) -> Schema:
     """Read tables and views, columns, types, whole primary keys and foreign keys.
 
-    SQLite's tables come in creation order; other databases keep no such order, so theirs are sorted
-    by name. Views follow them. Foreign keys come in the order of their columns. A foreign key to a
+    A file's tables come in creation order; servers keep no such order, so theirs are sorted by
+    name. Views follow them. Foreign keys come in the order of their columns. A foreign key to a
     table or column that does not exist is left out: real databases have them. `left_out` of the
     schema names what could not be read.
 
     Args:
-        database: a path to a SQLite file, opened read-only, or an SQLAlchemy URL.
+        database: a path to a file of SQLite or DuckDB, opened read-only, or an SQLAlchemy URL.
         db_id: the name that the schema gets.
         example_values: the number of most frequent short values per column; 0 reads no rows.
         executor: processes to read by; one of its own if not given.
-        comments: read a server's comments, as descriptions.
+        comments: read the database's comments, as descriptions.
 
     Raises:
         DataError: no such file, not a database, no driver for it, no connection.
@@ -63,9 +65,13 @@ def reflect(
             executor = stack.enter_context(Executor(1))
         url = database_url(database)
         place: Place = str(database)
-        if url.get_backend_name() == "sqlite":
+        if url.get_backend_name() in ("sqlite", "duckdb"):
             place = Path(url.database or ":memory:")
-            schema = reflect_sqlite.read(BoundedReader(executor, place), db_id)
+            reader = BoundedReader(executor, place)
+            if source(place).kind == DUCKDB:
+                schema = reflect_duckdb.read(reader, db_id, comments)
+            else:
+                schema = reflect_sqlite.read(reader, db_id)
         else:
             schema = _server_schema(url, db_id, example_values, comments)
         schema = _with_resolved_keys(schema)
@@ -89,7 +95,12 @@ def database_url(database: str | Path) -> "URL":
     # A URL as libpq has it names no driver; queries are executed by psycopg 3.
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
-    if url.drivername == "postgresql+psycopg" and "connect_timeout" not in url.query:
+    if url.drivername in MYSQL.schemes:
+        url = url.set(drivername=f"{url.drivername}+pymysql")
+    if url.drivername.endswith("+pymysql"):
+        url = url.set(password=url.password or os.environ.get("MYSQL_PWD"))
+    drivers = ("postgresql+psycopg", "mysql+pymysql", "mariadb+pymysql")
+    if url.drivername in drivers and "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": CONNECT_SECONDS})
     return url
 
@@ -114,9 +125,10 @@ def _server_schema(url: "URL", db_id: str, example_values: int, comments: bool) 
             shown = [_with_examples(table, connection, example_values) for table in schema.tables]
             return replace(schema, tables=tuple(shown))
     except ModuleNotFoundError as error:
+        extras = {kind.package: kind.extra for kind in SERVERS}
         way_out = "install this database's driver"
-        if error.name == "psycopg":
-            way_out = "pip install -e '.[postgres]'"
+        if error.name in extras:
+            way_out = f"pip install -e '.[{extras[error.name]}]'"
         raise DataError(f"{name}: Python has no module {error.name!r}; {way_out}") from error
     except ImportError as error:  # A driver lacks its own library.
         raise DataError(

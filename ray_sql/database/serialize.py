@@ -7,6 +7,7 @@ change to the output of `render`, or to what a schema reads of a database, must 
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Literal
 
 from ray_sql.database.schema import Column, Schema, Table
@@ -14,6 +15,9 @@ from ray_sql.database.schema import Column, Schema, Table
 SERIALIZER_VERSION = 2
 
 Serializer = Literal["ddl", "compact", "m_schema"]
+
+MYSQL = ("mysql", "mariadb")
+"""The dialects that quote a name with backticks."""
 
 UNSHOWN = "-- {count} tables left out"
 """The last line of a schema of which tables were left out."""
@@ -39,7 +43,13 @@ _POSTGRES_WORDS = """
 authorization binary collation concurrently cross current_schema freeze full ilike inner left like
 natural notnull outer overlaps right similar tablesample verbose
 """
+# The words that DuckDB keeps besides.
+_DUCKDB_WORDS = """
+anti asof at by describe generated glob lambda map pivot pivot_longer pivot_wider positional qualify
+semi show summarize try_cast unpack unpivot
+"""
 _POSTGRES_RESERVED = _RESERVED | frozenset(_POSTGRES_WORDS.split())
+_DUCKDB_RESERVED = _POSTGRES_RESERVED | frozenset(_DUCKDB_WORDS.split())
 # PostgreSQL reads an unquoted name in lower case.
 _POSTGRES_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]*")
 
@@ -76,14 +86,26 @@ def _tables(schema: Schema, names: "Names", serializer: Serializer) -> str:
     return _m_schema(schema, names)
 
 
+@cache
+def _mysql_reserved() -> frozenset[str]:
+    """Return the words that MySQL or MariaDB reserves."""
+    from sqlalchemy.dialects.mysql import reserved_words
+
+    return frozenset(reserved_words.RESERVED_WORDS_MYSQL | reserved_words.RESERVED_WORDS_MARIADB)
+
+
 class Names:
     """A schema's names as the SQL of its database must write them."""
 
     def __init__(self, schema: Schema) -> None:
         self.dialect = schema.dialect
-        self._plain, self._reserved = _PLAIN_NAME, _RESERVED
+        self._plain, self._reserved, self._quote = _PLAIN_NAME, _RESERVED, '"'
         if self.dialect == "postgresql":
             self._plain, self._reserved = _POSTGRES_PLAIN_NAME, _POSTGRES_RESERVED
+        elif self.dialect == "duckdb":
+            self._reserved = _DUCKDB_RESERVED
+        elif self.dialect in MYSQL:
+            self._reserved, self._quote = _mysql_reserved(), "`"
         self._tables = {table.name: self._qualified(table) for table in schema.tables}
 
     def one(self, name: str) -> str:
@@ -94,7 +116,7 @@ class Names:
 
     def quoted(self, name: str) -> str:
         """Return the name in quotes, whatever it is."""
-        return '"' + name.replace('"', '""') + '"'
+        return f"{self._quote}{name.replace(self._quote, 2 * self._quote)}{self._quote}"
 
     def many(self, names: Iterable[str]) -> str:
         """Return the names of columns, with commas between them."""

@@ -222,8 +222,8 @@ def _require_databases(corpus: Corpus, splits: Sequence[str], validated: int) ->
     if validated and any(strip_password(place) != place for place in places):
         raise ConfigError(
             "--data.databases: the workers execute validation SQL, but a password is written into "
-            "no file they read: leave it out of the URL and give it as PGPASSWORD in the "
-            "environment, or in ~/.pgpass"
+            "no file they read: leave it out of the URL and give it as PGPASSWORD or MYSQL_PWD in "
+            "the environment, or in ~/.pgpass"
         )
     for split in splits:
         for example in corpus.splits[split]:

@@ -23,7 +23,9 @@ from itertools import chain
 from sqlglot import Dialect, exp
 
 from ray_sql.data.answers import after_thoughts, code_blocks
+from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.data.names import ROW_NAMES
+from ray_sql.database.places import dialect_of
 from ray_sql.generate.questions import Question
 
 KEYWORDS = frozenset(
@@ -166,12 +168,19 @@ class NameGuard:
 def guards(
     names: Mapping[str, Mapping[str, Collection[str]]], questions: Iterable[Question]
 ) -> dict[str, NameGuard]:
-    """Return a guard for the database of each question, in the dialect of its place."""
+    """Return a guard for the database of each question, in the dialect of its place.
+
+    The SQL of DuckDB and MySQL is not read here: their answers are free.
+    """
     dialects = {
-        question.db_id: "postgres" if "://" in (question.database or "") else "sqlite"
+        question.db_id: sqlglot_dialect(dialect_of(question.database) or "sqlite")
         for question in questions
     }
-    return {db_id: NameGuard(names[db_id], dialect) for db_id, dialect in dialects.items()}
+    return {
+        db_id: NameGuard(names[db_id], dialect)
+        for db_id, dialect in dialects.items()
+        if dialect in MORE_FUNCTIONS
+    }
 
 
 class _Reader:

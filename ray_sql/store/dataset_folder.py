@@ -2,7 +2,7 @@
 
     out/<output_name>/
       train.jsonl dev.jsonl      pairs, each with what the audit says of it
-      databases/<db_id>/         copies of the SQLite files
+      databases/<db_id>/         copies of the SQLite and DuckDB files
       descriptions.yaml          tables and columns in words, filled by hand
       rejected.jsonl             pairs that are not used: place, reason, nearest fix
       audit.json report.html     what was found, for programs and for people
@@ -62,9 +62,9 @@ class DatasetFolder:
         """Return the place of a split's pairs."""
         return self.path / f"{name}.jsonl"
 
-    def database(self, db_id: str) -> Path:
+    def database(self, db_id: str, suffix: str = ".sqlite") -> Path:
         """Return the place of a database's copy."""
-        return self.path / "databases" / db_id / f"{db_id}.sqlite"
+        return self.path / "databases" / db_id / f"{db_id}{suffix}"
 
     def read_record(self) -> dict[str, Any] | None:
         """Return `dataset.json`; None where the folder is no curated dataset."""
@@ -124,11 +124,14 @@ class DatasetFolder:
             self._write(self.descriptions, template)
 
     def copy_database(self, db_id: str, source: Path) -> None:
-        """Copy a SQLite file in one state of it, whoever writes it meanwhile.
+        """Copy a database's file in one state of it, whoever writes it meanwhile.
 
         Raises `DataError` where it cannot be read whole.
         """
         uri = sqlite_uri(source)
+        if uri is None:
+            self._copy_file(source, self.database(db_id, ".duckdb"))
+            return
         try:
             with (
                 write_atomically(self.database(db_id)) as part,
@@ -139,6 +142,15 @@ class DatasetFolder:
                 new.execute("PRAGMA journal_mode = DELETE")
         except sqlite3.Error as error:
             raise DataError(f"{source}: cannot be copied ({error}); give a whole file") from None
+
+    def _copy_file(self, source: Path, target: Path) -> None:
+        """Copy a file, of which only one program may have changes that are not in it."""
+        before = source.stat()
+        with write_atomically(target) as part:
+            shutil.copyfile(source, part)
+        after = source.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise DataError(f"{source}: changed while it was copied; give the command again")
 
     def _write(self, file: Path, text: str) -> None:
         with write_atomically(file) as part:
