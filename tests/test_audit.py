@@ -114,8 +114,11 @@ def test_a_dataset_is_audited_and_scored_without_what_is_flagged(
     scores = evaluate.run(load(EvaluateConfig, words))["file"]["dev"]
     assert scores["flagged"] == 2
     assert scores["unflagged"]["n"] == 1 and scores["unflagged"]["correct"] == 0
+    assert (scores["undetermined"], scores["determined"]["n"]) == (1, 2)
     assert scores["n"] == 3
-    assert "without the 2 questions whose gold the audit flags" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "without the 2 questions whose gold the audit flags" in said
+    assert "without the 1 of them whose gold has several right results" in said
 
 
 def test_predictions_are_audited(store: Path, tmp_path: Path) -> None:

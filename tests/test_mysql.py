@@ -22,6 +22,7 @@ from ray_sql.config import EvaluateConfig
 from ray_sql.database import Executor, Limits, reflect, render
 from ray_sql.errors import DataError
 from ray_sql.metrics import Pair, classify_error, judge
+from ray_sql.preflight import rights
 from tests.conftest import QUESTIONS, SHOP
 from tests.waiting import wait_until
 
@@ -66,6 +67,9 @@ class Server:
                 [binary, "--no-defaults", *own, *options, *quick], stdout=out, stderr=out
             )
         wait_until((self.folder / "s").exists)
+
+    def fill(self) -> None:
+        """Make the databases, and an account that may read one of them."""
         with self.connect("") as owner, owner.cursor() as cursor:
             cursor.execute("CREATE USER reader IDENTIFIED BY 's:c@t'")
             for name, script in (("hostile", TABLES), ("mall", SHOP.replace(" TEXT", " CHAR(20)"))):
@@ -75,6 +79,8 @@ class Server:
                     if statement.strip(" ;\n"):
                         cursor.execute(statement)
             cursor.execute("GRANT SELECT ON mall.* TO reader")
+            cursor.execute("CREATE USER writer IDENTIFIED BY 's:c@t'")
+            cursor.execute("GRANT SELECT, INSERT ON mall.* TO writer")
 
     def connect(self, name: str) -> Any:
         return pymysql.connect(
@@ -116,8 +122,11 @@ def server() -> Iterator[Server]:
     if binary is None:
         pytest.skip("no MariaDB server is installed")
     started = Server(Path(binary))
-    yield started
-    started.close()
+    try:
+        started.fill()
+        yield started
+    finally:
+        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +305,11 @@ def test_an_account_reads_what_it_may_and_its_password_may_be_a_variable(
         refused = executor.run(url, "SELECT * FROM mysql.user")
         assert (refused.error or "").startswith("refused: SELECT command denied")
         assert reflect(url, "mall", 1, executor).table_names == ("customer", "product", "sale")
+        assert rights.check([url]) == "the role of 1 MySQL databases may only read"
+        may = rights.of_account(url.replace("reader", "writer"))
+        assert may == ["may INSERT on `mall`.*"]
+        assert "may INSERT on" in rights.check([url, url.replace("reader", "writer")])
+        assert "ALL PRIVILEGES on *.*" in rights.of_account(server.url("mall"))[0]
         monkeypatch.delenv("MYSQL_PWD")
         written = url.replace("reader@", "reader:s%3Ac%40t@")
         assert executor.run(written, "SELECT max(id) FROM product").rows == ((3,),)

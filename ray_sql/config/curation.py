@@ -50,6 +50,9 @@ class PrepareConfig(_CurationConfig):
     url: str | None = None
     """Find their databases here: a SQLite or DuckDB file, a folder of such files, or an SQLAlchemy
     URL. By default they lie beside the pairs."""
+    translate_from: str | None = None
+    """Translate queries that are written for the databases here (as `url`) into the SQL of those of
+    `url`. A pair is kept where both give the same rows."""
     fix: bool = False
     """Take the nearest query that runs for one that does not, where only one is near."""
     reject: tuple[str, ...] = ("does_not_run",)

@@ -14,6 +14,7 @@ from ray_sql.curate import near, overview
 from ray_sql.curate.divide import across, divide
 from ray_sql.curate.flags import KINDS, MEANING, Flag
 from ray_sql.curate.pairs import Judged, Pair, judge, read
+from ray_sql.curate.translated import Translated, translate
 from ray_sql.data import descriptions, schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Example, counted
@@ -36,6 +37,8 @@ class Dataset:
     judged: Judged
     splits: dict[str, list[Pair]]
     how: str
+    translated: tuple[Translated, ...] = ()
+    """Queries that were written for other databases."""
 
 
 def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
         )
     folder = DatasetFolder(absolute(config.output_dir) / config.output_name)
     sources = {"pairs": str(absolute(config.pairs)), "url": strip_password(config.url)}
+    if config.translate_from:
+        sources["translate_from"] = strip_password(config.translate_from)
     folder.require_ours(sources, config.overwrite)
     limits = Limits(
         seconds=config.evaluate.timeout,
@@ -63,10 +68,13 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
         corpus = read(_source(config))
         for note in corpus.notes:
             display.line(note)
+        translated: tuple[Translated, ...] = ()
+        if config.translate_from:
+            corpus, translated = translate(corpus, config.translate_from, executor)
         judged = judge(corpus, executor, display, config.reject, config.fix)
         if not judged.pairs:
             raise DataError(f"--pairs {config.pairs}: {_no_pair(judged)}")
-        dataset = _divided(judged, config, public)
+        dataset = replace(_divided(judged, config, public), translated=translated)
         record = _record(dataset, config, sources)
         for line in _lines(dataset):
             display.line(line)
@@ -153,6 +161,7 @@ def _record(dataset: Dataset, config: PrepareConfig, sources: Mapping[str, Any])
             **{split: len(rows) for split, rows in dataset.splits.items()},
             "rejected": len(dataset.judged.rejected),
             "fixed": sum(bool(pair.before) for pair in pairs),
+            **({"translated": len(dataset.translated)} if config.translate_from else {}),
             "flagged": sum(bool(pair.flags) for pair in pairs),
             "databases": len(used),
         },
@@ -189,6 +198,11 @@ def _lines(dataset: Dataset) -> Iterator[str]:
     clear = sum(row.fix is not None and row.fix.is_clear for row in judged.rejected)
     if clear:
         yield f"          --fix would take the nearest query for {counted(clear, 'pair')}"
+    if dataset.translated:
+        yield (
+            f"translated {counted(len(dataset.translated), 'pair')}: each query gives the rows "
+            "that it gave; audit.json lists them as they were"
+        )
     fixed = sum(bool(pair.before) for pair in pairs)
     if fixed:
         yield f"fixed     {counted(fixed, 'pair')}, listed in audit.json as they were before"
@@ -271,6 +285,7 @@ def audit_of(dataset: Dataset) -> dict[str, Any]:
         "not_reordered": dataset.judged.unexamined,
         "questions": listed,
         "fixed": fixed,
+        "translated": [asdict(one) for one in dataset.translated],
     }
 
 

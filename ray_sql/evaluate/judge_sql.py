@@ -9,6 +9,7 @@ from math import sqrt
 from typing import Any
 
 from ray_sql.config.sections import AnswersSection
+from ray_sql.curate.flags import UNDETERMINED
 from ray_sql.database import Executor, Limits, Schema
 from ray_sql.errors import DataError
 from ray_sql.evaluate.shares import (
@@ -197,11 +198,21 @@ def summarise(rows: Sequence[JudgedRow], settings: AnswersSection) -> dict[str, 
 
 
 def _unflagged(rows: Sequence[JudgedRow]) -> dict[str, Any]:
-    """Return the scores without the questions that an audit flagged, where there was one."""
+    """Return the scores without the questions that an audit flagged, where there was one.
+
+    Those whose gold has several right results count apart: "determined" are the scores without
+    them.
+    """
     if not any("flags" in row for row in rows):
         return {}
     sound = [row for row in rows if not row.get("flags")]
-    return {"flagged": len(rows) - len(sound), "unflagged": _accuracy(sound)}
+    determined = [row for row in rows if not set(UNDETERMINED) & set(row.get("flags", ()))]
+    return {
+        "flagged": len(rows) - len(sound),
+        "unflagged": _accuracy(sound),
+        "undetermined": len(rows) - len(determined),
+        "determined": _accuracy(determined),
+    }
 
 
 def _accuracy(rows: Sequence[JudgedRow]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class _Lines:
             return self._results
         self._check("data", check_data, config.split, config.task_type, prepared)
         databases = prepared.corpus.databases.values()
-        if any(url.startswith("postgres") for url in databases):
+        if any(map(rights.on_server, databases)):
             self._check("database role", rights.check, databases)
         self._check("lengths", prepared.audit.line)
         if config.prev_checkpoint:

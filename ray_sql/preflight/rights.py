@@ -1,14 +1,18 @@
-"""Name what the role of a PostgreSQL URL may do besides reading tables."""
+"""Name what the role or account of a server's URL may do besides reading tables."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+from ray_sql.database.places import POSTGRESQL, Kind, kind_of
 from ray_sql.database.reflection import database_url
 from ray_sql.errors import StoreError
 
 SHOWN = 3
 """Names of a list that are shown."""
+READING = {"USAGE", "SELECT", "SHOW VIEW"}
+"""Rights of a MySQL account that change nothing."""
 ROLE = """
 SELECT rolsuper, rolcreaterole, rolreplication FROM pg_catalog.pg_roles
 WHERE rolname = current_user
@@ -38,17 +42,42 @@ WHERE p.pronamespace <> 'pg_catalog'::regnamespace AND has_function_privilege(p.
 
 
 def check(databases: Iterable[str]) -> str:
-    """Return a line about the roles of all PostgreSQL databases."""
+    """Return a line about the roles of all databases on servers."""
     found: dict[str, None] = {}
-    urls = [url for url in databases if url.startswith("postgres")]
-    for url in urls:
-        found |= dict.fromkeys(of_role(url))
+    kinds = {url: kind for url in databases if (kind := on_server(url))}
+    for url, kind in kinds.items():
+        found |= dict.fromkeys(of_role(url) if kind == POSTGRESQL else of_account(url))
     if not found:
-        return f"the role of {len(urls)} PostgreSQL databases may only read"
+        names = " and ".join(sorted({kind.name for kind in kinds.values()}))
+        return f"the role of {len(kinds)} {names} databases may only read"
     return (
         f"the role {'; '.join(found)}. Queries that a model writes run with these rights: give the "
         "URL a role of its own that may SELECT from the tables of the questions only"
     )
+
+
+def on_server(place: str) -> Kind | None:
+    """Return the kind of the server that a place is on; None for a file."""
+    return kind_of(place) if "://" in place else None
+
+
+def of_account(url: str) -> list[str]:
+    """Return what the account of a MySQL URL may do, in words, besides reading tables."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    try:
+        with create_engine(database_url(url), poolclass=NullPool).connect() as connection:
+            lines = connection.exec_driver_sql("SHOW GRANTS").scalars().all()
+    except SQLAlchemyError as error:
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"the rights of its account cannot be read: {reason}") from None
+    rights = []
+    for granted, where in re.findall(r"^GRANT (.+?) ON (\S+) TO ", "\n".join(lines), re.MULTILINE):
+        more = [right for right in granted.split(", ") if right not in READING]
+        rights += [f"may {', '.join(more)} on {where}"] if more else []
+    return rights
 
 
 def of_role(url: str) -> list[str]:

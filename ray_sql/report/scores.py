@@ -157,6 +157,13 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
             f"without the {scores['flagged']} questions whose gold the audit flags: {accuracy} of "
             f"n = {sound['n']:,}"
         )
+    if "determined" in scores:
+        sound = scores["determined"]
+        accuracy = percent(sound["execution_accuracy"], sound["interval"], sound["n"])
+        yield (
+            f"without the {scores['undetermined']} of them whose gold has several right results: "
+            f"{accuracy} of n = {sound['n']:,}"
+        )
     for reason, count in scores.get("full_schema", {}).items():
         yield f"{count} of {n + failing} prompts show the full schema: {reason}"
     if "new_tokens_all" in scores:
