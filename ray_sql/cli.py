@@ -31,6 +31,7 @@ from ray_sql.config import (
     Config,
     EvaluateConfig,
     JobConfig,
+    McpConfig,
     PipelineConfig,
     PrepareConfig,
     PublishConfig,
@@ -139,6 +140,13 @@ JOBS = {
         run="ray_sql.serve.job:run",
         plan="ray_sql.serve.job:dry_run",
         extra="serve",
+    ),
+    "mcp": Job(
+        "Offer a tuned model to an assistant as a tool, by MCP.",
+        McpConfig,
+        run="ray_sql.serve.mcp:run",
+        plan="ray_sql.serve.mcp:dry_run",
+        extra="mcp",
     ),
     "verify": Job(
         "Check that an endpoint answers as the run that was measured.",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import uvicorn
 
 from ray_sql.config import ServeConfig, load
@@ -16,9 +22,9 @@ from ray_sql.config.sections import ServeSection
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine
-from ray_sql.serve.opening import open_engine
+from ray_sql.serve.opening import find_linker, open_engine
 from ray_sql.serve.prompter import Prompter
-from ray_sql.serve.recipe import find, find_linker
+from ray_sql.serve.recipe import find
 from tests.waiting import HANGS, wait_until
 
 
@@ -32,7 +38,7 @@ def make_engine(run: Path, **given: Any) -> Engine:
     config = settings(run, **given)
     found = find(config)
     prompter = Prompter(found, registered({}, found.config))
-    return open_engine(prompter, find_linker(config))
+    return open_engine(prompter, find_linker(config, prompter))
 
 
 @contextmanager
@@ -50,3 +56,40 @@ def serving(engine: Engine, token: str | None = None, **section: Any) -> Iterato
     finally:
         server.should_exit = True
         thread.join(HANGS)
+
+
+@contextmanager
+def running_job(run: Path, *words: str) -> Iterator[tuple[psutil.Popen, httpx2.Client]]:
+    """Run `jobs.serve` on a run in a process of its own; yield it, and a client.
+
+    The process must end as one does that is told to.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "jobs.serve", "--output_name", run.name]
+    command += ["--output_dir", str(run.parent), "--serve.port", str(port), *words]
+    environment = {**os.environ, "RAY_SQL_TOKEN": ""}
+    process = psutil.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        lines = iter(process.stdout)
+        assert any(f"http://127.0.0.1:{port}/v1/sql" in line for line in lines)
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as client:
+            yield process, client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANGS) == 128 + signal.SIGTERM
+
+
+def replica(job: psutil.Process) -> psutil.Process:
+    """Return the process of a job in which the model answers."""
+    (found,) = [one for one in job.children(recursive=True) if is_replica(one)]
+    return found
+
+
+def is_replica(process: psutil.Process) -> bool:
+    """Tell whether a process holds a copy of the model, by the name that Ray Serve gives it."""
+    try:
+        return "ServeReplica" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bitsandbytes.nn import Linear4bit
 
 from ray_sql import models
 from ray_sql.errors import ModelError
+from ray_sql.models.twin import twin
 from tests import hub
 from tests.conftest import load_base, make_model
 
@@ -73,6 +75,30 @@ def test_double_quantisation_and_no_quantisation_load_too(
     assert all(layer.weight.quant_state.nested for layer in layers(double))
     plain = load_base(tiny_model, make_config(**{"quantization.load_in_4bit": False}))
     assert not layers(plain)
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_two_adapters_over_one_base_in_memory_do_not_meet(
+    tiny_model: Path, make_config: Any, in_4bit: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from ray_sql.models.cpu_linear import merged
+
+    model = load_base(tiny_model, make_config(**{"quantization.load_in_4bit": in_4bit}))
+    tokens = torch.arange(10)[None]
+    places = {weight.data_ptr() for weight in model.parameters()}
+    answered = [model(tokens).logits]
+    for base in (twin(model), model):
+        assert {weight.data_ptr() for weight in base.parameters()} == places
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(len(answered))
+        tuned = get_peft_model(base, lora).eval()
+        with merged(tuned):
+            answered.append(tuned(tokens).logits)
+    assert not any(torch.allclose(*two, atol=1e-3) for two in combinations(answered, 2))
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(tokens).logits, answered[0])
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, make_config: Any) -> None:

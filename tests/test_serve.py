@@ -6,10 +6,6 @@ import asyncio
 import http.client
 import json
 import logging
-import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -32,7 +28,7 @@ from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.engine import Engine
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import make_engine, serving
+from tests.serving import make_engine, running_job, serving
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -464,19 +460,6 @@ def test_a_package_that_is_missing_is_named(
 
 @pytest.mark.cluster
 def test_the_job_serves_until_it_is_stopped(tuned_run: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "jobs.serve", "--output_name", tuned_run.name]
-    command += ["--output_dir", str(tuned_run.parent), "--serve.port", str(port)]
-    environment = {**os.environ, "RAY_SQL_TOKEN": ""}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        lines = iter(process.stdout or [])
-        assert any(f"http://127.0.0.1:{port}/v1/sql" in line for line in lines)
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as client:
-            assert sql(client).json()["rows"] == [[2]]
-            assert client.get("/v1/models", headers={"Host": "evil"}).status_code == 400
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(HANGS) == 128 + signal.SIGTERM
+    with running_job(tuned_run) as (_, client):
+        assert sql(client).json()["rows"] == [[2]]
+        assert client.get("/v1/models", headers={"Host": "evil"}).status_code == 400

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_sql import finetune
+from ray_sql import finetune, models
 from ray_sql.config import Config, ServeConfig, load
 from ray_sql.database import complete
 from ray_sql.errors import ConfigError, StoreError
@@ -17,6 +17,7 @@ from ray_sql.serve.engine import Engine
 from ray_sql.serve.recipe import find_linker
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
+from tests.planted import over_other_bits
 from tests.serving import make_engine, serving, settings
 
 COUNTED, COUNT = QUESTIONS[6]
@@ -64,6 +65,30 @@ def test_a_linker_makes_the_schema_smaller(tuned_run: Path, linker_run: Path) ->
         hello = {"messages": [{"role": "user", "content": "hello"}]}
         assert client.post("/v1/chat/completions", json=hello).status_code == 200
     assert smaller > 3
+
+
+@pytest.mark.parametrize("over_one", [True, False])
+def test_a_linker_over_the_same_base_shares_it(
+    tuned_run: Path, linker_run: Path, tmp_path: Path, over_one: bool, caplog: Any, monkeypatch: Any
+) -> None:
+    loaded = []
+    load_base = models.load_base
+
+    def counted(folder: str, *given: Any) -> Any:
+        loaded.append(folder)
+        return load_base(folder, *given)
+
+    monkeypatch.setattr(models, "load_base", counted)
+    linker = linker_run if over_one else over_other_bits(linker_run, tmp_path / "other")
+    with make_engine(tuned_run, linker=str(linker)) as engine:
+        assert len(loaded) == (1 if over_one else 2)
+        assert ("the linker's has another quantization" in caplog.text) is not over_one
+        measured = RunFolder(str(tuned_run)).read_predictions()
+        settings = engine.config.evaluate.greedy()
+        for row in measured[:4]:  # as conversations, which the linker does not see
+            turns = engine.prompter.ask(row["question"], "mall").turns
+            (reply,) = engine.answer([engine.prompter.ask_turns(turns, settings)])
+            assert reply.raw == row["raw"]
 
 
 def test_links_that_are_served_are_those_that_were_measured(linker_run: Path) -> None:

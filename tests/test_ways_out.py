@@ -64,7 +64,7 @@ def test_vllms_configuration_loads_the_adapter(
     assert values["lora-modules"] == [f"tuned={tuned_run / 'adapter'}"]
     assert Path(values["model"], "config.json").is_file()
     assert (values["enable-lora"], values["max-lora-rank"], values["port"]) == (True, 64, 8123)
-    assert values["generation-config"] == "vllm"
+    assert (values["generation-config"], values["dtype"]) == ("vllm", "float32")
     assert "quantization" not in values
     assert "# vllm serve --config THIS_FILE" in text
     assert "http://127.0.0.1:8123/v1" in text

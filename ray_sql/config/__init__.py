@@ -16,6 +16,8 @@ from ray_sql.config.jobs import (
     CheckConfig,
     CompareConfig,
     EvaluateConfig,
+    McpConfig,
+    OneDatabaseConfig,
     PipelineConfig,
     PublishConfig,
     ResultsConfig,

@@ -8,7 +8,13 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from ray_sql.config.base import TOKENS, JobConfig
-from ray_sql.config.sections import AnswersSection, RepositorySection, ServeSection, TrackingSection
+from ray_sql.config.sections import (
+    MOST,
+    AnswersSection,
+    RepositorySection,
+    ServeSection,
+    TrackingSection,
+)
 from ray_sql.config.settings import Config, ModelConfig
 from ray_sql.config.urls import absolute
 from ray_sql.config.validate import build, merge
@@ -116,19 +122,31 @@ class AskingConfig(TunedConfig):
     shows what they leave of the schema."""
 
 
-class AskConfig(AskingConfig):
+class OneDatabaseConfig(AskingConfig):
+    """Settings of a job that asks about one database."""
+
+    database: str | None = None
+    """Ask about this database: a SQLite or DuckDB file, an SQLAlchemy URL, or the name of one of
+    the run's own."""
+
+
+class AskConfig(OneDatabaseConfig):
     """Settings of questions from the terminal."""
 
     question: tuple[str, ...] = ()
     """Ask this question. Without one, questions are read from the terminal or the standard
     input."""
-    database: str | None = None
-    """Ask about this database: a SQLite or DuckDB file, an SQLAlchemy URL, or the name of one of
-    the run's own."""
     json: bool = False  # type: ignore[assignment]
     """Print a JSON object a question, as the service answers."""
     corrections: str = "corrections.jsonl"
     """Append corrected pairs to this file, which `dataset_id` reads."""
+
+
+class McpConfig(OneDatabaseConfig):
+    """Settings of an assistant's tool."""
+
+    max_rows: int = Field(100, ge=0, le=MOST)
+    """Send the assistant at most this many rows of a result, beside their number."""
 
 
 class ResultsConfig(JobConfig):

@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ray_sql.config import AskConfig, absolute, mask_password
+from ray_sql.config import AskConfig, OneDatabaseConfig, absolute, mask_password
 from ray_sql.display import Display
 from ray_sql.errors import RaySqlError
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.dialogue import HELP, Dialogue
-from ray_sql.serve.opening import open_engine
+from ray_sql.serve.opening import find_linker, open_engine
 from ray_sql.serve.prompter import Prompter
 
 
 def run(config: AskConfig) -> None:
     """Answer the question of the settings, or the lines that are typed."""
-    display, prompter = Display(), _prompter(config)
+    display, prompter = Display(), find_prompter(config)
     (database,) = prompter.databases
     interactive = not config.question and sys.stdin.isatty()
     if interactive:
         display.line(f"{prompter.name} on database {database}; loading the model")
-    with open_engine(prompter, recipe.find_linker(config)) as engine:
+    with open_engine(prompter, find_linker(config, prompter)) as engine:
         corrections = absolute(config.corrections)
         dialogue = Dialogue(engine, database, corrections, display, config.json)
         if config.question:
@@ -41,8 +41,8 @@ def run(config: AskConfig) -> None:
 
 def dry_run(config: AskConfig) -> None:
     """Show the prompt of the question, and who would be asked about what."""
-    display, prompter = Display(), _prompter(config)
-    linker = recipe.find_linker(config)
+    display, prompter = Display(), find_prompter(config)
+    linker = find_linker(config, prompter)
     ((name, database),) = prompter.databases.items()
     asked = prompter.ask(" ".join(config.question) or "…", name)
     prompt = prompter.tokenizer.decode(asked.question.input_ids)
@@ -52,7 +52,8 @@ def dry_run(config: AskConfig) -> None:
     display.line(f"would ask {prompter.adapter} about {name} ({mask_password(database.place)})")
 
 
-def _prompter(config: AskConfig) -> Prompter:
+def find_prompter(config: OneDatabaseConfig) -> Prompter:
+    """Return the prompts of the adapter that settings name, on the database that they name."""
     found = recipe.find(config)
     database = databases.find(config.database, found.config)
     return Prompter(found, {database.name: database})

@@ -17,7 +17,7 @@ from ray_sql.config import ServeConfig, load
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.access import token_for
 from ray_sql.serve.app import make_app
-from ray_sql.serve.opening import open_engine
+from ray_sql.serve.opening import find_linker, open_engine
 from ray_sql.serve.prompter import Prompter
 
 
@@ -38,8 +38,9 @@ class Service:
         if "num_cpus" not in config.serve.ray_actor_options:
             # Ray allows one thread to an actor that reserves nothing
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.serve.num_replicas))
-        linker = recipe.find_linker(config)
-        self._engine = open_engine(prompter(config), linker, config.serve.schema_bytes)
+        asking = prompter(config)
+        linker = find_linker(config, asking)
+        self._engine = open_engine(asking, linker, config.serve.schema_bytes)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self._engine, self._section, self._token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from ray import serve
@@ -9,9 +10,13 @@ from ray import serve
 from ray_sql import cluster
 from ray_sql.config import ServeConfig
 from ray_sql.display import Display
-from ray_sql.serve import recipe, vllm
+from ray_sql.serve import vllm
 from ray_sql.serve.access import token_for
 from ray_sql.serve.deployment import application, prompter
+from ray_sql.serve.opening import find_linker, why_two_bases
+
+PROXY_SECONDS = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
+"""Seconds that Ray Serve waits for its own processes: by default 5, too few on a busy machine."""
 
 
 def run(config: ServeConfig) -> None:
@@ -19,11 +24,14 @@ def run(config: ServeConfig) -> None:
     section, display = config.serve, Display()
     token_for(section.host)
     asking = prompter(config)  # what is wrong is said before Ray starts
-    recipe.find_linker(config)
+    linker = find_linker(config, asking)
     if section.gpu is not None:
         print(vllm.configuration(asking, section), end="")
         return
     display.line(f"{asking.name} on {', '.join(asking.databases)}; loading the model")
+    if linker is not None and (why := why_two_bases(asking, linker)):
+        display.line(f"note: {why}")
+    os.environ.setdefault(*PROXY_SECONDS)  # Ray's processes inherit it
     cluster.start_ray()
     serve.start(http_options={"host": section.host, "port": section.port})
     try:
@@ -37,10 +45,13 @@ def run(config: ServeConfig) -> None:
 
 def dry_run(config: ServeConfig) -> None:
     """Show the begin of each database's prompts, and what would be served."""
-    display, asking, linker = Display(), prompter(config), recipe.find_linker(config)
+    display, asking = Display(), prompter(config)
+    linker = find_linker(config, asking)
     token_for(config.serve.host)
     for name, begin in asking.begins.items():
         display.line(f"--- {name} ---\n{asking.tokenizer.decode(begin)}")
     address = f"http://{config.serve.host}:{config.serve.port}"
     before = "" if linker is None else f", after {linker.adapter}"
     display.line(f"--- plan ---\nwould serve {asking.adapter}{before} at {address}")
+    if linker is not None and (why := why_two_bases(asking, linker)):
+        display.line(f"note: {why}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ray_sql import cluster, models
-from ray_sql.config.sections import AnswersSection, ScalingSection
+from ray_sql.config.sections import AnswersSection, QuantizationSection
 from ray_sql.generate import Answer
 from ray_sql.generate.answerer import Answerer
 from ray_sql.generate.answers import Decoding
@@ -19,26 +20,62 @@ from ray_sql.serve.prompter import Asked, Prompter
 from ray_sql.store import storage
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
 SCHEMA_BYTES = 2**30
 """Bytes of the schemas that are kept computed."""
 
 
-class LocalModel:
-    """A tuned model that answers prompts, for one thread at a time."""
+@dataclass(frozen=True)
+class Base:
+    """A base model as an adapter was trained over it, and where it computes."""
 
-    def __init__(self, prompter: Prompter, schema_bytes: int = SCHEMA_BYTES) -> None:
-        self._prompter, config = prompter, prompter.config
-        device, folder, cache = _device(config.scaling), prompter.model_folder, config.cache
-        dtype = models.compute_dtype(config.train.bf16, folder, cache, device.type == "cuda")
-        bf16 = str(dtype) == "torch.bfloat16"
-        base = models.load_base(folder, config.quantization, bf16, device, cache)
+    folder: str
+    quantization: QuantizationSection
+    bf16: bool | None
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, prompter: Prompter) -> Self:
+        """Return the base model of a prompter's adapter."""
+        config = prompter.config
+        on_gpu = cluster.on_gpu(config.scaling)
+        return cls(prompter.model_folder, config.quantization, config.train.bf16, on_gpu)
+
+    def differing(self, other: Base) -> list[str]:
+        """Return the settings by which two differ."""
+        settings = {
+            "model_name": (self.folder, other.folder),
+            "quantization": (self.quantization, other.quantization),
+            "train.bf16": (self.bf16, other.bf16),
+            "scaling.use_gpu": (self.on_gpu, other.on_gpu),
+        }
+        return [name for name, (own, others) in settings.items() if own != others]
+
+    def load(self, cache: Path) -> PreTrainedModel:
+        """Load it, in the type that this machine is fast at."""
+        if not self.on_gpu:
+            cluster.keep_freed_memory()
+        dtype = models.compute_dtype(self.bf16, self.folder, cache, self.on_gpu)
+        bf16, device = str(dtype) == "torch.bfloat16", "cuda" if self.on_gpu else "cpu"
+        return models.load_base(self.folder, self.quantization, bf16, device, cache)
+
+
+class LocalModel:
+    """A tuned model that answers prompts, for one thread at a time.
+
+    It puts its adapter on `base`, which nothing else may use.
+    """
+
+    def __init__(
+        self, prompter: Prompter, base: PreTrainedModel, schema_bytes: int = SCHEMA_BYTES
+    ) -> None:
+        self._prompter = prompter
         with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
             adapter = storage.fetch(prompter.adapter.uri, Path(scratch))
             model = models.load_adapter(base, adapter)
         self.described = Identity.of(
-            prompter.model_folder, config.quantization, prompter.adapter
+            prompter.model_folder, prompter.config.quantization, prompter.adapter
         ).named()
         """Of what it is made, which `verify` compares with the measured model."""
         self._open = ExitStack()
@@ -60,12 +97,3 @@ class LocalModel:
     def close(self) -> None:
         """Leave the model as it was."""
         self._open.close()
-
-
-def _device(scaling: ScalingSection) -> torch.device:
-    import torch
-
-    if cluster.on_gpu(scaling):
-        return torch.device("cuda")
-    cluster.keep_freed_memory()
-    return torch.device("cpu")

@@ -41,6 +41,8 @@ def configuration(prompter: Prompter, section: ServeSection) -> str:
     revision = (prompter.adapter.read_contract() or {}).get("model_revision")
     if by_name and revision:
         values["revision"] = revision
+    if settings.train.bf16 is not None:  # vLLM takes bfloat16 for a base in float32
+        values["dtype"] = "bfloat16" if settings.train.bf16 else "float32"
     if settings.quantization.load_in_4bit:
         values["quantization"] = "bitsandbytes"
     return _COMMENT.format(
