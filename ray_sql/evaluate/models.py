@@ -24,6 +24,7 @@ from ray_sql.evaluate import scoring
 from ray_sql.evaluate.endpoint import Endpoint, Turns
 from ray_sql.generate import Answer, AnswerCache, Question
 from ray_sql.metrics.judged import Evaluation, JudgedRow
+from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder, RunFolder
 from ray_sql.store.weights import require_whole
@@ -137,14 +138,7 @@ def scored_questions(
 
     `links` make their schemas smaller.
     """
-    encoder = generate.question_encoder(
-        tokenizer,
-        TASKS[config.task_type],
-        config.prompt,
-        corpus.schemas,
-        config.rows,
-        config.evaluate,
-    )
+    encoder = _encoder(corpus, tokenizer, config)
     questions = []
     for split in config.split:
         examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
@@ -156,7 +150,17 @@ def scored_conversations(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config, links: AskedLinks
 ) -> list[Turns]:
     """Return the prompts of `scored_questions` as turns, for an endpoint."""
-    encoder = generate.question_encoder(
+    encoder = _encoder(corpus, tokenizer, config)
+    return [
+        encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
+        for split in config.split
+        for example in data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+    ]
+
+
+def _encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config) -> Encoder:
+    """Return the encoder of the questions of `corpus`."""
+    return generate.question_encoder(
         tokenizer,
         TASKS[config.task_type],
         config.prompt,
@@ -164,11 +168,6 @@ def scored_conversations(
         config.rows,
         config.evaluate,
     )
-    return [
-        encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
-        for split in config.split
-        for example in data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-    ]
 
 
 def evaluate_endpoint(
