@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## train and measure a small model on the CPU (5 to 17 minutes on two cores)
+demo: $(STAMP)  ## train and measure a small model on the CPU (5 to 20 minutes on two cores)
 	$(BIN)/ray-sql demo
 
 test: $(STAMP)  ## run the tests that need no cluster, GPU or browser
