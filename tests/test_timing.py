@@ -82,7 +82,7 @@ def test_every_point_says_where_the_time_went(
     monkeypatch.setattr(StepClock, "read", noted)
     train.fit(config, prepared.model_folder, on_event)
     assert [point.step for point in points] == [1, 3, 6] and len(reads) == 3
-    assert nodes[0].step == 1 and nodes[0].values["system/disk_usage_percentage"] > 0
+    assert nodes[0].step == 2 and nodes[0].values["system/disk_usage_percentage"] > 0
     for point in points:
         assert all(point.values[phase] > 0 for phase in PHASES)
         assert point.values["system/process_memory_gib"] > 0.1
