@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--adapter", required=True, help="folder of an adapter over the demo model")
     parser.add_argument("--samples", type=int, default=8, help="samples a question")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the samples")
+    parser.add_argument("--temperature", type=float, default=0.4, help="of the samples")
     parser.add_argument("--top_p", type=float, default=1.0, help="of the samples")
     parser.add_argument("--serializer", default="compact", help="that the adapter was trained with")
     parser.add_argument("--spider", type=int, help="ask this many questions of Spider's dev")

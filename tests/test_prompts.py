@@ -246,7 +246,7 @@ PINNED = {
     "answers": {
         "num_beams": 1,
         "samples": 1,
-        "temperature": 0.8,
+        "temperature": 0.4,
         "top_p": 1.0,
         "ground": "none",
         "choose": "greedy",

@@ -337,7 +337,7 @@ class AnswersSection(Section):
     chosen by greedy answers, unless tune.objective is `chosen`."""
     samples: int = Field(1, ge=1, le=1000)
     """Draw this many answers to each scored question, beside the greedy one. 1 draws none."""
-    temperature: float = Field(0.8, gt=0, le=10)
+    temperature: float = Field(0.4, gt=0, le=10)
     """Draw samples at this temperature. Lower ones draw likely tokens more often."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw each token from the likeliest ones whose probabilities reach this sum."""
