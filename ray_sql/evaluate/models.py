@@ -24,7 +24,6 @@ from ray_sql.evaluate import scoring
 from ray_sql.evaluate.endpoint import Endpoint, Turns
 from ray_sql.generate import Answer, AnswerCache, Question
 from ray_sql.metrics.judged import Evaluation, JudgedRow
-from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import AdapterFolder, RunFolder
 from ray_sql.store.weights import require_whole
@@ -138,7 +137,14 @@ def scored_questions(
 
     `links` make their schemas smaller.
     """
-    encoder = _encoder(corpus, tokenizer, config)
+    encoder = generate.question_encoder(
+        tokenizer,
+        TASKS[config.task_type],
+        config.prompt,
+        corpus.schemas,
+        config.rows,
+        config.evaluate,
+    )
     questions = []
     for split in config.split:
         examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
@@ -150,17 +156,7 @@ def scored_conversations(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config, links: AskedLinks
 ) -> list[Turns]:
     """Return the prompts of `scored_questions` as turns, for an endpoint."""
-    encoder = _encoder(corpus, tokenizer, config)
-    return [
-        encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
-        for split in config.split
-        for example in data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
-    ]
-
-
-def _encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config) -> Encoder:
-    """Return the encoder of the questions of `corpus`."""
-    return generate.question_encoder(
+    encoder = generate.question_encoder(
         tokenizer,
         TASKS[config.task_type],
         config.prompt,
@@ -168,6 +164,11 @@ def _encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config)
         config.rows,
         config.evaluate,
     )
+    return [
+        encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
+        for split in config.split
+        for example in data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
+    ]
 
 
 def evaluate_endpoint(
