@@ -159,6 +159,17 @@ REFUSED = [
     "SELECT * FROM item INTO OUTFILE '{folder}/made'",
     "SELECT name INTO DUMPFILE '{folder}/made' FROM item",
     "SELECT name INTO /* */ OUTFILE '{folder}/made' FROM item",
+    "SELECT '#' INTO OUTFILE '{folder}/made'",
+    "SELECT '/*' INTO OUTFILE '{folder}/*/'",
+    "SELECT '-- ' INTO DUMPFILE '{folder}/made'",
+    "SELECT '#', next value for number",
+    'SELECT "/*", next/**/value for number -- */',
+    "SELECT `#`.id FROM item `#` FOR UPDATE",
+    "SELECT '#' FROM item FOR UPDATE",
+    "SELECT '#' FROM item LOCK /* */ IN SHARE MODE",
+    "SELECT id FROM item WHERE id < 1e5for update",
+    "/* SELECT */ # SELECT\n(DELETE FROM item)",
+    "/**/" * 4_000 + "DELETE FROM item",
     "SELECT load_file('/etc/passwd')",
     "SELECT LOAD_FILE ('/etc/passwd')",
     "SELECT load_file/**/('/etc/passwd')",
@@ -317,6 +328,32 @@ def test_an_account_reads_what_it_may_and_its_password_may_be_a_variable(
             executor.run(server.url("nowhere"), "SELECT 1")
         with pytest.raises(DataError, match=r"cannot connect to MySQL: socket is no option"):
             executor.run("mysql://x@/mall?socket=y", "SELECT 1")
+
+
+@pytest.mark.parametrize("mark", ["/", "#", "?", "/1?", "[", "@/", "?ssl_ca=1&"])
+@pytest.mark.parametrize("first", ["hush", "12"])
+def test_no_message_has_a_part_of_a_password(mark: str, first: str) -> None:
+    url = f"mysql://reader:{first}{mark}secret=1@127.0.0.1:1/mall"
+    with Executor(1, PATIENT) as executor, pytest.raises(DataError) as caught:
+        executor.run(url, "SELECT 1")
+    assert str(caught.value) == (
+        "cannot connect to MySQL: percent-encode the password, or use MYSQL_PWD; check the URL, "
+        "and its password or MYSQL_PWD"
+    )
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "-- which\n# items\n/* SELECT */ (SELECT count(*) FROM item)",
+        "SELECT count(*) FROM item WHERE name <> '# /* the' OR name <> 'the next -- value'",
+        "WITH x AS (SELECT id FROM item) SELECT count(*) FROM x -- FOR a start",
+    ],
+)
+def test_marks_of_comments_hide_no_query_that_reads(
+    server: Server, executor: Executor, sql: str
+) -> None:
+    assert executor.run(server.url("hostile"), sql, PATIENT).rows == ((3,),)
 
 
 def test_a_predictions_file_is_scored_on_a_server(

@@ -30,7 +30,7 @@ import pymysql
 from pymysql.constants import FIELD_TYPE
 from pymysql.cursors import SSCursor
 
-from ray_sql.database.named_functions import is_called, outside, used
+from ray_sql.database.named_functions import is_called, outside, used, words
 from ray_sql.database.worker import Request
 
 REFUSED = set(
@@ -42,14 +42,20 @@ REFUSED = set(
 """Functions that act outside of a query, wait, or lift its limits."""
 ACTING = set("outfile dumpfile kill global".split())
 """Words by which a function of the database's own acts outside."""
-REFUSED_WORDS = re.compile(
-    r"\binto\s+(?:outfile|dumpfile)\b|\bfor\s+(?:update|share)\b|\block\s+in\s+share\b"
-    r"|\b(?:next|previous)\s+value\b",
-    re.IGNORECASE,
+REFUSED_WORDS = (
+    *("outfile", "dumpfile", "for update", "for share", "lock share"),
+    *("next value for", "previous value for"),
 )
+"""Words that no query may have together, in any order: no quote and no comment hides them."""
 EXECUTED_COMMENT = re.compile(r"/\*M?!", re.IGNORECASE)
-COMMENT = re.compile(r"/\*.*?\*/|(?:--(?=\s|$)|#)[^\n]*", re.DOTALL)
-READING = re.compile(r"[\s(]*(?:select|with|values|table)\b", re.IGNORECASE)
+READING = re.compile(
+    r"(?:[\s(]|/\*.*?\*/|(?:--(?=\s|$)|#)[^\n]*)*+(?:select|with|values|table)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""The first word, behind comments and parentheses."""
+EXPONENT = re.compile(r"\de\d+", re.IGNORECASE)
+"""The end of a number; a word may follow it at once (`1e5for`)."""
+UNREADABLE_URL = "percent-encode the password, or use MYSQL_PWD"
 TEXTS = """
 SELECT lower(routine_name), routine_definition IS NULL, routine_definition
 FROM information_schema.routines WHERE routine_type = 'FUNCTION'
@@ -100,10 +106,12 @@ class Query:
             raise ValueError("refused: a NUL character")
         if EXECUTED_COMMENT.search(sql):
             raise ValueError("refused: a comment that the server would execute")
-        if not READING.match(COMMENT.sub(" ", sql)):
+        if not READING.match(sql):
             raise ValueError("refused: not a query that only reads")
-        if found := REFUSED_WORDS.search(COMMENT.sub(" ", sql)):
-            raise ValueError(f"refused: {' '.join(found.group().upper().split())}")
+        found = words(EXPONENT.sub(" ", sql))
+        for together in REFUSED_WORDS:
+            if found.issuperset(together.split()):
+                raise ValueError(f"refused: {together.upper()}")
         seconds = self._request.seconds
         connection = pymysql.connect(
             **address(self._request.uri),
@@ -168,9 +176,16 @@ class Query:
 def address(uri: str) -> dict[str, Any]:
     """Return PyMySQL's arguments for a URL.
 
-    Raises `pymysql.OperationalError` for a URL that says what is not known here.
+    Raises `pymysql.OperationalError` for a URL that says what is not known here. No message quotes
+    what may be a part of the password.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or 3306
+    except ValueError:
+        raise pymysql.OperationalError(UNREADABLE_URL) from None
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise pymysql.OperationalError(UNREADABLE_URL)
     said = dict(parse_qsl(parts.query))
     unknown = set(said) - OPTIONS
     if unknown:
@@ -178,7 +193,7 @@ def address(uri: str) -> dict[str, Any]:
         raise pymysql.OperationalError(f"{min(unknown)} is no option of the URL; those are {names}")
     return {
         "host": parts.hostname or "localhost",
-        "port": parts.port or 3306,
+        "port": port,
         "user": unquote(parts.username or "") or None,
         "password": unquote(parts.password or "") or os.environ.get("MYSQL_PWD", ""),
         "database": unquote(parts.path.removeprefix("/")) or None,
