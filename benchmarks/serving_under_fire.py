@@ -14,8 +14,8 @@ sends, in a mixture drawn from a seed:
 The last line is one JSON object. `wrong` counts good questions with another answer, `writes` what
 was written: hostile queries with a result, files left behind, and databases whose bytes changed.
 `server_errors` counts statuses from 500, but for 503, by which a full queue refuses. Memory is that
-of the copy of the model and the processes that run its SQL, in MiB, each page counted once: after a
-tenth of the time, at the end, and at most.
+of the copy of the model and the processes that run its SQL, in MiB. Each page counts once. It is
+told after a tenth of the time, at the end, and at most.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     before = digests(run)
     with tempfile.TemporaryDirectory() as scratch, running_job(run, *words) as (job, client):
         places = [
-            fire.Place(table["name"], table["columns"][0]["name"], Path(scratch))
+            fire.Place(name, table["name"], table["columns"][0]["name"], Path(scratch))
             for name in client.get("/v1/databases").json()["databases"]
             for table in client.get(f"/v1/databases/{name}").json()["tables"]
         ]
@@ -177,7 +177,7 @@ def send(
     else:
         place = chance.choice(places)
         query = chance.choice([*fire.writing(place), *fire.endless(place)])
-        answer = client.post("/v1/run", json={"database": one.database, "sql": query})
+        answer = client.post("/v1/run", json={"database": place.database, "sql": query})
         if query in fire.writing(place) and "rows" in answer.json():
             writes = [f"{query}: {answer.text[:200]}"]
     with counted.lock:

@@ -50,8 +50,9 @@ PATHS = ["/v1/sql", "/v1/run", "/v1/chat/completions", "/v1/corrections"]
 
 @dataclass(frozen=True)
 class Place:
-    """A table and a column of it, and a folder in which a hostile query would leave a file."""
+    """A table of a database, a column of it, and a folder for what a hostile query would leave."""
 
+    database: str
     table: str
     column: str
     folder: Path

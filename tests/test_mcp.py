@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mcp import Client, StdioServerParameters
 
 from ray_sql import cli
 from tests.conftest import QUESTIONS
 from tests.waiting import HANGS
+
+mcp = pytest.importorskip("mcp")
 
 COUNTED, COUNT = QUESTIONS[6]
 """A question whose answer the tuned run knows, and its SQL."""
@@ -27,10 +28,10 @@ def words(run: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_an_assistant_asks_the_tool(tuned_run: Path, tmp_path: Path) -> None:
     command = ["-m", "ray_sql", "mcp", *words(tuned_run, "--max_rows", "1")]
-    server = StdioServerParameters(command=sys.executable, args=command, cwd=tmp_path)
+    server = mcp.StdioServerParameters(command=sys.executable, args=command, cwd=tmp_path)
 
     async def ask() -> tuple[Any, ...]:
-        async with Client(server, read_timeout_seconds=HANGS) as client:
+        async with mcp.Client(server, read_timeout_seconds=HANGS) as client:
             (tool,) = (await client.list_tools()).tools
             right = await client.call_tool("ask_database", {"question": COUNTED})
             several = await client.call_tool("ask_database", {"question": QUESTIONS[5][0]})

@@ -13,6 +13,7 @@ import pytest
 from ray_sql import tracking
 from ray_sql.config.sections import TrackingSection
 from ray_sql.tracking import ScoredQuestion
+from ray_sql.tracking.store import is_final
 
 SCORED = [
     ScoredQuestion(
@@ -100,3 +101,29 @@ def test_questions_are_recorded_where_asked_for_only(
     run = begin(settings.model_copy(update={"questions": False}), tmp_path, "run")
     run.questions("execution_accuracy", SCORED)
     assert known(run) == []
+
+
+def test_a_store_that_holds_no_questions_drops_them_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    files = TrackingSection(uri=(tmp_path / "store").as_uri(), questions=True)
+    run = begin(files, tmp_path, "run")
+    run.questions("execution_accuracy", SCORED)
+    run.log(1, {"score": 1.0})
+    run.end("FINISHED")
+    (line,) = [one.getMessage() for one in caplog.records if one.name.startswith("ray_sql")]
+    assert "refused a record, which is dropped: " in line
+    read = MlflowClient(run.uri).get_run(run.run_id)
+    assert (read.info.status, read.data.metrics) == ("FINISHED", {"score": 1.0})
+    assert not (tmp_path / "run.jsonl").exists()
+
+
+@pytest.mark.parametrize(("code", "final"), [("NOT_IMPLEMENTED", True), ("INTERNAL_ERROR", False)])
+def test_what_a_server_does_not_know_is_not_sent_again(code: str, final: bool) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2
+
+    assert is_final(MlflowException("log_spans", databricks_pb2.ErrorCode.Value(code))) is final

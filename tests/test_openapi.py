@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis.checks import not_a_server_error
 
 from tests.serving import make_engine, serving
 
@@ -17,6 +15,7 @@ from tests.serving import make_engine, serving
 @pytest.fixture(scope="module")
 def described(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Share the description that a service gives of itself, which leads back to it."""
+    schemathesis = pytest.importorskip("schemathesis")
     kept = tmp_path_factory.mktemp("kept") / "kept.jsonl"
     limits = {"evaluate.timeout": 1.0, "evaluate.processes": 1, "evaluate.max_new_tokens": 16}
     with make_engine(tuned_run, **limits) as engine, serving(engine, corrections=str(kept)) as http:
@@ -25,6 +24,8 @@ def described(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.mark.cluster
 def test_no_request_of_the_description_makes_the_service_fail(described: Any) -> None:
+    from schemathesis.checks import not_a_server_error
+
     tried = 0
     for found in described.get_all_operations():
         operation = found.ok()

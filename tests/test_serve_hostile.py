@@ -22,7 +22,7 @@ from tests.fire import PATHS, RAW, Place, endless, leave, post, writing
 from tests.serving import make_engine, serving
 
 GOOD = [(question, sql) for question, sql in QUESTIONS if "COUNT" in sql or "MAX" in sql]
-HERE = Place("customer", "name", Path("/tmp/ray_sql-no-such-folder"))
+HERE = Place("mall", "customer", "name", Path("/tmp/ray_sql-no-such-folder"))
 PARTS: dict[str, Any] = {
     "question": st.text(max_size=80) | st.integers() | st.none(),
     "database": st.sampled_from(["mall", "moon", "../mall"]) | st.text(max_size=20) | st.none(),
@@ -78,7 +78,7 @@ def hostile(client: httpx2.Client, chance: random.Random) -> None:
     """Run what may not be run, and send what is no JSON."""
     if chance.random() < 0.5:
         sql = chance.choice([*writing(HERE), *endless(HERE)])
-        answer = client.post("/v1/run", json={"database": "mall", "sql": sql})
+        answer = client.post("/v1/run", json={"database": HERE.database, "sql": sql})
         assert sql not in writing(HERE) or "rows" not in answer.json()
     else:
         answer = post(client, chance.choice(PATHS), chance.choice(RAW))

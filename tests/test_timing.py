@@ -5,8 +5,10 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from ray_sql.train import node_use, step_clock
 from ray_sql.train.step_clock import Reading, StepClock
 
 PHASES = ["time/data", "time/forward", "time/backward", "time/optimizer", "time/report"]
+RECEIVED = "system/network_receive_megabytes"
 
 
 class Ticks:
@@ -200,3 +203,23 @@ def test_each_nodes_first_worker_reads_its_use_now_and_then(
         assert 0 < first[f"{group}/system_memory_usage_percentage"] < 100
     assert watch.read() == {}, "10 s are not over"
     assert node_use.NodeWatch(on=False).read() == {}
+
+
+def test_a_node_that_cannot_be_read_keeps_no_run_from_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray.train
+    from ray.train.v2.api.context import LocalTrainContext
+
+    network, head = tmp_path / "net" / "dev", "Inter-| Receive\n face |bytes\n"
+    network.parent.mkdir()
+    monkeypatch.setattr(ray.train, "get_context", lambda: LocalTrainContext("run", 1, 0, 0, 1, 0))
+    monkeypatch.setattr(node_use, "SECONDS", 0.0)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    watch = node_use.NodeWatch(on=True)
+    first = watch.read()
+    assert "system/disk_usage_percentage" in first
+    assert not {"system/cpu_utilization_percentage", RECEIVED} & set(first)
+    for received, megabytes in ((5e6, 0.0), (7e6, 2.0)):  # a card that appears later
+        network.write_text(f"{head} later0: {received:.0f}{' 0' * 15}\n")
+        assert watch.read()[RECEIVED] == megabytes

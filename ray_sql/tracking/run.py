@@ -230,7 +230,9 @@ class Run:
         except Exception as error:  # any backend's: an outage of the record must not end the run
             place = mask_password(self.uri)
             if is_final(error):
-                log.warning("MLflow at %s refused a record: %s", place, reason(error))
+                log.warning(
+                    "MLflow at %s refused a record, which is dropped: %s", place, reason(error)
+                )
                 return True
             if not self._warned:
                 log.warning(

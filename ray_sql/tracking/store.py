@@ -24,6 +24,8 @@ PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """Errors of a file system that makes no hard links."""
 DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
+FINAL = (FileNotFoundError, NotImplementedError, TypeError, AttributeError, ImportError)
+"""Errors that are no outage: a lost file, or a store that lacks what a record needs."""
 
 
 def require_store(settings: TrackingSection) -> str:
@@ -128,17 +130,20 @@ def _sqlite_file(uri: str) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """Return an error's words in one line, without the password that MLflow repeats."""
-    return mask_secrets(" ".join(str(error).split()))[:300]
+    """Return an error's words in one line, else its name, without the password MLflow repeats."""
+    return mask_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def is_final(error: Exception) -> bool:
-    """Tell whether another try must fail too: a malformed record, a deleted run, a lost file."""
+    """Tell whether another try must fail too.
+
+    So it is for a malformed record, a deleted run, a lost file, and what a store cannot hold.
+    """
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.get_http_status_code() in (400, 404)
-    return isinstance(error, FileNotFoundError)
+        return error.get_http_status_code() in (400, 404, 501)
+    return isinstance(error, FINAL)
 
 
 def client_of(uri: str) -> Any:

@@ -24,32 +24,42 @@ class NodeWatch:
     """
 
     def __init__(self, on: bool) -> None:
+        self._on = on and ray.train.get_context().get_local_rank() == 0
+        if not self._on:
+            return
         context = ray.train.get_context()
-        self._on = on and context.get_local_rank() == 0
         several = context.get_world_size() > context.get_local_world_size()
         self._group = f"system/node_{context.get_node_rank()}" if several else "system"
         self._due = 0.0
         self._first = _bytes_moved()
-        psutil.cpu_percent()  # a mean over the time since the call before
+        with suppress(Exception):
+            psutil.cpu_percent()  # a mean over the time since the call before
 
     def read(self) -> dict[str, float]:
         """Return the values of now, of a CPU the mean since the last ones; none if it is too soon.
 
-        Megabytes over the network count from the start of the watch.
+        Megabytes over the network count from the start of the watch. Values that cannot be read are
+        left out.
         """
         if not self._on or time.monotonic() < self._due:
             return {}
         self._due = time.monotonic() + SECONDS
-        moved = {name: (now - self._first[name]) / 1e6 for name, now in _bytes_moved().items()}
+        moved = {
+            name: (now - self._first.setdefault(name, now)) / 1e6
+            for name, now in _bytes_moved().items()
+        }
         return {f"{self._group}/{name}": value for name, value in (_use() | moved).items()}
 
 
 def _use() -> dict[str, float]:
-    use = {
-        "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_percentage": psutil.virtual_memory().percent,
-        "disk_usage_percentage": psutil.disk_usage(os.sep).percent,
-    }
+    use: dict[str, float] = {}
+    # a sandbox may hide /proc or the disk, and each system has errors of its own
+    with suppress(Exception):
+        use["cpu_utilization_percentage"] = psutil.cpu_percent()
+    with suppress(Exception):
+        use["system_memory_usage_percentage"] = psutil.virtual_memory().percent
+    with suppress(Exception):
+        use["disk_usage_percentage"] = psutil.disk_usage(os.sep).percent
     for gpu in range(torch.cuda.device_count()):
         use |= gpu_use(gpu)
     return use
@@ -73,8 +83,10 @@ def gpu_use(gpu: int) -> dict[str, float]:
 
 def _bytes_moved() -> dict[str, float]:
     """Return the bytes that came and went over the network since the machine started."""
-    moved = psutil.net_io_counters()
-    if moved is None:  # there is no network
+    moved = None
+    with suppress(Exception):  # as where /proc/net/dev cannot be read
+        moved = psutil.net_io_counters()
+    if moved is None:  # as where there is no network
         return {}
     return {
         "network_receive_megabytes": moved.bytes_recv,
