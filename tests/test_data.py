@@ -502,7 +502,7 @@ def test_a_missing_folder_of_databases_is_named_with_the_flag(
     shutil.rmtree(folder / "database")
     message = refusal(make_config(dataset_id=str(folder)))
     assert message.startswith(f"--dataset_id {folder}: no databases found beside it; name them")
-    assert "shop/shop.sqlite" in message and "a file (.sqlite, .db, .sqlite3)" in message
+    assert "shop/shop.sqlite" in message and "a file (.sqlite, .db, .sqlite3, .duckdb)" in message
     elsewhere = make_config(dataset_id=str(folder), **{"data.databases": str(tmp_path / "no")})
     assert refusal(elsewhere).startswith(
         f"--data.databases {tmp_path}/no: no such file or folder; give a file"
