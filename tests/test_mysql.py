@@ -137,6 +137,9 @@ def executor(server: Server) -> Iterator[Executor]:
 
 REFUSED = [
     "INSERT INTO item (id) VALUES (9)",
+    "SELECT slÉep(5)",
+    "SELECT lóad_file('/etc/passwd')",
+    'SELECT "sleep"(5)',
     "UPDATE item SET price = 0",
     "  ;DELETE FROM item",
     "/* a comment */ DELETE FROM item",
@@ -328,6 +331,8 @@ def test_an_account_reads_what_it_may_and_its_password_may_be_a_variable(
             executor.run(server.url("nowhere"), "SELECT 1")
         with pytest.raises(DataError, match=r"cannot connect to MySQL: socket is no option"):
             executor.run("mysql://x@/mall?socket=y", "SELECT 1")
+        with pytest.raises(DataError, match=r"cannot connect to MySQL: .*No such file"):
+            executor.run("mysql://x@/mall?ssl_ca=/nowhere", "SELECT 1")
 
 
 @pytest.mark.parametrize("mark", ["/", "#", "?", "/1?", "[", "@/", "?ssl_ca=1&"])

@@ -8,7 +8,8 @@ These guards keep a query from doing harm, the strongest first:
   TABLE or a parenthesis. Comments that the server would execute (`/*!`) are refused.
 - No text with words of what acts outside of a transaction. They are INTO OUTFILE and DUMPFILE, FOR
   UPDATE, NEXT VALUE, and calls such as `load_file`, `sleep` and `get_lock`.
-- No view or function of the database's own that uses one of them, or whose text is hidden.
+- No view or function of the database's own that uses one of them, and no function whose text is
+  hidden. A view's text is seen with the right SHOW VIEW.
 - The server's limit on the seconds of a statement, and rows fetched as they come.
 - A parent that kills this process. The next worker that connects ends what overstays on the server.
 
@@ -22,6 +23,7 @@ Needs PyMySQL (`pip install -e '.[mysql]'`).
 import os
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -58,7 +60,7 @@ EXPONENT = re.compile(r"\de\d+", re.IGNORECASE)
 UNREADABLE_URL = "percent-encode the password, or use MYSQL_PWD"
 TEXTS = """
 SELECT lower(routine_name), routine_definition IS NULL, routine_definition
-FROM information_schema.routines WHERE routine_type = 'FUNCTION'
+FROM information_schema.routines WHERE routine_type <> 'PROCEDURE'
 UNION ALL SELECT lower(table_name), false, view_definition FROM information_schema.views
 WHERE table_schema NOT IN ('sys', 'information_schema', 'performance_schema', 'mysql')
 """
@@ -69,7 +71,7 @@ WHERE id <> connection_id() AND user = substring_index(user(), '@', 1)
   AND time > 2 + substring_index(substring_index(info, ' s */', 1), ', ', -1)
 """
 MOST_ROWS_AT_ONCE = 1024
-OPTIONS = set("unix_socket charset ssl_ca ssl_cert ssl_key ssl_disabled ssl_verify_cert".split())
+OPTIONS = set("unix_socket charset ssl_ca ssl_cert ssl_key ssl_verify_cert".split())
 """What a URL may say behind `?`, in PyMySQL's words."""
 FULL = {1040, 1203, 1226}
 LATE = {1317, 1205, 1969, 3024, 1028}
@@ -108,20 +110,24 @@ class Query:
             raise ValueError("refused: a comment that the server would execute")
         if not READING.match(sql):
             raise ValueError("refused: not a query that only reads")
-        found = words(EXPONENT.sub(" ", sql))
+        found = words(EXPONENT.sub(" ", plain_letters(sql)))
         for together in REFUSED_WORDS:
             if found.issuperset(together.split()):
                 raise ValueError(f"refused: {together.upper()}")
         seconds = self._request.seconds
-        connection = pymysql.connect(
-            **address(self._request.uri),
-            connect_timeout=max(2, min(10, int(seconds))),
-            read_timeout=seconds + 1,
-            autocommit=True,
-            conv=DECODERS,
-            local_infile=False,
-            program_name="ray_sql",
-        )
+        try:
+            connection = pymysql.connect(
+                **address(self._request.uri),
+                connect_timeout=max(2, min(10, int(seconds))),
+                read_timeout=seconds + 1,
+                autocommit=True,
+                conv=DECODERS,
+                local_infile=False,
+                program_name="ray_sql",
+            )
+        except (OSError, LookupError, AttributeError, RuntimeError) as error:
+            # no file of a certificate, no such charset, no package for a kind of password
+            raise pymysql.OperationalError(str(error)) from None
         try:
             prepare(connection, self._request.uri, seconds)
         except BaseException:
@@ -129,7 +135,7 @@ class Query:
             raise
         self._connection = connection
         own = used(OWN_REFUSED[self._request.uri], sql)
-        if named := own | {name for name in REFUSED if is_called(name, sql)}:
+        if named := own | {name for name in REFUSED if is_called(name, plain_letters(sql))}:
             raise ValueError(f"refused: FUNCTION {min(named)}")
 
     def ask(self) -> tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]:
@@ -171,6 +177,13 @@ class Query:
             self._cursor.connection = None
         if self._connection is not None:
             self._connection.close()
+
+
+def plain_letters(sql: str) -> str:
+    """Return a text without accents: the server finds a function by its name without them."""
+    return "".join(
+        letter for letter in unicodedata.normalize("NFKD", sql) if not unicodedata.combining(letter)
+    )
 
 
 def address(uri: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def used(names: Iterable[str], sql: str) -> set[str]:
 
 def is_called(name: str, sql: str) -> bool:
     """Tell whether a name may be that of a call: a parenthesis or a comment comes next."""
-    return re.search(rf"\b{name}\b`?\s*(?:\(|/\*|--|#)", sql, re.IGNORECASE) is not None
+    return re.search(rf"\b{name}\b[`\"]?\s*(?:\(|/\*|--|#)", sql, re.IGNORECASE) is not None
 
 
 def words(sql: str) -> set[str]:
