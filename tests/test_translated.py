@@ -21,12 +21,14 @@ OTHERS = {
     "Zeros?": "SELECT zeroblob(2)",
     "Named?": "SELECT nam FROM customer",
     "Sold?": "SELECT FROM WHERE",
+    "Which of many?": f"SELECT name FROM customer WHERE id IN ({'-1,' * 6_000} 2)",
 }
 REASONS = {
     "Of which type?": "not translated: gives other rows, as SELECT",
     "Zeros?": "not translated: ",
     "Named?": "not translated: does not run where it is written for: no such column: nam",
     "Sold?": "not translated: does not run where it is written for: ",
+    "Which of many?": "not translated: cannot be read",
 }
 
 

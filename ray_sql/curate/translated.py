@@ -11,7 +11,7 @@ from sqlglot.errors import ErrorLevel, SqlglotError
 from ray_sql.data import databases
 from ray_sql.data.corpus import Corpus, Example, LeftOut
 from ray_sql.data.linking import sqlglot_dialect
-from ray_sql.database import MOST_ANALYSED, Executor
+from ray_sql.database import MOST_ANALYSED, MOST_NODES, Executor
 from ray_sql.database.places import dialect_of
 from ray_sql.errors import DataError
 from ray_sql.metrics.match import is_ordered, spider_match
@@ -96,9 +96,9 @@ def _written(sql: str, read: str, write: str) -> str | None:
         return None
     source, target = sqlglot_dialect(read), sqlglot_dialect(write)
     try:
-        found = sqlglot.transpile(
-            sql, read=source, write=target, unsupported_level=ErrorLevel.IGNORE
-        )
+        found = sqlglot.parse(sql, read=source, max_nodes=MOST_NODES)
+        if len(found) != 1 or found[0] is None:
+            return None
+        return found[0].sql(dialect=target, unsupported_level=ErrorLevel.IGNORE)
     except (SqlglotError, RecursionError, ValueError):
         return None
-    return found[0] if len(found) == 1 else None

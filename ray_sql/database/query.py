@@ -61,8 +61,11 @@ class QueryResult:
 
 _CHANGING = re.compile(
     r"""\b(?:random|randomblob|gen_random_uuid|uuid_generate_v\d\w*|random_normal|changes
-        |total_changes|last_insert_rowid|now|timeofday|nextval|age)\s*\(
+        |total_changes|last_insert_rowid|now|timeofday|nextval|age
+        |rand|uuid|sysdate|curdate|curtime|unix_timestamp|today
+        |get_current_time|get_current_timestamp)\s*\(
       |\b(?:current_date|current_time|localtime|localtimestamp|tablesample
+        |utc_date|utc_time|utc_timestamp|current_localtimestamp
         |(?:current|clock|statement|transaction)_timestamp)\b
       |\b(?:date|time|datetime|julianday|unixepoch)\s*\(\s*\)|\bstrftime\s*\([^,()]*\)
       |['"](?:now|today|tomorrow|yesterday)['"]""",
