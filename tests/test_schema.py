@@ -228,7 +228,13 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["oracle+nosuch://me:secret@host/db", "no such://me:secret@host/db"]
+    "url",
+    [
+        "oracle+nosuch://me:secret@host/db",
+        "no such://me:secret@host/db",
+        "postgresql://me:se@/secret@host/db",
+        "mysql://me:se@/secret@host/db",
+    ],
 )
 def test_no_error_about_a_url_shows_its_password(url: str) -> None:
     with pytest.raises(DataError) as caught:

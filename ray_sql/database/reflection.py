@@ -92,6 +92,11 @@ def database_url(database: str | Path) -> "URL":
         raise DataError(
             "database: not a URL that SQLAlchemy reads; write dialect://user:password@host/name"
         ) from error
+    if url.username and "@" in (url.database or ""):  # most likely a part of the password
+        raise DataError(
+            "database: an @ stands in the name of the URL's database; percent-encode the password, "
+            "and the name"
+        )
     # A URL as libpq has it names no driver; queries are executed by psycopg 3.
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
