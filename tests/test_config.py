@@ -513,7 +513,7 @@ def test_only_what_is_saved_can_be_measured() -> None:
 
 
 def test_a_password_is_written_down_in_no_form(make_config: Any) -> None:
-    for password in ("secret", "se/cr:et", "se@cr@et"):
+    for password in ("secret", "se/cr:et", "se@cr@et", "se@/cret", "se@cr/e@t", "se/c?r@et"):
         url = f"postgresql://reader:{password}@host/shop"
         public = make_config(
             **{"data.databases": url, "tracking.uri": f"mysql://u:{password}@host/m"}

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+_MORE = r"""(?:(?:(?!\?[\w.-]+=|://)[^\s"'<>,;])*@)?"""
+"""The rest of a password that holds an @: up to the last one of the same address."""
 DEEPEST_ADDRESS = 3
 """Addresses within each other, as in `s3://…?endpoint_override=http://…`, that are looked into."""
 
@@ -20,10 +22,10 @@ def _replace_password(text: str, replacement: str, depth: int = DEEPEST_ADDRESS)
         scheme, user, rest = match.groups()
         if scheme in {"http", "https", "hdfs"} and re.match(r"\d+(?:[/?#]|$)", rest):
             return f"{scheme}{user}:{inner(rest)}"  # a port
-        # A password ends at the last @ before the path. If it holds a slash, it ends at the first
-        # @, or at the last one if the scheme is followed by a bucket.
-        holds_slash = r".*@" if scheme in {"s3", "gs"} else r"[^@]*@"
-        password = re.match(r"[^/?#]*@", rest) or re.match(holds_slash, rest)
+        # An @ or a slash that nobody encoded may stand in the password, so it ends at the last @
+        # before quotes, a comma, another address or a query. A slash before any @ belongs to the
+        # password of a bucket's address too.
+        password = re.match(rf"[^/?#]*@{_MORE}", rest) or re.match(rf"[^@]*@{_MORE}", rest)
         if password is None:
             return f"{scheme}{user}:{inner(rest)}"
         return f"{scheme}{user}{replacement}@{inner(rest[password.end() :])}"
@@ -43,7 +45,9 @@ _SECRET_ARGUMENT = re.compile(
     r"[^&\s]*",
     re.IGNORECASE,
 )
-_WITHOUT_SCHEME = re.compile(r"(?<![\w:/@.-])([\w.+-]+):[^\s/@:]+@(?=[\w-]+\.[\w.-]+|localhost\b)")
+_WITHOUT_SCHEME = re.compile(
+    rf"(?<![\w:/@.-])([\w.+-]+):[^\s/@:]+@{_MORE}(?=[\w-]+\.[\w.-]+|localhost\b)"
+)
 """`user:password@host.name`, an address that somebody forgot the beginning of."""
 
 
