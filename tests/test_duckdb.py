@@ -31,6 +31,7 @@ duckdb = pytest.importorskip("duckdb")
 
 LIMITS = Limits(seconds=1, rows=1000, bytes=2**20, memory=2**30, sql_length=20_000)
 PATIENT = Limits(seconds=20, rows=1000, bytes=2**20, memory=2**30, sql_length=20_000)
+SECRET = "hf_hush"
 ENDLESS = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range % 7 <> b.range"
 TABLES = """
 CREATE TABLE item (id INT PRIMARY KEY, name TEXT, price DECIMAL(8, 2), weight DOUBLE, made DATE,
@@ -80,6 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (folder / "work").mkdir()
     with pytest.MonkeyPatch.context() as patch, Executor(2, LIMITS) as executor:
         patch.chdir(folder / "work")
+        patch.setenv("HF_TOKEN", SECRET)
         yield Place(folder, executor)
 
 
@@ -142,8 +144,104 @@ REFUSED = [
     "SELECT * FROM read_csv('/dev/stdin')",
     "SELECT (SELECT content FROM read_text('/etc/passwd'))",
     "WITH x AS (SELECT * FROM read_text('/etc/passwd')) SELECT * FROM x",
+    "SELECT * FROM item, read_text('/etc/passwd')",
+    "SELECT * FROM range(1), LATERAL (SELECT * FROM read_text('/etc/passwd'))",
+    "SELECT * FROM query('SELECT * FROM read_text(''/etc/passwd'') ')",
+    "SELECT * FROM json_execute_serialized_sql(json_serialize_sql("
+    "'SELECT * FROM read_text(''/etc/passwd'') '))",
+    # files by pattern, list, name without quotes, and other ways of writing a path
+    "SELECT * FROM read_text('{folder}/*')",
+    "SELECT * FROM glob('**')",
+    "SELECT * FROM read_text(['{folder}/note.csv', '/etc/passwd'])",
+    "SELECT * FROM read_csv('/etc/pass*', sep = ':')",
+    "SELECT * FROM '../*.csv'",
+    'FROM "../note.csv"',
+    "FROM read_csv('cat /etc/passwd |')",
+    "SELECT * FROM read_text('/proc/self/environ')",
+    "SELECT * FROM read_text('file:///etc/passwd')",
+    "SELECT * FROM read_text('s3://bucket/x')",
+    "SELECT * FROM read_parquet('hf://datasets/x/y.parquet')",
+    "SELECT * FROM read_csv('//host/share/x.csv')",
+    "SELECT * FROM read_single_csv_file('{folder}/note.csv')",
+    "SELECT * FROM parquet_kv_metadata('{folder}/note.csv')",
+    # the database's own file, as bytes, and another one
+    "SELECT * FROM read_blob('{folder}/shop.duckdb')",
+    "SELECT * FROM read_text('../shop.duckdb')",
+    "SELECT * FROM glob('{folder}/shop.duckdb')",
+    "SELECT * FROM read_duckdb('{folder}/shop.duckdb', table_name = 'item')",
+    "SELECT * FROM read_duckdb('{folder}/other.duckdb')",
+    # logs, profiles and extensions
+    "CALL enable_logging()",
+    "SELECT * FROM enable_logging('QueryLog', storage = 'stdout')",
+    "SELECT * FROM enable_logging(storage = 'file', storage_path = '{folder}/made')",
+    "SELECT * FROM enable_profiling(format = 'json', save_location = '{folder}/made')",
+    "SELECT * FROM disable_logging()",
+    "SELECT * FROM duckdb_extensions()",
+    "UPDATE EXTENSIONS",
+    "LOAD 'https://example.org/x.duckdb_extension'",
+    "INSTALL spatial FROM community",
+    "INSTALL '{folder}/note.csv'",
+    # settings, secrets and other databases
+    "SET lock_configuration = false",
+    "SET SESSION TimeZone = 'Asia/Tokyo'",
+    "SET VARIABLE x = 1",
+    "SET allowed_paths = ['/etc']",
+    "SET disabled_filesystems = ''",
+    "RESET disabled_filesystems",
+    "PRAGMA memory_limit = '1TB'",
+    "PRAGMA database_list",
+    "PRAGMA table_info('item')",
+    "PRAGMA add_parquet_key('k', 'abcdefghijklmnop')",
+    "PRAGMA import_database('{folder}')",
+    "CREATE PERSISTENT SECRET s (TYPE http)",
+    "DROP SECRET s",
+    "SELECT * FROM duckdb_secrets(redact = false)",
+    "ATTACH '{folder}/made.duckdb'",
+    "ATTACH 'https://example.org/x.duckdb' AS x (READ_ONLY)",
+    "ATTACH OR REPLACE DATABASE '{folder}/other.duckdb' AS shop",
+    "COPY FROM DATABASE shop TO memory",
+    "COPY item TO '/dev/stdout'",
+    "COPY (SELECT * FROM read_text('/etc/passwd')) TO '{folder}/made'",
+    "EXPLAIN COPY item TO '{folder}/made'",
+    # writes
+    "WITH x AS (DELETE FROM item RETURNING *) SELECT * FROM x",
+    "WITH x AS (SELECT 1) DELETE FROM item",
+    "MERGE INTO item USING (SELECT 1 AS id) s ON item.id = s.id WHEN MATCHED THEN DELETE",
+    "INSERT OR REPLACE INTO item (id) VALUES (1)",
+    "COMMENT ON TABLE item IS 'x'",
+    "CREATE SCHEMA x",
+    "CREATE TYPE x AS ENUM ('a')",
+    "CREATE VIEW v AS SELECT 1",
+    "FORCE CHECKPOINT",
+    "ANALYZE item",
+    "ROLLBACK",
+    "SELECT nextval('number')",
+    "SELECT setval('number', 5)",
 ]
 """None answers with rows, whatever words it is refused with."""
+HARMLESS = [
+    "SELECT * FROM duckdb_secrets()",
+    "SELECT * FROM which_secret('s3://x', 's3')",
+    "SELECT * FROM duckdb_logs()",
+    "SELECT * FROM truncate_duckdb_logs()",
+    "SELECT write_log('x', level := 'ERROR')",
+    "SELECT * FROM duckdb_temporary_files()",
+    "SELECT * FROM duckdb_external_resources()",
+    "SELECT * FROM checkpoint()",
+    "SELECT * FROM duckdb_settings()",
+    "SELECT * FROM duckdb_databases()",
+    "SELECT * FROM pg_catalog.pg_settings",
+    "SELECT current_setting('home_directory'), current_setting('http_proxy')",
+    "SELECT getvariable('HF_TOKEN')",
+    "SELECT setseed(0.5)",
+    "SELECT json_serialize_plan('DELETE FROM item')",
+    "SELECT json_serialize_plan('SELECT * FROM read_text(''/etc/passwd'') ')",
+    "SHOW TABLES",
+    "DESCRIBE item",
+    "SUMMARIZE item",
+    "VALUES (1)",
+]
+"""They may answer. No row tells of the environment, and nothing is changed."""
 STOPPED = [
     ENDLESS,
     "SELECT * FROM range(1000000000)",
@@ -153,6 +251,9 @@ STOPPED = [
     "SELECT list(a.range) FROM range(1000000000) a",
     "SELECT string_agg(repeat('x', 1000), '') FROM range(10000000)",
     "SELECT a.range FROM range(100000000) a ORDER BY hash(a.range)",
+    "SELECT sleep_ms(1000000)",
+    "SELECT pg_sleep(1000)",
+    "SELECT * FROM repeat_row('x', num_rows = 1000000000000)",
     "SELECT 1 " + " " * 20_000,
 ]
 FAILED = [
@@ -164,11 +265,23 @@ FAILED = [
     "SELECT CAST('x' AS INT)",
     "SELECT no_such_function(1)",
     "SELECT * FROM other.item",
-    "SELECT nextval('number')",
     "SELECT getenv('HOME')",
     "SELECT * FROM query('DELETE FROM item')",
     "SELECT * FROM force_checkpoint('shop')",
     "SELECT error('refused')",
+    "SELECT currval('number')",
+    "SELECT * FROM query('COPY item TO ''{folder}/made'' ')",
+    "SELECT * FROM query_table('/etc/passwd')",
+    "SELECT * FROM (INSERT INTO item (id) VALUES (9) RETURNING id)",
+    "SELECT * FROM force_checkpoint()",
+    "SELECT * FROM sqlite_scan('{folder}/x', 'y')",
+    "SELECT * FROM postgres_query('x', 'y')",
+    "SELECT * FROM st_read('/etc/passwd')",
+    "SELECT * FROM arrow_scan(1, 1, 1)",
+    "SELECT * FROM pandas_scan(1)",
+    "SELECT * FROM python_map_function((SELECT 1))",
+    ".shell ls",
+    ".read /etc/passwd",
 ]
 
 
@@ -194,8 +307,17 @@ def test_hostile_statements_do_no_harm(place: Place, statements: list[str], outc
                 place.database, f"SELECT count(*) FROM item -- {outcome} {index}", PATIENT
             )
             assert after.rows == ((3,),), (sql, after)
-    place.executor.run(place.database, "SELECT * FROM checkpoint()", PATIENT)  # has nothing to do
     assert wrong == []
+    assert place.state() == before
+
+
+def test_what_may_answer_changes_nothing_and_tells_no_secret(place: Place) -> None:
+    before = place.state()
+    told = {sql: place.executor.run(place.database, sql, PATIENT) for sql in HARMLESS}
+    assert {sql: result.error for sql, result in told.items() if result.error} == {}
+    assert SECRET not in str(told) and "root:" not in str(told)
+    again = place.executor.run(place.database, "SELECT count(*) FROM item -- again", PATIENT)
+    assert again.rows == ((3,),)
     assert place.state() == before
 
 

@@ -323,7 +323,7 @@ def test_an_account_reads_what_it_may_and_its_password_may_be_a_variable(
         may = rights.of_account(url.replace("reader", "writer"))
         assert may == ["may INSERT on `mall`.*"]
         assert "may INSERT on" in rights.check([url, url.replace("reader", "writer")])
-        assert "ALL PRIVILEGES on *.*" in rights.of_account(server.url("mall"))[0]
+        assert "ALL PRIVILEGES, GRANT OPTION on *.*" in rights.of_account(server.url("mall"))[0]
         monkeypatch.delenv("MYSQL_PWD")
         written = url.replace("reader@", "reader:s%3Ac%40t@")
         assert executor.run(written, "SELECT max(id) FROM product").rows == ((3,),)
@@ -333,6 +333,82 @@ def test_an_account_reads_what_it_may_and_its_password_may_be_a_variable(
             executor.run("mysql://x@/mall?socket=y", "SELECT 1")
         with pytest.raises(DataError, match=r"cannot connect to MySQL: .*No such file"):
             executor.run("mysql://x@/mall?ssl_ca=/nowhere", "SELECT 1")
+
+
+def test_rights_of_columns_and_roles_are_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MYSQL_PWD", "s:c@t")
+    made = """
+CREATE ROLE readers, writers
+GRANT SELECT ON mall.* TO readers
+GRANT SELECT, DELETE ON mall.sale TO writers
+CREATE FUNCTION mall.one() RETURNS INT DETERMINISTIC RETURN 1
+CREATE DATABASE `a ON b TO`
+CREATE TABLE `a ON b TO`.`c, ``d` (`x, (y)` INT)
+"""
+    accounts = {
+        "columns": "GRANT SELECT (id, name), REFERENCES (id), UPDATE (id, name) ON mall.customer",
+        "few": "GRANT SELECT (id, name) ON mall.customer",
+        "odd": "GRANT SELECT (`x, (y)`), INSERT (`x, (y)`) ON `a ON b TO`.`c, ``d`",
+        "gives": "GRANT SELECT ON mall.*",
+        "calls": "GRANT EXECUTE ON FUNCTION mall.one",
+        "global": "GRANT SELECT ON *.*",
+    }
+    with server.connect("") as owner, owner.cursor() as cursor:
+        for statement in made.strip().splitlines():
+            cursor.execute(statement)
+        for name in ("reads", "writes", "both", "idle", *accounts):
+            cursor.execute(f"CREATE USER `{name}` IDENTIFIED BY 's:c@t'")
+            if name in accounts:
+                more = " WITH GRANT OPTION" * (name == "gives")
+                cursor.execute(f"{accounts[name]} TO `{name}`{more}")
+        cursor.execute("GRANT readers TO writers")
+        for name, role in (("reads", "readers"), ("writes", "writers")):
+            cursor.execute(f"GRANT {role} TO `{name}`")
+            cursor.execute(f"SET DEFAULT ROLE {role} FOR `{name}`")
+        cursor.execute("GRANT writers TO idle")
+
+    def of(name: str) -> list[str]:
+        return rights.of_account(f"mysql://{name}@/?unix_socket={server.folder}/s")
+
+    columns = "UPDATE (`{0}`, `{1}`), REFERENCES (`id`) on `mall`.`customer`"
+    assert of("columns") in [
+        ["may " + columns.format(*order)] for order in (("id", "name"), ("name", "id"))
+    ]
+    assert of("few") == of("reads") == []
+    assert of("writes") == ["may DELETE on `mall`.`sale`"]
+    assert of("idle") == []  # its role is not active, and no query may make it so
+    assert of("odd") == ["may INSERT (`x, (y)`) on `a ON b TO`.`c, ``d`"]
+    assert of("gives") == ["may GRANT OPTION on `mall`.*"]
+    assert of("calls") == ["may EXECUTE on FUNCTION `mall`.`one`"]
+    assert of("global") == ["may read the server's accounts"]
+    url = f"mysql://idle@/?unix_socket={server.folder}/s"
+    with Executor(1, PATIENT) as executor:
+        assert "refused" in str(executor.run(url, "SET ROLE writers").error)
+        reads = f"mysql://reads@/mall?unix_socket={server.folder}/s"
+        assert executor.run(reads, "SELECT max(id) FROM customer").rows == ((4,),)
+        few = f"mysql://few@/mall?unix_socket={server.folder}/s"
+        assert executor.run(few, "SELECT max(id) FROM customer").rows == ((4,),)
+        hidden = executor.run(few, "SELECT city FROM customer")
+        assert (hidden.error or "").startswith("refused: SELECT command denied")
+
+
+def test_grants_are_read_as_servers_write_them() -> None:
+    lines = [  # MySQL 8's, and older ones' under ANSI_QUOTES
+        "GRANT USAGE ON *.* TO `u`@`%`",
+        "GRANT SELECT (`id`, `name`) ON `mall`.`customer` TO `u`@`%`",
+        "GRANT `writers`@`%`,`readers`@`%` TO `u`@`%` WITH ADMIN OPTION",
+        "GRANT BACKUP_ADMIN,SYSTEM_VARIABLES_ADMIN ON *.* TO `u`@`%` WITH GRANT OPTION",
+        "GRANT SELECT, CREATE TEMPORARY TABLES ON \"mall\".* TO 'u'@'% GRANT OPTION'",
+        "GRANT PROXY ON ''@'%' TO 'root'@'localhost' WITH GRANT OPTION",
+        "REVOKE SELECT ON `mysql`.* FROM `u`@`%`",
+    ]
+    assert rights.in_grants(lines) == [
+        "may BACKUP_ADMIN, SYSTEM_VARIABLES_ADMIN, GRANT OPTION on *.*",
+        'may CREATE TEMPORARY TABLES on "mall".*',
+        "may PROXY, GRANT OPTION on ''@'%'",
+    ]
 
 
 @pytest.mark.parametrize("mark", ["/", "#", "?", "/1?", "[", "@/", "?ssl_ca=1&"])

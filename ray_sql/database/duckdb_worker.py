@@ -3,8 +3,9 @@
 These guards keep a query from doing harm:
 
 - The file is opened read-only, and DuckDB's access to anything outside of it is switched off. No
-  other file is read or written (`read_csv`, `glob`, COPY, ATTACH, EXPORT). No extension is
-  installed or loaded, and nothing is fetched from a network. The settings are locked.
+  file is read or written besides (`read_csv`, `glob`, COPY, ATTACH, EXPORT), and its own is not
+  read as bytes. No extension is installed or loaded, and nothing is fetched from a network. The
+  settings are locked.
 - DuckDB's own parser says what a text is. Only one SELECT is executed.
 - Memory is limited by DuckDB and by the kernel, nothing spills to a disk, and one thread computes.
 - A query is interrupted on time, and a parent kills this process if that does not help.
@@ -36,7 +37,10 @@ SETTINGS = {
     "temp_directory": "",
     "threads": "1",
 }
-LOCKED = "SET TimeZone = 'UTC'; SET lock_configuration = true"
+LOCKED = """
+SET TimeZone = 'UTC'; SET disabled_filesystems = 'LocalFileSystem'; SET lock_configuration = true
+"""
+"""DuckDB allows the database's own file to `read_blob`, unless all files are disabled once open."""
 SMALLEST_MEMORY = 2**26
 MOST_ROWS_AT_ONCE = 1024
 OPENINGS = {
@@ -45,6 +49,9 @@ OPENINGS = {
     "Binder Error: Table ": "no such column: ",  # … "c" does not have a column named …
     "Binder Error: Referenced table": "no such table: ",
     "Permission Error": "refused: ",
+    "Invalid Input Error: Cannot change configuration option": "refused: ",
+    "Invalid Input Error: Cannot execute statement of type": "refused: ",  # it would write
+    "Invalid Input Error: Displaying unredacted secrets": "refused: ",
     "Out of Memory Error": "too large: ",
     "Parser Error": "syntax error: ",
 }
@@ -80,9 +87,9 @@ class Query:
         statements = self._connection.extract_statements(self._request.sql)
         if len(statements) != 1:
             raise ValueError(f"refused: {'more than one statement' if statements else 'no query'}")
-        kind = statements[0].type
-        if kind != duckdb.StatementType.SELECT:
-            raise ValueError(f"refused: {kind.name}")
+        kind = _kind(statements[0])
+        if kind != "SELECT":
+            raise ValueError(f"refused: {kind}")
         self._connection.execute(statements[0])
         names = tuple(str(column[0]) for column in self._connection.description or ())
         return names, self._rows()
@@ -111,6 +118,14 @@ class Query:
             self._alarm.cancel()
         if self._connection is not None:
             self._connection.close()
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    """Return the kind of a statement, also of one for which DuckDB's module has no name."""
+    try:
+        return str(statement.type.name)
+    except ValueError:
+        return "not a query"
 
 
 def plain(value: Any) -> Any:

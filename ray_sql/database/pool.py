@@ -36,8 +36,8 @@ class Executor:
 
     Results are cached by (database, sql, limits), so a gold query runs once for all predictions.
     A query that draws at random or reads the clock is run each time.
-    A SQLite file that changed counts as another database. A change on a server cannot be seen, so
-    use an executor no longer than the server's content stays the same.
+    A file that changed counts as another database. A change on a server cannot be seen, so use an
+    executor no longer than the server's content stays the same.
     """
 
     def __init__(self, workers: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:

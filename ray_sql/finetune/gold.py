@@ -159,7 +159,7 @@ def _queries(corpus: Corpus) -> list[GoldQuery]:
 
 
 def _cache_key(corpus: Corpus, queries: Sequence[GoldQuery], limits: Mapping[str, Any]) -> str:
-    """Return 24 hex digits over questions, schemas, limits and the state of every SQLite file."""
+    """Return 24 hex digits over questions, schemas, limits and the state of every database file."""
     files = sorted({Path(query.place) for query in queries if not query.is_on_server})
     states = [(file.name, file.stat()) for file in files if file.is_file()]
     parts = [[name, state.st_size, state.st_mtime_ns] for name, state in states]

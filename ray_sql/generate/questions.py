@@ -195,7 +195,7 @@ def gold_answer(example: Example, corpus: Corpus, task: Task) -> str:
 
 
 def stage_databases(questions: Sequence[Question], folder: RunFolder) -> list[Question]:
-    """Copy the questions' SQLite databases into the run's folder, where all workers read them."""
+    """Copy the questions' database files into the run's folder, where all workers read them."""
     staged: dict[str, str] = {}
     for question in questions:
         file = question.database

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ray_sql.database.places import POSTGRESQL, Kind, kind_of
 from ray_sql.database.reflection import database_url
@@ -12,7 +13,14 @@ from ray_sql.errors import StoreError
 SHOWN = 3
 """Names of a list that are shown."""
 READING = {"USAGE", "SELECT", "SHOW VIEW"}
-"""Rights of a MySQL account that change nothing."""
+"""Rights of a MySQL account that change nothing, on whole tables or on columns."""
+_QUOTED = r"""`(?:[^`]|``)*+`|"(?:[^"]|"")*+"|'(?:[^']|'')*+'"""
+_TEXT = rf"(?:{_QUOTED}|[^`\"'])"
+GRANT = re.compile(rf"GRANT ({_TEXT}+?) ON ({_TEXT}+?) TO ({_TEXT}+)", re.DOTALL)
+"""The rights, the place and the receiver of a grant. A grant of a role names no place."""
+RIGHT = re.compile(rf"([A-Z_ ]+?) ?(\({_TEXT}*?\))?(?:, ?|$)", re.DOTALL)
+"""A right, and its columns in parentheses."""
+ACCOUNTS = "SELECT 1 FROM mysql.user LIMIT 0"
 ROLE = """
 SELECT rolsuper, rolcreaterole, rolreplication FROM pg_catalog.pg_roles
 WHERE rolname = current_user
@@ -69,14 +77,30 @@ def of_account(url: str) -> list[str]:
 
     try:
         with create_engine(database_url(url), poolclass=NullPool).connect() as connection:
-            lines = connection.exec_driver_sql("SHOW GRANTS").scalars().all()
+            rights = in_grants(connection.exec_driver_sql("SHOW GRANTS").scalars().all())
+            with suppress(SQLAlchemyError):
+                connection.exec_driver_sql(ACCOUNTS)
+                rights.append("may read the server's accounts")
     except SQLAlchemyError as error:
         reason = str(error).partition("\n")[0]
         raise StoreError(f"the rights of its account cannot be read: {reason}") from None
+    return rights
+
+
+def in_grants(lines: Iterable[str]) -> list[str]:
+    """Return what the lines of SHOW GRANTS allow, in words, besides reading tables.
+
+    A server shows the rights of the roles that are active in the session, too. No query that reads
+    can make another role active.
+    """
     rights = []
-    for granted, where in re.findall(r"^GRANT (.+?) ON (\S+) TO ", "\n".join(lines), re.MULTILINE):
-        more = [right for right in granted.split(", ") if right not in READING]
-        rights += [f"may {', '.join(more)} on {where}"] if more else []
+    for line in lines:
+        if found := GRANT.fullmatch(line):
+            granted, where, grantee = found.groups()
+            more = [f"{name} {columns}".strip() for name, columns in RIGHT.findall(granted)]
+            more = [right for right in more if right.partition(" (")[0] not in READING]
+            more += ["GRANT OPTION"] * ("GRANT OPTION" in re.sub(_QUOTED, "", grantee))
+            rights += [f"may {', '.join(more)} on {where}"] if more else []
     return rights
 
 

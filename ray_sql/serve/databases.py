@@ -34,14 +34,14 @@ def find(where: str | None, config: Config) -> Database:
     if name not in known or (where is None and len(known) > 1):
         given = f"--database {where}: no such file, and no such database of the run"
         raise DataError(
-            f"{given if where else '--database is missing'}; give a SQLite file, a URL, or one of "
+            f"{given if where else '--database is missing'}; give a file, a URL, or one of "
             f"{', '.join(sorted(known)) or 'a run that has databases'}"
         )
     return _database(data.add_schema(corpus, name, config), name)
 
 
 def at(where: str, prompt: PromptSection, dataset_id: str, name: str | None = None) -> Database:
-    """Return the database of a SQLite file or an SQLAlchemy URL.
+    """Return the database of a file or of an SQLAlchemy URL.
 
     It is described as in training: by files beside it, and beside the dataset.
     """

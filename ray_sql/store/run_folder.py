@@ -300,7 +300,7 @@ class RunFolder(_Folder):
         return self.place(_VALIDATION_SCHEMAS)
 
     def database(self, db_id: str) -> str:
-        """Return the place of the copy of a SQLite database that travels with the run."""
+        """Return the place of the copy of a database file that travels with the run."""
         return self.place(f"{DATABASES}/{db_id}.sqlite")
 
     def has_inputs(self) -> bool:
