@@ -56,21 +56,27 @@ class NodeUsed:
 class CheckpointSaved:
     """A checkpoint is complete.
 
-    `objective` and `tie_break` order it among the others; None where it was not evaluated.
+    `objective` and `tie_break` order it among the others; None where it was not evaluated. `kept`
+    are the steps of the checkpoints that are there now.
     """
 
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
     objective: float | None = None
     tie_break: float | None = None
+    kept: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Training goes on from a checkpoint; `points` are the (step, values) logged up to it."""
+    """Training goes on from a checkpoint; `points` are the (step, values) logged up to it.
+
+    `kept` are the steps of the checkpoints that are there.
+    """
 
     step: int
     points: Sequence[tuple[int, Mapping[str, float]]]
+    kept: Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -144,10 +144,11 @@ class Session:
         record.tag({FOLDER_TAG: self.folder.uri})  # anew where the folder was moved
         if record.run_id:
             self.folder.write_mlflow_run(record.run_id, mask_password(record.uri))
-        fingerprint = self.prepared.corpus.fingerprint()
-        for split in ("train", *config.split):
-            name = f"{config.dataset_id[:480]}: {split}"
-            record.dataset(name, fingerprint, config.dataset_id, split)
+        corpus = self.prepared.corpus
+        for split in ("train", "validation", *config.split):
+            if corpus.splits[split]:
+                name = f"{config.dataset_id[:480]}: {split}"
+                record.dataset(name, corpus.fingerprint(), config.dataset_id, split)
         return record
 
     def earlier_run_id(self) -> str | None:

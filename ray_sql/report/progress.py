@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -69,11 +69,12 @@ class Progress:
                     self._display.starting(AWAITED.get(stage, f"what follows {stage}"))
             case AnswersCounted(model, done, total):
                 self._display.update(f"answering with {model}", done, total)
-            case Resumed(step, points):
+            case Resumed(step, points, kept):
                 if self._newest < 0:
                     self._display.line(f"training goes on after step {step}, from its checkpoint")
                 for logged_step, values in points:
                     self._record.log(logged_step, tracking.named(values))
+                self._keep(kept)
                 self._went_back_to(step, f"go on from step {step}")
             case TrainPoint(step, steps, values):
                 self._first_step()
@@ -84,12 +85,13 @@ class Progress:
                 self._display.step(step, steps)
             case NodeUsed(step, values):
                 self._log(step, values)
-            case CheckpointSaved(step, values):
+            case CheckpointSaved(step, values, kept=kept):
                 self._newest = max(self._newest, step)
                 self._display.line(f"step {step}: checkpoint saved{validation_scores(values)}")
                 if self.on_checkpoint:
                     self.on_checkpoint(step)
                 self._log(step, values)
+                self._keep(kept)
             case _:
                 raise UnknownEvent(event)
 
@@ -103,6 +105,9 @@ class Progress:
         named = tracking.named(values)
         self._record.log(step, named)
         self._tensorboard(step, named)
+
+    def _keep(self, steps: Sequence[int]) -> None:
+        self._record.checkpoints({step: self._folder.checkpoint(step).uri for step in steps})
 
     def _first_step(self) -> None:
         """Say once how long the start took. Marks of restarted workers belong to no start."""

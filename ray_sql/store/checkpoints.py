@@ -145,19 +145,21 @@ def best(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     return max(checkpoints, key=lambda checkpoint: checkpoint.rank, default=None)
 
 
-def prune(folder: RunFolder) -> None:
+def prune(folder: RunFolder) -> list[int]:
     """Remove all checkpoints but the best and the last two: the last may turn out to be damaged.
 
-    Earlier ones that were left half-written, or were set aside, go too.
+    Earlier ones that were left half-written, or were set aside, go too. Returns the steps of those
+    that are kept.
     """
     checkpoints = complete(folder)
     top = best(checkpoints)
     if top is None:
-        return
+        return []
     kept = {top.step, *(checkpoint.step for checkpoint in checkpoints[-2:])}
     for step in _steps(folder):
         if step < checkpoints[-1].step and step not in kept:
             storage.remove(folder.checkpoint(step).uri)
+    return sorted(kept)
 
 
 def _steps(folder: RunFolder) -> list[int]:

@@ -104,16 +104,20 @@ def _name_as_output(client: Any, run_id: str, model_id: str) -> None:
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
+def data_of(run: Any, split: str) -> dict[str, str]:
+    """Return what names the data of a split in a metric; nothing where the run has no such data."""
+    for known in run.inputs.dataset_inputs:
+        if split in [tag.value for tag in known.tags]:
+            return {"dataset_name": known.dataset.name, "dataset_digest": known.dataset.digest}
+    return {}
+
+
 def _log_scores(client: Any, run_id: str, model_id: str, split: str) -> None:
     """Give a model the newest final scores of its run, as the same points, with their data."""
     from mlflow.entities import Metric
 
     run = client.get_run(run_id)
-    data: dict[str, str] = {}
-    for known in run.inputs.dataset_inputs:
-        if split in [tag.value for tag in known.tags]:
-            data = {"dataset_name": known.dataset.name, "dataset_digest": known.dataset.digest}
-    points = []
+    data, points = data_of(run, split), []
     for key in run.data.metrics:
         if key.startswith(f"{SCORE}/"):
             history = client.get_metric_history(run_id, key)

@@ -24,6 +24,7 @@ from ray_sql.config import mask_password
 from ray_sql.config.files import parse_json
 from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import DamagedFile, StoreError
+from ray_sql.tracking.checkpoints import remove_checkpoints
 from ray_sql.tracking.models import LoggedModel
 from ray_sql.tracking.questions import ScoredQuestion
 from ray_sql.tracking.senders import SENDERS, create, end_children, logged_points
@@ -125,6 +126,13 @@ class Run:
     def model(self, path: Path, model: LoggedModel) -> None:
         """Store an adapter's folder as a model that MLflow loads, with the final scores so far."""
         self._send("model", [str(path), *model])
+
+    def checkpoints(self, kept: Mapping[int, str]) -> None:
+        """Name the checkpoints that the run keeps, by step their folders, as models with scores.
+
+        Their weights are not copied. Those that were named before and are not kept are deleted.
+        """
+        self._send("checkpoints", [*kept.items()])
 
     def questions(self, score: str, scored: Iterable[ScoredQuestion]) -> None:
         """Store scored questions, judged by `score`, for MLflow to show beside another run's."""
@@ -307,7 +315,10 @@ def reopen(settings: TrackingSection, run_id: str, spool: Path) -> Run:
 
 
 def close(settings: TrackingSection, run_id: str | None, own: Mapping[str, str]) -> None:
-    """Mark a run that was cut off, and its children, as killed: nobody will continue them."""
+    """Mark a run that was cut off, and its children, as killed: nobody will continue them.
+
+    Its checkpoints are deleted, for its folder is removed.
+    """
     if not settings.enabled:
         return
     uri = require_store(settings)
@@ -320,6 +331,7 @@ def close(settings: TrackingSection, run_id: str | None, own: Mapping[str, str])
             if client.get_run(earlier).info.status == "RUNNING":
                 client.set_terminated(earlier, "KILLED")
             end_children(client, earlier, "KILLED")
+            remove_checkpoints(client, earlier)
 
 
 def read_tag(settings: TrackingSection, run_id: str, key: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_sql.config import flatten
+from ray_sql.tracking.checkpoints import send_checkpoints
 from ray_sql.tracking.models import find_model, send_model
 from ray_sql.tracking.names import THIS_RUN, VIEW, view
 from ray_sql.tracking.questions import send_questions
@@ -139,6 +140,7 @@ SENDERS: dict[str, Callable[..., object]] = {
     "table": _send_table,
     "artifact": _send_artifact,
     "model": send_model,
+    "checkpoints": send_checkpoints,
     "questions": send_questions,
     "dataset": _send_dataset,
     "version": _send_version,

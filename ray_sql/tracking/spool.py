@@ -16,6 +16,7 @@ _Kind = Literal[
     "table",
     "artifact",
     "model",
+    "checkpoints",
     "questions",
     "dataset",
     "version",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ class Reporter:
             saved = CheckpointSaved(
                 step, scores["metrics"], scores["objective"], scores["tie_break"]
             )
-        checkpoints.prune(self._folder)
+        saved = replace(saved, kept=checkpoints.prune(self._folder))
         return self._emit(saved) is not False
 
 

@@ -165,7 +165,8 @@ def resume(
         damaged = next((file for file in by_rank if file), None)
         if damaged is None:
             if first:
-                emit(Resumed(newest.step, _curve(local, saved)))
+                kept = [checkpoint.step for checkpoint in saved]
+                emit(Resumed(newest.step, _curve(local, saved), kept))
             return local, newest
         if first:
             set_aside_damaged(uri, damaged, lambda text: emit(Note(text)))

@@ -161,7 +161,7 @@ class SweepCallback(Callback):  # type: ignore[misc]  # ray is not followed by m
                 self._log(number, step, values)
             case CheckpointSaved(step, values, objective):
                 self._log(number, step, values, objective)
-            case Resumed(_, points):
+            case Resumed(_, points, _):
                 for step, values in points:
                     self._log(number, step, values)
             case StageEnded() | RowsChosen():
