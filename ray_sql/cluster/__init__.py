@@ -17,5 +17,12 @@ from ray_sql.cluster.resources import (
     worker_resources,
     worker_slots,
 )
-from ray_sql.cluster.start import address, joins, leave_ray, start_ray, start_ray_in_background
+from ray_sql.cluster.start import (
+    address,
+    dashboard,
+    joins,
+    leave_ray,
+    start_ray,
+    start_ray_in_background,
+)
 from ray_sql.cluster.workers import MORE_MEMORY, run_workers

@@ -27,6 +27,8 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-start")
 """One thread, so that a second request finds Ray started."""
 _STARTING: list[Future[None]] = []
 """The start that is under way, if any."""
+_DASHBOARD: list[str] = []
+"""Host and port of Ray's dashboard, where it has one."""
 _OURS = threading.Event()
 """Set while there is a Ray that this process started or joined itself."""
 
@@ -96,8 +98,20 @@ def _init_ray() -> None:
         ) from None
     # the workers' own output stays in Ray's logs and dashboard; their warnings and errors come
     # through the channel
-    ray.init(place, logging_level=logging.WARNING, log_to_driver=False)
+    context = ray.init(place, logging_level=logging.WARNING, log_to_driver=False)
+    _DASHBOARD[:] = [context.dashboard_url] if context.dashboard_url else []
     _OURS.set()
+
+
+def dashboard() -> str | None:
+    """Return the address of Ray's dashboard, at this process's job if it was submitted as one.
+
+    None where Ray has no dashboard, or was not started by this process.
+    """
+    if not _DASHBOARD:
+        return None
+    job = os.environ.get("RAY_JOB_SUBMISSION_ID")
+    return f"http://{_DASHBOARD[0]}" + (f"/#/jobs/{job}" if job else "")
 
 
 def leave_ray() -> None:
@@ -114,4 +128,5 @@ def leave_ray() -> None:
         import ray
 
         _OURS.clear()
+        _DASHBOARD.clear()
         ray.shutdown()

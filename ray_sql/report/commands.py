@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ray_sql.config import absolute
+from ray_sql.config import absolute, mask_password
 from ray_sql.store.run_folder import RunFolder
 
 
@@ -43,6 +43,14 @@ def look(metrics: Mapping[str, Any]) -> str:
         return address
     elsewhere = address != f"sqlite:///{absolute('mlflow.db')}"
     return "ray-sql ui" + (f" --tracking.uri {shlex.quote(address)}" if elsewhere else "")
+
+
+def watch(dashboard: str | None, run_id: str, uri: str) -> str:
+    """Return where a run can be watched; empty where Ray has no dashboard."""
+    if dashboard is None:
+        return ""
+    record = f"; MLflow run {run_id} of {mask_password(uri)}" if run_id else ""
+    return f"watch     {dashboard}{record}"
 
 
 def _database(metrics: Mapping[str, Any]) -> str:

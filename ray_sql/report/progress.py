@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ray_sql import tracking
+from ray_sql import cluster, tracking
 from ray_sql.cluster.events import (
     AnswersCounted,
     CheckpointSaved,
@@ -24,6 +24,7 @@ from ray_sql.cluster.events import (
 )
 from ray_sql.data.shown import ORACLE
 from ray_sql.display import Display, percent
+from ray_sql.report import commands
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 
@@ -66,6 +67,8 @@ class Progress:
             case StageEnded(stage, at):
                 if self._startup:
                     self._startup.mark(stage, at)
+                    if stage == "Ray":
+                        self._say_where()
                     self._display.starting(AWAITED.get(stage, f"what follows {stage}"))
             case AnswersCounted(model, done, total):
                 self._display.update(f"answering with {model}", done, total)
@@ -105,6 +108,12 @@ class Progress:
         named = tracking.named(values)
         self._record.log(step, named)
         self._tensorboard(step, named)
+
+    def _say_where(self) -> None:
+        """Say where the run can be watched, once Ray is there."""
+        line = commands.watch(cluster.dashboard(), self._record.run_id, self._record.uri)
+        if line:
+            self._display.line(line)
 
     def _keep(self, steps: Sequence[int]) -> None:
         self._record.checkpoints({step: self._folder.checkpoint(step).uri for step in steps})

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_sql.cluster.events import CheckpointSaved, NodeUsed, OnEvent, StepEnded, TrainPoint
 from ray_sql.cluster.ranks import gather_all, rank
@@ -15,6 +15,7 @@ from ray_sql.errors import RaySqlError, TrainingError
 from ray_sql.rows import TokenizedExample
 from ray_sql.store import checkpoints, storage
 from ray_sql.store.run_folder import CONTRACT, RunFolder
+from ray_sql.train.gauges import Gauges
 from ray_sql.train.node_use import NodeWatch
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import LOGGED, check_owned
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
     from ray_sql.train.validation import Validation
 
-GAUGES = {
-    "loss": "Training loss",
-    "examples_per_second": "Examples trained on, all workers together",
-}
-"""Values that Ray shows too, as `ray_sql_<name>`: Ray puts `ray_` before every metric."""
 STEP_SECONDS = 1.0
 """Least seconds between two messages on how far training is."""
 
@@ -59,7 +55,7 @@ class Reporter:
         self._told = time.monotonic()
         self._last: tuple[int, float] | None = None
         self._rank = rank()
-        self._gauges = _gauges(run_name) if self._rank == 0 else {}
+        self._gauges = Gauges(run_name) if self._rank == 0 else None
 
     def on_log(self, step: int, steps: int, values: dict[str, float]) -> None:
         """Send a step's values to the driver, with the speed since the last ones."""
@@ -79,9 +75,8 @@ class Reporter:
             point["tokens_per_second"] = per_second * self._mean_tokens
         self._last, self._told = (step, now), now
         self._emit(TrainPoint(step, steps, point))
-        for name, gauge in self._gauges.items():
-            if name in point:
-                gauge.set(point[name])
+        if self._gauges:
+            self._gauges.point(step, steps, point)
 
     def on_step(self, step: int) -> bool:
         """Tell the driver how far training is; return on all ranks whether to save here."""
@@ -150,21 +145,10 @@ class Reporter:
         saved = CheckpointSaved(step)
         if scores:
             checkpoints.score(self._folder.checkpoint(step).uri, scores)
+            if self._gauges:
+                self._gauges.validated(scores["metrics"])
             saved = CheckpointSaved(
                 step, scores["metrics"], scores["objective"], scores["tie_break"]
             )
         saved = replace(saved, kept=checkpoints.prune(self._folder))
         return self._emit(saved) is not False
-
-
-def _gauges(run_name: str) -> dict[str, Any]:
-    """Return metrics of Ray for its dashboard and Prometheus; none where Ray does not run."""
-    import ray
-    from ray.util.metrics import Gauge
-
-    if not ray.is_initialized():
-        return {}
-    gauges = {name: Gauge(f"sql_{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
-    for gauge in gauges.values():
-        gauge.set_default_tags({"run": run_name})
-    return gauges

@@ -18,6 +18,7 @@ from ray_sql.errors import ConfigError, DamagedFile
 from ray_sql.finetune import plan as run_plan
 from ray_sql.finetune.prepare import Prepared, write_inputs
 from ray_sql.finetune.session import Session, spool
+from ray_sql.report import commands
 from ray_sql.tasks import TASKS
 from ray_sql.tune.callback import SweepCallback
 from ray_sql.tune.objective import Objective
@@ -89,6 +90,8 @@ class StudySession(Session):
         record = super().begin_record()
         self.study.mlflow_run_id = record.run_id or None
         self.study.save()
+        if line := commands.watch(cluster.dashboard(), record.run_id, record.uri):
+            self.display.line(line)
         self.callback = SweepCallback(
             self.study,
             self.space,
