@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ray_sql.config import ServeConfig, load
 from ray_sql.config.sections import ServeSection
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
-from ray_sql.serve.engine import Engine
+from ray_sql.serve.engine import Engine, Reply
 from ray_sql.serve.opening import find_linker, open_engine
-from ray_sql.serve.prompter import Prompter
+from ray_sql.serve.prompter import Asked, Prompter
 from ray_sql.serve.recipe import find
 from tests.waiting import HANGS, wait_until
 
@@ -56,6 +57,46 @@ def serving(engine: Engine, token: str | None = None, **section: Any) -> Iterato
     finally:
         server.should_exit = True
         thread.join(HANGS)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An engine that begins with a batch, and answers it once it is released."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def wait_begun(self) -> None:
+        """Return once a batch is being answered: its questions wait no more."""
+        assert self.begun.wait(HANGS), "no question reaches the engine"
+
+    def release(self) -> None:
+        """Let it answer this batch and all that come."""
+        self.released.set()
+
+
+@contextmanager
+def holding(engine: Engine) -> Iterator[Held]:
+    """Hold an engine at its first batch."""
+    held, answer = Held(), engine.answer
+
+    def wait(asked: Sequence[Asked]) -> list[Reply]:
+        held.begun.set()
+        held.released.wait(HANGS)
+        return answer(asked)
+
+    engine.answer = wait  # type: ignore[method-assign]
+    try:
+        yield held
+    finally:
+        engine.answer = answer  # type: ignore[method-assign]
+        held.release()
+
+
+def count_waiting(client: httpx2.Client) -> float:
+    """Return how many questions wait, by the metrics."""
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith("ray_sql_waiting ")).split()[1])
 
 
 @contextmanager

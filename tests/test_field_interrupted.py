@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 import ray_sql
-from ray_sql import cli, cluster, finetune, train
+from ray_sql import cli, cluster, finetune, tracking, train
 from ray_sql.cluster.events import Event, Note
 from ray_sql.config import Config, load
 from ray_sql.display import Display
@@ -174,6 +176,31 @@ def test_a_demo_of_other_settings_is_not_removed(make_config: Any) -> None:
     RunFolder(config.run_dir).write_contract({"task": "sql"})
     with pytest.raises(ConfigError, match=r"num_epochs 1.* there, 2.* here.*--overwrite"):
         finetune.finished_metrics(config.changed({"num_epochs": 2}))
+
+
+class Told(finetune.Session):
+    """A session that is told to stop once MLflow has begun its run."""
+
+    def begin_record(self) -> tracking.Run:
+        record = super().begin_record()
+        signal.raise_signal(signal.SIGTERM)
+        return record
+
+
+@kind
+def test_a_run_that_has_just_begun_does_not_stay_open_in_mlflow(
+    make_config: Any, empty_mlflow: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_mlflow, tmp_path / 'mlflow.db')}"
+    settings = {"tracking.enabled": True, "tracking.uri": uri, "scaling.num_workers": 0}
+    told = Told(make_config(**settings), Display())
+    before = signal.signal(signal.SIGTERM, cli.exit_on_signal)
+    try:
+        with pytest.raises(SystemExit), told:
+            pytest.fail("the run goes on")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert MlflowClient(uri).get_run(told.record.run_id).info.status == "KILLED"
 
 
 @kind

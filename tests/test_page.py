@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from ray_sql.serve.engine import Engine
 from tests.conftest import QUESTIONS
-from tests.serving import make_engine, serving
+from tests.serving import Held, count_waiting, holding, make_engine, serving
 from tests.waiting import HANGS, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -71,18 +71,10 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 
 @pytest.fixture
-def held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Let the engine wait with every answer until the event is set."""
-    released = threading.Event()
-    answer = engine.answer
-
-    def wait(asked: Any) -> Any:
-        released.wait(HANGS)
-        return answer(asked)
-
-    monkeypatch.setattr(engine, "answer", wait)
-    yield released
-    released.set()
+def held(engine: Engine) -> Iterator[Held]:
+    """Let the engine wait with every answer until it is released."""
+    with holding(engine) as held:
+        yield held
 
 
 def ask(page: Any, question: str = COUNTED) -> None:
@@ -230,9 +222,7 @@ def test_a_reload_keeps_the_database_and_what_was_asked(engine: Engine, open_pag
         expect(page.locator("#history")).to_be_hidden()
 
 
-def test_a_slow_answer_says_so_and_may_be_left(
-    engine: Engine, open_page: Open, held: threading.Event
-) -> None:
+def test_a_slow_answer_says_so_and_may_be_left(engine: Engine, open_page: Open, held: Held) -> None:
     with serving(engine) as client:
         page = open_page(client)
         ask(page)
@@ -241,26 +231,68 @@ def test_a_slow_answer_says_so_and_may_be_left(
         expect(page.locator("#status")).to_be_hidden()
         expect(page.locator("#problem")).to_be_hidden()
         page.keyboard.press("Control+Enter")
-        held.set()
+        held.release()
         expect(page.locator("#facts")).to_contain_text("1 row")
 
 
-def test_a_full_queue_is_asked_again(
-    engine: Engine, open_page: Open, held: threading.Event
-) -> None:
-    with serving(engine, max_waiting=1) as client:
+def test_a_full_queue_is_asked_again(engine: Engine, open_page: Open, held: Held) -> None:
+    with serving(engine, max_waiting=1) as client, ThreadPoolExecutor(2) as threads:
         page = open_page(client)
-        threads = [threading.Thread(target=post, args=(client,), daemon=True) for _ in range(2)]
-        threads[0].start()
-        wait_for_queue(client, 0)
-        threads[1].start()
-        wait_for_queue(client, 1)
+        others = [threads.submit(post, client)]
+        held.wait_begun()
+        others.append(threads.submit(post, client))
+        wait_until(lambda: count_waiting(client) == 1)
         ask(page)
         expect(page.locator("#doing")).to_contain_text("Many are asking")
-        held.set()
+        held.release()
         expect(page.locator("#facts")).to_contain_text("1 row")
-        for thread in threads:
-            thread.join(HANGS)
+        assert [one.result().status_code for one in others] == [200, 200]
+
+
+def test_a_queue_that_stays_full_is_left(engine: Engine, open_page: Open) -> None:
+    with serving(engine) as client:
+        page = open_page(client)
+        page.route("**/v1/sql", lambda route: route.fulfill(status=503, json={}))
+        ask(page)
+        expect(page.locator("#doing")).to_contain_text("Many are asking")
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#status")).to_be_hidden()
+        expect(page.locator("#problem")).to_be_hidden()
+        page.unroute("**/v1/sql")
+        page.keyboard.press("Enter")
+        expect(page.locator("#facts")).to_contain_text("1 row")
+
+
+def test_what_stands_before_the_service_may_be_busy_too(engine: Engine, open_page: Open) -> None:
+    tries: list[str] = []
+
+    def refuse(route: Any) -> None:
+        tries.append(route.request.url)
+        route.fulfill(status=503, body="no healthy upstream")
+
+    with serving(engine) as client:
+        page = open_page(client)
+        page.route("**/v1/sql", refuse)
+        ask(page)
+        expect(page.locator("#clock")).to_contain_text("s")  # a second and more
+        assert len(tries) < 3, "it is asked again without a pause"
+        page.unroute("**/v1/sql")
+        expect(page.locator("#facts")).to_contain_text("1 row")
+
+
+def test_a_server_that_goes_away_is_asked_again(engine: Engine, open_page: Open) -> None:
+    coming: list[Any] = []
+    with serving(engine) as client:
+        page = open_page(client)
+        page.route("**/v1/sql", lambda route: coming.append(route))
+        ask(page)
+        expect(page.locator("#cancel")).to_be_visible()
+        coming[0].abort("connectionreset")
+        expect(page.get_by_role("alert")).to_contain_text("The server does not answer")
+        expect(page.locator("#status")).to_be_hidden()
+        page.unroute("**/v1/sql")
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator("#facts")).to_contain_text("1 row")
 
 
 def test_an_error_is_said_and_may_be_tried_again(engine: Engine, open_page: Open) -> None:
@@ -333,11 +365,6 @@ def test_the_keyboard_reaches_everything_in_order(engine: Engine, open_page: Ope
         assert reached == ["SUMMARY", "ask", "sql", "run", "copy", "scroll"]
 
 
-def post(client: httpx2.Client) -> None:
+def post(client: httpx2.Client) -> httpx2.Response:
     """Ask a question about the database mall."""
-    client.post("/v1/sql", json={"question": COUNTED, "database": "mall"})
-
-
-def wait_for_queue(client: httpx2.Client, count: int) -> None:
-    """Return once this many questions wait, and one is being answered."""
-    wait_until(lambda: f"ray_sql_waiting {count}.0" in client.get("/metrics").text)
+    return client.post("/v1/sql", json={"question": COUNTED, "database": "mall"})

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import logging
+import socket
 import sys
 import threading
 import time
@@ -21,14 +22,15 @@ import yaml
 from ray_sql import cli
 from ray_sql.config import ServeConfig, load
 from ray_sql.data import prompts
+from ray_sql.database import QueryResult
 from ray_sql.errors import ConfigError
-from ray_sql.serve import deployment
+from ray_sql.serve import deployment, job
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.engine import Engine
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import make_engine, running_job, serving
+from tests.serving import Held, count_waiting, holding, make_engine, running_job, serving
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -50,18 +52,10 @@ def client(engine: Engine) -> Iterator[httpx2.Client]:
 
 
 @pytest.fixture
-def held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Let the engine wait with every batch until the event is set."""
-    released = threading.Event()
-    answer = engine.answer
-
-    def wait(asked: Any) -> Any:
-        released.wait(HANGS)
-        return answer(asked)
-
-    monkeypatch.setattr(engine, "answer", wait)
-    yield released
-    released.set()
+def held(engine: Engine) -> Iterator[Held]:
+    """Let the engine wait with every batch until it is released."""
+    with holding(engine) as held:
+        yield held
 
 
 def sql(client: httpx2.Client, question: str = COUNTED[0], **body: Any) -> httpx2.Response:
@@ -115,6 +109,7 @@ def test_other_conversations_are_answered_too(client: httpx2.Client) -> None:
     [
         ("sql", {"question": "How many?"}, 400, "database is missing; give one of kiosk, mall"),
         ("sql", {"question": "How many?", "database": "moon"}, 400, "'moon' is not registered"),
+        ("sql", {"question": " \n", "database": "mall"}, 400, "the question is empty"),
         ("sql", {"question": "why " * 3000, "database": "mall"}, 400, "reads up to 2,048 tokens"),
         ("sql", {"question": "How many?", "choose": "vote"}, 400, "evaluate.samples is 1"),
         ("sql", {"question": "How many?", "limit": 1}, 422, "Extra inputs are not permitted"),
@@ -288,12 +283,14 @@ def test_requests_that_arrive_together_are_answered_together(
 
 
 def test_where_too_many_wait_a_request_is_refused_and_may_come_again(
-    engine: Engine, held: threading.Event
+    engine: Engine, held: Held
 ) -> None:
     with serving(engine, max_waiting=1) as client, ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit(sql, client) for _ in range(5)]
+        asked = [threads.submit(sql, client)]
+        held.wait_begun()
+        asked += [threads.submit(sql, client) for _ in range(4)]
         wait_until(lambda: sum(one.done() for one in asked) == 3)
-        held.set()
+        held.release()
         answers = [one.result() for one in asked]
     assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
     refused = next(answer for answer in answers if answer.status_code == 503)
@@ -301,15 +298,36 @@ def test_where_too_many_wait_a_request_is_refused_and_may_come_again(
     assert "ask again later" in refused.json()["error"]["message"]
 
 
-def test_a_request_that_is_left_frees_its_place(engine: Engine, held: threading.Event) -> None:
+def test_a_question_whose_query_would_find_no_room_is_refused_before_it_is_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, released, run = threading.Event(), threading.Event(), engine.run
+
+    def wait(database: str, query: str) -> QueryResult:
+        begun.set()
+        released.wait(HANGS)
+        return run(database, query)
+
+    monkeypatch.setattr(engine, "run", wait)
+    body = {"database": "mall", "sql": "SELECT 1"}
     with serving(engine, max_waiting=1) as client, ThreadPoolExecutor(1) as threads:
-        first = threads.submit(sql, client)  # it is being answered, and waits no more
-        wait_until(lambda: waiting(client) == 0 and not first.done())
-        time.sleep(0.1)
+        first = threads.submit(client.post, "/v1/run", json=body)
+        assert begun.wait(HANGS)
+        assert sql(client).status_code == 503
+        assert sql(client, execute=False).status_code == 200
+        assert "ray_sql_answered_together_count 1.0" in client.get("/metrics").text
+        released.set()
+        assert first.result().status_code == 200
+
+
+def test_a_request_that_is_left_frees_its_place(engine: Engine, held: Held) -> None:
+    with serving(engine, max_waiting=1) as client, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(sql, client)
+        held.wait_begun()
         with pytest.raises(httpx2.TimeoutException):
             sql_within(client, 0.3)
-        wait_until(lambda: waiting(client) == 0)
-        held.set()
+        wait_until(lambda: count_waiting(client) == 0)
+        held.release()
         assert first.result().status_code == 200
 
 
@@ -319,13 +337,20 @@ def sql_within(client: httpx2.Client, seconds: float) -> None:
     client.post("/v1/sql", json=body, timeout=seconds)
 
 
-def waiting(client: httpx2.Client) -> float:
-    """Return how many questions wait, by the metrics."""
-    lines = client.get("/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith("ray_sql_waiting ")).split()[1])
+def test_a_port_that_another_service_would_share_is_refused() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray Serve does
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--serve.port {port}: cannot be listened on"):
+            job.require_free("127.0.0.1", port)
+    job.require_free("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="at no-such-host"):
+        job.require_free("no-such-host", port)
 
 
-def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: threading.Event) -> None:
+def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: Held) -> None:
     with serving(engine, request_timeout_s=0.2) as client:
         answer = sql(client)
     assert answer.status_code == 504

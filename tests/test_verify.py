@@ -179,8 +179,9 @@ def test_an_endpoint_that_does_not_answer_is_named_with_the_way_out(engine: Engi
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-    with pytest.raises(StoreError, match="does not answer"):
-        Endpoint.find(AnswersSection(url=nobody))
+    with pytest.raises(StoreError, match="does not answer") as refused:
+        Endpoint.find(AnswersSection(url=nobody.replace("://", "://me:sesame@")))
+    assert "me:***@" in str(refused.value) and "sesame" not in str(refused.value)
     with serving(engine) as client:
         with pytest.raises(StoreError, match="HTTP 404"):
             Endpoint.find(AnswersSection(url=str(client.base_url)))

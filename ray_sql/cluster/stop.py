@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ray_sql.cluster import ray_internals
@@ -18,6 +20,8 @@ T = TypeVar("T")
 STOP_SECONDS = 45.0
 """Seconds that workers have to save and end. Less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
 ours, so that there is time left to close the records."""
+AGAIN_SECONDS = 1.0
+"""Seconds after which a further signal is another one: `timeout` sends two at a time."""
 RAY_SECONDS = 15.0
 """Seconds that Ray has to take note of the stop."""
 
@@ -58,18 +62,13 @@ class GracefulStop:
         return self._on_event(event)
 
     def __enter__(self) -> GracefulStop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
-                if handler not in (None, signal.SIG_IGN):
-                    self._handlers[number] = handler
-                    signal.signal(number, self._receive)
+        _receive_by(self._receive, self._handlers)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
         self._ended.set()
         if self._received is None:
-            self._restore()
+            _restore(self._handlers)
             return False
         if isinstance(error, Exception):
             self._on_event(Note(f"stopped without a checkpoint: {last_line(error)}"))
@@ -78,12 +77,8 @@ class GracefulStop:
             return True
         return False
 
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
     def _receive(self, number: int, frame: object) -> None:
-        self._restore()
+        _restore(self._handlers)
         if not self._has_state.is_set():
             signal.raise_signal(number)
             return
@@ -113,6 +108,47 @@ class GracefulStop:
         except Exception:  # Ray's own errors have no common base
             return False
         return True
+
+
+@contextmanager
+def signals_later(before: Callable[[], None]) -> Iterator[None]:
+    """Let SIGTERM or Ctrl-C act when what is inside has ended, after a call of `before`.
+
+    The signal acts at once when it comes again `AGAIN_SECONDS` later. Signals reach the main
+    thread: in any other thread this does nothing.
+    """
+    came: list[tuple[int, float]] = []
+    handlers: dict[int, Any] = {}
+
+    def receive(number: int, _: object) -> None:
+        came.append((number, time.monotonic()))
+        if came[-1][1] - came[0][1] > AGAIN_SECONDS:
+            _restore(handlers)
+            signal.raise_signal(number)
+
+    _receive_by(receive, handlers)
+    try:
+        yield
+    finally:
+        _restore(handlers)
+    if came:
+        before()
+        signal.raise_signal(came[0][0])
+
+
+def _receive_by(receive: Callable[[int, Any], None], handlers: dict[int, Any]) -> None:
+    """Have a function receive SIGTERM and Ctrl-C; put the handlers that it replaces in a dict."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):
+                handlers[number] = handler
+                signal.signal(number, receive)
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run_in_thread(call: Callable[[], T]) -> T:

@@ -13,6 +13,7 @@ import requests
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from ray_sql.config import mask_password
 from ray_sql.config.sections import AnswersSection
 from ray_sql.errors import ConfigError, StoreError
 from ray_sql.generate import Answer
@@ -85,8 +86,9 @@ class Endpoint:
         name = wanted or next(iter(listed), None)
         # transformers lists what the Hub's cache has, and not the folder that it serves
         if name is None or (name not in listed and not endpoint._knows()):
+            place = mask_password(endpoint.url)
             raise ConfigError(
-                f"--evaluate.served_model {wanted}: {endpoint.url} has no such model; it has "
+                f"--evaluate.served_model {wanted}: {place} has no such model; it has "
                 f"{', '.join(listed) or 'none'}"
             )
         return cls(endpoint.url, name, listed.get(name, {}))
@@ -133,11 +135,12 @@ class Endpoint:
         """Return what a path answers. Raises `StoreError` where that is not what is expected."""
         key = os.environ.get(KEY, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        place = f"{self.url}/{path}"
+        address = f"{self.url}/{path}"
+        place = mask_password(address)  # what is said of it may reach whoever asks a service
 
         def ask() -> requests.Response:
             response = requests.request(
-                method, place, json=body, headers=headers, timeout=PATIENCE, allow_redirects=False
+                method, address, json=body, headers=headers, timeout=PATIENCE, allow_redirects=False
             )
             if response.status_code in (429, 503):
                 raise _Busy(response.headers.get("Retry-After", ""))
@@ -172,4 +175,4 @@ def _pause(error: Exception, failures: int) -> float:
     if not isinstance(error, _Busy) or failures >= MOST_TRIES:
         raise error
     wished = str(error)
-    return min(float(wished) if wished.isdigit() else 2.0**failures, LONGEST_PAUSE)
+    return min(float(wished) if wished.isdecimal() else 2.0**failures, LONGEST_PAUSE)

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from ray_sql import cluster, tracking, train
+from ray_sql.cluster.stop import signals_later
 from ray_sql.config import Config, mask_password
 from ray_sql.display import Display
 from ray_sql.errors import DamagedFile, StoreError, TakenOver
@@ -71,8 +72,9 @@ class Session:
             self.remove_earlier()
         self.lay_out()
         self.display.starting("")
-        self.record = self.begin_record()
-        self.clock.mark("run folder and MLflow run")
+        with signals_later(lambda: self.end("KILLED")):  # else it would stay open in MLflow
+            self.record = self.begin_record()
+            self.clock.mark("run folder and MLflow run")
         return self
 
     def __exit__(

@@ -61,7 +61,7 @@ class Door:
         if "transfer-encoding" in headers:
             return error(411, "give the size of the body: Content-Length")
         size = headers.get("content-length", "0")
-        if not size.isdigit() or int(size) > self._most_bytes:
+        if not size.isdecimal() or int(size) > self._most_bytes:
             return error(413, f"a body has at most {self._most_bytes} bytes")
         return None
 

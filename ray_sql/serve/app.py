@@ -62,11 +62,14 @@ class Service:
         settings = self._engine.config.changed(body.settings()).evaluate
         database = body.database or self._only_database()
         asked = prompter.ask(body.question, database, body.evidence, settings)
+        runs = body.execute and prompter.task.executes_sql
+        if runs:
+            self.queries.require_room()  # before the model works for an answer that would be lost
         reply = await self._wait(self.batcher.submit(asked), request)
         if self._section.log_questions:
             log.warning("%s: %s: %s", database, body.question, reply.predicted)
         result, links = None, {}
-        if body.execute and prompter.task.executes_sql and reply.predicted:
+        if runs and reply.predicted:
             done = await self._wait(self.queries.submit(database, reply.predicted), request)
             result, links = done.result, done.named_links()
         answer = wire.reply(reply, result, prompter.task, prompter.name, body.max_rows)

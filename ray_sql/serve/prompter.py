@@ -86,10 +86,12 @@ class Prompter:
     ) -> Asked:
         """Return a question with its prompt.
 
-        Raises `DataError` for an unknown database, and `ModelError` for a prompt that is longer
-        than the model's window.
+        Raises `DataError` for an unknown database and an empty question, and `ModelError` for a
+        prompt that is longer than the model's window.
         """
         self.database(database)
+        if not question.strip():
+            raise DataError("the question is empty; write what you want to know")
         example = self._example(question, database, evidence)
         return self._asked(example, settings or self.config.evaluate)
 

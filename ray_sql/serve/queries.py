@@ -32,10 +32,14 @@ class Queries:
         self._threads = ThreadPoolExecutor(thread_name_prefix="ray_sql-queries")
         self._running: set[Future[Executed]] = set()
 
-    def submit(self, database: str, sql: str) -> asyncio.Future[Executed]:
-        """Return the result to come; cancelled, a query that waits is not run. Raises `Full`."""
+    def require_room(self) -> None:
+        """Raise `Full` where a further query would be refused."""
         if len(self._running) >= self._most:
             raise Full
+
+    def submit(self, database: str, sql: str) -> asyncio.Future[Executed]:
+        """Return the result to come; cancelled, a query that waits is not run. Raises `Full`."""
+        self.require_room()
         future = self._threads.submit(self._execute, database, sql)
         self._running.add(future)
         future.add_done_callback(self._running.discard)

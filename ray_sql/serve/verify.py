@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_sql import data, generate
-from ray_sql.config import Config, VerifyConfig
+from ray_sql.config import Config, VerifyConfig, mask_password
 from ray_sql.data import Example
 from ray_sql.display import Display
 from ray_sql.errors import DataError
@@ -45,7 +45,7 @@ def run(config: VerifyConfig) -> Diagnosis:
             display.line(f"    served   {one.served}")
         for line in found.evidence + _over(endpoint):
             display.line(line)
-        display.line(f"{endpoint.model} at {endpoint.url}: {found.verdict}")
+        display.line(f"{endpoint.model} at {mask_password(endpoint.url)}: {found.verdict}")
     print(json.dumps({"verdict": found.verdict, **found.numbers}))
     if not found.is_fine:
         raise SystemExit(DIFFERS)
@@ -58,8 +58,8 @@ def dry_run(config: VerifyConfig) -> None:
     checked = _Checked(config, display)
     for turn in checked.turns(*checked.examples[0]):
         display.line(f"--- {turn['role']} ---\n{turn['content']}")
-    count = len(checked.examples)
-    display.line(f"--- plan ---\nwould send {count} questions to {config.evaluate.url}")
+    count, place = len(checked.examples), mask_password(config.evaluate.url)
+    display.line(f"--- plan ---\nwould send {count} questions to {place}")
 
 
 class _Checked:

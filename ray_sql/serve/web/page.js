@@ -3,6 +3,8 @@
 const MOST_ROWS = 500;
 const MOST_HISTORY = 50;
 const MOST_TRIES = 10;
+const PAUSE_S = 2;
+const MOST_PAUSE_S = 30;
 const MOST_CHARACTERS = 2000;
 const SLOW_MS = 1500;
 const NARROW = "(max-width: 860px)";
@@ -30,7 +32,7 @@ function show(id, shown) {
 // --- what the server is asked ---
 
 class Refusal extends Error {
-  constructor(message, status, pause = 0) {
+  constructor(message, status, pause = PAUSE_S) {
     super(message);
     this.status = status;
     this.pause = pause;
@@ -51,14 +53,14 @@ async function call(path, body, signal) {
     if (signal?.aborted) throw error;
     throw new Refusal("The server does not answer. Look whether it runs, and try again.", 0);
   }
+  const pause = Math.min(Number(response.headers.get("Retry-After")) || PAUSE_S, MOST_PAUSE_S);
   let value;
   try {
     value = JSON.parse(text, exact);
-  } catch {
-    throw new Refusal(`The server answered something else (HTTP ${response.status}).`, response.status);
+  } catch { // what stands before the service, such as a proxy, has words of its own
+    throw new Refusal(`The server answered something else (HTTP ${response.status}).`, response.status, pause);
   }
   if (response.ok) return value;
-  const pause = Number(response.headers.get("Retry-After")) || 2;
   throw new Refusal(reasonOf(value, response.status), response.status, pause);
 }
 
