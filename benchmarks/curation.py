@@ -42,6 +42,8 @@ INSERT INTO note VALUES (1, 'Red'), (2, 'red'), (3, 'blue');
 CREATE TABLE spare (id INTEGER);
 CREATE TABLE code (k TEXT PRIMARY KEY, v INTEGER) WITHOUT ROWID;
 INSERT INTO code VALUES ('x', 1), ('y', 2);
+CREATE TABLE part (id INTEGER PRIMARY KEY, length TEXT);
+INSERT INTO part VALUES (1, '9'), (2, '10'), (3, 'null'), (4, NULL);
 CREATE VIEW red AS SELECT item_id FROM note WHERE word = 'red';
 """
 
@@ -55,8 +57,11 @@ PLANTED = {
     "SELECT name FROM item WHERE age IS NOT NULL ORDER BY age DESC LIMIT 1": "limit_tie",
     "SELECT shelf FROM item GROUP BY shelf ORDER BY count(*) DESC LIMIT 1": "limit_tie",
     "SELECT name FROM item WHERE id = (SELECT id FROM item ORDER BY age DESC LIMIT 1)": "limit_tie",
+    "SELECT name FROM item WHERE shelf = (SELECT shelf FROM item GROUP BY shelf "
+    "ORDER BY count(*) DESC LIMIT 1)": "limit_tie",
     "SELECT name FROM item LIMIT 2": "limit_tie",
     "SELECT shelf, name FROM item GROUP BY shelf": "row_order",
+    "SELECT word, item_id FROM note GROUP BY word ORDER BY count(*) DESC LIMIT 1": "row_order",
     "SELECT group_concat(name) FROM item": "row_order",
     "SELECT name, shelf FROM item ORDER BY shelf": "tie_order",
     "SELECT sum(price) FROM item WHERE id IN (1, 3, 5)": "float_sum",
@@ -65,6 +70,8 @@ PLANTED = {
     "SELECT name FROM item ORDER BY size": "text_numbers",
     "SELECT max(size) FROM item": "text_numbers",
     "SELECT name FROM item WHERE size > 9": "text_numbers",
+    "SELECT id FROM part WHERE length > 9": "text_numbers",
+    "SELECT id FROM part WHERE length IS NOT NULL ORDER BY length DESC LIMIT 1": "text_numbers",
     "SELECT name FROM item WHERE '2020-01-01' < date('now')": "clock",
     "SELECT name FROM item ORDER BY random()": "clock",
     "SELECT name, shelf, name FROM item": "duplicate_columns",

@@ -33,6 +33,10 @@ SOUND = (
     "SELECT rowid FROM item WHERE name = 'desk'",
     "SELECT shelf FROM item UNION SELECT word FROM note ORDER BY 1 LIMIT 1",
     "SELECT name AS n FROM item WHERE size = '9' ORDER BY n",
+    # which of the tied shelves the inner query keeps does not matter
+    "SELECT count(*) FROM item WHERE shelf = (SELECT shelf FROM item GROUP BY shelf "
+    "ORDER BY count(*) DESC LIMIT 1)",
+    "SELECT id FROM part WHERE length = 'null' OR length > 'a'",
 )
 
 

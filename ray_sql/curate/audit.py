@@ -30,6 +30,8 @@ MOST_SORTED = 1000
 """Rows that are looked at to judge an order."""
 COPY_SECONDS = 5.0
 """Seconds for a query on a copy, beyond ten times as long as it took before."""
+MISSING = frozenset(("", "-", "--", "?", ".", "null", "none", "nan", "na", "n/a", "unknown"))
+"""Texts that stand for a missing number."""
 NUMBER = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*")
 
 
@@ -135,6 +137,7 @@ def _by_order(
 ) -> Iterator[Flag]:
     """Yield how the result changes where rows and indexes come in another order."""
     is_sorted = query is not None and parsed.is_sorted(query)
+    may_cut = query is not None and not _cuts_no_tie(bench, subject, query)
     for other, how in _runs(bench, subject, result):
         if other.rows == result.rows:
             continue
@@ -143,7 +146,7 @@ def _by_order(
                 yield Flag("tie_order", f"with {how}, equal rows come in another order")
         elif _same_but_digits(other.rows, result.rows):
             yield Flag("float_sum", f"with {how}, fractions differ in their last digits")
-        elif query is not None and parsed.has_limit(query):
+        elif may_cut:
             yield Flag("limit_tie", f"with {how}, LIMIT leaves other rows: {_apart(result, other)}")
         else:
             yield Flag(
@@ -216,21 +219,20 @@ def _by_keys(bench: Bench, subject: Subject, query: exp.Query | None) -> Iterato
         result = bench.executor.run(subject.database, sort.sql)
         if result.status != "ok" or not result.rows:
             continue
-        keys = [tuple(row[place] for place in sort.keys) for row in result.rows]
-        # inside another query a tie may not matter; on a file, copies tell whether it does
-        is_tried = subject.schema.dialect == "sqlite"
-        tied = _cut_tie(sort, result.rows, keys)
-        if tied is not None and (sort.is_whole or not is_tried):
+        tied = _cut_tie(sort, result.rows)
+        if tied is not None and (sort.is_whole or _matters(bench, subject, sort)):
             yield Flag("limit_tie", f"{len(tied)} rows have the last key, as {_short(tied[0])}")
-        first = [key[0] for key in keys]
+        first = [row[sort.keys[0]] for row in result.rows]
         if first[0] is None and any(value is not None for value in first):
             yield Flag("nulls_first", f"{first.count(None)} rows with NULL come first")
         if _sorts_wrongly(first):
-            yield Flag("text_numbers", f"sorts by text such as {next(filter(None, first))!r}")
+            shown = next(value for value in first if value and NUMBER.fullmatch(value))
+            yield Flag("text_numbers", f"sorts by text such as {shown!r}")
 
 
-def _cut_tie(sort: parsed.Sorted, rows: Rows, keys: Sequence[ResultRow]) -> list[ResultRow] | None:
+def _cut_tie(sort: parsed.Sorted, rows: Rows) -> list[ResultRow] | None:
     """Return the rows that share the last key that LIMIT keeps, if it matters which are kept."""
+    keys = [tuple(row[place] for place in sort.keys) for row in rows]
     if not sort.limit or len(rows) <= sort.limit or keys[sort.limit - 1] != keys[sort.limit]:
         return None
     tied = [
@@ -239,10 +241,37 @@ def _cut_tie(sort: parsed.Sorted, rows: Rows, keys: Sequence[ResultRow]) -> list
     return tied if len(set(map(repr, tied))) > 1 else None
 
 
+def _matters(bench: Bench, subject: Subject, sort: parsed.Sorted) -> bool:
+    """Tell whether the result changes with the rows that are kept of a tie inside the query.
+
+    Where that cannot be tried, copies of a file tell it later, and a server's tie counts.
+    """
+    up, down = (bench.executor.run(subject.database, sql) for sql in sort.decided)
+    if up.status != "ok" or down.status != "ok":
+        return subject.schema.dialect != "sqlite"
+    return _bag(up.rows) != _bag(down.rows)
+
+
+def _cuts_no_tie(bench: Bench, subject: Subject, query: exp.Query) -> bool:
+    """Tell whether no LIMIT of a query cuts a tie, as far as its keys show."""
+    sorts = [one for one in parsed.sorts(query, subject.dialect, MOST_SORTED) if one.limit]
+    found = [bench.executor.run(subject.database, one.sql) for one in sorts]
+    return len(sorts) == parsed.limits(query) and all(
+        one.status == "ok" and _cut_tie(sort, one.rows) is None
+        for sort, one in zip(sorts, found, strict=True)
+    )
+
+
 def _sorts_wrongly(values: Sequence[Any]) -> bool:
-    """Tell whether values are numbers as text, and sort otherwise than as numbers."""
+    """Tell whether values are numbers as text, and sort otherwise than as numbers.
+
+    Words for a missing number, such as `null`, are let pass.
+    """
     known = {value for value in values if value is not None}
-    if len(known) < 2 or not all(isinstance(v, str) and NUMBER.fullmatch(v) for v in known):
+    if not all(isinstance(value, str) for value in known):
+        return False
+    known = {value for value in known if value.strip().lower() not in MISSING}
+    if len(known) < 2 or not all(map(NUMBER.fullmatch, known)):
         return False
     return sorted(known) != sorted(known, key=float)
 

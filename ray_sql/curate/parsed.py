@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlglot import exp, parse
 from sqlglot.errors import SqlglotError
@@ -32,7 +32,8 @@ class Sorted:
     """A query that sorts, with its keys shown behind its own `width` columns.
 
     `limit` and `offset` are those of the query, None where it has no number there. `sql` gives
-    further rows beyond the limit.
+    further rows beyond the limit. `decided` is the whole text twice, for a query inside another
+    one: its own columns decide between equal rows, upwards and downwards.
     """
 
     sql: str
@@ -41,6 +42,7 @@ class Sorted:
     limit: int | None
     is_whole: bool
     """False for a query inside another one."""
+    decided: tuple[str, ...] = ()
 
 
 def tree(sql: str, dialect: str) -> exp.Query | None:
@@ -78,9 +80,9 @@ def is_sorted(query: exp.Query) -> bool:
     return bool(query.args.get("order"))
 
 
-def has_limit(query: exp.Query) -> bool:
-    """Tell whether a query takes a part of what it sorted, anywhere."""
-    return any(node.args.get("limit") for node in query.find_all(exp.Query))
+def limits(query: exp.Query) -> int:
+    """Count the places where a query takes a part of what it sorted."""
+    return sum(1 for node in query.find_all(exp.Query) if node.args.get("limit"))
 
 
 def sorts(query: exp.Query, dialect: str, most: int) -> Iterator[Sorted]:
@@ -89,11 +91,26 @@ def sorts(query: exp.Query, dialect: str, most: int) -> Iterator[Sorted]:
     One that needs the query around it does not run; whoever runs it finds out. `most` is the number
     of rows that each gives at most.
     """
-    for node in query.find_all(exp.Query):
+    for place, node in enumerate(query.find_all(exp.Query)):
         if node.args.get("order"):
             found = _sort(node, query, dialect, most)
+            if found is not None and found.limit and not found.is_whole:
+                decided = (_decided(query, place, dialect, down) for down in (False, True))
+                found = replace(found, decided=tuple(decided))
             if found is not None:
                 yield found
+
+
+def _decided(root: exp.Query, place: int, dialect: str, down: bool) -> str:
+    """Return a query where the one at `place` inside sorts by its own columns, too."""
+    copy = root.copy()
+    node = list(copy.find_all(exp.Query))[place]
+    for number in range(1, len(node.selects) + 1):
+        column = exp.Literal.number(number)
+        node.args["order"].append(
+            "expressions", exp.Ordered(this=column, desc=down, nulls_first=not down)
+        )
+    return copy.sql(dialect)
 
 
 def _sort(node: exp.Query, root: exp.Query, dialect: str, most: int) -> Sorted | None:
