@@ -101,6 +101,17 @@ def test_near_duplicates_stay_on_one_side(pairs: Path) -> None:
     assert "near_duplicate" not in audit["counts"]
 
 
+def test_a_score_of_few_questions_is_said_to_tell_little(
+    pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = prepare(settings(pairs))
+    few = record["counts"]["dev"]
+    said = capsys.readouterr().out
+    assert 0 < few < 15 and f"a score of {few} questions is known to ±" in said
+    prepare(settings(pairs, "--data.test_fraction", "0.9"))
+    assert "is known to ±" not in capsys.readouterr().out
+
+
 def test_fixes_are_taken_where_they_are_asked_for(pairs: Path) -> None:
     record = prepare(settings(pairs, "--fix"))
     folder = pairs.parent / "out" / "dataset"

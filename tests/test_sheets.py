@@ -40,6 +40,27 @@ def test_the_first_table_of_a_workbook_is_read_below_its_title(tmp_path: Path) -
     assert said == ["pairs.xlsx: sheet Pairs is read, not Notes"]
 
 
+def test_the_sheet_and_the_row_above_the_queries_are_found(tmp_path: Path) -> None:
+    notes = [["table", "meaning"], ["hive", "Select a box with bees"]]
+    title = ["Questions", None, None, "autumn"]
+    head = ["Nr", "Question", "SQL Query", "Who"]
+    rows = [[n, *pair, None] for n, pair in enumerate(PAIRS, 1)]
+    wide = ["Pair", "What is asked", None, None]  # above merged cells
+    file = save(tmp_path / "q.xlsx", Notes=notes, Pairs=[title, [], wide, head, [], *rows])
+    said: list[str] = []
+    records = read_file(file, said.append)[""]
+    assert [one.values["SQL Query"] for one in records] == [sql for _, sql in PAIRS]
+    assert records[0].place == f"{file}[Pairs], row 6"
+    assert said == ["q.xlsx: sheet Pairs is read, not Notes"]
+
+
+@pytest.mark.parametrize("name", ["SQL Query", "sql-query", "Gold SQL", " SQL "])
+def test_names_of_columns_may_have_blanks(make_config: Any, tmp_path: Path, name: str) -> None:
+    make_shop(tmp_path / "shop.db")
+    file = save(tmp_path / "q.xlsx", S=[["Natural language", name], *PAIRS * 5])
+    assert data.load(make_config(dataset_id=str(file))).splits["train"][0].gold == PAIRS[0][1]
+
+
 def test_sheets_named_after_splits_are_splits(tmp_path: Path) -> None:
     head = ["question", "query"]
     file = save(tmp_path / "q.xlsx", Train=[head, PAIRS[0]], dev=[head, PAIRS[1]], x=[head])

@@ -22,12 +22,16 @@ from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor, Limits
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
+from ray_sql.metrics import wilson_interval
 from ray_sql.store.dataset_folder import DatasetFolder
 
 SHOWN = 5
 """Rejected pairs that are shown in the terminal."""
 FEW = 50
 """Pairs from which on a trained model says something."""
+FEW_SCORED = 15
+"""Fewer questions than this that are set aside tell almost nothing."""
+AS_THEY_CAME = "as they came"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _divided(judged: Judged, config: PrepareConfig, public: frozenset[str]) -> D
             splits["dev"] = [pairs[int(one.id)] for one in dev]
     else:
         splits = {name: [pair for pair in pairs if pair.split == name] for name in names}
-        how = "as they came"
+        how = AS_THEY_CAME
     numbers = dict(zip(map(id, pairs), groups, strict=True))
     close = across([[numbers[id(pair)] for pair in rows] for rows in splits.values()])
     flagged = {
@@ -187,6 +191,14 @@ def _lines(dataset: Dataset) -> Iterator[str]:
     yield f"divided   {dataset.how}"
     if "dev" not in dataset.splits and len(dataset.splits) == 1:
         yield "          nothing is set aside for scoring; raise --data.test_fraction"
+    elif dataset.how != AS_THEY_CAME and len(dataset.splits["dev"]) < FEW_SCORED:
+        few = len(dataset.splits["dev"])
+        interval = wilson_interval(few // 2, few)
+        yield (
+            f"          a score of {counted(few, 'question')} is known to "
+            f"±{50 * (interval.high - interval.low):.0f} points; raise --data.test_fraction, or "
+            "write more"
+        )
     if len(pairs) < FEW:
         yield f"          {FEW} pairs are the least that a training learns from; write more"
     for row in judged.rejected[:SHOWN]:

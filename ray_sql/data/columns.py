@@ -152,13 +152,18 @@ def read_rows(
     return ReadRows(examples, left_out, notes)
 
 
+def _as_name(column: str) -> str:
+    """Return a column's name as `COLUMNS` writes them: "SQL Query" is `sql_query`."""
+    return re.sub(r"[\s-]+", "_", column.strip().lower())
+
+
 def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
     """Return the column of each field: the mapped one, or the first known one with a value.
 
     Raises `DataError` for a field that must be there, or that is mapped, and is in no row.
     """
     found = dict.fromkeys(str(name) for record in records for name in record.values)
-    by_lower = {name.lower(): name for name in reversed(found)}
+    by_lower = {_as_name(name): name for name in reversed(found)}
     columns: Columns = {}
     taken = set(source.section.columns.values())
     for field, known in source.columns.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ MOST_ROWS = 1_000_000
 """Rows of a sheet that are read: Excel itself holds no more."""
 TITLE_ROWS = 20
 """Rows in which the names of columns are looked for, below a title."""
+
+QUERY = re.compile(r"\W*(?:select|with)\b.*\bfrom\b", re.IGNORECASE | re.DOTALL)
 
 Say = Callable[[str], None]
 
@@ -77,19 +81,39 @@ def _unreadable(path: Path, reason: str) -> DamagedFile:
 
 
 def _rows(path: Path, rows: Iterator[Sequence[Any]]) -> Iterator[TableRow]:
-    """Yield the rows below the first one that names two columns or more."""
-    names: list[str] | None = None
-    for line, cells in enumerate(rows, 1):
-        texts = [_text(cell) for cell in cells]
-        if line > MOST_ROWS:
-            raise DataError(f"{path}: has more than {MOST_ROWS:,} rows; divide it")
-        if names is not None:
-            if any(texts):
-                yield TableRow(line, dict(zip(names, texts, strict=False)))
-        elif sum(bool(text) for text in texts) > 1:
-            names = column_names(path, texts)
-        elif line > TITLE_ROWS:
-            return
+    """Yield the rows below the one that names the columns."""
+    texts = [[_text(cell) for cell in cells] for cells in islice(rows, MOST_ROWS + 1)]
+    if len(texts) > MOST_ROWS:
+        raise DataError(f"{path}: has more than {MOST_ROWS:,} rows; divide it")
+    head = _head(texts)
+    if head is None:
+        return
+    names = column_names(path, texts[head])
+    for line, cells in enumerate(texts[head + 1 :], head + 2):
+        if any(cells):
+            yield TableRow(line, dict(zip(names, cells, strict=False)))
+
+
+def _head(rows: Sequence[Sequence[str]]) -> int | None:
+    """Return the place of the row that names two columns or more, below titles.
+
+    Where a query comes below, that is the first row that names the query's column.
+    """
+    heads = [place for place, cells in enumerate(rows[:TITLE_ROWS]) if sum(map(bool, cells)) > 1]
+    queries = (
+        (place, column)
+        for place, cells in enumerate(rows)
+        for column, cell in enumerate(cells)
+        if is_query(cell)
+    )
+    first, column = next(queries, (len(rows), 0))
+    named = (place for place in heads if place < first and any(rows[place][column : column + 1]))
+    return next(named, next(iter(heads), None))
+
+
+def is_query(text: str) -> bool:
+    """Tell whether a cell looks like a query, right or wrong."""
+    return QUERY.match(text) is not None
 
 
 def _text(cell: Any) -> str:

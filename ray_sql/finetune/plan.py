@@ -177,7 +177,7 @@ def _precision(questions: int) -> Iterator[str]:
     points = 50 * (interval.high - interval.low)
     yield (
         f"          a score of so few questions is known to ±{points:.0f} points; give more, or "
-        "raise --data.test_fraction"
+        "raise --data.test_fraction, that of prepare for its datasets"
     )
     gain = 100 * LEAST_ALONE / questions
     told = f"shows from {gain:.0f} points on" if gain <= 100 else "cannot be shown"
