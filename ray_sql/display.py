@@ -37,6 +37,8 @@ STEP_SECONDS = 3.0
 """Seconds after which a step without values is worth a line where there is no terminal."""
 WAIT_SECONDS = 2.0
 """Seconds after which a wait is worth a word."""
+LOOK_SECONDS = 0.5
+"""Seconds between two looks at whether a wait is to be told where there is no terminal."""
 ESTIMATE_SECONDS, ESTIMATE_UNITS = 2.0, 2
 """The least that a stage must have taken and done before its end is estimated."""
 
@@ -78,9 +80,9 @@ class _TimeLeft(ProgressColumn):
 class _Wait:
     """A wait for something of which nobody knows how long it takes, as a line that moves."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, earlier: _Wait | None = None) -> None:
         self.what, self.since = what, time.monotonic()
-        self.told = self.since
+        self.told: float = earlier.told if earlier else self.since
         self._spinner = Spinner("dots", style="dim")
 
     def __str__(self) -> str:
@@ -93,9 +95,9 @@ class _Wait:
 
     def is_due(self, now: float) -> bool:
         """Tell whether it is time for a plain line, and note that there was one."""
-        first = self.told == self.since
         gap = max(PLAIN_SECONDS, min(MOST_PLAIN_SECONDS, (now - self.since) / PART_OF_A_STAGE))
-        if now - self.told < (WAIT_SECONDS if first else gap):
+        is_first = self.told <= self.since and now - self.since >= WAIT_SECONDS
+        if now + LOOK_SECONDS - self.told < gap and not is_first:  # the next look would be late
             return False
         self.told = now
         return True
@@ -159,7 +161,8 @@ class Display:
 
         It stands with its seconds below the moving lines, or is told as a line every few seconds.
         """
-        earlier, self._wait = self._wait, _Wait(printable(what)) if what else None
+        earlier = self._wait
+        self._wait = _Wait(printable(what), earlier) if what else None
         if self._wait is not None:
             self._below = self._wait
         elif self._below is earlier:
@@ -167,7 +170,7 @@ class Display:
 
     def _tell_waits(self) -> None:
         """Write a line now and then while something is waited for, where there is no terminal."""
-        while not self._ended.wait(WAIT_SECONDS / 4):
+        while not self._ended.wait(LOOK_SECONDS):
             wait = self._wait
             if wait is not None and wait.is_due(time.monotonic()):
                 self.line(str(wait))
@@ -176,6 +179,13 @@ class Display:
         """Take a stage's bar from the terminal: what follows is what counts."""
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
+
+    def settle(self) -> None:
+        """Leave all bars as lines: what follows stands below them."""
+        if self._bars:
+            self.console.print(self._progress)
+        for stage in [*self._bars]:
+            self.end(stage)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""

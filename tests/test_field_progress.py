@@ -177,6 +177,7 @@ def test_a_start_is_told_below_the_bars_and_leaves_nothing() -> None:
 def test_a_wait_is_told_in_a_log_until_there_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(displays, "WAIT_SECONDS", 0.05)
     monkeypatch.setattr(displays, "PLAIN_SECONDS", 0.05)
+    monkeypatch.setattr(displays, "LOOK_SECONDS", 0.01)
     out = io.StringIO()
     with Display(Console(file=out)) as display:
         display.starting("workers and model")
@@ -190,6 +191,19 @@ def test_a_wait_is_told_in_a_log_until_there_is_progress(monkeypatch: pytest.Mon
     last = out.getvalue()
     time.sleep(0.3)
     assert out.getvalue() == last, "nothing is told after the end"
+
+
+@kind
+def test_waits_that_follow_each_other_are_told_as_one_is(clock: Clock) -> None:
+    display, told = Display(Console(file=io.StringIO())), []
+    for tick in range(80):  # four waits of ten seconds, looked at every half second
+        if tick % 20 == 0:
+            display.starting(f"wait {tick // 20}")
+        clock.now += displays.LOOK_SECONDS
+        if display._wait is not None and display._wait.is_due(clock.now):
+            told.append(clock.now - 1000.0)
+    gaps = [after - before for before, after in zip([0.0, *told], [*told, 40.0], strict=False)]
+    assert max(gaps) <= displays.PLAIN_SECONDS and len(told) < 16
 
 
 @kind

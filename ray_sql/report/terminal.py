@@ -20,6 +20,7 @@ MODELS = ("base", "default", "tuned", "file")
 
 def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Display) -> None:
     """Print the scores of `metrics.json` and the places of the run's files."""
+    display.settle()
     display.console.print(_table(title, metrics))
     if not any(metrics[name] for name in MODELS if name in metrics):
         display.line("nothing was scored: the splits to score have no questions (--split, --data)")
