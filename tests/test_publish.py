@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_sql import finetune, publish
+from ray_sql import finetune, models, publish
 from ray_sql.config import Config, EvaluateConfig, PublishConfig, load
+from ray_sql.config.sections import QuantizationSection
 from ray_sql.data import chat, prompts
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, ContractError, ModelError, RaySqlError, StoreError
@@ -728,14 +729,14 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
         "metrics.json",
     } < set(repo.files)
     merged = AutoModelForCausalLM.from_pretrained(unproven / "merged", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).float()
+    base = models.load_base(str(tiny_model), QuantizationSection(), bf16=False)
     tuned = PeftModel.from_pretrained(base, str(unproven / "adapter"))
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         difference = (merged(tokens).logits - tuned(tokens).logits).abs().max() / tuned(
             tokens
         ).logits.abs().max()
-    assert difference < 0.02, "the same model, up to bfloat16's rounding"
+    assert difference < 0.02, "the same model over 4 bits, up to bfloat16's rounding"
     card = repo.files["README.md"].decode()
     assert (
         "On 8 questions the merged model alone is right on 0, the adapter over its base alone on "

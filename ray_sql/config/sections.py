@@ -476,8 +476,8 @@ class RepositorySection(Section):
     """Publish under this licence in the Hub's words, e.g. `apache-2.0`. By default the base
     model's."""
     merge: bool = False
-    """Merge the adapter into the unquantised base in bfloat16 too (`merged/`), measure it, push it
-    to `<repo_id>-merged`."""
+    """Merge the adapter into its base in bfloat16 too (`merged/`), measure it, push it to
+    `<repo_id>-merged`."""
     force: bool = False
     """Publish an adapter even if it was not shown to beat its base model."""
 

@@ -1,8 +1,8 @@
-"""Merge the adapter into the unquantised base in bfloat16, for servers that know no adapters.
+"""Merge the adapter into its base in bfloat16, for servers that know no adapters.
 
-The adapter was trained over 4-bit weights and is added to others here, so the merged model is
-another one. It answers the run's own questions again, and is refused if it answers significantly
-fewer than the adapter did.
+An adapter that was trained over 4-bit weights is added to these, expanded. Added to the weights
+that they were made from, it is another model. The sum is rounded, so it answers the run's own
+questions again. It is refused if it answers significantly fewer than the adapter did.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from ray_sql import data, models
 from ray_sql.cluster.events import AnswersCounted, Event, Note, StageEnded, UnknownEvent
 from ray_sql.config import Config
-from ray_sql.config.sections import QuantizationSection
 from ray_sql.display import Display
 from ray_sql.errors import DamagedFile, ModelError
 from ray_sql.evaluate import results
@@ -78,12 +77,14 @@ def _write(config: Config, run: RunFolder, folder: Path) -> None:
     """Write the merged model with its tokenizer, as a Hugging Face folder."""
     revision = models.revision_of(run.read_contract(), config.model_name)
     place, _ = models.resolve(config.model_name, config.cache, config.read_token, revision)
-    base = models.load_base(place, QuantizationSection(load_in_4bit=False), bf16=True)
+    base = models.load_base(place, config.quantization, config.train.bf16)
+    if config.quantization.load_in_4bit:
+        base = base.dequantize()
     with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
         adapter = storage.fetch(run.adapter.uri, Path(scratch))
         # LoRA's weights are not rounded, as for generation: their product is, when it is added
         model = models.load_adapter(base, adapter, place=run.adapter.uri, exact=True)
-        model.merge_and_unload().save_pretrained(folder)
+        model.merge_and_unload().bfloat16().save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
     storage.fetch_file(run.place(CONTRACT), folder / CONTRACT)
 
