@@ -37,8 +37,9 @@ def send_checkpoints(client: Any, run_id: str, *kept: Sequence[Any]) -> None:
             known[names[step]] = model
         if str(model.status) != "READY":
             client.finalize_logged_model(model.model_id, "READY")
-    models = {step: known[name].model_id for step, name in names.items()}
-    client.log_batch(run_id, metrics=list(_scores(client, run, models)))
+    points = list(_scores(client, run, {step: known[name] for step, name in names.items()}))
+    if points:
+        client.log_batch(run_id, metrics=points)
 
 
 def remove_checkpoints(client: Any, run_id: str) -> None:
@@ -52,8 +53,8 @@ def _models(client: Any, run: Any) -> list[Any]:
     return list(client.search_logged_models([run.info.experiment_id], query))
 
 
-def _scores(client: Any, run: Any, models: dict[int, str]) -> Iterator[Any]:
-    """Yield the run's own points of validation, each with the model that was measured."""
+def _scores(client: Any, run: Any, models: dict[int, Any]) -> Iterator[Any]:
+    """Yield the run's own points of validation with the models that were measured and lack them."""
     from mlflow.entities import Metric
 
     data, run_id = data_of(run, VALIDATION), run.info.run_id
@@ -61,6 +62,7 @@ def _scores(client: Any, run: Any, models: dict[int, str]) -> Iterator[Any]:
         if not key.startswith(f"{VALIDATION}/"):
             continue
         for point in client.get_metric_history(run_id, key):
-            if model_id := models.get(point.step):
+            model = models.get(point.step)
+            if model and key not in {metric.key for metric in model.metrics or ()}:
                 values = (key, point.value, point.timestamp, point.step)
-                yield Metric(*values, model_id=model_id, run_id=run_id, **data)
+                yield Metric(*values, model_id=model.model_id, run_id=run_id, **data)
