@@ -17,7 +17,7 @@ from ray_sql import cli
 from ray_sql.config import VerifyConfig, load
 from ray_sql.config.sections import AnswersSection
 from ray_sql.errors import ConfigError, StoreError
-from ray_sql.evaluate.endpoint import Endpoint
+from ray_sql.evaluate.endpoint import BUSY, MOST_TRIES, Endpoint
 from ray_sql.serve.app import Service
 from ray_sql.serve.diagnosis import Compared, diagnose
 from ray_sql.serve.engine import Engine, Reply
@@ -201,6 +201,25 @@ def test_a_model_that_is_served_and_not_listed_is_asked(
             assert (found.model, found.described) == ("tuned", {})
             with pytest.raises((ConfigError, StoreError)):
                 Endpoint.find(AnswersSection(url=address(client), served_model="other"))
+
+
+@pytest.mark.parametrize("status", sorted(BUSY))
+def test_an_endpoint_without_room_or_time_is_asked_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    left = ["", ""]
+
+    async def models(_: Service) -> PlainTextResponse:
+        if left:
+            return PlainTextResponse(left.pop(), status, {"Retry-After": "0"})
+        return PlainTextResponse('{"data": [{"id": "tuned"}]}')
+
+    monkeypatch.setattr(Service, "models", models)
+    with serving(engine) as client:
+        assert Endpoint.find(AnswersSection(url=address(client))).model == "tuned"
+        left += [""] * MOST_TRIES
+        with pytest.raises(StoreError, match=f"stays busy .HTTP {status}.; try again later"):
+            Endpoint.find(AnswersSection(url=address(client)))
 
 
 def answering(text: str) -> Any:

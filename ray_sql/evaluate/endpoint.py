@@ -28,6 +28,8 @@ AT_A_TIME = 8
 PATIENCE, MOST_TRIES = 300.0, 8
 """Seconds that an answer may take, and tries while the endpoint says that it is busy."""
 LONGEST_PAUSE = 30.0
+BUSY = {429, 503, 504}
+"""Statuses by which an endpoint has no room, or no time for the answer: both pass."""
 
 
 class _Message(TypedDict):
@@ -142,8 +144,8 @@ class Endpoint:
             response = requests.request(
                 method, address, json=body, headers=headers, timeout=PATIENCE, allow_redirects=False
             )
-            if response.status_code in (429, 503):
-                raise _Busy(response.headers.get("Retry-After", ""))
+            if response.status_code in BUSY:
+                raise _Busy(response.status_code, response.headers.get("Retry-After", ""))
             return response
 
         try:
@@ -152,8 +154,10 @@ class Endpoint:
                 reason = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
                 raise StoreError(f"--evaluate.url {place}: {reason}; check address, model and key")
             return TypeAdapter(shape).validate_json(response.content)
-        except _Busy:
-            raise StoreError(f"--evaluate.url {place}: stays busy; try again later") from None
+        except _Busy as busy:
+            raise StoreError(
+                f"--evaluate.url {place}: stays busy (HTTP {busy.status}); try again later"
+            ) from None
         except requests.RequestException as error:
             reason = " ".join(str(error).split())[:200]
             raise StoreError(
@@ -168,11 +172,15 @@ class Endpoint:
 
 
 class _Busy(Exception):
-    """An endpoint that asks to come again."""
+    """An endpoint that asks to come again, after the seconds it wishes if it says so."""
+
+    def __init__(self, status: int, wished: str) -> None:
+        super().__init__(status, wished)
+        self.status, self.wished = status, wished
 
 
 def _pause(error: Exception, failures: int) -> float:
     if not isinstance(error, _Busy) or failures >= MOST_TRIES:
         raise error
-    wished = str(error)
-    return min(float(wished) if wished.isdecimal() else 2.0**failures, LONGEST_PAUSE)
+    seconds = float(error.wished) if error.wished.isdecimal() else 2.0**failures
+    return min(seconds, LONGEST_PAUSE)
