@@ -114,7 +114,9 @@ def test_what_waited_for_the_store_is_sent_once(config: Config, tmp_path: Path) 
     run = tracking.start(config.tracking, {}, name="x", tags={}, spool=tmp_path / "spool.jsonl")
     run._retry_at = float("inf")  # as after a failure
     for step in (1, 2, 3):
-        run.log(step, {LOSS: 1.0 / step})
+        run.log(step, {LOSS: 1.0 / step, "validation/x": float("nan")})
         run.checkpoints({kept: f"/out/x/checkpoint-{kept}" for kept in (step - 1, step) if kept})
     run.replay()
-    assert scores(listed(config)) == {"checkpoint-3": [(3, 1 / 3)], "checkpoint-2": [(2, 0.5)]}
+    models = listed(config)
+    assert scores(models) == {"checkpoint-3": [(3, 1 / 3)], "checkpoint-2": [(2, 0.5)]}
+    assert {point.key for model in models for point in model.metrics} == {LOSS}, "none that is 0"

@@ -5,6 +5,7 @@ They stand in the list of models beside finished adapters, to be sorted by a val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ def _scores(client: Any, run: Any, models: dict[int, Any]) -> Iterator[Any]:
             continue
         for point in client.get_metric_history(run_id, key):
             model = models.get(point.step)
-            if model and key not in {metric.key for metric in model.metrics or ()}:
+            if model is None or math.isnan(point.value):  # MLflow would keep it as 0
+                continue
+            if key not in {metric.key for metric in model.metrics or ()}:
                 values = (key, point.value, point.timestamp, point.step)
                 yield Metric(*values, model_id=model.model_id, run_id=run_id, **data)
