@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train and measure a small model on the CPU (5 to 20 minutes o
 	$(BIN)/ray-sql demo
 
 test: $(STAMP)  ## run the tests that need no cluster, GPU or browser
-	$(BIN)/python -m pytest -m "not cluster and not gpu and not browser"
+	$(BIN)/python -m pytest -m "not cluster and not gpu and not browser" -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check

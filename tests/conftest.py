@@ -29,6 +29,23 @@ os.environ |= {
 for variable in ("HF_TOKEN", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(variable, None)
 
+
+def keep_to_own_cores(worker: int, workers: int) -> None:
+    """Let one of several test processes, and all that it starts, use its share of the cores.
+
+    The threads of a computation wait for each other, so two on one core take more than twice as
+    long.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[worker::workers] or {cores[worker % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    keep_to_own_cores(
+        int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")),
+        int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
+    )
+
 # the environment above is read while libraries are imported
 from ray_sql.config import Config, load  # noqa: E402
 
