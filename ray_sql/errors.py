@@ -57,7 +57,7 @@ class OutOfMemory(TrainingError):
 
 
 class StoreError(RaySqlError):
-    """A folder, tracking server or Hub that cannot be reached or written."""
+    """A folder, a server, the Hub or Ray, that cannot be reached, written or started."""
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tests.waiting import HANGS
 
 BEGINNINGS = (
     *("starting: ", "reading data", "data  ", "gold  ", "rows  ", "compute  ", "sharing  "),
@@ -31,9 +34,12 @@ def record(command: Sequence[str], folder: Path, env: Mapping[str, str], termina
     own = {**env, "COLUMNS": "120"} if terminal else {**env}
     with subprocess.Popen(command, cwd=folder, env=own, stdout=writes, stderr=writes) as process:
         os.close(writes)
+        late = threading.Timer(5 * HANGS, process.kill)
+        late.start()
         written = bytearray()
         while part := _read(reads):
             written += part
+    late.cancel()
     os.close(reads)
     text = written.decode()
     assert process.returncode == 0, text[-3000:]

@@ -230,7 +230,7 @@ def test_a_dry_run_shows_the_prompt(ask: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"database": None}, "--database is missing; give a file, a URL, or one of kiosk"),
+        ({"database": None}, "--database is missing; give a database file, a URL, or one of kiosk"),
         ({"database": "moon"}, "--database moon: no such file, and no such database of the run"),
         ({"database": __file__}, "not an SQLite database"),
         ({"output_name": "none"}, "no adapter of a ray_sql run (no ray_sql_config.json)"),

@@ -110,6 +110,15 @@ def test_a_folder_that_is_replaced_takes_its_checkpoints_with_it(config: Config)
     assert not before & {model.model_id for model in require_those_in_the_folder(config)}
 
 
+def test_an_older_list_that_waited_is_not_the_last_word(config: Config, tmp_path: Path) -> None:
+    run = tracking.start(config.tracking, {}, name="x", tags={}, spool=tmp_path / "spool.jsonl")
+    for step, retry_at in ((1, float("inf")), (2, 0.0)):  # the first fails, the second does not
+        run._retry_at = retry_at
+        run.checkpoints({step: f"/out/x/checkpoint-{step}"})
+    run.end("FINISHED")
+    assert [model.name for model in listed(config)] == ["checkpoint-2"]
+
+
 def test_what_waited_for_the_store_is_sent_once(config: Config, tmp_path: Path) -> None:
     run = tracking.start(config.tracking, {}, name="x", tags={}, spool=tmp_path / "spool.jsonl")
     run._retry_at = float("inf")  # as after a failure

@@ -556,6 +556,8 @@ def test_settings_that_were_removed_are_dropped_from_files_and_named_to_users(
 def test_an_endpoint_is_asked_for_one_greedy_answer(tmp_path: Path) -> None:
     endpoint = "evaluate.backend: openai\n"
     assert "needs evaluate.url" in refusal("--config", yaml_file(tmp_path, endpoint))
+    said = refusal("--config", yaml_file(tmp_path, endpoint + "evaluate.url: me:sesame@gpu:8000\n"))
+    assert "neither http:// nor https://" in said and "sesame" not in said
     endpoint += "evaluate.url: http://127.0.0.1:8000/v1\n"
     assert settings("--config", yaml_file(tmp_path, endpoint)).evaluate.url
     for more in ("evaluate.samples: 2\n", "evaluate.num_beams: 2\n"):

@@ -86,6 +86,7 @@ def test_no_setting_repeats_a_secret(
         ("mysql://h/d?passwd={}", "mysql://h/d?passwd=***"),
         ("me:{}@mlflow.example/x", "me:***@mlflow.example/x"),
         ("me:{}@localhost:5000", "me:***@localhost:5000"),
+        ("me:{}@gpu1:8000/v1", "me:***@gpu1:8000/v1"),
         ("me:x@/{}@mlflow.example/x", "me:***@mlflow.example/x"),
         ("mysql://me:x@/{}@h/d", "mysql://me:***@h/d"),
         ("mysql://me:x@h/{}@h/d?a=b@c", "mysql://me:***@h/d?a=b@c"),
@@ -93,6 +94,7 @@ def test_no_setting_repeats_a_secret(
         ("git@host.example:me/x", "git@host.example:me/x"),
         ("/data/a:b/c@d.example", "/data/a:b/c@d.example"),
         ("a://b:" * 20_000, "a://b:"),
+        ("(a:b@" * 20_000, "(a:b@"),
     ],
 )
 def test_an_address_in_an_address_is_shown_without_secrets(given: str, shown: str) -> None:

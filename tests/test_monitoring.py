@@ -72,9 +72,12 @@ def test_prometheus_reads_the_rules() -> None:
 
 
 def test_without_ray_nothing_is_exported() -> None:
+    import ray
+
     gauges = Gauges("mine")
     gauges.point(1, 2, {"loss": 1.0})
     gauges.validated({"validation/loss": 1.0})
+    assert not ray.is_initialized()
 
 
 @pytest.fixture

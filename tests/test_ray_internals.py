@@ -34,6 +34,17 @@ def test_ray_is_pinned_to_the_version_that_was_read() -> None:
     assert ray.__version__.startswith(f"{lowest}.") and bound == "2.61"
 
 
+def test_a_submitted_job_knows_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    assert ray_internals.JOB_CONFIG == RAY_JOB_CONFIG_JSON_ENV_VAR
+    monkeypatch.delenv(ray_internals.JOB_CONFIG, raising=False)
+    assert ray_internals.submission() is None
+    given = '{"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_1"}}'
+    monkeypatch.setenv(ray_internals.JOB_CONFIG, given)
+    assert ray_internals.submission() == "raysubmit_1"
+
+
 def test_a_key_is_seen_once_it_is_put() -> None:
     assert not ray_internals.has_key("ray_sql-test")
     ray_internals.put_key("ray_sql-test")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,15 @@ def test_gpus_that_the_autoscaler_may_add_are_decided_on_once(
     monkeypatch.setattr(cluster.resources, "BOOTSTRAP", str(file))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert cluster.cluster_nodes()[1:] == [{"CPU": 8, "GPU": 1}] * 2
+
+
+def test_a_ray_that_does_not_start_is_named_with_the_way_out(tmp_path: Path) -> None:
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("too_long" * 12))}
+    environment.pop("RAY_ADDRESS", None)
+    starting = "from ray_sql import cluster; cluster.start_ray()"
+    ended = subprocess.run(
+        [sys.executable, "-c", starting], env=environment, capture_output=True, text=True
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert "StoreError: Ray did not start on this machine (" in last
+    assert last.endswith("finetune and evaluate take --scaling.num_workers 0")

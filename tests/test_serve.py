@@ -345,9 +345,8 @@ def test_a_port_that_another_service_would_share_is_refused() -> None:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--serve.port {port}: cannot be listened on"):
             job.require_free("127.0.0.1", port)
-    job.require_free("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="at no-such-host"):
-        job.require_free("no-such-host", port)
+    with pytest.raises(ConfigError, match=r"at 256\.0\.0\.1"):
+        job.require_free("256.0.0.1", port)
 
 
 def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: Held) -> None:

@@ -41,7 +41,7 @@ def test_the_first_table_of_a_workbook_is_read_below_its_title(tmp_path: Path) -
 
 
 def test_the_sheet_and_the_row_above_the_queries_are_found(tmp_path: Path) -> None:
-    notes = [["table", "meaning"], ["hive", "Select a box with bees"]]
+    notes = [["table", "meaning"], ["hive", "With kind regards from the hive"]]
     title = ["Questions", None, None, "autumn"]
     head = ["Nr", "Question", "SQL Query", "Who"]
     rows = [[n, *pair, None] for n, pair in enumerate(PAIRS, 1)]
@@ -59,6 +59,16 @@ def test_names_of_columns_may_have_blanks(make_config: Any, tmp_path: Path, name
     make_shop(tmp_path / "shop.db")
     file = save(tmp_path / "q.xlsx", S=[["Natural language", name], *PAIRS * 5])
     assert data.load(make_config(dataset_id=str(file))).splits["train"][0].gold == PAIRS[0][1]
+
+
+@pytest.mark.parametrize("name", ["User Question", "user question", "user-question"])
+def test_a_mapped_column_is_found_by_any_writing(
+    make_config: Any, tmp_path: Path, name: str
+) -> None:
+    make_shop(tmp_path / "shop.db")
+    file = save(tmp_path / "q.xlsx", S=[["User Question", "sql"], *PAIRS * 5])
+    config = make_config(dataset_id=str(file), **{"data.columns": {"question": name}})
+    assert data.load(config).splits["train"][0].question == PAIRS[0][0]
 
 
 def test_sheets_named_after_splits_are_splits(tmp_path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The environment variable in which Ray gives a submitted job its id and more, as JSON."""
 
 
 def autoscaler_node_types() -> list[tuple[dict[str, float], int]]:
@@ -16,6 +21,13 @@ def autoscaler_node_types() -> list[tuple[dict[str, float], int]]:
     if reported is None:
         return []
     return [(dict(group.resources), group.max_count) for group in reported.node_group_configs]
+
+
+def submission() -> str | None:
+    """Return the id of the submitted job that this process is the entry point of, if it is one."""
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+    found: str | None = job.get("metadata", {}).get("job_submission_id")
+    return found
 
 
 def put_key(key: str) -> None:

@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ray_sql.cluster import ray_internals
-from ray_sql.errors import ConfigError
+from ray_sql.errors import ConfigError, RaySqlError, StoreError
 
 ENVIRONMENT = {
     # the patch pickles every Dataset.map with the whole module
@@ -56,17 +56,24 @@ def start_ray_in_background() -> Future[None]:
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray here; do nothing if Ray is there.
 
-    Raises `ConfigError` where no cluster answers at RAY_ADDRESS.
+    Raises:
+        ConfigError: no cluster answers at RAY_ADDRESS.
+        StoreError: Ray does not start here. Its processes took too long, or cannot write files.
     """
     try:
         start_ray_in_background().result()
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if not address():
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"RAY_ADDRESS {address()}: no Ray cluster answers there ({reason}); correct it, or "
-            "unset it to start Ray here"
+    except RaySqlError:
+        raise
+    except Exception as error:  # Ray's own have no common base
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if place := address():
+            raise ConfigError(
+                f"RAY_ADDRESS {place}: no Ray cluster answers there ({reason}); correct it, or "
+                "unset it to start Ray here"
+            ) from None
+        raise StoreError(
+            f"Ray did not start on this machine ({reason}); give the command again when less runs "
+            "here, or without Ray: finetune and evaluate take --scaling.num_workers 0"
         ) from None
     finally:
         _STARTING.clear()  # look again next time: Ray may have been shut down since
@@ -110,7 +117,7 @@ def dashboard() -> str | None:
     """
     if not _DASHBOARD:
         return None
-    job = os.environ.get("RAY_JOB_SUBMISSION_ID")
+    job = ray_internals.submission()
     return f"http://{_DASHBOARD[0]}" + (f"/#/jobs/{job}" if job else "")
 
 

@@ -21,7 +21,7 @@ STOP_SECONDS = 45.0
 """Seconds that workers have to save and end. Less than `RAY_JOB_STOP_WAIT_TIME_S` on a cluster of
 ours, so that there is time left to close the records."""
 AGAIN_SECONDS = 1.0
-"""Seconds after which a further signal is another one: `timeout` sends two at a time."""
+"""A signal within these seconds counts as the same one: `timeout` sends two at a time."""
 RAY_SECONDS = 15.0
 """Seconds that Ray has to take note of the stop."""
 
@@ -131,9 +131,9 @@ def signals_later(before: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _restore(handlers)
-    if came:
-        before()
-        signal.raise_signal(came[0][0])
+        if came:
+            before()
+            signal.raise_signal(came[0][0])
 
 
 def _receive_by(receive: Callable[[int, Any], None], handlers: dict[int, Any]) -> None:

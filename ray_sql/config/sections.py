@@ -373,6 +373,13 @@ class AnswersSection(Section):
     baseline: bool = True
     """Measure the base model without the adapter too, on the same examples."""
 
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError("begins with neither http:// nor https://; give the whole address")
+        return url
+
     @property
     def way(self) -> Way:
         """The way in which a question's answer is chosen."""

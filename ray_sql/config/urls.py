@@ -6,8 +6,11 @@ import os
 import re
 from pathlib import Path
 
-_MORE = r"""(?:(?:(?!\?[\w.-]+=|://)[^\s"'<>,;])*@)?"""
-"""The rest of a password that holds an @: up to the last one of the same address."""
+_MORE = r"""(?:(?:(?!\?[\w.-]+=|://)[^\s"'<>,;]){0,200}@)?"""
+"""The rest of a password that holds an @: up to the last one of the same address.
+
+A host before an @ of the path is hidden with it. The bound keeps the time linear.
+"""
 DEEPEST_ADDRESS = 3
 """Addresses within each other, as in `s3://…?endpoint_override=http://…`, that are looked into."""
 
@@ -46,7 +49,7 @@ _SECRET_ARGUMENT = re.compile(
     re.IGNORECASE,
 )
 _WITHOUT_SCHEME = re.compile(
-    rf"(?<![\w:/@.-])([\w.+-]+):[^\s/@:]+@{_MORE}(?=[\w-]+\.[\w.-]+|localhost\b)"
+    rf"(?<![\w:/@.-])([\w.+-]+):[^\s/@:]+@{_MORE}(?=[\w-]+(?:\.[\w.-]+|:\d)|localhost\b)"
 )
 """`user:password@host.name`, an address that somebody forgot the beginning of."""
 

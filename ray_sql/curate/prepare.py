@@ -22,7 +22,7 @@ from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor, Limits
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
-from ray_sql.metrics import wilson_interval
+from ray_sql.metrics import known_to_points
 from ray_sql.store.dataset_folder import DatasetFolder
 
 SHOWN = 5
@@ -193,11 +193,9 @@ def _lines(dataset: Dataset) -> Iterator[str]:
         yield "          nothing is set aside for scoring; raise --data.test_fraction"
     elif dataset.how != AS_THEY_CAME and len(dataset.splits["dev"]) < FEW_SCORED:
         few = len(dataset.splits["dev"])
-        interval = wilson_interval(few // 2, few)
         yield (
             f"          a score of {counted(few, 'question')} is known to "
-            f"±{50 * (interval.high - interval.low):.0f} points; raise --data.test_fraction, or "
-            "write more"
+            f"±{known_to_points(few):.0f} points; raise --data.test_fraction, or write more"
         )
     if len(pairs) < FEW:
         yield f"          {FEW} pairs are the least that a training learns from; write more"

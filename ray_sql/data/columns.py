@@ -163,7 +163,7 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
     Raises `DataError` for a field that must be there, or that is mapped, and is in no row.
     """
     found = dict.fromkeys(str(name) for record in records for name in record.values)
-    by_lower = {_as_name(name): name for name in reversed(found)}
+    by_name = {_as_name(name): name for name in reversed(found)}
     columns: Columns = {}
     taken = set(source.section.columns.values())
     for field, known in source.columns.items():
@@ -171,7 +171,8 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
         # a column that is mapped to one field is no guess for another
         names = (mapped,) if mapped else tuple(name for name in known if name not in taken)
         exact = [name for name in names if name in found]
-        present = exact or [by_lower[name.lower()] for name in names if name.lower() in by_lower]
+        alike = [by_name[_as_name(name)] for name in names if _as_name(name) in by_name]
+        present = exact or alike
         used = [name for name in present if _has_value(records, name, field)]
         needed = mapped or (field in NEEDED and not (field == "query" and "queries" in columns))
         if used or (present and needed):

@@ -99,7 +99,7 @@ def _of_table(place: str, rows: Sequence[TableRow]) -> list[Record]:
 def _sheets(path: Path, say: Callable[[str], None]) -> Records:
     """Return the sheets that are called after splits, or else one with a table.
 
-    It is the first that holds queries, or the first of all.
+    It is the one with the most queries, or the first of all.
     """
     found = sheets.read(path, say)
     places = {title: f"{path}[{title}], row" for title in found}
@@ -108,17 +108,15 @@ def _sheets(path: Path, say: Callable[[str], None]) -> Records:
         return {title.strip().lower(): _of_table(places[title], found[title]) for title in splits}
     if not found:
         return {"": []}
-    first = next(
-        (title for title, rows in found.items() if _holds_queries(rows)), next(iter(found))
-    )
+    first = max(found, key=lambda title: _queries_in(found[title]))
     others = [title for title in found if title != first]
     if others:
         say(f"{path.name}: sheet {first} is read, not {', '.join(others)}")
     return {"": _of_table(places[first], found[first])}
 
 
-def _holds_queries(rows: Sequence[TableRow]) -> bool:
-    return any(sheets.is_query(cell) for row in rows for cell in row.values.values())
+def _queries_in(rows: Sequence[TableRow]) -> int:
+    return sum(sheets.is_query(cell) for row in rows for cell in row.values.values())
 
 
 def _table_text(path: Path, say: Callable[[str], None]) -> str:

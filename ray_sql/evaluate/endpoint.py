@@ -159,7 +159,7 @@ class Endpoint:
                 f"--evaluate.url {place}: stays busy (HTTP {busy.status}); try again later"
             ) from None
         except requests.RequestException as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = (mask_password(" ".join(str(error).split())) or "")[:200]
             raise StoreError(
                 f"--evaluate.url {place}: does not answer ({type(error).__name__}: {reason}); "
                 "check the address, and that the endpoint runs"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ray_sql import cluster, data, models, rows
 from ray_sql.config import AUTO_EXAMPLES_PER_ROW
 from ray_sql.finetune.prepare import Prepared
-from ray_sql.metrics import mcnemar, wilson_interval
+from ray_sql.metrics import known_to_points, mcnemar
 from ray_sql.metrics.paired import ALPHA
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import RunFolder
@@ -173,11 +172,10 @@ def _precision(questions: int) -> Iterator[str]:
     """Say how little a few questions tell: the interval of a share of one half."""
     if not 0 < questions < FEW_QUESTIONS:
         return
-    interval = wilson_interval(questions // 2, questions)
-    points = 50 * (interval.high - interval.low)
+    points = known_to_points(questions)
     yield (
         f"          a score of so few questions is known to ±{points:.0f} points; give more, or "
-        "raise --data.test_fraction, that of prepare for its datasets"
+        "raise --data.test_fraction (of `ray-sql prepare`, for what it made)"
     )
     gain = 100 * LEAST_ALONE / questions
     told = f"shows from {gain:.0f} points on" if gain <= 100 else "cannot be shown"
@@ -213,7 +211,7 @@ def _resumed(prepared: Prepared) -> Iterator[str]:
 def _lost_with_the_job(prepared: Prepared) -> Iterator[str]:
     """Warn of what Ray removes with a submitted job's working folder."""
     config = prepared.config
-    if not os.environ.get("RAY_JOB_SUBMISSION_ID"):
+    if not cluster.submission():
         return
     if Path(config.run_dir).is_relative_to(Path.cwd()):
         yield (

@@ -179,7 +179,7 @@ class Session:
             "data_fingerprint": self.prepared.corpus.fingerprint(),
             "template_hash": str(self.prepared.contract["template_hash"]),
             "git_commit": _git_commit(),
-            "ray_job_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+            "ray_job_id": cluster.submission() or "",
         }
         return {name: value for name, value in facts.items() if value}
 

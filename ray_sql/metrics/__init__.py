@@ -43,6 +43,7 @@ from ray_sql.metrics.match import (
 from ray_sql.metrics.statistics import (
     Interval,
     clustered_interval,
+    known_to_points,
     mcnemar,
     resolvable_difference,
     wilson_interval,

@@ -17,6 +17,12 @@ class Interval:
     high: float
 
 
+def known_to_points(questions: int) -> float:
+    """Return to how many points, up and down, a score of one half of the questions is known."""
+    interval = wilson_interval(questions // 2, questions)
+    return 50 * (interval.high - interval.low)
+
+
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
     """Return the true rates under which `successes` of `total` is no surprise.
 

@@ -35,7 +35,8 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     The file holds scores by split and the paired test against the adapter. A merged model of the
     same adapter is used again. Raises `ModelError` if it answers significantly fewer questions.
     """
-    adapter, saved = adapter_digest(run.adapter.uri), _earlier(run)
+    bits = "4-bit" if config.quantization.load_in_4bit else "whole"
+    adapter, saved = f"{adapter_digest(run.adapter.uri)} over {bits} weights", _earlier(run)
     if saved.get("adapter") != adapter:
         with tempfile.TemporaryDirectory(
             prefix="ray_sql-", dir=_scratch_dir(config.cache)
@@ -53,8 +54,7 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     if PairedTest(test["only_adapter"], test["only_merged"]).a_is_better:
         raise ModelError(
             f"{run.merged}: merged, the model is worse than with its adapter (McNemar p = "
-            f"{test['mcnemar_p']:.2g}), so it is not published; use the adapter, or train with "
-            "--no-quantization.load_in_4bit"
+            f"{test['mcnemar_p']:.2g}), so it is not published; use the adapter"
         )
     return saved
 

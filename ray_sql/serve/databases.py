@@ -34,8 +34,8 @@ def find(where: str | None, config: Config) -> Database:
     if name not in known or (where is None and len(known) > 1):
         given = f"--database {where}: no such file, and no such database of the run"
         raise DataError(
-            f"{given if where else '--database is missing'}; give a file, a URL, or one of "
-            f"{', '.join(sorted(known)) or 'a run that has databases'}"
+            f"{given if where else '--database is missing'}; give a database file, a URL, or one "
+            f"of {', '.join(sorted(known)) or 'a run that has databases'}"
         )
     return _database(data.add_schema(corpus, name, config), name)
 

@@ -72,6 +72,7 @@ class Run:
         self._client: Any = None
         self._logged: set[tuple[str, int]] = set()
         self._stored: set[tuple[str, int]] = set()
+        self._kept: list[tuple[int, str]] = []
         self._warned = False
         self._retry_at = 0.0
         self._lock = threading.RLock()
@@ -132,7 +133,8 @@ class Run:
 
         Their weights are not copied. Those that were named before and are not kept are deleted.
         """
-        self._send("checkpoints", [*kept.items()])
+        self._kept = [*kept.items()]
+        self._send("checkpoints", self._kept)
 
     def questions(self, score: str, scored: Iterable[ScoredQuestion]) -> None:
         """Store scored questions, judged by `score`, for MLflow to show beside another run's."""
@@ -165,7 +167,10 @@ class Run:
 
     def end(self, status: Status) -> None:
         """Replay the spool, then set the final status."""
+        replays = self._spool.exists()
         self.replay()
+        if replays and self._kept:  # an older list of checkpoints was among what waited
+            self._send("checkpoints", self._kept)
         self._send("end", [status])
 
     def end_children(self, status: Status) -> None:

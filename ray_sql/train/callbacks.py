@@ -84,6 +84,8 @@ class Reporter:
         if self._rank == 0 and now - self._told >= STEP_SECONDS:
             self._told = now
             self._emit(StepEnded(step, self._steps))
+            if self._gauges:
+                self._gauges.point(step, self._steps, {})
         # MLflow's comparison opens on what was logged first, which should be the loss
         if step > 1 and (use := self._node.read()):
             self._emit(NodeUsed(step, use))
