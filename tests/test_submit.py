@@ -352,6 +352,7 @@ def test_the_same_command_goes_on_and_its_log_is_plain_lines(
         "nothing moves"
     )
     assert submitted.log.rstrip("\n") in submitted.shown, "ray job submit shows the same lines"
+    assert f"/#/jobs/{submitted.info.submission_id}; MLflow run " in submitted.log
     assert head.states("run") == dict.fromkeys(stopped.runs, "FINISHED"), (
         "one run in MLflow, whatever happened to it"
     )
