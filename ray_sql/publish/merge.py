@@ -35,8 +35,9 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     The file holds scores by split and the paired test against the adapter. A merged model of the
     same adapter is used again. Raises `ModelError` if it answers significantly fewer questions.
     """
-    bits = "4-bit" if config.quantization.load_in_4bit else "whole"
-    adapter, saved = f"{adapter_digest(run.adapter.uri)} over {bits} weights", _earlier(run)
+    # of which weights: a merged model of others than those trained over is made again
+    over = "4-bit" if config.quantization.load_in_4bit else "whole"
+    adapter, saved = f"{adapter_digest(run.adapter.uri)} over {over} weights", _earlier(run)
     if saved.get("adapter") != adapter:
         with tempfile.TemporaryDirectory(
             prefix="ray_sql-", dir=_scratch_dir(config.cache)
