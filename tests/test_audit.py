@@ -124,6 +124,11 @@ def test_a_dataset_is_audited_and_scored_without_what_is_flagged(
     assert "without the 2 questions whose gold the audit flags" in said
     assert "without the 1 of them whose gold has several right results" in said
 
+    (tmp_path / "none.json").write_text(json.dumps(found | {"questions": []}))
+    words = [*words[:-3], "t", "--audit", str(tmp_path / "none.json")]
+    assert evaluate.run(load(EvaluateConfig, words))["file"]["dev"]["flagged"] == 0
+    assert "whose gold" not in capsys.readouterr().out
+
 
 def test_predictions_are_audited(store: Path, tmp_path: Path) -> None:
     folder = write_pairs(store, tmp_path / "data")

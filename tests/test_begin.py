@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from ray_sql import data
 from ray_sql.cli import main
-from ray_sql.config import Config, load
-from ray_sql.errors import ConfigError
-from ray_sql.finetune.begin import as_yaml, begin, choose
+from ray_sql.config import Config, PrepareConfig, load
+from ray_sql.curate import prepare
+from ray_sql.curate.choices import as_yaml, choose
+from ray_sql.curate.prepare import next_command
+from ray_sql.errors import ConfigError, DataError
+from ray_sql.finetune.begin import begin
 from tests.conftest import QUESTIONS
 from tests.test_field_data import make_shop
 
@@ -53,12 +58,15 @@ def test_a_dry_run_shows_the_plan_and_leaves_no_run(
 
 @pytest.mark.parametrize("pairs", [10, 100, 1_000, 100_000])
 def test_what_is_chosen_is_a_file_of_settings(pairs: int, tmp_path: Path) -> None:
-    choices = list(choose(pairs, "x", tmp_path))
+    choices = list(choose(pairs, "x-sql", tmp_path / "x"))
     file = tmp_path / "f.yaml"
     file.write_text(as_yaml(choices))
     config = load(Config, ["--config", str(file)])
     assert all(config.setting(name) == value for name, value, _ in choices)
     assert len(yaml.safe_load(file.read_text())) == len(choices)
+    words = shlex.split(next_command(tmp_path / "x", pairs))
+    same = load(Config, words[2:-1]).model_dump(exclude={"config"})
+    assert same == config.model_dump(exclude={"config"})
 
 
 @pytest.mark.parametrize("words", [["shop.db"], ["a.csv", "b.csv"], ["a.csv", "a.db", "b.db"]])
@@ -70,3 +78,32 @@ def test_other_words_are_refused(place: Path, words: list[str]) -> None:
 def test_a_database_beside_the_pairs_needs_no_name(place: Path) -> None:
     assert load(Config, begin(["my pairs.csv", "--output_name", "named"])).output_name == "named"
     assert (place / "out" / "named-data" / "databases" / "shop" / "shop.sqlite").is_file()
+
+
+def test_prepares_next_command_trains_as_one_line_does(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(load(PrepareConfig, ["--pairs", "my pairs.csv", "--url", "shop.db"]))
+    said = capsys.readouterr().out
+    (words,) = [
+        shlex.split(line)[1:] for line in said.splitlines() if line.startswith("next      ")
+    ]
+    assert words[:2] == ["ray-sql", "finetune"] and words[-1] == "--dry_run"
+    assert "without --dry_run it trains" in said
+    config = load(Config, words[2:-1])
+    one_line = load(Config, begin(["my pairs.csv", "shop.db"]))
+    names = {"config", "dataset_id", "output_name"}
+    assert config.model_dump(exclude=names) == one_line.model_dump(exclude=names)
+    assert config.num_epochs > 1 and config.evaluate.select_examples == 0
+
+
+def test_pairs_to_score_only_have_no_training_next(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "asked").mkdir()
+    (place / "my pairs.csv").rename(place / "asked" / "dev.csv")
+    record = prepare(load(PrepareConfig, ["--pairs", "asked", "--url", "shop.db"]))
+    assert "train" not in record["counts"] and "next " not in capsys.readouterr().out
+    words = begin(["asked", "shop.db"])
+    with pytest.raises(DataError, match="no training examples; found splits dev"):
+        data.load(load(Config, words))

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_sql.config import PrepareConfig, absolute, strip_password
 from ray_sql.curate import near, overview
+from ray_sql.curate.choices import as_flags, choose
 from ray_sql.curate.divide import across, divide
 from ray_sql.curate.flags import KINDS, MEANING, Flag
 from ray_sql.curate.pairs import Judged, Pair, judge, read
@@ -87,20 +88,21 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
             return record
         _write(folder, dataset, record, config.cache, display)
         display.line(f"\ndataset   {folder.path}\nlook at   {folder.report}")
-        if not goes_on:
-            display.line(f"next      {next_command(folder.path)}")
+        pairs = record["counts"].get("train", 0)
+        if pairs and not goes_on:
+            display.line(f"next      {next_command(folder.path, pairs)}")
+            fit = f"its settings fit {counted(pairs, 'training pair')}"
+            display.line(f"          {fit}; without --dry_run it trains")
     return record
 
 
-def next_command(folder: Path) -> str:
-    """Return the command that shows what a training on the dataset would do."""
-    return shlex.join(
-        [
-            *("ray-sql", "finetune", "--model_name", "Qwen/Qwen2.5-0.5B-Instruct"),
-            *("--output_name", f"{folder.name}-sql", "--task_type", "sql"),
-            *("--dataset_id", str(folder), "--dry_run"),
-        ]
-    )
+def next_command(folder: Path, pairs: int) -> str:
+    """Return the command that shows what a training on the dataset would do.
+
+    Its settings are those of `ray-sql finetune pairs.csv shop.db` for as many training pairs.
+    """
+    flags = as_flags(choose(pairs, f"{folder.name}-sql", folder))
+    return shlex.join(["ray-sql", "finetune", *flags, "--dry_run"])
 
 
 def _source(config: PrepareConfig) -> Source:

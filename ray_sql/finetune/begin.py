@@ -9,27 +9,17 @@ dataset, and whatever the command line says wins over them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import yaml
 
 from ray_sql.config import PrepareConfig, absolute, load
 from ray_sql.curate import prepare
+from ray_sql.curate.choices import as_yaml, choose
 from ray_sql.data.databases import SUFFIXES
 from ray_sql.errors import ConfigError
 from ray_sql.store.storage import write_local_text
 
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-"""The base model, where none is given: small, and licensed for all uses."""
-EPOCHS = ((100, 10), (300, 6), (1_000, 4), (5_000, 2))
-"""Fewer training pairs than this → passes over them. More pairs get one."""
-FEW = 400
-"""Fewer training pairs than this leave none to choose a checkpoint by."""
 FILE = "finetune.yaml"
-
-Choice = tuple[str, object, str]
-"""A setting, its value, and why."""
 
 
 def begin(words: Sequence[str]) -> list[str]:
@@ -57,7 +47,7 @@ def begin(words: Sequence[str]) -> list[str]:
     record = prepare(asked.changed(changes), goes_on=True)
     folder = absolute(place) / f"{name}-data"
     said = {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
-    chosen = choose(record["counts"]["train"], name, folder)
+    chosen = choose(record["counts"].get("train", 0), name, folder)
     choices = [choice for choice in chosen if choice[0] not in said]
     for setting, value, why in choices:
         print(f"chosen    {setting} {value}: {why}")
@@ -75,28 +65,3 @@ def _holds_databases(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     return any(path.suffix.lower() in SUFFIXES for path in [*folder.iterdir(), *folder.glob("*/*")])
-
-
-def choose(pairs: int, name: str, folder: Path) -> Iterator[Choice]:
-    """Yield the settings of a run on so many training pairs, each with its reason."""
-    epochs = next((epochs for fewer, epochs in EPOCHS if pairs < fewer), 1)
-    yield "model_name", MODEL, "small enough for one GPU; name a larger one for better answers"
-    yield "output_name", name, "after the pairs"
-    yield "task_type", "sql", "pairs of questions and SQL"
-    yield "dataset_id", str(folder), "made of the pairs"
-    yield "num_epochs", epochs, f"{pairs} training pairs: fewer pairs want more passes"
-    yield "learning_rate", 2e-4, "short trainings want more than the default"
-    if pairs < FEW:
-        few = f"{pairs} training pairs are too few to choose a checkpoint by"
-        yield "data.validation_fraction", 0, few
-        yield "evaluate.select_examples", 0, "the last checkpoint is kept"
-    yield "rows.examples_per_row", "auto", "questions on one database share its schema"
-
-
-def as_yaml(choices: Sequence[Choice]) -> str:
-    """Return settings as a file that --config reads, each reason as a comment."""
-    lines = ["# Chosen by `ray-sql finetune` for this dataset."]
-    for setting, value, why in choices:
-        written = yaml.safe_dump({setting: value}, width=1_000_000, allow_unicode=True).strip()
-        lines.append(f"{written}  # {why}")
-    return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ray_sql.data import corpus
 from ray_sql.data.shown import ORACLE
 from ray_sql.display import percent
 from ray_sql.metrics.paired import PairedTest
@@ -150,20 +151,12 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
         )
     if unknown := scores.get("by_hardness", {}).get("unknown", {}).get("n", 0):
         yield f"hardness is unknown for {unknown} of {n} questions: Spider grades no such gold"
-    if "unflagged" in scores:
-        sound = scores["unflagged"]
-        accuracy = percent(sound["execution_accuracy"], sound["interval"], sound["n"])
-        yield (
-            f"without the {scores['flagged']} questions whose gold the audit flags: {accuracy} of "
-            f"n = {sound['n']:,}"
-        )
-    if "determined" in scores:
-        sound = scores["determined"]
-        accuracy = percent(sound["execution_accuracy"], sound["interval"], sound["n"])
-        yield (
-            f"without the {scores['undetermined']} of them whose gold has several right results: "
-            f"{accuracy} of n = {sound['n']:,}"
-        )
+    if flagged := scores.get("flagged"):
+        without = f"{corpus.counted(flagged, 'question')} whose gold the audit flags"
+        yield f"without the {without}: {_accuracy(scores['unflagged'])}"
+    if undetermined := scores.get("undetermined"):
+        without = f"{undetermined} of them whose gold has several right results"
+        yield f"without the {without}: {_accuracy(scores['determined'])}"
     for reason, count in scores.get("full_schema", {}).items():
         yield f"{count} of {n + failing} prompts show the full schema: {reason}"
     if "new_tokens_all" in scores:
@@ -181,6 +174,12 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
             f"{cut} of {n} answers are not right and were cut off at --evaluate.max_new_tokens; "
             "a higher one lets them end"
         )
+
+
+def _accuracy(scores: Mapping[str, Any]) -> str:
+    """Write the accuracy over a part of the questions."""
+    accuracy = percent(scores["execution_accuracy"], scores["interval"], scores["n"])
+    return f"{accuracy} of n = {scores['n']:,}"
 
 
 def paired_lines(metrics: Mapping[str, Any]) -> list[str]:
