@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from ray_sql.config import (
     mask_password,
     mask_secrets,
 )
-from ray_sql.display import printable
+from ray_sql.display import loading, printable
 from ray_sql.errors import ConfigError, RaySqlError
 
 LONGEST_LINE = 1500
@@ -72,7 +73,8 @@ class Job:
     `plan` is the function that `--dry_run` calls, if it is another one. `files` is the setting that
     takes words before the first flag. `begin` is a function that turns a command line with such
     words into one of flags. `defaults` is a YAML file of the package, read first.
-    `extra` is the extra whose packages it needs.
+    `extra` is the extra whose packages it needs. `is_light` tells that its module loads no
+    libraries of models and clusters, which takes seconds.
     """
 
     summary: str
@@ -83,6 +85,7 @@ class Job:
     begin: str = ""
     defaults: str = ""
     extra: str = ""
+    is_light: bool = False
 
 
 JOBS = {
@@ -98,6 +101,7 @@ JOBS = {
         PrepareConfig,
         run="ray_sql.curate:prepare",
         files="pairs",
+        is_light=True,
     ),
     "check": Job(
         "Check settings, data, machines and tokens before a run.",
@@ -120,12 +124,14 @@ JOBS = {
         "Find gold queries, or predictions, whose result is empty, open or by chance.",
         AuditConfig,
         run="ray_sql.evaluate.audit:audit",
+        is_light=True,
     ),
     "compare": Job(
         "Compare two scored files question by question.",
         CompareConfig,
         run="ray_sql.evaluate.compare:run",
         files="files",
+        is_light=True,
     ),
     "ask": Job(
         "Ask a tuned model a question about a database.",
@@ -171,20 +177,26 @@ JOBS = {
         PublishConfig,
         run="ray_sql.publish:publish",
         plan="ray_sql.publish:dry_run",
+        is_light=True,
     ),
     "ui": Job(
-        "Open MLflow's pages on this project's runs.", UiConfig, run="ray_sql.tracking.ui:run"
+        "Open MLflow's pages on this project's runs.",
+        UiConfig,
+        run="ray_sql.tracking.ui:run",
+        is_light=True,
     ),
     "runs": Job(
         "List runs, and remove old ones with their MLflow runs.",
         RunsConfig,
         run="ray_sql.finetune.runs:run",
+        is_light=True,
     ),
     "results": Job(
         "Gather answers and scores of runs into one folder, for the Hub as a dataset.",
         ResultsConfig,
         run="ray_sql.publish.results:run",
         files="runs",
+        is_light=True,
     ),
 }
 
@@ -262,7 +274,9 @@ def _run(job: Job, words: list[str]) -> None:
         if job.begin and words and not words[0].startswith("-"):
             words = _import(job.begin, job.extra)(words)
         config = load(job.settings, words)
-        _import(job.plan if config.dry_run and job.plan else job.run, job.extra)(config)
+        with _first_line(job, config):
+            run = _import(job.plan if config.dry_run and job.plan else job.run, job.extra)
+        run(config)
     except SystemExit:
         if _SIGNALS:  # on its way through Ray's core the exception loses its code
             raise SystemExit(128 + _SIGNALS[0]) from None
@@ -317,6 +331,26 @@ def _import(door: str, extra: str) -> Callable[[Any], Any]:
             raise
         raise ConfigError(f"{error.name} is not installed; pip install -e '.[{extra}]'") from None
     return job
+
+
+def _first_line(job: Job, config: JobConfig) -> AbstractContextManager[None]:
+    """Say that a job has begun, before its libraries are imported."""
+    if job.is_light or "torch" in sys.modules or _begins_quietly(config):
+        return nullcontext()
+    return loading("libraries")
+
+
+def _begins_quietly(config: JobConfig) -> bool:
+    """Tell whether a program reads what a job prints, or none of its imports takes long."""
+    match config:
+        case McpConfig():
+            return True
+        case AskConfig():
+            return config.json
+        case EvaluateConfig():
+            return config.predictions_file is not None
+        case _:
+            return False
 
 
 def _warn_of_secrets(words: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -101,6 +102,25 @@ class _Wait:
             return False
         self.told = now
         return True
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say on stderr what a job waits for before its own display is there.
+
+    It is a line that moves on a terminal and goes with the wait, and one that stays in a log.
+    """
+    console, wait = Console(stderr=True, soft_wrap=True, highlight=False), _Wait(what)
+    if not console.is_terminal:
+        console.print(str(wait), markup=False)
+        yield
+        return
+    # no stream is replaced, for what is loaded meanwhile keeps the one that it finds
+    moving = Live(
+        wait, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    with moving:
+        yield
 
 
 class Display:

@@ -204,7 +204,8 @@ def test_ctrl_c_ends_a_job_in_one_line(tmp_path: Path) -> None:
         with silent.accept()[0]:  # the job waits for an answer, so the signal meets it at work
             process.send_signal(signal.SIGINT)
             _, said = process.communicate()
-    assert (process.returncode, said) == (128 + signal.SIGINT, "interrupted\n")
+    assert process.returncode == 128 + signal.SIGINT
+    assert said == "starting: libraries\ninterrupted\n"
 
 
 def test_words_before_the_first_flag_are_the_files_to_compare(
@@ -242,3 +243,23 @@ def test_a_module_and_the_command_name_themselves_in_help() -> None:
             env=environment,
         )
         assert done.stdout.startswith(f"usage: {name} [")
+
+
+@pytest.mark.parametrize("command", ["-m ray_sql ask", "-m jobs.ask"])
+def test_a_job_says_that_it_has_begun_before_it_loads_models(command: str, tmp_path: Path) -> None:
+    words = ["Who?", "--output_name", "none", "--output_dir", str(tmp_path)]
+    watched = [sys.executable, "-X", "importtime", *command.split(), *words]
+    done = subprocess.run(watched, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    imported = [line.rpartition("|")[2].strip().partition(".")[0] for line in lines]
+    assert lines.index("starting: libraries") < imported.index("torch")
+    assert lines.count("starting: libraries") == 1 and lines[-1].startswith("error: ")
+
+
+def test_a_job_whose_output_a_program_reads_begins_quietly(tmp_path: Path) -> None:
+    words = ["ask", "Who?", "--json", "--output_name", "none", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "ray_sql", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

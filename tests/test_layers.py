@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ray_sql import cli
+
 PACKAGE = Path(__file__).parent.parent / "ray_sql"
 
 FLOORS = [
@@ -96,11 +98,28 @@ def test_tracking_knows_no_stage() -> None:
     }
 
 
-def test_importing_settings_and_databases_loads_nothing_heavy() -> None:
-    heavy = "torch transformers ray mlflow trl peft datasets sqlalchemy"
+def loaded(*modules: str) -> str:
+    """Return the heavy libraries that importing these modules loads, as a list in words."""
+    heavy = "torch transformers ray mlflow trl peft datasets sqlalchemy scipy"
     code = (
-        "import sys, ray_sql, ray_sql.config, ray_sql.database, ray_sql.cli\n"
+        f"import sys, {', '.join(modules)}\n"
         f"print([name for name in '{heavy}'.split() if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+def test_importing_settings_and_databases_loads_nothing_heavy() -> None:
+    assert loaded("ray_sql", "ray_sql.config", "ray_sql.database", "ray_sql.cli") == "[]"
+
+
+def test_a_job_that_says_nothing_at_its_start_loads_nothing_heavy() -> None:
+    doors = [
+        door.partition(":")[0]
+        for job in cli.JOBS.values()
+        if job.is_light
+        for door in (job.run, job.plan)
+        if door
+    ]
+    assert "ray_sql.finetune.runs" in doors and "ray_sql.evaluate.compare" in doors
+    assert loaded(*doors) == "[]"

@@ -41,7 +41,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
     with Display() as display:
         if config.dry_run:
-            for line in _plan(config, display):
+            display.starting("data and model")
+            plan = list(_plan(config, display))
+            display.starting("")
+            for line in plan:
                 display.line(line)
             return {}
         folder.require_ours()
@@ -50,6 +53,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             path = absolute(config.predictions_file)
             evaluation = predictions_file.evaluate_file(path, config, display)
         else:
+            display.starting("data and model")
             evaluation, facts = _evaluate_models(config, config.adapter, display)
         if config.audit:
             evaluation = audit.with_flags(evaluation, config.audit)

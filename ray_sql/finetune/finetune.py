@@ -57,8 +57,10 @@ def dry_run(config: Config) -> None:
 
 def preview(config: Config, display: Display) -> Prepared:
     """Show the first example that is trained on, the audit and the plan."""
+    display.starting("data and tokenizer")
     prepared = prepare(config, display.counter("reading data"))
     display.end("reading data")
+    display.starting("")
     encoded = rows.read(prepared.rows_file)[0]
     prompt = encoded.input_ids[: encoded.prompt_length]
     answer = encoded.input_ids[encoded.prompt_length :]

@@ -20,10 +20,6 @@ FEW_STEPS = 30
 """Fewer optimizer steps than this change a model little."""
 
 
-LEAST_ALONE = next(count for count in range(1, 99) if mcnemar(0, count) <= ALPHA)
-"""The fewest questions by which one model is shown to be better than another."""
-
-
 def lines(prepared: Prepared) -> Iterator[str]:
     """Yield the plan of a training run, a line each."""
     config = prepared.config
@@ -177,12 +173,18 @@ def _precision(questions: int) -> Iterator[str]:
         f"          a score of so few questions is known to ±{points:.0f} points; give more, or "
         "raise --data.test_fraction (of `ray-sql prepare`, for what it made)"
     )
-    gain = 100 * LEAST_ALONE / questions
+    alone = _least_alone()
+    gain = 100 * alone / questions
     told = f"shows from {gain:.0f} points on" if gain <= 100 else "cannot be shown"
     yield (
-        f"          a gain over the base model {told}: it takes {LEAST_ALONE} questions that the "
+        f"          a gain over the base model {told}: it takes {alone} questions that the "
         f"tuned model alone gets right (p <= {ALPHA})"
     )
+
+
+def _least_alone() -> int:
+    """Return the fewest questions by which one model is shown to be better than another."""
+    return next(count for count in range(1, 99) if mcnemar(0, count) <= ALPHA)
 
 
 def _cut_answers(prepared: Prepared) -> Iterator[str]:

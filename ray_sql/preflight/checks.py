@@ -132,12 +132,15 @@ class _Lines:
 
     def _try(self, name: str, action: Callable[..., T], *arguments: Any) -> T | None:
         """Return an action's result; None if it failed, with a line that says why."""
+        self._display.starting(name)
         try:
             return action(*arguments)
         except RaySqlError as error:
             self._display.line(f"FAIL  {name}: {error}")
             self._results.append(False)
             return None
+        finally:
+            self._display.starting("")
 
 
 def check_output(config: Config) -> str:
