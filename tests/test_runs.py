@@ -132,7 +132,7 @@ def test_a_port_that_is_taken_is_refused(store: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: cannot be used"):
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot be listened on"):
             ui.run(load(UiConfig, [], **{"tracking.uri": store, "port": port}))
 
 

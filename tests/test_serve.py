@@ -21,10 +21,11 @@ import yaml
 
 from ray_sql import cli
 from ray_sql.config import ServeConfig, load
+from ray_sql.config.ports import require_free_port
 from ray_sql.data import prompts
 from ray_sql.database import QueryResult
 from ray_sql.errors import ConfigError
-from ray_sql.serve import deployment, job
+from ray_sql.serve import deployment
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.engine import Engine
@@ -344,9 +345,9 @@ def test_a_port_that_another_service_would_share_is_refused() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--serve.port {port}: cannot be listened on"):
-            job.require_free("127.0.0.1", port)
+            require_free_port("--serve.port", "127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"at 256\.0\.0\.1"):
-        job.require_free("256.0.0.1", port)
+        require_free_port("--serve.port", "256.0.0.1", port)
 
 
 def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: Held) -> None:

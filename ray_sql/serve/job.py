@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 
 from ray import serve
 
 from ray_sql import cluster
 from ray_sql.config import ServeConfig
+from ray_sql.config.ports import require_free_port
 from ray_sql.display import Display
-from ray_sql.errors import ConfigError
 from ray_sql.serve import vllm
 from ray_sql.serve.access import token_for
 from ray_sql.serve.deployment import application, prompter
@@ -31,7 +30,7 @@ def run(config: ServeConfig) -> None:
         print(vllm.configuration(asking, section), end="")
         return
     if not cluster.joins():  # a cluster's own service may have the port: this joins it
-        require_free(section.host, section.port)
+        require_free_port("--serve.port", section.host, section.port)
     display.line(f"{asking.name} on {', '.join(asking.databases)}; loading the model")
     if linker is not None and (why := why_two_bases(asking, linker)):
         display.line(f"note: {why}")
@@ -45,23 +44,6 @@ def run(config: ServeConfig) -> None:
             time.sleep(1)
     finally:
         serve.shutdown()
-
-
-def require_free(host: str, port: int) -> None:
-    """Raise `ConfigError` for an address that cannot be listened on.
-
-    Ray Serve would share the port of another service of its kind: each would get every other
-    request.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"--serve.port {port}: cannot be listened on at {host} ({error.strerror}); choose "
-                "another, or end what has it"
-            ) from None
 
 
 def dry_run(config: ServeConfig) -> None:

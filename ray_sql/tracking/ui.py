@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 
 from ray_sql.config import UiConfig, mask_password
-from ray_sql.errors import ConfigError, StoreError
+from ray_sql.config.ports import require_free_port
+from ray_sql.errors import StoreError
 from ray_sql.tracking.names import VIEW
 from ray_sql.tracking.store import client_of, refusing, require_store
 
@@ -35,7 +35,7 @@ def run(config: UiConfig) -> None:
     if uri.startswith("http"):
         print(f"{mask_password(uri)}/{page}")
         return
-    _require_free(config.port)
+    require_free_port("--port", HOST, config.port)
     print(f"MLflow of {mask_password(uri)}: open http://{HOST}:{config.port}/{page}", flush=True)
     if config.dry_run:
         return
@@ -79,14 +79,3 @@ def runs_page(uri: str, experiment: str) -> str:
     page = f"#/experiments/{known.experiment_id}/runs?workflowType=machine_learning"
     has_view = f"mlflow.sharedViewState.{VIEW}" in known.tags
     return page + f"&viewStateShareKey={VIEW}" * has_view
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ConfigError(
-                f"--port {port}: cannot be used ({error.strerror}); choose another"
-            ) from None
