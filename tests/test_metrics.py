@@ -27,6 +27,7 @@ from ray_sql.metrics import (
     clustered_interval,
     execution_match,
     hardness,
+    how_little_is_known,
     is_ordered,
     judge,
     judge_many,
@@ -324,6 +325,13 @@ def test_a_missing_database_is_the_users_to_fix(executor: Executor, tmp_path: Pa
         judge_many(
             executor, [Pair(tmp_path / "nowhere.sqlite", "SELECT 1", "SELECT 1")], semantics="bird"
         )
+
+
+def test_a_score_of_few_questions_says_how_little_is_known() -> None:
+    assert how_little_is_known(12) == "a score of 12 questions is known to ±25 points"
+    assert how_little_is_known(1).startswith("a score of 1 question is known to ±")
+    assert how_little_is_known(99).endswith(" ±10 points")
+    assert how_little_is_known(100) == how_little_is_known(0) == ""
 
 
 def test_wilson_interval_at_known_points() -> None:

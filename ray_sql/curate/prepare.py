@@ -23,15 +23,13 @@ from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor, Limits
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
-from ray_sql.metrics import known_to_points
+from ray_sql.metrics import how_little_is_known
 from ray_sql.store.dataset_folder import DatasetFolder
 
 SHOWN = 5
 """Rejected pairs that are shown in the terminal."""
 FEW = 50
 """Pairs from which on a trained model says something."""
-FEW_SCORED = 15
-"""Fewer questions than this that are set aside tell almost nothing."""
 AS_THEY_CAME = "as they came"
 
 
@@ -193,12 +191,8 @@ def _lines(dataset: Dataset) -> Iterator[str]:
     yield f"divided   {dataset.how}"
     if "dev" not in dataset.splits and len(dataset.splits) == 1:
         yield "          nothing is set aside for scoring; raise --data.test_fraction"
-    elif dataset.how != AS_THEY_CAME and len(dataset.splits["dev"]) < FEW_SCORED:
-        few = len(dataset.splits["dev"])
-        yield (
-            f"          a score of {counted(few, 'question')} is known to "
-            f"±{known_to_points(few):.0f} points; raise --data.test_fraction, or write more"
-        )
+    elif dataset.how != AS_THEY_CAME and (few := how_little_is_known(len(dataset.splits["dev"]))):
+        yield f"          {few}; raise --data.test_fraction, or write more"
     if len(pairs) < FEW:
         yield f"          {FEW} pairs are the least that a training learns from; write more"
     for row in judged.rejected[:SHOWN]:

@@ -8,14 +8,12 @@ from pathlib import Path
 from ray_sql import cluster, data, models, rows
 from ray_sql.config import AUTO_EXAMPLES_PER_ROW
 from ray_sql.finetune.prepare import Prepared
-from ray_sql.metrics import known_to_points, mcnemar
+from ray_sql.metrics import how_little_is_known, mcnemar
 from ray_sql.metrics.paired import ALPHA
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS
 
-FEW_QUESTIONS = 100
-"""Fewer questions than this tell a share to 10 points at best."""
 FEW_STEPS = 30
 """Fewer optimizer steps than this change a model little."""
 
@@ -165,13 +163,13 @@ def _scoring(prepared: Prepared) -> Iterator[str]:
 
 
 def _precision(questions: int) -> Iterator[str]:
-    """Say how little a few questions tell: the interval of a share of one half."""
-    if not 0 < questions < FEW_QUESTIONS:
+    """Say how little a few questions tell, and which gain they show."""
+    little = how_little_is_known(questions)
+    if not little:
         return
-    points = known_to_points(questions)
     yield (
-        f"          a score of so few questions is known to ±{points:.0f} points; give more, or "
-        "raise --data.test_fraction (of `ray-sql prepare`, for what it made)"
+        f"          {little}; give more, or raise --data.test_fraction (of `ray-sql prepare`, for "
+        "what it made)"
     )
     alone = _least_alone()
     gain = 100 * alone / questions

@@ -43,7 +43,7 @@ from ray_sql.metrics.match import (
 from ray_sql.metrics.statistics import (
     Interval,
     clustered_interval,
-    known_to_points,
+    how_little_is_known,
     mcnemar,
     resolvable_difference,
     wilson_interval,

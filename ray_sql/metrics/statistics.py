@@ -9,6 +9,10 @@ from math import sqrt
 from statistics import NormalDist
 
 
+FEW_QUESTIONS = 100
+"""Fewer questions than this tell a share to 10 points at best."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """Two shares between 0 and 1."""
@@ -17,10 +21,16 @@ class Interval:
     high: float
 
 
-def known_to_points(questions: int) -> float:
-    """Return to how many points, up and down, a score of one half of the questions is known."""
+def how_little_is_known(questions: int) -> str:
+    """Return to how many points, up and down, a score of so few questions is known.
+
+    It is that of one half of them. Empty for no question, and for `FEW_QUESTIONS` or more.
+    """
+    if not 0 < questions < FEW_QUESTIONS:
+        return ""
     interval = wilson_interval(questions // 2, questions)
-    return 50 * (interval.high - interval.low)
+    points, plural = 50 * (interval.high - interval.low), "s" * (questions > 1)
+    return f"a score of {questions} question{plural} is known to ±{points:.0f} points"
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
