@@ -39,7 +39,8 @@ def load(config: Config) -> Corpus:
             )
     source = _source(config, config.split)
     corpus = _divide(read_corpus(source), source, config.split, config.seed)
-    corpus = _with_schemas(corpus, source, config.prompt, suites=_executes_suites(config))
+    by_suites = config.evaluate.semantics == "spider"
+    corpus = _with_schemas(corpus, source, config.prompt, suites=by_suites)
     return with_values(corpus, config.prompt)
 
 
@@ -65,7 +66,8 @@ def load_split(config: Config, splits: Sequence[str], *, undivided: bool = False
         left_out = tuple(row for row in left_out if row.split in splits)
     chosen = {split: corpus.splits[split] for split in splits}
     corpus = replace(corpus, splits=chosen, left_out=left_out)
-    corpus = _with_schemas(corpus, source, config.prompt, suites=_executes_suites(config))
+    by_suites = config.evaluate.semantics == "spider"
+    corpus = _with_schemas(corpus, source, config.prompt, suites=by_suites)
     return with_values(corpus, config.prompt)
 
 
@@ -80,11 +82,6 @@ def add_schema(corpus: Corpus, db_id: str, config: Config) -> Corpus:
     corpus_of_one = replace(corpus, splits={"": (asked,)})
     read = _with_schemas(corpus_of_one, _source(config), config.prompt, suites=False)
     return replace(corpus, schemas=corpus.schemas | read.schemas)
-
-
-def _executes_suites(config: Config) -> bool:
-    executes = TASKS[config.task_type].executes_sql
-    return executes and config.evaluate.semantics == "spider"
 
 
 def _named(corpus: Corpus, split: str) -> Corpus:
@@ -161,7 +158,7 @@ def _with_schemas(corpus: Corpus, source: Source, prompt: PromptSection, *, suit
                     notes.append(f"database {db_id}: {join_some(missing)}")
             elif db_id in corpus.schemas:
                 schemas[db_id] = corpus.schemas[db_id]
-        if suites:
+        if suites and TASKS[source.task].executes_sql:
             places = [run_on for db_id in schemas if (run_on := corpus.executable(db_id))]
             notes += suite.remarks(executor, places)
     splits = _on_tables(splits, schemas, left_out)

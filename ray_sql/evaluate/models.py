@@ -137,14 +137,7 @@ def scored_questions(
 
     `links` make their schemas smaller.
     """
-    encoder = generate.question_encoder(
-        tokenizer,
-        TASKS[config.task_type],
-        config.prompt,
-        corpus.schemas,
-        config.rows,
-        config.evaluate,
-    )
+    encoder = generate.question_encoder(tokenizer, config, corpus.schemas)
     questions = []
     for split in config.split:
         examples = data.sample(corpus.splits[split], config.evaluate.limit, config.seed)
@@ -156,14 +149,7 @@ def scored_conversations(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: Config, links: AskedLinks
 ) -> list[Turns]:
     """Return the prompts of `scored_questions` as turns, for an endpoint."""
-    encoder = generate.question_encoder(
-        tokenizer,
-        TASKS[config.task_type],
-        config.prompt,
-        corpus.schemas,
-        config.rows,
-        config.evaluate,
-    )
+    encoder = generate.question_encoder(tokenizer, config, corpus.schemas)
     return [
         encoder.question_turns(example, links.show(split, example, corpus.schemas).schema)
         for split in config.split

@@ -115,15 +115,7 @@ class Prepared:
     @property
     def encoder(self) -> rows.Encoder:
         """The encoder of this run's examples."""
-        config = self.config
-        return generate.question_encoder(
-            self.tokenizer,
-            TASKS[config.task_type],
-            config.prompt,
-            self.corpus.schemas,
-            config.rows,
-            config.evaluate,
-        )
+        return generate.question_encoder(self.tokenizer, self.config, self.corpus.schemas)
 
 
 def find(config: Config) -> Found:

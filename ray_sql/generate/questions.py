@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_sql import models
-from ray_sql.config import strip_password
+from ray_sql.config import Config, strip_password
 from ray_sql.config.files import parse_json
-from ray_sql.config.sections import AnswersSection, PromptSection, RowsSection
+from ray_sql.config.sections import RowsSection
 from ray_sql.data import Corpus, Example, prompts
 from ray_sql.data.linking import LinkError, format_links
 from ray_sql.data.shown import AskedLinks, ShownSchema
@@ -26,7 +26,7 @@ from ray_sql.metrics import hardness
 from ray_sql.rows import Encoder
 from ray_sql.store import storage
 from ray_sql.store.run_folder import DATABASES, RunFolder
-from ray_sql.tasks import Task
+from ray_sql.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,16 +140,12 @@ def _room(example: Example, shown: Schema | None, corpus: Corpus) -> Room | None
 
 
 def question_encoder(
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    prompt: PromptSection,
-    schemas: Mapping[str, Schema],
-    limits: RowsSection,
-    answers: AnswersSection,
+    tokenizer: PreTrainedTokenizerBase, config: Config, schemas: Mapping[str, Schema]
 ) -> Encoder:
     """Return the encoder of questions to a tokenizer's model, within the room that it has."""
-    room = prompt_room(str(tokenizer.name_or_path), limits, answers.max_new_tokens)
-    return Encoder(tokenizer, task, prompt, schemas, room)
+    most = config.evaluate.max_new_tokens
+    room = prompt_room(str(tokenizer.name_or_path), config.rows, most)
+    return Encoder(tokenizer, TASKS[config.task_type], config.prompt, schemas, room)
 
 
 def prompt_room(folder: str, limits: RowsSection, max_new_tokens: int) -> int | None:

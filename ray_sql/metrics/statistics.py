@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
-
 FEW_QUESTIONS = 100
 """Fewer questions than this tell a share to 10 points at best."""
 

@@ -65,9 +65,7 @@ class Prompter:
         schemas = {name: database.schema for name, database in databases.items()}
         config = self.config
         check_described(self.adapter.read_contract() or {}, schemas, self.adapter.uri)
-        self._encoder = generate.question_encoder(
-            self.tokenizer, self.task, config.prompt, schemas, config.rows, config.evaluate
-        )
+        self._encoder = generate.question_encoder(self.tokenizer, config, schemas)
         self._values: dict[str, ValueIndex] = {}
         with Executor(1) as executor:
             for name, database in databases.items():

@@ -78,12 +78,7 @@ class _Checked:
         self._corpus = load_scored(self._config, found.adapter.uri)
         self._links = asked_links(self._config, self._corpus, display)
         self._encoder = generate.question_encoder(
-            prompter.tokenizer,
-            prompter.task,
-            self._config.prompt,
-            self._corpus.schemas,
-            self._config.rows,
-            self._config.evaluate,
+            prompter.tokenizer, self._config, self._corpus.schemas
         )
         known = [
             (split, example)
