@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,23 @@ def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: Held) 
         answer = sql(client)
     assert answer.status_code == 504
     assert "not answered in time" in answer.json()["error"]["message"]
+
+
+def test_the_answer_and_its_query_have_one_deadline(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, answer, run = 1.0, engine.answer, engine.run
+
+    def slowly(call: Callable[..., Any], *arguments: Any) -> Any:
+        time.sleep(0.6 * most)
+        return call(*arguments)
+
+    monkeypatch.setattr(engine, "answer", partial(slowly, answer))
+    monkeypatch.setattr(engine, "run", partial(slowly, run))
+    with serving(engine, request_timeout_s=most) as client:
+        assert sql(client).status_code == 504
+    with serving(engine, request_timeout_s=HANGS) as client:
+        assert sql(client).json()["rows"] == [[2]]
 
 
 def test_a_token_is_asked_for_where_there_is_one(engine: Engine) -> None:

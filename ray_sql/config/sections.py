@@ -515,7 +515,7 @@ class ServeSection(Section):
     max_waiting: int = Field(64, ge=1, le=MOST_WORKERS)
     """Refuse further questions, with 503, while this many wait at a copy of the model."""
     request_timeout_s: float = Field(60.0, gt=0, le=LONGEST)
-    """Give up a question after this many seconds, with 504."""
+    """Give up a request after this many seconds, with 504: its answer and its query together."""
     max_request_bytes: int = Field(65_536, ge=1, le=MOST)
     """Refuse a request whose body has more bytes, with 413."""
     schema_bytes: int = Field(2**30, ge=0, le=10**15)

@@ -65,13 +65,14 @@ class Service:
         runs = body.execute and prompter.task.executes_sql
         if runs:
             self.queries.require_room()  # before the model works for an answer that would be lost
-        reply = await self._wait(self.batcher.submit(asked), request)
-        if self._section.log_questions:
-            log.warning("%s: %s: %s", database, body.question, reply.predicted)
         result, links = None, {}
-        if runs and reply.predicted:
-            done = await self._wait(self.queries.submit(database, reply.predicted), request)
-            result, links = done.result, done.named_links()
+        async with self._in_time():
+            reply = await self._wait(self.batcher.submit(asked), request)
+            if self._section.log_questions:
+                log.warning("%s: %s: %s", database, body.question, reply.predicted)
+            if runs and reply.predicted:
+                done = await self._wait(self.queries.submit(database, reply.predicted), request)
+                result, links = done.result, done.named_links()
         answer = wire.reply(reply, result, prompter.task, prompter.name, body.max_rows)
         return answer | links
 
@@ -85,7 +86,8 @@ class Service:
             settings = settings.model_copy(update={"max_new_tokens": body.most_tokens})
         turns = [message.turn() for message in body.messages]
         asked = self._engine.prompter.ask_turns(turns, settings)
-        reply = await self._wait(self.batcher.submit(asked), request)
+        async with self._in_time():
+            reply = await self._wait(self.batcher.submit(asked), request)
         cut = reply.new_tokens >= settings.max_new_tokens
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -109,7 +111,8 @@ class Service:
     async def run(self, body: RunRequest, request: Request) -> dict[str, Any]:
         """Run a query on a registered database, as those of answers are run."""
         self._engine.prompter.database(body.database)
-        done = await self._wait(self.queries.submit(body.database, body.sql), request)
+        async with self._in_time():
+            done = await self._wait(self.queries.submit(body.database, body.sql), request)
         if self._section.log_questions:
             log.warning("%s: %s", body.database, body.sql)
         return {
@@ -161,16 +164,19 @@ class Service:
         self.counts.together.observe(len(asked))
         return self._engine.answer(asked)
 
+    def _in_time(self) -> asyncio.Timeout:
+        """Return what raises TimeoutError inside once a request has taken too long."""
+        return asyncio.timeout(self._section.request_timeout_s)
+
     async def _wait(self, coming: asyncio.Future[T], request: Request) -> T:
         """Return what is coming, unless nobody waits for it any more."""
         gone = asyncio.create_task(_until_gone(request))
         try:
             either: set[asyncio.Future[Any]] = {coming, gone}
-            timeout = self._section.request_timeout_s
-            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if coming.done():
                 return coming.result()
-            raise Gone if gone.done() else TimeoutError
+            raise Gone
         finally:
             gone.cancel()
             coming.cancel()
