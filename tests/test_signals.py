@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,7 @@ import pytest
 
 from ray_sql.database import Executor, Limits
 from ray_sql.errors import DataError
+from ray_sql.evaluate.endpoint import PATIENCE
 from tests import hub
 from tests.conftest import make_spider_folder
 from tests.test_hostile import make_database
@@ -127,6 +130,51 @@ def test_an_evaluation_ends_while_its_queries_run(
     said = job.tell(number)
     assert "Traceback" not in said
     assert job.process.returncode in (128 + number, -number)
+
+
+@contextmanager
+def silent_server(lists: bool) -> Iterator[tuple[str, threading.Event]]:
+    """Serve an endpoint that answers nothing, but for its list of models if it `lists` them.
+
+    Yields its address, and an event that is set once it is asked what it never answers.
+    """
+    asked, ended = threading.Event(), threading.Event()
+    models = json.dumps({"data": [{"id": "mute"}]}).encode()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not lists:
+                self.do_POST()
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(models)))
+            self.end_headers()
+            self.wfile.write(models)
+
+        def do_POST(self) -> None:
+            asked.set()
+            ended.wait(HANGS)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        finally:
+            ended.set()
+            server.shutdown()
+
+
+@KIND
+@pytest.mark.parametrize("lists", [False, True], ids=["silent", "lists-its-models"])
+def test_the_first_signal_ends_a_comparison_with_a_silent_endpoint(
+    start: Callable[..., Job], tuned_run: Path, lists: bool
+) -> None:
+    words = ["--output_name", tuned_run.name, "--output_dir", str(tuned_run.parent)]
+    with silent_server(lists) as (address, asked):
+        job = start("jobs.verify", *words, "--evaluate.url", address)
+        wait_until(asked.is_set)
+        assert PATIENCE > GONE and job.tell(signal.SIGINT).endswith("interrupted\n")
+    assert job.process.returncode == 128 + signal.SIGINT
 
 
 @KIND

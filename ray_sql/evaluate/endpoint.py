@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, Self
 
@@ -111,16 +114,37 @@ class Endpoint:
     def answer_all(
         self, conversations: Sequence[Turns], max_new_tokens: int, progress: Progress | None = None
     ) -> list[Answer]:
-        """Return a greedy answer to each conversation, several asked at a time."""
+        """Return a greedy answer to each conversation, several asked at a time.
+
+        Threads that do not keep the process alive ask. So a signal ends a job at once, whatever
+        the endpoint does.
+        """
+        coming = [Future[Answer]() for _ in conversations]
+        left = deque(zip(coming, conversations, strict=True))
+
+        def ask() -> None:
+            with suppress(IndexError):  # none is left
+                while True:
+                    self._answer_to(*left.popleft(), max_new_tokens)
+
+        for number in range(min(AT_A_TIME, len(conversations))):
+            threading.Thread(target=ask, name=f"ray_sql-ask-{number}", daemon=True).start()
         answers = []
-        with ThreadPoolExecutor(AT_A_TIME) as threads:
-            for answer in threads.map(
-                lambda turns: self.answer(turns, max_new_tokens), conversations
-            ):
-                answers.append(answer)
+        try:
+            for answer in coming:
+                answers.append(answer.result())
                 if progress:
                     progress(len(answers), len(conversations))
+        finally:
+            left.clear()
         return answers
+
+    def _answer_to(self, coming: Future[Answer], turns: Turns, max_new_tokens: int) -> None:
+        """Answer a conversation, or say why not, to whoever waits for it."""
+        try:
+            coming.set_result(self.answer(turns, max_new_tokens))
+        except Exception as error:  # of any kind: it is raised where the answer is waited for
+            coming.set_exception(error)
 
     def answer(self, turns: Turns, max_new_tokens: int) -> Answer:
         """Return the greedy answer to a conversation."""
