@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from ray_sql.report import commands
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.train.gauges import GAUGES, VALIDATION, Gauges
 from tests.waiting import wait_until
 
@@ -78,6 +79,12 @@ def test_without_ray_nothing_is_exported() -> None:
     gauges.point(1, 2, {"loss": 1.0})
     gauges.validated({"validation/loss": 1.0})
     assert not ray.is_initialized()
+
+
+def test_trials_are_told_apart_by_their_sweeps() -> None:
+    sweep = RunFolder("s3://bucket/runs/wide")
+    assert sweep.full_name == RunFolder("/out/wide/").full_name == "wide"
+    assert sweep.trial("trial-003").full_name == "wide/trial-003"
 
 
 @pytest.fixture

@@ -400,6 +400,12 @@ class RunFolder(_Folder):
         """The folder of all trials."""
         return self.place(_TRIALS)
 
+    @property
+    def full_name(self) -> str:
+        """The name of the run; of a trial, with that of its sweep: `sweep/trial-003`."""
+        study, _, trial = self.uri.rstrip("/").rpartition(f"/{_TRIALS}/")
+        return f"{RunFolder(study).name}/{trial}" if study else self.name
+
     def trial(self, name: str) -> RunFolder:
         """Return the folder of a trial, which is a run's."""
         return RunFolder(f"{self.trials}/{name}")

@@ -90,7 +90,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
             is_eval_step,
             batching,
             examples,
-            run_name=config.output_name,
+            run_name=folder.full_name,
         )
         hooks = trainer.TrainerHooks(
             on_log=reporter.on_log,
