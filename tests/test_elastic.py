@@ -25,10 +25,12 @@ from benchmarks.ray_cluster import ray_cluster
 from ray_sql import cli, cluster, train
 from ray_sql.cluster.events import CheckpointSaved, Event, Note, TrainPoint
 from ray_sql.config import Config
+from ray_sql.config.sections import ScalingSection
 from ray_sql.finetune import prepare
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import RunFolder
 from ray_sql.train import trainer
+from ray_sql.train.preemption import PreemptionWatch
 from tests.waiting import HANGS, wait_until
 
 SETTINGS = {
@@ -286,6 +288,39 @@ def test_a_run_that_is_told_to_stop_saves_first_and_repeats_no_step(
     assert dict(second.saved) == pytest.approx(dict(whole.saved)), (
         "what was to be measured is, and comes out the same"
     )
+
+
+def test_a_run_saves_at_its_step_however_long_it_takes_to_say_so(
+    make_config: Any, as_a_job: None
+) -> None:
+    log = told(signal.SIGTERM, 2)
+
+    def slow(event: Event) -> None:
+        if isinstance(event, Note) and event.text.startswith("told to stop"):
+            wait_until(lambda: log.saved)
+        log(event)
+
+    with pytest.raises(SystemExit):
+        fit(make_config(**SETTINGS), slow)
+    assert log.order == [1, 2, 3] and log.saved == [(3, None)]
+
+
+def test_a_run_in_this_process_asks_after_every_step_however_slow_that_was() -> None:
+    def loop(_: None, driver: cluster.DriverLink) -> list[int]:
+        asked = []
+
+        def stopping() -> bool:
+            time.sleep(0.02)
+            asked.append(step)
+            return False
+
+        watch = PreemptionWatch(stopping, is_free=driver.in_process)
+        for step in range(1, 5):
+            watch(step)
+        return asked
+
+    scaling = ScalingSection(num_workers=0)
+    assert cluster.run_workers(loop, None, scaling, "", lambda _: None) == [1, 2, 3, 4]
 
 
 def test_told_twice_a_run_stops_at_once(make_config: Any) -> None:

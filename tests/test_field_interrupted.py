@@ -17,6 +17,7 @@ from rich.console import Console
 
 import ray_sql
 from ray_sql import cli, cluster, finetune, tracking, train
+from ray_sql.cluster import stop
 from ray_sql.cluster.events import Event, Note
 from ray_sql.config import Config, load
 from ray_sql.display import Display
@@ -27,6 +28,7 @@ from ray_sql.store.run_folder import RunFolder
 from ray_sql.tune import space, study
 from ray_sql.tune.session import StudySession
 from tests.test_tune import one
+from tests.waiting import wait_until
 
 kind = pytest.mark.kind("interrupted runs")
 DEMO = Path(ray_sql.__file__).parent / "demo_data" / "demo.yaml"
@@ -202,6 +204,47 @@ def test_a_run_that_has_just_begun_does_not_stay_open_in_mlflow(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert MlflowClient(uri).get_run(told.record.run_id).info.status == "KILLED"
+
+
+class Slow(finetune.Session):
+    """A session whose MLflow answers once people were told what is waited for.
+
+    A signal comes while it begins a run, if that is what `told` says.
+    """
+
+    told = False
+    out: io.StringIO
+
+    def begin_record(self) -> tracking.Run:
+        if self.told:
+            signal.raise_signal(signal.SIGINT)
+            self.wait_until_said()
+        return super().begin_record()
+
+    def end(self, status: tracking.Status) -> None:
+        self.wait_until_said()
+        super().end(status)
+
+    def wait_until_said(self) -> None:
+        wait_until(lambda: "ending the MLflow run" in self.out.getvalue())
+
+
+@kind
+@pytest.mark.parametrize("told", [False, True], ids=["at work", "at the begin"])
+def test_a_signal_that_waits_for_mlflow_says_so(
+    make_config: Any, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "SAY_SECONDS", 0.1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = io.StringIO()
+    session = Slow(make_config(), Display(Console(file=out, soft_wrap=True)))
+    session.told, session.out = told, out
+    try:
+        with pytest.raises(KeyboardInterrupt), session:
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert out.getvalue().count("ending the MLflow run …; once more stops at once\n") == 1
 
 
 @kind

@@ -144,6 +144,8 @@ class DriverLink:
     emit: OnEvent
     stopping: Callable[[], bool]
     """Tells whether the driver was told to stop."""
+    in_process: bool = False
+    """True where the driver is this process: asking it costs nothing."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from ray_sql.cluster import ray_internals
@@ -22,6 +22,8 @@ STOP_SECONDS = 45.0
 ours, so that there is time left to close the records."""
 AGAIN_SECONDS = 1.0
 """A signal within these seconds counts as the same one: `timeout` sends two at a time."""
+SAY_SECONDS = 2.0
+"""Seconds after which people are told what a signal waits for."""
 RAY_SECONDS = 15.0
 """Seconds that Ray has to take note of the stop."""
 
@@ -42,18 +44,25 @@ class ClusterEvent:
 
 
 class GracefulStop:
-    """Inside, SIGTERM or Ctrl-C sets `stop`, and acts when what is inside has ended.
+    """Inside, SIGTERM or Ctrl-C tells workers to stop, and acts when what is inside has ended.
 
     The signal acts at once before there is anything to save, when it comes a second time, and
     after `STOP_SECONDS`. Signals reach the main thread: in any other thread this does nothing.
+
+    `tell` tells workers in other processes. One in this process asks `is_told`, which is true from
+    the signal on: no thread has to get its turn first.
     """
 
-    def __init__(self, stop: threading.Event | ClusterEvent, on_event: OnEvent) -> None:
-        self._stop, self._on_event = stop, on_event
+    def __init__(self, on_event: OnEvent, tell: Callable[[], None] | None = None) -> None:
+        self._on_event, self._tell = on_event, tell
         self._handlers: dict[int, Any] = {}
         self._received: int | None = None
         self._has_state = threading.Event()
         self._ended = threading.Event()
+
+    def is_told(self) -> bool:
+        """Tell whether a signal has come that work is to end for."""
+        return self._received is not None
 
     def on_event(self, event: Event) -> bool | None:
         """Hand an event on; after the first step there is something to save, or saved."""
@@ -99,41 +108,58 @@ class GracefulStop:
             os.kill(os.getpid(), number)
 
     def _tell_workers(self) -> bool:
-        """Set `stop`; return False where that fails or hangs, because Ray is gone.
+        """Return False where that fails or hangs, because Ray is gone.
 
         Ray ends this process a minute later, whatever it is doing.
         """
+        if self._tell is None:
+            return True
         try:
-            _start(self._stop.set, "ray_sql-tell").result(RAY_SECONDS)
+            _start(self._tell, "ray_sql-tell").result(RAY_SECONDS)
         except Exception:  # Ray's own errors have no common base
             return False
         return True
 
 
 @contextmanager
-def signals_later(before: Callable[[], None]) -> Iterator[None]:
+def said_when_slow(say: Callable[[], None]) -> Iterator[None]:
+    """Call `say`, in a thread, if what is inside takes longer than `SAY_SECONDS`."""
+    timer = threading.Timer(SAY_SECONDS, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def signals_later(before: Callable[[], None], say: Callable[[], None]) -> Iterator[None]:
     """Let SIGTERM or Ctrl-C act when what is inside has ended, after a call of `before`.
 
-    The signal acts at once when it comes again `AGAIN_SECONDS` later. Signals reach the main
-    thread: in any other thread this does nothing.
+    `say` is called where the signal waits for long. It acts at once when it comes again
+    `AGAIN_SECONDS` later. Signals reach the main thread: in any other thread this does nothing.
     """
     came: list[tuple[int, float]] = []
     handlers: dict[int, Any] = {}
 
     def receive(number: int, _: object) -> None:
         came.append((number, time.monotonic()))
+        if len(came) == 1:
+            waiting.enter_context(said_when_slow(say))
         if came[-1][1] - came[0][1] > AGAIN_SECONDS:
             _restore(handlers)
             signal.raise_signal(number)
 
-    _receive_by(receive, handlers)
-    try:
-        yield
-    finally:
-        _restore(handlers)
-        if came:
-            before()
-            signal.raise_signal(came[0][0])
+    with ExitStack() as waiting:
+        _receive_by(receive, handlers)
+        try:
+            yield
+        finally:
+            _restore(handlers)
+            if came:
+                before()
+                signal.raise_signal(came[0][0])
 
 
 def _receive_by(receive: Callable[[int, Any], None], handlers: dict[int, Any]) -> None:

@@ -6,7 +6,6 @@ With `scaling.num_workers` 0 the function runs in this process and Ray is not st
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -78,7 +77,7 @@ def run_workers(
     start_ray()
     on_event(StageEnded("Ray"))
     told_to_stop = ClusterEvent()
-    stop = GracefulStop(told_to_stop, on_event)
+    stop = GracefulStop(on_event, told_to_stop.set)
     try:
         with Channel(stop.on_event, decides) as channel, stop:
             worker = _Worker(loop, job, DriverLink(channel.sender(), told_to_stop.is_set))
@@ -97,9 +96,8 @@ def _run_in_process(loop: Loop[Job, Result], job: Job, on_event: OnEvent) -> Res
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces every report
-    told_to_stop = threading.Event()
-    with GracefulStop(told_to_stop, on_event) as stop:
-        driver = DriverLink(stop.on_event, told_to_stop.is_set)
+    with GracefulStop(on_event) as stop:
+        driver = DriverLink(stop.on_event, stop.is_told, in_process=True)
         trainer = TorchTrainer(
             lambda: loop(job, driver), scaling_config=ScalingConfig(num_workers=0)
         )

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from ray_sql import cluster, tracking, train
-from ray_sql.cluster.stop import signals_later
+from ray_sql.cluster.stop import said_when_slow, signals_later
 from ray_sql.config import Config, mask_password
 from ray_sql.display import Display
 from ray_sql.errors import DamagedFile, StoreError, TakenOver
@@ -72,7 +72,8 @@ class Session:
             self.remove_earlier()
         self.lay_out()
         self.display.starting("")
-        with signals_later(lambda: self.end("KILLED")):  # else it would stay open in MLflow
+        # else it would stay open in MLflow
+        with signals_later(lambda: self.end("KILLED"), self._say_ending):
             self.record = self.begin_record()
             self.clock.mark("run folder and MLflow run")
         return self
@@ -86,9 +87,13 @@ class Session:
         if kind is None:
             self.end("FINISHED")
         elif issubclass(kind, KeyboardInterrupt | SystemExit):
-            self.end("KILLED")
+            with said_when_slow(self._say_ending):
+                self.end("KILLED")
         elif not issubclass(kind, TakenOver):  # the MLflow run is the other driver's now
             self.end("FAILED")
+
+    def _say_ending(self) -> None:
+        self.display.line("ending the MLflow run …; once more stops at once")
 
     # The steps in which a sweep differs
 

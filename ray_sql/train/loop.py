@@ -62,7 +62,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
         unvalidated = last is not None and needs_validation(last, folder, is_eval_step)
         step = last.step if last else 0
         steps = config.batching.steps(len(examples))
-        watch = PreemptionWatch(driver.stopping)
+        watch = PreemptionWatch(driver.stopping, is_free=driver.in_process)
         # a run at its last step was cut off in what follows training
         if (step >= steps and not unvalidated) or watch.told_to_stop():
             return TrainOutcome(step, steps, None)

@@ -19,12 +19,12 @@ class PreemptionWatch:
     """Tells when to save: the driver was told to stop, or Ray takes away a node that a rank is on.
 
     All ranks learn of it after the same step. They ask each other as often as costs a hundredth of
-    training, but every few seconds.
+    training, but every few seconds. Where asking `is_free`, they ask after every step.
     """
 
-    def __init__(self, stopping: Callable[[], bool]) -> None:
+    def __init__(self, stopping: Callable[[], bool], is_free: bool = False) -> None:
         self.stops = False
-        self._stopping = stopping
+        self._stopping, self._is_free = stopping, is_free
         self._preempted: set[str] = set()
         self._next_step = 0
         self._last: tuple[int, float, float] | None = None
@@ -51,7 +51,7 @@ class PreemptionWatch:
 
     def _interval(self, step: int, now: float) -> int:
         """Return the number of steps until the ranks ask again."""
-        if self._last is None:
+        if self._is_free or self._last is None:
             return 1
         last_step, last_time, duration = self._last
         step_seconds = max((now - last_time) / (step - last_step), 1e-6)
