@@ -71,7 +71,7 @@ def hybrid(kind: str, folder: Path) -> Path:
     """A tiny random model of a family, whose states fade by up to a half with every token.
 
     Transformers draws up to a ten-millionth. Then float32 loses four digits to where a chunk of
-    tokens begins, in rows of one example too.
+    tokens begins, in rows of one example too. `test_float64` has the weights as drawn.
     """
     family(kind, folder, **(SHAPES | OTHERS)[kind])
     weights = load_file(folder / "model.safetensors")

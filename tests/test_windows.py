@@ -43,6 +43,7 @@ def sliding(kind: str, folder: Path) -> Path:
     """A tiny random model of a family, whose attention is not sharper than a trained one's.
 
     Gemma 4 divides scores by nothing. With norms of 1 a rounding in them shows in the gradients.
+    `test_float64` has the weights as drawn.
     """
     family(kind, folder, **SHAPES[kind])
     weights = load_file(folder / "model.safetensors")
