@@ -82,12 +82,17 @@ def measure_speed(products: Sequence[Product], cache: Path | None = None) -> Spe
 
 def _machine(products: Sequence[Product]) -> str:
     """Return 16 hex digits for what a speed depends on: products, processor, cores and torch."""
-    processor = [platform.machine(), platform.processor()]
+    parts = [products, processor(), os.cpu_count(), version("torch")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def processor() -> list[str]:
+    """Return what tells the processor of this machine from others."""
+    names = [platform.machine(), platform.processor()]
     with suppress(OSError):
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        processor += [line for line in first.splitlines() if line.startswith(CPU_NAMES)]
-    parts = [products, processor, os.cpu_count(), version("torch")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        names += [line for line in first.splitlines() if line.startswith(CPU_NAMES)]
+    return names
 
 
 @lru_cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ray_sql.errors import out_of_memory
 from ray_sql.models import packed_attention, recurrent
+from ray_sql.rows import verdicts
 from ray_sql.rows.batch import collate, model_inputs
 from ray_sql.rows.encoder import TokenizedExample
 from ray_sql.rows.share import SharedRow
@@ -24,7 +26,9 @@ OWN = 8
 """Tokens of each question's own in a probe."""
 
 
-def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
+def why_not_share(
+    model: PreTrainedModel, longest: int, row: int, cache: Path | None = None
+) -> str | None:
     """Return why rows of several questions would be wrong for `model`; None if they are right.
 
     Examples have up to `longest` tokens and rows up to `row`. Windows that only our attention
@@ -32,7 +36,8 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
     windows of places in the row, attention that takes no mask, positions that are counted and not
     given. It takes a shared row and a separate one, of random tokens and of these lengths, through
     the attention that training will use. A model that is wrong with the fast one
-    (`packed_attention`) is left with a mask.
+    (`packed_attention`) is left with a mask. On a CPU a try takes about a second, and one that was
+    right before is not made again, where `cache` is given.
     """
     config = model.config.get_text_config()
     packed_attention.install(model)
@@ -47,6 +52,23 @@ def why_not_share(model: PreTrainedModel, longest: int, row: int) -> str | None:
             f"its attention ({implementation}) slides over a window of {window} tokens, "
             f"but the longest example has {longest}"
         )
+    if cache is None or model.device.type != "cpu":
+        return _tried(model, longest, row)
+    place = verdicts.place_of(model, longest, row, cache)
+    known = verdicts.read(place)
+    if known is None:
+        fault = _tried(model, longest, row)
+        if fault is None:
+            masked = model.config._attn_implementation == packed_attention.MASKED
+            verdicts.keep(place, verdicts.Verdict(masked))
+        return fault
+    if known.masked:
+        packed_attention.use_mask(model)
+    return None
+
+
+def _tried(model: PreTrainedModel, longest: int, row: int) -> str | None:
+    """Return the fault that a try finds; a model that is right with a mask only is left with it."""
     fault = _fault(model, longest, row)
     if fault and model.config._attn_implementation == packed_attention.NAME:
         packed_attention.use_mask(model)

@@ -68,7 +68,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
             return TrainOutcome(step, steps, None)
         batching = config.batching_of(example.db_id for example in examples)
         batching = replace(batching, microbatch_halvings=job.microbatch_halvings)
-        reason = _why_not_share(base, examples, batching)
+        reason = _why_not_share(base, examples, batching, config.cache)
         if reason is not None:
             if config.rows.examples_per_row != "auto":
                 raise ModelError(
@@ -115,7 +115,10 @@ def _fetch_rows(folder: RunFolder, target: Path) -> Path:
 
 
 def _why_not_share(
-    base: PreTrainedModel, examples: Sequence[rows.TokenizedExample], batching: Batching
+    base: PreTrainedModel,
+    examples: Sequence[rows.TokenizedExample],
+    batching: Batching,
+    cache: Path,
 ) -> str | None:
     """Return a reason why this model's rows hold one question; None where they may hold more.
 
@@ -124,5 +127,6 @@ def _why_not_share(
     if batching.examples_per_row == 1:
         return None
     longest = max(len(example.input_ids) for example in examples)
-    reasons = gather_all(why_not_share(base, longest, rows.longest_row(examples, batching)))
+    row = rows.longest_row(examples, batching)
+    reasons = gather_all(why_not_share(base, longest, row, cache))
     return next((reason for reason in reasons if reason), None)
