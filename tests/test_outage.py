@@ -89,8 +89,9 @@ def recorded(server: Server, run_id: str) -> Any:
     weights = {file.path for file in client.list_logged_model_artifacts(model.model_id)}
     assert model.source_run_id == run_id and "adapter_model.safetensors" in weights
     assert client.list_artifacts(run_id, "figures")
-    table = json.loads(Path(client.download_artifacts(run_id, "predictions.json")).read_text())
-    assert len(table["data"]) == 4, "two questions, asked of two models"
+    for file in ("predictions.json", "base_predictions.json"):
+        table = json.loads(Path(client.download_artifacts(run_id, file)).read_text())
+        assert len(table["data"]) == 2, "two questions, a table for each model"
     return run
 
 

@@ -79,6 +79,17 @@ def test_a_runs_records_are_counted(recorded: Any) -> None:
     }
 
 
+def test_each_model_has_a_table_of_its_answers(recorded: Any) -> None:
+    from mlflow.artifacts import load_dict
+
+    _, run = recorded
+    for file in ("predictions.json", "base_predictions.json"):
+        table = load_dict(f"{run.info.artifact_uri}/{file}")
+        first = ["verdict", "question", "gold", "predicted", "error"]
+        assert table["columns"] == [*first, "db_id", "hardness", "split"]
+        assert len(table["data"]) == 4, "MLflow reads a table whole: one model's answers, once"
+
+
 def test_the_tuned_models_questions_stand_in_mlflow(recorded: Any) -> None:
     from mlflow.tracking import MlflowClient
 

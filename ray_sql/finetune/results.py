@@ -22,10 +22,13 @@ from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import TASKS, Task
 
 TABLE_COLUMNS = (
-    *("verdict", "question", "gold", "predicted", "error", "db_id", "hardness", "split", "model"),
-    *("chosen_by", "candidates"),
+    *("verdict", "question", "gold", "predicted", "error"),
+    *("db_id", "hardness", "split", "chosen_by"),
 )
-"""Columns of the table of questions in MLflow, whose UI shows the first ones without scrolling."""
+"""Columns of the tables of questions in MLflow, whose UI shows the first ones without scrolling.
+
+Candidates and the rest are in `predictions.jsonl`, which lies beside them.
+"""
 
 
 def conclude(
@@ -89,7 +92,7 @@ def _log_scores(
     metrics: Mapping[str, Any],
     trained: Sequence[str],
 ) -> None:
-    """Log scores, description and the table of questions, in place of those of an earlier time.
+    """Log scores, description and the tables of questions, in place of those of an earlier time.
 
     A study may be given more trials, and then has another winner. MLflow shows the scores of the
     highest step.
@@ -101,12 +104,16 @@ def _log_scores(
     text = description.page(folder, metrics, models, trained, tracking.THIS_RUN)
     main = f"{tracking.SCORE}/{task.metric}" if metrics[models[-1]] else None
     record.describe(text, main)
-    # the UI lists rows as they came: the tuned model's answers are looked for first
-    judged = [{"model": model, **row} for model in reversed(models) for row in evaluation[model]]
-    columns = [name for name in TABLE_COLUMNS if any(name in row for row in judged)]
-    table = [{column: row.get(column) for column in columns} for row in judged]
-    record.table(table, "predictions.json")
+    for model in models:  # one each: the UI reads a whole table, and compares those of one name
+        file = "predictions.json" if model == models[-1] else f"{model}_predictions.json"
+        record.table(_table(evaluation[model]), file)
     record.questions(task.metric, map(_scored, evaluation[models[-1]]))
+
+
+def _table(judged: Sequence[JudgedRow]) -> list[dict[str, Any]]:
+    """Return judged rows as a table of those columns that any of them has."""
+    columns = [name for name in TABLE_COLUMNS if any(name in row for row in judged)]
+    return [{column: row.get(column) for column in columns} for row in judged]
 
 
 def _scored(row: JudgedRow) -> tracking.ScoredQuestion:
