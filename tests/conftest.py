@@ -254,6 +254,22 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture
+def ray_with_metrics() -> Iterator[str]:
+    """A Ray of the test's own that shows its metrics at once; where they are read."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        _system_config={"metrics_report_interval_ms": 200},
+    )
+    (node,) = ray.nodes()
+    yield f"http://127.0.0.1:{node['MetricsExportPort']}"
+    ray.shutdown()
+
+
+@pytest.fixture
 def make_config(tiny_model: Path, spider_folder: Path, tmp_path: Path) -> Iterator[Any]:
     """Make settings of a run of seconds: `make_config(**dotted settings)`.
 
@@ -328,3 +344,21 @@ def tuned_run(
     }
     finetune.run(load(Config, [], **settings))
     return root / "out" / "tuned"
+
+
+@pytest.fixture(scope="module")
+def engine(tuned_run: Path) -> Iterator[Any]:
+    """Share an engine on all databases of the tuned run."""
+    from tests.serving import make_engine
+
+    with make_engine(tuned_run) as engine:
+        yield engine
+
+
+@pytest.fixture
+def held(engine: Any) -> Iterator[Any]:
+    """Let the engine wait with every batch until it is released."""
+    from tests.serving import holding
+
+    with holding(engine) as held:
+        yield held

@@ -5,7 +5,6 @@ Without the package duckdb these tests skip.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -24,8 +23,9 @@ from ray_sql.database import Executor, Limits, reflect, render
 from ray_sql.errors import DataError
 from ray_sql.generate.name_guard import guards
 from ray_sql.generate.questions import Question
-from ray_sql.metrics import Pair, classify_error, judge
+from ray_sql.metrics import Pair, judge
 from tests.conftest import QUESTIONS, SHOP
+from tests.databases import ERROR_KINDS, ends_as, error_kinds, hashes
 
 duckdb = pytest.importorskip("duckdb")
 
@@ -60,9 +60,7 @@ class Place:
         return self.folder / "shop.duckdb"
 
     def state(self) -> dict[str, str]:
-        """Every file below the folder and a hash of its bytes."""
-        files = (path for path in self.folder.rglob("*") if not path.is_dir())
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return hashes(self.folder)
 
 
 def make_database(path: Path, script: str = TABLES) -> Path:
@@ -294,14 +292,8 @@ def test_hostile_statements_do_no_harm(place: Place, statements: list[str], outc
     for index, text in enumerate(statements):
         sql = text.replace("{folder}", str(place.folder))
         result = place.executor.run(place.database, sql, limits)
-        error = result.error or ""
-        as_asked = {
-            "refused": error.startswith("refused: "),
-            "stopped": result.status == "timeout" or error.startswith("too large: "),
-            "failed": result.status == "error",
-        }
-        if result.rows or not error or "\n" in error or not as_asked[outcome]:
-            wrong.append((sql[:80], result.status, error[:100]))
+        if not ends_as(result, outcome):
+            wrong.append((sql[:80], result.status, (result.error or "")[:100]))
         if index % 8 == 0:
             after = place.executor.run(
                 place.database, f"SELECT count(*) FROM item -- {outcome} {index}", PATIENT
@@ -382,20 +374,12 @@ def test_reserved_words_are_quoted(place: Place) -> None:
 
 def test_errors_are_named_as_those_of_sqlite(tmp_path: Path) -> None:
     mall = make_database(tmp_path / "mall.duckdb", SHOP)
+    kinds = ERROR_KINDS | {
+        "SELECT c.nom FROM customer c": "no such column",
+        "SELECT x.name FROM customer c": "no such table",
+    }
     with Executor(1, PATIENT) as executor:
-
-        def kind(sql: str) -> str:
-            pair = Pair(mall, "SELECT name FROM customer", sql)
-            return classify_error(judge(executor, pair, semantics="spider"))
-
-        assert kind("SELECT nom FROM customer") == "no such column"
-        assert kind("SELECT c.nom FROM customer c") == "no such column"
-        assert kind("SELECT x.name FROM customer c") == "no such table"
-        assert kind("SELECT name FROM client") == "no such table"
-        assert kind("SELECT name FRM customer x y") == "syntax"
-        assert kind("DROP TABLE customer") == "refused"
-        assert kind("SELECT name FROM customer WHERE id > 99") == "empty"
-        assert kind("SELECT DISTINCT name FROM customer") == "none"
+        assert error_kinds(executor, mall, kinds) == kinds
         for _, sql in QUESTIONS:
             assert judge(executor, Pair(mall, sql, sql), semantics="spider").verdict == "correct"
 

@@ -16,7 +16,7 @@ from ray_sql.data import prompts, values
 from ray_sql.data.descriptions import Sources, describe
 from ray_sql.data.linking import LinkError, gold_links
 from ray_sql.database import Executor, Schema, reflect, render
-from tests.test_postgres import Server, find_binaries
+from tests.postgres import Server, running
 
 psycopg = pytest.importorskip("psycopg")
 pytestmark = pytest.mark.postgres
@@ -69,16 +69,12 @@ CREATE VIEW broken AS SELECT id, 1 / (id - 1) AS c FROM slow;
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    binaries = find_binaries()
-    if binaries is None:
-        pytest.skip("no PostgreSQL server is installed")
-    started = Server(binaries)
-    with psycopg.connect(started.url("postgres"), autocommit=True) as connection:
-        connection.execute("CREATE DATABASE clinic")
-    with psycopg.connect(started.url("clinic")) as connection:
-        connection.execute(SCRIPT)
-    yield started
-    started.close()
+    with running() as started:
+        with psycopg.connect(started.url("postgres"), autocommit=True) as connection:
+            connection.execute("CREATE DATABASE clinic")
+        with psycopg.connect(started.url("clinic")) as connection:
+            connection.execute(SCRIPT)
+        yield started
 
 
 @pytest.fixture(scope="module")

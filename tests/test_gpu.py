@@ -23,7 +23,7 @@ from ray_sql.rows.probe import why_not_share
 from ray_sql.train import trainer
 from ray_sql.train.step_clock import StepClock
 from tests.conftest import load_base
-from tests.test_share import family, gradients, relative_error, some_rows
+from tests.sharing import family, gradients, relative_error, some_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,6 @@ Statements run two at a time, as in an evaluation, each kind in a test of its ow
 checks the same promises for SQL drawn at random.
 """
 
-import hashlib
 import os
 import sqlite3
 import subprocess
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_sql.database import Executor, Limits, QueryResult
+from tests.databases import hashes
 from tests.hostile import REFUSED, SCHEMA, Hostile, corpus
 from tests.waiting import HANGS
 
@@ -46,9 +46,7 @@ class Place:
         return self.folder / "shop.sqlite"
 
     def state(self) -> dict[str, str]:
-        """Every file below the folder and a hash of its bytes."""
-        files = (path for path in self.folder.rglob("*") if not path.is_dir())
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return hashes(self.folder)
 
 
 @pytest.fixture(scope="module")

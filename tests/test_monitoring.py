@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -87,28 +86,16 @@ def test_trials_are_told_apart_by_their_sweeps() -> None:
     assert sweep.trial("trial-003").full_name == "wide/trial-003"
 
 
-@pytest.fixture
-def exported() -> Iterator[str]:
-    """The address of the metrics of a Ray that shows them at once."""
-    import ray
-
-    fast = {"metrics_report_interval_ms": 200}
-    ray.init(address="local", num_cpus=1, include_dashboard=False, _system_config=fast)
-    (node,) = ray.nodes()
-    yield f"http://127.0.0.1:{node['MetricsExportPort']}"
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_ray_exports_every_value_of_a_run(exported: str) -> None:
+def test_ray_exports_every_value_of_a_run(ray_with_metrics: str) -> None:
     gauges = Gauges("mine")
     values = {"loss": 0.5, "examples_per_second": 4.0, "tokens_per_second": 80.0, "epoch": 1.0}
     gauges.point(3, 10, values)
     gauges.validated({"validation/execution_accuracy": 0.25, "validation/n": 8.0})
 
     def shown() -> dict[str, tuple[str, float]]:
-        text = urllib.request.urlopen(exported, timeout=10).read().decode()
+        text = urllib.request.urlopen(ray_with_metrics, timeout=10).read().decode()
         found = re.findall(r"^(ray_sql_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
         return {name: (labels, float(value)) for name, labels, value in found}
 

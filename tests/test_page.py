@@ -16,7 +16,7 @@ import pytest
 
 from ray_sql.serve.engine import Engine
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, holding, make_engine, serving
+from tests.serving import Held, count_waiting, serving
 from tests.waiting import HANGS, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -26,13 +26,6 @@ COUNTED, COUNT = QUESTIONS[6]
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def engine(tuned_run: Path) -> Iterator[Engine]:
-    """Share an engine on all databases of the run."""
-    with make_engine(tuned_run) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +62,6 @@ def open_page(browser: Any) -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert not mistakes
-
-
-@pytest.fixture
-def held(engine: Engine) -> Iterator[Held]:
-    """Let the engine wait with every answer until it is released."""
-    with holding(engine) as held:
-        yield held
 
 
 def ask(page: Any, question: str = COUNTED) -> None:

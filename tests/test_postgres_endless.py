@@ -14,7 +14,7 @@ from ray_sql import evaluate
 from ray_sql.config import EvaluateConfig
 from ray_sql.database import Executor
 from ray_sql.preflight import rights
-from tests.test_postgres import LIMITS, Server, find_binaries
+from tests.postgres import LIMITS, Server, running
 from tests.waiting import wait_until
 
 psycopg = pytest.importorskip("psycopg")
@@ -209,12 +209,8 @@ CREATE FUNCTION step(a int, b int) RETURNS int LANGUAGE plpgsql
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    binaries = find_binaries()
-    if binaries is None:
-        pytest.skip("no PostgreSQL server is installed")
-    started = Server(binaries)
-    yield started
-    started.close()
+    with running() as started:
+        yield started
 
 
 def own(server: Server) -> str:

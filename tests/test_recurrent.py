@@ -11,17 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from ray_sql import finetune, models, rows
-from ray_sql.data import load
-from ray_sql.models import packed_attention, recurrent
+from ray_sql import finetune, rows
+from ray_sql.models import recurrent
 from ray_sql.models.recurrent import SharedStates
 from ray_sql.rows import passes
 from ray_sql.rows.batch import collate
 from ray_sql.rows.probe import why_not_share
-from tests.conftest import load_base, make_encoder
-from tests.test_share import family, gradients, relative_error, some_rows
+from tests.conftest import load_base
+from tests.sharing import (
+    BY_BOTH_ATTENTIONS,
+    IN_BOTH_PRECISIONS,
+    ONE_EPOCH,
+    PASSES_OF_ROWS,
+    STEP_OF_SHARED_ROWS,
+    assert_shares,
+    change_weights,
+    family,
+    gradients,
+    relative_error,
+    rows_of_questions,
+    some_rows,
+)
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 16}
 DELTA = {
@@ -74,41 +85,32 @@ def hybrid(kind: str, folder: Path) -> Path:
     tokens begins, in rows of one example too. `test_float64` has the weights as drawn.
     """
     family(kind, folder, **(SHAPES | OTHERS)[kind])
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in weights.items():
-        if name.endswith("A_log"):
-            weights[name] = torch.linspace(0.01, 0.5, len(weight)).log().to(weight.dtype)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    def faded(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if not name.endswith("A_log"):
+            return weight
+        return torch.linspace(0.01, 0.5, len(weight)).log().to(weight.dtype)
+
+    change_weights(folder, faded)
     return folder
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize(
-    "settings",
-    [{"quantization.load_in_4bit": False}, {"train.gradient_checkpointing": True}],
-    ids=["fp32", "nf4-checkpointing"],
-)
+@IN_BOTH_PRECISIONS
 def test_shared_rows_have_the_gradients_of_separate_ones(
     make_config: Any, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    config = make_config(
-        **settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4}
-    )
+    config = make_config(**settings, **STEP_OF_SHARED_ROWS)
     folder, data = hybrid(kind, tmp_path / "model"), some_rows(schema=90)
     assert why_not_share(load_base(folder, config), 110, 200) is None
-    alone = gradients(folder, data, config, 1, tmp_path)
-    shared = gradients(folder, data, config, 8, tmp_path)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path, kind: str) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": True})
     folder, data = hybrid(kind, tmp_path / "model"), some_rows()
-    alone, shared = (gradients(folder, data, config, count, tmp_path) for count in (1, 8))
-    assert shared[0] == pytest.approx(alone[0], rel=2e-2)
-    assert relative_error(shared[1], alone[1]) < 3e-2
+    assert_shares(folder, data, config, tmp_path, farthest=(2e-2, 3e-2))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -121,25 +123,19 @@ def test_other_families_share_too(make_config: Any, tmp_path: Path, kind: str) -
     base = load_base(folder, config)
     assert recurrent.has_layers(base)
     assert why_not_share(base, 60, 120) is None
-    alone, shared = (gradients(folder, data, config, count, tmp_path) for count in (1, 8))
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["by-parts", "mask"]
-)
+@BY_BOTH_ATTENTIONS
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_pass_of_several_shared_rows_has_them_too(
     make_config: Any, tmp_path: Path, kind: str, prepare: Callable[[Any], None]
 ) -> None:
-    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 6, "grad_accum_steps": 2})
+    config = make_config(**PASSES_OF_ROWS)
     folder, data = hybrid(kind, tmp_path / "model"), some_rows(11)
     made = passes(data, replace(config.batching, examples_per_row=2), 0, 1)
     assert [len(each) for each in made] == [3, 3], "shared rows of several lengths and a plain one"
-    alone = gradients(folder, data, config, 1, tmp_path)
-    shared = gradients(folder, data, config, 2, tmp_path, prepare=prepare)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path, 2, prepare)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -147,16 +143,9 @@ def test_a_pass_of_several_shared_rows_has_them_too(
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     make_config: Any, tmp_path: Path, task: str, kind: str
 ) -> None:
-    config = make_config(
-        task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2}
-    )
-    corpus = load(config)
+    config = make_config(task_type=task, **ONE_EPOCH)
     folder = hybrid(kind, tmp_path / "model")
-    encoder = make_encoder(models.load_tokenizer(str(folder)), config, corpus.schemas)
-    made, _ = rows.build(corpus.splits["train"], encoder, config.rows)
-    alone, shared = (gradients(folder, made, config, count, tmp_path) for count in (1, 8))
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, rows_of_questions(folder, config), config, tmp_path)
 
 
 def test_every_place_of_a_pass_gets_its_own_result() -> None:

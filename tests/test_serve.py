@@ -32,7 +32,7 @@ from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.engine import Engine
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, holding, make_engine, running_job, serving
+from tests.serving import Held, count_waiting, running_job, serving
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -40,24 +40,10 @@ COUNTED = QUESTIONS[6]
 
 
 @pytest.fixture(scope="module")
-def engine(tuned_run: Path) -> Iterator[Engine]:
-    """Share an engine on all databases of the run."""
-    with make_engine(tuned_run) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[httpx2.Client]:
     """Share a service with the default settings."""
     with serving(engine) as client:
         yield client
-
-
-@pytest.fixture
-def held(engine: Engine) -> Iterator[Held]:
-    """Let the engine wait with every batch until it is released."""
-    with holding(engine) as held:
-        yield held
 
 
 def sql(client: httpx2.Client, question: str = COUNTED[0], **body: Any) -> httpx2.Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,6 @@ def linker_run(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     own = {"output_name": "linker", "task_type": "schema", "output_dir": str(root)}
     finetune.run(load(Config, [], **(saved | own)))
     return root / "linker"
-
-
-@pytest.fixture(scope="module")
-def engine(tuned_run: Path) -> Iterator[Engine]:
-    """Share an engine on all databases of the run."""
-    with make_engine(tuned_run) as engine:
-        yield engine
 
 
 def sql(client: Any, question: str = COUNTED, **body: Any) -> Any:

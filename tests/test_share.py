@@ -12,146 +12,54 @@ from typing import Any
 import pytest
 import torch
 
-from ray_sql import models, rows
-from ray_sql.data import load
+from ray_sql import rows
 from ray_sql.models import packed_attention, seen
 from ray_sql.models.seen import Seen, visible
 from ray_sql.rows import TokenizedExample, passes, share, step_order
 from ray_sql.rows.batch import Steps, collate
 from ray_sql.rows.probe import why_not_share
 from ray_sql.rows.share import common_prefix, epoch_order, padded_tokens
-from ray_sql.train import trainer
-from tests.conftest import load_base, make_encoder, make_model
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16},
-    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
-    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "olmoe": {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
-}
-
-
-def family(kind: str, folder: Path, **shape: Any) -> Path:
-    """A tiny random model of a family, with the tests' tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    make_model(folder)
-    vocabulary = len(AutoTokenizer.from_pretrained(folder))
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    made = AutoConfig.for_model(
-        kind,
-        vocab_size=vocabulary,
-        max_position_embeddings=2048,
-        **sizes | FAMILIES.get(kind, {}) | shape,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-    return folder
-
-
-def some_rows(
-    count: int = 12, databases: int = 2, seed: int = 0, schema: int = 40
-) -> list[TokenizedExample]:
-    """Return random examples on a few databases.
-
-    They have `schema` tokens of schema, then 5 to 9 of question and 4 to 8 of answer.
-    """
-    draw = random.Random(seed)
-    schemas = [[draw.randrange(3, 250) for _ in range(schema)] for _ in range(databases)]
-    made = []
-    for number in range(count):
-        prompt = schemas[number % databases] + [
-            draw.randrange(3, 250) for _ in range(draw.randint(5, 9))
-        ]
-        answer = [draw.randrange(3, 250) for _ in range(draw.randint(4, 8))]
-        made.append(
-            TokenizedExample(str(number), f"db{number % databases}", prompt + answer, len(prompt))
-        )
-    return made
-
-
-def gradients(
-    folder: Path,
-    data: list[TokenizedExample],
-    config: Any,
-    examples_per_row: int,
-    scratch: Path,
-    device: str = "cpu",
-    prepare: Callable[[Any], None] = packed_attention.install,
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return loss and LoRA gradients of the trainer's first step.
-
-    `prepare` gives the model its attention.
-    """
-    torch.manual_seed(0)
-    base = load_base(folder, config, device)
-    prepare(base)
-    batching = replace(config.batching, examples_per_row=examples_per_row)
-    built = trainer.build(base, models.load_tokenizer(str(folder)), data, config, batching, scratch)
-    torch.manual_seed(1)
-    for name, weight in built.model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
-            weight.data.normal_(std=0.05)
-    if built.args.activation_checkpointing:  # transformers does it when a run begins
-        built.model.activation_checkpointing_enable()
-    model = built.accelerator.prepare(built.model)
-    loss = built.training_step(model, next(iter(built.get_train_dataloader())))
-    return float(loss), {
-        name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad
-    }
-
-
-def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of any weight's gradient."""
-    assert found.keys() == wanted.keys() and all(float(grad.norm()) for grad in wanted.values())
-    return max(float((found[name] - grad).norm() / grad.norm()) for name, grad in wanted.items())
+from tests.conftest import load_base
+from tests.sharing import (
+    BY_BOTH_ATTENTIONS,
+    FAMILIES,
+    IN_BOTH_PRECISIONS,
+    ONE_EPOCH,
+    PASSES_OF_ROWS,
+    STEP_OF_SHARED_ROWS,
+    assert_shares,
+    build,
+    family,
+    gradients,
+    gradients_of,
+    relative_error,
+    rows_of_questions,
+    some_rows,
+)
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-@pytest.mark.parametrize(
-    "settings",
-    [{"quantization.load_in_4bit": False}, {"train.gradient_checkpointing": True}],
-    ids=["fp32", "nf4-checkpointing"],
-)
+@IN_BOTH_PRECISIONS
 def test_shared_rows_have_the_gradients_of_separate_ones(
     make_config: Any, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    config = make_config(
-        **settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4}
-    )
+    config = make_config(**settings, **STEP_OF_SHARED_ROWS)
     folder, data = family(kind, tmp_path / "model"), some_rows()
     assert why_not_share(load_base(folder, config), 60, 120) is None
-    alone = gradients(folder, data, config, 1, tmp_path)
-    shared = gradients(folder, data, config, 8, tmp_path)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["by-parts", "mask"]
-)
+@BY_BOTH_ATTENTIONS
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "phi3"])
 def test_a_pass_of_several_shared_rows_has_them_too(
     make_config: Any, tmp_path: Path, kind: str, prepare: Callable[[Any], None]
 ) -> None:
-    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 6, "grad_accum_steps": 2})
+    config = make_config(**PASSES_OF_ROWS)
     folder, data = family(kind, tmp_path / "model"), some_rows(11)
     made = passes(data, replace(config.batching, examples_per_row=2), 0, 1)
     assert [len(each) for each in made] == [3, 3], "shared rows of several lengths and a plain one"
     assert sorted(bool(row.prefix) for each in made for row in each) == [False] + [True] * 5
-    alone = gradients(folder, data, config, 1, tmp_path)
-    shared = gradients(folder, data, config, 2, tmp_path, prepare=prepare)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path, 2, prepare)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
@@ -159,24 +67,18 @@ def test_a_pass_of_several_shared_rows_has_them_too(
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     make_config: Any, tmp_path: Path, task: str, kind: str
 ) -> None:
-    config = make_config(
-        task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2}
-    )
-    corpus = load(config)
+    config = make_config(task_type=task, **ONE_EPOCH)
     folder = family(kind, tmp_path / "model")
-    encoder = make_encoder(models.load_tokenizer(str(folder)), config, corpus.schemas)
-    made, _ = rows.build(corpus.splits["train"], encoder, config.rows)
-    alone, shared = (gradients(folder, made, config, count, tmp_path) for count in (1, 8))
+    made = rows_of_questions(folder, config)
     computed, alone_computed = rows.count_tokens(made, config.batching)
     assert computed < 0.8 * alone_computed, "schemas are shared"
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, made, config, tmp_path)
 
 
 def test_attention_weights_that_are_not_kept_are_computed_again(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4})
+    config = make_config(**STEP_OF_SHARED_ROWS)
     folder, data = family("llama", tmp_path / "model"), some_rows()
     kept = gradients(folder, data, config, 8, tmp_path)
     monkeypatch.setattr(packed_attention, "MAX_SAVED_WEIGHTS", 0)
@@ -206,9 +108,7 @@ def test_a_block_mask_says_what_the_mask_says(heads: int, window: int | None) ->
 def test_in_bfloat16_they_differ_by_rounding(make_config: Any, tmp_path: Path, kind: str) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "grad_accum_steps": 12, "train.bf16": True})
     folder, data = family(kind, tmp_path / "model"), some_rows()
-    alone, shared = (gradients(folder, data, config, count, tmp_path) for count in (1, 8))
-    assert shared[0] == pytest.approx(alone[0], rel=2e-2)
-    assert relative_error(shared[1], alone[1]) < 2e-2
+    assert_shares(folder, data, config, tmp_path, farthest=(2e-2, 2e-2))
 
 
 @pytest.mark.parametrize("batch", [1, 4], ids=["row-a-pass", "rows-a-pass"])
@@ -219,18 +119,7 @@ def test_two_ranks_halves_of_a_step_add_up_to_the_whole(
     parts = {"train_batch_size": batch, "grad_accum_steps": 4 // batch, "scaling.num_workers": 2}
     config = make_config(**{"lora.lora_dropout": 0, **parts})
     folder, data = family(kind, tmp_path / "model"), some_rows(8)
-    built = trainer.build(
-        load_base(folder, config),
-        models.load_tokenizer(str(folder)),
-        data,
-        config,
-        config.batching,
-        tmp_path,
-    )
-    torch.manual_seed(1)
-    for name, weight in built.model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide every gradient of lora_A
-            weight.data.normal_(std=0.05)
+    built = build(folder, data, config, tmp_path)
     alone = replace(config.batching, examples_per_row=1)
     shared = replace(config.batching, examples_per_row=8 // batch)
     wanted = Steps(data, alone, 0, 1, pad=0)[0]
@@ -239,9 +128,7 @@ def test_two_ranks_halves_of_a_step_add_up_to_the_whole(
         built.model.zero_grad()
         for step in steps:
             built.training_step(built.model, step)
-        found.append(
-            {name: w.grad.clone() for name, w in built.model.named_parameters() if w.requires_grad}
-        )
+        found.append(gradients_of(built.model))
     assert relative_error(*found) < 1e-5
 
 
@@ -250,14 +137,7 @@ def test_a_rank_without_an_example_exchanges_gradients_of_nothing(
 ) -> None:
     config = make_config(**{"lora.lora_dropout": 0, "scaling.num_workers": 2})
     folder, data = family("llama", tmp_path / "model"), some_rows(1)
-    built = trainer.build(
-        load_base(folder, config),
-        models.load_tokenizer(str(folder)),
-        data,
-        config,
-        config.batching,
-        tmp_path,
-    )
+    built = build(folder, data, config, tmp_path)
     idle = Steps(data, config.batching, 1, 2, pad=0)[0]
     assert float(built.training_step(built.model, idle)) == 0 and idle.labels > 0
     assert all(not w.grad.any() for w in built.model.parameters() if w.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,22 +92,6 @@ def test_every_point_says_where_the_time_went(
     for (before, after), (then, now) in zip(pairwise(points), pairwise(reads), strict=True):
         whole = sum(after.values[phase] for phase in PHASES)
         assert whole * (after.step - before.step) == pytest.approx(now - then)
-
-
-@pytest.fixture
-def ray_with_metrics() -> Iterator[str]:
-    """A Ray of the test's own that shows its metrics at once; where they are read."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        _system_config={"metrics_report_interval_ms": 200},
-    )
-    (node,) = ray.nodes()
-    yield f"http://127.0.0.1:{node['MetricsExportPort']}"
-    ray.shutdown()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,6 @@ from tests.planted import half_the_rank, over_another_base, over_other_bits, wea
 from tests.serving import make_engine, serving
 
 Verify = Callable[..., tuple[int, dict[str, Any], str]]
-
-
-@pytest.fixture(scope="module")
-def engine(tuned_run: Path) -> Iterator[Engine]:
-    """Share an engine on all databases of the run."""
-    with make_engine(tuned_run) as engine:
-        yield engine
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ from ray_sql.serve.engine import Engine
 from ray_sql.serve.prompter import Prompter
 from ray_sql.serve.recipe import find
 from ray_sql.store.run_folder import RunFolder
-from tests.serving import make_engine, serving, settings
+from tests.serving import serving, settings
 
 PAGE = (Path(__file__).parent.parent / "docs" / "ways-out.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def engine(tuned_run: Path) -> Iterator[Engine]:
-    """Share an engine on all databases of the run."""
-    with make_engine(tuned_run) as engine:
-        yield engine
 
 
 def prompter(run: Path, **given: Any) -> Prompter:

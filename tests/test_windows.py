@@ -8,15 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from ray_sql import models, rows
-from ray_sql.data import load
 from ray_sql.models import packed_attention
 from ray_sql.models.seen import visible
 from ray_sql.rows.probe import why_not_share
-from tests.conftest import load_base, make_encoder
-from tests.test_share import family, gradients, relative_error, some_rows
+from tests.conftest import load_base
+from tests.sharing import (
+    BY_BOTH_ATTENTIONS,
+    IN_BOTH_PRECISIONS,
+    ONE_EPOCH,
+    PASSES_OF_ROWS,
+    STEP_OF_SHARED_ROWS,
+    assert_shares,
+    change_weights,
+    family,
+    rows_of_questions,
+    some_rows,
+)
 
 WINDOW = {"sliding_window": 16}
 BOTH = WINDOW | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
@@ -46,64 +54,41 @@ def sliding(kind: str, folder: Path) -> Path:
     `test_float64` has the weights as drawn.
     """
     family(kind, folder, **SHAPES[kind])
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in weights.items():
-        if kind == "gemma4_text" and name.endswith("q_norm.weight"):
-            weights[name] = weight / 8
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    if kind == "gemma4_text":
+        change_weights(folder, lambda name, w: w / 8 if name.endswith("q_norm.weight") else w)
     return folder
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize(
-    "settings",
-    [{"quantization.load_in_4bit": False}, {"train.gradient_checkpointing": True}],
-    ids=["fp32", "nf4-checkpointing"],
-)
+@IN_BOTH_PRECISIONS
 def test_shared_rows_have_the_gradients_of_separate_ones(
     make_config: Any, tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    config = make_config(
-        **settings, **{"lora.lora_dropout": 0, "train_batch_size": 3, "grad_accum_steps": 4}
-    )
+    config = make_config(**settings, **STEP_OF_SHARED_ROWS)
     folder, data = sliding(kind, tmp_path / "model"), some_rows()
     base = load_base(folder, config)
     assert why_not_share(base, 60, 120) is None
     assert base.config._attn_implementation == packed_attention.NAME
-    alone = gradients(folder, data, config, 1, tmp_path)
-    shared = gradients(folder, data, config, 8, tmp_path)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "prepare", [packed_attention.install, packed_attention.use_mask], ids=["by-parts", "mask"]
-)
+@BY_BOTH_ATTENTIONS
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_pass_of_several_shared_rows_has_them_too(
     make_config: Any, tmp_path: Path, kind: str, prepare: Callable[[Any], None]
 ) -> None:
-    config = make_config(**{"lora.lora_dropout": 0, "train_batch_size": 6, "grad_accum_steps": 2})
+    config = make_config(**PASSES_OF_ROWS)
     folder, data = sliding(kind, tmp_path / "model"), some_rows(11)
-    alone = gradients(folder, data, config, 1, tmp_path)
-    shared = gradients(folder, data, config, 2, tmp_path, prepare=prepare)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, data, config, tmp_path, 2, prepare)
 
 
 @pytest.mark.parametrize("task", ["sql", "schema"])
 def test_the_same_holds_for_the_prompts_and_answers_of_both_tasks(
     make_config: Any, tmp_path: Path, task: str
 ) -> None:
-    config = make_config(
-        task_type=task, **{"lora.lora_dropout": 0, "train_batch_size": 11, "grad_accum_steps": 2}
-    )
-    corpus = load(config)
+    config = make_config(task_type=task, **ONE_EPOCH)
     folder = family("gemma3_text", tmp_path / "model", **SHAPES["gemma3_text"])
-    encoder = make_encoder(models.load_tokenizer(str(folder)), config, corpus.schemas)
-    made, _ = rows.build(corpus.splits["train"], encoder, config.rows)
-    alone, shared = (gradients(folder, made, config, count, tmp_path) for count in (1, 8))
-    assert relative_error(shared[1], alone[1]) < 1e-5
+    assert_shares(folder, rows_of_questions(folder, config), config, tmp_path)
 
 
 def test_a_window_counts_positions() -> None:
