@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ray_sql.database import Column, Schema, Table
-from ray_sql.generate.name_guard import NameGuard, known_functions
+from ray_sql.generate.name_guard import NameGuard
+from ray_sql.generate.sql_words import known_functions
 
 SHOP = Schema(
     "shop",

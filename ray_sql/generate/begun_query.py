@@ -1,0 +1,272 @@
+"""Read a query that is being written, token by token: what may stand where it has come to?
+
+Each word must have a meaning where it stands. It is a keyword, a function before a parenthesis, a
+table, a column, or an alias or CTE of the query. The last word may be the beginning of one.
+Literals, numbers, operators, comments and the grammar are free.
+
+Behind FROM and JOIN only tables stand. Behind a qualifier stand the columns of its table, or any
+column where the qualifier is not known yet: SELECT comes before FROM. Once FROM is written, columns
+are those of the tables that it names.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from ray_sql.data.names import ROW_NAMES
+from ray_sql.generate.sql_words import bare, keywords, known_functions
+
+ENDS = frozenset("end null true false current_date current_time current_timestamp".split())
+"""Keywords that end an expression."""
+CLAUSES = frozenset(
+    "with select where group having order limit offset on using values window".split()
+)
+"""Keywords that begin a clause without sources."""
+BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
+"""Keywords that may stand where a table does."""
+FROM_INSIDE = frozenset("extract trim substring overlay position".split())
+"""Functions with a FROM between their arguments."""
+_ALIAS = re.compile(r"[a-z]{1,2}\d{0,2}")
+"""An alias that may be used before FROM makes it."""
+
+
+@dataclass
+class _Level:
+    """A query, or a parenthesis inside it."""
+
+    clause: str = ""
+    """The keyword that the current clause begins with."""
+    opened_by: str = ""
+    """The word before the parenthesis."""
+    sources: dict[str, str | None] = field(default_factory=dict)
+    """Alias or name → table, None where its columns are not known; lower case."""
+    last_table: str | None = None
+    """The table that the next alias stands for."""
+
+
+class BegunQuery:
+    """The meaning of the place behind the tokens that were read."""
+
+    def __init__(self, tables: Mapping[str, Collection[str]], dialect: str) -> None:
+        self._tables = {table: frozenset(columns) for table, columns in tables.items()}
+        self._dialect = dialect
+        self._all_columns = frozenset().union(*self._tables.values())
+        self._inside: dict[str, set[str]] = defaultdict(set)
+        """The tables of each of a server's schemas: those of `sales.orders`."""
+        for table in self._tables:
+            namespace, _, name = table.rpartition(".")
+            self._inside[namespace].add(name)
+        self._namespaces = self._inside.keys() - {""}
+        self._levels = [_Level()]
+        self._made: set[str] = set()
+        """Names that the query itself makes: aliases, CTEs and their columns."""
+        self._before = ""
+        """The last token, in lower case."""
+        self._qualifier = ""
+        """The name before the last token, if that is a dot."""
+        self._ended = False
+        """The last token ends an expression."""
+
+    def copy(self) -> BegunQuery:
+        """Return a query of the same beginning that goes on by itself."""
+        reader = copy.copy(self)
+        reader._levels = [replace(level, sources=dict(level.sources)) for level in self._levels]
+        reader._made = set(self._made)
+        return reader
+
+    # -- may a token stand here?
+
+    def fits(self, token: re.Match[str], following: str, unfinished: bool) -> bool:
+        """Tell whether a token may stand here; an unfinished one may be the beginning of a name."""
+        if token.lastgroup == "quoted":
+            return self._quoted_fits(token.group())
+        if token.lastgroup != "word" or self._any_word_fits():
+            return True
+        word = token.group().lower()
+        if _fits(word, self._names(), unfinished):
+            return True
+        is_function = following in ("(", "") and _fits(word, self._functions(), unfinished)
+        if self._before == "." or self._expects_source():
+            return is_function and self._before != "."
+        if is_function or _fits(word, self._keywords(), unfinished):
+            return True
+        if self._ended and self._level.clause == "select":
+            return True  # an alias without AS
+        may_be_qualifier = following == "." or unfinished
+        return bool(may_be_qualifier and _ALIAS.fullmatch(word) and not self._knows_sources())
+
+    def _quoted_fits(self, text: str) -> bool:
+        must_be_name = self._before == "." or self._expects_source()
+        if self._any_word_fits():
+            return True
+        if text[0] == '"' and self._dialect == "sqlite" and not must_be_name:
+            return True  # SQLite reads what is no name as text
+        closed = len(text) > 1 and text[-1] == ("]" if text[0] == "[" else text[0])
+        return _fits(bare(text), self._names(), unfinished=not closed)
+
+    def _any_word_fits(self) -> bool:
+        """Tell whether a new name, or a type, stands here."""
+        level = self._level
+        if self._before in ("as", "::") or level.clause == "columns":
+            return True
+        if level.clause == "with":
+            return self._before in ("with", "recursive", ",")
+        return level.clause == "from" and self._ended
+
+    def _names(self) -> Collection[str]:
+        """Return the names of tables and columns that may stand here."""
+        if self._before == ".":
+            return self._columns_behind(self._qualifier)
+        if self._expects_source():
+            return self._tables.keys() | self._made | self._namespaces
+        names = self._columns_in_scope() | self._made | ROW_NAMES | self._namespaces
+        if self._knows_sources():
+            return names | {name for level in self._levels for name in level.sources}
+        return names | self._tables.keys() | {*chain.from_iterable(self._inside.values())}
+
+    def _columns_behind(self, qualifier: str) -> Collection[str]:
+        """Return the columns of an alias or a table; every column where it is not known.
+
+        Behind a server's schema are its tables.
+        """
+        anything = self._all_columns | self._made | ROW_NAMES | self._tables.keys()
+        for level in reversed(self._levels):
+            if qualifier in level.sources:
+                table = level.sources[qualifier]
+                return anything if table is None else self._tables[table] | ROW_NAMES
+        if qualifier in self._namespaces:
+            return self._inside[qualifier]
+        if qualifier in self._tables and qualifier not in self._made:
+            return self._tables[qualifier] | ROW_NAMES
+        return anything
+
+    def _columns_in_scope(self) -> frozenset[str]:
+        """Return the columns of the sources that are visible; every column before FROM."""
+        if not self._knows_sources():
+            return self._all_columns
+        columns: frozenset[str] = frozenset()
+        for level in self._levels:
+            tables = level.sources.values()
+            if level.clause == "select" or None in tables:
+                return self._all_columns
+            columns |= frozenset().union(*(self._tables[table] for table in tables if table))
+        return columns
+
+    def _expects_source(self) -> bool:
+        """Tell whether a table must stand here."""
+        return self._level.clause == "from" and self._before in ("from", "join", ",")
+
+    def _knows_sources(self) -> bool:
+        """Tell whether the query that is being written has its FROM already."""
+        for level in reversed(self._levels):
+            if level.clause == "select":
+                return False
+            if level.sources:
+                return True
+        return False
+
+    def _functions(self) -> Collection[str]:
+        return known_functions(self._dialect)
+
+    def _keywords(self) -> Collection[str]:
+        return keywords(self._dialect)
+
+    # -- go on behind it
+
+    @property
+    def _level(self) -> _Level:
+        return self._levels[-1]
+
+    def read(self, token: re.Match[str], following: str) -> None:
+        """Go on behind a token."""
+        text = token.group().lower()
+        match token.lastgroup:
+            case "sign":
+                self._read_sign(text)
+            case "word" | "quoted":
+                self._read_word(text, following)
+            case _:
+                self._ended = True
+        self._before = text
+
+    def _read_sign(self, sign: str) -> None:
+        match sign:
+            case ".":
+                self._qualifier, self._ended = bare(self._before), False
+            case "(":
+                new_columns = self._level.clause == "with" and self._before != "as"
+                self._levels.append(_Level("columns" if new_columns else "", self._before))
+                self._ended = False
+            case ")":
+                self._close()
+                self._ended = True
+            case "*":
+                self._ended = self._before in ("select", "distinct", "all", ",", ".")
+            case _:
+                self._ended = False
+
+    def _close(self) -> None:
+        """Leave a parenthesis. Behind FROM it is a source whose columns are not known."""
+        if len(self._levels) == 1:
+            return
+        closed = self._levels.pop()
+        if self._level.clause == "from" and closed.opened_by != "using":
+            self._level.sources["("] = None
+            self._level.last_table = None
+
+    def _read_word(self, word: str, following: str) -> None:
+        name = bare(word)
+        if self._before == ".":
+            if self._level.clause == "from":  # `FROM sales.orders`
+                self._add_source(name, f"{self._qualifier}.{name}")
+            self._ended = True
+        elif self._any_word_fits() and not self._is_keyword_after_source(word):
+            self._make(name)
+        elif self._expects_source() and following not in ("(", ".") and word not in BEFORE_SOURCE:
+            self._add_source(name, name)
+            self._ended = True
+        elif word in self._keywords():
+            self._read_keyword(word)
+        elif self._ended and self._level.clause == "select":
+            self._make(name)
+        else:
+            self._ended = True
+
+    def _is_keyword_after_source(self, word: str) -> bool:
+        """Tell whether a word goes on with the query, where an alias could stand too."""
+        return self._before not in ("as", "::") and word in self._keywords()
+
+    def _read_keyword(self, word: str) -> None:
+        level = self._level
+        self._ended = word in ENDS
+        if word in ("union", "intersect", "except"):
+            level.clause, level.sources = "", {}
+        elif word == "from" and level.opened_by in FROM_INSIDE and level.clause != "select":
+            pass
+        elif word in ("from", "join"):
+            level.clause = "from"
+        elif word in CLAUSES:
+            level.clause = word
+
+    def _add_source(self, name: str, table: str) -> None:
+        known = table in self._tables and name not in self._made
+        self._level.last_table = table if known else None
+        self._level.sources[name] = self._level.last_table
+
+    def _make(self, name: str) -> None:
+        """Take a new name: an alias of the last source or of a column, a CTE, or a column of it."""
+        if self._before != "::":
+            self._made.add(name)
+        if self._level.clause == "from":
+            self._level.sources[name] = self._level.last_table
+        self._ended = True
+
+
+def _fits(word: str, names: Collection[str], unfinished: bool) -> bool:
+    """Tell whether a word is one of the names, or the beginning of one if it is unfinished."""
+    return word in names or (unfinished and any(name.startswith(word) for name in names))
