@@ -178,6 +178,8 @@ def drawn(examples: Sequence[data.Example], databases: int, count: int) -> list[
     for example in examples:
         by_database[example.db_id].append(example)
     large = sorted(name for name, each in by_database.items() if len(each) >= count)
+    if len(large) < databases:
+        raise SystemExit(f"{len(large)} databases have {count} short questions, of {databases}")
     draw = random.Random(14)
     return [draw.sample(by_database[name], count) for name in draw.sample(large, databases)]
 

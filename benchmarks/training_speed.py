@@ -262,47 +262,9 @@ class Bench:
         )
 
     def _peer(self, folder: str, packing: bool) -> Callable[[Sequence[TokenizedExample]], None]:
-        """Build TRL's own trainer, loss and collator over the same tokens."""
-        from datasets import Dataset
-        from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-        from trl import SFTConfig, SFTTrainer
-
-        dtype = models.compute_dtype(self.config.train.bf16)
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            ),
-        )
-        args = SFTConfig(
-            output_dir=self._scratch.name,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=EXAMPLES,
-            bf16=dtype == torch.bfloat16,
-            use_cpu=True,
-            activation_checkpointing=False,
-            max_length=PACKED_LENGTH,
-            packing=packing,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            report_to="none",
-            disable_tqdm=True,
-        )
-
-        def peer(examples: Sequence[TokenizedExample]) -> Any:
-            columns = {
-                "input_ids": [row.input_ids for row in examples],
-                "labels": [row.labels for row in examples],
-            }
-            return Dataset.from_dict(columns)
-
-        built = SFTTrainer(
-            model=base,
-            args=args,
-            train_dataset=peer(self.rounds[0]),
-            processing_class=self._tokenizer,
-            peft_config=LoraConfig(task_type="CAUSAL_LM", **self.config.lora.model_dump()),
+        """Return one optimizer step of TRL's own trainer over examples."""
+        built = plain_trl(
+            folder, self._tokenizer, self.rounds[0], self.config, Path(self._scratch.name), packing
         )
         model = built.accelerator.prepare_model(built.model)
         optimizer = torch.optim.AdamW(
@@ -310,7 +272,7 @@ class Bench:
         )
 
         def step(examples: Sequence[TokenizedExample]) -> None:
-            made = self._batches(built, peer(examples), packing)
+            made = self._batches(built, _columns(examples), packing)
             items = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in made))
             for batch in made:
                 built.training_step(model, batch, num_items_in_batch=items)
@@ -326,6 +288,72 @@ class Bench:
         if packing:
             examples = pack_dataset(examples, PACKED_LENGTH, "bfd")
         return [built.data_collator([example]) for example in examples]
+
+
+def plain_trl(
+    folder: str,
+    tokenizer: Any,
+    examples: Sequence[TokenizedExample],
+    config: Config,
+    scratch: Path,
+    packing: bool = False,
+) -> Any:
+    """Build TRL's own trainer, loss and collator over the same tokens, with a run's settings.
+
+    It has the example-by-example set-up of the original project, on a CPU.
+    """
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    dtype = models.compute_dtype(config.train.bf16)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        ),
+    )
+    args = SFTConfig(
+        output_dir=str(scratch),
+        seed=config.seed,
+        per_device_train_batch_size=config.train_batch_size,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.train.lr_scheduler_type,
+        warmup_steps=config.train.warmup_ratio,  # below 1 it is read as a share of all steps
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+        max_steps=config.train.max_steps,
+        save_strategy="no",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=True,
+        activation_checkpointing=False,
+        max_length=PACKED_LENGTH,
+        packing=packing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return SFTTrainer(
+        model=base,
+        args=args,
+        train_dataset=_columns(examples),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
+    )
+
+
+def _columns(examples: Sequence[TokenizedExample]) -> Any:
+    """Return examples as TRL takes them."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in examples],
+            "labels": [row.labels for row in examples],
+        }
+    )
 
 
 def our_step(
