@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.4, help="of the samples")
     parser.add_argument("--top_p", type=float, default=1.0, help="of the samples")
     parser.add_argument("--serializer", default="compact", help="that the adapter was trained with")
+    parser.add_argument("--ground", choices=("none", "constrain"), default="constrain")
     parser.add_argument("--spider", type=int, help="ask this many questions of Spider's dev")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0 leaves it out")
     parser.add_argument("--timed", type=int, default=32, help="questions of a round")
@@ -69,7 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.rows:
         Path(arguments.rows).write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = scoring.summarise(rows, TASK, bench.settings)
-    report(summary, rows)
+    for split in sorted({row["split"] for row in rows}):
+        print(f"\n{split}\n")
+        report([row for row in rows if row["split"] == split])
+    print("\nall\n")
+    report(rows)
+    for key in (key for key in summary if key.startswith("pass@") and "_" not in key):
+        print(f"| {key} | {100 * summary[key]:.1f} % | | |")
     seconds = bench.timed(arguments.rounds, arguments.timed)
     print(json.dumps(result(arguments, summary, seconds)))
 
@@ -90,7 +97,7 @@ def settings(arguments: argparse.Namespace) -> EvaluateConfig:
             "evaluate.samples": arguments.samples,
             "evaluate.temperature": arguments.temperature,
             "evaluate.top_p": arguments.top_p,
-            "evaluate.ground": "constrain",
+            "evaluate.ground": arguments.ground,
             "evaluate.max_new_tokens": 96,
             "evaluate.limit": arguments.spider,
             "prompt.serializer": arguments.serializer,
@@ -121,11 +128,12 @@ class Bench:
         self._decoding = Decoding.from_settings(self.settings, 8, self.config.seed)
         names = {name: schema.lower_names() for name, schema in self._corpus.schemas.items()}
         self._guards = guards(names, self.questions)
+        self._guards_of_samples = self._guards if arguments.ground == "constrain" else None
 
     def scored(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Return the judged rows of all questions, with the repaired answers too."""
         answers = answer_questions(
-            self._model, self._tokenizer, questions, self._decoding, self._guards
+            self._model, self._tokenizer, questions, self._decoding, self._guards_of_samples
         )
         schemas = self._corpus.schemas
         rows = scoring.score(questions, answers, TASK, self.settings, schemas)
@@ -191,8 +199,8 @@ class Bench:
                 )
 
 
-def report(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of RESULTS.md."""
+def report(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of RESULTS.md for these questions."""
     print("| answer | execution accuracy | p against greedy | valid SQL |")
     print("|---|---|---|---|")
     n = len(rows)
@@ -205,8 +213,6 @@ def report(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Non
         ]
         test = "–" if way == "greedy" else f"{mcnemar(*only):.2g} (+{only[0]} -{only[1]})"
         print(f"| {WAYS[way]} | {interval(right, n)} | {test} | {interval(valid, n)} |")
-    for key in (key for key in summary if key.startswith("pass@") and "_" not in key):
-        print(f"| {key} | {100 * summary[key]:.1f} % | | |")
 
 
 def interval(part: int, total: int) -> str:

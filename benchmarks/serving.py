@@ -35,6 +35,7 @@ from ray_sql import models
 from ray_sql.config import ServeConfig, load
 from ray_sql.config.sections import AnswersSection
 from ray_sql.generate import Answer, hf_generate
+from ray_sql.generate.answers import OnAnswer
 from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine
 from ray_sql.serve.opening import open_engine
@@ -103,9 +104,12 @@ class Naive:
         self._tokenizer = prompter.tokenizer
         self.described: dict[str, str] = {}
 
-    def answer(self, asked: Sequence[Asked], settings: AnswersSection) -> list[Answer]:
-        """Return the answers to prompts, computed one by one."""
-        return [self._answer(one.question.input_ids, settings.max_new_tokens) for one in asked]
+    def answer(
+        self, asked: Sequence[Asked], settings: AnswersSection, on_answer: OnAnswer, *_: Any
+    ) -> None:
+        """Answer prompts one by one."""
+        for index, one in enumerate(asked):
+            on_answer(index, self._answer(one.question.input_ids, settings.max_new_tokens))
 
     def _answer(self, prompt: list[int], limit: int) -> Answer:
         (answer,) = hf_generate.answer_batch(self._model, self._tokenizer, [prompt], limit)

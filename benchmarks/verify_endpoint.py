@@ -42,7 +42,7 @@ from ray_sql import models
 from ray_sql.config import VerifyConfig, load
 from ray_sql.serve import verify
 from ray_sql.serve.diagnosis import FINE
-from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.engine import Engine, Joinable, told
 from ray_sql.serve.prompter import Prompter
 from ray_sql.serve.recipe import find
 from ray_sql.store.run_folder import RunFolder
@@ -214,15 +214,19 @@ def cut(bench: Bench, engine: Any) -> None:
 
 def draw(_: Bench, engine: Any) -> None:
     """Answer by a sample at temperature 1, with another seed each time."""
-    answer, seeds = engine.answer, itertools.count()
+    seeds = itertools.count()
 
-    def drawn(asked: Any) -> list[Reply]:
+    def drawn(batch: Joinable) -> None:
         engine.prompter.config = engine.prompter.config.changed({"seed": next(seeds)})
+        batch.more(lambda one: True)
         settings = {"samples": 2, "temperature": 1.0}
-        sampled = [replace(one, settings=one.settings.model_copy(update=settings)) for one in asked]
-        return [replace(one, raw=f"```sql\n{one.candidates[0]}\n```") for one in answer(sampled)]
+        sampled = [
+            replace(one, settings=one.settings.model_copy(update=settings)) for one in batch.asked
+        ]
+        for index, one in enumerate(engine.answer(sampled)):
+            batch.tell(index, told(replace(one, raw=f"```sql\n{one.candidates[0]}\n```")))
 
-    engine.answer = drawn
+    engine.answer_joinable = drawn
 
 
 def clean_verdicts(bench: Bench, runs: int) -> list[dict[str, Any]]:

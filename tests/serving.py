@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,9 @@ from ray_sql.config import ServeConfig, load
 from ray_sql.config.sections import ServeSection
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
-from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.engine import Engine, Joinable
 from ray_sql.serve.opening import find_linker, open_engine
-from ray_sql.serve.prompter import Asked, Prompter
+from ray_sql.serve.prompter import Prompter
 from ray_sql.serve.recipe import find
 from tests.waiting import HANGS, wait_until
 
@@ -78,18 +78,18 @@ class Held:
 @contextmanager
 def holding(engine: Engine) -> Iterator[Held]:
     """Hold an engine at its first batch."""
-    held, answer = Held(), engine.answer
+    held, answer = Held(), engine.answer_joinable
 
-    def wait(asked: Sequence[Asked]) -> list[Reply]:
+    def wait(batch: Joinable) -> None:
         held.begun.set()
         held.released.wait(HANGS)
-        return answer(asked)
+        answer(batch)
 
-    engine.answer = wait  # type: ignore[method-assign]
+    engine.answer_joinable = wait  # type: ignore[method-assign]
     try:
         yield held
     finally:
-        engine.answer = answer  # type: ignore[method-assign]
+        engine.answer_joinable = answer  # type: ignore[method-assign]
         held.release()
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,8 @@ from ray_sql.database import QueryResult
 from ray_sql.errors import ConfigError
 from ray_sql.serve import deployment
 from ray_sql.serve.access import TOKEN, token_for
-from ray_sql.serve.batcher import Batcher, Full
-from ray_sql.serve.engine import Engine
+from ray_sql.serve.batcher import Batch, Batcher, Full
+from ray_sql.serve.engine import Engine, told
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
 from tests.serving import Held, count_waiting, running_job, serving
@@ -249,25 +249,46 @@ def test_the_page_is_for_anybody_and_runs_nothing_but_its_own(engine: Engine) ->
             assert client.post(path, json={}).status_code == 401
 
 
-def test_requests_that_arrive_together_are_answered_together(
-    client: httpx2.Client, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches: list[int] = []
-    answer = engine.answer
-
-    def counted(asked: Any) -> Any:
-        batches.append(len(asked))
-        time.sleep(0.3)  # the others arrive
-        return answer(asked)
-
-    monkeypatch.setattr(engine, "answer", counted)
+def test_requests_that_arrive_together_are_answered_together(engine: Engine, held: Held) -> None:
     questions = [question for question, _ in QUESTIONS]
-    with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(lambda question: sql(client, question).json(), questions))
-    assert sum(batches) == 8
-    assert max(batches) > 1
-    alone = [sql(client, question).json() for question in questions]
+    with serving(engine) as client, ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(sql, client, question) for question in questions]
+        wait_until(lambda: count_waiting(client) == 7)
+        held.release()
+        together = [one.result().json() for one in asked]
+        assert 'ray_sql_answered_together_bucket{le="1.0"} 1.0' in client.get("/metrics").text
+        alone = [sql(client, question).json() for question in questions]
     assert [one["sql"] for one in together] == [one["sql"] for one in alone]
+
+
+def test_a_question_joins_those_that_are_being_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes while another is being written is answered by the same passes."""
+    from ray_sql.generate.decoder import Decoder
+
+    passes: list[int] = []
+    second = threading.Event()
+    step = Decoder._step
+
+    def counted(self: Decoder, guesses: Any) -> Any:
+        passes.append(len(guesses))
+        if len(passes) == 2:
+            second.set()
+            wait_until(lambda: count_waiting(client) == 1)
+        return step(self, guesses)
+
+    monkeypatch.setattr(Decoder, "_step", counted)
+    (first, _), (other, _) = QUESTIONS[:2]
+    with serving(engine) as client, ThreadPoolExecutor(2) as threads:
+        one = threads.submit(sql, client, first)
+        assert second.wait(HANGS)
+        joined = threads.submit(sql, client, other)
+        answers = [one.result().json()["sql"], joined.result().json()["sql"]]
+        assert passes[:2] == [1, 1]
+        assert max(passes) == 2
+        alone = [sql(client, question).json()["sql"] for question in (first, other)]
+    assert answers == alone
 
 
 def test_where_too_many_wait_a_request_is_refused_and_may_come_again(
@@ -416,7 +437,7 @@ def test_questions_and_sql_are_in_no_log(
     assert f"mall: {question}: {answer['sql']}" in caplog.text
 
 
-def batched(answer: Callable[[Sequence[Any]], list[Any]], most_waiting: int, work: Any) -> Any:
+def batched(answer: Callable[[Batch], None], most_waiting: int, work: Any) -> Any:
     """Run `work(batcher)` beside a batcher."""
 
     async def run() -> Any:
@@ -431,10 +452,12 @@ def batched(answer: Callable[[Sequence[Any]], list[Any]], most_waiting: int, wor
 
 
 def test_one_question_that_fails_fails_alone() -> None:
-    def answer(asked: Sequence[Any]) -> list[Any]:
-        if "bad" in asked:
+    def answer(batch: Batch) -> None:
+        batch.more(lambda one: True)
+        if "bad" in batch.asked:
             raise ValueError("bad")
-        return [one.upper() for one in asked]
+        for index, one in enumerate(batch.asked):
+            batch.tell(index, told(one.upper()))  # type: ignore[attr-defined]
 
     async def work(batcher: Batcher) -> list[Any]:
         replies = [batcher.submit(word) for word in ("a", "bad", "b")]  # type: ignore[arg-type]
@@ -444,12 +467,32 @@ def test_one_question_that_fails_fails_alone() -> None:
     assert (first, str(bad), last) == ("A", "bad", "B")
 
 
+def test_no_question_overtakes_another_and_no_more_are_on_their_way_than_may() -> (
+    None
+):
+    batches: list[list[Any]] = []
+
+    def answer(batch: Batch) -> None:
+        first = batch.asked[0]
+        batch.more(lambda one: isinstance(one, type(first)))
+        batches.append(list(batch.asked))
+        for index, one in enumerate(batches[-1]):
+            batch.tell(index, told(one))  # type: ignore[arg-type]
+
+    async def work(batcher: Batcher) -> list[Any]:
+        words = [1, 2, "a", 3, 4, 5, 6, 7]
+        return await asyncio.gather(*(batcher.submit(word) for word in words))  # type: ignore[arg-type]
+
+    assert batched(answer, 8, work) == [1, 2, "a", 3, 4, 5, 6, 7]
+    assert batches == [[1, 2], ["a"], [3, 4, 5, 6], [7]]
+
+
 def test_a_cancelled_question_frees_its_place_and_is_not_answered() -> None:
     answered: list[Any] = []
 
-    def answer(asked: Sequence[Any]) -> list[Any]:
-        answered.extend(asked)
-        return list(asked)
+    def answer(batch: Batch) -> None:
+        answered.extend(batch.asked)
+        batch.tell(0, told(batch.asked[0]))  # type: ignore[arg-type]
 
     async def work(batcher: Batcher) -> int:
         first = batcher.submit("first")  # type: ignore[arg-type]

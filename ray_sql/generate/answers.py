@@ -26,8 +26,22 @@ if TYPE_CHECKING:
 
 OnAnswer = Callable[[int, Answer], None]
 """Receives each answer as it comes, with the index of its question."""
+Fits = Callable[[Question], bool]
+"""Tells whether a question can join those that are being answered."""
 OnFallback = Callable[[str], None]
 """Receives the reason why prompts that share a schema are computed whole."""
+
+
+@dataclass(frozen=True)
+class Joining:
+    """Questions that join others while these are answered.
+
+    `more` returns those that came since it was called last, each with the number of its first
+    tokens that others share. Prompt and answer have at most `longest` tokens.
+    """
+
+    more: Callable[[], Sequence[tuple[Question, int]]]
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -103,13 +117,15 @@ def answer_ready(
     groups: Sequence[Group] | None,
     kept: KeptPrefixes | None = None,
     on_answer: OnAnswer | None = None,
+    joining: Joining | None = None,
 ) -> list[Answer]:
     """Answer as `answer_questions` does, by a model that is `ready`.
 
     Questions of a group share a prefix, which `kept` may hold. Without groups, each prompt is
-    computed whole.
+    computed whole, and none can join.
     """
     answers: dict[int, Answer] = {}
+    questions = list(questions)
 
     def keep(index: int, answer: Answer) -> None:
         answers[index] = answer
@@ -122,7 +138,7 @@ def answer_ready(
     if groups is None:
         _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
     else:
-        _answer_over_prefixes(model, ends, questions, groups, decoding, wanted, keep, kept)
+        _answer_over_prefixes(model, ends, questions, groups, decoding, wanted, keep, kept, joining)
     return [answers[index] for index in range(len(questions))]
 
 
@@ -162,22 +178,29 @@ def _allows(questions: Sequence[Question], guards: Mapping[str, NameGuard], ends
 def _answer_over_prefixes(
     model: PreTrainedModel,
     ends: Ends,
-    questions: Sequence[Question],
+    questions: list[Question],
     groups: Sequence[Group],
     decoding: Decoding,
     wanted: Wanted,
     keep: OnAnswer,
     kept: KeptPrefixes | None,
+    joining: Joining | None,
 ) -> None:
-    prompts = [question.input_ids for question in questions]
+    """Answer questions, and append those that join to `questions`."""
 
     def finish(index: int, decoded: list[Decoded], seconds: float) -> None:
+        tokens = len(questions[index].input_ids)
         constrained = wanted.allows is not None
-        keep(index, make_answer(ends, len(prompts[index]), decoded, seconds, constrained))
+        keep(index, make_answer(ends, tokens, decoded, seconds, constrained))
+
+    def more() -> list[tuple[Sequence[int], int]]:
+        joined = joining.more() if joining else ()
+        questions.extend(question for question, _ in joined)
+        return [(question.input_ids, prefix) for question, prefix in joined]
 
     decoder.decode(
         model,
-        prompts,
+        [question.input_ids for question in questions],
         groups,
         max_new_tokens=decoding.max_new_tokens,
         max_num_seqs=decoding.max_num_seqs,
@@ -185,6 +208,8 @@ def _answer_over_prefixes(
         finish=finish,
         wanted=wanted,
         kept=kept,
+        more=more,
+        longest=joining.longest if joining else 0,
     )
 
 

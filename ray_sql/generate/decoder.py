@@ -4,7 +4,7 @@ Questions of one database whose prompts begin alike are a group. The prefix of a
 once and kept once. The rest of each prompt is computed in one pass for many questions. Then all of
 them go on together, whatever their database, by a token a pass. Where few are left, the next
 tokens are guessed and several are checked in a pass (`draft`). A question that has its answer
-leaves, and another takes its place.
+leaves, and another takes its place: one that waits, or one that comes only now (`more`).
 
 Answers to a question are one slot until they differ (`slots`). So a sample costs the tokens that no
 other answer to its question has begun with.
@@ -55,6 +55,16 @@ GREEDY = Wanted()
 """One greedy answer a question."""
 Finish = Callable[[int, list[Decoded], float], None]
 """Receives a question's index, its answers in the order of `Wanted`, and its share of seconds."""
+More = Callable[[], Sequence[tuple[Sequence[int], int]]]
+"""Returns prompts that came meanwhile, each with the number of its first tokens that others share.
+
+Their indices follow those of the prompts before them.
+"""
+
+
+def no_more() -> Sequence[tuple[Sequence[int], int]]:
+    """Return no further prompts."""
+    return ()
 
 
 def decode(
@@ -68,13 +78,16 @@ def decode(
     finish: Finish,
     wanted: Wanted = GREEDY,
     kept: KeptPrefixes | None = None,
+    more: More = no_more,
+    longest: int = 0,
 ) -> None:
     """Give all prompts the answers that are wanted, `max_num_seqs` prompts at a time.
 
     None is as many as memory allows, up to `AUTO_NUM_SEQS`. Prefixes are taken from `kept`, and
-    left there.
+    left there. `more` is asked before every pass; its prompts and answers have at most `longest`
+    tokens.
     """
-    longest = max(map(len, prompts)) + max_new_tokens
+    longest = max(longest, max(map(len, prompts)) + max_new_tokens)
     budget = None if max_num_seqs else free_memory(model) // bytes_per_token(model)
     with decode_attention.installed(model), inference(model):
         decoder = Decoder(
@@ -88,7 +101,7 @@ def decode(
             wanted=wanted,
             kept=kept,
         )
-        decoder.run(ended, finish)
+        decoder.run(ended, finish, more)
 
 
 class Decoder:
@@ -110,7 +123,7 @@ class Decoder:
         wanted: Wanted = GREEDY,
         kept: KeptPrefixes | None = None,
     ) -> None:
-        self._model, self._prompts, self._groups = model, prompts, groups
+        self._model, self._prompts, self._groups = model, list(prompts), list(groups)
         self._kept = kept or KeptPrefixes()
         self._carries = recurrent.has_layers(model)
         self._limit, self._max_num_seqs, self._budget = limit, max_num_seqs, budget
@@ -120,6 +133,8 @@ class Decoder:
         for index, group in enumerate(groups):
             self._waiting += ((index, question) for question in group.members)
             self._left[index] = len(group.members)
+        begins = (tuple(prompts[group.members[0]][: group.prefix]) for group in groups)
+        self._group_of = {begin: index for index, begin in enumerate(begins)}
         self._prefixes: dict[int, Prefix] = {}
         self._slots: list[Slot] = []
         self._own = OwnTokens()
@@ -127,9 +142,13 @@ class Decoder:
         self._seconds: dict[int, float] = defaultdict(float)
         self._done: dict[int, dict[int, Decoded]] = defaultdict(dict)
 
-    def run(self, ended: Ended, finish: Finish) -> None:
-        """Answer everything."""
-        while self._waiting or self._slots:
+    def run(self, ended: Ended, finish: Finish, more: More = no_more) -> None:
+        """Answer everything, and what comes meanwhile."""
+        while True:
+            for prompt, prefix in more():
+                self._join(prompt, prefix)
+            if not self._waiting and not self._slots:
+                return
             # A quarter of the slots is filled at a time: a pass costs about as much for one
             # question as for several.
             if self._waiting and len(self._slots) <= self._max_num_seqs * 3 // 4:
@@ -143,6 +162,18 @@ class Decoder:
                 self._advance(0, guesses, self._step(guesses), ended, finish)
             else:
                 self._own = OwnTokens()  # its memory is for whoever comes next
+
+    def _join(self, prompt: Sequence[int], prefix: int) -> None:
+        """Let a prompt wait for a slot, in the group whose prefix it begins with."""
+        index = self._group_of.setdefault(tuple(prompt[:prefix]), len(self._groups))
+        if index == len(self._groups):
+            self._groups.append(Group([], prefix))
+            self._left[index] = 0
+        question = len(self._prompts)
+        self._prompts.append(prompt)
+        self._groups[index].members.append(question)
+        self._waiting.append((index, question))
+        self._left[index] += 1
 
     def first_logits(self) -> torch.Tensor:
         """Return the logits of every answer's first token, `[questions, vocabulary]` in float32."""

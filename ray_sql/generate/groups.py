@@ -54,12 +54,17 @@ def group_known(
     groups: dict[str, Group] = {}
     others = []
     for index, (prompt, database) in enumerate(zip(prompts, databases, strict=True)):
-        begin = list(known.get(database, ()))
-        if not begin or list(prompt[: len(begin)]) != begin or len(prompt) == len(begin):
+        if prefix := known_prefix(prompt, known.get(database, ())):
+            groups.setdefault(database, Group([], prefix)).members.append(index)
+        else:
             others.append(Group([index], 0))
-            continue
-        groups.setdefault(database, Group([], len(begin))).members.append(index)
     return [*groups.values(), *others]
+
+
+def known_prefix(prompt: Sequence[int], begin: Sequence[int]) -> int:
+    """Return the length of a begin if a prompt goes on behind it, else 0."""
+    goes_on = len(prompt) > len(begin) and list(prompt[: len(begin)]) == list(begin)
+    return len(begin) if goes_on else 0
 
 
 def token_counts(questions: Sequence[Question]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -26,9 +26,8 @@ from ray_sql.serve.access import LOCAL_HOSTS, Door, error
 from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.corrections import append
 from ray_sql.serve.counts import Counted, Counts
-from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.engine import Engine
 from ray_sql.serve.page import add_page
-from ray_sql.serve.prompter import Asked
 from ray_sql.serve.queries import Queries
 from ray_sql.serve.requests import ChatRequest, Correction, RunRequest, SqlRequest
 
@@ -51,7 +50,10 @@ class Service:
         self._engine, self._section = engine, section
         most = engine.config.evaluate.max_num_seqs
         self.batcher = Batcher(
-            self._answer, AUTO_NUM_SEQS if most == "auto" else most, section.max_waiting
+            engine.answer_joinable,
+            AUTO_NUM_SEQS if most == "auto" else most,
+            section.max_waiting,
+            lambda together: self.counts.together.observe(together),
         )
         self.queries = Queries(engine, section.max_waiting)
         self.counts = Counts(lambda: self.batcher.waiting)
@@ -159,10 +161,6 @@ class Service:
     async def metrics(self) -> PlainTextResponse:
         """Return counts and times for Prometheus."""
         return PlainTextResponse(generate_latest(self.counts.registry))
-
-    def _answer(self, asked: Sequence[Asked]) -> list[Reply]:
-        self.counts.together.observe(len(asked))
-        return self._engine.answer(asked)
 
     def _in_time(self) -> asyncio.Timeout:
         """Return what raises TimeoutError inside once a request has taken too long."""

@@ -1,33 +1,90 @@
-"""Questions that arrive together are answered together, by one thread."""
+"""Questions that arrive together are answered together; those that come later join them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from ray_sql.serve.engine import Reply
 from ray_sql.serve.prompter import Asked
 
 GATHER_SECONDS = 0.005
 """Seconds for which the first question waits for others."""
-Answer = Callable[[Sequence[Asked]], list[Reply]]
+MOST_JOINED = 1000
+"""Questions after which a call of `answer` takes no more: it holds all that it has answered."""
+Coming = asyncio.Future[Reply]
+"""A reply that a request waits for."""
+Take = Callable[[int, Callable[[Asked], bool]], dict[Coming, Asked]]
+"""Takes questions from those that wait: so many at most, and none behind one that does not fit."""
 
 
 class Full(Exception):
     """As many questions wait as may."""
 
 
-class Batcher:
-    """Hands questions to `answer`, at most `most` at a time; at most `most_waiting` wait for it.
+@dataclass
+class Batch:
+    """The questions of one call of `answer`: those it begins with, and those that join.
 
-    It belongs to one event loop, in which `run` is a task.
+    `more` and `tell` are for the thread that answers.
     """
 
-    def __init__(self, answer: Answer, most: int, most_waiting: int) -> None:
+    asked: list[Asked]
+    coming: list[Coming]
+    take: Take
+    observe: Callable[[int], None]
+    """Receives how many questions were on their way as one was answered."""
+    most: int
+    told: set[int] = field(default_factory=set)
+
+    def more(self, fits: Callable[[Asked], bool]) -> list[Asked]:
+        """Return the questions that came since; none behind one that does not fit."""
+        on_their_way = len(self.asked) - len(self.told)
+        room = min(self.most - on_their_way, MOST_JOINED - len(self.asked))
+        joined = self.take(room, fits) if room > 0 else {}
+        self.asked += joined.values()
+        self.coming += joined
+        return list(joined.values())
+
+    def tell(self, index: int, reply: Future[Reply]) -> None:
+        """Hand on the reply to a question, once it is there."""
+        self.observe(len(self.asked) - len(self.told))
+        self.told.add(index)
+        coming = self.coming[index]
+
+        def pass_on(done: Future[Reply]) -> None:
+            with suppress(RuntimeError):  # the service has ended, and nobody waits
+                coming.get_loop().call_soon_threadsafe(_pass_on, done, coming)
+
+        reply.add_done_callback(pass_on)
+
+
+Answer = Callable[[Batch], None]
+"""Answers all questions of a batch, or raises; those that were told of are answered."""
+
+
+class Batcher:
+    """Hands questions to `answer`, at most `most` on their way; at most `most_waiting` wait.
+
+    It belongs to one event loop, in which `run` is a task. `observe` receives how many questions
+    were on their way as one was answered.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        most: int,
+        most_waiting: int,
+        observe: Callable[[int], None] = lambda together: None,
+    ) -> None:
         self._answer, self._most, self._most_waiting = answer, most, most_waiting
-        self._waiting: dict[asyncio.Future[Reply], Asked] = {}
+        self._observe = observe
+        self._waiting: dict[Coming, Asked] = {}
+        self._lock = threading.Lock()
         self._came = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-answers")
 
@@ -36,13 +93,14 @@ class Batcher:
         """Return how many questions wait."""
         return len(self._waiting)
 
-    def submit(self, asked: Asked) -> asyncio.Future[Reply]:
+    def submit(self, asked: Asked) -> Coming:
         """Return the reply to come; cancelled, it frees its place. Raises `Full`."""
-        if len(self._waiting) >= self._most_waiting:
-            raise Full
-        reply = asyncio.get_running_loop().create_future()
-        self._waiting[reply] = asked
-        reply.add_done_callback(lambda done: self._waiting.pop(done, None))
+        with self._lock:
+            if len(self._waiting) >= self._most_waiting:
+                raise Full
+            reply: Coming = asyncio.get_running_loop().create_future()
+            self._waiting[reply] = asked
+        reply.add_done_callback(self._leave)
         self._came.set()
         return reply
 
@@ -51,28 +109,56 @@ class Batcher:
         while True:
             await self._came.wait()
             await asyncio.sleep(GATHER_SECONDS)
-            batch = dict(islice(self._waiting.items(), self._most))
-            for reply in batch:
-                del self._waiting[reply]
-            if not self._waiting:
+            first = self._take(1, lambda asked: True)
+            if first:
+                await self._answer_all(first)
+            else:
                 self._came.clear()
-            if batch:
-                await self._answer_all(batch)
 
-    async def _answer_all(self, batch: dict[asyncio.Future[Reply], Asked]) -> None:
-        """Answer a batch; where that fails, one by one, so that only the culprit fails."""
+    def _take(self, most: int, fits: Callable[[Asked], bool]) -> dict[Coming, Asked]:
+        taken: dict[Coming, Asked] = {}
+        with self._lock:
+            for reply, asked in self._waiting.items():
+                if len(taken) == most or not fits(asked):
+                    break
+                taken[reply] = asked
+            for reply in taken:
+                del self._waiting[reply]
+        return taken
+
+    def _leave(self, reply: Coming) -> None:
+        with self._lock:
+            self._waiting.pop(reply, None)
+
+    async def _answer_all(self, first: dict[Coming, Asked], take: Take | None = None) -> None:
+        """Answer a question and those that join; where that fails, each alone: one is the cause."""
+        batch = Batch(
+            list(first.values()), list(first), take or self._take, self._observe, self._most
+        )
         loop = asyncio.get_running_loop()
         try:
-            answers = await loop.run_in_executor(self._thread, self._answer, list(batch.values()))
+            await loop.run_in_executor(self._thread, self._answer, batch)
         except Exception as error:  # whatever it is, whoever waits for it must learn of it
-            if len(batch) > 1:
-                for reply, asked in batch.items():
-                    await self._answer_all({reply: asked})
-                return
-            for reply in batch:
-                if not reply.done():
-                    reply.set_exception(error)
-            return
-        for reply, answer in zip(batch, answers, strict=True):
-            if not reply.done():
-                reply.set_result(answer)
+            left = [index for index in range(len(batch.asked)) if index not in batch.told]
+            for index in left:
+                if len(batch.asked) == 1:
+                    batch.tell(index, _failed(error))
+                else:
+                    alone = {batch.coming[index]: batch.asked[index]}
+                    await self._answer_all(alone, lambda most, fits: {})
+
+
+def _failed(error: Exception) -> Future[Reply]:
+    reply: Future[Reply] = Future()
+    reply.set_exception(error)
+    return reply
+
+
+def _pass_on(reply: Future[Reply], coming: Coming) -> None:
+    """Give a reply, or what went wrong, to who waits for it."""
+    if coming.done():
+        return
+    if error := reply.exception():
+        coming.set_exception(error)
+    else:
+        coming.set_result(reply.result())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,8 +17,12 @@ from ray_sql.database.places import EXECUTABLE
 from ray_sql.errors import DataError
 from ray_sql.evaluate import candidates, scoring
 from ray_sql.generate import Answer
+from ray_sql.generate.answers import Fits, OnAnswer
 from ray_sql.serve.linker import Linker
 from ray_sql.serve.prompter import Asked, Prompter
+
+More = Callable[[Fits], list[Asked]]
+"""Returns questions of like settings that came meanwhile, and that fit."""
 
 
 class Model(Protocol):
@@ -26,8 +31,14 @@ class Model(Protocol):
     described: dict[str, str]
     """Of what it is made, where that is known."""
 
-    def answer(self, asked: Sequence[Asked], settings: AnswersSection) -> list[Answer]:
-        """Return the answers to prompts."""
+    def answer(
+        self,
+        asked: Sequence[Asked],
+        settings: AnswersSection,
+        on_answer: OnAnswer,
+        more: More | None = None,
+    ) -> None:
+        """Answer prompts, and those that join them; `on_answer` receives each with its place."""
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -50,6 +61,26 @@ class Reply:
     seconds: float
     warnings: list[str]
     shown: Links | None = None
+
+
+def told(reply: Reply) -> Future[Reply]:
+    """Return a reply as one that has come."""
+    coming: Future[Reply] = Future()
+    coming.set_result(reply)
+    return coming
+
+
+class Joinable(Protocol):
+    """Questions of a service, which others may join while they are answered."""
+
+    asked: list[Asked]
+    """They, and behind them those that joined."""
+
+    def more(self, fits: Callable[[Asked], bool]) -> list[Asked]:
+        """Return the questions that came meanwhile, up to one that does not fit."""
+
+    def tell(self, index: int, reply: Future[Reply]) -> None:
+        """Hand on the reply to a question."""
 
 
 class Engine:
@@ -91,11 +122,35 @@ class Engine:
         for index, one in enumerate(asked):
             groups[one.settings].append(index)
         replies: dict[int, Reply] = {}
-        self._executor.forget()  # a server's content may have changed
         for settings, members in groups.items():
             group = [asked[index] for index in members]
-            replies |= zip(members, self._replies(group, settings), strict=True)
+            answers: dict[int, Answer] = {}
+            self._model.answer(group, settings, answers.__setitem__)
+            in_order = [answers[place] for place in range(len(group))]
+            replies |= zip(members, self._replies(group, in_order, settings), strict=True)
         return [replies[index] for index in range(len(asked))]
+
+    def answer_joinable(self, batch: Joinable) -> None:
+        """Answer questions and those of like settings that join them, each as it is ready.
+
+        A linker is asked about all questions first, so that none joins later.
+        """
+        if self._linker is not None:
+            batch.more(lambda one: True)
+            for index, reply in enumerate(self.answer(batch.asked)):
+                batch.tell(index, told(reply))
+            return
+        settings = batch.asked[0].settings
+
+        def more(fits: Fits) -> list[Asked]:
+            return batch.more(lambda one: one.settings == settings and fits(one.question))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="ray_sql-choices") as thread:
+
+            def choose(index: int, answer: Answer) -> None:
+                batch.tell(index, thread.submit(self._reply, batch.asked[index], answer))
+
+            self._model.answer(batch.asked, settings, choose, more)
 
     def run(self, database: str, sql: str) -> QueryResult:
         """Run one query, read-only and within the limits. Raises `DataError` if none can be."""
@@ -111,8 +166,15 @@ class Engine:
         except LinkError:
             return None
 
-    def _replies(self, asked: Sequence[Asked], settings: AnswersSection) -> list[Reply]:
-        answers = self._model.answer(asked, settings)
+    def _reply(self, asked: Asked, answer: Answer) -> Reply:
+        (reply,) = self._replies([asked], [answer], asked.settings)
+        return reply
+
+    def _replies(
+        self, asked: Sequence[Asked], answers: Sequence[Answer], settings: AnswersSection
+    ) -> list[Reply]:
+        """Choose among the answers to each question, all of like settings."""
+        self._executor.forget()  # a server's content may have changed
         task, mend = self.prompter.task, settings.ground == "repair"
         parse = scoring.JUDGES[task.name].parse
         options = []

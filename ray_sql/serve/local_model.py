@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Self
 
 from ray_sql import cluster, models
 from ray_sql.config.sections import AnswersSection, QuantizationSection
-from ray_sql.generate import Answer
+from ray_sql.generate import Question
 from ray_sql.generate.answerer import Answerer
-from ray_sql.generate.answers import Decoding
-from ray_sql.generate.name_guard import guards
+from ray_sql.generate.answers import Decoding, Fits, OnAnswer
+from ray_sql.generate.name_guard import NameGuard, guards
+from ray_sql.serve.engine import More
 from ray_sql.serve.identity import Identity
 from ray_sql.serve.prompter import Asked, Prompter
 from ray_sql.store import storage
@@ -82,17 +83,41 @@ class LocalModel:
         answerer = Answerer(model, prompter.tokenizer, schema_bytes)
         self._answerer = self._open.enter_context(answerer)
 
-    def answer(self, asked: Sequence[Asked], settings: AnswersSection) -> list[Answer]:
-        """Return the answers to prompts, computed together."""
+    def answer(
+        self,
+        asked: Sequence[Asked],
+        settings: AnswersSection,
+        on_answer: OnAnswer,
+        more: More | None = None,
+    ) -> None:
+        """Answer prompts, and those that join them, together."""
         config = self._prompter.config
         decoding = Decoding.from_settings(settings, config.eval_batch_size, config.seed)
-        questions = [one.question for one in asked]
-        names = None
-        if settings.ground == "constrain":
-            databases = {one.db_id: self._prompter.databases[one.db_id] for one in questions}
-            known = {name: one.schema.lower_names() for name, one in databases.items()}
-            names = guards(known, questions)
-        return self._answerer.answer(questions, decoding, self._prompter.begins, names)
+        names: dict[str, NameGuard] = {}
+
+        def take(taken: Sequence[Asked]) -> list[Question]:
+            questions = [one.question for one in taken]
+            if settings.ground == "constrain":
+                names.update(self._guards([one for one in questions if one.db_id not in names]))
+            return questions
+
+        def joined(fits: Fits) -> list[Question]:
+            assert more is not None
+            return take(more(fits))
+
+        self._answerer.answer(
+            take(asked),
+            decoding,
+            self._prompter.begins,
+            names if settings.ground == "constrain" else None,
+            on_answer=on_answer,
+            more=joined if more else None,
+        )
+
+    def _guards(self, questions: Sequence[Question]) -> dict[str, NameGuard]:
+        databases = {one.db_id: self._prompter.databases[one.db_id] for one in questions}
+        known = {name: one.schema.lower_names() for name, one in databases.items()}
+        return guards(known, questions)
 
     def close(self) -> None:
         """Leave the model as it was."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ray_sql.config.sections import AnswersSection
 from ray_sql.evaluate.endpoint import Endpoint
-from ray_sql.generate import Answer
+from ray_sql.generate.answers import OnAnswer
+from ray_sql.serve.engine import More
 from ray_sql.serve.prompter import Asked
 
 
@@ -17,10 +18,18 @@ class RemoteModel:
         self._endpoint = Endpoint.find(settings)
         self.described: dict[str, str] = dict(self._endpoint.described.get("ray_sql", {}))
 
-    def answer(self, asked: Sequence[Asked], settings: AnswersSection) -> list[Answer]:
-        """Return the answers to prompts, several asked at a time."""
-        turns = [one.turns for one in asked]
-        return self._endpoint.answer_all(turns, settings.max_new_tokens)
+    def answer(
+        self,
+        asked: Sequence[Asked],
+        settings: AnswersSection,
+        on_answer: OnAnswer,
+        more: More | None = None,
+    ) -> None:
+        """Answer prompts, and those that wait with them, several asked at a time."""
+        joined = more(lambda question: True) if more else []
+        turns = [one.turns for one in (*asked, *joined)]
+        for index, answer in enumerate(self._endpoint.answer_all(turns, settings.max_new_tokens)):
+            on_answer(index, answer)
 
     def close(self) -> None:
         """Leave the endpoint as it is."""
