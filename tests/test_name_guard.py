@@ -47,6 +47,12 @@ CAN_EXIST = [
     "SELECT * FROM json_each('[1]')",
     "SELECT rowid FROM item",
     "SELECT strftime('%Y', 'now')",
+    "SELECT T2.name FROM sale AS T1 JOIN item AS T2 ON T1.item_id = T2.id WHERE T2.price > 1",
+    "SELECT name FROM sale JOIN item ON item_id = id ORDER BY name",
+    "SELECT name, (SELECT count(*) FROM sale WHERE item_id = id) FROM item WHERE id > 1",
+    "SELECT sum(sale_id) FROM sale GROUP BY item_id UNION SELECT price FROM item ORDER BY 1",
+    "SELECT count(DISTINCT T1.name) FROM item T1 JOIN sale T2 USING (id) WHERE T2.sale_id = 1",
+    "SELECT name FROM item WHERE id IN (SELECT id FROM sale WHERE item_id = id)",
 ]
 CANNOT_EXIST = [
     "SELECT title",
@@ -61,6 +67,16 @@ CANNOT_EXIST = [
     "SELECT foo(name",
     "SELECT name FROM item WHERE id IN (SELECT shop_id",
     "SELECT name FROM item ORDER BY T9.name",
+    "SELECT name FROM sale WHERE ",  # FROM has to go on: its tables have no such column
+    "SELECT name, sale_id FROM item ORDER ",
+    "SELECT max(name) FROM sale;",
+    "SELECT name FROM item WHERE id IN (SELECT area FROM sale)",
+    "SELECT T1.name FROM sale AS T1 ",
+    "SELECT T1.name FROM sale T1 ",
+    "SELECT T2.name FROM item AS T1 WHERE ",
+    "SELECT name FROM item WHERE price \N{MINUS TILDE}",
+    "SELECT name FROM item WHERE \N{REPLACEMENT CHARACTER}",
+    "SELECT translate(",
 ]
 
 
@@ -152,8 +168,15 @@ def test_a_complete_answer_ends_with_a_whole_name() -> None:
     assert not guard().allows_answer("```sql\nSELECT name FROM ite", complete=True)
 
 
+def test_a_complete_answer_reads_tables_that_have_its_columns() -> None:
+    assert guard().allows_answer("```sql\nSELECT name FROM sale\n``")
+    assert not guard().allows_answer("```sql\nSELECT name FROM sale\n```")
+
+
 def test_functions_are_those_of_the_dialect() -> None:
-    assert {"count", "strftime", "json_extract"} <= known_functions("sqlite")
+    own = known_functions("sqlite")
+    assert {"count", "strftime", "json_extract", "json_each", "coalesce", "iif"} <= own
+    assert "translate" not in own
     assert {"count", "date_trunc", "to_char"} <= known_functions("postgres")
 
 
@@ -165,10 +188,8 @@ def test_all_gold_of_the_demo_can_be_written() -> None:
     corpus = load_split(config, ("train", "seen", "unseen"))
     for examples in corpus.splits.values():
         for example in examples:
-            allowed = NameGuard(corpus.schemas[example.db_id].lower_names()).allows(
-                example.gold + " "
-            )
-            assert allowed, example.gold
+            guard = NameGuard(corpus.schemas[example.db_id].lower_names())
+            assert guard.allows(example.gold + "\n", complete=True), example.gold
 
 
 def test_all_gold_of_spiders_dev_can_be_written(shared: Path) -> None:
@@ -180,3 +201,4 @@ def test_all_gold_of_spiders_dev_can_be_written(shared: Path) -> None:
         sql = example["query"]
         for end in (*range(1, len(sql), 5), len(sql)):
             assert guards[example["db_id"]].allows(sql[:end]), sql[:end]
+        assert guards[example["db_id"]].allows(sql + "\n", complete=True), sql

@@ -6,20 +6,22 @@ Literals, numbers, operators, comments and the grammar are free.
 
 Behind FROM and JOIN only tables stand. Behind a qualifier stand the columns of its table, or any
 column where the qualifier is not known yet: SELECT comes before FROM. Once FROM is written, columns
-are those of the tables that it names.
+are those of the tables that it names. FROM goes on, by JOIN, until its tables have all columns that
+SELECT named; an alias is one whose columns its table has.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import string
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from ray_sql.data.names import ROW_NAMES
-from ray_sql.generate.sql_words import bare, keywords, known_functions
+from ray_sql.generate.sql_words import CLOSES_FROM, bare, keywords, known_functions
 
 ENDS = frozenset("end null true false current_date current_time current_timestamp".split())
 """Keywords that end an expression."""
@@ -31,6 +33,8 @@ BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
 """Keywords that may stand where a table does."""
 FROM_INSIDE = frozenset("extract trim substring overlay position".split())
 """Functions with a FROM between their arguments."""
+FROM = ("from", "on", "using")
+"""Clauses in which a query names its tables, and how they are joined."""
 _ALIAS = re.compile(r"[a-z]{1,2}\d{0,2}")
 """An alias that may be used before FROM makes it."""
 
@@ -47,6 +51,8 @@ class _Level:
     """Alias or name → table, None where its columns are not known; lower case."""
     last_table: str | None = None
     """The table that the next alias stands for."""
+    selected: frozenset[tuple[str, str]] = frozenset()
+    """The columns that SELECT named, each behind its qualifier or ""; lower case."""
 
 
 class BegunQuery:
@@ -85,9 +91,16 @@ class BegunQuery:
         """Tell whether a token may stand here; an unfinished one may be the beginning of a name."""
         if token.lastgroup == "quoted":
             return self._quoted_fits(token.group())
-        if token.lastgroup != "word" or self._any_word_fits():
+        if token.lastgroup == "sign":
+            return self._sign_fits(token.group())
+        if token.lastgroup != "word":
             return True
         word = token.group().lower()
+        if self._is_from_closed_by(word):
+            return self._has_selected()
+        if self._any_word_fits():
+            begins_keyword = unfinished and _fits(word, self._keywords(), unfinished)
+            return begins_keyword or self._level.clause != "from" or self._alias_fits(word)
         if _fits(word, self._names(), unfinished):
             return True
         is_function = following in ("(", "") and _fits(word, self._functions(), unfinished)
@@ -99,6 +112,42 @@ class BegunQuery:
             return True  # an alias without AS
         may_be_qualifier = following == "." or unfinished
         return bool(may_be_qualifier and _ALIAS.fullmatch(word) and not self._knows_sources())
+
+    def may_end(self) -> bool:
+        """Tell whether the query may end here."""
+        return self._level.clause not in FROM or self._has_selected()
+
+    def _sign_fits(self, sign: str) -> bool:
+        if sign in (")", ";") and self._level.clause in FROM:
+            return self._has_selected()
+        return sign == "::" or sign in string.punctuation
+
+    def _is_from_closed_by(self, word: str) -> bool:
+        return self._level.clause in FROM and self._ended and word in CLOSES_FROM
+
+    def _alias_fits(self, alias: str) -> bool:
+        """Tell whether the last table has all columns that SELECT named behind an alias."""
+        table = self._level.last_table
+        if table is None:
+            return True
+        named = {column for qualifier, column in self._level.selected if qualifier == alias}
+        return named <= self._tables[table] | ROW_NAMES
+
+    def _has_selected(self) -> bool:
+        """Tell whether the tables of FROM have all columns that SELECT named.
+
+        A query inside another may name columns of the outer one.
+        """
+        sources: dict[str, str | None] = {}
+        for level in self._levels:
+            if level.clause == "select" or None in level.sources.values():
+                return True
+            sources |= level.sources
+        columns = {name: self._tables[table or ""] | ROW_NAMES for name, table in sources.items()}
+        columns[""] = frozenset().union(*columns.values())
+        return all(
+            column in columns.get(qualifier, ()) for qualifier, column in self._level.selected
+        )
 
     def _quoted_fits(self, text: str) -> bool:
         must_be_name = self._before == "." or self._expects_source()
@@ -222,6 +271,8 @@ class BegunQuery:
     def _read_word(self, word: str, following: str) -> None:
         name = bare(word)
         if self._before == ".":
+            if self._qualifier not in self._namespaces:
+                self._select(self._qualifier, name)
             if self._level.clause == "from":  # `FROM sales.orders`
                 self._add_source(name, f"{self._qualifier}.{name}")
             self._ended = True
@@ -235,7 +286,17 @@ class BegunQuery:
         elif self._ended and self._level.clause == "select":
             self._make(name)
         else:
+            if word in self._all_columns and word not in self._made and following not in ("(", "."):
+                self._select("", word)
             self._ended = True
+
+    def _select(self, qualifier: str, column: str) -> None:
+        """Keep a column that SELECT names, for the FROM that comes behind it."""
+        for level in reversed(self._levels):
+            if level.clause == "select":
+                level.selected |= {(qualifier, column)}
+            if level.clause:
+                return
 
     def _is_keyword_after_source(self, word: str) -> bool:
         """Tell whether a word goes on with the query, where an alias could stand too."""
@@ -245,7 +306,7 @@ class BegunQuery:
         level = self._level
         self._ended = word in ENDS
         if word in ("union", "intersect", "except"):
-            level.clause, level.sources = "", {}
+            level.clause, level.sources, level.selected = "", {}, frozenset()
         elif word == "from" and level.opened_by in FROM_INSIDE and level.clause != "select":
             pass
         elif word in ("from", "join"):

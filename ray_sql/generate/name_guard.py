@@ -12,7 +12,7 @@ from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database.places import dialect_of
 from ray_sql.generate.begun_query import BegunQuery
 from ray_sql.generate.questions import Question
-from ray_sql.generate.sql_words import LEXER, MORE_FUNCTIONS
+from ray_sql.generate.sql_words import LEXER, READ
 
 REMEMBERED = 10_000
 """Beginnings of queries that are remembered for a database."""
@@ -34,13 +34,13 @@ class NameGuard:
         if block is None or "\n" not in block.text:
             return True
         if block.closed or complete:
-            return self.allows(block.code + "\n")
-        if block.code.endswith("\N{REPLACEMENT CHARACTER}"):
+            return self.allows(block.code + "\n", complete=True)
+        if block.code.endswith("\N{REPLACEMENT CHARACTER}") and not self._is_ascii:
             return True  # a letter of which some bytes are still to come
         return self.allows(re.sub("\n`{1,2}$", "\n", block.code))
 
-    def allows(self, sql: str) -> bool:
-        """Tell whether a query may begin like this."""
+    def allows(self, sql: str, complete: bool = False) -> bool:
+        """Tell whether a query may begin like this, or be like this if it is `complete`."""
         tokens = [match for match in LEXER.finditer(sql) if match.lastgroup != "space"]
         query, known = self._known_beginning(sql, tokens)
         for index, token in enumerate(tokens[known:], known):
@@ -51,7 +51,7 @@ class NameGuard:
             if not query.fits(token, following, unfinished):
                 return False
             query.read(token, following)
-        return True
+        return not complete or query.may_end()
 
     def _known_beginning(self, sql: str, tokens: Sequence[re.Match[str]]) -> tuple[BegunQuery, int]:
         """Return the meaning behind the longest beginning that was read, and its tokens' number."""
@@ -60,6 +60,13 @@ class NameGuard:
             if query:
                 return query.copy(), index
         return self._start.copy(), 0
+
+    @cached_property
+    def _is_ascii(self) -> bool:
+        """Tell whether no name has letters of several bytes."""
+        return all(
+            name.isascii() for table, columns in self.tables.items() for name in (table, *columns)
+        )
 
     @cached_property
     def _start(self) -> BegunQuery:
@@ -85,5 +92,5 @@ def guards(
     return {
         db_id: NameGuard(names[db_id], dialect)
         for db_id, dialect in dialects.items()
-        if dialect in MORE_FUNCTIONS
+        if dialect in READ
     }

@@ -1,8 +1,10 @@
-"""Words of SQLite's and PostgreSQL's queries, and their tokens while they are being written."""
+"""Words of SQLite's and PostgreSQL's queries, and a lexer of queries that are being written."""
 
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import closing
 from functools import cache
 
 from sqlglot import Dialect, exp
@@ -25,22 +27,14 @@ POSTGRES_KEYWORDS = frozenset(
     """.split()
 )
 """Further words of PostgreSQL's queries."""
-MORE_FUNCTIONS = {
-    "sqlite": frozenset(
-        """
-        changes char glob hex ifnull instr julianday likelihood likely printf format quote
-        random randomblob soundex strftime substr total typeof unicode unixepoch unlikely zeroblob
-        date time datetime timediff json json_array json_array_length json_each json_extract
-        json_object json_tree json_type json_valid json_group_array json_group_object iif
-        group_concat string_agg nullif coalesce round trim ltrim rtrim replace upper lower length
-        count sum avg min max abs sign sqrt power pow exp ln log ceil floor mod
-        generate_series ntile lag lead rank dense_rank row_number percent_rank cume_dist
-        first_value last_value nth_value
-        """.split()
-    ),
-    "postgres": frozenset("to_char to_date to_timestamp date_part age now random".split()),
-}
-"""Functions of a database that sqlglot has no names for, or other ones."""
+POSTGRES_FUNCTIONS = frozenset("to_char to_date to_timestamp date_part age now random".split())
+"""Functions of PostgreSQL that sqlglot has no names for, or other ones."""
+CLOSES_FROM = frozenset(
+    "where group having order limit offset union intersect except window fetch".split()
+)
+"""Keywords behind which a query names no further tables."""
+READ = ("sqlite", "postgres")
+"""Dialects whose queries are read."""
 LEXER = re.compile(
     r"""
       (?P<space> \s+ | --[^\n]*(?:\n|\Z) | /\*.*?(?:\*/|\Z) )
@@ -57,9 +51,15 @@ LEXER = re.compile(
 
 @cache
 def known_functions(dialect: str) -> frozenset[str]:
-    """Return the names of functions, in lower case, that sqlglot knows in a dialect."""
+    """Return the names of a dialect's functions, in lower case: SQLite's own, else sqlglot's."""
+    if dialect == "sqlite":
+        with closing(sqlite3.connect(":memory:")) as connection:
+            rows = connection.execute(
+                "SELECT name FROM pragma_function_list UNION SELECT name FROM pragma_module_list"
+            )
+            return frozenset(str(name).lower() for (name,) in rows)
     names = {*exp.FUNCTION_BY_NAME, *Dialect.get_or_raise(dialect).parser_class.FUNCTIONS}
-    return frozenset(name.lower() for name in names) | MORE_FUNCTIONS[dialect]
+    return frozenset(name.lower() for name in names) | POSTGRES_FUNCTIONS
 
 
 @cache
