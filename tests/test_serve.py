@@ -368,13 +368,13 @@ def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: Held) 
 def test_the_answer_and_its_query_have_one_deadline(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most, answer, run = 1.0, engine.answer, engine.run
+    most, answer, run = 1.0, engine.answer_joinable, engine.run
 
     def slowly(call: Callable[..., Any], *arguments: Any) -> Any:
         time.sleep(0.6 * most)
         return call(*arguments)
 
-    monkeypatch.setattr(engine, "answer", partial(slowly, answer))
+    monkeypatch.setattr(engine, "answer_joinable", partial(slowly, answer))
     monkeypatch.setattr(engine, "run", partial(slowly, run))
     with serving(engine, request_timeout_s=most) as client:
         assert sql(client).status_code == 504
@@ -467,9 +467,7 @@ def test_one_question_that_fails_fails_alone() -> None:
     assert (first, str(bad), last) == ("A", "bad", "B")
 
 
-def test_no_question_overtakes_another_and_no_more_are_on_their_way_than_may() -> (
-    None
-):
+def test_no_question_overtakes_another_and_no_more_are_on_their_way_than_may() -> None:
     batches: list[list[Any]] = []
 
     def answer(batch: Batch) -> None:

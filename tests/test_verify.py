@@ -20,7 +20,7 @@ from ray_sql.errors import ConfigError, StoreError
 from ray_sql.evaluate.endpoint import BUSY, MOST_TRIES, Endpoint
 from ray_sql.serve.app import Service
 from ray_sql.serve.diagnosis import Compared, diagnose
-from ray_sql.serve.engine import Engine, Reply
+from ray_sql.serve.engine import Engine, Joinable, told
 from ray_sql.store.run_folder import RunFolder
 from tests.planted import half_the_rank, over_another_base, over_other_bits, weakened
 from tests.serving import make_engine, serving
@@ -136,12 +136,13 @@ def test_a_truncated_prompt_is_named(
 def test_answers_that_are_drawn_are_named(
     engine: Engine, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer, drawn = engine.answer, iter(range(1000))
+    drawn = iter(range(1000))
 
-    def draw(asked: Any) -> list[Reply]:
-        return [replace(one, raw=f"SELECT {next(drawn)}") for one in answer(asked)]
+    def draw(batch: Joinable) -> None:
+        for index, one in enumerate(engine.answer(batch.asked)):
+            batch.tell(index, told(replace(one, raw=f"SELECT {next(drawn)}")))
 
-    monkeypatch.setattr(engine, "answer", draw)
+    monkeypatch.setattr(engine, "answer_joinable", draw)
     with serving(engine) as client:
         code, found, _ = verify(client)
     assert (code, found["verdict"]) == (3, "sampling is on")

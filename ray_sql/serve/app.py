@@ -113,6 +113,7 @@ class Service:
     async def run(self, body: RunRequest, request: Request) -> dict[str, Any]:
         """Run a query on a registered database, as those of answers are run."""
         self._engine.prompter.database(body.database)
+        self.queries.require_room()
         async with self._in_time():
             done = await self._wait(self.queries.submit(body.database, body.sql), request)
         if self._section.log_questions:

@@ -1,4 +1,4 @@
-"""Queries that requests ask for: run a few at a time, while a bounded number waits."""
+"""Queries that requests ask for, run a few at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ class Executed:
 
 
 class Queries:
-    """Runs queries in threads, at most `most` of them running or waiting; for one event loop."""
+    """Runs queries in threads; for one event loop.
+
+    A request is refused while `most` queries run or wait. That of a question whose answer the model
+    has written is run in any case.
+    """
 
     def __init__(self, engine: Engine, most: int) -> None:
         self._engine, self._most = engine, most
@@ -33,13 +37,12 @@ class Queries:
         self._running: set[Future[Executed]] = set()
 
     def require_room(self) -> None:
-        """Raise `Full` where a further query would be refused."""
+        """Raise `Full` while as many queries run or wait as may."""
         if len(self._running) >= self._most:
             raise Full
 
     def submit(self, database: str, sql: str) -> asyncio.Future[Executed]:
-        """Return the result to come; cancelled, a query that waits is not run. Raises `Full`."""
-        self.require_room()
+        """Return the result to come; cancelled, a query that waits is not run."""
         future = self._threads.submit(self._execute, database, sql)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
