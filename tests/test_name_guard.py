@@ -77,6 +77,11 @@ CANNOT_EXIST = [
     "SELECT name FROM item WHERE price \N{MINUS TILDE}",
     "SELECT name FROM item WHERE \N{REPLACEMENT CHARACTER}",
     "SELECT translate(",
+    "SELECT name FROM sale GRO",
+    "SELECT name FROM sale groups ",
+    "SELECT name FROM item SELECT ",
+    "SELECT name FROM item OR ",
+    "SELECT name FROM item # all",
 ]
 
 

@@ -14,14 +14,20 @@ from __future__ import annotations
 
 import copy
 import re
-import string
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from ray_sql.data.names import ROW_NAMES
-from ray_sql.generate.sql_words import CLOSES_FROM, bare, keywords, known_functions
+from ray_sql.generate.sql_words import (
+    BEHIND_TABLE,
+    CLOSES_FROM,
+    SIGNS,
+    bare,
+    keywords,
+    known_functions,
+)
 
 ENDS = frozenset("end null true false current_date current_time current_timestamp".split())
 """Keywords that end an expression."""
@@ -96,11 +102,12 @@ class BegunQuery:
         if token.lastgroup != "word":
             return True
         word = token.group().lower()
-        if self._is_from_closed_by(word):
+        if self._level.clause == "from" and self._ended:
+            return self._fits_behind_table(word, unfinished)
+        if self._level.clause in FROM and self._ended and word in CLOSES_FROM:
             return self._has_selected()
         if self._any_word_fits():
-            begins_keyword = unfinished and _fits(word, self._keywords(), unfinished)
-            return begins_keyword or self._level.clause != "from" or self._alias_fits(word)
+            return self._level.clause != "from" or self._alias_fits(word)
         if _fits(word, self._names(), unfinished):
             return True
         is_function = following in ("(", "") and _fits(word, self._functions(), unfinished)
@@ -120,10 +127,18 @@ class BegunQuery:
     def _sign_fits(self, sign: str) -> bool:
         if sign in (")", ";") and self._level.clause in FROM:
             return self._has_selected()
-        return sign == "::" or sign in string.punctuation
+        return sign == "::" or sign in SIGNS[self._dialect]
 
-    def _is_from_closed_by(self, word: str) -> bool:
-        return self._level.clause in FROM and self._ended and word in CLOSES_FROM
+    def _fits_behind_table(self, word: str, unfinished: bool) -> bool:
+        """Tell whether a word may go on with FROM, or be the alias of its last table."""
+        complete = self._has_selected()
+        following = BEHIND_TABLE | CLOSES_FROM if complete else BEHIND_TABLE
+        if _fits(word, following, unfinished):
+            return True
+        if word in self._keywords() or not self._alias_fits(word):
+            return False
+        qualifiers = {qualifier for qualifier, _ in self._level.selected}
+        return complete or word in qualifiers or bool(_ALIAS.fullmatch(word))
 
     def _alias_fits(self, alias: str) -> bool:
         """Tell whether the last table has all columns that SELECT named behind an alias."""

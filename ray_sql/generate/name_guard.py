@@ -12,7 +12,7 @@ from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database.places import dialect_of
 from ray_sql.generate.begun_query import BegunQuery
 from ray_sql.generate.questions import Question
-from ray_sql.generate.sql_words import LEXER, READ
+from ray_sql.generate.sql_words import LEXER, SIGNS
 
 REMEMBERED = 10_000
 """Beginnings of queries that are remembered for a database."""
@@ -92,5 +92,5 @@ def guards(
     return {
         db_id: NameGuard(names[db_id], dialect)
         for db_id, dialect in dialects.items()
-        if dialect in READ
+        if dialect in SIGNS
     }

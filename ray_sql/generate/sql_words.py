@@ -29,12 +29,16 @@ POSTGRES_KEYWORDS = frozenset(
 """Further words of PostgreSQL's queries."""
 POSTGRES_FUNCTIONS = frozenset("to_char to_date to_timestamp date_part age now random".split())
 """Functions of PostgreSQL that sqlglot has no names for, or other ones."""
+BEHIND_TABLE = frozenset(
+    "as join left right full outer inner cross natural on using indexed not with".split()
+)
+"""Keywords by which FROM goes on behind a table."""
 CLOSES_FROM = frozenset(
     "where group having order limit offset union intersect except window fetch".split()
 )
 """Keywords behind which a query names no further tables."""
-READ = ("sqlite", "postgres")
-"""Dialects whose queries are read."""
+SIGNS = {"sqlite": "!%&()*+,-./:;<=>?@|~$", "postgres": "!#%&()*+,-./:;<=>?@[]^{|}~$"}
+"""Signs outside of literals, in the dialects whose queries are read."""
 LEXER = re.compile(
     r"""
       (?P<space> \s+ | --[^\n]*(?:\n|\Z) | /\*.*?(?:\*/|\Z) )

@@ -11,8 +11,8 @@ from ray_sql.generate.sampling import Sampling, log_probabilities
 
 Allows = Callable[[int, Sequence[int]], bool]
 """Tells whether the answer to a question, by its index, may begin with these tokens."""
-LIKELIEST = 256
-"""Tokens that are tried where the likeliest ones are not allowed."""
+LIKELIEST = (256, 8192)
+"""Tokens that are tried where the likeliest one is not allowed, first few, then more."""
 TRIES = 64
 """Draws of a token that is allowed, before the likeliest one is taken."""
 
@@ -84,8 +84,11 @@ class Wanted:
             drawn = self._draw_allowed(question, answer, begun, token, logits, prompt)
             if drawn is not None:
                 return drawn
-        likeliest = logits.topk(min(LIKELIEST, len(logits))).indices.tolist()
-        return next((other for other in likeliest if allows(question, [*begun, other])), token)
+        for count in LIKELIEST:
+            for other in logits.topk(min(count, len(logits))).indices.tolist():
+                if allows(question, [*begun, other]):
+                    return int(other)
+        return token
 
     def _draw_allowed(
         self,
