@@ -53,6 +53,9 @@ CAN_EXIST = [
     "SELECT sum(sale_id) FROM sale GROUP BY item_id UNION SELECT price FROM item ORDER BY 1",
     "SELECT count(DISTINCT T1.name) FROM item T1 JOIN sale T2 USING (id) WHERE T2.sale_id = 1",
     "SELECT name FROM item WHERE id IN (SELECT id FROM sale WHERE item_id = id)",
+    "SELECT name FROM item JOIN sale ON id = item_id AND price NOT BETWEEN 1 AND 2 LEFT JOIN sale",
+    "SELECT name FROM item JOIN sale ON CASE WHEN id THEN id ELSE 1 END = item_id WHERE price > 1",
+    'SELECT name FROM item "i" WHERE "i".price > 1',
 ]
 CANNOT_EXIST = [
     "SELECT title",
@@ -82,6 +85,9 @@ CANNOT_EXIST = [
     "SELECT name FROM item SELECT ",
     "SELECT name FROM item OR ",
     "SELECT name FROM item # all",
+    'SELECT name FROM sale "',
+    "SELECT name FROM sale AS T1 JOIN sale AS T2 ON T1.sale_id = T2.sale_id groups",
+    "SELECT T1.item.name",
 ]
 
 

@@ -23,6 +23,7 @@ from ray_sql.data.names import ROW_NAMES
 from ray_sql.generate.sql_words import (
     BEHIND_TABLE,
     CLOSES_FROM,
+    OPERATORS,
     SIGNS,
     bare,
     keywords,
@@ -104,8 +105,8 @@ class BegunQuery:
         word = token.group().lower()
         if self._level.clause == "from" and self._ended:
             return self._fits_behind_table(word, unfinished)
-        if self._level.clause in FROM and self._ended and word in CLOSES_FROM:
-            return self._has_selected()
+        if self._level.clause in FROM and self._ended:
+            return _fits(word, self._behind_table() | OPERATORS, unfinished)
         if self._any_word_fits():
             return self._level.clause != "from" or self._alias_fits(word)
         if _fits(word, self._names(), unfinished):
@@ -131,14 +132,16 @@ class BegunQuery:
 
     def _fits_behind_table(self, word: str, unfinished: bool) -> bool:
         """Tell whether a word may go on with FROM, or be the alias of its last table."""
-        complete = self._has_selected()
-        following = BEHIND_TABLE | CLOSES_FROM if complete else BEHIND_TABLE
-        if _fits(word, following, unfinished):
+        if _fits(word, self._behind_table(), unfinished):
             return True
         if word in self._keywords() or not self._alias_fits(word):
             return False
         qualifiers = {qualifier for qualifier, _ in self._level.selected}
-        return complete or word in qualifiers or bool(_ALIAS.fullmatch(word))
+        return word in qualifiers or bool(_ALIAS.fullmatch(word)) or self._has_selected()
+
+    def _behind_table(self) -> frozenset[str]:
+        """Return the keywords behind a table, or behind how it is joined."""
+        return BEHIND_TABLE | CLOSES_FROM if self._has_selected() else BEHIND_TABLE
 
     def _alias_fits(self, alias: str) -> bool:
         """Tell whether the last table has all columns that SELECT named behind an alias."""
@@ -167,7 +170,7 @@ class BegunQuery:
     def _quoted_fits(self, text: str) -> bool:
         must_be_name = self._before == "." or self._expects_source()
         if self._any_word_fits():
-            return True
+            return self._before == "as" or self._level.clause != "from" or self._has_selected()
         if text[0] == '"' and self._dialect == "sqlite" and not must_be_name:
             return True  # SQLite reads what is no name as text
         closed = len(text) > 1 and text[-1] == ("]" if text[0] == "[" else text[0])
@@ -198,7 +201,9 @@ class BegunQuery:
 
         Behind a server's schema are its tables.
         """
-        anything = self._all_columns | self._made | ROW_NAMES | self._tables.keys()
+        anything = self._all_columns | self._made | ROW_NAMES
+        if self._namespaces:
+            anything |= self._tables.keys()
         for level in reversed(self._levels):
             if qualifier in level.sources:
                 table = level.sources[qualifier]

@@ -33,6 +33,13 @@ BEHIND_TABLE = frozenset(
     "as join left right full outer inner cross natural on using indexed not with".split()
 )
 """Keywords by which FROM goes on behind a table."""
+OPERATORS = frozenset(
+    """
+    and or not in is like glob regexp match between collate escape isnull notnull ilike similar at
+    when then else end over filter
+    """.split()
+)
+"""Keywords by which an expression goes on."""
 CLOSES_FROM = frozenset(
     "where group having order limit offset union intersect except window fetch".split()
 )
