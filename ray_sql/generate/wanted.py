@@ -11,7 +11,7 @@ from ray_sql.generate.sampling import Sampling, log_probabilities
 
 Allows = Callable[[int, Sequence[int]], bool]
 """Tells whether the answer to a question, by its index, may begin with these tokens."""
-LIKELIEST = (256, 8192)
+LIKELIEST = (256, 4096)
 """Tokens that are tried where the likeliest one is not allowed, first few, then more."""
 TRIES = 64
 """Draws of a token that is allowed, before the likeliest one is taken."""
@@ -75,10 +75,13 @@ class Wanted:
         """Return a token that an answer may go on with: `token`, if it may.
 
         Takes the answer's place among the question's answers, its tokens so far, and the logits
-        `[vocabulary]` behind them. Where nothing likely is allowed, `token` is returned.
+        `[vocabulary]` behind them. Where nothing likely is allowed, `token` is returned, and the
+        answer is free from there on.
         """
         allows = self.allows
         if allows is None or answer == 0 or allows(question, [*begun, token]):
+            return token
+        if begun and not allows(question, begun):
             return token
         if self.sampling and answer >= self._greedy:
             drawn = self._draw_allowed(question, answer, begun, token, logits, prompt)
