@@ -56,6 +56,17 @@ CAN_EXIST = [
     "SELECT name FROM item JOIN sale ON id = item_id AND price NOT BETWEEN 1 AND 2 LEFT JOIN sale",
     "SELECT name FROM item JOIN sale ON CASE WHEN id THEN id ELSE 1 END = item_id WHERE price > 1",
     'SELECT name FROM item "i" WHERE "i".price > 1',
+    'SELECT "i"."name" FROM "item" "i"',
+    'SELECT i.name FROM sale "s" JOIN item "i" ON s.item_id = i.id',
+    "SELECT name FROM item WHERE name IS DISTINCT FROM 'x' AND price > 1",
+    "SELECT name IS DISTINCT FROM 'x' AS d FROM item",
+    "SELECT name FROM item JOIN sale ON id IS NOT DISTINCT FROM item_id WHERE price > 1",
+    "SELECT name FROM item JOIN sale ON id = item_id, `Shop Floor` WHERE area > 1",
+    "SELECT name FROM sale JOIN sale AS s USING (sale_id), item WHERE price > 1",
+    "SELECT sale_id FROM 'sale' WHERE item_id > 1",
+    "SELECT i.name, (SELECT count(*) FROM sale s WHERE s.item_id = i.id) AS c FROM item i",
+    "SELECT (SELECT count(*) FROM sale WHERE item_id = item.id) FROM item",
+    "SELECT id FROM item EXCEPT SELECT item_id FROM sale ORDER BY id",
 ]
 CANNOT_EXIST = [
     "SELECT title",
@@ -85,7 +96,7 @@ CANNOT_EXIST = [
     "SELECT name FROM item SELECT ",
     "SELECT name FROM item OR ",
     "SELECT name FROM item # all",
-    'SELECT name FROM sale "',
+    'SELECT name FROM sale "SELECT',
     "SELECT name FROM sale AS T1 JOIN sale AS T2 ON T1.sale_id = T2.sale_id groups",
     "SELECT T1.item.name",
 ]
@@ -101,6 +112,11 @@ ON_SERVER = [
     "SELECT o.order_id FROM sales.orders AS o JOIN customer ON customer.id = o.customer_id",
     "SELECT orders.order_id FROM sales.orders JOIN sales.goods ON good_id = orders.order_id",
     "SELECT sales.orders.order_id FROM sales.orders WHERE sales.orders.customer_id = 1",
+    "SELECT DISTINCT ON (name) name, id FROM customer ORDER BY name",
+    "SELECT DISTINCT ON (c.name) c.id FROM customer AS c",
+    "SELECT extract(year FROM now()), extract(name FROM now()) FROM customer WHERE id > 1",
+    "SELECT name FROM customer FETCH FIRST 5 ROWS ONLY",
+    "SELECT string_agg(name, ', ') FROM customer",
 ]
 NOT_ON_SERVER = [
     "SELECT name FROM sales.customer",
@@ -168,6 +184,8 @@ def test_what_is_refused_stays_refused() -> None:
         ("```sql\nSELECT name FROM item\n```\nthe title", True),
         ("```sql\nSELECT nam\n```", False),
         ("```sql\nSELECT name FROM item WHERE name = 'caf\N{REPLACEMENT CHARACTER}", True),
+        ("```sql\nSELECT name AS gr\N{REPLACEMENT CHARACTER}", True),
+        ("```sql\nSELECT name FROM item WHERE \N{REPLACEMENT CHARACTER}", False),
     ],
 )
 def test_an_answer_is_free_but_for_the_sql_in_its_block(text: str, allowed: bool) -> None:

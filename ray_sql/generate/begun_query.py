@@ -33,7 +33,7 @@ from ray_sql.generate.sql_words import (
 ENDS = frozenset("end null true false current_date current_time current_timestamp".split())
 """Keywords that end an expression."""
 CLAUSES = frozenset(
-    "with select where group having order limit offset on using values window".split()
+    "with select where group having order limit offset fetch on using values window".split()
 )
 """Keywords that begin a clause without sources."""
 BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
@@ -87,10 +87,10 @@ class BegunQuery:
 
     def copy(self) -> BegunQuery:
         """Return a query of the same beginning that goes on by itself."""
-        reader = copy.copy(self)
-        reader._levels = [replace(level, sources=dict(level.sources)) for level in self._levels]
-        reader._made = set(self._made)
-        return reader
+        query = copy.copy(self)
+        query._levels = [replace(level, sources=dict(level.sources)) for level in self._levels]
+        query._made = set(self._made)
+        return query
 
     # -- may a token stand here?
 
@@ -103,6 +103,8 @@ class BegunQuery:
         if token.lastgroup != "word":
             return True
         word = token.group().lower()
+        if self._is_field():
+            return True
         if self._level.clause == "from" and self._ended:
             return self._fits_behind_table(word, unfinished)
         if self._level.clause in FROM and self._ended:
@@ -119,7 +121,11 @@ class BegunQuery:
         if self._ended and self._level.clause == "select":
             return True  # an alias without AS
         may_be_qualifier = following == "." or unfinished
-        return bool(may_be_qualifier and _ALIAS.fullmatch(word) and not self._knows_sources())
+        return bool(may_be_qualifier and _ALIAS.fullmatch(word) and self._awaits_from())
+
+    def _is_field(self) -> bool:
+        """Tell whether a part of a date stands here, as in `extract(year FROM day)`."""
+        return self._level.opened_by == "extract" and self._before == "("
 
     def may_end(self) -> bool:
         """Tell whether the query may end here."""
@@ -170,11 +176,18 @@ class BegunQuery:
     def _quoted_fits(self, text: str) -> bool:
         must_be_name = self._before == "." or self._expects_source()
         if self._any_word_fits():
-            return self._before == "as" or self._level.clause != "from" or self._has_selected()
+            return self._quoted_alias_fits(bare(text))
         if text[0] == '"' and self._dialect == "sqlite" and not must_be_name:
             return True  # SQLite reads what is no name as text
         closed = len(text) > 1 and text[-1] == ("]" if text[0] == "[" else text[0])
         return _fits(bare(text), self._names(), unfinished=not closed)
+
+    def _quoted_alias_fits(self, alias: str) -> bool:
+        if self._level.clause != "from" or self._before == "as" or self._has_selected():
+            return True
+        qualifiers = {qualifier for qualifier, _ in self._level.selected if qualifier}
+        is_new = _ALIAS.fullmatch(alias) or _fits(alias, qualifiers, unfinished=True)
+        return bool(is_new) and self._alias_fits(alias)
 
     def _any_word_fits(self) -> bool:
         """Tell whether a new name, or a type, stands here."""
@@ -192,9 +205,10 @@ class BegunQuery:
         if self._expects_source():
             return self._tables.keys() | self._made | self._namespaces
         names = self._columns_in_scope() | self._made | ROW_NAMES | self._namespaces
-        if self._knows_sources():
-            return names | {name for level in self._levels for name in level.sources}
-        return names | self._tables.keys() | {*chain.from_iterable(self._inside.values())}
+        names |= {name for level in self._levels for name in level.sources}
+        if self._awaits_from():
+            names |= self._tables.keys() | {*chain.from_iterable(self._inside.values())}
+        return names
 
     def _columns_behind(self, qualifier: str) -> Collection[str]:
         """Return the columns of an alias or a table; every column where it is not known.
@@ -239,6 +253,10 @@ class BegunQuery:
                 return True
         return False
 
+    def _awaits_from(self) -> bool:
+        """Tell whether this query, or one around it, has no FROM yet."""
+        return not self._knows_sources() or any(level.clause == "select" for level in self._levels)
+
     def _functions(self) -> Collection[str]:
         return known_functions(self._dialect)
 
@@ -260,6 +278,8 @@ class BegunQuery:
             case "word" | "quoted":
                 self._read_word(text, following)
             case _:
+                if self._expects_source():  # SQLite reads a text there as a name
+                    self._level.sources[text] = self._level.last_table = None
                 self._ended = True
         self._before = text
 
@@ -274,6 +294,8 @@ class BegunQuery:
             case ")":
                 self._close()
                 self._ended = True
+            case "," if self._level.clause in FROM:
+                self._level.clause, self._ended = "from", False
             case "*":
                 self._ended = self._before in ("select", "distinct", "all", ",", ".")
             case _:
@@ -306,12 +328,14 @@ class BegunQuery:
         elif self._ended and self._level.clause == "select":
             self._make(name)
         else:
-            if word in self._all_columns and word not in self._made and following not in ("(", "."):
+            if following not in ("(", ".") and not self._is_field():
                 self._select("", word)
             self._ended = True
 
     def _select(self, qualifier: str, column: str) -> None:
         """Keep a column that SELECT names, for the FROM that comes behind it."""
+        if column not in self._all_columns or column in self._made:
+            return
         for level in reversed(self._levels):
             if level.clause == "select":
                 level.selected |= {(qualifier, column)}
@@ -326,9 +350,14 @@ class BegunQuery:
         level = self._level
         self._ended = word in ENDS
         if word in ("union", "intersect", "except"):
+            self._made |= {column for _, column in level.selected}  # ORDER BY may name them
             level.clause, level.sources, level.selected = "", {}, frozenset()
+        elif word == "from" and self._before == "distinct":
+            pass  # IS DISTINCT FROM
         elif word == "from" and level.opened_by in FROM_INSIDE and level.clause != "select":
             pass
+        elif word in ("on", "using") and level.clause not in FROM:
+            pass  # DISTINCT ON
         elif word in ("from", "join"):
             level.clause = "from"
         elif word in CLAUSES:

@@ -14,6 +14,8 @@ from ray_sql.generate.begun_query import BegunQuery
 from ray_sql.generate.questions import Question
 from ray_sql.generate.sql_words import LEXER, SIGNS
 
+ANY_LETTER = "\N{LATIN SMALL LETTER E WITH ACUTE}"
+"""Stands for a letter of which some bytes are still to come."""
 REMEMBERED = 10_000
 """Beginnings of queries that are remembered for a database."""
 
@@ -37,7 +39,8 @@ class NameGuard:
             return self.allows(block.code + "\n", complete=True)
         if block.code.endswith("\N{REPLACEMENT CHARACTER}") and not self._is_ascii:
             return True  # a letter of which some bytes are still to come
-        return self.allows(re.sub("\n`{1,2}$", "\n", block.code))
+        code = re.sub("\N{REPLACEMENT CHARACTER}+$", ANY_LETTER, block.code)
+        return self.allows(re.sub("\n`{1,2}$", "\n", code))
 
     def allows(self, sql: str, complete: bool = False) -> bool:
         """Tell whether a query may begin like this, or be like this if it is `complete`."""

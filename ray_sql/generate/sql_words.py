@@ -27,7 +27,13 @@ POSTGRES_KEYWORDS = frozenset(
     """.split()
 )
 """Further words of PostgreSQL's queries."""
-POSTGRES_FUNCTIONS = frozenset("to_char to_date to_timestamp date_part age now random".split())
+POSTGRES_FUNCTIONS = frozenset(
+    """
+    to_char to_date to_timestamp date_part age now random string_agg json_agg jsonb_agg array_agg
+    json_build_object jsonb_build_object position make_date cardinality regexp_match regexp_matches
+    regexp_replace regexp_split_to_table every unnest generate_series split_part
+    """.split()
+)
 """Functions of PostgreSQL that sqlglot has no names for, or other ones."""
 BEHIND_TABLE = frozenset(
     "as join left right full outer inner cross natural on using indexed not with".split()

@@ -66,7 +66,7 @@ class Service:
         asked = prompter.ask(body.question, database, body.evidence, settings)
         runs = body.execute and prompter.task.executes_sql
         if runs:
-            self.queries.require_room()  # before the model works for an answer that would be lost
+            self.queries.require_room()  # a busy service refuses before the model works
         result, links = None, {}
         async with self._in_time():
             reply = await self._wait(self.batcher.submit(asked), request)

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOGETHER = (1, 2, 4, 8, 16, 32, 64)
-"""Bounds of the numbers of questions that are answered together."""
+"""Bounds of the numbers of questions that are on their way together."""
 
 
 class Counts:
@@ -25,7 +25,7 @@ class Counts:
         )
         self.together = Histogram(
             "ray_sql_answered_together",
-            "Questions that were answered together",
+            "Questions on their way as one was answered, it included",
             buckets=TOGETHER,
             registry=registry,
         )

@@ -145,10 +145,11 @@ class Engine:
         def more(fits: Fits) -> list[Asked]:
             return batch.more(lambda one: one.settings == settings and fits(one.question))
 
-        with ThreadPoolExecutor(1, thread_name_prefix="ray_sql-choices") as thread:
+        workers = self._executor.workers
+        with ThreadPoolExecutor(workers, thread_name_prefix="ray_sql-choices") as threads:
 
             def choose(index: int, answer: Answer) -> None:
-                batch.tell(index, thread.submit(self._reply, batch.asked[index], answer))
+                batch.tell(index, threads.submit(self._reply, batch.asked[index], answer))
 
             self._model.answer(batch.asked, settings, choose, more)
 
