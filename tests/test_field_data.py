@@ -15,6 +15,7 @@ from ray_sql import data
 from ray_sql.config import Config, load
 from ray_sql.data import Corpus
 from ray_sql.data.columns import without_fence
+from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.finetune import finetune
 from tests.conftest import QUESTIONS, SHOP
@@ -46,26 +47,21 @@ def refusal(config: Config) -> str:
     return str(caught.value)
 
 
-class Lines:
-    """A display that keeps what it is told."""
+class Lines(Display):
+    """A display that keeps its lines."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lines: list[str] = []
 
     def line(self, text: str) -> None:
         self.lines.append(text)
 
-    def counter(self, _: str) -> None:
-        return None
-
-    def end(self, _: str) -> None:
-        return None
-
 
 def plan_of(config: Config) -> str:
     """Return what a dry run shows."""
     display = Lines()
-    finetune.preview(config, display)  # type: ignore[arg-type]
+    finetune.preview(config, display)
     return "\n".join(display.lines)
 
 
