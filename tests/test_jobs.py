@@ -145,7 +145,9 @@ def test_a_run_ends_in_order_where_ray_is_told_to_stop_with_it(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
-    assert "Ray does not answer" in log.read_text() and "Traceback" not in log.read_text()
+    # the message cannot be sent to Ray, or its end is noticed first
+    ends = ("Ray does not answer", "stopped without a checkpoint")
+    assert any(end in log.read_text() for end in ends) and "Traceback" not in log.read_text()
     assert sqlite3.connect(store).execute("SELECT status FROM runs").fetchall() == [("KILLED",)]
 
 
