@@ -42,7 +42,7 @@ from ray_sql import models
 from ray_sql.config import VerifyConfig, load
 from ray_sql.serve import verify
 from ray_sql.serve.diagnosis import FINE
-from ray_sql.serve.engine import Engine, Joinable, told
+from ray_sql.serve.engine import Engine, Joinable, completed
 from ray_sql.serve.prompter import Prompter
 from ray_sql.serve.recipe import find
 from ray_sql.store.run_folder import RunFolder
@@ -224,7 +224,7 @@ def draw(_: Bench, engine: Any) -> None:
             replace(one, settings=one.settings.model_copy(update=settings)) for one in batch.asked
         ]
         for index, one in enumerate(engine.answer(sampled)):
-            batch.tell(index, told(replace(one, raw=f"```sql\n{one.candidates[0]}\n```")))
+            batch.tell(index, completed(replace(one, raw=f"```sql\n{one.candidates[0]}\n```")))
 
     engine.answer_joinable = drawn
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ray_sql.serve.batcher import Batch, Batcher
-from ray_sql.serve.engine import Engine, Reply, told
+from ray_sql.serve.engine import Engine, Reply, completed
 from ray_sql.serve.prompter import Asked
 from tests.conftest import QUESTIONS
 
@@ -95,7 +95,7 @@ def test_where_a_batch_fails_half_way_the_others_are_answered_alone() -> None:
     def answer(batch: Batch) -> None:
         batch.more(lambda one: True)
         asked_for.append(list(batch.asked))
-        batch.tell(0, told(batch.asked[0]))  # type: ignore[arg-type]
+        batch.tell(0, completed(batch.asked[0]))  # type: ignore[arg-type]
         if len(batch.asked) > 1:
             raise MemoryError
 

@@ -29,7 +29,7 @@ from ray_sql.errors import ConfigError
 from ray_sql.serve import deployment
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batch, Batcher, Full
-from ray_sql.serve.engine import Engine, told
+from ray_sql.serve.engine import Engine, completed
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
 from tests.serving import Held, count_waiting, running_job, serving
@@ -458,7 +458,7 @@ def test_one_question_that_fails_fails_alone() -> None:
         if "bad" in batch.asked:
             raise ValueError("bad")
         for index, one in enumerate(batch.asked):
-            batch.tell(index, told(one.upper()))  # type: ignore[attr-defined]
+            batch.tell(index, completed(one.upper()))  # type: ignore[attr-defined]
 
     async def work(batcher: Batcher) -> list[Any]:
         replies = [batcher.submit(word) for word in ("a", "bad", "b")]  # type: ignore[arg-type]
@@ -476,7 +476,7 @@ def test_no_question_overtakes_another_and_no_more_are_on_their_way_than_may() -
         batch.more(lambda one: isinstance(one, type(first)))
         batches.append(list(batch.asked))
         for index, one in enumerate(batches[-1]):
-            batch.tell(index, told(one))  # type: ignore[arg-type]
+            batch.tell(index, completed(one))  # type: ignore[arg-type]
 
     async def work(batcher: Batcher) -> list[Any]:
         words = [1, 2, "a", 3, 4, 5, 6, 7]
@@ -491,7 +491,7 @@ def test_a_cancelled_question_frees_its_place_and_is_not_answered() -> None:
 
     def answer(batch: Batch) -> None:
         answered.extend(batch.asked)
-        batch.tell(0, told(batch.asked[0]))  # type: ignore[arg-type]
+        batch.tell(0, completed(batch.asked[0]))  # type: ignore[arg-type]
 
     async def work(batcher: Batcher) -> int:
         first = batcher.submit("first")  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from ray_sql.errors import ConfigError, StoreError
 from ray_sql.evaluate.endpoint import BUSY, MOST_TRIES, Endpoint
 from ray_sql.serve.app import Service
 from ray_sql.serve.diagnosis import Compared, diagnose
-from ray_sql.serve.engine import Engine, Joinable, told
+from ray_sql.serve.engine import Engine, Joinable, completed
 from ray_sql.store.run_folder import RunFolder
 from tests.planted import half_the_rank, over_another_base, over_other_bits, weakened
 from tests.serving import make_engine, serving
@@ -140,7 +140,7 @@ def test_answers_that_are_drawn_are_named(
 
     def draw(batch: Joinable) -> None:
         for index, one in enumerate(engine.answer(batch.asked)):
-            batch.tell(index, told(replace(one, raw=f"SELECT {next(drawn)}")))
+            batch.tell(index, completed(replace(one, raw=f"SELECT {next(drawn)}")))
 
     monkeypatch.setattr(engine, "answer_joinable", draw)
     with serving(engine) as client:

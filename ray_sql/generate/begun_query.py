@@ -142,8 +142,11 @@ class BegunQuery:
             return True
         if word in self._keywords() or not self._alias_fits(word):
             return False
-        qualifiers = {qualifier for qualifier, _ in self._level.selected}
-        return word in qualifiers or bool(_ALIAS.fullmatch(word)) or self._has_selected()
+        return word in self._qualifiers() or bool(_ALIAS.fullmatch(word)) or self._has_selected()
+
+    def _qualifiers(self) -> set[str]:
+        """Return the aliases and tables behind which SELECT named columns."""
+        return {qualifier for qualifier, _ in self._level.selected if qualifier}
 
     def _behind_table(self) -> frozenset[str]:
         """Return the keywords behind a table, or behind how it is joined."""
@@ -185,8 +188,7 @@ class BegunQuery:
     def _quoted_alias_fits(self, alias: str) -> bool:
         if self._level.clause != "from" or self._before == "as" or self._has_selected():
             return True
-        qualifiers = {qualifier for qualifier, _ in self._level.selected if qualifier}
-        is_new = _ALIAS.fullmatch(alias) or _fits(alias, qualifiers, unfinished=True)
+        is_new = _ALIAS.fullmatch(alias) or _fits(alias, self._qualifiers(), unfinished=True)
         return bool(is_new) and self._alias_fits(alias)
 
     def _any_word_fits(self) -> bool:

@@ -19,7 +19,7 @@ MOST_JOINED = 1000
 Coming = asyncio.Future[Reply]
 """A reply that a request waits for."""
 Take = Callable[[int, Callable[[Asked], bool]], dict[Coming, Asked]]
-"""Takes questions from those that wait: so many at most, and none behind one that does not fit."""
+"""Takes up to a number of questions that wait, and none behind one that does not fit."""
 
 
 class Full(Exception):

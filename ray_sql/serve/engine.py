@@ -63,8 +63,8 @@ class Reply:
     shown: Links | None = None
 
 
-def told(reply: Reply) -> Future[Reply]:
-    """Return a reply as one that has come."""
+def completed(reply: Reply) -> Future[Reply]:
+    """Return a reply that is there as the future of one."""
     coming: Future[Reply] = Future()
     coming.set_result(reply)
     return coming
@@ -138,7 +138,7 @@ class Engine:
         if self._linker is not None:
             batch.more(lambda one: True)
             for index, reply in enumerate(self.answer(batch.asked)):
-                batch.tell(index, told(reply))
+                batch.tell(index, completed(reply))
             return
         settings = batch.asked[0].settings
 
