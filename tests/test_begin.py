@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,13 @@ def test_a_dry_run_shows_the_plan_and_leaves_no_run(
 
 @pytest.mark.parametrize("pairs", [10, 100, 1_000, 100_000])
 def test_what_is_chosen_is_a_file_of_settings(pairs: int, tmp_path: Path) -> None:
-    choices = list(choose(pairs, "x-sql", tmp_path / "x"))
+    choices = list(choose(pairs, ["train", "dev"], "x-sql", tmp_path / "x"))
     file = tmp_path / "f.yaml"
     file.write_text(as_yaml(choices))
     config = load(Config, ["--config", str(file)])
     assert all(config.setting(name) == value for name, value, _ in choices)
     assert len(yaml.safe_load(file.read_text())) == len(choices)
-    words = shlex.split(next_command(tmp_path / "x", pairs))
+    words = shlex.split(next_command(tmp_path / "x", pairs, ["train", "dev"]))
     same = load(Config, words[2:-1]).model_dump(exclude={"config"})
     assert same == config.model_dump(exclude={"config"})
 
@@ -107,3 +108,29 @@ def test_pairs_to_score_only_have_no_training_next(
     words = begin(["asked", "shop.db"])
     with pytest.raises(DataError, match="no training examples; found splits dev"):
         data.load(load(Config, words))
+
+
+@pytest.mark.parametrize(
+    ("named", "scored"),
+    [
+        ("train test", "test"),
+        ("train dev test", "dev"),
+        ("train test validation", "dev"),
+        ("train hold-out", "hold-out"),
+        ("train", "dev"),
+    ],
+)
+def test_the_next_command_scores_a_split_that_is_there(
+    place: Path, named: str, scored: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (place / "my pairs.csv").open("w", newline="") as file:
+        rows = [(*pair, split) for pair, split in zip(QUESTIONS, cycle(named.split()))]
+        csv.writer(file).writerows([("question", "sql", "split"), *rows])
+    flags = ["--data.test_fraction", "0.3"]
+    prepare(load(PrepareConfig, ["--pairs", "my pairs.csv", "--url", "shop.db", *flags]))
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("next ")]
+    for words in (shlex.split(line)[3:-1], begin(["my pairs.csv", "shop.db", *flags])):
+        config = load(Config, words)
+        assert config.split == (scored,)
+        corpus = data.load(config)
+        assert corpus.splits["train"] and corpus.splits[scored]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from ray_sql.data.splits import OWN_SPLITS
+
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 """The base model, where none is given: small, and licensed for all uses."""
 EPOCHS = ((100, 10), (300, 6), (1_000, 4), (5_000, 2))
@@ -18,13 +20,20 @@ Choice = tuple[str, object, str]
 """A setting, its value, and why."""
 
 
-def choose(pairs: int, name: str, folder: Path) -> Iterator[Choice]:
-    """Yield the settings of a run on so many training pairs, each with its reason."""
+def choose(pairs: int, splits: Sequence[str], name: str, folder: Path) -> Iterator[Choice]:
+    """Yield the settings of a run on so many training pairs, each with its reason.
+
+    `splits` are those of the dataset.
+    """
     epochs = next((epochs for fewer, epochs in EPOCHS if pairs < fewer), 1)
     yield "model_name", MODEL, "small enough for one GPU; name a larger one for better answers"
     yield "output_name", name, "after the pairs"
     yield "task_type", "sql", "pairs of questions and SQL"
     yield "dataset_id", str(folder), "made of the pairs"
+    others = [split for split in splits if split not in OWN_SPLITS]
+    if others and "dev" not in others:
+        scored = "test" if "test" in others else others[0]
+        yield "split", scored, "the pairs name their splits, and none is dev"
     yield "num_epochs", epochs, f"{pairs} training pairs: fewer pairs want more passes"
     yield "learning_rate", 2e-4, "short trainings want more than the default"
     if pairs < FEW:

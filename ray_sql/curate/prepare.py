@@ -88,18 +88,18 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
         display.line(f"\ndataset   {folder.path}\nlook at   {folder.report}")
         pairs = record["counts"].get("train", 0)
         if pairs and not goes_on:
-            display.line(f"next      {next_command(folder.path, pairs)}")
+            display.line(f"next      {next_command(folder.path, pairs, record['splits'])}")
             fit = f"its settings fit {counted(pairs, 'training pair')}"
             display.line(f"          {fit}; without --dry_run it trains")
     return record
 
 
-def next_command(folder: Path, pairs: int) -> str:
+def next_command(folder: Path, pairs: int, splits: Sequence[str]) -> str:
     """Return the command that shows what a training on the dataset would do.
 
     Its settings are those of `ray-sql finetune pairs.csv shop.db` for as many training pairs.
     """
-    flags = as_flags(choose(pairs, f"{folder.name}-sql", folder))
+    flags = as_flags(choose(pairs, splits, f"{folder.name}-sql", folder))
     return shlex.join(["ray-sql", "finetune", *flags, "--dry_run"])
 
 
@@ -169,6 +169,7 @@ def _record(dataset: Dataset, config: PrepareConfig, sources: Mapping[str, Any])
             "flagged": sum(bool(pair.flags) for pair in pairs),
             "databases": len(used),
         },
+        "splits": list(dataset.splits),
         "divided": dataset.how,
         "fingerprint": replace(corpus, splits=splits, schemas=schemas).fingerprint(),
         "settings": {

@@ -47,7 +47,7 @@ def begin(words: Sequence[str]) -> list[str]:
     record = prepare(asked.changed(changes), goes_on=True)
     folder = absolute(place) / f"{name}-data"
     said = {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
-    chosen = choose(record["counts"].get("train", 0), name, folder)
+    chosen = choose(record["counts"].get("train", 0), record["splits"], name, folder)
     choices = [choice for choice in chosen if choice[0] not in said]
     for setting, value, why in choices:
         print(f"chosen    {setting} {value}: {why}")
