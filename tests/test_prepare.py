@@ -223,6 +223,16 @@ def test_splits_that_are_there_stay_and_what_they_share_is_flagged(tmp_path: Pat
     assert audit["counts"] == {"near_duplicate": 2, "constant": 1}
 
 
+def test_a_split_that_the_pairs_name_no_more_is_gone(pairs: Path) -> None:
+    for names, files in ((("train", "test"), {"train", "test"}), (("", ""), {"train", "dev"})):
+        rows = [(*pair, names[n % 2]) for n, pair in enumerate(QUESTIONS)]
+        with pairs.open("w", newline="") as file:
+            csv.writer(file).writerows([("question", "sql", "split"), *rows])
+        prepare(settings(pairs, "--data.test_fraction", "0.3"))
+        written = {path.stem for path in (pairs.parent / "out" / "dataset").glob("*.jsonl")}
+        assert written == files | {"rejected"}
+
+
 def test_a_database_that_is_written_meanwhile_is_copied_whole(pairs: Path) -> None:
     writer = sqlite3.connect(pairs.parent / "shop.db")
     writer.execute("PRAGMA journal_mode = WAL")

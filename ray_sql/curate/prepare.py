@@ -229,7 +229,7 @@ def _write(
 ) -> None:
     """Write the folder; `dataset.json` says last that it is whole."""
     corpus = dataset.judged.corpus
-    folder.begin(record["sources"])
+    folder.begin(record["sources"], dataset.splits)
     used = {pair.example.db_id for rows in dataset.splits.values() for pair in rows}
     files = {
         db_id: place

@@ -1,7 +1,7 @@
 """A curated dataset's folder: every file that `ray-sql prepare` writes, named in this one place.
 
     out/<output_name>/
-      train.jsonl dev.jsonl      pairs, each with what the audit says of it
+      train.jsonl dev.jsonl      pairs by split, each with what the audit says of it
       databases/<db_id>/         copies of the SQLite and DuckDB files
       descriptions.yaml          tables and columns in words, filled by hand
       rejected.jsonl             pairs that are not used: place, reason, nearest fix
@@ -94,11 +94,17 @@ class DatasetFolder:
                 "--output_name, or replace it with --overwrite"
             )
 
-    def begin(self, sources: Mapping[str, Any]) -> None:
-        """Mark the folder as one that is being written; whoever reads it is told."""
-        self.write_record({"sources": dict(sources), "finished": False})
-        for name in ("train", "dev"):
-            self.split(name).unlink(missing_ok=True)
+    def begin(self, sources: Mapping[str, Any], splits: Iterable[str]) -> None:
+        """Mark the folder as one that is being written; whoever reads it is told.
+
+        The splits of an earlier dataset go, whatever they were called.
+        """
+        before = (self.read_record() or {}).get("splits", [])
+        known = list(dict.fromkeys([*before, *splits, "train", "dev"]))
+        self.write_record({"sources": dict(sources), "finished": False, "splits": known})
+        for file in self.path.glob("*.jsonl"):
+            if file.stem in known:
+                file.unlink()
         shutil.rmtree(self.path / "databases", ignore_errors=True)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
