@@ -187,6 +187,13 @@ class Display:
             self._below = self._wait
         elif self._below is earlier:
             self._below = ""
+        if self._wait is not earlier:
+            self._redraw()
+
+    def _redraw(self) -> None:
+        """Draw the moving lines as they are now: a line would be printed above those drawn last."""
+        if self._live.is_started:
+            self._live.refresh()
 
     def _tell_waits(self) -> None:
         """Write a line now and then while something is waited for, where there is no terminal."""
@@ -199,6 +206,7 @@ class Display:
         """Take a stage's bar from the terminal: what follows is what counts."""
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
+            self._redraw()
 
     def settle(self) -> None:
         """Leave all bars as lines: what follows stands below them."""

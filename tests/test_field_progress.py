@@ -17,7 +17,7 @@ from ray_sql.cluster import resources
 from ray_sql.cluster.events import StepEnded, TrainPoint
 from ray_sql.data import Corpus, Example, leakage
 from ray_sql.display import Display, Pace, duration
-from ray_sql.finetune import plan, prepare
+from ray_sql.finetune import Session, plan, prepare
 from ray_sql.preflight import nodes
 from ray_sql.report.progress import Progress
 from ray_sql.store.run_folder import RunFolder
@@ -171,6 +171,20 @@ def test_a_start_is_told_below_the_bars_and_leaves_nothing() -> None:
     assert "starting: MLflow" in out.getvalue()
     shown = screen(out.getvalue())
     assert shown[0] == "run       out/x" and len(shown) == 2 and shown[1].endswith("1/10")
+
+
+@kind
+def test_no_wait_is_told_below_a_plan(make_config: Any) -> None:
+    out, config = io.StringIO(), make_config(overwrite=True)
+    terminal = Console(file=out, force_terminal=True, highlight=False, soft_wrap=True)
+    with Display(terminal) as display:
+        for _ in range(2):  # of rows that are kept no progress is shown, which would end the wait
+            begun = len(out.getvalue())
+            with Session(config, display):
+                pass
+    written = out.getvalue()[begun:].partition(f"data      {config.dataset_id}")[2]
+    told, *waits = written.split("starting: ")
+    assert "training  " in told and {wait.split("\x1b")[0] for wait in waits} <= {"run folder"}
 
 
 @kind

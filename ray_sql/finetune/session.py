@@ -65,9 +65,12 @@ class Session:
         self.check()
         self.questions = self.prepared.questions(self.display)
         self.see_cluster()
-        for line in self.plan():
+        lines = list(self.plan())  # among them is a measurement, which takes seconds
+        self.display.starting("")
+        for line in lines:
             self.display.line(line)
         self.clock.mark("rows and plan")
+        self.display.starting("run folder")
         if config.overwrite:
             self.remove_earlier()
         self.lay_out()
