@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ray_sql.config.ports import require_free_port
 from ray_sql.data import prompts
 from ray_sql.database import QueryResult
 from ray_sql.errors import ConfigError
-from ray_sql.serve import deployment
+from ray_sql.serve import app, deployment
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batch, Batcher, Full
 from ray_sql.serve.engine import Engine, completed
@@ -361,26 +360,64 @@ def test_a_port_that_another_service_would_share_is_refused() -> None:
 
 def test_a_question_that_waits_too_long_is_given_up(engine: Engine, held: Held) -> None:
     with serving(engine, request_timeout_s=0.2) as client:
-        answer = sql(client)
+        one, several = sql(client), sql(client, samples=3, temperature=0.05)
+        turn = {"role": "user", "content": "hello"}
+        said = client.post("/v1/chat/completions", json={"messages": [turn]})
+    assert late(one) == late(said) == "not answered in time; ask again later"
+    assert late(several).endswith("ask again later, or ask for fewer samples")
+
+
+def late(answer: httpx2.Response) -> str:
+    """Return what a request that was given up is told."""
     assert answer.status_code == 504
-    assert "not answered in time" in answer.json()["error"]["message"]
+    return str(answer.json()["error"]["message"])
+
+
+@pytest.fixture
+def held_query(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let every query wait until the test is over."""
+    over, run = threading.Event(), engine.run
+
+    def wait(database: str, query: str) -> QueryResult:
+        over.wait(HANGS)
+        return run(database, query)
+
+    monkeypatch.setattr(engine, "run", wait)
+    yield
+    over.set()
+
+
+def test_a_query_that_takes_too_long_is_given_up(engine: Engine, held_query: None) -> None:
+    with serving(engine, request_timeout_s=0.2) as client:
+        answer = client.post("/v1/run", json={"database": "mall", "sql": "SELECT 1"})
+    assert late(answer).startswith("the query did not end in time")
 
 
 def test_the_answer_and_its_query_have_one_deadline(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, held_query: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most, answer, run = 1.0, engine.answer_joinable, engine.run
+    clock, answer, most = Clock(), engine.answer_joinable, HANGS
 
-    def slowly(call: Callable[..., Any], *arguments: Any) -> Any:
-        time.sleep(0.6 * most)
-        return call(*arguments)
+    def slowly(batch: Batch) -> None:
+        clock.passed += most
+        answer(batch)
 
-    monkeypatch.setattr(engine, "answer_joinable", partial(slowly, answer))
-    monkeypatch.setattr(engine, "run", partial(slowly, run))
+    monkeypatch.setattr(app, "time", clock)
+    monkeypatch.setattr(engine, "answer_joinable", slowly)
     with serving(engine, request_timeout_s=most) as client:
-        assert sql(client).status_code == 504
-    with serving(engine, request_timeout_s=HANGS) as client:
-        assert sql(client).json()["rows"] == [[2]]
+        told = late(sql(client))
+    assert told.startswith("the answer was written, but its query did not end in time")
+    with serving(engine, request_timeout_s=most) as client:
+        assert sql(client, execute=False).json()["sql"] == COUNTED[1]
+
+
+class Clock:
+    """A clock that a test moves on."""
+
+    passed = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.passed
 
 
 def test_a_token_is_asked_for_where_there_is_one(engine: Engine) -> None:

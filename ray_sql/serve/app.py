@@ -41,6 +41,13 @@ MOST_REASONS = 1000
 """Characters that say what is wrong with a body."""
 GONE = 499
 """The status of a request whose sender did not wait for the answer."""
+LATE_ANSWER = "not answered in time; ask again later"
+LATE_SAMPLES = f"{LATE_ANSWER}, or ask for fewer samples"
+LATE_QUERY = "the query did not end in time; run it again later, or one that reads less"
+LATE_ANSWERS_QUERY = (
+    "the answer was written, but its query did not end in time; execute false gives the SQL alone"
+)
+"""The texts of 504, by what was slow."""
 
 
 class Service:
@@ -67,14 +74,15 @@ class Service:
         runs = body.execute and prompter.task.executes_sql
         if runs:
             self.queries.require_room()  # a busy service refuses before the model works
-        result, links = None, {}
-        async with self._in_time():
-            reply = await self._wait(self.batcher.submit(asked), request)
-            if self._section.log_questions:
-                log.warning("%s: %s: %s", database, body.question, reply.predicted)
-            if runs and reply.predicted:
-                done = await self._wait(self.queries.submit(database, reply.predicted), request)
-                result, links = done.result, done.named_links()
+        result, links, end = None, {}, self._deadline()
+        late = LATE_SAMPLES if settings.samples > 1 else LATE_ANSWER
+        reply = await self._wait(self.batcher.submit(asked), request, end, late)
+        if self._section.log_questions:
+            log.warning("%s: %s: %s", database, body.question, reply.predicted)
+        if runs and reply.predicted:
+            query = self.queries.submit(database, reply.predicted)
+            done = await self._wait(query, request, end, LATE_ANSWERS_QUERY)
+            result, links = done.result, done.named_links()
         answer = wire.reply(reply, result, prompter.task, prompter.name, body.max_rows)
         return answer | links
 
@@ -88,8 +96,7 @@ class Service:
             settings = settings.model_copy(update={"max_new_tokens": body.most_tokens})
         turns = [message.turn() for message in body.messages]
         asked = self._engine.prompter.ask_turns(turns, settings)
-        async with self._in_time():
-            reply = await self._wait(self.batcher.submit(asked), request)
+        reply = await self._wait(self.batcher.submit(asked), request, self._deadline(), LATE_ANSWER)
         cut = reply.new_tokens >= settings.max_new_tokens
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -114,8 +121,8 @@ class Service:
         """Run a query on a registered database, as those of answers are run."""
         self._engine.prompter.database(body.database)
         self.queries.require_room()
-        async with self._in_time():
-            done = await self._wait(self.queries.submit(body.database, body.sql), request)
+        query = self.queries.submit(body.database, body.sql)
+        done = await self._wait(query, request, self._deadline(), LATE_QUERY)
         if self._section.log_questions:
             log.warning("%s: %s", body.database, body.sql)
         return {
@@ -163,19 +170,23 @@ class Service:
         """Return counts and times for Prometheus."""
         return PlainTextResponse(generate_latest(self.counts.registry))
 
-    def _in_time(self) -> asyncio.Timeout:
-        """Return what raises TimeoutError inside once a request has taken too long."""
-        return asyncio.timeout(self._section.request_timeout_s)
+    def _deadline(self) -> float:
+        """Return when a request that comes now has taken too long."""
+        return time.monotonic() + self._section.request_timeout_s
 
-    async def _wait(self, coming: asyncio.Future[T], request: Request) -> T:
-        """Return what is coming, unless nobody waits for it any more."""
+    async def _wait(self, coming: asyncio.Future[T], request: Request, end: float, late: str) -> T:
+        """Return what is coming, unless nobody waits for it any more.
+
+        Raises `Late` with the words `late` at the time `end`.
+        """
         gone = asyncio.create_task(_until_gone(request))
         try:
             either: set[asyncio.Future[Any]] = {coming, gone}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            left = end - time.monotonic()
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if coming.done():
                 return coming.result()
-            raise Gone
+            raise Gone if gone.done() else Late(late)
         finally:
             gone.cancel()
             coming.cancel()
@@ -189,6 +200,10 @@ class Service:
 
 class Gone(Exception):
     """Nobody waits for the answer."""
+
+
+class Late(Exception):
+    """A request has taken too long. Its text says what was slow, and what would be faster."""
 
 
 class Unknown(Exception):
@@ -223,7 +238,7 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_exception_handler(RaySqlError, _bad_request)
     app.add_exception_handler(StoreError, _elsewhere)
     app.add_exception_handler(Full, _full)
-    app.add_exception_handler(TimeoutError, _late)
+    app.add_exception_handler(Late, _late)
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(Unknown, _unknown)
     app.add_middleware(Counted, counts=service.counts)
@@ -257,8 +272,8 @@ async def _full(_: Request, __: Exception) -> JSONResponse:
     return error(503, "as many questions wait as may; ask again later", **wait)
 
 
-async def _late(_: Request, __: Exception) -> JSONResponse:
-    return error(504, "not answered in time; ask again later, or ask for fewer samples")
+async def _late(_: Request, mistake: Exception) -> JSONResponse:
+    return error(504, str(mistake))
 
 
 async def _gone(_: Request, __: Exception) -> JSONResponse:
