@@ -142,7 +142,7 @@ def test_a_question_shows_sql_rows_and_time(ask: Any, engine: Engine) -> None:
     question = QUESTIONS[6][0]
     (reply,) = engine.answer([engine.prompter.ask(question, "mall")])
     code, out, err = ask(*question.split(), "--database", "mall")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "starting: model\n")
     assert reply.predicted in out
     assert out.rstrip().endswith(" s")
 
@@ -151,9 +151,9 @@ def test_json_is_one_object_with_the_rows(ask: Any, tmp_path: Path) -> None:
     file = tmp_path / "shop.db"
     with sqlite3.connect(file) as connection:
         connection.executescript(SHOP)
-    code, out, _ = ask(QUESTIONS[6][0], "--database", str(file), "--json")
+    code, out, err = ask(QUESTIONS[6][0], "--database", str(file), "--json")
     answer = json.loads(out)
-    assert (code, answer["database"], answer["model"]) == (0, "shop", "tuned")
+    assert (code, err, answer["database"], answer["model"]) == (0, "", "shop", "tuned")
     assert answer["sql"] == QUESTIONS[6][1]
     assert (answer["columns"], answer["rows"]) == (["COUNT(*)"], [[2]])
     assert set(answer["timings"]) == {"answer_seconds", "query_seconds"}
@@ -177,7 +177,7 @@ def test_lines_are_questions_and_commands(
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
     code, out, err = ask("--database", "mall", "--corrections", str(kept))
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "starting: model\n")
     assert "error: nothing to save" in out
     assert "not run: no such column: name" in out
     assert "it'sAda" in out
@@ -216,7 +216,7 @@ def test_a_terminal_has_a_prompt_and_a_history(tuned_run: Path, tmp_path: Path) 
         except OSError:  # the other end is closed
             break
     assert process.wait() == 0
-    assert b"? " in shown and b"42" in shown
+    assert b"starting: model" in shown and b"? " in shown and b"42" in shown
     assert "SELECT 40 + 2" in (tmp_path / "ask_history").read_text()
 
 

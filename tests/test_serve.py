@@ -567,7 +567,11 @@ def test_a_package_that_is_missing_is_named(
 
 
 @pytest.mark.cluster
-def test_the_job_serves_until_it_is_stopped(tuned_run: Path) -> None:
+def test_the_job_serves_until_it_is_stopped(
+    tuned_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with running_job(tuned_run) as (_, client):
+        told = [line for line in capfd.readouterr().err.splitlines() if "starting: " in line]
+        assert told == [f"starting: {wait}" for wait in ("libraries", "Ray", "model")]
         assert sql(client).json()["rows"] == [[2]]
         assert client.get("/v1/models", headers={"Host": "evil"}).status_code == 400

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from ray_sql.config import AskConfig, OneDatabaseConfig, absolute, mask_password
-from ray_sql.display import Display
+from ray_sql.display import Display, loading
 from ray_sql.errors import RaySqlError
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.dialogue import HELP, Dialogue
@@ -18,18 +18,20 @@ from ray_sql.serve.prompter import Prompter
 
 def run(config: AskConfig) -> None:
     """Answer the question of the settings, or the lines that are typed."""
-    display, prompter = Display(), find_prompter(config)
+    display = Display()
+    with _waiting(config):
+        prompter = find_prompter(config)
+        opened = open_engine(prompter, find_linker(config, prompter))
     (database,) = prompter.databases
     interactive = not config.question and sys.stdin.isatty()
-    if interactive:
-        display.line(f"{prompter.name} on database {database}; loading the model")
-    with open_engine(prompter, find_linker(config, prompter)) as engine:
+    with opened as engine:
         corrections = absolute(config.corrections)
         dialogue = Dialogue(engine, database, corrections, display, config.json)
         if config.question:
             dialogue.ask(" ".join(config.question))
             return
         if interactive:
+            display.line(f"{prompter.name} on database {database}")
             display.line(HELP)
         for line in _typed(prompter.config.cache) if interactive else sys.stdin:
             try:
@@ -57,6 +59,11 @@ def find_prompter(config: OneDatabaseConfig) -> Prompter:
     found = recipe.find(config)
     database = databases.find(config.database, found.config)
     return Prompter(found, {database.name: database})
+
+
+def _waiting(config: AskConfig) -> AbstractContextManager[None]:
+    """Say that the model is waited for, unless a program reads what is printed."""
+    return nullcontext() if config.json else loading("model")
 
 
 def _typed(cache: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from ray import serve
 from ray_sql import cluster
 from ray_sql.config import ServeConfig
 from ray_sql.config.ports import require_free_port
-from ray_sql.display import Display
+from ray_sql.display import Display, loading
 from ray_sql.serve import vllm
 from ray_sql.serve.access import token_for
 from ray_sql.serve.deployment import application, prompter
@@ -31,14 +31,16 @@ def run(config: ServeConfig) -> None:
         return
     if not cluster.joins():  # a cluster's own service may have the port: this joins it
         require_free_port("--serve.port", section.host, section.port)
-    display.line(f"{asking.name} on {', '.join(asking.databases)}; loading the model")
+    display.line(f"{asking.name} on {', '.join(asking.databases)}")
     if linker is not None and (why := why_two_bases(asking, linker)):
         display.line(f"note: {why}")
     os.environ.setdefault(*PROXY_SECONDS)  # Ray's processes inherit it
-    cluster.start_ray()
-    serve.start(http_options={"host": section.host, "port": section.port})
+    with loading("Ray"):
+        cluster.start_ray()
+        serve.start(http_options={"host": section.host, "port": section.port})
     try:
-        serve.run(application(config.for_replicas()), name="ray_sql", route_prefix="/")
+        with loading("model"):
+            serve.run(application(config.for_replicas()), name="ray_sql", route_prefix="/")
         display.line(f"answering at http://{section.host}:{section.port}/v1/sql")
         while True:
             time.sleep(1)
