@@ -32,6 +32,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from benchmarks.mlflow_server import Server, free_port
 from ray_sql.store import checkpoints
 from ray_sql.store.run_folder import RunFolder
+from tests.recording import foreign
 from tests.test_cluster_files import LEFT
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -351,6 +352,7 @@ def test_the_same_command_goes_on_and_its_log_is_plain_lines(
     assert not [line for line in own if any(unicodedata.category(sign) == "Cc" for sign in line)], (
         "nothing moves"
     )
+    assert foreign("\n".join(own[1:])) == [], "no line of a library"
     assert submitted.log.rstrip("\n") in submitted.shown, "ray job submit shows the same lines"
     assert f"/#/jobs/{submitted.info.submission_id}; MLflow run " in submitted.log
     assert head.states("run") == dict.fromkeys(stopped.runs, "FINISHED"), (
