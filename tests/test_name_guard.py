@@ -55,6 +55,7 @@ CAN_EXIST = [
     "SELECT name FROM item WHERE id IN (SELECT id FROM sale WHERE item_id = id)",
     "SELECT name FROM item JOIN sale ON id = item_id AND price NOT BETWEEN 1 AND 2 LEFT JOIN sale",
     "SELECT name FROM item JOIN sale ON CASE WHEN id THEN id ELSE 1 END = item_id WHERE price > 1",
+    "SELECT name FROM sale, sale a, sale b, sale c WHERE a.sale_id = 1",
     'SELECT name FROM item "i" WHERE "i".price > 1',
     'SELECT "i"."name" FROM "item" "i"',
     'SELECT i.name FROM sale "s" JOIN item "i" ON s.item_id = i.id',
@@ -98,6 +99,7 @@ CANNOT_EXIST = [
     "SELECT name FROM item # all",
     'SELECT name FROM sale "SELECT',
     "SELECT name FROM sale AS T1 JOIN sale AS T2 ON T1.sale_id = T2.sale_id groups",
+    "SELECT name FROM sale, sale a, sale b WHERE",
     "SELECT T1.item.name",
 ]
 

@@ -7,7 +7,7 @@ Literals, numbers, operators, comments and the grammar are free.
 Behind FROM and JOIN only tables stand. Behind a qualifier stand the columns of its table, or any
 column where the qualifier is not known yet: SELECT comes before FROM. Once FROM is written, columns
 are those of the tables that it names. FROM goes on, by JOIN, until its tables have all columns that
-SELECT named; an alias is one whose columns its table has.
+SELECT named, or there are many. An alias is one whose columns its table has.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
 """Keywords that may stand where a table does."""
 FROM_INSIDE = frozenset("extract trim substring overlay position".split())
 """Functions with a FROM between their arguments."""
+MAX_TABLES = 4
+"""Tables that FROM may name before it may close without the columns that SELECT named."""
 FROM = ("from", "on", "using")
 """Clauses in which a query names its tables, and how they are joined."""
 _ALIAS = re.compile(r"[a-z]{1,2}\d{0,2}")
@@ -58,6 +60,8 @@ class _Level:
     """Alias or name → table, None where its columns are not known; lower case."""
     last_table: str | None = None
     """The table that the next alias stands for."""
+    tables: int = 0
+    """The number of tables that FROM names so far."""
     selected: frozenset[tuple[str, str]] = frozenset()
     """The columns that SELECT named, each behind its qualifier or ""; lower case."""
 
@@ -129,11 +133,11 @@ class BegunQuery:
 
     def may_end(self) -> bool:
         """Tell whether the query may end here."""
-        return self._level.clause not in FROM or self._has_selected()
+        return self._level.clause not in FROM or self._from_may_close()
 
     def _sign_fits(self, sign: str) -> bool:
         if sign in (")", ";") and self._level.clause in FROM:
-            return self._has_selected()
+            return self._from_may_close()
         return sign == "::" or sign in SIGNS[self._dialect]
 
     def _fits_behind_table(self, word: str, unfinished: bool) -> bool:
@@ -142,7 +146,7 @@ class BegunQuery:
             return True
         if word in self._keywords() or not self._alias_fits(word):
             return False
-        return word in self._qualifiers() or bool(_ALIAS.fullmatch(word)) or self._has_selected()
+        return word in self._qualifiers() or bool(_ALIAS.fullmatch(word)) or self._from_may_close()
 
     def _qualifiers(self) -> set[str]:
         """Return the aliases and tables behind which SELECT named columns."""
@@ -150,7 +154,7 @@ class BegunQuery:
 
     def _behind_table(self) -> frozenset[str]:
         """Return the keywords behind a table, or behind how it is joined."""
-        return BEHIND_TABLE | CLOSES_FROM if self._has_selected() else BEHIND_TABLE
+        return BEHIND_TABLE | CLOSES_FROM if self._from_may_close() else BEHIND_TABLE
 
     def _alias_fits(self, alias: str) -> bool:
         """Tell whether the last table has all columns that SELECT named behind an alias."""
@@ -160,11 +164,14 @@ class BegunQuery:
         named = {column for qualifier, column in self._level.selected if qualifier == alias}
         return named <= self._tables[table] | ROW_NAMES
 
-    def _has_selected(self) -> bool:
-        """Tell whether the tables of FROM have all columns that SELECT named.
+    def _from_may_close(self) -> bool:
+        """Tell whether the tables of FROM have all columns that SELECT named, or are many.
 
-        A query inside another may name columns of the outer one.
+        A query inside another may name columns of the outer one. An answer of many tables in vain
+        is lost, and would go on until it is cut off.
         """
+        if self._level.tables >= MAX_TABLES:
+            return True
         sources: dict[str, str | None] = {}
         for level in self._levels:
             if level.clause == "select" or None in level.sources.values():
@@ -186,7 +193,7 @@ class BegunQuery:
         return _fits(bare(text), self._names(), unfinished=not closed)
 
     def _quoted_alias_fits(self, alias: str) -> bool:
-        if self._level.clause != "from" or self._before == "as" or self._has_selected():
+        if self._level.clause != "from" or self._before == "as" or self._from_may_close():
             return True
         is_new = _ALIAS.fullmatch(alias) or _fits(alias, self._qualifiers(), unfinished=True)
         return bool(is_new) and self._alias_fits(alias)
@@ -353,7 +360,7 @@ class BegunQuery:
         self._ended = word in ENDS
         if word in ("union", "intersect", "except"):
             self._made |= {column for _, column in level.selected}  # ORDER BY may name them
-            level.clause, level.sources, level.selected = "", {}, frozenset()
+            self._levels[-1] = _Level(opened_by=level.opened_by)
         elif word == "from" and self._before == "distinct":
             pass  # IS DISTINCT FROM
         elif word == "from" and level.opened_by in FROM_INSIDE and level.clause != "select":
@@ -369,6 +376,7 @@ class BegunQuery:
         known = table in self._tables and name not in self._made
         self._level.last_table = table if known else None
         self._level.sources[name] = self._level.last_table
+        self._level.tables += 1
 
     def _make(self, name: str) -> None:
         """Take a new name: an alias of the last source or of a column, a CTE, or a column of it."""

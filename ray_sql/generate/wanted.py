@@ -11,8 +11,8 @@ from ray_sql.generate.sampling import Sampling, log_probabilities
 
 Allows = Callable[[int, Sequence[int]], bool]
 """Tells whether the answer to a question, by its index, may begin with these tokens."""
-LIKELIEST = (256, 4096)
-"""Tokens that are tried where the likeliest one is not allowed, first few, then more."""
+LIKELIEST = 256
+"""Tokens that are tried where the likeliest one is not allowed."""
 TRIES = 64
 """Draws of a token that is allowed, before the likeliest one is taken."""
 
@@ -87,10 +87,9 @@ class Wanted:
             drawn = self._draw_allowed(question, answer, begun, token, logits, prompt)
             if drawn is not None:
                 return drawn
-        for count in LIKELIEST:
-            for other in logits.topk(min(count, len(logits))).indices.tolist():
-                if allows(question, [*begun, other]):
-                    return int(other)
+        for other in logits.topk(min(LIKELIEST, len(logits))).indices.tolist():
+            if allows(question, [*begun, other]):
+                return int(other)
         return token
 
     def _draw_allowed(
