@@ -208,7 +208,7 @@ def test_a_terminal_has_a_prompt_and_a_history(tuned_run: Path, tmp_path: Path) 
     command += ["--cache_dir", str(tmp_path)]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    os.write(ours, b"\\sql SELECT 40 + 2\n\\quit\n")
+    os.write(ours, b"How many?\n\\sql SELECT 40 + 2\n\\quit\n")
     shown = b""
     while process.poll() is None or b"42" not in shown:
         try:
@@ -216,7 +216,8 @@ def test_a_terminal_has_a_prompt_and_a_history(tuned_run: Path, tmp_path: Path) 
         except OSError:  # the other end is closed
             break
     assert process.wait() == 0
-    assert b"starting: model" in shown and b"? " in shown and b"42" in shown
+    assert b"starting: model" in shown and b"? " in shown
+    assert b"answering" in shown and b"42" in shown
     assert "SELECT 40 + 2" in (tmp_path / "ask_history").read_text()
 
 

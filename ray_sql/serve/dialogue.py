@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.table import Table
@@ -58,14 +59,15 @@ class Dialogue:
     def ask(self, question: str) -> None:
         """Answer a question, and run its SQL."""
         began = time.monotonic()
-        (reply,) = self._engine.answer([self._engine.prompter.ask(question, self._database)])
-        seconds = time.monotonic() - began
         task = self._engine.prompter.task
         result = None
         self._question, self._sql = question, None
-        if task.executes_sql and reply.predicted:
-            self._sql = reply.predicted
-            result = self._engine.run(self._database, reply.predicted)
+        with self._waiting():
+            (reply,) = self._engine.answer([self._engine.prompter.ask(question, self._database)])
+            seconds = time.monotonic() - began
+            if task.executes_sql and reply.predicted:
+                self._sql = reply.predicted
+                result = self._engine.run(self._database, reply.predicted)
         if self._as_json:
             model = self._engine.prompter.name
             self._print_json(wire.reply(reply, result, task, model))
@@ -90,6 +92,10 @@ class Dialogue:
             raise ConfigError(r"nothing to save: ask a question, and correct its query with \sql")
         corrections.append(self._corrections, self._database, self._question, self._sql)
         self._display.line(f"saved to {self._corrections}: {self._sql}")
+
+    def _waiting(self) -> AbstractContextManager[object]:
+        """Show on a terminal that an answer is waited for, unless a program reads what is shown."""
+        return nullcontext() if self._as_json else self._display.console.status("answering")
 
     def _print_json(self, value: object) -> None:
         print(json.dumps(value, ensure_ascii=False), flush=True)

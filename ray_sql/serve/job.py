@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 
@@ -35,6 +36,7 @@ def run(config: ServeConfig) -> None:
     if linker is not None and (why := why_two_bases(asking, linker)):
         display.line(f"note: {why}")
     os.environ.setdefault(*PROXY_SECONDS)  # Ray's processes inherit it
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the lines below say the same
     with loading("Ray"):
         cluster.start_ray()
         serve.start(http_options={"host": section.host, "port": section.port})
