@@ -113,10 +113,18 @@ def test_pairs_to_score_only_have_no_training_next(
 @pytest.mark.parametrize(
     ("named", "scored"),
     [
-        ("train test", "test"),
-        ("train dev test", "dev"),
-        ("train test validation", "dev"),
-        ("train hold-out", "hold-out"),
+        ("train|test", "test"),
+        ("train|dev|test", "dev"),
+        ("train|test|validation", "dev"),
+        ("train|hold-out", "hold-out"),
+        ("train|held  out (b)", "held  out (b)"),
+        ("train|Prüfung", "prüfung"),
+        ("train|परीक्षण", "परीक्षण"),
+        ("train|1e5|2024-01-31", "1e5"),
+        ("train|no", "no"),
+        ("train|$x;'`y`~", "$x;'`y`~"),
+        ("train|flagged|fixed|databases|report", "flagged"),
+        ("train|test|", "test"),
         ("train", "dev"),
     ],
 )
@@ -124,13 +132,15 @@ def test_the_next_command_scores_a_split_that_is_there(
     place: Path, named: str, scored: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (place / "my pairs.csv").open("w", newline="") as file:
-        rows = [(*pair, split) for pair, split in zip(QUESTIONS, cycle(named.split()))]
+        rows = [(*pair, split) for pair, split in zip(QUESTIONS, cycle(named.split("|")))]
         csv.writer(file).writerows([("question", "sql", "split"), *rows])
     flags = ["--data.test_fraction", "0.3"]
-    prepare(load(PrepareConfig, ["--pairs", "my pairs.csv", "--url", "shop.db", *flags]))
+    record = prepare(load(PrepareConfig, ["--pairs", "my pairs.csv", "--url", "shop.db", *flags]))
     (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("next ")]
     for words in (shlex.split(line)[3:-1], begin(["my pairs.csv", "shop.db", *flags])):
         config = load(Config, words)
         assert config.split == (scored,)
         corpus = data.load(config)
         assert corpus.splits["train"] and corpus.splits[scored]
+        again = data.load_split(config, record["splits"]).splits.values()
+        assert sum(map(len, again)) + record["counts"]["rejected"] == len(QUESTIONS)

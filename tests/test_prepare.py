@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 import sqlite3
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from ray_sql import evaluate, finetune
 from ray_sql.cli import main
 from ray_sql.config import Config, EvaluateConfig, PrepareConfig, load
 from ray_sql.curate import prepare
+from ray_sql.data import formats
 from ray_sql.errors import ConfigError, DataError, StoreError
 from tests.conftest import QUESTIONS
 from tests.test_field_data import make_shop
@@ -221,6 +225,51 @@ def test_splits_that_are_there_stay_and_what_they_share_is_flagged(tmp_path: Pat
     assert record["divided"] == "as they came" and record["counts"]["dev"] == 1
     audit = json.loads((tmp_path / "out" / "dataset" / "audit.json").read_text())
     assert audit["counts"] == {"near_duplicate": 2, "constant": 1}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a,b", "a/b", "a\\b", "..", ".hidden", "-x", "[a]", '"a"', "a\nb", "a:b", "null", "TRUE"),
+        *("rejected", "audit", "dataset", "shop_tables", "train_others", "x-00000-of-00002"),
+        *("x" * 101, "ü" * 60, "CON"),
+    ],
+)
+def test_a_split_that_would_be_lost_by_its_name_is_refused(pairs: Path, name: str) -> None:
+    rows = [(*pair, split) for pair, split in zip(QUESTIONS, cycle(["train", name]))]
+    with pairs.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "sql", "split"), *rows])
+    with pytest.raises(DataError) as caught:
+        prepare(settings(pairs))
+    named = f"{pairs}, line 3: column split holds {name.lower()[:60]!r}; "
+    assert str(caught.value).startswith(named) and "write another there" in str(caught.value)
+    assert not (pairs.parent / "out").exists()
+
+
+def test_files_whose_names_cannot_be_splits_are_to_be_renamed(pairs: Path) -> None:
+    folder = pairs.parent / "asked"
+    folder.mkdir()
+    odd = pairs.rename(folder / "export [2024], new.csv")
+    record = prepare(settings(folder))
+    assert record["splits"] == [formats.stem(odd)], "a file alone is found by any name"
+    for other, lost in (("dev.csv", odd), ("DEV.csv", folder / "dev.csv")):
+        if (folder / other).exists():
+            continue  # this file system does not tell cases apart
+        shutil.copy(odd, folder / other)
+        with pytest.raises(DataError, match=re.escape(f"{lost}, line ")) as caught:
+            prepare(settings(folder, "--overwrite"))
+        assert "rename it" in str(caught.value)
+        odd = odd.rename(folder / "train.csv")
+
+
+def test_counts_tell_a_split_from_pairs_of_that_kind(pairs: Path) -> None:
+    names = ["train", "fixed", "flagged", "databases"]
+    rows = [(*pair, split) for pair, split in zip(QUESTIONS, cycle(names))]
+    with pairs.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "sql", "split"), *rows])
+    counts = prepare(settings(pairs))["counts"]
+    sizes = [counts["train"], *[counts[f"split {name}"] for name in names[1:]]]
+    assert sum(sizes) == len(QUESTIONS) and (counts["fixed"], counts["databases"]) == (0, 1)
 
 
 def test_a_split_that_the_pairs_name_no_more_is_gone(pairs: Path) -> None:

@@ -16,9 +16,9 @@ from ray_sql.curate.divide import across, divide
 from ray_sql.curate.flags import KINDS, MEANING, Flag
 from ray_sql.curate.pairs import Judged, Pair, judge, read
 from ray_sql.curate.translated import Translated, translate
-from ray_sql.data import descriptions, schema_texts
+from ray_sql.data import descriptions, layouts, schema_texts
 from ray_sql.data.columns import Source
-from ray_sql.data.corpus import Example, counted
+from ray_sql.data.corpus import Corpus, Example, counted
 from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor, Limits
 from ray_sql.display import Display
@@ -71,6 +71,8 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
         corpus = read(_source(config))
         for note in corpus.notes:
             display.line(note)
+        if len(corpus.splits) > 1:
+            _require_names(corpus, config.pairs)
         translated: tuple[Translated, ...] = ()
         if config.translate_from:
             corpus, translated = translate(corpus, config.translate_from, executor)
@@ -107,6 +109,24 @@ def _source(config: PrepareConfig) -> Source:
     token = config.read_token.get_secret_value() if config.read_token else None
     section = config.data.model_copy(update={"databases": config.url})
     return Source(config.pairs, "sql", section, config.cache, token, setting="--pairs")
+
+
+def _require_names(corpus: Corpus, pairs: str) -> None:
+    """Raise `DataError` for a split that the dataset's folder, or --split, would not find again.
+
+    Names that differ in case alone are one file on some systems.
+    """
+    where, way_out = "the file's name gives split", "rename it"
+    if absolute(pairs).is_file():
+        where, way_out = "column split holds", "write another there"
+    taken = dict[str, str]()
+    for split, examples in corpus.splits.items():
+        is_first = taken.setdefault(split.casefold(), split) == split
+        if examples and not (is_first and layouts.is_found_again(split)):
+            raise DataError(
+                f"{examples[0].place}: {where} {split[:60]!r}; by that name these pairs would not "
+                f"be found again, as a file or by --split; {way_out}, such as held-out"
+            )
 
 
 def _no_pair(judged: Judged) -> str:
@@ -157,18 +177,22 @@ def _record(dataset: Dataset, config: PrepareConfig, sources: Mapping[str, Any])
     schemas = {db_id: schema for db_id, schema in corpus.schemas.items() if db_id in used}
     pairs = [pair for rows in dataset.splits.values() for pair in rows]
     server = config.url if any("://" in place for place in places) else None
+    counts = {
+        "rejected": len(dataset.judged.rejected),
+        "fixed": sum(bool(pair.before) for pair in pairs),
+        **({"translated": len(dataset.translated)} if config.translate_from else {}),
+        "flagged": sum(bool(pair.flags) for pair in pairs),
+        "databases": len(used),
+    }
+    sizes = {
+        f"split {split}" if split in counts else split: len(rows)
+        for split, rows in dataset.splits.items()
+    }
     return {
         "finished": True,
         "sources": dict(sources),
         "server": strip_password(server),
-        "counts": {
-            **{split: len(rows) for split, rows in dataset.splits.items()},
-            "rejected": len(dataset.judged.rejected),
-            "fixed": sum(bool(pair.before) for pair in pairs),
-            **({"translated": len(dataset.translated)} if config.translate_from else {}),
-            "flagged": sum(bool(pair.flags) for pair in pairs),
-            "databases": len(used),
-        },
+        "counts": sizes | counts,
         "splits": list(dataset.splits),
         "divided": dataset.how,
         "fingerprint": replace(corpus, splits=splits, schemas=schemas).fingerprint(),

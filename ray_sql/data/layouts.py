@@ -24,6 +24,13 @@ NO_QUESTIONS = re.compile(
 )
 """Names of files that lie beside questions and hold none."""
 
+LONGEST_NAME = 100
+"""Bytes of a split's name, for files that are named after it."""
+_UNFIT = re.compile(
+    r'[.-].*|.*[\\/:*?"<>|,\[\]{}].*|true|false|null|con|prn|aux|nul|(?:com|lpt)\d', re.I
+)
+"""Names of splits that hide or reserve a file on some system, or that --split reads otherwise."""
+
 _TOKENS = {"train": "train", "fewshot": "train", "dev": "dev", "validation": "dev", "test": "test"}
 _DIALECTS = ("sqlite", "postgresql", "mysql")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -183,6 +190,14 @@ def _by_stem(paths: Iterable[Path]) -> Splits:
             split: found for split, found in files.items() if split != "train"
         }
     return files
+
+
+def is_found_again(split: str) -> bool:
+    """Tell whether a file named after a split is read as that split, and --split can name it."""
+    if not split.isprintable() or len(split.encode()) > LONGEST_NAME or _UNFIT.fullmatch(split):
+        return False
+    named = _by_stem([Path(f"{split}.jsonl")])
+    return list(named) == [split] and not NO_QUESTIONS.fullmatch(split)
 
 
 def _by_token(paths: Iterable[Path], dialect: str, notes: list[str]) -> Splits:
