@@ -112,9 +112,13 @@ class Endpoint:
         return True
 
     def answer_all(
-        self, conversations: Sequence[Turns], max_new_tokens: int, progress: Progress | None = None
+        self,
+        conversations: Sequence[Turns],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+        at_a_time: int = AT_A_TIME,
     ) -> list[Answer]:
-        """Return a greedy answer to each conversation, several asked at a time.
+        """Return a greedy answer to each conversation, in their order.
 
         Threads that do not keep the process alive ask. So a signal ends a job at once, whatever
         the endpoint does.
@@ -127,7 +131,7 @@ class Endpoint:
                 while True:
                     self._answer_to(*left.popleft(), max_new_tokens)
 
-        for number in range(min(AT_A_TIME, len(conversations))):
+        for number in range(min(at_a_time, len(conversations))):
             threading.Thread(target=ask, name=f"ray_sql-ask-{number}", daemon=True).start()
         answers = []
         try:

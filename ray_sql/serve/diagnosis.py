@@ -27,7 +27,7 @@ FINE: set[Verdict] = {"equal", "within rounding"}
 SAME = 0.9
 """The share of answers that rounding leaves as they were; other weights change more."""
 RESTLESS = 2
-"""Questions whose second answer may differ by rounding, when others are computed beside them."""
+"""Second answers that differ, from which on the cause is looked for: sampling, or rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Compared:
     """One question: the measured answers of the adapter and its base, and the endpoint's.
 
     Answers are SQL or links, empty where none was found; `base` is None where it was not measured.
-    `again` are further answers of the endpoint.
+    `again` is a second answer of the endpoint, beside other questions. `alone` are two more with
+    nothing beside them. Both are None where they were not asked for.
     """
 
     id: str
@@ -43,7 +44,8 @@ class Compared:
     measured: str
     base: str | None
     served: str
-    again: tuple[str, ...]
+    again: str | None
+    alone: tuple[str, str] | None
     measured_right: bool
     served_right: bool
     measured_prompt: int
@@ -53,6 +55,16 @@ class Compared:
     def is_same(self) -> bool:
         """Tell whether the endpoint's answer is the measured one."""
         return self.served == self.measured
+
+    @property
+    def is_restless(self) -> bool:
+        """Tell whether a second answer differs: it was drawn, or rounded otherwise."""
+        return self.again not in (None, self.served)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Tell whether two answers differ that were computed alike."""
+        return self.alone is not None and self.alone[0] != self.alone[1]
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,8 @@ def diagnose(compared: Sequence[Compared], said: Said = None) -> Diagnosis:
     telling = [one for one in compared if one.base not in (None, one.measured)]
     as_base = sum(one.served == one.base for one in telling)
     as_tuned = sum(one.is_same for one in telling)
-    restless = sum(any(other != one.served for other in one.again) for one in compared)
-    repeated = sum(bool(one.again) for one in compared)
+    alone = sum(one.alone is not None for one in compared)
+    drawn = sum(one.is_drawn for one in compared)
     offsets = [one.served_prompt - one.measured_prompt for one in compared]
     test = paired_test((one.measured_right, one.served_right) for one in compared)
     numbers = {
@@ -84,16 +96,18 @@ def diagnose(compared: Sequence[Compared], said: Said = None) -> Diagnosis:
         "same": same,
         "told_apart_from_base": len(telling),
         "as_base": as_base,
-        "repeated": repeated,
-        "unsteady": restless,
+        "repeated": sum(one.again is not None for one in compared),
+        "unsteady": sum(one.is_restless for one in compared),
+        "repeated_alone": alone,
+        "unsteady_alone": drawn,
         "prompts_of_other_length": sum(offset != 0 for offset in offsets),
         **test.named("measured", "served"),
     }
     evidence = [f"{same} of {len(compared)} answers are the measured ones"]
     verdict: Verdict
-    if restless > RESTLESS:
+    if drawn > alone / 2:
         verdict = "sampling is on"
-        evidence.append(f"{restless} of {repeated} questions got another answer the second time")
+        evidence.append(f"{drawn} of {alone} questions got two answers, with nothing beside them")
     elif same < len(compared) and any(offsets):
         verdict, reason = _prompt_verdict(compared, offsets)
         evidence.append(reason)

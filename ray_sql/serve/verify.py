@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray_sql import data, generate
@@ -12,13 +13,13 @@ from ray_sql.data import Example
 from ray_sql.display import Display
 from ray_sql.errors import DataError
 from ray_sql.evaluate import scoring
-from ray_sql.evaluate.endpoint import Endpoint
+from ray_sql.evaluate.endpoint import Endpoint, Turns
 from ray_sql.evaluate.linker import asked_links
 from ray_sql.evaluate.scored import load_scored
 from ray_sql.generate import Answer, make_questions
 from ray_sql.metrics.judged import JudgedRow, is_right
 from ray_sql.serve import recipe
-from ray_sql.serve.diagnosis import Compared, Diagnosis, Said, diagnose
+from ray_sql.serve.diagnosis import RESTLESS, Compared, Diagnosis, Said, diagnose
 from ray_sql.serve.identity import Identity
 from ray_sql.serve.prompter import Prompter
 from ray_sql.store.run_folder import RunFolder
@@ -26,6 +27,8 @@ from ray_sql.tasks import TASKS
 
 REPEATED = 16
 """Questions that are asked a second time, to see whether answers are drawn."""
+ALONE = 8
+"""Questions with two answers that are asked twice more, each with nothing beside it."""
 DIFFERS = 3
 """The exit code for an endpoint that is another model."""
 SHOWN = 5
@@ -107,11 +110,28 @@ class _Checked:
         repeated = conversations[:REPEATED]
         answers = endpoint.answer_all([*conversations, *repeated], most, asking)
         first, again = answers[: len(conversations)], answers[len(conversations) :]
-        rows = self._judged(first)
         seconds = [self._read(answer.raw) for answer in again]
-        return [
-            self._compared(row, tuple(seconds[index : index + 1])) for index, row in enumerate(rows)
-        ]
+        unasked = [None] * (len(first) - len(again))
+        pairs = zip(self._judged(first), [*seconds, *unasked], strict=True)
+        compared = [self._compared(row, second) for row, second in pairs]
+        restless = [index for index, one in enumerate(compared) if one.is_restless]
+        if len(restless) > RESTLESS:
+            asked = restless[:ALONE]
+            alone = self._ask_alone(endpoint, [conversations[index] for index in asked], display)
+            for index, two in zip(asked, alone, strict=True):
+                compared[index] = replace(compared[index], alone=two)
+        return compared
+
+    def _ask_alone(
+        self, endpoint: Endpoint, conversations: Sequence[Turns], display: Display
+    ) -> list[tuple[str, str]]:
+        """Return two answers to each conversation, asked with nothing beside it."""
+        asking = display.counter("asking again, one at a time")
+        twice = [*conversations, *conversations]
+        most = self._config.evaluate.max_new_tokens
+        texts = [self._read(one.raw) for one in endpoint.answer_all(twice, most, asking, 1)]
+        half = len(conversations)
+        return list(zip(texts[:half], texts[half:], strict=True))
 
     def said(self, described: Mapping[str, Any]) -> Said:
         """Return the first part that an endpoint says to have otherwise than the run."""
@@ -134,7 +154,7 @@ class _Checked:
         schemas = self._corpus.judged_schemas(task)
         return scoring.score(questions, answers, task, greedy, schemas)
 
-    def _compared(self, row: JudgedRow, again: tuple[str, ...]) -> Compared:
+    def _compared(self, row: JudgedRow, again: str | None) -> Compared:
         key = row["split"], row["id"]
         measured, base = self._measured[key], self._base.get(key)
         return Compared(
@@ -144,6 +164,7 @@ class _Checked:
             base=None if base is None else self._read(base["raw"]),
             served=row["predicted"] or "",
             again=again,
+            alone=None,
             measured_right=_greedy_is_right(measured),
             served_right=is_right(row),
             measured_prompt=measured["prompt_tokens"],
