@@ -297,11 +297,13 @@ def by_column(records: Sequence[Record]) -> dict[str, list[Record]]:
     if not {*layouts.SPLITS, *VALIDATION} & set(words):
         return {"": list(records)}
     parts: dict[str, list[Record]] = {word: [] for word in dict.fromkeys(words) if word}
-    for record, word in zip(records, words, strict=True):
+    for record, name, word in zip(records, names, words, strict=True):
         if word:
             parts[word].append(record)
         else:
-            bad = record if record.fault else replace(record, fault="its split is empty")
+            is_empty = name is None or isinstance(name, str)
+            fault = "its split is empty" if is_empty else f"its split is no text: {name}"
+            bad = record if record.fault else replace(record, fault=fault)
             next(iter(parts.values())).append(bad)
     return parts
 
