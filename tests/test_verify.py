@@ -273,3 +273,19 @@ def one(served: str, **changes: Any) -> Compared:
 def test_what_all_answers_say_together(compared: list[Compared], verdict: str) -> None:
     found = diagnose(compared)
     assert (found.verdict, found.is_fine) == (verdict, verdict in ("equal", "within rounding"))
+
+
+@pytest.mark.parametrize(
+    ("compute_type", "near", "verdict"),
+    [
+        ("float32", 6, "within rounding"),
+        ("float32", 7, "other weights"),
+        ("bfloat16", 16, "within rounding"),
+        ("bfloat16", 17, "other weights"),
+    ],
+)
+def test_bfloat16_may_round_more_answers_otherwise(
+    compute_type: str, near: int, verdict: str
+) -> None:
+    compared = [one("tuned")] * (64 - near) + [one("near", served_right=True)] * near
+    assert diagnose(compared, compute_type=compute_type).verdict == verdict

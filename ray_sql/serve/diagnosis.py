@@ -24,8 +24,8 @@ Verdict = Literal[
 Said = tuple[Verdict, str] | None
 """A part that the endpoint says to have otherwise than measured, and the evidence."""
 FINE: set[Verdict] = {"equal", "within rounding"}
-SAME = 0.9
-"""The share of answers that rounding leaves as they were; other weights change more."""
+SAME = {"float32": 0.9, "bfloat16": 0.75}
+"""The share of answers that rounding leaves as they were, by the type that was computed in."""
 RESTLESS = 2
 """Second answers that differ, from which on the cause is looked for: sampling, or rounding."""
 
@@ -81,8 +81,13 @@ class Diagnosis:
         return self.verdict in FINE
 
 
-def diagnose(compared: Sequence[Compared], said: Said = None) -> Diagnosis:
-    """Return what all questions together, and its own description, say about an endpoint."""
+def diagnose(
+    compared: Sequence[Compared], said: Said = None, compute_type: str = "float32"
+) -> Diagnosis:
+    """Return what all questions together, and its own description, say about an endpoint.
+
+    The answers were measured in `compute_type`, `float32` or `bfloat16`.
+    """
     same = sum(one.is_same for one in compared)
     telling = [one for one in compared if one.base not in (None, one.measured)]
     as_base = sum(one.served == one.base for one in telling)
@@ -121,7 +126,7 @@ def diagnose(compared: Sequence[Compared], said: Said = None) -> Diagnosis:
         evidence.append(reason)
     elif same == len(compared):
         verdict = "equal"
-    elif same >= SAME * len(compared) and not test.a_is_better:
+    elif same >= SAME[compute_type] * len(compared) and not test.a_is_better:
         verdict = "within rounding"
     else:
         verdict = "other weights"

@@ -41,7 +41,7 @@ def run(config: VerifyConfig) -> Diagnosis:
         checked = _Checked(config, display)
         endpoint = Endpoint.find(config.evaluate)
         compared = checked.ask(endpoint, display)
-        found = diagnose(compared, checked.said(endpoint.described))
+        found = diagnose(compared, checked.said(endpoint.described), checked.compute_type)
         for one in [one for one in compared if not one.is_same][:SHOWN]:
             display.line(f"{one.id}: {one.question}")
             display.line(f"    measured {one.measured}")
@@ -75,6 +75,8 @@ class _Checked:
             prompter.model_folder, found.config.quantization, found.adapter
         )
         self._config: Config = found.config
+        self.compute_type = (found.adapter.read_contract() or {}).get("compute_type", "bfloat16")
+        """The type that the run computed in; where it is not known, the one that rounds more."""
         folder = RunFolder(config.run_dir)
         self._measured = _by_key(folder.read_predictions())
         self._base = _by_key(folder.read_predictions("base"))
