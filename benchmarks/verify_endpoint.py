@@ -40,6 +40,8 @@ import requests
 
 from ray_sql import models
 from ray_sql.config import VerifyConfig, load
+from ray_sql.display import Display
+from ray_sql.publish import merge
 from ray_sql.serve import verify
 from ray_sql.serve.diagnosis import FINE
 from ray_sql.serve.engine import Engine, Joinable, completed
@@ -245,17 +247,14 @@ def by_transformers(bench: Bench, python: str) -> dict[str, dict[str, Any]]:
     """Return what is said of `transformers serve` over the merged model, and over its base."""
     found = find(settings(bench.run))
     prompter = Prompter(found, {})
-    plain = found.config.quantization.model_copy(update={"load_in_4bit": False})
+    run = RunFolder(str(bench.run))
+    merge.merged(found.config, run, Display())
     verdicts = {}
-    with tempfile.TemporaryDirectory(prefix="ray_sql-") as scratch:
-        for name in ("merged", "base"):
-            model = models.load_base(prompter.model_folder, plain, False, "cpu")
-            if name == "merged":
-                tuned = models.load_adapter(model, prompter.adapter.uri, exact=True)
-                model = tuned.merge_and_unload()
-            folder = str(Path(scratch) / name)
-            model.save_pretrained(folder)
-            prompter.tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(prefix="ray_sql-") as base:
+        plain = found.config.quantization.model_copy(update={"load_in_4bit": False})
+        models.load_base(prompter.model_folder, plain, False, "cpu").save_pretrained(base)
+        prompter.tokenizer.save_pretrained(base)
+        for name, folder in (("merged", run.place("merged")), ("base", base)):
             with transformers_serving(python, folder) as url:
                 verdicts[f"transformers serve, {name}"] = bench.verdict_at(url, model=folder)
     return verdicts

@@ -134,7 +134,8 @@ def answer_ready(
 
     ends = Ends(model, tokenizer, questions[0].input_ids)
     allows = None if guards is None else _allows(questions, guards, ends)
-    wanted = Wanted(decoding.sampling, allows)
+    letters = [token for piece, token in tokenizer.get_vocab().items() if len(piece) == 1]
+    wanted = Wanted(decoding.sampling, allows, letters)
     if groups is None:
         _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
     else:

@@ -7,7 +7,8 @@ Literals, numbers, operators, comments and the grammar are free.
 Behind FROM and JOIN only tables stand. Behind a qualifier stand the columns of its table, or any
 column where the qualifier is not known yet: SELECT comes before FROM. Once FROM is written, columns
 are those of the tables that it names. FROM goes on, by JOIN, until its tables have all columns that
-SELECT named, or there are many. An alias is one whose columns its table has.
+SELECT named. An alias is one whose columns its table has. After `FREE_TABLES` tables in vain, each
+further one must have columns that are still missing, and take the alias that they were named by.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from itertools import chain
 from ray_sql.data.names import ROW_NAMES
 from ray_sql.generate.sql_words import (
     BEHIND_TABLE,
+    CASE_GOES_ON,
     CLOSES_FROM,
     OPERATORS,
     SIGNS,
     bare,
     keywords,
     known_functions,
+    known_table_functions,
 )
 
 ENDS = frozenset("end null true false current_date current_time current_timestamp".split())
@@ -40,8 +43,12 @@ BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
 """Keywords that may stand where a table does."""
 FROM_INSIDE = frozenset("extract trim substring overlay position".split())
 """Functions with a FROM between their arguments."""
-MAX_TABLES = 4
-"""Tables that FROM may name before it may close without the columns that SELECT named."""
+FREE_TABLES = 3
+"""Tables that FROM may name before each must have columns that SELECT named."""
+BEHIND_SOURCE = ",().;"
+"""Signs by which FROM goes on behind a table, or ends."""
+BEFORE_SELECT = frozenset(["", "(", ")", "all", "distinct", "union", "intersect", "except"])
+"""Tokens behind which a query begins."""
 FROM = ("from", "on", "using")
 """Clauses in which a query names its tables, and how they are joined."""
 _ALIAS = re.compile(r"[a-z]{1,2}\d{0,2}")
@@ -62,6 +69,8 @@ class _Level:
     """The table that the next alias stands for."""
     tables: int = 0
     """The number of tables that FROM names so far."""
+    cases: int = 0
+    """The number of CASEs that are open."""
     selected: frozenset[tuple[str, str]] = frozenset()
     """The columns that SELECT named, each behind its qualifier or ""; lower case."""
 
@@ -82,6 +91,7 @@ class BegunQuery:
         self._levels = [_Level()]
         self._made: set[str] = set()
         """Names that the query itself makes: aliases, CTEs and their columns."""
+        self._ctes: set[str] = set()
         self._before = ""
         """The last token, in lower case."""
         self._qualifier = ""
@@ -93,7 +103,7 @@ class BegunQuery:
         """Return a query of the same beginning that goes on by itself."""
         query = copy.copy(self)
         query._levels = [replace(level, sources=dict(level.sources)) for level in self._levels]
-        query._made = set(self._made)
+        query._made, query._ctes = set(self._made), set(self._ctes)
         return query
 
     # -- may a token stand here?
@@ -103,23 +113,28 @@ class BegunQuery:
         if token.lastgroup == "quoted":
             return self._quoted_fits(token.group())
         if token.lastgroup == "sign":
-            return self._sign_fits(token.group())
+            begins_comment = unfinished and token.group() in "-/"
+            return begins_comment or self._sign_fits(token.group())
         if token.lastgroup != "word":
-            return True
+            return not self._is_behind_source()
         word = token.group().lower()
         if self._is_field():
             return True
-        if self._level.clause == "from" and self._ended:
+        if word == "select":
+            return self._before in BEFORE_SELECT
+        if self._is_behind_source():
             return self._fits_behind_table(word, unfinished)
         if self._level.clause in FROM and self._ended:
-            return _fits(word, self._behind_table() | OPERATORS, unfinished)
+            return _fits(word, self._behind_table() | self._operators(), unfinished)
         if self._any_word_fits():
-            return self._level.clause != "from" or self._alias_fits(word)
+            return self._level.clause != "from" or self._alias_fits(word, unfinished)
         if _fits(word, self._names(), unfinished):
             return True
         is_function = following in ("(", "") and _fits(word, self._functions(), unfinished)
-        if self._before == "." or self._expects_source():
-            return is_function and self._before != "."
+        if self._expects_source():
+            return following in ("(", "") and _fits(word, self._table_functions(), unfinished)
+        if self._before == ".":
+            return False
         if is_function or _fits(word, self._keywords(), unfinished):
             return True
         if self._ended and self._level.clause == "select":
@@ -133,20 +148,34 @@ class BegunQuery:
 
     def may_end(self) -> bool:
         """Tell whether the query may end here."""
-        return self._level.clause not in FROM or self._from_may_close()
+        return self._level.clause not in FROM or not self._missing()
+
+    def _is_behind_source(self) -> bool:
+        """Tell whether a table of FROM, or its alias, is the last token."""
+        return self._level.clause == "from" and self._ended
 
     def _sign_fits(self, sign: str) -> bool:
         if sign in (")", ";") and self._level.clause in FROM:
-            return self._from_may_close()
+            return not self._missing()
+        if self._is_behind_source():
+            return sign in BEHIND_SOURCE
         return sign == "::" or sign in SIGNS[self._dialect]
 
     def _fits_behind_table(self, word: str, unfinished: bool) -> bool:
         """Tell whether a word may go on with FROM, or be the alias of its last table."""
+        if self._wanted_aliases():
+            return _fits(word, {"as"}, unfinished) or self._alias_fits(word, unfinished)
         if _fits(word, self._behind_table(), unfinished):
             return True
-        if word in self._keywords() or not self._alias_fits(word):
+        if word in self._keywords() or not self._alias_fits(word, unfinished):
             return False
-        return word in self._qualifiers() or bool(_ALIAS.fullmatch(word)) or self._from_may_close()
+        is_new = word in self._qualifiers() or bool(_ALIAS.fullmatch(word))
+        return is_new or not self._missing()
+
+    def _operators(self) -> frozenset[str]:
+        """Return the keywords by which a condition of FROM goes on."""
+        words = OPERATORS | CASE_GOES_ON if self._level.cases else OPERATORS
+        return words | {"escape"} if self._before[:1] == "'" else words
 
     def _qualifiers(self) -> set[str]:
         """Return the aliases and tables behind which SELECT named columns."""
@@ -154,34 +183,66 @@ class BegunQuery:
 
     def _behind_table(self) -> frozenset[str]:
         """Return the keywords behind a table, or behind how it is joined."""
-        return BEHIND_TABLE | CLOSES_FROM if self._from_may_close() else BEHIND_TABLE
+        return BEHIND_TABLE if self._missing() else BEHIND_TABLE | CLOSES_FROM
 
-    def _alias_fits(self, alias: str) -> bool:
+    def _alias_fits(self, alias: str, unfinished: bool) -> bool:
         """Tell whether the last table has all columns that SELECT named behind an alias."""
+        wanted = self._wanted_aliases()
+        if wanted:
+            return _fits(alias, wanted, unfinished)
         table = self._level.last_table
-        if table is None:
-            return True
-        named = {column for qualifier, column in self._level.selected if qualifier == alias}
+        return table is None or self._has(table, alias)
+
+    def _wanted_aliases(self) -> set[str]:
+        """Return the aliases of which the last table must take one, if it must."""
+        level, table = self._level, self._level.last_table
+        if level.tables <= FREE_TABLES or table is None or bare(self._before) not in (table, "as"):
+            return set()
+        missing = {qualifier for qualifier, _ in self._missing()} - {"", *self._tables}
+        return {alias for alias in missing if self._has(table, alias)}
+
+    def _has(self, table: str, qualifier: str) -> bool:
+        """Tell whether a table has all columns that SELECT named behind a qualifier."""
+        named = {column for alias, column in self._level.selected if alias == qualifier}
         return named <= self._tables[table] | ROW_NAMES
 
-    def _from_may_close(self) -> bool:
-        """Tell whether the tables of FROM have all columns that SELECT named, or are many.
+    def _missing(self) -> set[tuple[str, str]]:
+        """Return the columns that SELECT named and that no table of FROM has, with qualifiers.
 
-        A query inside another may name columns of the outer one. An answer of many tables in vain
-        is lost, and would go on until it is cut off.
+        A query inside another may name columns of the outer one.
         """
-        if self._level.tables >= MAX_TABLES:
-            return True
         sources: dict[str, str | None] = {}
         for level in self._levels:
             if level.clause == "select" or None in level.sources.values():
-                return True
+                return set()
             sources |= level.sources
         columns = {name: self._tables[table or ""] | ROW_NAMES for name, table in sources.items()}
         columns[""] = frozenset().union(*columns.values())
-        return all(
-            column in columns.get(qualifier, ()) for qualifier, column in self._level.selected
-        )
+        return {
+            (qualifier, column)
+            for qualifier, column in self._level.selected
+            if column not in columns.get(qualifier, ())
+        }
+
+    def _sources(self) -> Collection[str]:
+        """Return the names of tables that may stand in FROM."""
+        others = self._ctes | self._namespaces
+        missing = self._missing() if self._level.tables >= FREE_TABLES else set()
+        helping = {table for table in self._tables if self._helps(table, missing)}
+        return (helping or self._tables.keys()) | others
+
+    def _helps(self, table: str, missing: Collection[tuple[str, str]]) -> bool:
+        """Tell whether a table has columns that are missing in FROM."""
+        for qualifier, column in missing:
+            if qualifier in self._tables:
+                helps = qualifier == table
+            elif qualifier:
+                helps = self._has(table, qualifier)
+            else:
+                helps = column in self._tables[table]
+            if helps:
+                return True
+        return False
 
     def _quoted_fits(self, text: str) -> bool:
         must_be_name = self._before == "." or self._expects_source()
@@ -193,10 +254,10 @@ class BegunQuery:
         return _fits(bare(text), self._names(), unfinished=not closed)
 
     def _quoted_alias_fits(self, alias: str) -> bool:
-        if self._level.clause != "from" or self._before == "as" or self._from_may_close():
+        if self._level.clause != "from" or self._before == "as" or not self._missing():
             return True
         is_new = _ALIAS.fullmatch(alias) or _fits(alias, self._qualifiers(), unfinished=True)
-        return bool(is_new) and self._alias_fits(alias)
+        return bool(is_new) and self._alias_fits(alias, unfinished=True)
 
     def _any_word_fits(self) -> bool:
         """Tell whether a new name, or a type, stands here."""
@@ -212,7 +273,7 @@ class BegunQuery:
         if self._before == ".":
             return self._columns_behind(self._qualifier)
         if self._expects_source():
-            return self._tables.keys() | self._made | self._namespaces
+            return self._sources()
         names = self._columns_in_scope() | self._made | ROW_NAMES | self._namespaces
         names |= {name for level in self._levels for name in level.sources}
         if self._awaits_from():
@@ -265,6 +326,9 @@ class BegunQuery:
     def _awaits_from(self) -> bool:
         """Tell whether this query, or one around it, has no FROM yet."""
         return not self._knows_sources() or any(level.clause == "select" for level in self._levels)
+
+    def _table_functions(self) -> Collection[str]:
+        return known_table_functions(self._dialect) | BEFORE_SOURCE
 
     def _functions(self) -> Collection[str]:
         return known_functions(self._dialect)
@@ -358,6 +422,7 @@ class BegunQuery:
     def _read_keyword(self, word: str) -> None:
         level = self._level
         self._ended = word in ENDS
+        level.cases += (word == "case") - (word == "end")
         if word in ("union", "intersect", "except"):
             self._made |= {column for _, column in level.selected}  # ORDER BY may name them
             self._levels[-1] = _Level(opened_by=level.opened_by)
@@ -382,6 +447,8 @@ class BegunQuery:
         """Take a new name: an alias of the last source or of a column, a CTE, or a column of it."""
         if self._before != "::":
             self._made.add(name)
+        if self._level.clause == "with":
+            self._ctes.add(name)
         if self._level.clause == "from":
             self._level.sources[name] = self._level.last_table
         self._ended = True

@@ -41,11 +41,13 @@ BEHIND_TABLE = frozenset(
 """Keywords by which FROM goes on behind a table."""
 OPERATORS = frozenset(
     """
-    and or not in is like glob regexp match between collate escape isnull notnull ilike similar at
-    when then else end over filter
+    and or not in is like glob regexp match between collate isnull notnull ilike similar at over
+    filter
     """.split()
 )
 """Keywords by which an expression goes on."""
+CASE_GOES_ON = frozenset(["when", "then", "else", "end"])
+"""Keywords by which CASE goes on."""
 CLOSES_FROM = frozenset(
     "where group having order limit offset union intersect except window fetch".split()
 )
@@ -70,13 +72,23 @@ LEXER = re.compile(
 def known_functions(dialect: str) -> frozenset[str]:
     """Return the names of a dialect's functions, in lower case: SQLite's own, else sqlglot's."""
     if dialect == "sqlite":
-        with closing(sqlite3.connect(":memory:")) as connection:
-            rows = connection.execute(
-                "SELECT name FROM pragma_function_list UNION SELECT name FROM pragma_module_list"
-            )
-            return frozenset(str(name).lower() for (name,) in rows)
+        return _names_of_sqlite("pragma_function_list") | known_table_functions(dialect)
     names = {*exp.FUNCTION_BY_NAME, *Dialect.get_or_raise(dialect).parser_class.FUNCTIONS}
     return frozenset(name.lower() for name in names) | POSTGRES_FUNCTIONS
+
+
+@cache
+def known_table_functions(dialect: str) -> frozenset[str]:
+    """Return the names of a dialect's functions that may stand behind FROM, in lower case."""
+    if dialect == "sqlite":
+        return _names_of_sqlite("pragma_module_list")
+    return known_functions(dialect)
+
+
+def _names_of_sqlite(place: str) -> frozenset[str]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        rows = connection.execute(f"SELECT name FROM {place}")
+        return frozenset(str(name).lower() for (name,) in rows)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -27,6 +28,8 @@ class Wanted:
 
     sampling: Sampling | None = None
     allows: Allows | None = None
+    letters: Sequence[int] = ()
+    """Tokens of one letter, by which a name can go on where no likelier token is allowed."""
 
     @property
     def answers(self) -> int:
@@ -87,10 +90,16 @@ class Wanted:
             drawn = self._draw_allowed(question, answer, begun, token, logits, prompt)
             if drawn is not None:
                 return drawn
-        for other in logits.topk(min(LIKELIEST, len(logits))).indices.tolist():
+        for other in chain(self._likeliest(logits), self._likeliest(logits, self.letters)):
             if allows(question, [*begun, other]):
-                return int(other)
+                return other
         return token
+
+    def _likeliest(self, logits: torch.Tensor, among: Sequence[int] | None = None) -> list[int]:
+        """Return up to `LIKELIEST` tokens, the likeliest first."""
+        tokens = torch.arange(len(logits)) if among is None else torch.tensor(list(among))
+        places = logits[tokens].topk(min(LIKELIEST, len(tokens))).indices
+        return [int(token) for token in tokens[places]]
 
     def _draw_allowed(
         self,
