@@ -59,6 +59,9 @@ CAN_EXIST = [
     "SELECT T9.name FROM sale, sale a, sale b, item AS T9 WHERE a.sale_id = 1",
     "SELECT T9.name FROM sale, sale a, sale b JOIN item T9 ON T9.id = a.item_id",
     "SELECT name FROM item JOIN sale ON 'a' LIKE 'b' ESCAPE 'c' WHERE price > 1",
+    "SELECT name FROM item JOIN sale ON name NOT LIKE upper(item_id) ESCAPE 'c'",
+    "SELECT a.id, b.sale_id, c.id, item.price FROM item a, sale b, item c JOIN item ON item.id = 1",
+    "SELECT a.id, b.sale_id, c.id, e.id FROM item a, sale b, item c, sale d, item e",
     "WITH dear AS (SELECT id FROM item) SELECT id FROM item, sale, sale a, dear WHERE id > 1",
     'SELECT name FROM item "i" WHERE "i".price > 1',
     'SELECT "i"."name" FROM "item" "i"',
@@ -108,6 +111,10 @@ CANNOT_EXIST = [
     "SELECT T9.name FROM sale, sale a, sale b, item AS T4",
     "SELECT T9.name FROM sale, sale a, sale b, item JOIN",
     "SELECT name FROM item * 2",
+    "SELECT name FROM item WHERE price > SELE",
+    'SELECT T9.name FROM sale, sale a, sale b, item AS "zz"',
+    'SELECT T9.name FROM sale, sale a, sale b, item "T" JOIN',
+    "SELECT T9.name FROM sale, sale a, sale b, item AS 5",
     "SELECT name FROM item 'pen'",
     "SELECT name FROM item AS T1 JOIN T1",
     "SELECT name FROM min(",
@@ -125,6 +132,7 @@ SERVER = {
 }
 ON_SERVER = [
     "SELECT order_id FROM sales.orders WHERE customer_id > 3",
+    "SELECT T9.order_id FROM customer, customer a, customer b, sales.orders AS T9",
     "SELECT o.order_id FROM sales.orders AS o JOIN customer ON customer.id = o.customer_id",
     "SELECT orders.order_id FROM sales.orders JOIN sales.goods ON good_id = orders.order_id",
     "SELECT sales.orders.order_id FROM sales.orders WHERE sales.orders.customer_id = 1",

@@ -142,7 +142,14 @@ def test_the_pages_answer_from_few_processes_and_end_with_the_job(store: str) ->
 
     port = free_port()
     command = [sys.executable, "-m", "jobs.ui", "--port", str(port), "--tracking.uri", store]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs are begun without Ctrl-C, and pytest may be one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert job.stdout and f"open http://127.0.0.1:{port}/" in job.stdout.readline()
     until = time.monotonic() + HANGS
     while True:

@@ -27,9 +27,9 @@ NO_QUESTIONS = re.compile(
 LONGEST_NAME = 100
 """Bytes of a split's name, for files that are named after it."""
 _UNFIT = re.compile(
-    r'[.-].*|.*[\\/:*?"<>|,\[\]{}].*|true|false|null|con|prn|aux|nul|(?:com|lpt)\d', re.I
+    r'[.-].*|\s.*|.*\s|.*[\\/:*?"<>|,\[\]{}].*|true|false|null|con|prn|aux|nul|(?:com|lpt)\d', re.I
 )
-"""Names of splits that hide or reserve a file on some system, or that --split reads otherwise."""
+"""Names that some system hides or reserves, or that --split reads otherwise."""
 
 _TOKENS = {"train": "train", "fewshot": "train", "dev": "dev", "validation": "dev", "test": "test"}
 _DIALECTS = ("sqlite", "postgresql", "mysql")

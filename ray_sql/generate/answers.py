@@ -134,8 +134,7 @@ def answer_ready(
 
     ends = Ends(model, tokenizer, questions[0].input_ids)
     allows = None if guards is None else _allows(questions, guards, ends)
-    letters = [token for piece, token in tokenizer.get_vocab().items() if len(piece) == 1]
-    wanted = Wanted(decoding.sampling, allows, letters)
+    wanted = Wanted(decoding.sampling, allows, () if guards is None else _letters(tokenizer))
     if groups is None:
         _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
     else:
@@ -159,6 +158,12 @@ def _groups(
     if on_fallback:
         on_fallback(reason)
     return None
+
+
+@lru_cache(maxsize=4)
+def _letters(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens of one character."""
+    return tuple(token for piece, token in tokenizer.get_vocab().items() if len(piece) == 1)
 
 
 def _allows(questions: Sequence[Question], guards: Mapping[str, NameGuard], ends: Ends) -> Allows:

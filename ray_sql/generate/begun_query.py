@@ -7,8 +7,8 @@ Literals, numbers, operators, comments and the grammar are free.
 Behind FROM and JOIN only tables stand. Behind a qualifier stand the columns of its table, or any
 column where the qualifier is not known yet: SELECT comes before FROM. Once FROM is written, columns
 are those of the tables that it names. FROM goes on, by JOIN, until its tables have all columns that
-SELECT named. An alias is one whose columns its table has. After `FREE_TABLES` tables in vain, each
-further one must have columns that are still missing, and take the alias that they were named by.
+SELECT named. An alias is one whose columns its table has. After `MOST_IN_VAIN` tables without any
+of these columns, the next one must have some, and take the alias that they were named by.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ BEFORE_SOURCE = frozenset({"select", "with", "lateral", "only", "values"})
 """Keywords that may stand where a table does."""
 FROM_INSIDE = frozenset("extract trim substring overlay position".split())
 """Functions with a FROM between their arguments."""
-FREE_TABLES = 3
-"""Tables that FROM may name before each must have columns that SELECT named."""
-BEHIND_SOURCE = ",().;"
+MOST_IN_VAIN = 3
+"""Tables in a row that FROM may name without a column that SELECT needs."""
+SIGNS_BEHIND_TABLE = ",().;"
 """Signs by which FROM goes on behind a table, or ends."""
+LIKE = frozenset(["like", "ilike", "similar", "glob"])
+"""Operators behind whose pattern ESCAPE may stand."""
+AFTER_LIKE = frozenset(["and", "or", "escape", "join", "on"])
+"""Keywords that leave a pattern behind."""
 BEFORE_SELECT = frozenset(["", "(", ")", "all", "distinct", "union", "intersect", "except"])
 """Tokens behind which a query begins."""
 FROM = ("from", "on", "using")
@@ -67,10 +71,16 @@ class _Level:
     """Alias or name → table, None where its columns are not known; lower case."""
     last_table: str | None = None
     """The table that the next alias stands for."""
-    tables: int = 0
-    """The number of tables that FROM names so far."""
+    in_vain: int = 0
+    """The number of tables since the last one that had a column which SELECT named."""
+    lacking: int = 0
+    """The number of columns that SELECT named and no table of FROM has yet."""
+    is_needed: bool = False
+    """The last table has, by its own name, a column that was missing."""
     cases: int = 0
     """The number of CASEs that are open."""
+    likes: bool = False
+    """A pattern of LIKE may be the last operand."""
     selected: frozenset[tuple[str, str]] = frozenset()
     """The columns that SELECT named, each behind its qualifier or ""; lower case."""
 
@@ -116,13 +126,15 @@ class BegunQuery:
             begins_comment = unfinished and token.group() in "-/"
             return begins_comment or self._sign_fits(token.group())
         if token.lastgroup != "word":
-            return not self._is_behind_source()
+            return not self._is_behind_table() and not self._expects_alias()
         word = token.group().lower()
         if self._is_field():
             return True
+        if self._before in BEFORE_SELECT and _fits(word, {"select"}, unfinished):
+            return True
         if word == "select":
-            return self._before in BEFORE_SELECT
-        if self._is_behind_source():
+            return False
+        if self._is_behind_table():
             return self._fits_behind_table(word, unfinished)
         if self._level.clause in FROM and self._ended:
             return _fits(word, self._behind_table() | self._operators(), unfinished)
@@ -135,7 +147,7 @@ class BegunQuery:
             return following in ("(", "") and _fits(word, self._table_functions(), unfinished)
         if self._before == ".":
             return False
-        if is_function or _fits(word, self._keywords(), unfinished):
+        if is_function or _fits(word, self._keywords() - {"select"}, unfinished):
             return True
         if self._ended and self._level.clause == "select":
             return True  # an alias without AS
@@ -150,15 +162,19 @@ class BegunQuery:
         """Tell whether the query may end here."""
         return self._level.clause not in FROM or not self._missing()
 
-    def _is_behind_source(self) -> bool:
+    def _is_behind_table(self) -> bool:
         """Tell whether a table of FROM, or its alias, is the last token."""
         return self._level.clause == "from" and self._ended
+
+    def _expects_alias(self) -> bool:
+        """Tell whether the alias of a table must stand here."""
+        return self._level.clause == "from" and self._before == "as"
 
     def _sign_fits(self, sign: str) -> bool:
         if sign in (")", ";") and self._level.clause in FROM:
             return not self._missing()
-        if self._is_behind_source():
-            return sign in BEHIND_SOURCE
+        if self._is_behind_table():
+            return sign in SIGNS_BEHIND_TABLE
         return sign == "::" or sign in SIGNS[self._dialect]
 
     def _fits_behind_table(self, word: str, unfinished: bool) -> bool:
@@ -175,7 +191,7 @@ class BegunQuery:
     def _operators(self) -> frozenset[str]:
         """Return the keywords by which a condition of FROM goes on."""
         words = OPERATORS | CASE_GOES_ON if self._level.cases else OPERATORS
-        return words | {"escape"} if self._before[:1] == "'" else words
+        return words | {"escape"} if self._level.likes else words
 
     def _qualifiers(self) -> set[str]:
         """Return the aliases and tables behind which SELECT named columns."""
@@ -196,8 +212,10 @@ class BegunQuery:
     def _wanted_aliases(self) -> set[str]:
         """Return the aliases of which the last table must take one, if it must."""
         level, table = self._level, self._level.last_table
-        if level.tables <= FREE_TABLES or table is None or bare(self._before) not in (table, "as"):
+        if table is None or level.in_vain <= MOST_IN_VAIN or level.is_needed:
             return set()
+        if bare(self._before) not in (table.rpartition(".")[2], "as"):
+            return set()  # it has its alias
         missing = {qualifier for qualifier, _ in self._missing()} - {"", *self._tables}
         return {alias for alias in missing if self._has(table, alias)}
 
@@ -226,10 +244,12 @@ class BegunQuery:
 
     def _sources(self) -> Collection[str]:
         """Return the names of tables that may stand in FROM."""
-        others = self._ctes | self._namespaces
-        missing = self._missing() if self._level.tables >= FREE_TABLES else set()
-        helping = {table for table in self._tables if self._helps(table, missing)}
-        return (helping or self._tables.keys()) | others
+        return self._needed_or_all(self._tables.keys()) | self._ctes | self._namespaces
+
+    def _needed_or_all(self, tables: Collection[str]) -> set[str]:
+        """Return the tables of which one must come next in FROM, or all if any may."""
+        missing = self._missing() if self._level.in_vain >= MOST_IN_VAIN else set()
+        return {table for table in tables if self._helps(table, missing)} or set(tables)
 
     def _helps(self, table: str, missing: Collection[tuple[str, str]]) -> bool:
         """Tell whether a table has columns that are missing in FROM."""
@@ -246,18 +266,22 @@ class BegunQuery:
 
     def _quoted_fits(self, text: str) -> bool:
         must_be_name = self._before == "." or self._expects_source()
+        closed = len(text) > 1 and text[-1] == ("]" if text[0] == "[" else text[0])
         if self._any_word_fits():
-            return self._quoted_alias_fits(bare(text))
+            return self._quoted_alias_fits(bare(text), unfinished=not closed)
         if text[0] == '"' and self._dialect == "sqlite" and not must_be_name:
             return True  # SQLite reads what is no name as text
-        closed = len(text) > 1 and text[-1] == ("]" if text[0] == "[" else text[0])
         return _fits(bare(text), self._names(), unfinished=not closed)
 
-    def _quoted_alias_fits(self, alias: str) -> bool:
-        if self._level.clause != "from" or self._before == "as" or not self._missing():
+    def _quoted_alias_fits(self, alias: str, unfinished: bool) -> bool:
+        if self._level.clause != "from":
             return True
-        is_new = _ALIAS.fullmatch(alias) or _fits(alias, self._qualifiers(), unfinished=True)
-        return bool(is_new) and self._alias_fits(alias, unfinished=True)
+        if self._wanted_aliases():
+            return self._alias_fits(alias, unfinished)
+        if self._before == "as" or not self._missing():
+            return True
+        is_new = _ALIAS.fullmatch(alias) or _fits(alias, self._qualifiers(), unfinished)
+        return bool(is_new) and self._alias_fits(alias, unfinished)
 
     def _any_word_fits(self) -> bool:
         """Tell whether a new name, or a type, stands here."""
@@ -293,7 +317,8 @@ class BegunQuery:
                 table = level.sources[qualifier]
                 return anything if table is None else self._tables[table] | ROW_NAMES
         if qualifier in self._namespaces:
-            return self._inside[qualifier]
+            tables = {f"{qualifier}.{name}" for name in self._inside[qualifier]}
+            return {table.rpartition(".")[2] for table in self._needed_or_all(tables)}
         if qualifier in self._tables and qualifier not in self._made:
             return self._tables[qualifier] | ROW_NAMES
         return anything
@@ -333,7 +358,7 @@ class BegunQuery:
     def _functions(self) -> Collection[str]:
         return known_functions(self._dialect)
 
-    def _keywords(self) -> Collection[str]:
+    def _keywords(self) -> frozenset[str]:
         return keywords(self._dialect)
 
     # -- go on behind it
@@ -423,6 +448,7 @@ class BegunQuery:
         level = self._level
         self._ended = word in ENDS
         level.cases += (word == "case") - (word == "end")
+        level.likes = word in LIKE or (level.likes and word not in AFTER_LIKE)
         if word in ("union", "intersect", "except"):
             self._made |= {column for _, column in level.selected}  # ORDER BY may name them
             self._levels[-1] = _Level(opened_by=level.opened_by)
@@ -432,7 +458,10 @@ class BegunQuery:
             pass
         elif word in ("on", "using") and level.clause not in FROM:
             pass  # DISTINCT ON
-        elif word in ("from", "join"):
+        elif word == "from":
+            level.clause = "from"
+            level.lacking = len(self._missing())
+        elif word == "join":
             level.clause = "from"
         elif word in CLAUSES:
             level.clause = word
@@ -441,7 +470,15 @@ class BegunQuery:
         known = table in self._tables and name not in self._made
         self._level.last_table = table if known else None
         self._level.sources[name] = self._level.last_table
-        self._level.tables += 1
+        self._level.in_vain += 1
+        self._count_missing()
+
+    def _count_missing(self) -> None:
+        """See whether the last table, or its alias, has columns that were missing."""
+        level, lacking = self._level, len(self._missing())
+        level.is_needed = lacking < level.lacking
+        level.in_vain = 0 if level.is_needed else level.in_vain
+        level.lacking = lacking
 
     def _make(self, name: str) -> None:
         """Take a new name: an alias of the last source or of a column, a CTE, or a column of it."""
@@ -451,6 +488,7 @@ class BegunQuery:
             self._ctes.add(name)
         if self._level.clause == "from":
             self._level.sources[name] = self._level.last_table
+            self._count_missing()
         self._ended = True
 
 

@@ -29,7 +29,7 @@ class Wanted:
     sampling: Sampling | None = None
     allows: Allows | None = None
     letters: Sequence[int] = ()
-    """Tokens of one letter, by which a name can go on where no likelier token is allowed."""
+    """Tokens of one character, by which a name can go on where no likelier token is allowed."""
 
     @property
     def answers(self) -> int:
@@ -90,16 +90,19 @@ class Wanted:
             drawn = self._draw_allowed(question, answer, begun, token, logits, prompt)
             if drawn is not None:
                 return drawn
-        for other in chain(self._likeliest(logits), self._likeliest(logits, self.letters)):
+        for other in chain(self._likeliest(logits), self._likeliest_letters(logits)):
             if allows(question, [*begun, other]):
                 return other
         return token
 
-    def _likeliest(self, logits: torch.Tensor, among: Sequence[int] | None = None) -> list[int]:
-        """Return up to `LIKELIEST` tokens, the likeliest first."""
-        tokens = torch.arange(len(logits)) if among is None else torch.tensor(list(among))
-        places = logits[tokens].topk(min(LIKELIEST, len(tokens))).indices
-        return [int(token) for token in tokens[places]]
+    def _likeliest(self, logits: torch.Tensor) -> list[int]:
+        likeliest: list[int] = logits.topk(min(LIKELIEST, len(logits))).indices.tolist()
+        return likeliest
+
+    def _likeliest_letters(self, logits: torch.Tensor) -> list[int]:
+        letters = logits[torch.tensor(self.letters, dtype=torch.long, device=logits.device)]
+        places = letters.topk(min(LIKELIEST, len(letters))).indices.tolist()
+        return [self.letters[place] for place in places]
 
     def _draw_allowed(
         self,

@@ -45,7 +45,7 @@ LATE_ANSWER = "not answered in time; ask again later"
 LATE_SAMPLES = f"{LATE_ANSWER}, or ask for fewer samples"
 LATE_QUERY = "the query did not end in time; run it again later, or one that reads less"
 LATE_ANSWERS_QUERY = (
-    "the answer was written, but its query did not end in time; execute false gives the SQL alone"
+    'the SQL was written, but did not end in time; send "execute": false to get it without its rows'
 )
 """The texts of 504, by what was slow."""
 
@@ -202,7 +202,7 @@ class Gone(Exception):
     """Nobody waits for the answer."""
 
 
-class Late(Exception):
+class Late(TimeoutError):
     """A request has taken too long. Its text says what was slow, and what would be faster."""
 
 
@@ -238,7 +238,7 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_exception_handler(RaySqlError, _bad_request)
     app.add_exception_handler(StoreError, _elsewhere)
     app.add_exception_handler(Full, _full)
-    app.add_exception_handler(Late, _late)
+    app.add_exception_handler(TimeoutError, _late)
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(Unknown, _unknown)
     app.add_middleware(Counted, counts=service.counts)
@@ -273,7 +273,7 @@ async def _full(_: Request, __: Exception) -> JSONResponse:
 
 
 async def _late(_: Request, mistake: Exception) -> JSONResponse:
-    return error(504, str(mistake))
+    return error(504, str(mistake) if isinstance(mistake, Late) else LATE_ANSWER)
 
 
 async def _gone(_: Request, __: Exception) -> JSONResponse:

@@ -24,9 +24,9 @@ Verdict = Literal[
 Said = tuple[Verdict, str] | None
 """A part that the endpoint says to have otherwise than measured, and the evidence."""
 FINE: set[Verdict] = {"equal", "within rounding"}
-SAME = {"float32": 0.9, "bfloat16": 0.75}
+SAME_SHARE = {"float32": 0.9, "bfloat16": 0.75}
 """The share of answers that rounding leaves as they were, by the type that was computed in."""
-RESTLESS = 2
+MOST_UNSTEADY = 2
 """Second answers that differ, from which on the cause is looked for: sampling, or rounding."""
 
 
@@ -57,12 +57,12 @@ class Compared:
         return self.served == self.measured
 
     @property
-    def is_restless(self) -> bool:
+    def is_unsteady(self) -> bool:
         """Tell whether a second answer differs: it was drawn, or rounded otherwise."""
         return self.again not in (None, self.served)
 
     @property
-    def is_drawn(self) -> bool:
+    def is_sampled(self) -> bool:
         """Tell whether two answers differ that were computed alike."""
         return self.alone is not None and self.alone[0] != self.alone[1]
 
@@ -93,7 +93,7 @@ def diagnose(
     as_base = sum(one.served == one.base for one in telling)
     as_tuned = sum(one.is_same for one in telling)
     alone = sum(one.alone is not None for one in compared)
-    drawn = sum(one.is_drawn for one in compared)
+    drawn = sum(one.is_sampled for one in compared)
     offsets = [one.served_prompt - one.measured_prompt for one in compared]
     test = paired_test((one.measured_right, one.served_right) for one in compared)
     numbers = {
@@ -102,15 +102,16 @@ def diagnose(
         "told_apart_from_base": len(telling),
         "as_base": as_base,
         "repeated": sum(one.again is not None for one in compared),
-        "unsteady": sum(one.is_restless for one in compared),
+        "unsteady": sum(one.is_unsteady for one in compared),
         "repeated_alone": alone,
         "unsteady_alone": drawn,
         "prompts_of_other_length": sum(offset != 0 for offset in offsets),
         **test.named("measured", "served"),
     }
+    share = SAME_SHARE.get(compute_type, min(SAME_SHARE.values()))
     evidence = [f"{same} of {len(compared)} answers are the measured ones"]
     verdict: Verdict
-    if drawn > alone / 2:
+    if drawn > alone / 4:
         verdict = "sampling is on"
         evidence.append(f"{drawn} of {alone} questions got two answers, with nothing beside them")
     elif same < len(compared) and any(offsets):
@@ -126,7 +127,7 @@ def diagnose(
         evidence.append(reason)
     elif same == len(compared):
         verdict = "equal"
-    elif same >= SAME[compute_type] * len(compared) and not test.a_is_better:
+    elif same >= share * len(compared) and not test.a_is_better:
         verdict = "within rounding"
     else:
         verdict = "other weights"

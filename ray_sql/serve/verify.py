@@ -19,7 +19,7 @@ from ray_sql.evaluate.scored import load_scored
 from ray_sql.generate import Answer, make_questions
 from ray_sql.metrics.judged import JudgedRow, is_right
 from ray_sql.serve import recipe
-from ray_sql.serve.diagnosis import RESTLESS, Compared, Diagnosis, Said, diagnose
+from ray_sql.serve.diagnosis import MOST_UNSTEADY, Compared, Diagnosis, Said, diagnose
 from ray_sql.serve.identity import Identity
 from ray_sql.serve.prompter import Prompter
 from ray_sql.store.run_folder import RunFolder
@@ -116,9 +116,9 @@ class _Checked:
         unasked = [None] * (len(first) - len(again))
         pairs = zip(self._judged(first), [*seconds, *unasked], strict=True)
         compared = [self._compared(row, second) for row, second in pairs]
-        restless = [index for index, one in enumerate(compared) if one.is_restless]
-        if len(restless) > RESTLESS:
-            asked = restless[:ALONE]
+        unsteady = [index for index, one in enumerate(compared) if one.is_unsteady]
+        if len(unsteady) > MOST_UNSTEADY:
+            asked = unsteady[:ALONE]
             alone = self._ask_alone(endpoint, [conversations[index] for index in asked], display)
             for index, two in zip(asked, alone, strict=True):
                 compared[index] = replace(compared[index], alone=two)
