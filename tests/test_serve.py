@@ -406,7 +406,7 @@ def test_the_answer_and_its_query_have_one_deadline(
     monkeypatch.setattr(engine, "answer_joinable", slowly)
     with serving(engine, request_timeout_s=most) as client:
         told = late(sql(client))
-    assert told.startswith("the answer was written, but its query did not end in time")
+    assert told.startswith("the SQL was written, but did not end in time")
     with serving(engine, request_timeout_s=most) as client:
         assert sql(client, execute=False).json()["sql"] == COUNTED[1]
 
