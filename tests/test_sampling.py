@@ -14,6 +14,7 @@ from ray_sql.generate import Question
 from ray_sql.generate.answers import Decoding, answer_questions
 from ray_sql.generate.ends import Ends
 from ray_sql.generate.sampling import Sampling
+from ray_sql.generate.wanted import LIKELIEST, Wanted
 from ray_sql.models import load_tokenizer
 from tests.test_shared_generation import adapted, build, question, several, told
 
@@ -146,3 +147,13 @@ def test_candidates_that_agree_are_computed_once(
     for answer in answers:
         assert {one.raw for one in answer.candidates} == {answer.raw}
     assert max(rows[1:]) == len(asked), "the first pass is the probe's"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_where_no_likely_token_is_allowed_a_letter_is(device: str) -> None:
+    size = LIKELIEST + 100
+    logits = torch.linspace(1, 0, size, device=device)  # the first token is the likeliest
+    first, second = size - 2, size - 1
+    wanted = Wanted(allows=lambda _, tokens: tokens[-1] in (first, second), letters=(second, first))
+    assert wanted.allowed(0, 1, [], 0, logits, []) == first
+    assert Wanted(allows=wanted.allows).allowed(0, 1, [], 0, logits, []) == 0
