@@ -102,6 +102,7 @@ class BegunQuery:
         self._made: set[str] = set()
         """Names that the query itself makes: aliases, CTEs and their columns."""
         self._ctes: set[str] = set()
+        """Those of these names that stand for tables."""
         self._before = ""
         """The last token, in lower case."""
         self._qualifier = ""

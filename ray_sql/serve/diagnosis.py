@@ -25,9 +25,9 @@ Said = tuple[Verdict, str] | None
 """A part that the endpoint says to have otherwise than measured, and the evidence."""
 FINE: set[Verdict] = {"equal", "within rounding"}
 SAME_SHARE = {"float32": 0.9, "bfloat16": 0.75}
-"""The share of answers that rounding leaves as they were, by the type that was computed in."""
+"""The share of answers that rounding leaves as they were, by the type that computed them."""
 MOST_UNSTEADY = 2
-"""Second answers that differ, from which on the cause is looked for: sampling, or rounding."""
+"""Questions whose second answer may differ before the cause is looked for."""
 
 
 @dataclass(frozen=True)
