@@ -149,7 +149,10 @@ def test_candidates_that_agree_are_computed_once(
     assert max(rows[1:]) == len(asked), "the first pass is the probe's"
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_where_no_likely_token_is_allowed_a_letter_is(device: str) -> None:
     size = LIKELIEST + 100
     logits = torch.linspace(1, 0, size, device=device)  # the first token is the likeliest
