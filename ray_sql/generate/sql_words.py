@@ -35,10 +35,10 @@ POSTGRES_FUNCTIONS = frozenset(
     """.split()
 )
 """Functions of PostgreSQL that sqlglot has no names for, or other ones."""
-BEHIND_TABLE = frozenset(
-    "as join left right full outer inner cross natural on using indexed not with".split()
+ENDS_EXPRESSION = frozenset(
+    "end null true false current_date current_time current_timestamp".split()
 )
-"""Keywords by which FROM goes on behind a table."""
+"""Keywords that end an expression: values, and the END of a CASE."""
 OPERATORS = frozenset(
     """
     and or not in is like glob regexp match between collate isnull notnull ilike similar at over
@@ -48,10 +48,32 @@ OPERATORS = frozenset(
 """Keywords by which an expression goes on."""
 CASE_GOES_ON = frozenset(["when", "then", "else", "end"])
 """Keywords by which CASE goes on."""
+LIKE_OPERATORS = frozenset(["like", "ilike", "similar", "glob"])
+"""Operators after whose pattern ESCAPE may stand."""
+ENDS_PATTERN = frozenset(["and", "or", "escape", "join", "on"])
+"""Keywords after which the last operand is no pattern."""
+BEFORE_SELECT = frozenset(["", "(", ")", "all", "distinct", "union", "intersect", "except"])
+"""Tokens after which a query begins."""
+CLAUSES = frozenset(
+    "with select where group having order limit offset fetch on using values window".split()
+)
+"""Keywords that begin a clause without tables."""
+FROM_CLAUSES = ("from", "on", "using")
+"""Clauses in which a query names its tables, and how they are joined."""
+INSTEAD_OF_TABLE = frozenset(["select", "with", "lateral", "only", "values"])
+"""Keywords that may stand where a table does."""
+AFTER_TABLE = frozenset(
+    "as join left right full outer inner cross natural on using indexed not with".split()
+)
+"""Keywords by which FROM goes on after a table."""
+SIGNS_AFTER_TABLE = ",().;"
+"""Signs by which FROM goes on after a table, or ends."""
 CLOSES_FROM = frozenset(
     "where group having order limit offset union intersect except window fetch".split()
 )
-"""Keywords behind which a query names no further tables."""
+"""Keywords after which a query names no further tables."""
+FUNCTIONS_WITH_FROM = frozenset(["extract", "trim", "substring", "overlay", "position"])
+"""Functions with a FROM between their arguments."""
 SIGNS = {"sqlite": "!%&()*+,-./:;<=>?@|~$", "postgres": "!#%&()*+,-./:;<=>?@[]^{|}~$"}
 """Signs outside of literals, in the dialects whose queries are read."""
 LEXER = re.compile(
@@ -65,7 +87,7 @@ LEXER = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-"""A token is one of these groups. Text that is not closed goes to the end."""
+"""A token is one of these groups. Text that is not closed goes to the end of the query."""
 
 
 @cache
@@ -101,5 +123,10 @@ def bare(word: str) -> str:
     """Return a name in lower case, without its quotes."""
     if word[:1] not in ('"', "`", "["):
         return word.lower()
-    closed = len(word) > 1 and word[-1] == ("]" if word[0] == "[" else word[0])
-    return (word[1:-1] if closed else word[1:]).lower()
+    return (word[1:-1] if is_closed(word) else word[1:]).lower()
+
+
+def is_closed(quoted: str) -> bool:
+    """Tell whether a quoted name has its second quote."""
+    quote = "]" if quoted[0] == "[" else quoted[0]
+    return len(quoted) > 1 and quoted[-1] == quote
