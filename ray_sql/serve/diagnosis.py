@@ -89,9 +89,9 @@ def diagnose(
     The answers were measured in `compute_type`, `float32` or `bfloat16`.
     """
     same = sum(one.is_same for one in compared)
-    telling = [one for one in compared if one.base not in (None, one.measured)]
-    as_base = sum(one.served == one.base for one in telling)
-    as_tuned = sum(one.is_same for one in telling)
+    differing = [one for one in compared if one.base not in (None, one.measured)]
+    as_base = sum(one.served == one.base for one in differing)
+    as_tuned = sum(one.is_same for one in differing)
     alone = sum(one.alone is not None for one in compared)
     drawn = sum(one.is_sampled for one in compared)
     offsets = [one.served_prompt - one.measured_prompt for one in compared]
@@ -99,7 +99,7 @@ def diagnose(
     numbers = {
         "questions": len(compared),
         "same": same,
-        "told_apart_from_base": len(telling),
+        "base_and_adapter_differ": len(differing),
         "as_base": as_base,
         "repeated": sum(one.again is not None for one in compared),
         "unsteady": sum(one.is_unsteady for one in compared),
@@ -120,7 +120,7 @@ def diagnose(
     elif as_base > as_tuned:
         verdict = "no adapter"
         evidence.append(
-            f"where base and adapter differ, {as_base} of {len(telling)} answers are the base's"
+            f"where base and adapter differ, {as_base} of {len(differing)} answers are the base's"
         )
     elif said is not None:
         verdict, reason = said
