@@ -136,7 +136,7 @@ def _matched(prompt: PromptSection) -> PromptSection:
 def _count(gold: str, schema: Schema, known: set[str], shown: Sequence[str]) -> Counter[str]:
     """Count the text literals of a gold query, and those that are among the shown values."""
     counts: Counter[str] = Counter()
-    for text, is_pattern in _literals(gold, schema):
+    for text, is_pattern in text_literals(gold, schema):
         if is_pattern:
             counts["patterns"] += 1
             counts["patterns_found"] += any(text.strip("%") in one for one in shown)
@@ -148,7 +148,7 @@ def _count(gold: str, schema: Schema, known: set[str], shown: Sequence[str]) -> 
     return counts
 
 
-def _literals(gold: str, schema: Schema) -> Iterator[tuple[str, bool]]:
+def text_literals(gold: str, schema: Schema) -> Iterator[tuple[str, bool]]:
     """Yield the texts that gold compares with, in lower case, and whether they are patterns."""
     columns = {name.lower() for table in schema.tables for name in table.column_names}
     try:
