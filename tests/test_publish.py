@@ -710,14 +710,23 @@ def test_a_refusal_is_not_tried_again(
     assert stand_in.count("POST .*/commit/") == 1
 
 
+@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", 0.02), ("float32", 1e-5)])
 def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
-    stand_in: stand_ins.Hub, unproven: Path, publication: Any, tiny_model: Path, tmp_path: Path
+    dtype: str,
+    rounded: float,
+    stand_in: stand_ins.Hub,
+    unproven: Path,
+    publication: Any,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    _, said = push(publication(**{"hub.merge": True, "hub.force": True}))
+    _, said = push(
+        publication(**{"hub.merge": True, "hub.merged_dtype": dtype, "hub.force": True})
+    )
     assert "it alone is right on 0 questions, the adapter alone on 0" in said
     repo = stand_in.repos["me/run-merged"]
     assert len(repo.pushed()) == 1 and repo.private
@@ -728,6 +737,7 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
         "contract.json",
         "metrics.json",
     } < set(repo.files)
+    assert json.loads(repo.files["config.json"])["dtype"] == dtype
     merged = AutoModelForCausalLM.from_pretrained(unproven / "merged", dtype=torch.float32)
     base = models.load_base(str(tiny_model), QuantizationSection(), bf16=False)
     tuned = PeftModel.from_pretrained(base, str(unproven / "adapter"))
@@ -736,12 +746,13 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
         difference = (merged(tokens).logits - tuned(tokens).logits).abs().max() / tuned(
             tokens
         ).logits.abs().max()
-    assert difference < 0.02, "the same model over 4 bits, up to bfloat16's rounding"
+    assert difference < rounded, "the same model over 4 bits, up to its type's rounding"
     card = repo.files["README.md"].decode()
     assert (
         "On 8 questions the merged model alone is right on 0, the adapter over its base alone on "
         "0 (p = 1)." in card
     )
+    assert f"merged into it, in {dtype}" in card
     asked = run_card(stand_in, "me/run-merged", tmp_path)
     assert asked["prompt"] == trained_prompt(asked, unproven, tiny_model)
 

@@ -161,7 +161,9 @@ class ResultsConfig(JobConfig):
     @classmethod
     def shown(cls) -> set[str]:
         """Leave out what only models have."""
-        return super().shown() - {f"hub.{name}" for name in ("base_model", "merge", "force")}
+        return super().shown() - {
+            f"hub.{name}" for name in ("base_model", "merge", "merged_dtype", "force")
+        }
 
 
 class PagesConfig(JobConfig):

@@ -483,8 +483,11 @@ class RepositorySection(Section):
     """Publish under this licence in the Hub's words, e.g. `apache-2.0`. By default the base
     model's."""
     merge: bool = False
-    """Merge the adapter into its base in bfloat16 too (`merged/`), measure it, push it to
+    """Merge the adapter into its base too (`merged/`), measure it, push it to
     `<repo_id>-merged`."""
+    merged_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Write the merged model in this type. In float32 it takes twice the bytes, and rounds nothing
+    away: it answers as the adapter does in float32."""
     force: bool = False
     """Publish an adapter even if it was not shown to beat its base model."""
 

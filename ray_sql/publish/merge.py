@@ -1,8 +1,8 @@
-"""Merge the adapter into its base in bfloat16, for servers that know no adapters.
+"""Merge the adapter into its base, for servers that know no adapters.
 
 An adapter that was trained over 4-bit weights is added to these, expanded. Added to the weights
-that they were made from, it is another model. The sum is rounded, so it answers the run's own
-questions again. It is refused if it answers significantly fewer than the adapter did.
+that they were made from, it is another model. In bfloat16 the sum is rounded, so it answers the
+run's own questions again. It is refused if it answers significantly fewer than the adapter did.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     The file holds scores by split and the paired test against the adapter. A merged model of the
     same adapter is used again. Raises `ModelError` if it answers significantly fewer questions.
     """
-    # of which weights: a merged model of others than those trained over is made again
-    over = "4-bit" if config.quantization.load_in_4bit else "whole"
-    adapter, saved = f"{adapter_digest(run.adapter.uri)} over {over} weights", _earlier(run)
-    if saved.get("adapter") != adapter:
+    if config.hub.merged_dtype == "float32":
+        config = config.changed({"train.bf16": False})
+    made_of = _made_of(config, run)
+    saved = _earlier(run)
+    if saved.get("adapter") != made_of:
         with tempfile.TemporaryDirectory(
             prefix="ray_sql-", dir=_scratch_dir(config.cache)
         ) as scratch:
             folder = Path(scratch) / run.merged.name
             _write(config, run, folder)
-            saved = {"adapter": adapter, **_measure(config, run, folder, display)}
+            saved = {"adapter": made_of, **_measure(config, run, folder, display)}
             (folder / METRICS).write_text(json.dumps(saved, indent=2) + "\n")
             storage.put(folder, run.merged.uri)
     test = saved["compared"]
@@ -58,6 +59,15 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
             f"{test['mcnemar_p']:.2g}), so it is not published; use the adapter"
         )
     return saved
+
+
+def _made_of(config: Config, run: RunFolder) -> str:
+    """Return the adapter's digest, the weights it is added to, and the type of the sum.
+
+    A merged model that was made of something else is made again.
+    """
+    weights = "4-bit" if config.quantization.load_in_4bit else "whole"
+    return f"{adapter_digest(run.adapter.uri)} over {weights} weights in {config.hub.merged_dtype}"
 
 
 def _earlier(run: RunFolder) -> dict[str, Any]:
@@ -76,6 +86,8 @@ def _scratch_dir(cache: Path) -> Path:
 
 def _write(config: Config, run: RunFolder, folder: Path) -> None:
     """Write the merged model with its tokenizer, as a Hugging Face folder."""
+    import torch  # loading it takes seconds, which a driver with nothing to merge does without
+
     revision = models.revision_of(run.read_contract(), config.model_name)
     place, _ = models.resolve(config.model_name, config.cache, config.read_token, revision)
     base = models.load_base(place, config.quantization, config.train.bf16)
@@ -85,7 +97,8 @@ def _write(config: Config, run: RunFolder, folder: Path) -> None:
         adapter = storage.fetch(run.adapter.uri, Path(scratch))
         # LoRA's weights are not rounded, as for generation: their product is, when it is added
         model = models.load_adapter(base, adapter, place=run.adapter.uri, exact=True)
-        model.merge_and_unload().bfloat16().save_pretrained(folder)
+        whole = model.merge_and_unload().to(getattr(torch, config.hub.merged_dtype))
+        whole.save_pretrained(folder)
     models.load_tokenizer(place).save_pretrained(folder)
     storage.fetch_file(run.place(CONTRACT), folder / CONTRACT)
 
