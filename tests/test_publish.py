@@ -724,9 +724,7 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    _, said = push(
-        publication(**{"hub.merge": True, "hub.merged_dtype": dtype, "hub.force": True})
-    )
+    _, said = push(publication(**{"hub.merge": True, "hub.merged_dtype": dtype, "hub.force": True}))
     assert "it alone is right on 0 questions, the adapter alone on 0" in said
     repo = stand_in.repos["me/run-merged"]
     assert len(repo.pushed()) == 1 and repo.private

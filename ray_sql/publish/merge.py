@@ -37,7 +37,7 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     """
     if config.hub.merged_dtype == "float32":
         config = config.changed({"train.bf16": False})
-    made_of = _made_of(config, run)
+    made_of = _made_of(run, config.quantization.load_in_4bit, config.hub.merged_dtype)
     saved = _earlier(run)
     if saved.get("adapter") != made_of:
         with tempfile.TemporaryDirectory(
@@ -61,13 +61,13 @@ def merged(config: Config, run: RunFolder, display: Display) -> dict[str, Any]:
     return saved
 
 
-def _made_of(config: Config, run: RunFolder) -> str:
+def _made_of(run: RunFolder, in_4bit: bool, dtype: str) -> str:
     """Return the adapter's digest, the weights it is added to, and the type of the sum.
 
     A merged model that was made of something else is made again.
     """
-    weights = "4-bit" if config.quantization.load_in_4bit else "whole"
-    return f"{adapter_digest(run.adapter.uri)} over {weights} weights in {config.hub.merged_dtype}"
+    weights = "4-bit" if in_4bit else "whole"
+    return f"{adapter_digest(run.adapter.uri)} over {weights} weights in {dtype}"
 
 
 def _earlier(run: RunFolder) -> dict[str, Any]:
