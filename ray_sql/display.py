@@ -49,12 +49,14 @@ class Pace:
 
     def __init__(self, done: int, now: float) -> None:
         self._first, self._begun = done, now
+        self._newest = done
         self._ends: float | None = None
 
     def update(self, done: int, total: int, now: float) -> None:
         """Estimate the end anew, once enough is done to tell."""
-        if done < self._first:  # workers were restarted, and repeat some
+        if done < self._newest:  # workers were restarted, and repeat some
             self._first, self._begun, self._ends = done, now, None
+        self._newest = done
         counted, took = done - self._first, now - self._begun
         if counted >= ESTIMATE_UNITS and took >= ESTIMATE_SECONDS:
             self._ends = now + took / counted * (total - done)

@@ -74,6 +74,7 @@ def shown(terminal: bool, clock: Clock, points: list[tuple[float, int]], total: 
         ([(0, 1), (45, 2), (90, 3), (135, 4), (180, 5)], 30, "19 min left"),
         ([(0, 1), (3600, 11)], 31, "2 h 0 min left"),
         ([(0, 8), (40, 48), (41, 2), (61, 42)], 82, "20 s left"),  # restarted
+        ([(0, 1), (40, 41), (4000, 1), (4020, 41)], 81, "20 s left"),  # from the first step
         ([(0, 1), (10, 5)], 5, None),
     ],
 )

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -731,6 +733,40 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
         )
     assert out_of_memory(caught.value)
     assert sorted((tmp_path / "tried").read_text().split()) == ["0", "1"]
+
+
+@pytest.fixture
+def ray_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of the test's own that kills workers once this machine's memory grows by 2 GiB."""
+    import ray
+
+    memory = psutil.virtual_memory()
+    most = (memory.total - memory.available + 2 * 2**30) / memory.total
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(most))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_worker_that_ray_kills_for_its_memory_leaves_its_cores_to_the_next(
+    make_config: Any, ray_with_little_memory: None
+) -> None:
+    def fill(pages: int, driver: cluster.DriverLink) -> str:
+        """As a function in a function, its code goes to the workers."""
+
+        held = []
+        for _ in range(pages):
+            held.append(bytearray(b"x") * 2**26)
+            time.sleep(0.1)  # Ray looks every quarter of a second
+        return "fits"
+
+    cores = {"scaling.resources_per_worker": {"CPU": 2}}  # all there are
+    config = make_config(**{"scaling.num_workers": 1, **cores})
+    with pytest.raises(OutOfMemory, match="low on memory"):
+        cluster.run_workers(fill, 160, config.scaling, config.run_dir, lambda _: None)
+    assert cluster.run_workers(fill, 1, config.scaling, config.run_dir, lambda _: None) == "fits"
 
 
 @pytest.mark.slow

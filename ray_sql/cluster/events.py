@@ -28,6 +28,13 @@ class StageEnded:
 
 
 @dataclass(frozen=True)
+class WorkersPlaced:
+    """The workers run in a placement group of Ray; `run_workers` keeps it from its receiver."""
+
+    group: Any
+
+
+@dataclass(frozen=True)
 class TrainPoint:
     """The values logged at an optimizer step, of `steps` in all."""
 
@@ -116,6 +123,7 @@ class TrialEvent:
 Event = (
     Note
     | StageEnded
+    | WorkersPlaced
     | TrainPoint
     | StepEnded
     | NodeUsed

@@ -6,14 +6,14 @@ With `scaling.num_workers` 0 the function runs in this process and Ray is not st
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import ray_sql
 from ray_sql.cluster import ray_internals
 from ray_sql.cluster.channel import Channel, WarningSender
-from ray_sql.cluster.events import DriverLink, OnEvent, StageEnded
+from ray_sql.cluster.events import DriverLink, Event, OnEvent, StageEnded, WorkersPlaced
 from ray_sql.cluster.resources import scaling_config
 from ray_sql.cluster.start import start_ray
 from ray_sql.cluster.stop import ClusterEvent, GracefulStop, run_in_thread
@@ -42,6 +42,10 @@ MORE_MEMORY = (
     "--train.gradient_checkpointing"
 )
 """The way out where forward passes are as small as they get."""
+
+
+RAY_KILLED = "running low on memory"
+"""Words of Ray's monitor where it killed a worker."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,15 @@ def run_workers(
     start_ray()
     on_event(StageEnded("Ray"))
     told_to_stop = ClusterEvent()
-    stop = GracefulStop(on_event, told_to_stop.set)
+    placed: list[Any] = []
+
+    def receive(event: Event) -> bool | None:
+        if not isinstance(event, WorkersPlaced):
+            return on_event(event)
+        placed.append(event.group)
+        return None
+
+    stop = GracefulStop(receive, told_to_stop.set)
     try:
         with Channel(stop.on_event, decides) as channel, stop:
             worker = _Worker(loop, job, DriverLink(channel.sender(), told_to_stop.is_set))
@@ -86,9 +98,24 @@ def run_workers(
         # at once: at the interpreter's exit it waits a quarter of a minute for busy workers
         ray.shutdown()
         raise
+    except TrainingError:
+        _free(placed)
+        raise
     if isinstance(returned, UserError):
         raise returned.error
     return returned
+
+
+def _free(groups: Sequence[Any]) -> None:
+    """Give back what workers had reserved, which Ray keeps where its monitor killed one of them.
+
+    Ray Train asks every worker to end its process group before it removes their placement group. A
+    killed one raises, and the next workers would wait for its cores for ever.
+    """
+    from ray.util import remove_placement_group
+
+    for group in groups:
+        remove_placement_group(group)
 
 
 def _run_in_process(loop: Loop[Job, Result], job: Job, on_event: OnEvent) -> Result:
@@ -108,6 +135,7 @@ def _run_in_process(loop: Loop[Job, Result], job: Job, on_event: OnEvent) -> Res
 def _fit(
     worker: _Worker[Job, Result], scaling: ScalingSection, storage_path: str, resizes: bool
 ) -> Result | UserError:
+    from ray.exceptions import RayError
     from ray.train import (
         ControllerError,
         FailureConfig,
@@ -131,14 +159,20 @@ def _fit(
     )
     try:
         return cast(Result | UserError, trainer.fit().return_value)
-    except TrainingFailedError as error:
-        if isinstance(error, ControllerError) and out_of_memory(error):
-            raise OutOfMemory(f"{last_line(error)}; {MORE_MEMORY}") from error
+    except (TrainingFailedError, RayError) as error:  # Ray's own: its controller was lost
+        if isinstance(error, ControllerError | RayError) and out_of_memory(error):
+            raise OutOfMemory(f"{_reason(error)}; {MORE_MEMORY}") from error
         raise TrainingError(
             f"the workers failed, restarts included; the last time with: {last_line(error)}. Run "
             "the same command again to go on from the last checkpoint; more restarts: "
             "--scaling.max_failures"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the line that says whose memory was full; Ray's monitor ends with pages of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if RAY_KILLED in line]
+    return lines[0][:300] if lines else last_line(error)
 
 
 def _end_when_memory_is_full() -> Any:
@@ -175,10 +209,12 @@ class _Worker(Generic[Job, Result]):
 
     def __call__(self) -> Result | UserError:
         import ray.train
+        from ray.util import get_current_placement_group
 
         logger, handler = logging.getLogger(ray_sql.__name__), WarningSender(self._driver.emit)
         if ray.train.get_context().get_world_rank() == 0:
             logger.addHandler(handler)
+            self._driver.emit(WorkersPlaced(get_current_placement_group()))
         try:
             return self._loop(self._job, self._driver)
         except StoreError:

@@ -69,7 +69,7 @@ class Progress:
                     self._startup.mark(stage, at)
                     if stage == "Ray":
                         self._say_where()
-                    self._display.starting(AWAITED.get(stage, f"what follows {stage}"))
+                self._display.starting(AWAITED.get(stage, f"what follows {stage}"))
             case AnswersCounted(model, done, total):
                 self._display.update(f"answering with {model}", done, total)
             case Resumed(step, points, kept):
