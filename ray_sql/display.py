@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -106,13 +108,32 @@ class _Wait:
         return True
 
 
+def _console(stderr: bool = False) -> Console:
+    """Return a console on a stream of this process; in a notebook one that writes as into a log.
+
+    There rich would make a block of HTML of every line.
+    """
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False)
+    if not console.is_jupyter:
+        return console
+    return Console(
+        stderr=stderr, soft_wrap=True, highlight=False, force_jupyter=False, force_terminal=False
+    )
+
+
+def _silence_advice() -> None:
+    """Silence tqdm and Ray, which ask for `ipywidgets` in a notebook: our lines need none."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
+
+
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Say on stderr what a job waits for before its own display is there.
 
     It is a line that moves on a terminal and goes with the wait, and one that stays in a log.
     """
-    console, wait = Console(stderr=True, soft_wrap=True, highlight=False), _Wait(what)
+    console, wait = _console(stderr=True), _Wait(what)
     if not console.is_terminal:
         console.print(str(wait), markup=False)
         yield
@@ -129,7 +150,8 @@ class Display:
     """Progress of training and of counted stages, with the time that is left."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or _console()
+        _silence_advice()
         if console is None and not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = LOG_WIDTH
         self._progress = Progress(

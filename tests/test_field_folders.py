@@ -26,7 +26,9 @@ from ray_sql.finetune.earlier import finished_metrics
 from ray_sql.finetune.session import Session
 from ray_sql.generate import Answer, AnswerCache
 from ray_sql.store import storage
+from ray_sql.store.dataset_folder import DatasetFolder
 from ray_sql.store.run_folder import RunFolder
+from ray_sql.tune import study
 
 KIND = "folders of others"
 ROOT = Path(__file__).parent.parent
@@ -219,6 +221,35 @@ def test_a_name_that_no_file_system_takes_is_named(
 ) -> None:
     with pytest.raises((ConfigError, StoreError), match=name[:200]):
         evaluate(make_config(EvaluateConfig, predictions_file=predictions, output_name=name))
+
+
+FIRST_FILES = [
+    ("storage.remove", "RunFolder({place!r}).require_writable()"),
+    ("os.fsync", "RunFolder({place!r}).write_settings({{}})"),
+    ("os.fsync", "DatasetFolder(Path({place!r})).begin({{}}, [])"),
+]
+"""What a command that begins is killed at, and what it is doing then."""
+
+
+@pytest.mark.parametrize(("moment", "work"), FIRST_FILES)
+def test_a_command_that_was_killed_at_its_first_file_can_be_given_again(
+    make_config: Any, moment: str, work: str
+) -> None:
+    config = make_config()
+    place = Path(config.run_dir)
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom ray_sql.store import storage\n"
+        "from ray_sql.store.dataset_folder import DatasetFolder\n"
+        "from ray_sql.store.run_folder import RunFolder\n"
+        f"{moment} = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{work.format(place=str(place))}\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL and list(place.iterdir())
+    assert finished_metrics(config) is None
+    study.require_free(RunFolder(config.run_dir))
+    RunFolder(config.run_dir).require_ours()
+    DatasetFolder(place).require_ours({}, overwrite=False)
 
 
 def test_a_part_that_another_process_wrote_is_not_in_the_way(tmp_path: Path) -> None:

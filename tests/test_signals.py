@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -38,12 +39,17 @@ KIND = pytest.mark.kind("signals")
 class Job:
     """A job in a session of its own, so that all its processes are found."""
 
-    def __init__(self, words: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        environment: dict[str, str] | None = None,
+        output: int | TextIO = subprocess.DEVNULL,
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", *words],
             cwd=ROOT,
             env=os.environ | (environment or {}),
-            stdout=subprocess.DEVNULL,
+            stdout=output,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -92,7 +92,7 @@ def _earlier_settings(folder: RunFolder, config: Config) -> Config | None:
         return None
     saved = folder.read_settings()
     if saved is None:
-        if folder.exists():
+        if folder.contents():
             raise StoreError(
                 f"{folder.uri}: exists, but is no run of ray_sql (no config.json); choose another "
                 "--output_name"

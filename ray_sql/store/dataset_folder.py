@@ -25,7 +25,7 @@ from typing import Any
 from ray_sql.config.files import read_json
 from ray_sql.database.places import sqlite_uri
 from ray_sql.errors import DamagedFile, DataError, StoreError
-from ray_sql.store.storage import write_atomically
+from ray_sql.store.storage import PART, write_atomically
 
 MADE_BY = "ray-sql prepare"
 _DATASET = "dataset.json"
@@ -79,7 +79,7 @@ class DatasetFolder:
 
         With `overwrite`, a dataset of other sources may be there.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or (self.path.is_dir() and not self._contents()):
             return
         record = self.read_record()
         if record is None:
@@ -93,6 +93,10 @@ class DatasetFolder:
                 f"{self.path} holds a dataset of other sources ({_listed(before)}); choose another "
                 "--output_name, or replace it with --overwrite"
             )
+
+    def _contents(self) -> list[Path]:
+        """Return what is here, but for the beginning of a file whose writer was killed."""
+        return [path for path in self.path.iterdir() if path.suffix != PART]
 
     def begin(self, sources: Mapping[str, Any], splits: Iterable[str]) -> None:
         """Mark the folder as one that is being written; whoever reads it is told.

@@ -439,12 +439,20 @@ class RunFolder(_Folder):
 
     # The folder as a whole
 
+    def contents(self) -> set[str]:
+        """Return the names of what jobs or others put here.
+
+        Ray's state is none of it, nor is the beginning of a file whose writer was killed.
+        """
+        names = set(storage.names(self.uri)) - {_RAY, _TRIED}
+        return {name for name in names if not name.endswith(storage.PART)}
+
     def require_ours(self, mark: str = CONFIG) -> None:
         """Raise `StoreError` if the folder holds anything, and not the `mark` of a job of ours.
 
         A model's folder, say, has a `config.json` too. Raises it, too, if nothing can be written.
         """
-        found = set(storage.names(self.uri)) - {_RAY}
+        found = self.contents()
         settings = self.read_settings() if CONFIG in found else None
         foreign = settings is not None and not {"output_name", "output_dir"} <= set(settings)
         if foreign or (found and mark not in found):

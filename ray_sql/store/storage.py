@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 PATIENCE = 120.0
 """Seconds for which storage that fails is asked again."""
+PART = ".part"
+"""The end of a name under which a file is written. One that stays is of a process killed then."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 """Seconds between two tries. Each pause is twice as long as the one before."""
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -206,7 +208,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     power cut. A file that could not be written leaves nothing.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = file.with_name(f"{file.name}.{os.getpid()}{PART}")
     part.unlink(missing_ok=True)
     try:
         yield part

@@ -232,7 +232,7 @@ def require_free(folder: RunFolder) -> None:
 
     Inputs from which nothing was trained may be replaced.
     """
-    if folder.has_study() or not folder.exists():
+    if folder.has_study() or not folder.contents():
         return
     trained = checkpoints.complete(folder) or folder.adapter.exists()
     if trained or not folder.has_inputs():
