@@ -199,9 +199,12 @@ def test_a_plan_is_shown_up_to_what_ends_it(terminal: bool, make_config: Any) ->
         folder.write_compute_type("float32")
     (compute_type,) = Path(config.run_dir).rglob("compute_type")
     compute_type.write_bytes(b"\xff")  # it is read for the plan, after the data and the rows
-    with pytest.raises(DamagedFile, match="compute_type"), Display(console) as display:
-        with Session(config, display):
-            pass
+    with (
+        pytest.raises(DamagedFile, match="compute_type"),
+        Display(console) as display,
+        Session(config, display),
+    ):
+        pass
     shown = screen(out.getvalue()) if terminal else out.getvalue().splitlines()
     told = [line.split()[0] for line in shown if line[:1].strip()]
     assert told[-4:] == ["data", "gold", "rows", "sharing"] and "starting" not in shown[-1]
