@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -242,6 +242,16 @@ class Display:
     def line(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(printable(text), markup=False)
+
+    def lines(self, made: Iterable[str]) -> None:
+        """End the wait for lines that take time, and print them; before an error, those made."""
+        ready: list[str] = []
+        try:
+            ready.extend(made)
+        finally:
+            self.starting("")
+            for text in ready:
+                self.line(text)
 
     def counter(self, stage: str) -> Callable[[int, int], None]:
         """Return a `progress(done, total)` function for a stage."""

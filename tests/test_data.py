@@ -526,6 +526,8 @@ def test_a_file_that_is_no_database_is_named(make_config: Any, tmp_path: Path) -
 def test_a_split_that_is_not_there_is_named_with_those_there_are(make_config: Any) -> None:
     message = refusal(make_config(split=["test"]))
     assert message.startswith("--split test: ") and message.endswith("it has dev, train")
+    message = refusal(make_config(split=["Dev"]))
+    assert message.endswith("dev, train; dev differs in case alone: give --split dev")
 
 
 def test_data_without_training_examples_is_refused(make_config: Any, tmp_path: Path) -> None:
@@ -534,6 +536,13 @@ def test_data_without_training_examples_is_refused(make_config: Any, tmp_path: P
         (folder / name).unlink()
     assert refusal(make_config(dataset_id=str(folder))).endswith(
         "no training examples; found splits dev"
+    )
+    (folder / "dev.json").unlink()
+    (folder / "tables.json").unlink()  # of Spider's folder, other names are no splits
+    (folder / "Train.jsonl").write_text('{"db_id": "mall", "question": "a", "query": "SELECT 1"}')
+    (folder / "dev.jsonl").write_text('{"db_id": "mall", "question": "a", "query": "SELECT 1"}')
+    assert refusal(make_config(dataset_id=str(folder))).endswith(
+        "found splits Train, dev; Train differs from train in case alone: rename it"
     )
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ray_sql.cluster import resources
 from ray_sql.cluster.events import StepEnded, TrainPoint
 from ray_sql.data import Corpus, Example, leakage
 from ray_sql.display import Display, Pace, duration
+from ray_sql.errors import DamagedFile
 from ray_sql.finetune import Session, plan, prepare
 from ray_sql.preflight import nodes
 from ray_sql.report.progress import Progress
@@ -186,6 +188,27 @@ def test_no_wait_is_told_below_a_plan(make_config: Any) -> None:
     written = out.getvalue()[begun:].partition(f"data      {config.dataset_id}")[2]
     told, *waits = written.split("starting: ")
     assert "training  " in told and {wait.split("\x1b")[0] for wait in waits} <= {"run folder"}
+
+
+@kind
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_plan_is_shown_up_to_what_ends_it(terminal: bool, make_config: Any) -> None:
+    out, config = io.StringIO(), make_config(**{"train.bf16": None})
+    console = Console(file=out, force_terminal=terminal, highlight=False, soft_wrap=True)
+    folder = RunFolder(config.run_dir)
+    with Session(config, Display(Console(file=io.StringIO()))):
+        folder.write_compute_type("float32")
+    (compute_type,) = Path(config.run_dir).rglob("compute_type")
+    compute_type.write_bytes(b"\xff")  # it is read for the plan, after the data and the rows
+    with (
+        pytest.raises(DamagedFile, match="compute_type"),
+        Display(console) as display,
+        Session(config, display),
+    ):
+        pass
+    shown = screen(out.getvalue()) if terminal else out.getvalue().splitlines()
+    told = [line.split()[0] for line in shown if line[:1].strip()]
+    assert told[-4:] == ["data", "gold", "rows", "sharing"] and "starting" not in shown[-1]
 
 
 @kind

@@ -22,7 +22,10 @@ from ray_sql.evaluate import scoring
 from ray_sql.evaluate.models import evaluate_models
 from ray_sql.generate import Answer, AnswerCache, Candidate
 from ray_sql.models import load_tokenizer
+from ray_sql.report.progress import Progress
+from ray_sql.store.run_folder import RunFolder
 from ray_sql.tasks import SQL
+from ray_sql.tracking import null_run
 from tests.conftest import make_encoder
 
 DISPLAY = Display(Console(file=io.StringIO()))
@@ -68,6 +71,21 @@ def small(make_config: Any) -> Any:
     return lambda **changes: make_config(
         **({"quantization.load_in_4bit": False, "evaluate.max_new_tokens": 3} | changes)
     )
+
+
+def test_models_are_shown_by_the_names_that_people_know(small: Any, tiny_model: Path) -> None:
+    config, out = small(), io.StringIO()
+    corpus, tokenizer = data.load(config), load_tokenizer(str(tiny_model))
+    encoder = make_encoder(tokenizer, config, corpus.schemas)
+    asked = generate.make_questions(corpus.splits["dev"], "dev", corpus, encoder)
+    display = Display(Console(file=out, soft_wrap=True))
+    progress = Progress(RunFolder(config.run_dir), null_run(), display)
+    parts = (config, asked, corpus.schemas, str(tiny_model), None, display, progress)
+    for name in ("base", "the merged model"):
+        out.truncate(0)
+        evaluate_models(*parts, called={"base": name})
+        assert f"\nexecuting {name}'s SQL: 8/8" in out.getvalue()
+    assert "the merged model: 8 of 8 answers are there from before" in out.getvalue()
 
 
 def test_only_what_is_left_is_asked(small: Any, tiny_model: Path) -> None:

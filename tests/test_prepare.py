@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sqlite3
+import unicodedata
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ray_sql.config import Config, EvaluateConfig, PrepareConfig, load
 from ray_sql.curate import prepare
 from ray_sql.data import formats
 from ray_sql.errors import ConfigError, DataError, StoreError
+from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
 from tests.test_field_data import make_shop
 
@@ -232,7 +234,7 @@ def test_splits_that_are_there_stay_and_what_they_share_is_flagged(tmp_path: Pat
     [
         *("a,b", "a/b", "a\\b", "..", ".hidden", "-x", "[a]", '"a"', "a\nb", "a:b", "null", "TRUE"),
         *("rejected", "audit", "dataset", "shop_tables", "train_others", "x-00000-of-00002"),
-        *("x" * 101, "ü" * 60, "CON"),
+        *("x" * 101, "ü" * 60, "CON", "con.x", "com¹", "nul .a.b", "conin$", "end."),
     ],
 )
 def test_a_split_that_would_be_lost_by_its_name_is_refused(pairs: Path, name: str) -> None:
@@ -259,7 +261,45 @@ def test_files_whose_names_cannot_be_splits_are_to_be_renamed(pairs: Path) -> No
         with pytest.raises(DataError, match=re.escape(f"{lost}, line ")) as caught:
             prepare(settings(folder, "--overwrite"))
         assert "rename it" in str(caught.value)
+        reason = "it differs from 'DEV' in case alone, and on some systems both are one file"
+        assert other == "dev.csv" or reason in str(caught.value)
         odd = odd.rename(folder / "train.csv")
+
+
+def test_files_that_differ_in_case_from_what_training_looks_for_are_to_be_renamed(
+    pairs: Path,
+) -> None:
+    folder = pairs.parent / "asked"
+    folder.mkdir()
+    for name in ("Train.csv", "test.csv"):
+        shutil.copy(pairs, folder / name)
+    way_out = "training looks for 'train', which differs in case alone; rename it, such as train"
+    with pytest.raises(DataError, match=re.escape(f"gives split 'Train'; {way_out}")):
+        prepare(settings(folder))
+
+
+def test_splits_whose_letters_are_composed_otherwise_are_one(pairs: Path) -> None:
+    names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    rows = [(*pair, split) for pair, split in zip(QUESTIONS, cycle(["train", *names]))]
+    with pairs.open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "sql", "split"), *rows])
+    with pytest.raises(DataError, match="in how its letters are composed alone"):
+        prepare(settings(pairs))
+
+
+@pytest.mark.parametrize("db_id", ["../../../lost", "a/b", "con", "shop."])
+def test_a_database_is_copied_into_a_folder_of_its_own(pairs: Path, db_id: str) -> None:
+    with pairs.open("w", newline="") as file:
+        rows = [("question", "sql", "db_id"), *((*pair, db_id) for pair in QUESTIONS)]
+        csv.writer(file).writerows(rows)
+    called = f"{pairs}, line 2: its database is called {db_id!r}, which cannot name the folder"
+    with pytest.raises(DataError, match=re.escape(called)):
+        prepare(settings(pairs))
+    assert not [*pairs.parent.rglob("lost*")] and not (pairs.parent / "out").exists()
+    place = RunFolder("/runs/one").database(db_id)
+    folder, _, name = place.rpartition("/")
+    assert folder == RunFolder("/runs/one").database("shop").removesuffix("/shop.sqlite")
+    assert "\\" not in name
 
 
 def test_counts_tell_a_split_from_pairs_of_that_kind(pairs: Path) -> None:

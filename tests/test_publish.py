@@ -726,6 +726,8 @@ def test_the_merged_model_is_measured_and_pushed_to_a_repository_of_its_own(
 
     _, said = push(publication(**{"hub.merge": True, "hub.merged_dtype": dtype, "hub.force": True}))
     assert "it alone is right on 0 questions, the adapter alone on 0" in said
+    stages = set(re.findall(r"^((?:answering|executing).*): \d+/8", said, re.M))
+    assert stages == {"answering with the merged model", "executing the merged model's SQL"}
     repo = stand_in.repos["me/run-merged"]
     assert len(repo.pushed()) == 1 and repo.private
     assert {

@@ -54,6 +54,15 @@ def settings(root: Path, store: str, **given: Any) -> RunsConfig:
     return load(RunsConfig, [], **{"output_dir": str(root / "out"), "tracking.uri": store} | given)
 
 
+def test_a_run_that_was_cut_off_at_its_first_file_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(str(tmp_path / "out" / "cut")).write_study({})
+    (tmp_path / "out" / "cut" / "study.json").write_text("")
+    runs.run(settings(tmp_path, "sqlite:///none.db"))
+    assert capsys.readouterr().out == "cut: 0.00 GB, 0 days old\n"
+
+
 def test_old_runs_are_shown_then_removed_with_their_records(
     tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

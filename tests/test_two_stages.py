@@ -56,6 +56,7 @@ def test_a_pipeline_reports_both_stages(
     settings = RunFolder(generator).read_settings() or {}
     asking = EvaluateConfig(**settings | {"output_name": "asking"}).changed(changes)
     evaluate.run(asking)
+    assert "\nthe linker: 4 of 4 answers are there from before" in capsys.readouterr().out
     predicted = RunFolder(f"{config.run_dir}-predicted").read_predictions()
     assert RunFolder(asking.run_dir).read_predictions() == predicted
     # the noise of the generator is that of the linker on validation questions

@@ -31,6 +31,8 @@ SHOWN = 5
 FEW = 50
 """Pairs from which on a trained model says something."""
 AS_THEY_CAME = "as they came"
+OTHER = "held-out"
+"""A name that would do for a split."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
             display.line(note)
         if len(corpus.splits) > 1:
             _require_names(corpus, config.pairs)
+        _require_folders(corpus, config.cache)
         translated: tuple[Translated, ...] = ()
         if config.translate_from:
             corpus, translated = translate(corpus, config.translate_from, executor)
@@ -112,21 +115,51 @@ def _source(config: PrepareConfig) -> Source:
 
 
 def _require_names(corpus: Corpus, pairs: str) -> None:
-    """Raise `DataError` for a split that the dataset's folder, or --split, would not find again.
-
-    Names that differ in case alone are one file on some systems.
-    """
+    """Raise `DataError` for a split that the dataset's folder, or --split, would not find again."""
     where, way_out = "the file's name gives split", "rename it"
     if absolute(pairs).is_file():
         where, way_out = "column split holds", "write another there"
-    taken = dict[str, str]()
-    for split, examples in corpus.splits.items():
-        is_first = taken.setdefault(split.casefold(), split) == split
-        if examples and not (is_first and layouts.is_found_again(split)):
+    used = {split: examples for split, examples in corpus.splits.items() if examples}
+    for number, (split, examples) in enumerate(used.items()):
+        reason, name = _unfit(split, [*used][:number], "train" in used)
+        if reason:
             raise DataError(
-                f"{examples[0].place}: {where} {split[:60]!r}; by that name these pairs would not "
-                f"be found again, as a file or by --split; {way_out}, such as held-out"
+                f"{examples[0].place}: {where} {split[:60]!r}; {reason}; {way_out}, such as {name}"
             )
+
+
+def _unfit(split: str, earlier: Sequence[str], is_trained: bool) -> tuple[str, str]:
+    """Say what is wrong with a split's name, "" for nothing, and give one that would do."""
+    if meant := layouts.alike(split, earlier):
+        unlike = layouts.how_unlike(split, meant)
+        return f"it differs from {meant!r} {unlike}, and on some systems both are one file", OTHER
+    if not is_trained and layouts.alike(split, ["train"]):
+        return "training looks for 'train', which differs in case alone", "train"
+    if not layouts.is_file_name(split):
+        return "no file can be called so on every system", OTHER
+    if not layouts.is_found_again(split):
+        return ("by that name these pairs would not be found again, as a file or by --split", OTHER)
+    return "", ""
+
+
+def _require_folders(corpus: Corpus, cache: Path) -> None:
+    """Raise `DataError` for a database whose copy would lie elsewhere, or on some systems not."""
+    copied = _copied(corpus, cache)
+    for one in (one for examples in corpus.splits.values() for one in examples):
+        if one.db_id in copied and not layouts.is_file_name(one.db_id):
+            raise DataError(
+                f"{one.place}: its database is called {one.db_id[:60]!r}, which cannot name the "
+                "folder of its copy on every system; write another db_id there, or rename the file"
+            )
+
+
+def _copied(corpus: Corpus, cache: Path) -> dict[str, str]:
+    """Return db_id → file of the databases that are copied: no server, and made of no text."""
+    return {
+        db_id: place
+        for db_id, place in corpus.databases.items()
+        if "://" not in place and not schema_texts.is_built(place, cache)
+    }
 
 
 def _no_pair(judged: Judged) -> str:
@@ -255,11 +288,7 @@ def _write(
     corpus = dataset.judged.corpus
     folder.begin(record["sources"], dataset.splits)
     used = {pair.example.db_id for rows in dataset.splits.values() for pair in rows}
-    files = {
-        db_id: place
-        for db_id, place in corpus.databases.items()
-        if db_id in used and "://" not in place and not schema_texts.is_built(place, cache)
-    }
+    files = {db_id: file for db_id, file in _copied(corpus, cache).items() if db_id in used}
     progress = display.counter("writing databases")
     for number, (db_id, place) in enumerate(files.items(), 1):
         folder.copy_database(db_id, Path(place))

@@ -8,12 +8,14 @@ the Hub's. A folder that holds nothing but another one is looked into.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray_sql.config import absolute
 from ray_sql.data import databases, formats
+from ray_sql.data.corpus import join_some
 from ray_sql.data.databases import visible
 from ray_sql.errors import DataError
 
@@ -26,10 +28,14 @@ NO_QUESTIONS = re.compile(
 
 LONGEST_NAME = 100
 """Bytes of a split's name, for files that are named after it."""
-_UNFIT = re.compile(
-    r'[.-].*|\s.*|.*\s|.*[\\/:*?"<>|,\[\]{}].*|true|false|null|con|prn|aux|nul|(?:com|lpt)\d', re.I
+_NO_FILE = re.compile(
+    r'[.\s].*|.*[.\s]|.*[\\/:*?"<>|].*|'
+    r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d¹²³])\s*(?:\..*)?",
+    re.I,
 )
-"""Names that some system hides or reserves, or that --split reads otherwise."""
+"""Names that some system hides, reserves or cannot write; Windows reserves `con.x`, too."""
+_NO_FLAG = re.compile(r"-.*|.*[,\[\]{}].*|true|false|null", re.I)
+"""Names that --split reads otherwise."""
 
 _TOKENS = {"train": "train", "fewshot": "train", "dev": "dev", "validation": "dev", "test": "test"}
 _DIALECTS = ("sqlite", "postgresql", "mysql")
@@ -192,12 +198,42 @@ def _by_stem(paths: Iterable[Path]) -> Splits:
     return files
 
 
+def is_file_name(name: str) -> bool:
+    """Tell whether a file or a folder can have a name on every system."""
+    is_short = 0 < len(name.encode()) <= LONGEST_NAME
+    return is_short and name.isprintable() and not _NO_FILE.fullmatch(name)
+
+
 def is_found_again(split: str) -> bool:
     """Tell whether a file named after a split is read as that split, and --split can name it."""
-    if not split.isprintable() or len(split.encode()) > LONGEST_NAME or _UNFIT.fullmatch(split):
+    if not is_file_name(split) or _NO_FLAG.fullmatch(split):
         return False
     named = _by_stem([Path(f"{split}.jsonl")])
     return list(named) == [split] and not NO_QUESTIONS.fullmatch(split)
+
+
+def alike(split: str, splits: Iterable[str]) -> str:
+    """Return another split whose name is the same on some systems; "" where there is none."""
+    folded = _folded(split)
+    return next((one for one in splits if one != split and _folded(one) == folded), "")
+
+
+def how_unlike(one: str, other: str) -> str:
+    """Say in what alone two names differ that are `alike`."""
+    composed = [unicodedata.normalize("NFC", name) for name in (one, other)]
+    return "in case alone" if len(set(composed)) > 1 else "in how its letters are composed alone"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def no_such_split(split: str, flag: str, splits: Iterable[str]) -> DataError:
+    """Return the error for a split that a dataset, named by its flag, does not have."""
+    names = list(splits)
+    meant = alike(split, names)
+    hint = f"; {meant} differs {how_unlike(split, meant)}: give --split {meant}" if meant else ""
+    return DataError(f"--split {split}: {flag} has no such split; it has {join_some(names)}{hint}")
 
 
 def _by_token(paths: Iterable[Path], dialect: str, notes: list[str]) -> Splits:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ray_sql.config import Config
 from ray_sql.config.sections import PromptSection
-from ray_sql.data import descriptions, schema_texts
+from ray_sql.data import descriptions, layouts, schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example, LeftOut, join_some, sample
 from ray_sql.data.read import read_corpus
@@ -107,7 +107,11 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
         bad_rows = tuple(replace(row, split="train") for row in corpus.left_out)
         corpus = replace(corpus, left_out=bad_rows)
     if not splits.get("train"):
-        raise DataError(f"{source.flag}: no training examples; found splits {join_some(splits)}")
+        meant = layouts.alike("train", splits)
+        unlike = f"; {meant} differs from train in case alone: rename it" if meant else ""
+        raise DataError(
+            f"{source.flag}: no training examples; found splits {join_some(splits)}{unlike}"
+        )
     missing = [split for split in scored if split not in splits]
     if missing and set(splits) == {"train"} and len(scored) == 1:
         # The draw does not depend on the split's name: else `--split test` would score examples
@@ -117,9 +121,7 @@ def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) ->
         )
         splits = {"train": train, missing[0]: held_out}
     elif missing:
-        raise DataError(
-            f"--split {missing[0]}: {source.flag} has no such split; it has {join_some(splits)}"
-        )
+        raise layouts.no_such_split(missing[0], source.flag, splits)
     train, validation = set_aside(
         splits["train"], section.validation_fraction, section.split_by, f"{seed}-validation"
     )

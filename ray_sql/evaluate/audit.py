@@ -13,8 +13,9 @@ from ray_sql.config import AuditConfig, absolute
 from ray_sql.config.files import read_json
 from ray_sql.curate import MEANING, Flag, Subject, bench, examine_all, near, pairs
 from ray_sql.curate.divide import across
+from ray_sql.data import layouts
 from ray_sql.data.columns import Source
-from ray_sql.data.corpus import Corpus, Example, join_some
+from ray_sql.data.corpus import Corpus, Example
 from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor
 from ray_sql.display import Display
@@ -71,10 +72,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         splits = config.split or tuple(corpus.splits)
         missing = [split for split in splits if split not in corpus.splits]
         if missing:
-            known = join_some(corpus.splits)
-            raise DataError(
-                f"--split {missing[0]}: {source.flag} has no such split; it has {known}"
-            )
+            raise layouts.no_such_split(missing[0], source.flag, corpus.splits)
         if config.write_hashes:
             return _write_hashes(corpus, splits, absolute(config.write_hashes), display)
         asked = _golds(corpus, splits)

@@ -135,7 +135,8 @@ def _ask(config: Config, adapter: str, corpus: Corpus, display: Display) -> list
     questions = scored_questions(corpus, tokenizer, linker, AskedLinks())
     display.line(f"links     the linker {adapter} is asked {len(questions)} questions first")
     progress = Progress(RunFolder(config.run_dir), tracking.null_run(), display)
+    called = {"tuned": "the linker"}
     evaluation = evaluate_models(
-        linker, questions, corpus.schemas, folder, adapter, display, progress
+        linker, questions, corpus.schemas, folder, adapter, display, progress, called
     )
     return evaluation["tuned"]

@@ -48,19 +48,22 @@ def evaluate_models(
     adapter: str | None,
     display: Display,
     on_event: cluster.OnEvent,
+    called: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Return the judged answers of the base model, of the base with `adapter`, or of both.
 
     The base model is asked under `evaluate.baseline` and where there is no adapter. Answers of an
-    earlier attempt that was cut off are kept.
+    earlier attempt that was cut off are kept. `called` gives the display other names than `base`
+    and `tuned`.
     """
     wanted = ["base"] if config.evaluate.baseline or adapter is None else []
     if adapter:
         wanted.append("tuned")
+    shown = {model: (called or {}).get(model, model) for model in wanted}
     names = None
     if config.evaluate.ground == "constrain":
         names = {question.db_id: schemas[question.db_id].lower_names() for question in questions}
-    answers = _ask(config, questions, model_folder, adapter, wanted, names, display, on_event)
+    answers = _ask(config, questions, model_folder, adapter, shown, names, display, on_event)
     task, settings = TASKS[config.task_type], config.evaluate
     with scoring.executor(settings) as shared:
         return {
@@ -70,7 +73,7 @@ def evaluate_models(
                 task,
                 settings,
                 schemas,
-                display.counter(f"executing {model}'s SQL"),
+                display.counter(f"executing {shown[model]}'s SQL"),
                 shared,
             )
             for model in wanted
@@ -82,24 +85,27 @@ def _ask(
     questions: Sequence[Question],
     model_folder: str,
     adapter: str | None,
-    wanted: Sequence[str],
+    shown: Mapping[str, str],
     names: Mapping[str, Mapping[str, Collection[str]]] | None,
     display: Display,
     on_event: cluster.OnEvent,
 ) -> dict[str, dict[int, Answer]]:
-    """Return the answers of each model by index of the question, asking only those not cached."""
+    """Return the answers of each model by index of the question, asking only those not cached.
+
+    `shown` are the models that are wanted, each with its name for the display.
+    """
     adapters = {"base": None, "tuned": adapter}
     caches = {
-        model: _answer_cache(config, questions, model_folder, adapters[model]) for model in wanted
+        model: _answer_cache(config, questions, model_folder, adapters[model]) for model in shown
     }
     answers = {model: cache.read() for model, cache in caches.items()}
-    for model in wanted:
+    for model, name in shown.items():
         if answers[model]:
             display.line(
-                f"{model}: {len(answers[model])} of {len(questions)} answers are there from before "
+                f"{name}: {len(answers[model])} of {len(questions)} answers are there from before "
                 f"({caches[model].file})"
             )
-    missing = [model for model in wanted if len(answers[model]) < len(questions)]
+    missing = [model for model in shown if len(answers[model]) < len(questions)]
     if not missing:
         return answers
 
@@ -107,7 +113,7 @@ def _ask(
         if isinstance(event, AnswerGiven):
             caches[event.model].add(event.question, event.answer)
             answers[event.model][event.question] = event.answer
-            event = AnswersCounted(event.model, len(answers[event.model]), len(questions))
+            event = AnswersCounted(shown[event.model], len(answers[event.model]), len(questions))
         on_event(event)
 
     job = AnswerJob(

@@ -42,10 +42,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with Display() as display:
         if config.dry_run:
             display.starting("data and model")
-            plan = list(_plan(config, display))
-            display.starting("")
-            for line in plan:
-                display.line(line)
+            display.lines(_plan(config, display))
             return {}
         folder.require_ours()
         facts: dict[str, Any] = {}

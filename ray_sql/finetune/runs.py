@@ -72,13 +72,13 @@ def _runs(root: str) -> Iterator[Kept]:
         folder = RunFolder(f"{root.rstrip('/')}/{name}")
         if not (folder.holds_training_run() or folder.has_study()):
             continue
-        files = [info for info in storage.list_folder(folder.uri, recursive=True) if info.size]
+        files = [info for info in storage.list_folder(folder.uri, recursive=True) if info.is_file]
         newest = max(info.mtime.timestamp() for info in files if info.mtime)
         try:
             run_id = folder.read_mlflow_run_id()
         except DamagedFile:
             run_id = None
-        yield Kept(folder, sum(info.size for info in files), time.time() - newest, run_id)
+        yield Kept(folder, sum(info.size or 0 for info in files), time.time() - newest, run_id)
 
 
 def _aliases(settings: TrackingSection, run_id: str | None) -> list[str]:

@@ -65,10 +65,7 @@ class Session:
         self.check()
         self.questions = self.prepared.questions(self.display)
         self.see_cluster()
-        lines = list(self.plan())  # among them is a measurement, which takes seconds
-        self.display.starting("")
-        for line in lines:
-            self.display.line(line)
+        self.display.lines(self.plan())  # among them is a measurement, which takes seconds
         self.clock.mark("rows and plan")
         self.display.starting("run folder")
         if config.overwrite:

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_sql import data, models
-from ray_sql.cluster.events import AnswersCounted, Event, Note, StageEnded, UnknownEvent
+from ray_sql import data, models, tracking
 from ray_sql.config import Config
 from ray_sql.display import Display
 from ray_sql.errors import DamagedFile, ModelError
@@ -23,6 +22,7 @@ from ray_sql.evaluate.linker import asked_links
 from ray_sql.evaluate.models import adapter_digest, evaluate_models, scored_questions
 from ray_sql.metrics.judged import is_right
 from ray_sql.metrics.paired import PairedTest, paired_test
+from ray_sql.report.progress import Progress
 from ray_sql.store import storage
 from ray_sql.store.run_folder import CONTRACT, METRICS, RunFolder
 from ray_sql.store.shapes import MergedMetrics
@@ -109,19 +109,16 @@ def _measure(config: Config, run: RunFolder, folder: Path, display: Display) -> 
     corpus = data.load_split(plain, plain.split)
     links = asked_links(plain, corpus, display)
     questions = scored_questions(corpus, models.load_tokenizer(str(folder)), plain, links)
-
-    def show(event: Event) -> None:
-        match event:
-            case AnswersCounted(_, done, total):
-                display.update("answering with merged", done, total)
-            case Note() | StageEnded():
-                pass
-            case _:
-                raise UnknownEvent(event)
-
-    model = str(folder)
-    schemas = corpus.judged_schemas(TASKS[plain.task_type])
-    rows = evaluate_models(plain, questions, schemas, model, None, display, show)["base"]
+    rows = evaluate_models(
+        plain,
+        questions,
+        corpus.judged_schemas(TASKS[plain.task_type]),
+        str(folder),
+        None,
+        display,
+        Progress(run.merged, tracking.null_run(), display),
+        called={"base": "the merged model"},
+    )["base"]
     before, after = _right(run.read_predictions()), _right(rows)
     pairs = [(before[key], right) for key, right in after.items() if key in before]
     compared = {"n": len(pairs), **paired_test(pairs).named("adapter", "merged")}

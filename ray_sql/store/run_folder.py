@@ -15,6 +15,7 @@ A new file of a run is a name and a method here. A file for MLflow to keep is in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -300,8 +301,13 @@ class RunFolder(_Folder):
         return self.place(_VALIDATION_SCHEMAS)
 
     def database(self, db_id: str) -> str:
-        """Return the place of the copy of a database file that travels with the run."""
-        return self.place(f"{DATABASES}/{db_id}.sqlite")
+        """Return the place of the copy of a database file that travels with the run.
+
+        A dataset may give a database any name, and none may lead out of the folder.
+        """
+        is_path = "/" in db_id or "\\" in db_id
+        name = hashlib.sha256(db_id.encode()).hexdigest() if is_path else db_id
+        return self.place(f"{DATABASES}/{name}.sqlite")
 
     def has_inputs(self) -> bool:
         """Tell whether a run was laid out here."""

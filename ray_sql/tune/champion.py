@@ -139,7 +139,7 @@ def _evaluate(session: StudySession, chosen: Config, best: TrialRecord) -> Evalu
         pass  # the next best checkpoint is tried
     first = study.trials[0]
 
-    def evaluate(config: Config, adapter: str) -> Evaluation:
+    def evaluate(config: Config, adapter: str, name: str) -> Evaluation:
         progress = Progress(RunFolder(config.run_dir), tracking.null_run(), session.display)
         return evaluate_models(
             config,
@@ -149,15 +149,16 @@ def _evaluate(session: StudySession, chosen: Config, best: TrialRecord) -> Evalu
             adapter,
             session.display,
             progress,
+            called={"tuned": name},
         )
 
-    evaluation = evaluate(chosen, RunFolder(chosen.run_dir).adapter.uri)
+    evaluation = evaluate(chosen, RunFolder(chosen.run_dir).adapter.uri, "tuned")
     tuned = evaluation.pop("tuned")
     if first.best and first.number != best.number:
         alone = chosen.changed(session.space.changes(first.point))
         alone = alone.changed({"evaluate.baseline": False})
         adapter = study.trial_folder(first.number).adapter.uri
-        evaluation["default"] = evaluate(alone, adapter)["tuned"]
+        evaluation["default"] = evaluate(alone, adapter, "default")["tuned"]
     return {**evaluation, "tuned": tuned}
 
 
