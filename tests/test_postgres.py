@@ -205,8 +205,7 @@ def test_a_server_that_hangs_is_given_up_at_the_limit(server: Server) -> None:
         assert executor.run(server.url("hostile"), "SELECT 1").rows == ((1,),)
         with ThreadPoolExecutor() as threads:
             answer = threads.submit(executor.run, server.url("hostile"), ENDLESS)
-            wait_until(server.busy)
-            (working,) = server.busy()
+            (working,) = wait_until(server.busy)
             os.kill(working, signal.SIGSTOP)
             result = answer.result()
             os.kill(working, signal.SIGCONT)
