@@ -41,6 +41,7 @@ def choose(pairs: int, splits: Sequence[str], name: str, folder: Path) -> Iterat
         yield "data.validation_fraction", 0, few
         yield "evaluate.select_examples", 0, "the last checkpoint is kept"
     yield "rows.examples_per_row", "auto", "questions on one database share its schema"
+    yield "prompt.values", "matched", "cells that a question names helped on trained databases"
 
 
 def as_yaml(choices: Sequence[Choice]) -> str:
