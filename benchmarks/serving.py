@@ -64,12 +64,15 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="32 questions at each level, and no 8 clients for the naive way",
     )
+    parser.add_argument("--float32", action="store_true", help="compute in float32")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     config = load(
         ServeConfig, [], output_name=arguments.output_name, output_dir=arguments.output_dir
     )
     found = find(config)
+    if arguments.float32:
+        found = replace(found, config=found.config.changed({"train.bf16": False}))
     asked = draw(RunFolder(config.run_dir), 32 if arguments.quick else arguments.questions)
     measured: dict[str, dict[int, dict[str, Any]]] = {}
     prompter = Prompter(found, registered({}, found.config))

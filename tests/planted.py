@@ -46,6 +46,13 @@ def told(folder: Path, settings: dict[str, Any] | None = None, **contract: Any) 
     return folder
 
 
+def computed_in_float32(run: Path, folder: Path) -> Path:
+    """Return a copy of a run's adapter that is computed in float32, on any machine."""
+    shutil.copytree(run / "adapter", folder)
+    settings = json.loads((folder / "ray_sql_config.json").read_text())
+    return told(folder, {"train": settings.get("train", {}) | {"bf16": False}})
+
+
 def over_other_bits(run: Path, folder: Path) -> Path:
     """Return a copy of a run's adapter whose base is loaded in 4 bits, or is not any more."""
     shutil.copytree(run / "adapter", folder)
