@@ -1,6 +1,6 @@
 """Ask a run's questions of its adapter over the base, and of the model that merges both.
 
-    python -m benchmarks.merged_answers --output_name demo       (--bfloat16: as published by default)
+    python -m benchmarks.merged_answers --output_name demo       (--bfloat16: as it is published)
 
 The merged model is written as `ray-sql publish --hub.merge` does, into a folder that is removed
 afterwards. Both answer the same questions on this machine, computed together in the same way. In

@@ -6,8 +6,8 @@ It starts `ray-sql ui` on the store of the runs, on a free port of this machine.
 --rounds times with a new profile of the browser, so nothing is cached. A page is open when nothing
 was fetched for half a second; this half second is not counted. Two runs that recorded their
 questions (`--tracking.questions`) may be given by --compare. Needs `chromium`. The last line is one
-JSON object: the most seconds of each page, and how many params, metrics, tags and artifacts each run
-has.
+JSON object: the most seconds of each page, and how many params, metrics, tags and artifacts each
+run has.
 """
 
 from __future__ import annotations
