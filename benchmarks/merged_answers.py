@@ -20,6 +20,7 @@ from pathlib import Path
 from ray_sql import data, models, tracking
 from ray_sql.config import ServeConfig, load
 from ray_sql.display import Display
+from ray_sql.evaluate.linker import asked_links
 from ray_sql.evaluate.models import evaluate_models, scored_questions
 from ray_sql.metrics.judged import is_right
 from ray_sql.publish import merge
@@ -46,16 +47,18 @@ def main(argv: list[str] | None = None) -> None:
         shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-*", "merged"))
         found = find(load(ServeConfig, [], output_name=run.name, output_dir=scratch))
         config = found.config.changed(
-            {"hub.merged_dtype": dtype, "train.bf16": given.bfloat16, "evaluate.max_num_seqs": 1}
+            {"hub.merged_dtype": dtype, "train.bf16": given.bfloat16, "evaluate.max_num_seqs": 32}
+            | {"evaluate.baseline": False}
         )
         folder = RunFolder(str(copy))
         merge.merged(config, folder, display)
         base, _ = models.resolve(config.model_name, config.cache, None, None)
         corpus = data.load_split(config, config.split)
-        asked = scored_questions(corpus, models.load_tokenizer(base), config, {})
+        links = asked_links(config, corpus, display)
+        asked = scored_questions(corpus, models.load_tokenizer(base), config, links)
         asked = random.Random(14).sample(asked, k=min(given.questions, len(asked)))
         schemas = corpus.judged_schemas(TASKS[config.task_type])
-        progress = Progress(folder.adapter, tracking.null_run(), display)
+        progress = Progress(folder, tracking.null_run(), display)
         plain = config.changed({"quantization.load_in_4bit": False})
         whole = folder.place("merged")
         by = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from urllib.parse import quote
 
 import mlflow
 import psutil
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 from benchmarks.mlflow_server import free_port
 from ray_sql.store.run_folder import RunFolder
@@ -35,7 +36,7 @@ from tests.waiting import wait_until
 
 QUIET_SECONDS = 0.5
 """What Playwright calls an idle network."""
-SIZE = {"width": 1440, "height": 1000}
+SIZE = ViewportSize(width=1440, height=1000)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,10 +103,8 @@ def interface(store: str) -> Iterator[str]:
 
 def is_listening(port: int) -> bool:
     """Tell whether something listens on a port of this machine."""
-    return any(
-        one.laddr.port == port and one.status == psutil.CONN_LISTEN
-        for one in psutil.net_connections("tcp")
-    )
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def addresses(
