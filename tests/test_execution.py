@@ -352,7 +352,7 @@ def test_workers_hold_no_secret_of_the_parent(
 def test_workers_end_when_their_parent_is_killed(database: Path) -> None:
     script = (
         "import sys, psutil\nfrom pathlib import Path\nfrom ray_sql.database import Executor\n"
-        f"Executor(1).run(Path({str(database)!r}), 'SELECT 1')\n"
+        f"executor = Executor(1)\nexecutor.run(Path({str(database)!r}), 'SELECT 1')\n"
         "print(psutil.Process().children()[0].pid, flush=True)\nsys.stdin.read()"
     )
     parent = subprocess.Popen(
