@@ -7,7 +7,9 @@ afterwards. Both answer the same questions on this machine, computed together in
 float32 nothing but the order of sums is between them, so the answers must be equal. In bfloat16 the
 merged weights are rounded, and so is every product. `by_loader` counts the answers of transformers'
 `generate`, alone, that begin as ours do: of the adapter's folder and the merged one, as everybody's
-loaders open them, the base in the 4 bits of the run. The last line is one JSON object.
+loaders open them, the base in the 4 bits of the run. On CPUs with AVX512-BF16, bitsandbytes rounds
+the scales of these weights, unless a layer stands in training mode: `exact` counts that, too. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
@@ -81,10 +84,9 @@ def main(argv: list[str] | None = None) -> None:
             ],
         }
         told = [row["raw"].strip() for row in by["adapter"]][: given.loaded]
-        by_loader = {
-            name: sum(map(str.startswith, generated(model, asked[: given.loaded], tokenizer), told))
-            for name, model in loaded(config, folder.adapter.uri, whole)
-        }
+        by_loader = dict(
+            begins(config, folder.adapter.uri, whole, asked[: given.loaded], tokenizer, told)
+        )
     answers = {name: [row["predicted"] for row in rows] for name, rows in by.items()}
     report = {
         "n": len(asked),
@@ -95,6 +97,24 @@ def main(argv: list[str] | None = None) -> None:
         "by_loader": by_loader,
     }
     print(json.dumps(report))
+
+
+def begins(
+    config: Config,
+    adapter: str,
+    merged: str,
+    asked: Sequence[Question],
+    tokenizer: Any,
+    told: Sequence[str],
+) -> Iterator[tuple[str, int]]:
+    """Yield how many answers of each loader begin as they should."""
+    for name, model in loaded(config, adapter, merged):
+        layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+        # once a layer has been used in evaluation mode, its scales stay rounded
+        for mode, exact in ((", exact", True), ("", False)) if layers else (("", False),):
+            for layer in layers:
+                layer.train(exact)
+            yield name + mode, sum(map(str.startswith, generated(model, asked, tokenizer), told))
 
 
 def loaded(config: Config, adapter: str, merged: str) -> Iterator[tuple[str, Any]]:
