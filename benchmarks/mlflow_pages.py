@@ -3,8 +3,8 @@
     python -m benchmarks.mlflow_pages --run demo --study demo-sweep --pictures out/pictures
 
 It starts `ray-sql ui` on the store of the runs, on a free port of this machine. Each page is opened
---rounds times with a new profile of the browser, so nothing is cached. A page is open when nothing
-was fetched for half a second; this half second is not counted. Two runs that recorded their
+--rounds times with a new profile of the browser, so nothing is cached. A page is open when its text
+has not changed for a second; this second is not counted. Two runs that recorded their
 questions (`--tracking.questions`) may be given by --compare. Needs `chromium`. The last line is one
 JSON object: the most seconds of each page, and how many params, metrics, tags and artifacts each
 run has.
@@ -34,8 +34,11 @@ from benchmarks.mlflow_server import free_port
 from ray_sql.store.run_folder import RunFolder
 from tests.waiting import wait_until
 
-QUIET_SECONDS = 0.5
-"""What Playwright calls an idle network."""
+STILL_SECONDS = 1.0
+"""A page is open when its text has not changed for so long."""
+PATIENCE_SECONDS = 60.0
+FEW = 200
+"""Letters of a page that shows nothing but its frame."""
 SIZE = ViewportSize(width=1440, height=1000)
 
 
@@ -138,16 +141,21 @@ def addresses(
 
 
 def opened(browser: Browser, place: str, picture: Path | None) -> float:
-    """Open a page with a new profile; return the seconds until its last answer came."""
+    """Open a page with a new profile; return the seconds until its text stood still."""
     context = browser.new_context(viewport=SIZE)
     page = context.new_page()
-    began = time.perf_counter()
-    page.goto(place)
-    page.wait_for_load_state("networkidle", timeout=120_000)
-    seconds = time.perf_counter() - began - QUIET_SECONDS
+    text, began = "", time.perf_counter()
+    page.goto(place, wait_until="commit")
+    changed = began
+    while time.perf_counter() - changed < STILL_SECONDS or len(text) < FEW:
+        assert time.perf_counter() - began < PATIENCE_SECONDS, f"{place} shows {text!r}"
+        now = page.evaluate("document.body ? document.body.innerText : ''")
+        if now != text:
+            text, changed = now, time.perf_counter()
+        page.wait_for_timeout(50)
+    seconds = changed - began
     if picture:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        page.wait_for_timeout(2000)
         page.screenshot(path=picture)
     context.close()
     return seconds
