@@ -714,11 +714,17 @@ def test_memory_that_is_full_on_one_rank_is_said_and_not_tried_again(
 
         It is a function in a function, so that its code goes to the workers.
         """
+        import time
+
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()
         with open(tried, "a") as stream:
             stream.write(f"{rank}\n")
+        if rank:
+            time.sleep(5)  # the connection is lost once rank 0 has ended
+        while "1" not in Path(tried).read_text():
+            time.sleep(0.1)
         raise RuntimeError(
             "connection reset by peer" if rank else "CUDA out of memory. Tried to allocate 2.00 GiB"
         )
