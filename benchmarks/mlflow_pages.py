@@ -39,7 +39,7 @@ STILL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 FEW = 200
 """Letters of a page that shows nothing but its frame."""
-SIZE = ViewportSize(width=1440, height=1000)
+SIZE = ViewportSize(width=1800, height=1000)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         print("| page | seconds | at most |\n|---|---|---|")
         most = {}
         for name, place in pages.items():
-            picture = given.pictures and given.pictures / f"{name.replace(' ', '-')}.png"
+            picture = given.pictures and given.pictures / f"{name.replace(': ', '-').replace(' ', '-')}.png"
             seconds = [opened(browser, place, picture) for _ in range(given.rounds)]
             most[name] = round(max(seconds), 1)
             print(f"| {name} | {median(seconds):.1f} | {most[name]} |", flush=True)
