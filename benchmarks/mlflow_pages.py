@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         print("| page | seconds | at most |\n|---|---|---|")
         most = {}
         for name, place in pages.items():
-            picture = given.pictures and given.pictures / f"{name.replace(': ', '-').replace(' ', '-')}.png"
+            file = f"{name.replace(': ', ' ').replace(' ', '-')}.png"
+            picture = given.pictures and given.pictures / file
             seconds = [opened(browser, place, picture) for _ in range(given.rounds)]
             most[name] = round(max(seconds), 1)
             print(f"| {name} | {median(seconds):.1f} | {most[name]} |", flush=True)
