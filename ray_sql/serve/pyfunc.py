@@ -41,7 +41,8 @@ class TunedModel(PythonModel):  # type: ignore[misc]  # mlflow is not followed b
         self._lock = threading.Lock()
         atexit.register(self._engine.close)
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
+    # MLflow warns on the screen of a type that it cannot check, so the input has none
+    def predict(self, context: Any, model_input, params: Any = None) -> Any:  # type: ignore[no-untyped-def]
         """Return a row for every row of questions, with `sql` or `links`.
 
         Raises `DataError` for a row without a question, or with a database that is not found.
