@@ -59,6 +59,13 @@ def measured(tuned_run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def test_loading_it_prints_nothing(champion: tuple[str, str]) -> None:
+    code = "from mlflow import pyfunc; pyfunc.load_model('models:/ray-sql-sql@champion')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Warning" not in done.stdout + done.stderr
+
+
 def test_the_champion_answers_as_it_was_measured(loaded: Any, tuned_run: Path) -> None:
     from pandas import DataFrame
 

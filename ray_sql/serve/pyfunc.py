@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlflow.pyfunc import PythonModel
+from pandas import DataFrame
 
 from ray_sql.config import AskConfig, load
 from ray_sql.data.schema_texts import read_schema
@@ -41,14 +42,11 @@ class TunedModel(PythonModel):  # type: ignore[misc]  # mlflow is not followed b
         self._lock = threading.Lock()
         atexit.register(self._engine.close)
 
-    # MLflow warns on the screen of a type that it cannot check, so the input has none
-    def predict(self, context: Any, model_input, params: Any = None) -> Any:  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: DataFrame, params: Any = None) -> DataFrame:
         """Return a row for every row of questions, with `sql` or `links`.
 
         Raises `DataError` for a row without a question, or with a database that is not found.
         """
-        from pandas import DataFrame
-
         rows = [_texts(row) for row in model_input.to_dict("records")]
         with self._lock:
             places = [self._database(row) for row in rows]
