@@ -774,6 +774,7 @@ def test_a_sweep_from_its_space_to_its_champion(
     metrics = tune.run(given)["sql"]
     out = capfd.readouterr().out
     assert "trials    3, 1 at a time:" in out
+    assert re.search(r"time +\d+ s for all trials, one by one, of them the best one \d+ s", out)
     known = study.load(config)
     assert known and known.finished and [trial.number for trial in known.trials] == [0, 1, 2]
     assert known.trials[0].point == {"learning_rate": 1e-3}, "the first trial is the settings"

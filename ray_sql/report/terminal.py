@@ -28,8 +28,11 @@ def show(folder: RunFolder, title: str, metrics: Mapping[str, Any], display: Dis
     for line in [*notes(metrics, model), *paired_lines(metrics)]:
         display.line(line)
     if "training_seconds" in metrics:
+        whole, part = "", "training"
+        if "sweep" in metrics:
+            whole, part = " for all trials, one by one", "the best one"
         display.line(
-            f"time         {metrics['seconds']:.0f} s, of them training "
+            f"time         {metrics['seconds']:.0f} s{whole}, of them {part} "
             f"{metrics['training_seconds']:.0f} s"
         )
         display.line(f"adapter      {folder.adapter.uri}")
