@@ -46,6 +46,24 @@ def test_pairs_and_a_database_become_settings_of_a_run(
     assert (place / "out" / "my-pairs-data" / "finetune.yaml").is_file()
 
 
+def test_flags_about_the_raw_pairs_are_not_the_runs(
+    place: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("odd.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Frage / question", "sql"), *QUESTIONS])
+    words = ["odd.csv", "shop.db", "--model_name", str(tiny_model), "--dry_run"]
+    words += ["--cache_dir", str(place / "cache"), "--tracking.enabled", "false"]
+    with pytest.raises(DataError, match=r"found 'Frage / question', 'sql'\. Map it with"):
+        begin(words)
+    mapped = ["--data.columns", "question=Frage / question", "--fix", "--reject", "constant"]
+    for _ in range(2):  # what a dry run leaves behind is not in the way of the next
+        main("finetune", [*words, *mapped, "--scaling.num_workers", "0"])
+        assert "--- plan ---" in capsys.readouterr().out
+    (place / "odd.csv").rename("other.csv")
+    words[0] = "other.csv"
+    begin([*words, "--output_name", "odd", *mapped])
+
+
 def test_a_dry_run_shows_the_plan_and_leaves_no_run(
     place: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,7 +180,8 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
         elif records and needed:
             raise DataError(
                 f"{file}: no column {' or '.join(map(repr, names))} for {field}; found "
-                f"{', '.join(sorted(found))}. Map it with --data.columns {field}=THEIR_COLUMN"
+                f"{', '.join(map(repr, sorted(found)))}. Map it with --data.columns "
+                f"'{field}=THEIR COLUMN'"
             )
     return columns
 

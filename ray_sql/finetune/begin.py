@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray_sql.config import PrepareConfig, absolute, load
+from ray_sql.config import Config, PrepareConfig, absolute, load
 from ray_sql.curate import prepare
 from ray_sql.curate.choices import as_yaml, choose
 from ray_sql.data.databases import SUFFIXES
@@ -20,6 +20,8 @@ from ray_sql.errors import ConfigError
 from ray_sql.store.storage import write_local_text
 
 FILE = "finetune.yaml"
+OF_PAIRS = {"data.columns"} | (PrepareConfig.model_fields.keys() - Config.model_fields.keys())
+"""Settings that say how the raw pairs are read and judged."""
 
 
 def begin(words: Sequence[str]) -> list[str]:
@@ -44,6 +46,8 @@ def begin(words: Sequence[str]) -> list[str]:
     # a dry run needs the dataset, but leaves nothing in the place for runs
     place = str(asked.cache / "dry_run") if asked.dry_run else asked.output_dir
     changes = {"output_name": f"{name}-data", "output_dir": place, "dry_run": False}
+    if asked.dry_run:
+        changes["overwrite"] = True
     record = prepare(asked.changed(changes), goes_on=True)
     folder = absolute(place) / f"{name}-data"
     said = {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")}
@@ -54,7 +58,20 @@ def begin(words: Sequence[str]) -> list[str]:
     file = folder / FILE
     write_local_text(file, as_yaml(choices))
     print(f"          all of it is in {file}; flags win over it")
-    return ["--config", str(file), *flags]
+    return ["--config", str(file), *_of_run(flags)]
+
+
+def _of_run(flags: Sequence[str]) -> list[str]:
+    """Leave out flags about the raw pairs: the dataset that is made of them has its own columns."""
+    kept: list[str] = []
+    is_kept = True
+    for word in flags:
+        if word.startswith("-"):
+            name = word.partition("=")[0].removeprefix("--").removeprefix("no-")
+            is_kept = name not in OF_PAIRS
+        if is_kept:
+            kept.append(word)
+    return kept
 
 
 def _is_database(word: str) -> bool:

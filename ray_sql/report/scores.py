@@ -154,6 +154,8 @@ def _notes(scores: Mapping[str, Any]) -> Iterator[str]:
     if flagged := scores.get("flagged"):
         without = f"{corpus.counted(flagged, 'question')} whose gold the audit flags"
         yield f"without the {without}: {_accuracy(scores['unflagged'])}"
+    elif "unflagged" in scores:
+        yield "the audit flags the gold of none of these questions"
     if undetermined := scores.get("undetermined"):
         without = f"{undetermined} of them whose gold has several right results"
         yield f"without the {without}: {_accuracy(scores['determined'])}"
