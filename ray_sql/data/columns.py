@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,8 @@ def _choose(source: Source, records: Sequence[Record], file: str) -> Columns:
         elif records and needed:
             raise DataError(
                 f"{file}: no column {' or '.join(map(repr, names))} for {field}; found "
-                f"{', '.join(map(repr, sorted(found)))}. Map it with --data.columns "
-                f"'{field}=THEIR COLUMN'"
+                f"{', '.join(map(shlex.quote, sorted(found)))}. Map it with --data.columns "
+                f"{field}=THEIR_COLUMN"
             )
     return columns
 
