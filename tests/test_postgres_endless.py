@@ -285,7 +285,7 @@ def test_the_others_are_judged_where_a_call_stays_and_connections_are_few(server
     with psycopg.connect(server.url("hostile")) as owner:
         owner.execute("CREATE ROLE few LOGIN CONNECTION LIMIT 2; GRANT SELECT ON item TO few")
         # a table's own data is short in earnest; these take seconds
-        owner.execute("CREATE TABLE long AS SELECT repeat('a', 16000) a, repeat('b', 16000) b")
+        owner.execute("CREATE TABLE long AS SELECT repeat('a', 28000) a, repeat('b', 28000) b")
         owner.execute("GRANT SELECT ON long TO few")
     url = server.url("hostile").replace("owner", "few")
     with Executor(1, LIMITS) as executor:
