@@ -4,10 +4,9 @@
 
 It starts `ray-sql ui` on the store of the runs, on a free port of this machine. Each page is opened
 --rounds times with a new profile of the browser, so nothing is cached. A page is open when its text
-has not changed for a second; this second is not counted. Two runs that recorded their
-questions (`--tracking.questions`) may be given by --compare. Needs `chromium`. The last line is one
-JSON object: the most seconds of each page, and how many params, metrics, tags and artifacts each
-run has.
+has not changed for a second; this second is not counted. Traces are there for a run that recorded
+its questions (`--tracking.questions`). Needs `chromium`. The last line is one JSON object: the most
+seconds of each page, and how many params, metrics, tags and artifacts each run has.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", default="out")
     parser.add_argument("--run", default="demo", help="a finished run")
     parser.add_argument("--study", help="a finished sweep")
-    parser.add_argument("--compare", nargs=2, help="two runs with --tracking.questions")
     parser.add_argument("--model", help="a registered model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=Path, help="a folder for pictures of the pages")
@@ -65,11 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     with interface(store) as address, sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         pages = dict(addresses(address, client, ids))
-        if given.compare:
-            both = [recorded(root / name)[1] for name in given.compare]
-            experiment = client.get_run(both[0]).info.experiment_id
-            place = f"#/experiments/{experiment}/evaluation-runs?selectedRunUuid={both[0]}"
-            pages["comparison"] = f"{address}/{place}&compareToRunUuid={both[1]}"
         if given.model:
             pages["registered model"] = f"{address}/#/models/{quote(given.model)}"
         print("| page | seconds | at most |\n|---|---|---|")
@@ -123,6 +116,7 @@ def addresses(
         yield kind, f"{runs}/runs/{run}"
         yield f"{kind}: metrics", f"{runs}/runs/{run}/model-metrics"
         yield f"{kind}: system metrics", f"{runs}/runs/{run}/system-metrics"
+        yield f"{kind}: traces", f"{runs}/runs/{run}/traces"
         yield f"{kind}: artifacts", f"{runs}/runs/{run}/artifacts"
     table = next(
         one.path for one in client.list_artifacts(ids["run"]) if one.path.endswith("dictions.json")
