@@ -6,8 +6,8 @@ The merged model is written as `ray-sql publish --hub.merge` does, into a folder
 afterwards. Both answer the same questions on this machine, computed together in the same way. In
 float32 nothing but the order of sums is between them, so the answers must be equal. In bfloat16 the
 merged weights are rounded, and so is every product. `by_loader` counts the answers of transformers'
-`generate`, alone, that begin as ours do: of the adapter's folder and the merged one, as everybody's
-loaders open them, the base in the 4 bits of the run. On CPUs with AVX512-BF16, bitsandbytes rounds
+`generate` that begin as ours do. Loaders open the adapter's folder over the base, which is in the
+4 bits of the run, and the merged one. On CPUs with AVX512-BF16, bitsandbytes rounds
 the scales of these weights, unless a layer stands in training mode: `exact` counts that, too. The
 last line is one JSON object.
 """

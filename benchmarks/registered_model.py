@@ -26,6 +26,7 @@ from mlflow import pyfunc
 from pandas import DataFrame
 
 from benchmarks.mlflow_server import free_port
+from benchmarks.verify_endpoint import is_up
 from ray_sql import tracking
 from ray_sql.config.sections import TrackingSection
 from ray_sql.store.run_folder import RunFolder
@@ -111,14 +112,6 @@ def by_server(asked: Sequence[dict[str, str]], batch: int, scratch: Path) -> lis
     finally:
         server.terminate()
         server.wait()
-
-
-def is_up(address: str) -> bool:
-    """Tell whether a server answers."""
-    try:
-        return bool(requests.get(address, timeout=5).status_code == 200)
-    except requests.RequestException:
-        return False
 
 
 if __name__ == "__main__":
