@@ -52,7 +52,7 @@ def test_metrics_are_few_in_groups_and_the_main_score_is_the_first_final_one(rec
     scores = [name for name in run.data.metrics if name.startswith("score/")]
     assert scores == [
         *("score/execution_accuracy", "score/valid_sql", "score/exact_set_match"),
-        *("score/execution_accuracy_base", "score/validation"),
+        *("score/base_execution_accuracy", "score/validation"),
     ]
     counts = {"n", "correct", "gold_errors", "epoch"}
     assert not [name for name in run.data.metrics if name.rpartition("/")[2] in counts]
@@ -75,7 +75,7 @@ def test_a_runs_records_are_counted(recorded: Any) -> None:
     assert files("") <= 25
     assert set(run.data.tags) - {"git_commit", "ray_job_id"} == {
         *("mlflow.runName", "mlflow.source.name", "mlflow.note.content", "mlflow.loggedArtifacts"),
-        *("task_type", "data_fingerprint", "template_hash", "folder", "scored", "verdict"),
+        *("task_type", "data_fingerprint", "template_hash", "folder", "scored", "over_base"),
     }
 
 

@@ -130,7 +130,7 @@ def test_the_address_leads_to_the_runs_with_their_scores(
     ui.run(load(UiConfig, [], **given))
     assert capsys.readouterr().out.endswith(f"open http://127.0.0.1:{given['port']}/\n")
     _, record = make_run(tmp_path, "one", 0, store)
-    record.describe("words", "score/execution_accuracy")
+    record.describe("words", "execution_accuracy")
     ui.run(load(UiConfig, [], **given))
     page = "#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores"
     assert capsys.readouterr().out.endswith(f":{given['port']}/{page}\n")

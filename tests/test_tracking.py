@@ -552,7 +552,7 @@ def test_a_run_is_described_and_its_experiment_lists_the_main_score(
         )
 
     run = begin(config.tracking, required=False)
-    run.describe(f"[Report]({tracking.THIS_RUN}/artifacts/report.html)", "score/strict_recall")
+    run.describe(f"[Report]({tracking.THIS_RUN}/artifacts/report.html)", "strict_recall")
     assert "description" in waiting.read_text(), "it waits like any other record"
     back = config.changed({"tracking.uri": uri})
     run = begin(back.tracking, required=True)
@@ -566,6 +566,6 @@ def test_a_run_is_described_and_its_experiment_lists_the_main_score(
     shown = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])
     assert shown["selectedColumns"][:2] == [
         "metrics.`score/strict_recall`",
-        "metrics.`score/strict_recall_base`",
+        "metrics.`score/base_strict_recall`",
     ]
     assert shown["orderByKey"] == shown["selectedColumns"][0] and not shown["orderByAsc"]

@@ -525,7 +525,7 @@ def test_a_run_is_recorded_once_and_shown_when_it_is_run_again(
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["lora.r"] == "4"
-    assert run.data.tags[tracking.SCORED].endswith(" of 2 of dev")
+    assert run.data.tags[tracking.SCORED].endswith("/2 dev")
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [
         1,
         2,

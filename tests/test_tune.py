@@ -818,7 +818,12 @@ def test_a_sweep_from_its_space_to_its_champion(
     measured = study.read_scores(known.trial_folder(0))
     assert [point.step for point in curve] == [one.step for one in measured]
     assert curve[-1].value == max(one.objective for one in measured)
-    assert children["0"].info.run_name == "trial-000: learning_rate 0.001"
+    assert children["0"].info.run_name.endswith("trial-000 of sweep: learning_rate 0.001")
+    starred = [key for key, run in children.items() if run.info.run_name.startswith("★ ")]
+    assert starred == [str(best.number)]
+    told = parent.data.tags["mlflow.note.content"]
+    won = f"{trial_name(best.number)} won of 3 trials: execution accuracy "
+    assert won in told and f"{parent.info.run_id}/artifacts/sweep.html)" in told
     told = children["0"].data.tags["mlflow.note.content"]
     assert told.endswith("with learning_rate 0.001: finished, after 4 of 4 steps")
     assert client.get_metric_history(children["0"].info.run_id, "train/loss")

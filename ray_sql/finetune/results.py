@@ -102,8 +102,7 @@ def _log_scores(
     record.log(step, final_scores(metrics, models, task), replace=True)
     record.tag(_score_tags(metrics, models[-1], task))
     text = description.page(folder, metrics, models, trained, tracking.THIS_RUN)
-    main = f"{tracking.SCORE}/{task.metric}" if metrics[models[-1]] else None
-    record.describe(text, main)
+    record.describe(text, task.metric if metrics[models[-1]] else None)
     for model in models:  # one each: the UI reads a whole table, and compares those of one name
         file = "predictions.json" if model == models[-1] else f"{model}_predictions.json"
         record.table(_table(evaluation[model]), file)
@@ -137,12 +136,13 @@ def final_scores(metrics: Mapping[str, Any], models: Sequence[str], task: Task) 
     scores: dict[str, float] = {}
     *others, tuned = models
     for place, (split, summary) in enumerate(metrics[tuned].items()):
-        group = f"{tracking.SCORE}/{legal(split)}" if place else tracking.SCORE
+        group = legal(split) if place else ""
         followed = headline(summary, task)
         kept = followed if not place else {task.metric: followed[task.metric]}
-        scores |= {f"{group}/{name}": value for name, value in kept.items()}
+        scores |= {tracking.final(name, group): value for name, value in kept.items()}
         scores |= {
-            f"{group}/{task.metric}_{model}": metrics[model][split][task.metric] for model in others
+            tracking.final(task.metric, group, model): metrics[model][split][task.metric]
+            for model in others
         }
     if metrics.get("objective") is not None:
         scores[tracking.VALIDATED] = metrics["objective"]
@@ -152,13 +152,15 @@ def final_scores(metrics: Mapping[str, Any], models: Sequence[str], task: Task) 
 def _score_tags(metrics: Mapping[str, Any], model: str, task: Task) -> dict[str, str]:
     """Return how many questions were answered rightly, and how that compares with the base."""
     counts = [
-        f"{round(scores[task.metric] * scores['n'])} of {scores['n']} of {split}"
+        f"{round(scores[task.metric] * scores['n'])}/{scores['n']} {split}"
         + (f", {scores['gold_errors']} not counted" if scores["gold_errors"] else "")
         for split, scores in metrics[model].items()
     ]
     told = {tracking.SCORED: "; ".join(counts)}
     for split in list(metrics[model])[:1]:
-        told[tracking.VERDICT] = verdict(metrics, split)
+        if words := verdict(metrics, split):
+            tuned, base = (metrics[one][split][task.metric] for one in (model, "base"))
+            told[tracking.GAIN] = f"{100 * (tuned - base):+.1f} points: {words}"
     return {name: text for name, text in told.items() if text}
 
 

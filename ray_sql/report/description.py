@@ -8,7 +8,7 @@ from typing import Any
 from ray_sql.display import percent
 from ray_sql.report import commands
 from ray_sql.report.scores import markdown, notes, paired_lines, verdict
-from ray_sql.store.run_folder import REPORT, RunFolder
+from ray_sql.store.run_folder import REPORT, SWEEP_REPORT, RunFolder
 from ray_sql.tasks import TASKS, Task
 
 EXTREMES = 3
@@ -30,6 +30,7 @@ def page(
     task, last = TASKS[metrics["task_type"]], models[-1]
     parts = [
         *_headline(metrics, last, task),
+        *_winner(metrics, run_page),
         markdown({name: metrics[name] for name in models}, task),
         *notes(metrics, last),
         *paired_lines(metrics),
@@ -54,6 +55,12 @@ def _headline(metrics: Mapping[str, Any], model: str, task: Task) -> Iterator[st
             told.append(f"base model {percent(base[task.metric], n=base['n'])}")
         told += [words for words in [verdict(metrics, split)] if words]
         yield f"{', '.join(told)}."
+
+
+def _winner(metrics: Mapping[str, Any], run_page: str) -> Iterator[str]:
+    """Yield which trial of a sweep won, and by what."""
+    if sweep := metrics.get("sweep"):
+        yield f"{sweep['chosen']}. [Trials]({run_page}/artifacts/{SWEEP_REPORT})"
 
 
 def _databases(splits: Mapping[str, Any], task: Task) -> Iterator[str]:

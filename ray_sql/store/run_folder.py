@@ -41,7 +41,7 @@ METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 GOLD_ERRORS = "gold_errors.jsonl"
 LEFT_OUT = "left_out.jsonl"
-REPORT = "report.html"
+REPORT, SWEEP_REPORT = "report.html", "sweep.html"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -217,7 +217,7 @@ class RunFolder(_Folder):
     @property
     def sweep_report(self) -> str:
         """The place of the page about a sweep."""
-        return self.place("sweep.html")
+        return self.place(SWEEP_REPORT)
 
     def write_stages(self, result: Mapping[str, Any]) -> None:
         """Write what links do for SQL."""

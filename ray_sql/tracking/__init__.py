@@ -1,7 +1,7 @@
 """MLflow as the record of a run. Where tracking is off, no function does anything."""
 
 from ray_sql.tracking.models import LoggedModel
-from ray_sql.tracking.names import SCORE, SCORED, THIS_RUN, VALIDATED, VERDICT, VIEW, named
+from ray_sql.tracking.names import GAIN, SCORED, THIS_RUN, VALIDATED, VIEW, final, named
 from ray_sql.tracking.questions import ScoredQuestion
 from ray_sql.tracking.remove import aliases_of, remove
 from ray_sql.tracking.run import Run, Status, close, null_run, read_tag, reopen, replay, start

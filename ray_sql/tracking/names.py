@@ -14,8 +14,11 @@ SCORE = "score"
 """The group of final scores: few, and the main one first."""
 VALIDATED = f"{SCORE}/validation"
 """The best validation objective so far: of a run's chosen checkpoint, and all that a trial has."""
-SCORED, VERDICT = "scored", "verdict"
-"""Tags: how many questions were answered rightly, and how that compares with the base model."""
+SCORED, GAIN = "scored", "over_base"
+"""Tags: how many questions were answered rightly, and how many points that is over the base model.
+
+MLflow's list shows some ten letters of a name and of a value, so what matters stands first.
+"""
 VIEW = "scores"
 """The key of an experiment's view of its runs, in an address: `?viewStateShareKey=scores`."""
 THIS_RUN = "#this-run"
@@ -35,8 +38,19 @@ def named(values: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def view(score: str) -> str:
-    """Return a state of MLflow's list of runs: sorted by `score`, with the scores as columns."""
-    columns = [f"metrics.`{name}`" for name in (score, f"{score}_base", VALIDATED)]
-    columns += [f"tags.`{name}`" for name in (SCORED, VERDICT)]
-    return json.dumps({"selectedColumns": columns, "orderByKey": columns[0], "orderByAsc": False})
+def final(metric: str, split: str = "", model: str = "") -> str:
+    """Return the name of a final score: of the first split and the tuned model unless given."""
+    return "/".join(filter(None, (SCORE, split, f"{model}_{metric}" if model else metric)))
+
+
+def view(metric: str, earlier: str | None = None) -> str:
+    """Return a state of MLflow's list of runs: sorted by a final score, with scores as columns.
+
+    Columns of an `earlier` state stay behind them: those of runs of another task.
+    """
+    metrics = final(metric), final(metric, model="base"), VALIDATED
+    columns = [f"metrics.`{name}`" for name in metrics]
+    columns += [f"tags.`{name}`" for name in (SCORED, GAIN)]
+    others = json.loads(earlier)["selectedColumns"] if earlier else []
+    shown = list(dict.fromkeys([*columns, *others]))
+    return json.dumps({"selectedColumns": shown, "orderByKey": columns[0], "orderByAsc": False})

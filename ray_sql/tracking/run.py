@@ -103,13 +103,13 @@ class Run:
         for key, value in tags.items():
             self._send("tag", [key, value])
 
-    def describe(self, text: str, score: str | None) -> None:
+    def describe(self, text: str, metric: str | None) -> None:
         """Give the run a description in Markdown, in which `THIS_RUN` stands for its own page.
 
-        The experiment gets the main `score`, and a view of its runs in which that is a column.
-        MLflow's list of runs takes no columns from the server otherwise.
+        The experiment gets the main `metric`, and a view of its runs in which its score is a
+        column. MLflow's list of runs takes no columns from the server otherwise.
         """
-        self._send("description", [text, score])
+        self._send("description", [text, metric])
 
     def table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
         """Write a table for the UI, replacing an earlier one of that name.

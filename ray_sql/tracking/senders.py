@@ -10,7 +10,7 @@ from typing import Any
 from ray_sql.config import flatten
 from ray_sql.tracking.checkpoints import send_checkpoints
 from ray_sql.tracking.models import find_model, send_model
-from ray_sql.tracking.names import THIS_RUN, VIEW, view
+from ray_sql.tracking.names import THIS_RUN, VIEW, final, view
 from ray_sql.tracking.questions import send_questions
 
 PARAMS_PER_CALL = 100
@@ -58,13 +58,15 @@ def _send_artifact(client: Any, run_id: str, path: str, folder: str) -> None:
     send(run_id, path, folder or None)
 
 
-def _send_description(client: Any, run_id: str, text: str, score: str | None) -> None:
+def _send_description(client: Any, run_id: str, text: str, metric: str | None) -> None:
     experiment = client.get_run(run_id).info.experiment_id
     page = f"#/experiments/{experiment}/runs/{run_id}"
     client.set_tag(run_id, "mlflow.note.content", text.replace(THIS_RUN, page))
-    if score:
-        client.set_experiment_tag(experiment, "mlflow.experiment.primaryMetric.name", score)
-        client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", view(score))
+    if metric:
+        main, state = "mlflow.experiment.primaryMetric.name", f"mlflow.sharedViewState.{VIEW}"
+        earlier = client.get_experiment(experiment).tags.get(state)
+        client.set_experiment_tag(experiment, main, final(metric))
+        client.set_experiment_tag(experiment, state, view(metric, earlier))
 
 
 def _send_table(client: Any, run_id: str, columns: Mapping[str, list[Any]], file: str) -> None:

@@ -23,7 +23,9 @@ from ray_sql.report.progress import Progress
 from ray_sql.store import storage
 from ray_sql.store.run_folder import STUDY, RunFolder
 from ray_sql.tasks import TASKS
-from ray_sql.tune.session import StudySession
+from ray_sql.tune.objective import Objective
+from ray_sql.tune.session import StudySession, mark_winner
+from ray_sql.tune.space import shown_point
 from ray_sql.tune.study import StepScore, Study, TrialRecord
 
 ALIAS = "champion"
@@ -40,6 +42,7 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
     assert score
     chosen = config.changed(session.space.changes(best.point))
     _take_adapter(chosen, study, best)
+    mark_winner(config, study, best)
     evaluation = _evaluate(session, chosen, best)
     won, verdict = judge(evaluation)
     first = study.trials[0].best
@@ -50,6 +53,7 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
         "objective": score.objective,
         "default_objective": first.objective if first else None,
         "trials": len(study.trials),
+        "chosen": _why_chosen(study, best, score, Objective.of(config)),
         "champion": won,
         "verdict": verdict,
         **facts,
@@ -68,6 +72,18 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
     _register(session.record, metrics, artifact, won)
     session.display.line(f"champion  {best.name}: {verdict}")
     return metrics
+
+
+def _why_chosen(study: Study, best: TrialRecord, score: StepScore, goal: Objective) -> str:
+    """Say by what a trial won, and what the settings as they are had."""
+    first = study.trials[0]
+    text = (
+        f"{best.name} won of {len(study.trials)} trials: {goal.label} {goal.text(score.objective)} "
+        f"on validation at step {score.step}, with {shown_point(best.point)}"
+    )
+    if first.best and first.number != best.number:
+        text += f"; the settings as they are had {goal.text(first.best.objective)} ({first.name})"
+    return text
 
 
 def judge(evaluation: Evaluation) -> tuple[bool, str]:

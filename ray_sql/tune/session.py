@@ -203,13 +203,27 @@ def begin_trial_record(
     return tracking.start(
         config.tracking,
         trial_settings(config, space.changes(trial.point), trial.number).public(),
-        name=f"{trial.name}: {shown_point(trial.point)}",
+        name=_run_name(config, trial),
         tags={"task_type": config.task_type},
         spool=trial_spool(config, trial.number),
         run_id=trial.mlflow_run_id,
         own={"mlflow.parentRunId": parent_run_id, "trial": str(trial.number)},
         required=False,
     )
+
+
+def mark_winner(config: Config, study: Study, winner: TrialRecord) -> None:
+    """Put a star before the name of the winner's MLflow run, and before no other trial's."""
+    for trial in study.trials:
+        if trial.mlflow_run_id:
+            spool_of_trial = trial_spool(config, trial.number)
+            run = tracking.reopen(config.tracking, trial.mlflow_run_id, spool_of_trial)
+            star = "★ " if trial.number == winner.number else ""
+            run.tag({"mlflow.runName": star + _run_name(config, trial)})
+
+
+def _run_name(config: Config, trial: TrialRecord) -> str:
+    return f"{trial.name} of {config.output_name}: {shown_point(trial.point)}"
 
 
 def trial_spool(config: Config, number: int) -> Path:
