@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray_sql.curate import UNDETERMINED
 from ray_sql.display import percent
-from ray_sql.evaluate.audit import read_flagged
+from ray_sql.evaluate.audit import Flagged, flags_of, read_flagged
 from ray_sql.evaluate.shares import interval
 from ray_sql.metrics.judged import is_right
 from ray_sql.report.scores import WAYS
-
-Flagged = Mapping[tuple[str, str], Sequence[str]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +56,7 @@ def ways(
     rows: Sequence[dict[str, Any]], flagged: Flagged
 ) -> dict[str, list[tuple[bool, Sequence[str]]]]:
     """Return by way of answering, for each question, whether it is right and its gold's flags."""
-    flags = [flagged.get((row["split"], row["id"]), ()) for row in rows]
+    flags = [flags_of(row, flagged) for row in rows]
     answers = {
         f", {WAYS[way]}": [row["ways"][way]["right"] for row in rows]
         for way in rows[0].get("ways", ())

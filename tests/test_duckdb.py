@@ -445,3 +445,19 @@ def test_pairs_become_a_dataset_and_are_scored(
 def test_answers_on_duckdb_are_not_constrained(place: Place) -> None:
     question = Question("1", "dev", "shop", "", "", None, str(place.database), [])
     assert guards({"shop": {}}, [question]) == {}
+
+
+def test_ties_are_found_by_their_keys(folder: Path) -> None:
+    file = folder / "shop.duckdb"
+    schema = reflect(file, "shop")
+    queries = {
+        "SELECT name FROM (VALUES ('a', 1), ('b', 2), ('c', 2)) v(name, n) ORDER BY n DESC "
+        "LIMIT 1 OFFSET 1": "limit_tie",
+        "SELECT name FROM (VALUES ('a', 1), ('b', 2), ('c', 2)) v(name, n) ORDER BY n": "tie_order",
+        "SELECT name FROM (VALUES ('a', 1), ('b', 2), ('c', 2)) v(name, n) ORDER BY n LIMIT 1": "",
+        "SELECT name FROM (VALUES ('a', 1), ('b', 2)) v(name, n) ORDER BY n OFFSET 1": "",
+    }
+    with Executor(1) as executor, bench(executor, [file], lambda done, total: None) as tried:
+        for sql, kind in queries.items():
+            found = {flag.kind for flag in examine(tried, Subject(file, sql, schema))}
+            assert found & {"limit_tie", "tie_order"} == ({kind} if kind else set()), sql

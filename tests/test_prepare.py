@@ -107,6 +107,90 @@ def test_near_duplicates_stay_on_one_side(pairs: Path) -> None:
     assert "near_duplicate" not in audit["counts"]
 
 
+def test_pairs_that_differ_in_a_quoted_text_stay_on_one_side(pairs: Path) -> None:
+    asked = ("Which clients live in {}?", "Who is from {}?", "List everybody of {}", "{}: names?")
+    queries = [
+        (asked[n % 4].format(city), f'SELECT name FROM customer WHERE "city" = "{city}"')
+        for n, city in enumerate(("Lisbon", "Porto", "Faro", "Braga", "Coimbra", "Aveiro"))
+    ]
+    other = ("Cheapest product?", "SELECT name FROM product ORDER BY price LIMIT 1")
+    with pairs.open("w", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([("Question", "SQL"), *queries, other])
+    prepare(settings(pairs, "--data.test_fraction", "0.2"))
+    folder = pairs.parent / "out" / "dataset"
+    assert [row["question"] for row in lines(folder / "dev.jsonl")] == [other[0]]
+
+
+def test_the_smallest_group_is_set_aside_where_all_are_large(pairs: Path) -> None:
+    alike = [
+        (f"How many {what} over {n}?", f"SELECT COUNT(*) FROM {table} WHERE id > {n}")
+        for what, table, count in (("products", "product", 5), ("clients", "customer", 3))
+        for n in range(count)
+    ]
+    with pairs.open("w", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([("Question", "SQL"), *alike])
+    assert prepare(settings(pairs))["counts"] | {"dev": 3, "train": 5} == (
+        prepare(settings(pairs))["counts"]
+    )
+
+
+def test_the_only_file_of_a_folder_is_divided(
+    pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pairs.parent / "mine"
+    folder.mkdir()
+    inside = pairs.rename(folder / "questions.csv")
+    words = ["--pairs", str(folder), "--url", str(pairs.parent / "shop.db")]
+    words += ["--output_dir", str(pairs.parent / "out"), "--cache_dir", str(pairs.parent / "cache")]
+    record = prepare(load(PrepareConfig, words))
+    assert record["splits"] == ["train", "dev"] and inside.is_file()
+    said = capsys.readouterr().out
+    assert "questions: the only file of the folder, divided here" in said
+    assert "next      ray-sql finetune" in said
+
+
+def test_another_gold_that_does_not_run_is_not_mended_by_changing_the_first(pairs: Path) -> None:
+    file = pairs.with_suffix(".jsonl")
+    two = ["select count(*) from customer", "select count(id) from custmer"]
+    rows = [{"question": q, "query": sql} for q, sql in QUESTIONS] + [
+        {"question": "How many clients are there?", "queries": two}
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(settings(file, "--fix"))
+    (rejected,) = lines(pairs.parent / "out" / "dataset" / "rejected.jsonl")
+    assert rejected["query"] == two[0] and "another of its queries" in rejected["reason"]
+    assert "fix" not in rejected
+
+
+def test_a_mended_query_is_judged_as_the_others(pairs: Path) -> None:
+    with pairs.open("a") as file:
+        file.write("Nobody?;SELECT name FROM custmer WHERE id < 0\n")
+    prepare(settings(pairs, "--fix", "--reject", "does_not_run,empty"))
+    rejected = lines(pairs.parent / "out" / "dataset" / "rejected.jsonl")
+    (nobody,) = [row for row in rejected if row.get("question") == "Nobody?"]
+    assert nobody["reason"].startswith("empty") and nobody["fix"].endswith("WHERE id < 0")
+
+
+def test_no_nearest_query_is_tried_for_one_that_took_too_much(pairs: Path) -> None:
+    rows = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n"
+    with pairs.open("a") as file:
+        file.write(f"Endless?;{rows}\n")
+    prepare(settings(pairs, "--evaluate.timeout", "0.5"))
+    rejected = lines(pairs.parent / "out" / "dataset" / "rejected.jsonl")
+    (endless,) = [row for row in rejected if row.get("question") == "Endless?"]
+    assert "timeout" in endless["reason"] and "fix" not in endless
+
+
+def test_what_is_known_of_tables_is_in_the_template(pairs: Path) -> None:
+    known = {"shop": {"customer": {"description": "who bought once", "columns": {"city": "home"}}}}
+    (pairs.parent / "descriptions.yaml").write_text(yaml.safe_dump(known))
+    prepare(settings(pairs))
+    template = pairs.parent / "out" / "dataset" / "descriptions.yaml"
+    customer = yaml.safe_load(template.read_text())["shop"]["customer"]
+    assert customer["description"] == "who bought once" and customer["columns"]["city"] == "home"
+    assert customer["columns"]["name"] == ""
+
+
 def test_a_score_of_few_questions_is_said_to_tell_little(
     pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,7 @@ def _without_values(message: str, argv: Sequence[str]) -> str:
         return mask_secrets(message)
     if any(word.startswith(("--read_token", "--write_token")) for word in argv):
         return "there are words that belong to no flag; put a value with blanks in quotes"
-    return mask_secrets(message)
+    return f"{mask_secrets(message)}; what is no flag and no value of one stands before the flags"
 
 
 def _drop_removed(argv: Sequence[str]) -> list[str]:

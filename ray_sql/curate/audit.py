@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,10 @@ def _by_keys(bench: Bench, subject: Subject, query: exp.Query | None) -> Iterato
             continue
         tied = _cut_tie(sort, result.rows)
         if tied is not None and (sort.is_whole or _matters(bench, subject, sort)):
-            yield Flag("limit_tie", f"{len(tied)} rows have the last key, as {_short(tied[0])}")
+            yield Flag("limit_tie", f"{len(tied)} rows have one key, as {_short(tied[0])}")
+        elif sort.is_whole and subject.schema.dialect != "sqlite":  # files are tried, by copies
+            for row in _tied_in_order(sort, result.rows)[:1]:
+                yield Flag("tie_order", f"rows with equal keys may change places, as {_short(row)}")
         first = [row[sort.keys[0]] for row in result.rows]
         if first[0] is None and any(value is not None for value in first):
             yield Flag("nulls_first", f"{first.count(None)} rows with NULL come first")
@@ -231,14 +235,29 @@ def _by_keys(bench: Bench, subject: Subject, query: exp.Query | None) -> Iterato
 
 
 def _cut_tie(sort: parsed.Sorted, rows: Rows) -> list[ResultRow] | None:
-    """Return the rows that share the last key that LIMIT keeps, if it matters which are kept."""
-    keys = [tuple(row[place] for place in sort.keys) for row in rows]
-    if not sort.limit or len(rows) <= sort.limit or keys[sort.limit - 1] != keys[sort.limit]:
-        return None
-    tied = [
-        row[: sort.width] for row, key in zip(rows, keys, strict=True) if key == keys[sort.limit]
-    ]
-    return tied if len(set(map(repr, tied))) > 1 else None
+    """Return rows that share a key which LIMIT or OFFSET cuts, if it matters which are kept."""
+    keys = _keys(sort, rows)
+    cuts = (sort.offset, sort.offset + sort.limit) if sort.limit else ()
+    for cut in cuts:
+        if 0 < cut < len(rows) and keys[cut - 1] == keys[cut]:
+            tied = [
+                row[: sort.width] for row, key in zip(rows, keys, strict=True) if key == keys[cut]
+            ]
+            if len(set(map(repr, tied))) > 1:
+                return tied
+    return None
+
+
+def _tied_in_order(sort: parsed.Sorted, rows: Rows) -> list[ResultRow]:
+    """Return the rows of a result that have the key of the row before, and are not like it."""
+    kept = slice(sort.offset, sort.offset + sort.limit if sort.limit is not None else None)
+    shown = [(key, row[: sort.width]) for key, row in zip(_keys(sort, rows), rows, strict=True)]
+    pairs = pairwise(shown[kept])
+    return [row for (key, before), (other, row) in pairs if key == other and before != row]
+
+
+def _keys(sort: parsed.Sorted, rows: Rows) -> list[tuple[Any, ...]]:
+    return [tuple(row[place] for place in sort.keys) for row in rows]
 
 
 def _matters(bench: Bench, subject: Subject, sort: parsed.Sorted) -> bool:

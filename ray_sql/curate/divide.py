@@ -35,7 +35,10 @@ def divide(
 def _by_group(
     examples: Sequence[Example], groups: Sequence[int], wanted: int, seed: int
 ) -> Divided:
-    """Draw groups until `wanted` examples are in `dev`; one that would take more is passed over."""
+    """Draw groups until `wanted` examples are in `dev`; one that would take more is passed over.
+
+    Where all groups are larger, the smallest is drawn.
+    """
     members: dict[int, list[int]] = defaultdict(list)
     for place, group in enumerate(groups):
         members[group].append(place)
@@ -45,6 +48,8 @@ def _by_group(
     for places in order:
         if len(drawn) + len(places) <= wanted:
             drawn.update(places)
+    if wanted and not drawn and len(order) > 1:
+        drawn.update(min(order, key=len))
     train = [one for place, one in enumerate(examples) if place not in drawn]
     return train, [examples[place] for place in sorted(drawn)]
 

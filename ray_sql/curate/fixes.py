@@ -15,7 +15,7 @@ from sqlglot.errors import ErrorLevel, SqlglotError
 from ray_sql.curate.audit import Subject
 from ray_sql.data.corpus import join_some
 from ray_sql.data.repair import nearest, repair_sql
-from ray_sql.database import MOST_ANALYSED, Executor
+from ray_sql.database import MOST_ANALYSED, MOST_NODES, OVER_LIMITS, Executor
 from ray_sql.errors import RaySqlError
 
 OTHERS = ("tsql", "mysql", "postgres", "oracle", "snowflake", "bigquery", "sqlite")
@@ -40,12 +40,18 @@ class Fix:
 
 
 def find(executor: Executor, subject: Subject, error: str) -> Fix | None:
-    """Return the nearest query that runs, or a hint; None where there is none."""
+    """Return the nearest query that runs, or a hint; None where there is none.
+
+    A query that took too much is not looked at: each proposal would take as much.
+    """
+    if error.startswith(OVER_LIMITS):
+        return None
     running: dict[str, str] = {}
-    results = []
+    results, seen = [], {subject.sql}
     for how, sql in _proposals(subject):
-        if sql == subject.sql or sql in running:
+        if sql in seen:
             continue
+        seen.add(sql)
         result = executor.run(subject.database, sql)
         if result.status == "ok":
             running[sql] = how
@@ -82,10 +88,12 @@ def _mended(sql: str, subject: Subject) -> str:
 
 def _translated(sql: str, read: str, write: str) -> list[str]:
     try:
-        found = sqlglot.transpile(sql, read=read, write=write, unsupported_level=ErrorLevel.IGNORE)
+        found = sqlglot.parse(sql, read=read, max_nodes=MOST_NODES)
+        if len(found) != 1 or found[0] is None:
+            return []
+        return [found[0].sql(dialect=write, unsupported_level=ErrorLevel.IGNORE)]
     except (SqlglotError, RecursionError, ValueError):
         return []
-    return [one for one in found if one] if len(found) == 1 else []
 
 
 def _hint(subject: Subject, error: str) -> Fix | None:

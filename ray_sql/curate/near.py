@@ -18,6 +18,8 @@ from sqlglot.errors import SqlglotError
 
 from ray_sql.config.files import read_text
 from ray_sql.data.corpus import Example
+from ray_sql.data.linking import sqlglot_dialect
+from ray_sql.database import Schema
 from ray_sql.errors import DataError
 
 ALIKE = 94
@@ -37,16 +39,26 @@ _SMALL = frozenset(
 """Words without which a question is the same."""
 
 
-def tokens(sql: str, dialect: str = "sqlite", literals: bool = False) -> list[str]:
-    """Return a query's words in lower case; each literal is `?`, unless they are asked for."""
+def tokens(sql: str, schema: Schema | None = None, literals: bool = False) -> list[str]:
+    """Return a query's words in lower case; each literal is `?`, unless they are asked for.
+
+    Without a schema the query is SQLite's. There `"x"` is a literal too, unless the schema has x.
+    """
+    dialect = sqlglot_dialect(schema.dialect) if schema else "sqlite"
     try:
         found = Dialect.get_or_raise(dialect).tokenize(sql.rstrip("; \n"))
     except SqlglotError:
         return sql.lower().split()
-    return [
-        "?" if token.token_type in _LITERALS and not literals else token.text.lower()
-        for token in found
-    ]
+    may_quote_text = schema is not None and dialect == "sqlite"
+    names = schema.lower_names() if schema else {}
+    known = {name for table, columns in names.items() for name in (table, *columns)}
+
+    def is_literal(kind: TokenType, text: str) -> bool:
+        quoted_text = may_quote_text and kind is TokenType.IDENTIFIER and text not in known
+        return kind in _LITERALS or quoted_text
+
+    written = ((token.token_type, token.text.lower()) for token in found)
+    return ["?" if not literals and is_literal(kind, text) else text for kind, text in written]
 
 
 def words(question: str) -> list[str]:
@@ -55,13 +67,10 @@ def words(question: str) -> list[str]:
     return [word for word in re.findall(r"\w+", counted) if word not in _SMALL]
 
 
-def groups(examples: Sequence[Example], dialects: Mapping[str, str]) -> list[int]:
-    """Return a number for each example; those that are near to each other share it.
-
-    `dialects` gives sqlglot's name for the dialect of each database.
-    """
+def groups(examples: Sequence[Example], schemas: Mapping[str, Schema]) -> list[int]:
+    """Return a number for each example; those that are near to each other share it."""
     parents = list(range(len(examples)))
-    for one, other in _pairs(examples, dialects):
+    for one, other in _pairs(examples, schemas):
         parents[_root(parents, other)] = _root(parents, one)
     return [_root(parents, place) for place in range(len(examples))]
 
@@ -73,14 +82,13 @@ def _root(parents: list[int], place: int) -> int:
     return place
 
 
-def _pairs(examples: Sequence[Example], dialects: Mapping[str, str]) -> Iterator[tuple[int, int]]:
+def _pairs(examples: Sequence[Example], schemas: Mapping[str, Schema]) -> Iterator[tuple[int, int]]:
     """Yield places of examples that are near."""
     first: dict[tuple[str, ...], int] = {}
     said: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for place, example in enumerate(examples):
-        dialect = dialects.get(example.db_id, "sqlite")
         asked = " ".join(words(example.question)) or example.question.lower()
-        shape = " ".join(tokens(example.gold, dialect))
+        shape = " ".join(tokens(example.gold, schemas.get(example.db_id)))
         for key in ((example.db_id, "sql", shape), (example.db_id, "question", asked)):
             yield first.setdefault(key, place), place
         said[example.db_id].append((place, asked))

@@ -131,18 +131,19 @@ def judge(
         for pair, subject, flags in zip(runnable, subjects, flagged, strict=True):
             if pair.example.db_id in corpus.empty:
                 flags = [flag for flag in flags if flag.kind == "does_not_run"]
-            flags = [*flags, *_other_golds(pair.example, subject, executor)]
-            fault = next((flag for flag in flags if flag.kind in reject), None)
-            if fault is None:
-                pairs.append(replace(pair, flags=tuple(flags)))
-                continue
+            others = [*_other_golds(pair.example, subject, executor)]
+            judged = replace(pair, flags=(*flags, *others))
+            fault = _fault(judged, reject)
             fix = None
-            if fault.kind == "does_not_run":
+            if fault is not None and fault in flags and fault.kind == "does_not_run":
                 fix = fixes.find(executor, subject, fault.detail)
             if apply_fixes and fix is not None and fix.is_clear:
                 example = replace(pair.example, gold=fix.sql)
                 again = examine_all(tried, [_subject(example, corpus)])[0]
-                pairs.append(Pair(pair.split, example, tuple(again), pair.example.gold))
+                judged = Pair(pair.split, example, (*again, *others), pair.example.gold)
+                fault = _fault(judged, reject)
+            if fault is None:
+                pairs.append(judged)
             else:
                 reason = f"{fault.kind}: {fault.detail}"
                 one = pair.example
@@ -154,6 +155,11 @@ def judge(
         ]
     rejected.sort(key=lambda row: _in_order(row.place))
     return Judged(corpus, pairs, rejected, unexamined + _on_servers(places))
+
+
+def _fault(pair: Pair, reject: Sequence[str]) -> Flag | None:
+    """Return the first flag for which a pair is rejected."""
+    return next((flag for flag in pair.flags if flag.kind in reject), None)
 
 
 def _in_order(place: str) -> list[tuple[int, str]]:

@@ -31,15 +31,16 @@ KEY = "ray_sql_key"
 class Sorted:
     """A query that sorts, with its keys shown behind its own `width` columns.
 
-    `limit` and `offset` are those of the query, None where it has no number there. `sql` gives
-    further rows beyond the limit. `decided` is the whole text twice, for a query inside another
-    one: its own columns decide between equal rows, upwards and downwards.
+    `limit` is that of the query, None where it has none, and `offset` the rows that it passes over.
+    `sql` gives these too, and further rows beyond the limit. `decided` is the whole text twice, for
+    a query inside another one: its own columns decide between equal rows, upwards and downwards.
     """
 
     sql: str
     width: int
     keys: tuple[int, ...]
     limit: int | None
+    offset: int
     is_whole: bool
     """False for a query inside another one."""
     decided: tuple[str, ...] = ()
@@ -137,8 +138,10 @@ def _sort(node: exp.Query, root: exp.Query, dialect: str, most: int) -> Sorted |
     with_ = root.args.get("with_")
     if with_ and node is not root and not copy.args.get("with_"):
         copy.set("with_", with_.copy())
-    copy = copy.limit(max(most, (limit or 0) + 50), copy=False)
-    return Sorted(copy.sql(dialect), width, columns, limit, node is root)
+    copy.set("offset", None)
+    before = offset or 0
+    copy = copy.limit(max(most, before + (limit or 0) + 50), copy=False)
+    return Sorted(copy.sql(dialect), width, columns, limit, before, node is root)
 
 
 def _number(clause: exp.Expr | None) -> int | None:

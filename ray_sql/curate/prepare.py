@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +20,8 @@ from ray_sql.curate.translated import Translated, translate
 from ray_sql.data import descriptions, layouts, schema_texts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example, counted
-from ray_sql.data.linking import sqlglot_dialect
-from ray_sql.database import Executor, Limits
+from ray_sql.data.splits import only_as_train
+from ray_sql.database import Executor, Limits, Schema, reflect
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DataError
 from ray_sql.metrics import how_little_is_known
@@ -70,7 +71,7 @@ def prepare(config: PrepareConfig, *, goes_on: bool = False) -> dict[str, Any]:
     )
     public = frozenset[str]().union(*(near.read_hashes(absolute(file)) for file in config.hashes))
     with Display() as display, Executor(config.evaluate.processes, limits) as executor:
-        corpus = read(_source(config))
+        corpus = only_as_train(read(_source(config)))
         for note in corpus.notes:
             display.line(note)
         if len(corpus.splits) > 1:
@@ -169,11 +170,8 @@ def _no_pair(judged: Judged) -> str:
 
 def _divided(judged: Judged, config: PrepareConfig, public: frozenset[str]) -> Dataset:
     """Return the pairs in `train` and `dev`, or in the splits that they came in."""
-    dialects = {
-        db_id: sqlglot_dialect(schema.dialect) for db_id, schema in judged.corpus.schemas.items()
-    }
     pairs = judged.pairs
-    groups = near.groups([pair.example for pair in pairs], dialects)
+    groups = near.groups([pair.example for pair in pairs], judged.corpus.schemas)
     names = list(dict.fromkeys(pair.split for pair in pairs))
     if set(names) == {"train"}:
         examples = [replace(pair.example, id=str(n)) for n, pair in enumerate(pairs)]
@@ -286,8 +284,9 @@ def _write(
 ) -> None:
     """Write the folder; `dataset.json` says last that it is whole."""
     corpus = dataset.judged.corpus
+    shown = [_described(corpus, db_id, record, display) for db_id in sorted(_used(dataset))]
     folder.begin(record["sources"], dataset.splits)
-    used = {pair.example.db_id for rows in dataset.splits.values() for pair in rows}
+    used = _used(dataset)
     files = {db_id: file for db_id, file in _copied(corpus, cache).items() if db_id in used}
     progress = display.counter("writing databases")
     for number, (db_id, place) in enumerate(files.items(), 1):
@@ -297,7 +296,6 @@ def _write(
         folder.write_lines(folder.split(split), [_row(pair) for pair in rows])
     folder.write_lines(folder.rejected, [row.row() for row in dataset.judged.rejected])
     folder.write_audit(audit_of(dataset))
-    shown = [schema for db_id, schema in sorted(corpus.schemas.items()) if db_id in used]
     folder.offer_descriptions(descriptions.template(shown))
     folder.write_report(
         overview.page(folder.path.name, record, corpus.schemas, dataset.splits, dataset.judged)
@@ -305,10 +303,26 @@ def _write(
     folder.write_record(record)
 
 
+def _used(dataset: Dataset) -> set[str]:
+    return {pair.example.db_id for rows in dataset.splits.values() for pair in rows}
+
+
+def _described(corpus: Corpus, db_id: str, record: Mapping[str, Any], display: Display) -> Schema:
+    """Return a schema with all that the files beside its origin, and its comments, say of it."""
+    schema, place = corpus.schemas[db_id], corpus.databases.get(db_id)
+    if place is not None and schema.dialect != "sqlite":
+        schema = reflect(place, db_id, comments=True)
+    sources = descriptions.Sources.of(place, record["sources"]["pairs"])
+    described, notes = descriptions.describe(schema, sources, sys.maxsize)
+    for note in notes:
+        display.line(note)
+    return described
+
+
 def _row(pair: Pair) -> dict[str, Any]:
     """Return a pair as a line of a split's file."""
     one = pair.example
-    status = "fixed" if pair.before else "checked"
+    status = "fixed" if pair.before else "flagged" if pair.flags else "checked"
     values = {
         "id": one.id,
         "db_id": one.db_id,
@@ -319,7 +333,7 @@ def _row(pair: Pair) -> dict[str, Any]:
         "hardness": one.hardness,
         "schema": one.schema_text,
         "source": one.place,
-        "status": "flagged" if pair.flags else status,
+        "status": status,
     }
     return {name: value for name, value in values.items() if value}
 

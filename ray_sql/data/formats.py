@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def _sheets(path: Path, say: Callable[[str], None]) -> Records:
     places = {title: f"{path}[{title}], row" for title in found}
     splits = [title for title in found if title.strip().lower() in _WRAPPED_SPLITS]
     if splits:
-        return {title.strip().lower(): _of_table(places[title], found[title]) for title in splits}
+        return _split_sheets(path, found, splits, say)
     if not found:
         return {"": []}
     first = max(found, key=lambda title: _queries_in(found[title]))
@@ -113,6 +113,28 @@ def _sheets(path: Path, say: Callable[[str], None]) -> Records:
     if others:
         say(f"{path.name}: sheet {first} is read, not {', '.join(others)}")
     return {"": _of_table(places[first], found[first])}
+
+
+def _split_sheets(
+    path: Path,
+    found: Mapping[str, Sequence[TableRow]],
+    splits: Sequence[str],
+    say: Callable[[str], None],
+) -> Records:
+    """Return the sheets that are called after splits; where none is train, the fullest other is.
+
+    Sheets with queries that are not read are named.
+    """
+    titles = {title.strip().lower(): title for title in splits}
+    others = [title for title in found if title not in splits and _queries_in(found[title])]
+    if others and "train" not in titles:
+        titles = {"train": max(others, key=lambda title: _queries_in(found[title])), **titles}
+        say(f"{path.name}: sheet {titles['train']} is read as train")
+    if unread := [title for title in others if title not in titles.values()]:
+        say(f"{path.name}: sheets {', '.join(titles.values())} are read, not {', '.join(unread)}")
+    return {
+        split: _of_table(f"{path}[{title}], row", found[title]) for split, title in titles.items()
+    }
 
 
 def _queries_in(rows: Sequence[TableRow]) -> int:
@@ -228,15 +250,19 @@ def _is_lines(path: Path, text: str) -> bool:
 def _unwrap(value: Any) -> dict[str, list[Any]]:
     """Return split → the records that an object wraps; empty where it wraps none.
 
-    Known are lists by split, and one list alone or under a common name. Known are the forms that
-    pandas writes, too: an object a row, or a list or an object a column.
+    Known are lists by split, and others beside them with the same fields; and one list alone or
+    under a common name. Known are the forms that pandas writes, too: an object a row, or a list or
+    an object a column.
     """
     if not isinstance(value, dict):
         return {}
     lists = {name: item for name, item in value.items() if _is_list_of_objects(item)}
     splits = {name: item for name, item in lists.items() if name in _WRAPPED_SPLITS}
     if splits:
-        return splits
+        fields = {name for item in splits.values() for name in item[0]}
+        return {
+            name: item for name, item in lists.items() if name in splits or fields == {*item[0]}
+        }
     objects = [item for item in value.values() if isinstance(item, dict)]
     if len(lists) == 1 and (lists.keys() & _WRAPPERS or value.keys() == lists.keys() - _TURNS):
         return {"": next(iter(lists.values()))}

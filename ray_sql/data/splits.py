@@ -84,6 +84,15 @@ def add_schema(corpus: Corpus, db_id: str, config: Config) -> Corpus:
     return replace(corpus, schemas=corpus.schemas | read.schemas)
 
 
+def only_as_train(corpus: Corpus, scored: Sequence[str] = ()) -> Corpus:
+    """Return a corpus whose only split is called after no use of it with that split as `train`."""
+    only = next(iter(corpus.splits), "")
+    if len(corpus.splits) != 1 or only in ("train", "dev", "validation", "test", *scored):
+        return corpus
+    note = f"{only}: the only file of the folder, divided here"
+    return replace(_named(corpus, "train"), notes=(*corpus.notes, note))
+
+
 def _named(corpus: Corpus, split: str) -> Corpus:
     """Return a corpus of one split under another name."""
     (examples,) = corpus.splits.values()
@@ -100,12 +109,8 @@ def _source(config: Config, splits: Sequence[str] = ()) -> Source:
 
 def _divide(corpus: Corpus, source: Source, scored: Sequence[str], seed: int) -> Corpus:
     """Return `train`, `validation` and the scored splits; one unsplit file is divided here."""
+    corpus = only_as_train(corpus, scored)
     splits, section, notes = corpus.splits, source.section, corpus.notes
-    if len(splits) == 1 and not splits.keys() & {"train", "dev", "test", *scored}:
-        notes = (*notes, f"{next(iter(splits))}: the only file of the folder, divided here")
-        splits = {"train": next(iter(splits.values()))}
-        bad_rows = tuple(replace(row, split="train") for row in corpus.left_out)
-        corpus = replace(corpus, left_out=bad_rows)
     if not splits.get("train"):
         meant = layouts.alike("train", splits)
         unlike = f"; {meant} differs from train in case alone: rename it" if meant else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,11 +95,11 @@ def _notes(corpus: Corpus, searched: Mapping[str, Cells], prompt: PromptSection)
     if unread:
         yield f"values: {counted(len(unread), 'column')} cannot be read ({join_some(unread)})"
     people = _with_database({db_id: people_columns(cells) for db_id, cells in searched.items()})
-    if people:
+    if people:  # all are named: whoever is not told of one cannot leave it out
+        columns = ",".join(dict.fromkeys(name.partition(": ")[2] for name in people))
         yield (
-            f"values: {counted(len(people), 'column')} may hold people's data "
-            f"({join_some(people)}); keep columns out of prompts with --prompt.values_without "
-            f"{people[0].partition(': ')[2]}"
+            f"values: {counted(len(people), 'column')} may hold people's data; keep columns out of "
+            f"prompts with --prompt.values_without {shlex.quote(columns)}"
         )
     unknown = [name for name in prompt.values_without if not _is_known(name, corpus)]
     if unknown:

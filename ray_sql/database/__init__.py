@@ -25,6 +25,7 @@ from ray_sql.database.query import (
     MOST_ANALYSED,
     MOST_NODES,
     MOST_SQL,
+    OVER_LIMITS,
     Limits,
     Place,
     QueryResult,

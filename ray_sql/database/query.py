@@ -20,6 +20,8 @@ MOST_ANALYSED = 20_000
 """Characters of a query's text: a longer one gets no hardness, no links and no exact set match."""
 MOST_NODES = 5_000
 """Parts of a query that a parser may try: it tries some queries of a line in 2^100 ways."""
+OVER_LIMITS = ("timeout", "crash", "too large")
+"""Beginnings of errors that limits or the machine may have caused: the query may be right."""
 Status = Literal["ok", "error", "timeout", "crash"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from ray_sql.curate.divide import across
 from ray_sql.data import layouts
 from ray_sql.data.columns import Source
 from ray_sql.data.corpus import Corpus, Example
-from ray_sql.data.linking import sqlglot_dialect
 from ray_sql.database import Executor
 from ray_sql.display import Display
 from ray_sql.errors import DataError
@@ -43,8 +42,8 @@ class Asked:
 class FlaggedQuery:
     """An entry of `audit.json`."""
 
-    split: str
     id: str
+    query: str
     flags: list[Flag]
 
 
@@ -151,8 +150,7 @@ def _beside(
     corpus: Corpus, asked: Sequence[Asked], flags: Sequence[Sequence[Flag]], public: frozenset[str]
 ) -> list[list[Flag]]:
     """Add what is known of pairs beside others: in another split, or in public."""
-    names = {db_id: sqlglot_dialect(one.dialect) for db_id, one in corpus.schemas.items()}
-    groups = near.groups([one.example for one in asked], names)
+    groups = near.groups([one.example for one in asked], corpus.schemas)
     splits = dict.fromkeys(one.split for one in asked)
     members = [
         [group for one, group in zip(asked, groups, strict=True) if one.split == split]
@@ -223,8 +221,12 @@ def _lines(
         yield f"not tried in another order: {reason}"
 
 
-def read_flagged(file: str) -> dict[tuple[str, str], list[str]]:
-    """Return (split, id) → the kinds of what an audit of gold found.
+Flagged = Mapping[tuple[str, str], Sequence[str]]
+"""(id of a question, gold query) → the kinds of what an audit found. Splits may be drawn anew."""
+
+
+def read_flagged(file: str) -> Flagged:
+    """Return what an audit of gold found.
 
     Raises `DataError` for a file that is none, or of predictions.
     """
@@ -232,16 +234,19 @@ def read_flagged(file: str) -> dict[tuple[str, str], list[str]]:
     found = read_json(AuditFile, absolute(file), way_out, name)
     if found.of != "gold":
         raise DataError(f"{name}: is no audit of gold queries; {way_out}")
-    return {(one.split, one.id): [flag.kind for flag in one.flags] for one in found.questions}
+    return {(one.id, one.query): [flag.kind for flag in one.flags] for one in found.questions}
 
 
 def with_flags(evaluation: Evaluation, file: str) -> Evaluation:
     """Add `flags` to judged rows, by which scores are given without flagged golds, too."""
     flagged = read_flagged(file)
     return {
-        model: [
-            row | {"flags": flagged.get((row["split"].removesuffix("-oracle"), row["id"]), [])}
-            for row in rows
-        ]
+        model: [row | {"flags": flags_of(row, flagged)} for row in rows]
         for model, rows in evaluation.items()
     }
+
+
+def flags_of(row: Mapping[str, Any], flagged: Flagged) -> list[str]:
+    """Return the kinds of flags that the golds of a judged row have."""
+    golds = [row["gold"], *(row.get("other_golds") or ())]
+    return [kind for gold in golds for kind in flagged.get((row["id"], gold), ())]

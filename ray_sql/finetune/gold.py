@@ -14,14 +14,12 @@ from typing_extensions import TypedDict
 from ray_sql.config.files import read_json
 from ray_sql.config.sections import EvaluateSection
 from ray_sql.data import Corpus, LeftOut
+from ray_sql.database import OVER_LIMITS
 from ray_sql.errors import DamagedFile, DataError
 from ray_sql.evaluate import scoring
 from ray_sql.store import storage
 
 Progress = Callable[[int, int], None]
-
-MAY_BE_RIGHT = ("timeout", "crash", "too large")
-"""Beginnings of errors that limits or the machine may have caused."""
 
 
 class Failing(TypedDict):
@@ -134,7 +132,7 @@ def not_trained(corpus: Corpus, failing: Sequence[dict[str, Any]], bad_rows: str
         for row in failing
         if row["split"] == "train"
         and row["id"] not in linked
-        and not row["error"].startswith(MAY_BE_RIGHT)
+        and not row["error"].startswith(OVER_LIMITS)
     ]
     if bad_rows == "keep" or not wrong:
         return []

@@ -13,10 +13,12 @@ where no token looks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
+from math import ceil
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,8 @@ LAYERS = {
 """The argument that takes a cache, by class of layer. Another that asks a cache so is a line."""
 CARRIED = "carried_states"
 """The keyword argument of a model's forward that carries a `Pass`."""
+CHUNK = 64
+"""Tokens of a chunk, about, in which a layer on a CPU computes."""
 OURS = (CARRIED, "shared_rows_seen", "prefix_runs")
 """Arguments that attention is told and that a layer's kernels do not know."""
 FEWEST = 2
@@ -147,9 +151,32 @@ def _forward(
     options["attention_mask"] = None
 
     def call(hidden: torch.Tensor, state: State) -> torch.Tensor:
-        return forward(hidden, **options | {cache: state})
+        with _equal_chunks(module, hidden) as chunks:
+            return forward(hidden, **options | chunks | {cache: state})
 
     return carried.compute(int(module.layer_idx), call, hidden_states)
+
+
+@contextmanager
+def _equal_chunks(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[dict[str, int]]:
+    """Have a layer on a CPU cut its tokens into equal chunks; yield what it takes as arguments.
+
+    It computes chunk by chunk, and pads the last one: 70 tokens become 128, or 256. One of 70 is
+    less work. Kernels of a GPU have sizes of their own.
+    """
+    tokens = hidden.shape[1]
+    size = ceil(tokens / max(1, round(tokens / CHUNK)))
+    own = getattr(module, "chunk_size", None)  # of Mamba-2
+    if hidden.device.type != "cpu":
+        yield {}
+    elif own is None:
+        yield {"chunk_size": size} if type(module).__name__.endswith("GatedDeltaNet") else {}
+    else:
+        module.chunk_size = size
+        try:
+            yield {}
+        finally:
+            module.chunk_size = own
 
 
 Call = Callable[[torch.Tensor, State], torch.Tensor]
