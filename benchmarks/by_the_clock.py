@@ -10,7 +10,7 @@ Three ways train the same LoRA on the same questions of 12 of Spider's training 
     shared  this project's trainer, questions of a database in a row with their schema
 
 A way trains at its best of a few learning rates and layouts of a step. They are chosen on six other
-databases, by the loss of held-out gold answers after 3 minutes: the rate first, then the layout at
+databases, by the loss of held-out gold answers after 2 minutes: the rate first, then the layout at
 that rate. Then each way trains once, for 12 minutes at a constant rate. The adapters after 3, 6
 and 12 minutes answer other questions on the training databases, and their SQL is executed.
 
@@ -76,7 +76,7 @@ class Scale:
 
     budgets: tuple[float, ...] = (180, 360, 720)
     """Seconds after which an adapter is scored."""
-    choice: float = 180
+    choice: float = 120
     """Seconds after which a setting is judged."""
     databases: tuple[int, int] = (12, 6)
     """Databases for the score, and others for the choice."""

@@ -18,7 +18,7 @@ import pytest
 
 from ray_sql import evaluate
 from ray_sql.config import EvaluateConfig, PrepareConfig, load
-from ray_sql.curate import prepare
+from ray_sql.curate import Subject, bench, examine, prepare
 from ray_sql.database import Executor, Limits, reflect, render
 from ray_sql.errors import DataError
 from ray_sql.generate.name_guard import guards
@@ -447,8 +447,8 @@ def test_answers_on_duckdb_are_not_constrained(place: Place) -> None:
     assert guards({"shop": {}}, [question]) == {}
 
 
-def test_ties_are_found_by_their_keys(folder: Path) -> None:
-    file = folder / "shop.duckdb"
+def test_ties_are_found_by_their_keys(place: Place) -> None:
+    file = place.database
     schema = reflect(file, "shop")
     queries = {
         "SELECT name FROM (VALUES ('a', 1), ('b', 2), ('c', 2)) v(name, n) ORDER BY n DESC "

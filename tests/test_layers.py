@@ -25,6 +25,7 @@ NEIGHBOURS = {
     "config": set(),
     "database": {"config"},
     "data": {"store"},
+    "cluster": {"models"},
     "generate": {"rows"},
     "curate": {"report"},
     "train": {"evaluate"},

@@ -129,8 +129,9 @@ def test_the_smallest_group_is_set_aside_where_all_are_large(pairs: Path) -> Non
     ]
     with pairs.open("w", newline="") as file:
         csv.writer(file, delimiter=";").writerows([("Question", "SQL"), *alike])
-    assert prepare(settings(pairs))["counts"] | {"dev": 3, "train": 5} == (
-        prepare(settings(pairs))["counts"]
+    assert (
+        prepare(settings(pairs))["counts"] | {"dev": 3, "train": 5}
+        == (prepare(settings(pairs))["counts"])
     )
 
 

@@ -123,3 +123,27 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert load(tiny_model, tmp_path / "file").device.type == "cpu"
+
+
+def test_one_of_several_processes_keeps_it(tiny_model: Path, tmp_path: Path) -> None:
+    load(tiny_model, tmp_path)
+    (place,) = (tmp_path / "quantised").iterdir()
+    other = place.with_name(f"{place.name}.new")
+    place.rename(other)
+    load(tiny_model, tmp_path)
+    assert [*other.parent.iterdir()] == [other], "another process is at it"
+    os.utime(other, (1, 1))  # it was killed long ago
+    load(tiny_model, tmp_path)
+    assert [*other.parent.iterdir()] == [place]
+
+
+def test_a_model_that_nobody_reads_makes_room(tiny_model: Path, tmp_path: Path) -> None:
+    load(tiny_model, tmp_path)
+    (place,) = (tmp_path / "quantised").iterdir()
+    os.utime(place, (1, 1))
+    load(tiny_model, tmp_path)
+    load(tiny_model, tmp_path, bf16=True)
+    assert place.exists(), "it was just read"
+    os.utime(place, (1, 1))
+    load(tiny_model, tmp_path, bnb_4bit_quant_type="fp4")
+    assert not place.exists() and len([*place.parent.iterdir()]) == 2

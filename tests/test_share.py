@@ -353,6 +353,15 @@ def test_a_window_that_only_our_attention_counts_in_positions_is_refused_elsewhe
     assert why_not_share(base, 32, 120) is None
 
 
+def test_positions_that_change_with_a_rows_length_are_refused(
+    make_config: Any, tiny_model: Path
+) -> None:
+    base = load_base(tiny_model, make_config())
+    base.config.max_position_embeddings = 60
+    base.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert "after 60 tokens" in (why_not_share(base, 80, 160) or "")
+
+
 def test_a_state_space_model_is_refused(make_config: Any, tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 

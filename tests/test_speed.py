@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from ray_sql import cluster, models, train
 from ray_sql.cluster import device
 from ray_sql.config import Config
+from ray_sql.config.cores import physical_cores, usable_cores
 from ray_sql.finetune import plan, prepare
 from ray_sql.models import speed
 from ray_sql.models.speed import Speed
@@ -123,8 +126,59 @@ def test_widths_beyond_a_bound_are_timed_at_the_bound() -> None:
 def test_a_containers_quota_bounds_the_threads(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     file = tmp_path / "cpu.max"
     file.write_text(f"{quota}\n")
-    assert cluster.usable_cores([file]) == cores
-    assert cluster.usable_cores([tmp_path / "missing"]) == 8
+    assert usable_cores([file]) == cores
+    assert usable_cores([tmp_path / "missing"]) == 8
+    spent, period = quota.replace("max", "-1").split()
+    older = tmp_path / "cpu.cfs_quota_us"
+    older.write_text(f"{spent}\n")
+    (tmp_path / "cpu.cfs_period_us").write_text(f"{period}\n")
+    assert usable_cores([older]) == cores
+
+
+def test_cores_that_count_as_two_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert physical_cores(tmp_path, []) == 4, "the system does not tell"
+    for cpu in range(4):
+        place = tmp_path / f"cpu{cpu}" / "topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+    assert (physical_cores(tmp_path, []), usable_cores([])) == (2, 4)
+
+
+@pytest.mark.parametrize(("seconds", "fastest"), [({2: 1.0, 4: 1.5}, 2), ({2: 1.0, 4: 0.7}, 4)])
+def test_the_number_of_threads_is_that_of_the_faster_turn(
+    seconds: dict[int, float], fastest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(
+        speed, "_time", lambda products: Speed(seconds[torch.get_num_threads()], 9.0)
+    )
+    speed.fastest_threads.cache_clear()
+    assert speed.fastest_threads((2, 4)) == fastest
+    assert torch.get_num_threads() == before
+    assert speed.fastest_threads((3,)) == 3, "nothing is timed where there is no choice"
+    speed.fastest_threads.cache_clear()
+
+
+@pytest.mark.parametrize(("parts", "most", "threads"), [(1, None, 4), (2, None, 2), (1, 3, 3)])
+def test_processes_share_the_cores(
+    parts: int, most: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    for count in ("usable_cores", "physical_cores"):
+        monkeypatch.setattr(device, count, lambda: 4)
+    try:
+        cluster.set_threads(parts, most)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layers_of_several_widths_count_by_the_widest() -> None:
+    assert models.inner_size(SimpleNamespace(hidden_size=8, intermediate_size=[16, 48])) == 48
+    assert models.inner_size(SimpleNamespace(hidden_size=8, intermediate_size=None)) == 32

@@ -7,7 +7,7 @@ every use of Ray's private API.
 """
 
 from ray_sql.cluster.channel import Channel
-from ray_sql.cluster.device import claim_device, keep_freed_memory, on_gpu, usable_cores
+from ray_sql.cluster.device import claim_device, keep_freed_memory, on_gpu, set_threads
 from ray_sql.cluster.events import DriverLink, Event, OnEvent
 from ray_sql.cluster.ray_internals import submission
 from ray_sql.cluster.resources import (

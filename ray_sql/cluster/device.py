@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_sql.config.cores import physical_cores, usable_cores
 from ray_sql.config.sections import ScalingSection
+from ray_sql.models.speed import fastest_threads
 
 if TYPE_CHECKING:
     import torch
 
-QUOTAS = (Path("/sys/fs/cgroup/cpu.max"),)
-"""Files with the CPU time of a container: microseconds, or max, in a period of microseconds."""
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg", "/dev/kfd")
 """Devices of the drivers of GPUs on Linux, one of which is there where torch finds a GPU."""
 
@@ -33,31 +30,22 @@ def claim_device(scaling: ScalingSection) -> torch.device:
     if on_gpu(scaling):
         return ray.train.torch.get_device()
     keep_freed_memory()
-    cores = usable_cores()
-    wanted = int((scaling.resources_per_worker or {}).get("CPU", cores))
-    share = cores // ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(max(1, min(wanted, share)))
+    wanted = (scaling.resources_per_worker or {}).get("CPU")
+    set_threads(ray.train.get_context().get_local_world_size(), wanted and max(1, int(wanted)))
     return torch.device("cpu")
 
 
-def usable_cores(quotas: Sequence[Path] = QUOTAS) -> int:
-    """Return the cores that this process may use: not other processes', nor over a container's.
+def set_threads(parts: int = 1, most: int | None = None) -> None:
+    """Let torch compute on an equal part of the cores that this process may use.
 
-    `quotas` are the files in which Linux keeps a container's limit. More threads than that would be
-    held up together in every period.
+    `parts` processes compute at a time, each with `most` threads at most. Where a core counts as
+    two CPUs, a thread on each core and one on each CPU are timed, and the faster is taken.
     """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    for file in quotas:
-        try:
-            words = file.read_text().split()
-        except OSError:  # another kind of system
-            continue
-        if len(words) == 2 and words[0] != "max":
-            # of a core that is shared, a part is as good as the whole
-            cores = min(cores, math.ceil(int(words[0]) / int(words[1])))
-    return max(1, cores)
+    import torch
+
+    cpus = usable_cores()
+    counts = {max(1, min(most or cpus, found // parts)) for found in (physical_cores(), cpus)}
+    torch.set_num_threads(fastest_threads(tuple(sorted(counts))))
 
 
 def on_gpu(scaling: ScalingSection) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 
+from ray_sql.errors import out_of_memory
 from ray_sql.generate.decoder import Decoder
 from ray_sql.generate.groups import Group
 from ray_sql.generate.hf_generate import inference
 from ray_sql.models import decode_attention, recurrent
+from ray_sql.models.seen import why_length_matters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +49,7 @@ def why_not_share(model: PreTrainedModel, longest: int) -> str | None:
     like. The model's config is asked for effects that only long prompts have. A finding is not
     tried again, for training changes a model's weights and not its layers.
     """
-    if reason := _why_length_matters(model.config.get_text_config(), longest):
+    if reason := why_length_matters(model.config.get_text_config(), longest):
         return reason
     known = _KNOWN.setdefault(model, _Known())
     if known.shares < longest < known.fails:
@@ -67,6 +69,8 @@ def _why_tries_differ(model: PreTrainedModel, longest: int) -> str | None:
             difference = median(_differences(model, longest))
     # each architecture fails in its own way; whole prompts are right for all
     except Exception as error:
+        if out_of_memory(error):
+            raise
         first_line = (str(error).splitlines() or [""])[0][:120]
         return f"it does not take a shared prefix ({type(error).__name__}: {first_line})"
     if difference < TOLERANCE:
@@ -96,24 +100,3 @@ def _differences(model: PreTrainedModel, longest: int) -> list[float]:
     expected = torch.stack(alone, 1).flatten(0, 1)  # in the order of groups, as `shared`
     error, size = (logits.view(PROBES, -1).norm(dim=1) for logits in (shared - expected, expected))
     return [float(difference) for difference in error / size]
-
-
-def _why_length_matters(config: Any, longest: int) -> str | None:
-    """Return what sets in after some length, so that a probe of short prompts cannot see it."""
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk and chunk < longest:
-        return f"its attention is cut into chunks of {chunk} tokens, but sequences reach {longest}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope"):
-        return None
-    short = (
-        rope.get("original_max_position_embeddings")
-        or getattr(config, "max_position_embeddings", None)
-        or longest
-    )
-    if int(short) < longest:
-        return (
-            f"its positions change with a sequence's length after {short} tokens, "
-            f"but sequences reach {longest}"
-        )
-    return None

@@ -11,6 +11,7 @@ from ray_sql.models.load import (
     compute_dtype,
     cpu_speed,
     fetch_adapter,
+    inner_size,
     load_adapter,
     load_base,
     load_tokenizer,

@@ -21,7 +21,7 @@ from ray_sql.errors import ModelError, RaySqlError, out_of_memory
 from ray_sql.models.demo import demo_folder, demo_model
 from ray_sql.models.logs import import_bitsandbytes, quiet
 from ray_sql.models.patterns import check_patterns
-from ray_sql.models.speed import Speed, measure_speed
+from ray_sql.models.speed import SMALL_LAYER, Speed, measure_speed
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 2_000
 """Layers of a model. Each is laid out before its weights are looked for."""
-SMALL_LAYER = (576, 1536)
-"""Widths of SmolLM2-135M, outside and inside of a layer, where no model is named."""
 SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """The files of a Hub repository that make a model."""
 
@@ -55,12 +53,17 @@ def compute_dtype(
 
 def cpu_speed(folder: str | None, cache: Path | None = None) -> Speed:
     """Return the speeds of this machine's CPU at the products of a layer of the model."""
-    hidden, inner = SMALL_LAYER
-    if folder is not None:
-        shape = read_shape(folder)
-        hidden = getattr(shape, "hidden_size", None) or hidden
-        inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    hidden = getattr(read_shape(folder), "hidden_size", None) if folder is not None else None
+    if folder is None or hidden is None:
+        return measure_speed(SMALL_LAYER, cache)
+    inner = inner_size(read_shape(folder))
     return measure_speed([(hidden, hidden), (hidden, inner), (inner, hidden)], cache)
+
+
+def inner_size(shape: Any) -> int:
+    """Return the width inside of a model's layers; the largest where they differ (Gemma 3n)."""
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    return int(max(inner)) if isinstance(inner, list | tuple) else int(inner)
 
 
 def resolve(

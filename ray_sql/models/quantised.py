@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ROOM = 3
 """Times the model's size that must be free on the disk."""
+DAY = 24 * 3600.0
+UNUSED = 30 * DAY
+"""Seconds after which a kept model that nobody read is removed."""
 
 
 def place_of(
@@ -59,28 +62,44 @@ def read(place: Path, folder: str, dtype: torch.dtype) -> PreTrainedModel | None
         shutil.rmtree(place, ignore_errors=True)
         return None
     model.name_or_path = model.config._name_or_path = folder
+    with suppress(OSError):  # a cache that cannot be written is never cleared
+        os.utime(place)
     return model
 
 
 def keep(model: PreTrainedModel, place: Path, dtype: torch.dtype) -> None:
     """Keep a model that was just quantised, if it comes back the same and the disk has room.
 
-    An empty folder is left for a model that does not come back the same, as a sign.
+    An empty folder is left for a model that does not come back the same, as a sign. Of several
+    processes one does it. Models that were not read for `UNUSED` seconds make room.
     """
     if place.exists():
         return
     # all that can go wrong (a full disk, a model that cannot be saved) only costs time later
     with suppress(Exception):
         place.parent.mkdir(parents=True, exist_ok=True)
+        _clear(place.parent)
         if shutil.disk_usage(place.parent).free < ROOM * model.get_memory_footprint():
             return
-        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            new = Path(scratch) / "model"
+        scratch = place.with_name(f"{place.name}.new")
+        scratch.mkdir()  # fails where another process is at it
+        try:
+            new = scratch / "model"
             model.save_pretrained(new)
             if not _is_same(model, _load(new, dtype)):
                 shutil.rmtree(new)
                 new.mkdir()
             os.replace(new, place)
+        finally:
+            shutil.rmtree(scratch)
+
+
+def _clear(kept: Path) -> None:
+    """Remove models that nobody read for long, and what a killed process left a day ago."""
+    for place in kept.iterdir():
+        left_over = place.suffix == ".new" or place.name.startswith("tmp")
+        if time.time() - place.stat().st_mtime > (DAY if left_over else UNUSED):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _load(place: Path, dtype: torch.dtype) -> PreTrainedModel:

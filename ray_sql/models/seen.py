@@ -150,3 +150,24 @@ def window_of(module: torch.nn.Module, told: int | None, longest: Callable[[], i
     if told is None and window and slides and window < longest():
         raise NotImplementedError(f"its layers do not say that they slide over {window} tokens")
     return told
+
+
+def why_length_matters(config: Any, longest: int) -> str | None:
+    """Return what sets in after some length, so that a probe of short prompts cannot see it."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and chunk < longest:
+        return f"its attention is cut into chunks of {chunk} tokens, but sequences reach {longest}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return None
+    short = (
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "max_position_embeddings", None)
+        or longest
+    )
+    if int(short) < longest:
+        return (
+            f"its positions change with a sequence's length after {short} tokens, "
+            f"but sequences reach {longest}"
+        )
+    return None

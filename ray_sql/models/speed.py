@@ -11,8 +11,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ray_sql.config.cores import usable_cores
 from ray_sql.config.files import read_json
 from ray_sql.errors import DamagedFile
 
@@ -35,9 +36,14 @@ SECONDS = 0.05
 CPU_NAMES = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 """Lines of /proc/cpuinfo that tell processors apart."""
 
+TURNS = 2
+"""Times that each number of threads is tried."""
+
 Seconds = Annotated[float, Field(gt=0)]
 Product = tuple[int, int]
 """The inputs and outputs of a linear layer."""
+SMALL_LAYER: tuple[Product, ...] = ((576, 576), (576, 1536), (1536, 576))
+"""The products of a layer of SmolLM2-135M, where no model is named."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def measure_speed(products: Sequence[Product], cache: Path | None = None) -> Spe
 
 def _machine(products: Sequence[Product]) -> str:
     """Return 16 hex digits for what a speed depends on: products, processor, cores and torch."""
-    parts = [products, processor(), os.cpu_count(), version("torch")]
+    parts = [products, processor(), usable_cores(), version("torch")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -99,8 +105,45 @@ def processor() -> list[str]:
 def time_products(products: tuple[Product, ...]) -> Speed:
     """Time the products of both types in turns, and take the fastest turn of each.
 
-    Whatever else runs on the machine slows some turns, of both types.
+    Whatever else runs on the machine slows some turns, of both types. All usable cores compute.
     """
+    with _threads(usable_cores()):
+        return _time(products)
+
+
+@lru_cache
+def fastest_threads(counts: tuple[int, ...]) -> int:
+    """Return the number of threads that multiply a small model's matrices fastest.
+
+    They are tried in turns, in the type that is the faster one.
+    """
+    if len(counts) == 1:
+        return counts[0]
+
+    def seconds(count: int) -> float:
+        with _threads(count):
+            speed = _time(SMALL_LAYER)
+        return min(speed.float32, speed.bfloat16)
+
+    turns = [[seconds(count) for count in counts] for _ in range(TURNS)]
+    fastest = [min(of_one) for of_one in zip(*turns, strict=True)]
+    return counts[fastest.index(min(fastest))]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time(products: Sequence[Product]) -> Speed:
     import torch
 
     def turn(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -20,7 +20,7 @@ def memory_estimate(
     """
     shape = models.read_shape(model_folder)
     hidden, layers, vocabulary = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size
-    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    inner = models.inner_size(shape)
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     itemsize = _itemsize(config.train.bf16, gpu, model_folder, config.cache)
     weights = linear * _bytes_per_weight(config.quantization.load_in_4bit, gpu, itemsize)
@@ -67,7 +67,7 @@ def adapter_weights(r: int, model_folder: str) -> int:
     """Return the number of weights of an adapter of rank `r` on all linear layers."""
     shape = models.read_shape(model_folder)
     hidden = shape.hidden_size
-    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    inner = models.inner_size(shape)
     return int(shape.num_hidden_layers * r * (8 * hidden + 3 * (hidden + inner)))
 
 

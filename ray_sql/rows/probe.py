@@ -9,6 +9,7 @@ import torch
 
 from ray_sql.errors import out_of_memory
 from ray_sql.models import packed_attention, recurrent
+from ray_sql.models.seen import why_length_matters
 from ray_sql.rows import verdicts
 from ray_sql.rows.batch import collate, model_inputs
 from ray_sql.rows.encoder import TokenizedExample
@@ -32,7 +33,8 @@ def why_not_share(
     """Return why rows of several questions would be wrong for `model`; None if they are right.
 
     Examples have up to `longest` tokens and rows up to `row`. Windows that only our attention
-    counts in positions are read from the config. A comparison finds all else: state-space layers,
+    counts in positions, and positions that change with the length, are read from the config. A
+    comparison finds all else: state-space layers,
     windows of places in the row, attention that takes no mask, positions that are counted and not
     given. It takes a shared row and a separate one, of random tokens and of these lengths, through
     the attention that training will use. A model that is wrong with the fast one
@@ -45,6 +47,8 @@ def why_not_share(
         return "FlashAttention takes no mask of who sees whom"
     if unknown := recurrent.unknown_layer(model):
         return f"its layers of the kind {unknown} carry a state that is not handed on to questions"
+    if reason := why_length_matters(config, longest):
+        return reason
     window, implementation = _window(config), model.config._attn_implementation
     ours = implementation in (packed_attention.NAME, packed_attention.MASKED)
     if window and longest > window and not ours:

@@ -24,8 +24,11 @@ from ray_sql.store import storage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "flash-linear-attention", "causal-conv1d")
-"""Those whose code computes a model; the last two only where they are installed."""
+LIBRARIES = (
+    *("torch", "transformers", "bitsandbytes"),
+    *("flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels"),
+)
+"""Those whose code computes a model; those of the second line only where they are installed."""
 OWN_CODE = ("models", "rows")
 """The folders of ours whose code lays rows out and computes them."""
 

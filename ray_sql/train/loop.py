@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from ray_sql.train.callbacks import Reporter
 from ray_sql.train.node_use import NodeWatch
 from ray_sql.train.preemption import PreemptionWatch
 from ray_sql.train.resume import needs_validation, resume
-from ray_sql.train.validation import Validation
+from ray_sql.train.validation import Validation, read_held_out
 
 
 def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
@@ -68,7 +67,10 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
             return TrainOutcome(step, steps, None)
         batching = config.batching_of(example.db_id for example in examples)
         batching = replace(batching, microbatch_halvings=job.microbatch_halvings)
-        reason = _why_not_share(base, examples, batching, config.cache)
+        held_out = agreed(lambda: read_held_out(folder, scratch))
+        longest = max(len(example.input_ids) for example in (*examples, *held_out))
+        row = rows.longest_row(examples, batching)
+        reason = _why_not_share(base, longest, row, batching, config.cache)
         if reason is not None:
             if config.rows.examples_per_row != "auto":
                 raise ModelError(
@@ -78,7 +80,7 @@ def train(job: TrainJob, driver: DriverLink, entered: float) -> TrainOutcome:
             tell(Note(f"one question a row: {reason}"))
             batching = replace(batching, examples_per_row=1)
         tell(RowsChosen(batching.examples_per_row))
-        validation = Validation(config, tokenizer, batching, scratch)
+        validation = Validation(config, tokenizer, batching, held_out, scratch)
         tell(StageEnded("shared rows tried"))
         reporter = Reporter(
             folder,
@@ -115,18 +117,14 @@ def _fetch_rows(folder: RunFolder, target: Path) -> Path:
 
 
 def _why_not_share(
-    base: PreTrainedModel,
-    examples: Sequence[rows.TokenizedExample],
-    batching: Batching,
-    cache: Path,
+    base: PreTrainedModel, longest: int, row: int, batching: Batching, cache: Path
 ) -> str | None:
     """Return a reason why this model's rows hold one question; None where they may hold more.
 
-    All ranks return the same, for they must lay steps out alike.
+    All ranks return the same, for they must lay steps out alike. Examples have up to `longest`
+    tokens, and rows up to `row`.
     """
     if batching.examples_per_row == 1:
         return None
-    longest = max(len(example.input_ids) for example in examples)
-    row = rows.longest_row(examples, batching)
     reasons = gather_all(why_not_share(base, longest, row, cache))
     return next((reason for reason in reasons if reason), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def read_held_out(folder: RunFolder, scratch: Path) -> list[rows.TokenizedExample]:
+    """Return the examples that the loss is validated on; none where there are none."""
+    if not storage.exists(folder.validation_rows):
+        return []
+    return rows.read(storage.fetch_file(folder.validation_rows, scratch / "validation.parquet"))
+
+
 class Validation:
     """Measures the loss on fixed validation examples and, unless it alone chooses, their answers.
 
@@ -31,16 +39,18 @@ class Validation:
     """
 
     def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, batching: Batching, scratch: Path
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        batching: Batching,
+        examples: Sequence[rows.TokenizedExample],
+        scratch: Path,
     ) -> None:
         folder = RunFolder(config.run_dir)
         self._questions = generate.parse(storage.read_text(folder.validation_questions) or "")
         if rank() == 0:  # the rank that executes
             self._questions = generate.localize(self._questions, scratch)
-        self._examples = []
-        if storage.exists(folder.validation_rows):
-            local = storage.fetch_file(folder.validation_rows, scratch / "validation.parquet")
-            self._examples = rows.read(local)
+        self._examples = examples
         settings = config.evaluate
         if config.tune.objective != "chosen":
             settings = settings.greedy()
