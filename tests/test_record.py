@@ -121,7 +121,7 @@ def test_the_description_is_a_page(recorded: Any) -> None:
     flags = f"--output_dir {config.output_dir} --output_name mine"
     assert f'ray-sql ask "YOUR QUESTION" {flags} --database mall' in page
     assert f"ray-sql serve {flags}\nray-sql publish {flags} --hub.repo_id YOU/mine" in page
-    assert run.data.tags["scored"] == "0 of 4 of dev"
+    assert run.data.tags["scored"] == "0/4 dev"
 
 
 def test_commands_name_a_run_no_longer_than_needed(

@@ -30,8 +30,8 @@ def claim_device(scaling: ScalingSection) -> torch.device:
     if on_gpu(scaling):
         return ray.train.torch.get_device()
     keep_freed_memory()
-    wanted = (scaling.resources_per_worker or {}).get("CPU")
-    set_threads(ray.train.get_context().get_local_world_size(), wanted and max(1, int(wanted)))
+    most = int((scaling.resources_per_worker or {}).get("CPU", usable_cores()))
+    set_threads(ray.train.get_context().get_local_world_size(), max(1, most))
     return torch.device("cpu")
 
 

@@ -25,11 +25,13 @@ def usable_cores(quotas: Sequence[Path] = QUOTAS) -> int:
     cores = len(_allowed())
     for file in quotas:
         with suppress(OSError, ValueError):  # another kind of system, or no limit
-            spent, *period = file.read_text().split()
-            (period,) = period or file.with_name(PERIOD).read_text().split()
-            if int(spent) > 0:
+            words = file.read_text().split()
+            if len(words) == 1:
+                words += file.with_name(PERIOD).read_text().split()
+            spent, period = map(int, words)
+            if spent > 0:
                 # of a core that is shared, a part is as good as the whole
-                cores = min(cores, math.ceil(int(spent) / int(period)))
+                cores = min(cores, math.ceil(spent / period))
     return max(1, cores)
 
 

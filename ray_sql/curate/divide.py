@@ -49,7 +49,8 @@ def _by_group(
         if len(drawn) + len(places) <= wanted:
             drawn.update(places)
     if wanted and not drawn and len(order) > 1:
-        drawn.update(min(order, key=len))
+        smallest = min(order, key=len)
+        drawn.update(smallest)
     train = [one for place, one in enumerate(examples) if place not in drawn]
     return train, [examples[place] for place in sorted(drawn)]
 
