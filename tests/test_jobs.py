@@ -199,7 +199,7 @@ def test_dry_run_shows_prompt_answer_audit_and_plan(
     assert "```sql\nSELECT" in out
     assert "tokens" in out
     assert "2 steps of 8 examples (1 x 8 x 1 workers)" in out
-    assert "up to 2 questions in a row" in out and "larger steps share more" in out
+    assert "up to 4 questions in a row" in out and "larger steps share more" in out
     assert "ray" not in sys.modules or not __import__("ray").is_initialized()
 
 

@@ -187,10 +187,11 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
     ("batch", "shared"),
     [
         (1, 1),
+        (2, 1),
         (4, 2),
-        (8, 2),
+        (8, 4),
         (9, 3),
-        (13, 3),
+        (13, 4),
         (14, 2),
         (16, 4),
         (32, 4),
@@ -199,7 +200,7 @@ def test_groups_follow_each_other_in_a_random_order() -> None:
         (256, 8),
     ],
 )
-def test_auto_leaves_a_step_as_many_rows_as_a_row_has_questions(
+def test_auto_leaves_a_step_rows_of_several_databases(
     make_config: Any, batch: int, shared: int
 ) -> None:
     automatic, set_to_32 = (

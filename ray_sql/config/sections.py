@@ -173,8 +173,8 @@ class RowsSection(Section):
     so. `trim_schema` leaves out tables where questions are answered, too."""
     examples_per_row: Many | Literal["auto"] = "auto"
     """Put this many questions on one database into a row that holds their schema once, at the same
-    loss. 1 turns it off. `auto` keeps several databases in a step: 2 for steps of 8, 4 for 16 or
-    32, 8 for 64. It is up to 8 where there is one database, and 1 if the model allows no more."""
+    loss. 1 turns it off. `auto` keeps several databases in a step: 4 for steps of 8 to 32, 8 for
+    64. It is up to 8 where there is one database, and 1 if the model allows no more."""
     row_length: int = Field(4096, ge=16, le=MOST)
     """Allow shared rows of at most this many tokens. Further questions start another row."""
 
