@@ -822,7 +822,7 @@ def test_a_sweep_from_its_space_to_its_champion(
     starred = [key for key, run in children.items() if run.info.run_name.startswith("★ ")]
     assert starred == [str(best.number)]
     told = parent.data.tags["mlflow.note.content"]
-    won = f"{trial_name(best.number)} won of 3 trials: execution accuracy "
+    won = f"{trial_name(best.number)} won of 3 trials: "
     assert won in told and f"{parent.info.run_id}/artifacts/sweep.html)" in told
     told = children["0"].data.tags["mlflow.note.content"]
     assert told.endswith("with learning_rate 0.001: finished, after 4 of 4 steps")

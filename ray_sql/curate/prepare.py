@@ -322,7 +322,9 @@ def _described(corpus: Corpus, db_id: str, record: Mapping[str, Any], display: D
 def _row(pair: Pair) -> dict[str, Any]:
     """Return a pair as a line of a split's file."""
     one = pair.example
-    status = "fixed" if pair.before else "flagged" if pair.flags else "checked"
+    status = "flagged" if pair.flags else "checked"
+    if pair.before:
+        status = "fixed"
     values = {
         "id": one.id,
         "db_id": one.db_id,

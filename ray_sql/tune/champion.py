@@ -24,7 +24,7 @@ from ray_sql.store import storage
 from ray_sql.store.run_folder import STUDY, RunFolder
 from ray_sql.tasks import TASKS
 from ray_sql.tune.objective import Objective
-from ray_sql.tune.session import StudySession, mark_winner
+from ray_sql.tune.session import StudySession
 from ray_sql.tune.space import shown_point
 from ray_sql.tune.study import StepScore, Study, TrialRecord
 
@@ -42,7 +42,7 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
     assert score
     chosen = config.changed(session.space.changes(best.point))
     _take_adapter(chosen, study, best)
-    mark_winner(config, study, best)
+    session.mark_winner(best)
     evaluation = _evaluate(session, chosen, best)
     won, verdict = judge(evaluation)
     first = study.trials[0].best

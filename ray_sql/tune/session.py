@@ -103,6 +103,15 @@ class StudySession(Session):
         )
         return record
 
+    def mark_winner(self, winner: TrialRecord) -> None:
+        """Put a star before the name of the winner's MLflow run, and before no other trial's."""
+        for trial in self.study.trials:
+            if trial.mlflow_run_id:
+                spool_of_trial = trial_spool(self.config, trial.number)
+                run = tracking.reopen(self.config.tracking, trial.mlflow_run_id, spool_of_trial)
+                star = "★ " if trial.number == winner.number else ""
+                run.tag({"mlflow.runName": star + _run_name(self.config.output_name, trial)})
+
     def end(self, status: tracking.Status) -> None:
         """End the MLflow runs of trials that were cut off, then that of the study."""
         self.callback.end("KILLED" if status == "KILLED" else "FAILED")
@@ -203,7 +212,7 @@ def begin_trial_record(
     return tracking.start(
         config.tracking,
         trial_settings(config, space.changes(trial.point), trial.number).public(),
-        name=_run_name(config, trial),
+        name=_run_name(config.output_name, trial),
         tags={"task_type": config.task_type},
         spool=trial_spool(config, trial.number),
         run_id=trial.mlflow_run_id,
@@ -212,18 +221,8 @@ def begin_trial_record(
     )
 
 
-def mark_winner(config: Config, study: Study, winner: TrialRecord) -> None:
-    """Put a star before the name of the winner's MLflow run, and before no other trial's."""
-    for trial in study.trials:
-        if trial.mlflow_run_id:
-            spool_of_trial = trial_spool(config, trial.number)
-            run = tracking.reopen(config.tracking, trial.mlflow_run_id, spool_of_trial)
-            star = "★ " if trial.number == winner.number else ""
-            run.tag({"mlflow.runName": star + _run_name(config, trial)})
-
-
-def _run_name(config: Config, trial: TrialRecord) -> str:
-    return f"{trial.name} of {config.output_name}: {shown_point(trial.point)}"
+def _run_name(study: str, trial: TrialRecord) -> str:
+    return f"{trial.name} of {study}: {shown_point(trial.point)}"
 
 
 def trial_spool(config: Config, number: int) -> Path:
