@@ -839,7 +839,7 @@ def test_a_sweep_from_its_space_to_its_champion(
     )
     (model,) = client.search_logged_models([parent.info.experiment_id], f"name = '{adapter}'")
     assert model.source_run_id == parent.info.run_id
-    assert model.tags["verdict"].startswith("not shown to beat its base")
+    assert model.tags["over_base"].startswith("+0.0 points: not shown to beat its base")
 
     before = [trial.seconds for trial in known.trials]
     assert tune.run(given)["sql"] == metrics, "a finished study is shown, not repeated"
