@@ -131,8 +131,10 @@ def test_settings_for_replicas_have_absolute_places(
     tuned_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tuned_run.parent)
-    given = load(
-        ServeConfig, [], output_name="tuned", linker="tuned", **{"serve.corrections": "kept.jsonl"}
-    ).for_replicas()
+    databases = {"shop": "shop.db", "mall": "sqlite:///mall.db", "crm": "postgresql://db/crm"}
+    own = {"serve.corrections": "kept.jsonl", "serve.databases": databases}
+    given = load(ServeConfig, [], output_name="tuned", linker="tuned", **own).for_replicas()
     assert given["linker"] == str(tuned_run)
     assert given["serve"]["corrections"] == str(tuned_run.parent / "kept.jsonl")
+    files = {"shop": f"{tuned_run.parent}/shop.db", "mall": f"sqlite:///{tuned_run.parent}/mall.db"}
+    assert given["serve"]["databases"] == databases | files
