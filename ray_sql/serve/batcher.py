@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from traceback import format_tb
 
+from ray_sql.errors import RaySqlError
 from ray_sql.serve.engine import Reply
 from ray_sql.serve.prompter import Asked
 
+log = logging.getLogger(__name__)
 GATHER_SECONDS = 0.005
 """Seconds for which the first question waits for others."""
 MOST_JOINED = 1000
@@ -139,6 +143,7 @@ class Batcher:
         try:
             await loop.run_in_executor(self._thread, self._answer, batch)
         except Exception as error:  # whatever it is, whoever waits for it must learn of it
+            _log(error)
             left = [index for index in range(len(batch.asked)) if index not in batch.told]
             for index in left:
                 if len(batch.asked) == 1:
@@ -146,6 +151,13 @@ class Batcher:
                 else:
                     alone = {batch.coming[index]: batch.asked[index]}
                     await self._answer_all(alone, lambda most, fits: {})
+
+
+def _log(error: Exception) -> None:
+    """Log where an error of ours came from, without its text, which may hold a question."""
+    if not isinstance(error, RaySqlError):
+        trace = "".join(format_tb(error.__traceback__))
+        log.error("answering failed: %s\n%s", type(error).__name__, trace)
 
 
 def _failed(error: Exception) -> Future[Reply]:

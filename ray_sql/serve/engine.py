@@ -151,7 +151,7 @@ class Engine:
             def choose(index: int, answer: Answer) -> None:
                 batch.tell(index, threads.submit(self._reply, batch.asked[index], answer))
 
-            self._model.answer(batch.asked, settings, choose, more)
+            self._model.answer(list(batch.asked), settings, choose, more)  # `more` adds to it
 
     def run(self, database: str, sql: str) -> QueryResult:
         """Run one query, read-only and within the limits. Raises `DataError` if none can be."""
