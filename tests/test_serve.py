@@ -138,6 +138,24 @@ def test_models_health_metrics_and_openapi(client: httpx2.Client) -> None:
     assert client.get("/docs").status_code == 404
 
 
+def test_refusals_and_errors_of_ours_are_counted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(batch: Batch) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(engine, "answer_joinable", fail)
+    with serving(engine, token="sesame") as client:
+        assert client.get("/v1/models").status_code == 401
+        client.headers["Authorization"] = "Bearer sesame"
+        assert sql(client, "q" * 70_000).status_code == 413
+        assert sql(client).status_code == 500
+        counted = client.get("/metrics").text
+    for route, status in (("other", 401), ("other", 413), ("/v1/sql", 500)):
+        labels = f'{{route="{route}",status="{status}"}}'
+        assert f"ray_sql_requests_total{labels} 1.0" in counted
+
+
 def test_databases_show_their_schemas(client: httpx2.Client) -> None:
     listed = client.get("/v1/databases").json()
     names = ["kiosk", "mall", "shop", "store"]

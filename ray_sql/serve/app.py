@@ -241,10 +241,10 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_exception_handler(TimeoutError, _late)
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(Unknown, _unknown)
-    app.add_middleware(Counted, counts=service.counts)
     app.add_middleware(Door, token=token, most_bytes=section.max_request_bytes)
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    app.add_middleware(Counted, counts=service.counts)  # the outermost: it counts refusals too
     return app
 
 
