@@ -16,10 +16,12 @@ from typing import Any
 
 import httpx2
 import psutil
+import pytest
 import uvicorn
 
 from ray_sql.config import ServeConfig, load
 from ray_sql.config.sections import ServeSection
+from ray_sql.serve.access import is_local
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine, Joinable
@@ -43,10 +45,13 @@ def make_engine(run: Path, **given: Any) -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine, token: str | None = None, **section: Any) -> Iterator[httpx2.Client]:
-    """Serve on a free port of this machine; yield a client."""
+def serving(
+    engine: Engine, token: str | None = None, listen: str = "127.0.0.1", **section: Any
+) -> Iterator[httpx2.Client]:
+    """Serve on a free port of this machine; yield a client that asks 127.0.0.1."""
     app = make_app(engine, ServeSection(**section), token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="debug", log_config=None))
+    config = uvicorn.Config(app, listen, port=0, log_level="debug", log_config=None)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -91,6 +96,17 @@ def holding(engine: Engine) -> Iterator[Held]:
     finally:
         engine.answer_joinable = answer  # type: ignore[method-assign]
         held.release()
+
+
+def own_address() -> str:
+    """Return an address of this machine that others reach; skip the test where it has none."""
+    found = [
+        one.address
+        for addresses in psutil.net_if_addrs().values()
+        for one in addresses
+        if one.family == socket.AF_INET and not is_local(one.address)
+    ]
+    return found[0] if found else pytest.skip("this machine has no address but its own")
 
 
 def count_waiting(client: httpx2.Client) -> float:

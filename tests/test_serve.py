@@ -31,7 +31,7 @@ from ray_sql.serve.batcher import Batch, Batcher, Full
 from ray_sql.serve.engine import Engine, completed
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, running_job, serving
+from tests.serving import Held, count_waiting, own_address, running_job, serving
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -455,8 +455,44 @@ def test_an_address_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPa
     for host in ("0.0.0.0", "::", "db.example.org", "10.0.0.7"):
         with pytest.raises(ConfigError, match=f"{host}: others reach it, so set RAY_SQL_TOKEN"):
             token_for(host)
+    with pytest.raises(ConfigError, match="RAY_SQL_TOKEN is set where the service"):
+        token_for("127.0.0.1", needed=True)
     monkeypatch.setenv(TOKEN, "secret\n")
-    assert token_for("0.0.0.0") == "secret"
+    assert token_for("0.0.0.0") == token_for("127.0.0.1", needed=True) == "secret"
+
+
+def test_without_a_token_only_this_machine_may_ask_wherever_the_service_listens(
+    engine: Engine,
+) -> None:
+    with serving(engine, listen="0.0.0.0") as client:
+        assert sql(client).status_code == 200
+        elsewhere = client.base_url.copy_with(host=own_address())
+        for path in ("/v1/models", "/healthz", "/"):
+            answer = client.get(elsewhere.join(path), headers={"Host": "127.0.0.1"})
+            assert (answer.status_code, "RAY_SQL_TOKEN" in answer.text) == (403, True)
+    with serving(engine, token="sesame", listen="0.0.0.0") as client:
+        elsewhere = client.base_url.copy_with(host=own_address())
+        given = {"Authorization": "Bearer sesame"}
+        assert client.get(elsewhere.join("/v1/models"), headers=given).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.2:8000", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example:8000", 400),
+        ("[::2]:8000", 400),
+        ("[", 400),
+    ],
+)
+def test_this_machine_is_asked_by_its_own_names(
+    client: httpx2.Client, host: str, status: int
+) -> None:
+    assert client.get("/v1/models", headers={"Host": host}).status_code == status
 
 
 def test_pages_of_others_may_not_ask(client: httpx2.Client) -> None:

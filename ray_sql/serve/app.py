@@ -14,7 +14,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ray_sql import __version__
 from ray_sql.config import absolute
@@ -22,7 +21,7 @@ from ray_sql.config.sections import ServeSection
 from ray_sql.errors import DataError, RaySqlError, StoreError
 from ray_sql.generate.decoder import AUTO_NUM_SEQS
 from ray_sql.serve import wire
-from ray_sql.serve.access import LOCAL_HOSTS, Door, error
+from ray_sql.serve.access import Door, error
 from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.corrections import append
 from ray_sql.serve.counts import Counted, Counts
@@ -242,8 +241,6 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(Unknown, _unknown)
     app.add_middleware(Door, token=token, most_bytes=section.max_request_bytes)
-    if token is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
     app.add_middleware(Counted, counts=service.counts)  # the outermost: it counts refusals too
     return app
 
