@@ -36,6 +36,10 @@ class Arriving:
         self.asked.append(self._later.popleft())
         return self.asked[-1:]
 
+    def needs(self, index: int) -> bool:
+        """Need every reply."""
+        return True
+
     def tell(self, index: int, reply: Future[Reply]) -> None:
         """Keep a reply."""
         self._coming[index] = reply

@@ -29,9 +29,10 @@ from ray_sql.serve import app, deployment
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batch, Batcher, Full
 from ray_sql.serve.engine import Engine, completed
+from ray_sql.serve.queries import Queries
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, own_address, running_job, serving
+from tests.serving import Held, count_waiting, make_engine, own_address, running_job, serving
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -358,6 +359,74 @@ def test_a_request_that_is_left_frees_its_place(engine: Engine, held: Held) -> N
         assert first.result().status_code == 200
 
 
+def test_an_answer_whose_sender_left_is_not_written_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_sql.generate.decoder import Decoder
+
+    passes: list[tuple[Decoder, set[int]]] = []
+    begun, left = threading.Event(), threading.Event()
+    forward = Decoder.forward
+
+    def held(self: Decoder, slots: Any, *arguments: Any, every_token: bool = False) -> Any:
+        if every_token:  # a step of all that are on their way
+            passes.append((self, {slot.question for slot in slots}))
+            begun.set()
+            left.wait(HANGS)
+        return forward(self, slots, *arguments, every_token=every_token)
+
+    monkeypatch.setattr(Decoder, "forward", held)
+    body = json.dumps({"question": QUESTIONS[0][0], "database": "mall"})
+    with serving(engine) as client:
+        place = client.base_url
+        leaving = http.client.HTTPConnection(place.host, place.port, timeout=HANGS)
+        leaving.request("POST", "/v1/sql", body, {"Content-Type": "application/json"})
+        assert begun.wait(HANGS)
+        leaving.close()
+        wait_until(lambda: 'status="499"' in client.get("/metrics").text)
+        left.set()
+        assert sql(client).json()["sql"] == COUNTED[1]
+    first = passes[0][0]
+    assert sum(decoder is first and 0 in questions for decoder, questions in passes) == 1
+
+
+def test_no_conversation_gets_longer_answers_than_the_service_writes(
+    client: httpx2.Client, engine: Engine
+) -> None:
+    body = {"messages": turns(engine, COUNTED[0]), "max_tokens": 30_000}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_query_that_waits_and_is_left_is_not_run(tuned_run: Path) -> None:
+    ran: list[str] = []
+    begun, released = threading.Event(), threading.Event()
+
+    async def work(queries: Queries) -> None:
+        first = queries.submit("mall", "SELECT 1")
+        assert await asyncio.to_thread(begun.wait, HANGS)
+        second = queries.submit("mall", "SELECT 2")
+        await asyncio.sleep(0.1)  # time in which a thread too many would take it
+        second.cancel()
+        released.set()
+        assert (await first).result.rows == ((1,),)
+        assert (await queries.submit("mall", "SELECT 3")).result.rows == ((3,),)
+
+    with make_engine(tuned_run, **{"evaluate.processes": 1}) as engine:
+        run = engine.run
+
+        def wait(database: str, query: str) -> QueryResult:
+            ran.append(query)
+            begun.set()
+            released.wait(HANGS)
+            return run(database, query)
+
+        engine.run = wait  # type: ignore[method-assign]
+        asyncio.run(work(Queries(engine, 8)))
+    assert ran == ["SELECT 1", "SELECT 3"]
+
+
 def sql_within(client: httpx2.Client, seconds: float) -> None:
     """Ask, and go away after some seconds."""
     body = {"question": COUNTED[0], "database": "mall"}
@@ -529,11 +598,11 @@ def test_questions_and_sql_are_in_no_log(
     assert f"mall: {question}: {answer['sql']}" in caplog.text
 
 
-def batched(answer: Callable[[Batch], None], most_waiting: int, work: Any) -> Any:
+def batched(answer: Callable[[Batch], None], most_waiting: int, work: Any, most: int = 4) -> Any:
     """Run `work(batcher)` beside a batcher."""
 
     async def run() -> Any:
-        batcher = Batcher(answer, 4, most_waiting)
+        batcher = Batcher(answer, most, most_waiting)
         answering = asyncio.create_task(batcher.run())
         try:
             return await work(batcher)
@@ -595,6 +664,30 @@ def test_a_cancelled_question_frees_its_place_and_is_not_answered() -> None:
 
     assert batched(answer, 1, work) == 0
     assert answered == ["second"]
+
+
+def test_a_question_that_is_left_while_it_is_answered_frees_its_place() -> None:
+    begun, left = threading.Event(), threading.Event()
+    joined: list[Any] = []
+
+    def answer(batch: Batch) -> None:
+        begun.set()
+        left.wait(HANGS)
+        joined.append(batch.more(lambda one: True))
+        for index, one in enumerate(batch.asked):
+            if batch.needs(index):
+                batch.tell(index, completed(one))  # type: ignore[arg-type]
+
+    async def work(batcher: Batcher) -> Any:
+        first = batcher.submit("first")  # type: ignore[arg-type]
+        assert await asyncio.to_thread(begun.wait, HANGS)
+        first.cancel()
+        second = batcher.submit("second")  # type: ignore[arg-type]
+        left.set()
+        return await second
+
+    assert batched(answer, 8, work, most=1) == "second"
+    assert joined == [["second"]]
 
 
 def test_the_file_for_serve_deploy_is_valid() -> None:

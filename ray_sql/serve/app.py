@@ -91,7 +91,7 @@ class Service:
         if body.model not in (None, name):
             raise Unknown(f"model {body.model!r} is not served; {name} is")
         settings = self._engine.config.evaluate.greedy()
-        if body.most_tokens:
+        if body.most_tokens and body.most_tokens < settings.max_new_tokens:
             settings = settings.model_copy(update={"max_new_tokens": body.most_tokens})
         turns = [message.turn() for message in body.messages]
         asked = self._engine.prompter.ask_turns(turns, settings)

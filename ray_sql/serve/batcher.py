@@ -34,7 +34,7 @@ class Full(Exception):
 class Batch:
     """The questions of one call of `answer`: those it begins with, and those that join.
 
-    `more` and `tell` are for the thread that answers.
+    `more`, `needs` and `tell` are for the thread that answers.
     """
 
     asked: list[Asked]
@@ -47,17 +47,23 @@ class Batch:
 
     def more(self, fits: Callable[[Asked], bool]) -> list[Asked]:
         """Return the questions that came since; none behind one that does not fit."""
-        on_their_way = len(self.asked) - len(self.told)
-        room = min(self.most - on_their_way, MOST_JOINED - len(self.asked))
+        room = min(self.most - self._on_their_way(), MOST_JOINED - len(self.asked))
         joined = self.take(room, fits) if room > 0 else {}
         self.asked += joined.values()
         self.coming += joined
         return list(joined.values())
 
+    def needs(self, index: int) -> bool:
+        """Tell whether somebody still waits for the reply to a question."""
+        return not self.coming[index].done()
+
+    def _on_their_way(self) -> int:
+        return sum(one not in self.told and self.needs(one) for one in range(len(self.asked)))
+
     def tell(self, index: int, reply: Future[Reply]) -> None:
         """Hand on the reply to a question, once it is there."""
-        self.observe(len(self.asked) - len(self.told))
         self.told.add(index)
+        self.observe(self._on_their_way() + 1)
         coming = self.coming[index]
 
         def pass_on(done: Future[Reply]) -> None:
@@ -98,7 +104,10 @@ class Batcher:
         return len(self._waiting)
 
     def submit(self, asked: Asked) -> Coming:
-        """Return the reply to come; cancelled, it frees its place. Raises `Full`."""
+        """Return the reply to come; cancelled, it frees its place, also while it is written.
+
+        Raises `Full`.
+        """
         with self._lock:
             if len(self._waiting) >= self._most_waiting:
                 raise Full
@@ -144,7 +153,11 @@ class Batcher:
             await loop.run_in_executor(self._thread, self._answer, batch)
         except Exception as error:  # whatever it is, whoever waits for it must learn of it
             _log(error)
-            left = [index for index in range(len(batch.asked)) if index not in batch.told]
+            left = [
+                index
+                for index in range(len(batch.asked))
+                if index not in batch.told and batch.needs(index)
+            ]
             for index in left:
                 if len(batch.asked) == 1:
                     batch.tell(index, _failed(error))

@@ -18,6 +18,7 @@ from ray_sql.errors import DataError
 from ray_sql.evaluate import candidates, scoring
 from ray_sql.generate import Answer
 from ray_sql.generate.answers import Fits, OnAnswer
+from ray_sql.generate.decoder import Needed, always
 from ray_sql.serve.linker import Linker
 from ray_sql.serve.prompter import Asked, Prompter
 
@@ -37,8 +38,12 @@ class Model(Protocol):
         settings: AnswersSection,
         on_answer: OnAnswer,
         more: More | None = None,
+        needed: Needed = always,
     ) -> None:
-        """Answer prompts, and those that join them; `on_answer` receives each with its place."""
+        """Answer prompts, and those that join them; `on_answer` receives each with its place.
+
+        With `more`, those that are not `needed` any more may be left out.
+        """
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -78,6 +83,9 @@ class Joinable(Protocol):
 
     def more(self, fits: Callable[[Asked], bool]) -> list[Asked]:
         """Return the questions that came meanwhile, up to one that does not fit."""
+
+    def needs(self, index: int) -> bool:
+        """Tell whether somebody still waits for the reply to a question."""
 
     def tell(self, index: int, reply: Future[Reply]) -> None:
         """Hand on the reply to a question."""
@@ -133,6 +141,8 @@ class Engine:
     def answer_joinable(self, batch: Joinable) -> None:
         """Answer questions and those of like settings that join them, each as it is ready.
 
+        One that nobody waits for any more is left out, unless the model is an endpoint.
+
         A linker is asked about all questions first, so that none joins later.
         """
         if self._linker is not None:
@@ -151,7 +161,13 @@ class Engine:
             def choose(index: int, answer: Answer) -> None:
                 batch.tell(index, threads.submit(self._reply, batch.asked[index], answer))
 
-            self._model.answer(list(batch.asked), settings, choose, more)  # `more` adds to it
+            asked = list(batch.asked)  # `more` adds to it
+            self._model.answer(asked, settings, choose, more, batch.needs)
+
+    @property
+    def workers(self) -> int:
+        """Return how many queries run at a time."""
+        return self._executor.workers
 
     def run(self, database: str, sql: str) -> QueryResult:
         """Run one query, read-only and within the limits. Raises `DataError` if none can be."""

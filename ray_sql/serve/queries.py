@@ -25,7 +25,7 @@ class Executed:
 
 
 class Queries:
-    """Runs queries in threads; for one event loop.
+    """Runs queries in as many threads as processes may run them; for one event loop.
 
     A request is refused while `most` queries run or wait. That of a question whose answer the model
     has written is run in any case.
@@ -33,7 +33,8 @@ class Queries:
 
     def __init__(self, engine: Engine, most: int) -> None:
         self._engine, self._most = engine, most
-        self._threads = ThreadPoolExecutor(thread_name_prefix="ray_sql-queries")
+        # with more, a query that nobody waits for would hold a thread until it has a process
+        self._threads = ThreadPoolExecutor(engine.workers, thread_name_prefix="ray_sql-queries")
         self._running: set[Future[Executed]] = set()
 
     def require_room(self) -> None:
