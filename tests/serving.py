@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,14 @@ import uvicorn
 
 from ray_sql.config import ServeConfig, load
 from ray_sql.config.sections import ServeSection
+from ray_sql.generate import Answer
+from ray_sql.generate.answers import OnAnswer
 from ray_sql.serve.access import is_local
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine, Joinable
 from ray_sql.serve.opening import find_linker, open_engine
-from ray_sql.serve.prompter import Prompter
+from ray_sql.serve.prompter import Asked, Prompter
 from ray_sql.serve.recipe import find
 from tests.waiting import HANGS, wait_until
 
@@ -96,6 +98,22 @@ def holding(engine: Engine) -> Iterator[Held]:
     finally:
         engine.answer_joinable = answer  # type: ignore[method-assign]
         held.release()
+
+
+@contextmanager
+def always_answering(engine: Engine, raw: str) -> Iterator[None]:
+    """Let the model of an engine write the same text, whatever it is asked."""
+
+    def answer(asked: Sequence[Asked], settings: Any, on_answer: OnAnswer, *_: Any) -> None:
+        for index in range(len(asked)):
+            on_answer(index, Answer(raw, 1, 1, 0.0))
+
+    written = engine._model.answer
+    engine._model.answer = answer  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        engine._model.answer = written  # type: ignore[method-assign]
 
 
 def own_address() -> str:

@@ -16,7 +16,7 @@ import pytest
 
 from ray_sql.serve.engine import Engine
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, serving
+from tests.serving import Held, always_answering, count_waiting, serving
 from tests.waiting import HANGS, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -167,6 +167,18 @@ def test_votes_show_their_candidates(engine: Engine, open_page: Open) -> None:
         words = candidate.inner_text()
         candidate.click()
         expect(page.get_by_label("SQL")).to_have_value(words)
+
+
+def test_names_that_the_database_lacks_are_mended(engine: Engine, open_page: Open) -> None:
+    with serving(engine) as client, always_answering(engine, "SELECT nam FROM customer"):
+        page = open_page(client)
+        ask(page)
+        expect(page.locator("#facts")).to_contain_text("Not run: no such column")
+        page.get_by_text("Options").click()
+        page.get_by_label("Mend names that the database lacks").check()
+        page.get_by_role("button", name="Ask").click()
+        expect(page.locator("#facts")).to_contain_text("4 rows")
+        assert page.get_by_label("SQL").input_value() == "SELECT name FROM customer"
 
 
 def test_a_wrong_answer_is_corrected_and_kept(

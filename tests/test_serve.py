@@ -32,7 +32,15 @@ from ray_sql.serve.engine import Engine, completed
 from ray_sql.serve.queries import Queries
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, make_engine, own_address, running_job, serving
+from tests.serving import (
+    Held,
+    always_answering,
+    count_waiting,
+    make_engine,
+    own_address,
+    running_job,
+    serving,
+)
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -71,6 +79,16 @@ def test_candidates_are_voted_on_and_shown(client: httpx2.Client) -> None:
     answer = sql(client, samples=3, temperature=0.05, choose="vote", ground="repair").json()
     assert (answer["chosen_by"], len(answer["candidates"])) == ("vote", 3)
     assert answer["sql"] == COUNTED[1]
+
+
+def test_names_of_one_answer_are_mended_if_it_is_chosen_so(
+    client: httpx2.Client, engine: Engine
+) -> None:
+    with always_answering(engine, "SELECT nam FROM customer"):
+        written = sql(client, ground="repair").json()
+        mended = sql(client, ground="repair", choose="repaired").json()
+    assert (written["sql"], "rows" in written) == ("SELECT nam FROM customer", False)
+    assert (mended["sql"], mended["row_count"]) == ("SELECT name FROM customer", 4)
 
 
 def test_answers_of_a_conversation_are_the_measured_ones(

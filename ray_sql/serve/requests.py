@@ -27,7 +27,12 @@ class SqlRequest(Body):
     samples: int | None = Field(None, ge=1, le=64)
     temperature: float | None = Field(None, gt=0, le=10)
     choose: Way | None = None
-    ground: Literal["none", "repair", "constrain"] | None = None
+    ground: Literal["none", "repair", "constrain"] | None = Field(
+        None,
+        description="`repair` mends the names of samples, and with `choose` `repaired` those of "
+        "the greedy answer. `constrain` has samples, and the answer that `choose` `constrained` "
+        "takes, written with names that exist.",
+    )
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of `evaluate` that the request gives, by their dotted names."""

@@ -292,7 +292,10 @@ async function ask() {
   if (evidence) body.evidence = evidence;
   const samples = Number(at("samples").value);
   if (samples > 1) Object.assign(body, { samples, choose: "vote" });
-  if (at("repair").checked) body.ground = "repair";
+  if (at("repair").checked) {
+    body.ground = "repair";
+    body.choose ??= "repaired"; // votes count mended answers; one answer is mended itself
+  }
   clearAnswer();
   const reply = await work("Writing SQL", (signal) => call("v1/sql", body, signal), ask);
   if (!reply) return;
