@@ -25,11 +25,12 @@ from ray_sql.config.ports import require_free_port
 from ray_sql.data import prompts
 from ray_sql.database import QueryResult
 from ray_sql.errors import ConfigError
-from ray_sql.serve import app, deployment
+from ray_sql.serve import app, deployment, wire
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batch, Batcher, Full
 from ray_sql.serve.engine import Engine, completed
 from ray_sql.serve.queries import Queries
+from ray_sql.serve.requests import MOST_ROWS
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
 from tests.serving import (
@@ -207,6 +208,41 @@ def test_a_query_is_run_and_its_links_are_told(client: httpx2.Client) -> None:
     assert sql(client, max_rows=0).json()["rows"] == []
 
 
+def test_results_are_bounded(client: httpx2.Client, engine: Engine) -> None:
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 1500) "
+    unsaid = run(client, f"{numbers} SELECT i FROM n").json()
+    all_rows = run(client, f"{numbers} SELECT i FROM n", max_rows=10_000).json()
+    assert (len(unsaid["rows"]), unsaid["row_count"]) == (MOST_ROWS, 1500)
+    assert (len(all_rows["rows"]), all_rows["row_count"]) == (1500, 1500)
+    assert "too large" in run(client, "SELECT randomblob(9000000)").json()["error"]
+    with (
+        serving(engine, max_result_bytes=1000) as small,
+        always_answering(engine, "SELECT randomblob(2000)"),
+    ):
+        assert "too large" in run(small, "SELECT randomblob(2000)").json()["error"]
+        assert "too large" in sql(small).json()["error"]
+        assert run(small, "SELECT randomblob(90)").json()["row_count"] == 1
+
+
+def test_rows_are_written_beside_the_event_loop(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_loop: list[bool] = []
+
+    def cell(value: Any) -> Any:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            in_the_loop.append(False)
+        else:
+            in_the_loop.append(True)
+        return value
+
+    monkeypatch.setattr(wire, "cell", cell)
+    assert sql(client).json()["rows"] == run(client, "SELECT 2").json()["rows"] == [[2]]
+    assert in_the_loop == [False, False]
+
+
 @pytest.mark.parametrize(
     ("query", "words"),
     [
@@ -237,9 +273,9 @@ def test_queries_beyond_those_that_may_wait_are_refused(
     released = threading.Event()
     execute = engine.run
 
-    def wait(database: str, query: str) -> Any:
+    def wait(*query: Any) -> Any:
         released.wait(HANGS)
-        return execute(database, query)
+        return execute(*query)
 
     monkeypatch.setattr(engine, "run", wait)
     with serving(engine, max_waiting=2) as client, ThreadPoolExecutor(5) as threads:
@@ -349,10 +385,10 @@ def test_a_question_whose_query_would_find_no_room_is_refused_before_it_is_answe
 ) -> None:
     begun, released, run = threading.Event(), threading.Event(), engine.run
 
-    def wait(database: str, query: str) -> QueryResult:
+    def wait(*query: Any) -> QueryResult:
         begun.set()
         released.wait(HANGS)
-        return run(database, query)
+        return run(*query)
 
     monkeypatch.setattr(engine, "run", wait)
     body = {"database": "mall", "sql": "SELECT 1"}
@@ -434,14 +470,14 @@ def test_a_query_that_waits_and_is_left_is_not_run(tuned_run: Path) -> None:
     with make_engine(tuned_run, **{"evaluate.processes": 1}) as engine:
         run = engine.run
 
-        def wait(database: str, query: str) -> QueryResult:
+        def wait(database: str, query: str, most_bytes: int) -> QueryResult:
             ran.append(query)
             begun.set()
             released.wait(HANGS)
-            return run(database, query)
+            return run(database, query, most_bytes)
 
         engine.run = wait  # type: ignore[method-assign]
-        asyncio.run(work(Queries(engine, 8)))
+        asyncio.run(work(Queries(engine, 8, 1000)))
     assert ran == ["SELECT 1", "SELECT 3"]
 
 
@@ -483,9 +519,9 @@ def held_query(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Let every query wait until the test is over."""
     over, run = threading.Event(), engine.run
 
-    def wait(database: str, query: str) -> QueryResult:
+    def wait(*query: Any) -> QueryResult:
         over.wait(HANGS)
-        return run(database, query)
+        return run(*query)
 
     monkeypatch.setattr(engine, "run", wait)
     yield

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
@@ -61,10 +61,10 @@ class Service:
             section.max_waiting,
             lambda together: self.counts.together.observe(together),
         )
-        self.queries = Queries(engine, section.max_waiting)
+        self.queries = Queries(engine, section.max_waiting, section.max_result_bytes)
         self.counts = Counts(lambda: self.batcher.waiting)
 
-    async def sql(self, body: SqlRequest, request: Request) -> dict[str, Any]:
+    async def sql(self, body: SqlRequest, request: Request) -> Response:
         """Answer a question about a database, with the rows of its SQL."""
         prompter = self._engine.prompter
         settings = self._engine.config.changed(body.settings()).evaluate
@@ -82,8 +82,9 @@ class Service:
             query = self.queries.submit(database, reply.predicted)
             done = await self._wait(query, request, end, LATE_ANSWERS_QUERY)
             result, links = done.result, done.named_links()
-        answer = wire.reply(reply, result, prompter.task, prompter.name, body.max_rows)
-        return answer | links
+        return await _written(
+            lambda: wire.reply(reply, result, prompter.task, prompter.name, body.max_rows) | links
+        )
 
     async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any]:
         """Answer a conversation, written in the chat template of the base model."""
@@ -116,7 +117,7 @@ class Service:
             },
         }
 
-    async def run(self, body: RunRequest, request: Request) -> dict[str, Any]:
+    async def run(self, body: RunRequest, request: Request) -> Response:
         """Run a query on a registered database, as those of answers are run."""
         self._engine.prompter.database(body.database)
         self.queries.require_room()
@@ -124,12 +125,14 @@ class Service:
         done = await self._wait(query, request, self._deadline(), LATE_QUERY)
         if self._section.log_questions:
             log.warning("%s: %s", body.database, body.sql)
-        return {
-            "database": body.database,
-            **wire.rows(done.result, body.max_rows),
-            **done.named_links(),
-            "timings": {"query_seconds": round(done.result.seconds, 3)},
-        }
+        return await _written(
+            lambda: {
+                "database": body.database,
+                **wire.rows(done.result, body.max_rows),
+                **done.named_links(),
+                "timings": {"query_seconds": round(done.result.seconds, 3)},
+            }
+        )
 
     async def correct(self, body: Correction) -> dict[str, bool]:
         """Keep a corrected pair in the file of corrections."""
@@ -243,6 +246,11 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_middleware(Door, token=token, most_bytes=section.max_request_bytes)
     app.add_middleware(Counted, counts=service.counts)  # the outermost: it counts refusals too
     return app
+
+
+async def _written(make: Callable[[], dict[str, Any]]) -> Response:
+    """Return JSON that is made in a thread: it may have many rows, and others ask meanwhile."""
+    return await asyncio.to_thread(lambda: JSONResponse(make()))
 
 
 async def _until_gone(request: Request) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -169,12 +169,18 @@ class Engine:
         """Return how many queries run at a time."""
         return self._executor.workers
 
-    def run(self, database: str, sql: str) -> QueryResult:
-        """Run one query, read-only and within the limits. Raises `DataError` if none can be."""
+    def run(self, database: str, sql: str, most_bytes: int | None = None) -> QueryResult:
+        """Run one query, read-only and within the limits; its result has at most `most_bytes`.
+
+        Raises `DataError` if none can be run on the database.
+        """
         place = self.prompter.databases[database].place
         if place is None:
             raise DataError(f"database {database}: SQL runs on {EXECUTABLE}, not on this one")
-        return self._executor.run(place, sql, again=True)
+        limits = self._executor.limits
+        if most_bytes is not None:
+            limits = replace(limits, bytes=min(limits.bytes, most_bytes))
+        return self._executor.run(place, sql, limits, again=True)
 
     def links(self, database: str, sql: str) -> Links | None:
         """Return the tables and columns that a query reads; None where they cannot be told."""
