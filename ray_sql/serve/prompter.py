@@ -60,18 +60,18 @@ class Prompter:
         self.take(databases)
 
     def take(self, databases: Mapping[str, Database]) -> None:
-        """Ask about these databases from now on."""
-        self.databases = databases
+        """Ask about these databases from now on; where that fails, about those before."""
         schemas = {name: database.schema for name, database in databases.items()}
         config = self.config
         check_described(self.adapter.read_contract() or {}, schemas, self.adapter.uri)
-        self._encoder = generate.question_encoder(self.tokenizer, config, schemas)
-        self._values: dict[str, ValueIndex] = {}
+        encoder = generate.question_encoder(self.tokenizer, config, schemas)
+        indexes: dict[str, ValueIndex] = {}
         with Executor(1) as executor:
             for name, database in databases.items():
                 place = database.place
                 if found := values.search(database.schema, place, config.prompt, executor):
-                    self._values[name] = found.index
+                    indexes[name] = found.index
+        self.databases, self._encoder, self._values = databases, encoder, indexes
         self.begins = {name: self._begin(name) for name in databases}
         """The tokens that the prompts of all questions on a database begin with."""
 
