@@ -288,6 +288,28 @@ def test_an_unknown_database_and_a_long_question_are_named(engine: Engine) -> No
         engine.prompter.ask("why " * 3000, "mall")
 
 
+def test_a_question_reads_no_file_of_the_model_where_one_as_long_did(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    question = "How many customers are there in Lisbon?"
+    engine.prompter.ask(question, "mall")
+    read: list[str] = []
+    load_config = AutoConfig.from_pretrained
+
+    def noted(folder: str, **given: Any) -> Any:
+        read.append(folder)
+        return load_config(folder, **given)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", noted)
+    engine.prompter.ask(question, "mall")
+    assert read == []
+    with pytest.raises(ModelError, match="reads up to 2,048 tokens"):
+        engine.prompter.ask("why " * 3000, "mall")
+    assert read
+
+
 def test_the_schema_is_shown_as_prompts_have_it(engine: Engine) -> None:
     asked = engine.prompter.ask("How many?", "mall").question.input_ids
     text = engine.prompter.tokenizer.decode(asked)
