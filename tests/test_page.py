@@ -193,8 +193,17 @@ def test_a_wrong_answer_is_corrected_and_kept(
         page.get_by_label("SQL").fill("SELECT 1 -- it is\nWHERE 1")
         page.get_by_role("button", name="Save the pair").click()
         expect(page.get_by_text("Saved. Thank you.")).to_be_visible()
+        page.get_by_text("Options").click()
+        page.get_by_label("Hint").fill("cheap is below 50")
+        page.get_by_role("button", name="Ask").click()
+        expect(page.locator("#facts")).to_contain_text("written in")
+        page.get_by_role("button", name="This was wrong").click()
+        page.get_by_label("SQL").fill("SELECT 2")
+        page.get_by_role("button", name="Save the pair").click()
+        expect(page.get_by_text("Saved. Thank you.")).to_be_visible()
     pair = {"db_id": "mall", "question": COUNTED, "query": "SELECT 1 WHERE 1"}
-    assert [json.loads(line) for line in kept.read_text().splitlines()] == [pair]
+    hinted = pair | {"query": "SELECT 2", "evidence": "cheap is below 50"}
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [pair, hinted]
 
 
 def test_without_a_file_nothing_offers_to_save(engine: Engine, open_page: Open) -> None:

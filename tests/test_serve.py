@@ -300,6 +300,11 @@ def test_corrections_are_kept_where_there_is_a_file(engine: Engine, tmp_path: Pa
     assert saved == [201] * 20
     kept = {"db_id": "mall", "question": pair["question"], "query": "SELECT 1"}
     assert [json.loads(line) for line in file.read_text().splitlines()] == [kept] * 20
+    with serving(engine, corrections=str(file)) as client:
+        hinted = client.post("/v1/corrections", json=pair | {"evidence": "many means over 9"})
+        assert hinted.status_code == 201
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert last == kept | {"evidence": "many means over 9"}
     with serving(engine, corrections=str(tmp_path)) as client:
         failed = client.post("/v1/corrections", json=pair)
         assert failed.status_code == 400

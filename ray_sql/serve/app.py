@@ -140,7 +140,8 @@ class Service:
         if self._section.corrections is None:
             raise DataError("corrections are not kept; start with --serve.corrections FILE")
         file = absolute(self._section.corrections)
-        await asyncio.to_thread(append, file, body.database, body.question, body.sql)
+        pair = body.database, body.question, body.sql, body.evidence
+        await asyncio.to_thread(append, file, *pair)
         return {"saved": True}
 
     async def databases(self) -> dict[str, Any]:

@@ -52,10 +52,11 @@ class RunRequest(Body):
 
 
 class Correction(Body):
-    """A question with the query that answers it."""
+    """A question, asked with or without a hint, with the query that answers it."""
 
     database: str
     question: str = Field(min_length=1, max_length=20_000)
+    evidence: str = Field("", max_length=20_000)
     sql: str = Field(min_length=1, max_length=MOST_SQL)
 
 
