@@ -772,6 +772,14 @@ def test_a_package_that_is_missing_is_named(
     assert "fastapi is not installed; pip install -e '.[serve]'" in capsys.readouterr().err
 
 
+def test_the_address_of_a_service_may_be_of_ipv6(
+    tuned_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--output_name", tuned_run.name, "--output_dir", str(tuned_run.parent)]
+    cli.main("serve", [*run, "--serve.host", "::1", "--dry_run"])
+    assert capsys.readouterr().out.rstrip().endswith("at http://[::1]:8000")
+
+
 @pytest.mark.cluster
 def test_the_job_serves_until_it_is_stopped(
     tuned_run: Path, capfd: pytest.CaptureFixture[str]

@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ray_sql import cluster
 from ray_sql.config import ServeConfig
 from ray_sql.config.ports import require_free_port
+from ray_sql.config.sections import ServeSection
 from ray_sql.display import Display, loading
 from ray_sql.errors import ConfigError, last_line
 from ray_sql.serve import vllm
@@ -51,7 +52,7 @@ def run(config: ServeConfig) -> None:
     try:
         with loading("model"):
             _deploy(bind(config.for_replicas(), needs_token=token is not None))
-        display.line(f"answering at http://{section.host}:{section.port}/v1/sql")
+        display.line(f"answering at {_address(section)}/v1/sql")
         while True:
             time.sleep(1)
     finally:
@@ -59,6 +60,12 @@ def run(config: ServeConfig) -> None:
             serve.delete(NAME)
         else:
             serve.shutdown()
+
+
+def _address(section: ServeSection) -> str:
+    """Return the address below which the service answers."""
+    host = f"[{section.host}]" if ":" in section.host else section.host
+    return f"http://{host}:{section.port}"
 
 
 def _is_running() -> bool:
@@ -96,8 +103,7 @@ def dry_run(config: ServeConfig) -> None:
     token_for(config.serve.host)
     for name, begin in asking.begins.items():
         display.line(f"--- {name} ---\n{asking.tokenizer.decode(begin)}")
-    address = f"http://{config.serve.host}:{config.serve.port}"
     before = "" if linker is None else f", after {linker.adapter}"
-    display.line(f"--- plan ---\nwould serve {asking.adapter}{before} at {address}")
+    display.line(f"--- plan ---\nwould serve {asking.adapter}{before} at {_address(config.serve)}")
     if linker is not None and (why := why_two_bases(asking, linker)):
         display.line(f"note: {why}")
