@@ -90,10 +90,12 @@ def _deploy(application: Any) -> None:
         raise ConfigError(
             f"{last_line(error)} Remove that one, or unset RAY_ADDRESS to serve on a Ray of its own"
         ) from None
-    except RuntimeError as error:
-        if NO_TOKEN not in str(error):
-            raise
-        raise ConfigError(NO_TOKEN) from None
+    except RuntimeError:  # its text does not say why
+        ours = serve.status().applications.get(NAME)
+        reasons = [copy.message for copy in ours.deployments.values()] if ours else []
+        if any(NO_TOKEN in reason for reason in reasons):
+            raise ConfigError(NO_TOKEN) from None
+        raise
 
 
 def dry_run(config: ServeConfig) -> None:
