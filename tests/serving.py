@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +16,19 @@ from typing import Any
 
 import httpx2
 import psutil
+import pytest
 import uvicorn
 
 from ray_sql.config import ServeConfig, load
 from ray_sql.config.sections import ServeSection
+from ray_sql.generate import Answer
+from ray_sql.generate.answers import OnAnswer
+from ray_sql.serve.access import is_local
 from ray_sql.serve.app import make_app
 from ray_sql.serve.databases import registered
 from ray_sql.serve.engine import Engine, Joinable
 from ray_sql.serve.opening import find_linker, open_engine
-from ray_sql.serve.prompter import Prompter
+from ray_sql.serve.prompter import Asked, Prompter
 from ray_sql.serve.recipe import find
 from tests.waiting import HANGS, wait_until
 
@@ -43,10 +47,13 @@ def make_engine(run: Path, **given: Any) -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine, token: str | None = None, **section: Any) -> Iterator[httpx2.Client]:
-    """Serve on a free port of this machine; yield a client."""
+def serving(
+    engine: Engine, token: str | None = None, listen: str = "127.0.0.1", **section: Any
+) -> Iterator[httpx2.Client]:
+    """Serve on a free port of this machine; yield a client that asks 127.0.0.1."""
     app = make_app(engine, ServeSection(**section), token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="debug", log_config=None))
+    config = uvicorn.Config(app, listen, port=0, log_level="debug", log_config=None)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -91,6 +98,33 @@ def holding(engine: Engine) -> Iterator[Held]:
     finally:
         engine.answer_joinable = answer  # type: ignore[method-assign]
         held.release()
+
+
+@contextmanager
+def always_answering(engine: Engine, raw: str) -> Iterator[None]:
+    """Let the model of an engine write the same text, whatever it is asked."""
+
+    def answer(asked: Sequence[Asked], settings: Any, on_answer: OnAnswer, *_: Any) -> None:
+        for index in range(len(asked)):
+            on_answer(index, Answer(raw, 1, 1, 0.0))
+
+    written = engine._model.answer
+    engine._model.answer = answer  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        engine._model.answer = written  # type: ignore[method-assign]
+
+
+def own_address() -> str:
+    """Return an address of this machine that others reach; skip the test where it has none."""
+    found = [
+        one.address
+        for addresses in psutil.net_if_addrs().values()
+        for one in addresses
+        if one.family == socket.AF_INET and not is_local(one.address)
+    ]
+    return found[0] if found else pytest.skip("this machine has no address but its own")
 
 
 def count_waiting(client: httpx2.Client) -> float:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -253,8 +254,6 @@ def test_an_adapter_folder_is_asked_as_a_run_is(tuned_run: Path) -> None:
 
 
 def test_an_adapter_trained_for_another_prompt_is_refused(tuned_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(tuned_run / "adapter", other)
     contract = json.loads((other / "contract.json").read_text())
@@ -262,6 +261,19 @@ def test_an_adapter_trained_for_another_prompt_is_refused(tuned_run: Path, tmp_p
     (other / "contract.json").write_text(json.dumps(contract))
     with pytest.raises(ContractError, match="template_hash"):
         prompter(tuned_run, adapter=str(other))
+
+
+def test_databases_that_are_refused_leave_those_before(tuned_run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tuned_run / "adapter", tmp_path / "other")
+    contract = json.loads((other / "contract.json").read_text())
+    contract["described"] = {"mall": "0" * 12}
+    (other / "contract.json").write_text(json.dumps(contract))
+    asking = prompter(tuned_run, adapter=str(other), database="shop")
+    mall = databases.find("mall", asking.config)
+    with pytest.raises(ContractError, match="other descriptions of mall"):
+        asking.take({"mall": mall})
+    assert set(asking.databases) == set(asking.begins) == {"shop"}
+    assert asking.ask("How many customers are there?", "shop").question.db_id == "shop"
 
 
 def test_a_question_is_needed_nowhere_but_an_adapter_is() -> None:
@@ -274,6 +286,28 @@ def test_an_unknown_database_and_a_long_question_are_named(engine: Engine) -> No
         engine.prompter.ask("How many?", "moon")
     with pytest.raises(ModelError, match="reads up to 2,048 tokens"):
         engine.prompter.ask("why " * 3000, "mall")
+
+
+def test_a_question_reads_no_file_of_the_model_where_one_as_long_did(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    question = "How many customers are there in Lisbon?"
+    engine.prompter.ask(question, "mall")
+    read: list[str] = []
+    load_config = AutoConfig.from_pretrained
+
+    def noted(folder: str, **given: Any) -> Any:
+        read.append(folder)
+        return load_config(folder, **given)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", noted)
+    engine.prompter.ask(question, "mall")
+    assert read == []
+    with pytest.raises(ModelError, match="reads up to 2,048 tokens"):
+        engine.prompter.ask("why " * 3000, "mall")
+    assert read
 
 
 def test_the_schema_is_shown_as_prompts_have_it(engine: Engine) -> None:

@@ -338,6 +338,30 @@ def test_a_worker_that_died_between_queries_is_not_blamed_on_the_next(
     assert lone.rows(database, "SELECT 1") == ((1,),)
 
 
+def test_a_worker_that_died_between_queries_leaves_no_descriptor(
+    lone: Lone, database: Path
+) -> None:
+    before = psutil.Process().num_fds()
+    lone.worker.kill()
+    psutil.wait_procs([lone.worker], timeout=HANGS)
+    assert lone.rows(database, "SELECT 1") == ((1,),)
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_missing_database_of_one_caller_ends_no_query_of_another(
+    lone: Lone, database: Path, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(lone.executor.run, database, ENDLESS, Limits(seconds=HANGS))
+        wait_until_at_work(lone.worker)
+        with pytest.raises(DataError, match=r"gone\.sqlite"):
+            lone.executor.run_many([(tmp_path / "gone.sqlite", "SELECT 1")])
+        wait_until_at_work(lone.worker)
+        assert not other.done()
+        lone.worker.kill()
+        assert other.result().status == "crash"
+
+
 def test_workers_hold_no_secret_of_the_parent(
     executor: Executor, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,9 @@ from ray_sql.serve.engine import Engine, Reply, completed
 from ray_sql.serve.prompter import Asked
 from tests.conftest import QUESTIONS
 
+PRIVATE = "How much does Ada earn?"
+"""A question that no log may have."""
+
 
 class Arriving:
     """Questions of which the first is there, and one of the others comes with every second look."""
@@ -32,6 +35,10 @@ class Arriving:
             return []
         self.asked.append(self._later.popleft())
         return self.asked[-1:]
+
+    def needs(self, index: int) -> bool:
+        """Need every reply."""
+        return True
 
     def tell(self, index: int, reply: Future[Reply]) -> None:
         """Keep a reply."""
@@ -89,7 +96,9 @@ def test_a_conversation_about_no_database_joins_a_question(engine: Engine) -> No
     assert [one.raw for one in batch.results()] == alone
 
 
-def test_where_a_batch_fails_half_way_the_others_are_answered_alone() -> None:
+def test_where_a_batch_fails_half_way_the_others_are_answered_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     asked_for: list[list[Any]] = []
 
     def answer(batch: Batch) -> None:
@@ -97,7 +106,7 @@ def test_where_a_batch_fails_half_way_the_others_are_answered_alone() -> None:
         asked_for.append(list(batch.asked))
         batch.tell(0, completed(batch.asked[0]))  # type: ignore[arg-type]
         if len(batch.asked) > 1:
-            raise MemoryError
+            raise MemoryError(PRIVATE)
 
     async def ask() -> list[Any]:
         batcher = Batcher(answer, 8, 8)
@@ -110,3 +119,5 @@ def test_where_a_batch_fails_half_way_the_others_are_answered_alone() -> None:
 
     assert asyncio.run(ask()) == ["a", "b", "c"]
     assert asked_for == [["a", "b", "c"], ["b"], ["c"]]
+    assert "answering failed: MemoryError" in caplog.text
+    assert PRIVATE not in caplog.text

@@ -11,8 +11,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.mlflow_server import free_port
@@ -98,6 +100,27 @@ def test_a_database_may_be_a_file_or_a_text(
     assert loaded.predict(asked)["sql"].tolist() == [row["predicted"]]
     asked = DataFrame([{"question": row["question"], "schema": schema}])
     assert loaded.predict(asked)["sql"].tolist() == [row["predicted"]]
+
+
+def test_no_sql_is_executed_where_a_run_votes(tuned_run: Path) -> None:
+    from pandas import DataFrame
+
+    from ray_sql.serve.pyfunc import TunedModel
+
+    voting = {"samples": 3, "temperature": 0.5, "choose": "vote"}
+    model, before = TunedModel(), set(psutil.Process().children())
+    model.load_context(
+        SimpleNamespace(
+            artifacts={"adapter": str(tuned_run / "adapter")}, model_config={"evaluate": voting}
+        )
+    )
+    rows = measured(tuned_run)
+    asked = DataFrame({"question": [row["question"] for row in rows], "database": "mall"})
+    answers = model.predict(None, asked)["sql"].tolist()
+    started = set(psutil.Process().children()) - before
+    model._engine.close()
+    assert not started, "processes that execute SQL were started"
+    assert answers == [row["predicted"] for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from ray_sql.serve.engine import Engine
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, serving
+from tests.serving import Held, always_answering, count_waiting, serving
 from tests.waiting import HANGS, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -169,6 +169,18 @@ def test_votes_show_their_candidates(engine: Engine, open_page: Open) -> None:
         expect(page.get_by_label("SQL")).to_have_value(words)
 
 
+def test_names_that_the_database_lacks_are_mended(engine: Engine, open_page: Open) -> None:
+    with serving(engine) as client, always_answering(engine, "SELECT nam FROM customer"):
+        page = open_page(client)
+        ask(page)
+        expect(page.locator("#facts")).to_contain_text("Not run: no such column")
+        page.get_by_text("Options").click()
+        page.get_by_label("Mend names that the database lacks").check()
+        page.get_by_role("button", name="Ask").click()
+        expect(page.locator("#facts")).to_contain_text("4 rows")
+        assert page.get_by_label("SQL").input_value() == "SELECT name FROM customer"
+
+
 def test_a_wrong_answer_is_corrected_and_kept(
     engine: Engine, open_page: Open, tmp_path: Path
 ) -> None:
@@ -181,8 +193,17 @@ def test_a_wrong_answer_is_corrected_and_kept(
         page.get_by_label("SQL").fill("SELECT 1 -- it is\nWHERE 1")
         page.get_by_role("button", name="Save the pair").click()
         expect(page.get_by_text("Saved. Thank you.")).to_be_visible()
+        page.get_by_text("Options").click()
+        page.get_by_label("Hint").fill("cheap is below 50")
+        page.get_by_role("button", name="Ask").click()
+        expect(page.locator("#facts")).to_contain_text("written in")
+        page.get_by_role("button", name="This was wrong").click()
+        page.get_by_label("SQL").fill("SELECT 2")
+        page.get_by_role("button", name="Save the pair").click()
+        expect(page.get_by_text("Saved. Thank you.")).to_be_visible()
     pair = {"db_id": "mall", "question": COUNTED, "query": "SELECT 1 WHERE 1"}
-    assert [json.loads(line) for line in kept.read_text().splitlines()] == [pair]
+    hinted = pair | {"query": "SELECT 2", "evidence": "cheap is below 50"}
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [pair, hinted]
 
 
 def test_without_a_file_nothing_offers_to_save(engine: Engine, open_page: Open) -> None:

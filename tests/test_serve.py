@@ -25,13 +25,23 @@ from ray_sql.config.ports import require_free_port
 from ray_sql.data import prompts
 from ray_sql.database import QueryResult
 from ray_sql.errors import ConfigError
-from ray_sql.serve import app, deployment
+from ray_sql.serve import app, deployment, wire
 from ray_sql.serve.access import TOKEN, token_for
 from ray_sql.serve.batcher import Batch, Batcher, Full
 from ray_sql.serve.engine import Engine, completed
+from ray_sql.serve.queries import Queries
+from ray_sql.serve.requests import MOST_ROWS
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
-from tests.serving import Held, count_waiting, running_job, serving
+from tests.serving import (
+    Held,
+    always_answering,
+    count_waiting,
+    make_engine,
+    own_address,
+    running_job,
+    serving,
+)
 from tests.waiting import HANGS, wait_until
 
 COUNTED = QUESTIONS[6]
@@ -70,6 +80,16 @@ def test_candidates_are_voted_on_and_shown(client: httpx2.Client) -> None:
     answer = sql(client, samples=3, temperature=0.05, choose="vote", ground="repair").json()
     assert (answer["chosen_by"], len(answer["candidates"])) == ("vote", 3)
     assert answer["sql"] == COUNTED[1]
+
+
+def test_names_of_one_answer_are_mended_if_it_is_chosen_so(
+    client: httpx2.Client, engine: Engine
+) -> None:
+    with always_answering(engine, "SELECT nam FROM customer"):
+        written = sql(client, ground="repair").json()
+        mended = sql(client, ground="repair", choose="repaired").json()
+    assert (written["sql"], "rows" in written) == ("SELECT nam FROM customer", False)
+    assert (mended["sql"], mended["row_count"]) == ("SELECT name FROM customer", 4)
 
 
 def test_answers_of_a_conversation_are_the_measured_ones(
@@ -138,6 +158,27 @@ def test_models_health_metrics_and_openapi(client: httpx2.Client) -> None:
     assert client.get("/docs").status_code == 404
 
 
+def test_refusals_and_errors_of_ours_are_counted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(batch: Batch) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(engine, "answer_joinable", fail)
+    with serving(engine, token="sesame") as client:
+        assert client.get("/v1/models").status_code == 401
+        client.headers["Authorization"] = "Bearer sesame"
+        assert sql(client, "q" * 70_000).status_code == 413
+        assert sql(client).status_code == 500
+        # uvicorn closes the connection of an error
+        counted = httpx2.get(
+            client.base_url.join("/metrics"), headers=client.headers, timeout=HANGS
+        ).text
+    for route, status in (("other", 401), ("other", 413), ("/v1/sql", 500)):
+        labels = f'{{route="{route}",status="{status}"}}'
+        assert f"ray_sql_requests_total{labels} 1.0" in counted
+
+
 def test_databases_show_their_schemas(client: httpx2.Client) -> None:
     listed = client.get("/v1/databases").json()
     names = ["kiosk", "mall", "shop", "store"]
@@ -170,6 +211,41 @@ def test_a_query_is_run_and_its_links_are_told(client: httpx2.Client) -> None:
     assert sql(client, max_rows=0).json()["rows"] == []
 
 
+def test_results_are_bounded(client: httpx2.Client, engine: Engine) -> None:
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 1500) "
+    unsaid = run(client, f"{numbers} SELECT i FROM n").json()
+    all_rows = run(client, f"{numbers} SELECT i FROM n", max_rows=10_000).json()
+    assert (len(unsaid["rows"]), unsaid["row_count"]) == (MOST_ROWS, 1500)
+    assert (len(all_rows["rows"]), all_rows["row_count"]) == (1500, 1500)
+    assert "too large" in run(client, "SELECT randomblob(9000000)").json()["error"]
+    with (
+        serving(engine, max_result_bytes=1000) as small,
+        always_answering(engine, "SELECT randomblob(2000)"),
+    ):
+        assert "too large" in run(small, "SELECT randomblob(2000)").json()["error"]
+        assert "too large" in sql(small).json()["error"]
+        assert run(small, "SELECT randomblob(90)").json()["row_count"] == 1
+
+
+def test_rows_are_written_beside_the_event_loop(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_loop: list[bool] = []
+
+    def cell(value: Any) -> Any:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            in_the_loop.append(False)
+        else:
+            in_the_loop.append(True)
+        return value
+
+    monkeypatch.setattr(wire, "cell", cell)
+    assert sql(client).json()["rows"] == run(client, "SELECT 2").json()["rows"] == [[2]]
+    assert in_the_loop == [False, False]
+
+
 @pytest.mark.parametrize(
     ("query", "words"),
     [
@@ -200,9 +276,9 @@ def test_queries_beyond_those_that_may_wait_are_refused(
     released = threading.Event()
     execute = engine.run
 
-    def wait(database: str, query: str) -> Any:
+    def wait(*query: Any) -> Any:
         released.wait(HANGS)
-        return execute(database, query)
+        return execute(*query)
 
     monkeypatch.setattr(engine, "run", wait)
     with serving(engine, max_waiting=2) as client, ThreadPoolExecutor(5) as threads:
@@ -227,6 +303,11 @@ def test_corrections_are_kept_where_there_is_a_file(engine: Engine, tmp_path: Pa
     assert saved == [201] * 20
     kept = {"db_id": "mall", "question": pair["question"], "query": "SELECT 1"}
     assert [json.loads(line) for line in file.read_text().splitlines()] == [kept] * 20
+    with serving(engine, corrections=str(file)) as client:
+        hinted = client.post("/v1/corrections", json=pair | {"evidence": "many means over 9"})
+        assert hinted.status_code == 201
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert last == kept | {"evidence": "many means over 9"}
     with serving(engine, corrections=str(tmp_path)) as client:
         failed = client.post("/v1/corrections", json=pair)
         assert failed.status_code == 400
@@ -312,10 +393,10 @@ def test_a_question_whose_query_would_find_no_room_is_refused_before_it_is_answe
 ) -> None:
     begun, released, run = threading.Event(), threading.Event(), engine.run
 
-    def wait(database: str, query: str) -> QueryResult:
+    def wait(*query: Any) -> QueryResult:
         begun.set()
         released.wait(HANGS)
-        return run(database, query)
+        return run(*query)
 
     monkeypatch.setattr(engine, "run", wait)
     body = {"database": "mall", "sql": "SELECT 1"}
@@ -338,6 +419,74 @@ def test_a_request_that_is_left_frees_its_place(engine: Engine, held: Held) -> N
         wait_until(lambda: count_waiting(client) == 0)
         held.release()
         assert first.result().status_code == 200
+
+
+def test_an_answer_whose_sender_left_is_not_written_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_sql.generate.decoder import Decoder
+
+    passes: list[tuple[Decoder, set[int]]] = []
+    begun, left = threading.Event(), threading.Event()
+    forward = Decoder.forward
+
+    def held(self: Decoder, slots: Any, *arguments: Any, every_token: bool = False) -> Any:
+        if every_token:  # a step of all that are on their way
+            passes.append((self, {slot.question for slot in slots}))
+            begun.set()
+            left.wait(HANGS)
+        return forward(self, slots, *arguments, every_token=every_token)
+
+    monkeypatch.setattr(Decoder, "forward", held)
+    body = json.dumps({"question": QUESTIONS[0][0], "database": "mall"})
+    with serving(engine) as client:
+        place = client.base_url
+        leaving = http.client.HTTPConnection(place.host, place.port, timeout=HANGS)
+        leaving.request("POST", "/v1/sql", body, {"Content-Type": "application/json"})
+        assert begun.wait(HANGS)
+        leaving.close()
+        wait_until(lambda: 'status="499"' in client.get("/metrics").text)
+        left.set()
+        assert sql(client).json()["sql"] == COUNTED[1]
+    first = passes[0][0]
+    assert sum(decoder is first and 0 in questions for decoder, questions in passes) == 1
+
+
+def test_no_conversation_gets_longer_answers_than_the_service_writes(
+    client: httpx2.Client, engine: Engine
+) -> None:
+    body = {"messages": turns(engine, COUNTED[0]), "max_tokens": 30_000}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_query_that_waits_and_is_left_is_not_run(tuned_run: Path) -> None:
+    ran: list[str] = []
+    begun, released = threading.Event(), threading.Event()
+
+    async def work(queries: Queries) -> None:
+        first = queries.submit("mall", "SELECT 1")
+        assert await asyncio.to_thread(begun.wait, HANGS)
+        second = queries.submit("mall", "SELECT 2")
+        await asyncio.sleep(0.1)  # time in which a thread too many would take it
+        second.cancel()
+        released.set()
+        assert (await first).result.rows == ((1,),)
+        assert (await queries.submit("mall", "SELECT 3")).result.rows == ((3,),)
+
+    with make_engine(tuned_run, **{"evaluate.processes": 1}) as engine:
+        run = engine.run
+
+        def wait(database: str, query: str, most_bytes: int) -> QueryResult:
+            ran.append(query)
+            begun.set()
+            released.wait(HANGS)
+            return run(database, query, most_bytes)
+
+        engine.run = wait  # type: ignore[method-assign]
+        asyncio.run(work(Queries(engine, 8, 1000)))
+    assert ran == ["SELECT 1", "SELECT 3"]
 
 
 def sql_within(client: httpx2.Client, seconds: float) -> None:
@@ -378,9 +527,9 @@ def held_query(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Let every query wait until the test is over."""
     over, run = threading.Event(), engine.run
 
-    def wait(database: str, query: str) -> QueryResult:
+    def wait(*query: Any) -> QueryResult:
         over.wait(HANGS)
-        return run(database, query)
+        return run(*query)
 
     monkeypatch.setattr(engine, "run", wait)
     yield
@@ -437,8 +586,44 @@ def test_an_address_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPa
     for host in ("0.0.0.0", "::", "db.example.org", "10.0.0.7"):
         with pytest.raises(ConfigError, match=f"{host}: others reach it, so set RAY_SQL_TOKEN"):
             token_for(host)
+    with pytest.raises(ConfigError, match="RAY_SQL_TOKEN is set where the service"):
+        token_for("127.0.0.1", needed=True)
     monkeypatch.setenv(TOKEN, "secret\n")
-    assert token_for("0.0.0.0") == "secret"
+    assert token_for("0.0.0.0") == token_for("127.0.0.1", needed=True) == "secret"
+
+
+def test_without_a_token_only_this_machine_may_ask_wherever_the_service_listens(
+    engine: Engine,
+) -> None:
+    with serving(engine, listen="0.0.0.0") as client:
+        assert sql(client).status_code == 200
+        elsewhere = client.base_url.copy_with(host=own_address())
+        for path in ("/v1/models", "/healthz", "/"):
+            answer = client.get(elsewhere.join(path), headers={"Host": "127.0.0.1"})
+            assert (answer.status_code, "RAY_SQL_TOKEN" in answer.text) == (403, True)
+    with serving(engine, token="sesame", listen="0.0.0.0") as client:
+        elsewhere = client.base_url.copy_with(host=own_address())
+        given = {"Authorization": "Bearer sesame"}
+        assert client.get(elsewhere.join("/v1/models"), headers=given).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.2:8000", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example:8000", 400),
+        ("[::2]:8000", 400),
+        ("[", 400),
+    ],
+)
+def test_this_machine_is_asked_by_its_own_names(
+    client: httpx2.Client, host: str, status: int
+) -> None:
+    assert client.get("/v1/models", headers={"Host": host}).status_code == status
 
 
 def test_pages_of_others_may_not_ask(client: httpx2.Client) -> None:
@@ -475,11 +660,11 @@ def test_questions_and_sql_are_in_no_log(
     assert f"mall: {question}: {answer['sql']}" in caplog.text
 
 
-def batched(answer: Callable[[Batch], None], most_waiting: int, work: Any) -> Any:
+def batched(answer: Callable[[Batch], None], most_waiting: int, work: Any, most: int = 4) -> Any:
     """Run `work(batcher)` beside a batcher."""
 
     async def run() -> Any:
-        batcher = Batcher(answer, 4, most_waiting)
+        batcher = Batcher(answer, most, most_waiting)
         answering = asyncio.create_task(batcher.run())
         try:
             return await work(batcher)
@@ -543,6 +728,30 @@ def test_a_cancelled_question_frees_its_place_and_is_not_answered() -> None:
     assert answered == ["second"]
 
 
+def test_a_question_that_is_left_while_it_is_answered_frees_its_place() -> None:
+    begun, left = threading.Event(), threading.Event()
+    joined: list[Any] = []
+
+    def answer(batch: Batch) -> None:
+        begun.set()
+        left.wait(HANGS)
+        joined.append(batch.more(lambda one: True))
+        for index, one in enumerate(batch.asked):
+            if batch.needs(index):
+                batch.tell(index, completed(one))  # type: ignore[arg-type]
+
+    async def work(batcher: Batcher) -> Any:
+        first = batcher.submit("first")  # type: ignore[arg-type]
+        assert await asyncio.to_thread(begun.wait, HANGS)
+        first.cancel()
+        second = batcher.submit("second")  # type: ignore[arg-type]
+        left.set()
+        return await second
+
+    assert batched(answer, 8, work, most=1) == "second"
+    assert joined == [["second"]]
+
+
 def test_the_file_for_serve_deploy_is_valid() -> None:
     from ray.serve.schema import ServeDeploySchema
 
@@ -564,6 +773,14 @@ def test_a_package_that_is_missing_is_named(
         cli.main("serve", ["--output_name", tuned_run.name])
     assert ended.value.code == 2
     assert "fastapi is not installed; pip install -e '.[serve]'" in capsys.readouterr().err
+
+
+def test_the_address_of_a_service_may_be_of_ipv6(
+    tuned_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--output_name", tuned_run.name, "--output_dir", str(tuned_run.parent)]
+    cli.main("serve", [*run, "--serve.host", "::1", "--dry_run"])
+    assert capsys.readouterr().out.rstrip().endswith("at http://[::1]:8000")
 
 
 @pytest.mark.cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ray_sql.serve.recipe import find_linker
 from ray_sql.store.run_folder import RunFolder
 from tests.conftest import QUESTIONS
 from tests.planted import over_other_bits
-from tests.serving import make_engine, serving, settings
+from tests.serving import count_waiting, holding, make_engine, serving, settings
+from tests.waiting import wait_until
 
 COUNTED, COUNT = QUESTIONS[6]
 """A question whose answer the tuned run knows, and its SQL."""
@@ -113,6 +115,26 @@ def test_the_generator_may_be_behind_an_endpoint(engine: Engine, tuned_run: Path
             assert (drawn.status_code, "one greedy answer" in drawn.text) == (400, True)
 
 
+def test_an_endpoint_is_asked_each_question_once(engine: Engine, tuned_run: Path) -> None:
+    questions = [question for question, _ in QUESTIONS[:3]]
+    with serving(engine) as behind:
+        url = f"{str(behind.base_url).rstrip('/')}/v1"
+        remote = {"evaluate.backend": "openai", "evaluate.url": url}
+        with (
+            make_engine(tuned_run, **remote) as front,
+            holding(front) as held,
+            serving(front) as client,
+            ThreadPoolExecutor(3) as threads,
+        ):
+            asked = [threads.submit(sql, client, question) for question in questions]
+            wait_until(lambda: count_waiting(client) == 2)
+            held.release()
+            answers = [one.result().json()["sql"] for one in asked]
+        counts = behind.get("/metrics").text
+        assert answers == [sql(behind, question).json()["sql"] for question in questions]
+    assert 'requests_total{route="/v1/chat/completions",status="200"} 3.0' in counts
+
+
 def test_an_endpoint_that_went_away_is_no_mistake_of_who_asks(
     engine: Engine, tuned_run: Path
 ) -> None:
@@ -131,8 +153,10 @@ def test_settings_for_replicas_have_absolute_places(
     tuned_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tuned_run.parent)
-    given = load(
-        ServeConfig, [], output_name="tuned", linker="tuned", **{"serve.corrections": "kept.jsonl"}
-    ).for_replicas()
+    databases = {"shop": "shop.db", "mall": "sqlite:///mall.db", "crm": "postgresql://db/crm"}
+    own = {"serve.corrections": "kept.jsonl", "serve.databases": databases}
+    given = load(ServeConfig, [], output_name="tuned", linker="tuned", **own).for_replicas()
     assert given["linker"] == str(tuned_run)
     assert given["serve"]["corrections"] == str(tuned_run.parent / "kept.jsonl")
+    files = {"shop": f"{tuned_run.parent}/shop.db", "mall": f"sqlite:///{tuned_run.parent}/mall.db"}
+    assert given["serve"]["databases"] == databases | files

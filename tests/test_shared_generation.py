@@ -1,14 +1,23 @@
 """Answers over a shared prefix are those of one-by-one greedy decoding, token for token."""
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_sql.generate import Answer, Question, decoder, hf_generate, probe
-from ray_sql.generate.answers import Decoding, answer_questions, spread
+from ray_sql.generate.answers import (
+    Decoding,
+    Joining,
+    answer_questions,
+    answer_ready,
+    ready,
+    spread,
+)
 from ray_sql.generate.groups import group_prompts
+from ray_sql.generate.sampling import Sampling
 from ray_sql.models import decode_attention, load_tokenizer
 
 WIDTH = {
@@ -194,6 +203,44 @@ def test_answers_of_all_lengths_meet_and_leave(tokenizer: Any, family: str) -> N
     for max_num_seqs in (None, 5):
         decoding = Decoding(60, max_num_seqs=max_num_seqs)
         assert told(answer_questions(model, tokenizer, asked, decoding)) == alone
+
+
+@pytest.mark.parametrize(("family", "looks"), [("llama", 4), ("qwen3_5_text", 4), ("bloom", 0)])
+@pytest.mark.parametrize("sampling", [None, Sampling(3, 1.0, 1.0, 0)], ids=["greedy", "samples"])
+def test_answers_that_nobody_needs_any_more_are_left_and_change_no_others(
+    tokenizer: Any, family: str, looks: int, sampling: Sampling | None
+) -> None:
+    """Every third question is needed for so many looks, while it waits or is answered."""
+    model = build(family, len(tokenizer))
+    asked = several(len(tokenizer))
+    prompts = [one.input_ids for one in asked]
+    decoding = Decoding(24, batch_size=4, max_num_seqs=5, sampling=sampling)
+    whole = answer_questions(model, tokenizer, asked, decoding)
+    groups = group_prompts(prompts, [one.db_id for one in asked]) if family in SHARES else None
+    seen: Counter[int] = Counter()
+    answered: dict[int, Answer] = {}
+
+    def needed(index: int) -> bool:
+        seen[index] += 1
+        return index % 3 > 0 or seen[index] <= looks
+
+    with ready(model):
+        answer_ready(
+            model,
+            tokenizer,
+            asked,
+            decoding,
+            groups=groups,
+            on_answer=answered.__setitem__,
+            joining=Joining(lambda: (), 0, needed),
+        )
+    left = set(range(len(asked))) - set(answered)
+    assert left and all(index % 3 == 0 for index in left)
+    for index, answer in answered.items():
+        assert answer.raw == whole[index].raw
+        assert [one.raw for one in answer.candidates] == [
+            one.raw for one in whole[index].candidates
+        ]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma4_text", "granitemoehybrid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +90,27 @@ def test_our_own_service_is_the_measured_model(engine: Engine, verify: Verify) -
     assert (code, found["verdict"]) == (0, "equal")
     assert found["same"] == found["questions"] == 8
     assert "8 of 8 answers are the measured ones" in out
+
+
+def test_a_run_that_was_measured_with_beams_is_verified_by_its_greedy_answers(
+    tuned_run: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(str(shutil.copytree(tuned_run, tmp_path / "beams")))
+    settings = folder.read_settings() or {}
+    settings["evaluate"] = settings.get("evaluate", {}) | {"num_beams": 4}
+    folder.write_settings(settings)
+    named = ["--output_dir", str(tmp_path), "--adapter", folder.adapter.uri]
+    with serving(engine) as client, pytest.raises(SystemExit) as ended:
+        url = ["--evaluate.url", address(client)]
+        cli.main("verify", ["--output_name", "beams", *named, *url])
+    told = capsys.readouterr().err
+    assert (ended.value.code, "measured with 4 beams, and endpoints" in told) == (2, True)
+    words = [*told.split("evaluate it once more with ")[1].split(" and another")[0].split()]
+    cli.main("evaluate", [*words, "--output_dir", str(tmp_path), "--output_name", "greedy"])
+    with serving(engine) as client:
+        url = ["--evaluate.url", address(client)]
+        cli.main("verify", ["--output_name", "greedy", *named, *url])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["verdict"] == "equal"
 
 
 def test_an_adapter_that_is_not_applied_is_named(

@@ -217,7 +217,19 @@ class ServeConfig(AskingConfig):
             settings["linker"] = str(absolute(self.linker))
         if self.serve.corrections:
             settings["serve"]["corrections"] = str(absolute(self.serve.corrections))
+        if self.serve.databases:
+            settings["serve"]["databases"] = {
+                name: _from_any_folder(place) for name, place in self.serve.databases.items()
+            }
         return settings
+
+
+def _from_any_folder(place: str) -> str:
+    """Return a database's path, or the URL of its file, with an absolute path."""
+    scheme, slashes, path = place.partition(":///")
+    if slashes and scheme in ("sqlite", "duckdb"):
+        return f"{scheme}:///{absolute(path)}"
+    return place if "://" in place else str(absolute(place))
 
 
 class VerifyConfig(TunedConfig):

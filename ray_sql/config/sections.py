@@ -521,6 +521,9 @@ class ServeSection(Section):
     """Give up a request after this many seconds, with 504: its answer and its query together."""
     max_request_bytes: int = Field(65_536, ge=1, le=MOST)
     """Refuse a request whose body has more bytes, with 413."""
+    max_result_bytes: int = Field(8 * 2**20, ge=1, le=MOST)
+    """Stop a query whose result has more bytes, or a text or blob on the way to it. A smaller
+    `evaluate.max_bytes` counts instead."""
     schema_bytes: int = Field(2**30, ge=0, le=10**15)
     """Keep computed schemas in at most this many bytes of memory."""
     gpu: Literal["vllm"] | None = None

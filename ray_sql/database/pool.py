@@ -127,7 +127,10 @@ class Executor:
         items: Sequence[Item],
         progress: Progress | None = None,
     ) -> list[Answer]:
-        """Apply a function that calls `run` to every item, in threads; return answers in order."""
+        """Apply a function that calls `run` to every item, in threads; return answers in order.
+
+        An error, such as a database that is missing, leaves the queries of other callers alone.
+        """
         with ThreadPoolExecutor(self.workers) as threads:
             futures = [threads.submit(function, item) for item in items]
             try:
@@ -137,8 +140,9 @@ class Executor:
                         progress(done, len(futures))
             except BaseException as error:
                 threads.shutdown(wait=False, cancel_futures=True)
-                self._stopped |= not isinstance(error, Exception)  # a signal: nothing may follow
-                self.kill()
+                if not isinstance(error, Exception):  # a signal: nothing may follow
+                    self._stopped = True
+                    self.kill()
                 raise
         return [future.result() for future in futures]
 
@@ -149,11 +153,10 @@ class Executor:
     def _run_in_worker(self, place: Source, sql: str, limits: Limits) -> "_Sized":
         worker = self._slots.get()
         try:
-            if worker is not None and worker.kind != place.kind:
-                self._started.discard(worker)
-                worker.kill()
+            if worker is not None and not (worker.kind == place.kind and worker.alive()):
+                self._drop(worker)
                 worker = None
-            if worker is None or not worker.alive():
+            if worker is None:
                 worker = _Worker(place.kind)
                 self._started.add(worker)
                 self._check_open()  # it may have been stopped since
@@ -173,9 +176,14 @@ class Executor:
             return answer
         finally:
             if worker is not None and not worker.alive():
-                self._started.discard(worker)
+                self._drop(worker)
                 worker = None
             self._slots.put(worker)
+
+    def _drop(self, worker: "_Worker") -> None:
+        """End a worker for good."""
+        self._started.discard(worker)
+        worker.kill()
 
 
 class ServerFull(DataError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from ray_sql.generate import probe
 from ray_sql.generate.answers import Decoding, Fits, Joining, OnAnswer, answer_ready, ready
+from ray_sql.generate.decoder import Needed, always
 from ray_sql.generate.groups import Group, group_known, known_prefix
 from ray_sql.generate.kept_prefixes import KeptPrefixes
 from ray_sql.generate.name_guard import NameGuard
@@ -56,12 +57,13 @@ class Answerer:
         *,
         on_answer: OnAnswer | None = None,
         more: Callable[[Fits], Sequence[Question]] | None = None,
+        needed: Needed = always,
     ) -> list[Answer]:
         """Return the answers in the order of the questions, computed together.
 
         `begins` has the tokens with which the prompts of each database begin. `more` is asked
         again and again for questions that came meanwhile: they are answered too, behind the
-        others in order.
+        others in order. Then a question that is not `needed` any more is left out.
         """
         longest = self._longest(questions, decoding)
         groups = self._groups(questions, decoding, begins, longest)
@@ -86,7 +88,7 @@ class Answerer:
             groups=groups,
             kept=self._kept,
             on_answer=on_answer,
-            joining=Joining(joined, longest) if more else None,
+            joining=Joining(joined, longest, needed) if more else None,
         )
 
     def _longest(self, questions: Sequence[Question], decoding: Decoding) -> int:

@@ -12,6 +12,7 @@ from ray_sql.cluster.ranks import gather_all, rank, world_size
 from ray_sql.config.sections import AnswersSection
 from ray_sql.generate import decoder, hf_generate, probe
 from ray_sql.generate.decoded import Decoded, make_answer
+from ray_sql.generate.decoder import Needed, always
 from ray_sql.generate.ends import Ends
 from ray_sql.generate.groups import Group, group_prompts
 from ray_sql.generate.kept_prefixes import KeptPrefixes
@@ -37,11 +38,13 @@ class Joining:
     """Questions that join others while these are answered.
 
     `more` returns those that came since it was called last, each with the number of its first
-    tokens that others share. Prompt and answer have at most `longest` tokens.
+    tokens that others share. Prompt and answer have at most `longest` tokens. A question that is
+    not `needed` any more gets no answer.
     """
 
     more: Callable[[], Sequence[tuple[Question, int]]]
     longest: int
+    needed: Needed = always
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def answer_ready(
     """Answer as `answer_questions` does, by a model that is `ready`.
 
     Questions of a group share a prefix, which `kept` may hold. Without groups, each prompt is
-    computed whole, and none can join.
+    computed whole, and none can join. Questions that `joining` needs no more are left out.
     """
     answers: dict[int, Answer] = {}
     questions = list(questions)
@@ -136,10 +139,11 @@ def answer_ready(
     allows = None if guards is None else _allows(questions, guards, ends)
     wanted = Wanted(decoding.sampling, allows, () if guards is None else _letters(tokenizer))
     if groups is None:
-        _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep)
+        needed = joining.needed if joining else always
+        _answer_in_batches(model, tokenizer, questions, decoding, wanted, keep, needed)
     else:
         _answer_over_prefixes(model, ends, questions, groups, decoding, wanted, keep, kept, joining)
-    return [answers[index] for index in range(len(questions))]
+    return [answers[index] for index in sorted(answers)]
 
 
 def _groups(
@@ -215,6 +219,7 @@ def _answer_over_prefixes(
         wanted=wanted,
         kept=kept,
         more=more,
+        needed=joining.needed if joining else always,
         longest=joining.longest if joining else 0,
     )
 
@@ -226,10 +231,13 @@ def _answer_in_batches(
     decoding: Decoding,
     wanted: Wanted,
     keep: OnAnswer,
+    needed: Needed,
 ) -> None:
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].input_ids))
     for start in range(0, len(order), decoding.batch_size):
-        batch = order[start : start + decoding.batch_size]
+        batch = [one for one in order[start : start + decoding.batch_size] if needed(one)]
+        if not batch:
+            continue
         prompts = [questions[index].input_ids for index in batch]
         answers = hf_generate.answer_batch(
             model, tokenizer, prompts, decoding.max_new_tokens, decoding.num_beams, wanted, batch

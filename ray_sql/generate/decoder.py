@@ -4,7 +4,8 @@ Questions of one database whose prompts begin alike are a group. The prefix of a
 once and kept once. The rest of each prompt is computed in one pass for many questions. Then all of
 them go on together, whatever their database, by a token a pass. Where few are left, the next
 tokens are guessed and several are checked in a pass (`draft`). A question that has its answer
-leaves, and another takes its place: one that waits, or one that comes only now (`more`).
+leaves, and another takes its place: one that waits, or one that comes only now (`more`). So does
+a question whose answer nobody needs any more (`needed`).
 
 Answers to a question are one slot until they differ (`slots`). So a sample costs the tokens that no
 other answer to its question has begun with.
@@ -62,9 +63,18 @@ Their indices follow those of the prompts before them.
 """
 
 
+Needed = Callable[[int], bool]
+"""Tells whether somebody still needs the answer to a question, by its index."""
+
+
 def no_more() -> Sequence[tuple[Sequence[int], int]]:
     """Return no further prompts."""
     return ()
+
+
+def always(question: int) -> bool:
+    """Need the answer to every question."""
+    return True
 
 
 def decode(
@@ -79,13 +89,14 @@ def decode(
     wanted: Wanted = GREEDY,
     kept: KeptPrefixes | None = None,
     more: More = no_more,
+    needed: Needed = always,
     longest: int = 0,
 ) -> None:
     """Give all prompts the answers that are wanted, `max_num_seqs` prompts at a time.
 
     None is as many as memory allows, up to `AUTO_NUM_SEQS`. Prefixes are taken from `kept`, and
-    left there. `more` is asked before every pass; its prompts and answers have at most `longest`
-    tokens.
+    left there. `more` and `needed` are asked before every pass. The prompts and answers of `more`
+    have at most `longest` tokens.
     """
     longest = max(longest, max(map(len, prompts)) + max_new_tokens)
     budget = None if max_num_seqs else free_memory(model) // bytes_per_token(model)
@@ -101,7 +112,7 @@ def decode(
             wanted=wanted,
             kept=kept,
         )
-        decoder.run(ended, finish, more)
+        decoder.run(ended, finish, more, needed)
 
 
 class Decoder:
@@ -142,9 +153,12 @@ class Decoder:
         self._seconds: dict[int, float] = defaultdict(float)
         self._done: dict[int, dict[int, Decoded]] = defaultdict(dict)
 
-    def run(self, ended: Ended, finish: Finish, more: More = no_more) -> None:
-        """Answer everything, and what comes meanwhile."""
+    def run(
+        self, ended: Ended, finish: Finish, more: More = no_more, needed: Needed = always
+    ) -> None:
+        """Answer everything that is needed, and what comes meanwhile."""
         while True:
+            self._leave(needed)
             for prompt, prefix in more():
                 self._join(prompt, prefix)
             if not self._waiting and not self._slots:
@@ -174,6 +188,20 @@ class Decoder:
         self._groups[index].members.append(question)
         self._waiting.append((index, question))
         self._left[index] += 1
+
+    def _leave(self, needed: Needed) -> None:
+        """Free the places of questions whose answers nobody needs any more."""
+        left = {question: group for group, question in self._waiting if not needed(question)}
+        left |= {slot.question: slot.group for slot in self._slots if not needed(slot.question)}
+        if not left:
+            return
+        self._waiting = deque(one for one in self._waiting if one[1] not in left)
+        staying = [place for place, slot in enumerate(self._slots) if slot.question not in left]
+        if len(staying) < len(self._slots):
+            self._slots = [self._slots[place] for place in staying]
+            self._own.compact(staying, max((slot.end for slot in self._slots), default=0))
+        for question, group in left.items():
+            self._forget(question, group)
 
     def first_logits(self) -> torch.Tensor:
         """Return the logits of every answer's first token, `[questions, vocabulary]` in float32."""
@@ -419,8 +447,13 @@ class Decoder:
         done |= dict.fromkeys(slot.answers, answer)
         if len(done) < self._wanted.answers:
             return
-        del self._done[slot.question], self._numbers[slot.question]
-        self._left[slot.group] -= 1
-        if not self._left[slot.group]:
-            self._prefixes.pop(slot.group, None)
+        self._forget(slot.question, slot.group)
         finish(slot.question, [done[place] for place in sorted(done)], self._seconds[slot.question])
+
+    def _forget(self, question: int, group: int) -> None:
+        """Free what is held for a question, and the prefix that it was the last to use."""
+        self._done.pop(question, None)
+        self._numbers.pop(question, None)
+        self._left[group] -= 1
+        if not self._left[group]:
+            self._prefixes.pop(group, None)

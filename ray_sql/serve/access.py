@@ -17,8 +17,11 @@ TOKEN = "RAY_SQL_TOKEN"
 """The environment variable with the bearer token."""
 OPEN = {"/healthz", *page.FILES}
 """Paths that need no token: the page asks for it."""
-LOCAL_HOSTS = ["localhost", "127.0.0.1"]
-"""Names by which this machine is asked. Another name is a page that leads a browser here."""
+NO_TOKEN = (
+    f"{TOKEN} is set where the service was started, and not on a node where a copy of the model "
+    "starts; set it in the environment of every node's Ray"
+)
+"""The error of a copy of the model that would ask nobody for the token."""
 
 
 def is_local(host: str) -> bool:
@@ -26,15 +29,17 @@ def is_local(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
-def token_for(host: str) -> str | None:
+def token_for(host: str, needed: bool = False) -> str | None:
     """Return the bearer token of the environment.
 
-    Raises `ConfigError` if there is none, and others reach the address.
+    Raises `ConfigError` if there is none, and it is `needed`, or others reach the address.
     """
     token = os.environ.get(TOKEN, "").strip() or None
+    if token is None and needed:
+        raise ConfigError(NO_TOKEN)
     if token is None and not is_local(host):
         raise ConfigError(
             f"--serve.host {host}: others reach it, so set {TOKEN} in the environment, which they "
@@ -44,7 +49,11 @@ def token_for(host: str) -> str | None:
 
 
 class Door:
-    """Refuses requests without the token, and those whose body is too large or of unknown size."""
+    """Refuses requests without the token, and those whose body is too large or of unknown size.
+
+    Without a token only this machine may ask. Where the service listens does not matter: on a
+    cluster, Ray Serve may have been told another address than our settings have.
+    """
 
     def __init__(self, app: ASGIApp, token: str | None, most_bytes: int) -> None:
         self._app, self._token, self._most_bytes = app, token, most_bytes
@@ -56,7 +65,10 @@ class Door:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
-        if scope["path"] not in OPEN and not self._may_enter(headers):
+        if self._token is None:
+            if refusal := _refuse_stranger(scope, headers):
+                return refusal
+        elif scope["path"] not in OPEN and not self._may_enter(headers, self._token):
             return error(401, "give the token: Authorization: Bearer …")
         if "transfer-encoding" in headers:
             return error(411, "give the size of the body: Content-Length")
@@ -65,9 +77,24 @@ class Door:
             return error(413, f"a body has at most {self._most_bytes} bytes")
         return None
 
-    def _may_enter(self, headers: Headers) -> bool:
+    def _may_enter(self, headers: Headers, token: str) -> bool:
         given = headers.get("authorization", "").encode()
-        return self._token is None or hmac.compare_digest(given, f"Bearer {self._token}".encode())
+        return hmac.compare_digest(given, f"Bearer {token}".encode())
+
+
+def _refuse_stranger(scope: Scope, headers: Headers) -> JSONResponse | None:
+    """Refuse who is not on this machine, or was led here by a page that calls it otherwise."""
+    client, _ = scope.get("client") or ("", 0)
+    if not is_local(client):
+        return error(403, f"only its own machine may ask a service that has no {TOKEN}")
+    if not is_local(_without_port(headers.get("host", ""))):
+        return error(400, f"ask 127.0.0.1 or localhost; for another name, set {TOKEN}")
+    return None
+
+
+def _without_port(host: str) -> str:
+    """Return the name or address of a Host header."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 def error(status: int, message: str, **headers: str) -> JSONResponse:

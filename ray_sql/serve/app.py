@@ -6,15 +6,14 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ray_sql import __version__
 from ray_sql.config import absolute
@@ -22,7 +21,7 @@ from ray_sql.config.sections import ServeSection
 from ray_sql.errors import DataError, RaySqlError, StoreError
 from ray_sql.generate.decoder import AUTO_NUM_SEQS
 from ray_sql.serve import wire
-from ray_sql.serve.access import LOCAL_HOSTS, Door, error
+from ray_sql.serve.access import Door, error
 from ray_sql.serve.batcher import Batcher, Full
 from ray_sql.serve.corrections import append
 from ray_sql.serve.counts import Counted, Counts
@@ -62,10 +61,10 @@ class Service:
             section.max_waiting,
             lambda together: self.counts.together.observe(together),
         )
-        self.queries = Queries(engine, section.max_waiting)
+        self.queries = Queries(engine, section.max_waiting, section.max_result_bytes)
         self.counts = Counts(lambda: self.batcher.waiting)
 
-    async def sql(self, body: SqlRequest, request: Request) -> dict[str, Any]:
+    async def sql(self, body: SqlRequest, request: Request) -> Response:
         """Answer a question about a database, with the rows of its SQL."""
         prompter = self._engine.prompter
         settings = self._engine.config.changed(body.settings()).evaluate
@@ -83,8 +82,9 @@ class Service:
             query = self.queries.submit(database, reply.predicted)
             done = await self._wait(query, request, end, LATE_ANSWERS_QUERY)
             result, links = done.result, done.named_links()
-        answer = wire.reply(reply, result, prompter.task, prompter.name, body.max_rows)
-        return answer | links
+        return await _written(
+            lambda: wire.reply(reply, result, prompter.task, prompter.name, body.max_rows) | links
+        )
 
     async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any]:
         """Answer a conversation, written in the chat template of the base model."""
@@ -92,7 +92,7 @@ class Service:
         if body.model not in (None, name):
             raise Unknown(f"model {body.model!r} is not served; {name} is")
         settings = self._engine.config.evaluate.greedy()
-        if body.most_tokens:
+        if body.most_tokens and body.most_tokens < settings.max_new_tokens:
             settings = settings.model_copy(update={"max_new_tokens": body.most_tokens})
         turns = [message.turn() for message in body.messages]
         asked = self._engine.prompter.ask_turns(turns, settings)
@@ -117,7 +117,7 @@ class Service:
             },
         }
 
-    async def run(self, body: RunRequest, request: Request) -> dict[str, Any]:
+    async def run(self, body: RunRequest, request: Request) -> Response:
         """Run a query on a registered database, as those of answers are run."""
         self._engine.prompter.database(body.database)
         self.queries.require_room()
@@ -125,12 +125,14 @@ class Service:
         done = await self._wait(query, request, self._deadline(), LATE_QUERY)
         if self._section.log_questions:
             log.warning("%s: %s", body.database, body.sql)
-        return {
-            "database": body.database,
-            **wire.rows(done.result, body.max_rows),
-            **done.named_links(),
-            "timings": {"query_seconds": round(done.result.seconds, 3)},
-        }
+        return await _written(
+            lambda: {
+                "database": body.database,
+                **wire.rows(done.result, body.max_rows),
+                **done.named_links(),
+                "timings": {"query_seconds": round(done.result.seconds, 3)},
+            }
+        )
 
     async def correct(self, body: Correction) -> dict[str, bool]:
         """Keep a corrected pair in the file of corrections."""
@@ -138,7 +140,8 @@ class Service:
         if self._section.corrections is None:
             raise DataError("corrections are not kept; start with --serve.corrections FILE")
         file = absolute(self._section.corrections)
-        await asyncio.to_thread(append, file, body.database, body.question, body.sql)
+        pair = body.database, body.question, body.sql, body.evidence
+        await asyncio.to_thread(append, file, *pair)
         return {"saved": True}
 
     async def databases(self) -> dict[str, Any]:
@@ -241,11 +244,14 @@ def make_app(engine: Engine, section: ServeSection, token: str | None) -> FastAP
     app.add_exception_handler(TimeoutError, _late)
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(Unknown, _unknown)
-    app.add_middleware(Counted, counts=service.counts)
     app.add_middleware(Door, token=token, most_bytes=section.max_request_bytes)
-    if token is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    app.add_middleware(Counted, counts=service.counts)  # the outermost: it counts refusals too
     return app
+
+
+async def _written(make: Callable[[], dict[str, Any]]) -> Response:
+    """Return JSON that is made in a thread: it may have many rows, and others ask meanwhile."""
+    return await asyncio.to_thread(lambda: JSONResponse(make()))
 
 
 async def _until_gone(request: Request) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from traceback import format_tb
 
+from ray_sql.errors import RaySqlError
 from ray_sql.serve.engine import Reply
 from ray_sql.serve.prompter import Asked
 
+log = logging.getLogger(__name__)
 GATHER_SECONDS = 0.005
 """Seconds for which the first question waits for others."""
 MOST_JOINED = 1000
@@ -30,7 +34,7 @@ class Full(Exception):
 class Batch:
     """The questions of one call of `answer`: those it begins with, and those that join.
 
-    `more` and `tell` are for the thread that answers.
+    `more`, `needs` and `tell` are for the thread that answers.
     """
 
     asked: list[Asked]
@@ -43,17 +47,23 @@ class Batch:
 
     def more(self, fits: Callable[[Asked], bool]) -> list[Asked]:
         """Return the questions that came since; none behind one that does not fit."""
-        on_their_way = len(self.asked) - len(self.told)
-        room = min(self.most - on_their_way, MOST_JOINED - len(self.asked))
+        room = min(self.most - self._on_their_way(), MOST_JOINED - len(self.asked))
         joined = self.take(room, fits) if room > 0 else {}
         self.asked += joined.values()
         self.coming += joined
         return list(joined.values())
 
+    def needs(self, index: int) -> bool:
+        """Tell whether somebody still waits for the reply to a question."""
+        return not self.coming[index].done()
+
+    def _on_their_way(self) -> int:
+        return sum(one not in self.told and self.needs(one) for one in range(len(self.asked)))
+
     def tell(self, index: int, reply: Future[Reply]) -> None:
         """Hand on the reply to a question, once it is there."""
-        self.observe(len(self.asked) - len(self.told))
         self.told.add(index)
+        self.observe(self._on_their_way() + 1)
         coming = self.coming[index]
 
         def pass_on(done: Future[Reply]) -> None:
@@ -94,7 +104,10 @@ class Batcher:
         return len(self._waiting)
 
     def submit(self, asked: Asked) -> Coming:
-        """Return the reply to come; cancelled, it frees its place. Raises `Full`."""
+        """Return the reply to come; cancelled, it frees its place, also while it is written.
+
+        Raises `Full`.
+        """
         with self._lock:
             if len(self._waiting) >= self._most_waiting:
                 raise Full
@@ -139,13 +152,25 @@ class Batcher:
         try:
             await loop.run_in_executor(self._thread, self._answer, batch)
         except Exception as error:  # whatever it is, whoever waits for it must learn of it
-            left = [index for index in range(len(batch.asked)) if index not in batch.told]
+            _log(error)
+            left = [
+                index
+                for index in range(len(batch.asked))
+                if index not in batch.told and batch.needs(index)
+            ]
             for index in left:
                 if len(batch.asked) == 1:
                     batch.tell(index, _failed(error))
                 else:
                     alone = {batch.coming[index]: batch.asked[index]}
                     await self._answer_all(alone, lambda most, fits: {})
+
+
+def _log(error: Exception) -> None:
+    """Log where an error of ours came from, without its text, which may hold a question."""
+    if not isinstance(error, RaySqlError):
+        trace = "".join(format_tb(error.__traceback__))
+        log.error("answering failed: %s\n%s", type(error).__name__, trace)
 
 
 def _failed(error: Exception) -> Future[Reply]:

@@ -44,13 +44,23 @@ class Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.monotonic()
+        began, has_answer = time.monotonic(), False
+
+        def count(status: int) -> None:
+            nonlocal has_answer
+            has_answer = True
+            route = getattr(scope.get("route"), "path", "other")
+            self._counts.requests.labels(route, str(status)).inc()
+            self._counts.seconds.labels(route).observe(time.monotonic() - began)
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self._counts.requests.labels(route, str(message["status"])).inc()
-                self._counts.seconds.labels(route).observe(time.monotonic() - began)
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:  # Starlette answers it with 500, outside of this
+            if not has_answer:
+                count(500)
+            raise

@@ -32,9 +32,10 @@ def prompter(config: ServeConfig) -> Prompter:
 class Service:
     """A copy of the model, and the service over it."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], needs_token: bool = False) -> None:
         config = load(ServeConfig, [], **settings)
-        self._section, self._token = config.serve, token_for(config.serve.host)
+        self._section = config.serve
+        self._token = token_for(config.serve.host, needs_token)
         if "num_cpus" not in config.serve.ray_actor_options:
             # Ray allows one thread to an actor that reserves nothing
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.serve.num_replicas))
@@ -48,6 +49,11 @@ class Service:
 
 def application(settings: dict[str, Any]) -> Any:
     """Return the application for settings of `ray-sql serve`, which `serve deploy` calls."""
+    return bind(settings, needs_token=False)
+
+
+def bind(settings: dict[str, Any], needs_token: bool) -> Any:
+    """Return the application for settings; where it `needs_token`, no copy starts without one."""
     section = load(ServeConfig, [], **settings).serve
     deployment: Any = Service  # what the decorators made of the class
     options: dict[str, Any] = {}  # what is not set here, a file of `serve deploy` may set
@@ -55,4 +61,4 @@ def application(settings: dict[str, Any]) -> Any:
         options["num_replicas"] = section.num_replicas
     if section.ray_actor_options:
         options["ray_actor_options"] = section.ray_actor_options
-    return deployment.options(**options).bind(settings)
+    return deployment.options(**options).bind(settings, needs_token)

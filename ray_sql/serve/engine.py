@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,6 +18,7 @@ from ray_sql.errors import DataError
 from ray_sql.evaluate import candidates, scoring
 from ray_sql.generate import Answer
 from ray_sql.generate.answers import Fits, OnAnswer
+from ray_sql.generate.decoder import Needed, always
 from ray_sql.serve.linker import Linker
 from ray_sql.serve.prompter import Asked, Prompter
 
@@ -37,8 +38,12 @@ class Model(Protocol):
         settings: AnswersSection,
         on_answer: OnAnswer,
         more: More | None = None,
+        needed: Needed = always,
     ) -> None:
-        """Answer prompts, and those that join them; `on_answer` receives each with its place."""
+        """Answer prompts, and those that join them; `on_answer` receives each with its place.
+
+        With `more`, those that are not `needed` any more may be left out.
+        """
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -78,6 +83,9 @@ class Joinable(Protocol):
 
     def more(self, fits: Callable[[Asked], bool]) -> list[Asked]:
         """Return the questions that came meanwhile, up to one that does not fit."""
+
+    def needs(self, index: int) -> bool:
+        """Tell whether somebody still waits for the reply to a question."""
 
     def tell(self, index: int, reply: Future[Reply]) -> None:
         """Hand on the reply to a question."""
@@ -133,6 +141,8 @@ class Engine:
     def answer_joinable(self, batch: Joinable) -> None:
         """Answer questions and those of like settings that join them, each as it is ready.
 
+        One that nobody waits for any more is left out, unless the model is an endpoint.
+
         A linker is asked about all questions first, so that none joins later.
         """
         if self._linker is not None:
@@ -151,14 +161,26 @@ class Engine:
             def choose(index: int, answer: Answer) -> None:
                 batch.tell(index, threads.submit(self._reply, batch.asked[index], answer))
 
-            self._model.answer(batch.asked, settings, choose, more)
+            asked = list(batch.asked)  # `more` adds to it
+            self._model.answer(asked, settings, choose, more, batch.needs)
 
-    def run(self, database: str, sql: str) -> QueryResult:
-        """Run one query, read-only and within the limits. Raises `DataError` if none can be."""
+    @property
+    def workers(self) -> int:
+        """Return how many queries run at a time."""
+        return self._executor.workers
+
+    def run(self, database: str, sql: str, most_bytes: int | None = None) -> QueryResult:
+        """Run one query, read-only and within the limits; its result has at most `most_bytes`.
+
+        Raises `DataError` if none can be run on the database.
+        """
         place = self.prompter.databases[database].place
         if place is None:
             raise DataError(f"database {database}: SQL runs on {EXECUTABLE}, not on this one")
-        return self._executor.run(place, sql, again=True)
+        limits = self._executor.limits
+        if most_bytes is not None:
+            limits = replace(limits, bytes=min(limits.bytes, most_bytes))
+        return self._executor.run(place, sql, limits, again=True)
 
     def links(self, database: str, sql: str) -> Links | None:
         """Return the tables and columns that a query reads; None where they cannot be told."""

@@ -14,6 +14,7 @@ from ray_sql.config.sections import AnswersSection, QuantizationSection
 from ray_sql.generate import Question
 from ray_sql.generate.answerer import Answerer
 from ray_sql.generate.answers import Decoding, Fits, OnAnswer
+from ray_sql.generate.decoder import Needed, always
 from ray_sql.generate.name_guard import NameGuard, guards
 from ray_sql.serve.engine import More
 from ray_sql.serve.identity import Identity
@@ -89,8 +90,9 @@ class LocalModel:
         settings: AnswersSection,
         on_answer: OnAnswer,
         more: More | None = None,
+        needed: Needed = always,
     ) -> None:
-        """Answer prompts, and those that join them, together."""
+        """Answer prompts, and those that join them, together, as long as they are needed."""
         config = self._prompter.config
         decoding = Decoding.from_settings(settings, config.eval_batch_size, config.seed)
         names: dict[str, NameGuard] = {}
@@ -112,6 +114,7 @@ class LocalModel:
             names if settings.ground == "constrain" else None,
             on_answer=on_answer,
             more=joined if more else None,
+            needed=needed,
         )
 
     def _guards(self, questions: Sequence[Question]) -> dict[str, NameGuard]:

@@ -57,21 +57,23 @@ class Prompter:
         )
         self.tokenizer = models.load_tokenizer(self.model_folder)
         check_adapter(self.adapter.uri, config, self.tokenizer, revision)
+        self._most_tokens, self._largest_token = 0, -1
+        """The longest prompt with its answer, and the largest token, that the model reads."""
         self.take(databases)
 
     def take(self, databases: Mapping[str, Database]) -> None:
-        """Ask about these databases from now on."""
-        self.databases = databases
+        """Ask about these databases from now on; where that fails, about those before."""
         schemas = {name: database.schema for name, database in databases.items()}
         config = self.config
         check_described(self.adapter.read_contract() or {}, schemas, self.adapter.uri)
-        self._encoder = generate.question_encoder(self.tokenizer, config, schemas)
-        self._values: dict[str, ValueIndex] = {}
+        encoder = generate.question_encoder(self.tokenizer, config, schemas)
+        indexes: dict[str, ValueIndex] = {}
         with Executor(1) as executor:
             for name, database in databases.items():
                 place = database.place
                 if found := values.search(database.schema, place, config.prompt, executor):
-                    self._values[name] = found.index
+                    indexes[name] = found.index
+        self.databases, self._encoder, self._values = databases, encoder, indexes
         self.begins = {name: self._begin(name) for name in databases}
         """The tokens that the prompts of all questions on a database begin with."""
 
@@ -137,7 +139,13 @@ class Prompter:
         return Asked(question, settings, turns, example)
 
     def _check_window(self, question: Question, settings: AnswersSection) -> None:
-        generate.check_window(self.model_folder, [question], settings.max_new_tokens)
+        """Check a prompt, which reads the model's files, unless a larger one was checked before."""
+        tokens = len(question.input_ids) + settings.max_new_tokens
+        largest = max(question.input_ids, default=0)
+        if tokens > self._most_tokens or largest > self._largest_token:
+            generate.check_window(self.model_folder, [question], settings.max_new_tokens)
+            self._most_tokens = max(tokens, self._most_tokens)
+            self._largest_token = max(largest, self._largest_token)
 
     def _example(self, question: str, database: str, evidence: str = "") -> Example:
         """Return a question with the cells that it names."""

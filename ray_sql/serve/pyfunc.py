@@ -2,7 +2,8 @@
 
 Questions come as rows with `question`, and `database` or `schema`. A database is a file, a URL, or
 the name of one of the run's own; a schema is CREATE TABLE statements. A run with one database needs
-neither. The script in the model's folder, which `tracking/models.py` writes, makes the instance.
+neither. No SQL of an answer is executed. The script in the model's folder, which
+`tracking/models.py` writes, makes the instance.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mlflow.pyfunc import PythonModel
 from pandas import DataFrame
 
 from ray_sql.config import AskConfig, load
+from ray_sql.config.sections import AnswersSection
 from ray_sql.data.schema_texts import read_schema
 from ray_sql.errors import DataError
 from ray_sql.serve import databases, recipe
@@ -51,8 +53,9 @@ class TunedModel(PythonModel):  # type: ignore[misc]  # mlflow is not followed b
         with self._lock:
             places = [self._database(row) for row in rows]
             prompter = self._prompter(dict.fromkeys(places))
+            settings = _executing_nothing(prompter)
             asked = [
-                prompter.ask(row["question"], place, row["evidence"])
+                prompter.ask(row["question"], place, row["evidence"], settings)
                 for row, place in zip(rows, places, strict=True)
             ]
             replies = self._engine.answer(asked)
@@ -88,6 +91,13 @@ class TunedModel(PythonModel):  # type: ignore[misc]  # mlflow is not followed b
     def _answer(self, reply: Reply) -> dict[str, str | None]:
         column = "sql" if self._engine.prompter.task.executes_sql else "links"
         return {"sql": None, "links": None, column: reply.predicted}
+
+
+def _executing_nothing(prompter: Prompter) -> AnswersSection:
+    """Return the run's settings for answers, greedy where a choice would execute SQL."""
+    settings = prompter.config.evaluate
+    several = settings.samples > 1 or settings.num_beams > 1
+    return settings.greedy() if several and prompter.task.executes_sql else settings
 
 
 def _texts(row: Mapping[str, Any]) -> dict[str, str]:

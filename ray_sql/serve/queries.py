@@ -25,15 +25,16 @@ class Executed:
 
 
 class Queries:
-    """Runs queries in threads; for one event loop.
+    """Runs queries in as many threads as processes may run them; for one event loop.
 
     A request is refused while `most` queries run or wait. That of a question whose answer the model
-    has written is run in any case.
+    has written is run in any case. A result has at most `most_bytes`.
     """
 
-    def __init__(self, engine: Engine, most: int) -> None:
-        self._engine, self._most = engine, most
-        self._threads = ThreadPoolExecutor(thread_name_prefix="ray_sql-queries")
+    def __init__(self, engine: Engine, most: int, most_bytes: int) -> None:
+        self._engine, self._most, self._most_bytes = engine, most, most_bytes
+        # with more, a query that nobody waits for would hold a thread until it has a process
+        self._threads = ThreadPoolExecutor(engine.workers, thread_name_prefix="ray_sql-queries")
         self._running: set[Future[Executed]] = set()
 
     def require_room(self) -> None:
@@ -49,6 +50,6 @@ class Queries:
         return asyncio.wrap_future(future)
 
     def _execute(self, database: str, sql: str) -> Executed:
-        result = self._engine.run(database, sql)
+        result = self._engine.run(database, sql, self._most_bytes)
         links = self._engine.links(database, sql) if result.status == "ok" else None
         return Executed(result, links)

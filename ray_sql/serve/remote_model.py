@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ray_sql.config.sections import AnswersSection
 from ray_sql.evaluate.endpoint import Endpoint
 from ray_sql.generate.answers import OnAnswer
+from ray_sql.generate.decoder import Needed, always
 from ray_sql.serve.engine import More
 from ray_sql.serve.prompter import Asked
 
@@ -24,8 +25,12 @@ class RemoteModel:
         settings: AnswersSection,
         on_answer: OnAnswer,
         more: More | None = None,
+        needed: Needed = always,
     ) -> None:
-        """Answer prompts, and those that wait with them, several asked at a time."""
+        """Answer prompts, and those that wait with them, several asked at a time.
+
+        An endpoint is asked whether or not the answers are still `needed`.
+        """
         joined = more(lambda question: True) if more else []
         turns = [one.turns for one in (*asked, *joined)]
         for index, answer in enumerate(self._endpoint.answer_all(turns, settings.max_new_tokens)):

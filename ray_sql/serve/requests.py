@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray_sql.config.sections import MOST, Way
 from ray_sql.database import MOST_SQL
 
+MOST_ROWS = 1000
+"""Rows that are sent where a request does not say how many."""
+
 
 class Body(BaseModel):
     """A body of our own paths, which has nothing but what they know."""
@@ -23,11 +26,16 @@ class SqlRequest(Body):
     database: str | None = None
     evidence: str = Field("", max_length=20_000)
     execute: bool = True
-    max_rows: int | None = Field(None, ge=0, le=MOST)
+    max_rows: int = Field(MOST_ROWS, ge=0, le=MOST)
     samples: int | None = Field(None, ge=1, le=64)
     temperature: float | None = Field(None, gt=0, le=10)
     choose: Way | None = None
-    ground: Literal["none", "repair", "constrain"] | None = None
+    ground: Literal["none", "repair", "constrain"] | None = Field(
+        None,
+        description="`repair` mends the names of samples, and with `choose` `repaired` those of "
+        "the greedy answer. `constrain` has samples, and the answer that `choose` `constrained` "
+        "takes, written with names that exist.",
+    )
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of `evaluate` that the request gives, by their dotted names."""
@@ -40,14 +48,15 @@ class RunRequest(Body):
 
     database: str
     sql: str = Field(min_length=1, max_length=MOST_SQL)
-    max_rows: int | None = Field(None, ge=0, le=MOST)
+    max_rows: int = Field(MOST_ROWS, ge=0, le=MOST)
 
 
 class Correction(Body):
-    """A question with the query that answers it."""
+    """A question, asked with or without a hint, with the query that answers it."""
 
     database: str
     question: str = Field(min_length=1, max_length=20_000)
+    evidence: str = Field("", max_length=20_000)
     sql: str = Field(min_length=1, max_length=MOST_SQL)
 
 

@@ -22,7 +22,7 @@ from ray_sql.serve import recipe
 from ray_sql.serve.diagnosis import MOST_UNSTEADY, Compared, Diagnosis, Said, diagnose
 from ray_sql.serve.identity import Identity
 from ray_sql.serve.prompter import Prompter
-from ray_sql.store.run_folder import RunFolder
+from ray_sql.store.run_folder import CONFIG, RunFolder
 from ray_sql.tasks import TASKS
 
 REPEATED = 16
@@ -78,6 +78,7 @@ class _Checked:
         self.compute_type = (found.adapter.read_contract() or {}).get("compute_type", "bfloat16")
         """The type that the run computed in; where it is not known, the one that rounds more."""
         folder = RunFolder(config.run_dir)
+        _refuse_beams(folder)
         self._measured = _by_key(folder.read_predictions())
         self._base = _by_key(folder.read_predictions("base"))
         self._corpus = load_scored(self._config, found.adapter.uri)
@@ -171,6 +172,19 @@ class _Checked:
             served_right=is_right(row),
             measured_prompt=measured["prompt_tokens"],
             served_prompt=row["prompt_tokens"],
+        )
+
+
+def _refuse_beams(folder: RunFolder) -> None:
+    """Raise `DataError` for a run whose answers were found with beams."""
+    settings = folder.read_settings() or {}
+    beams = settings.get("evaluate", {}).get("num_beams", 1)
+    if beams > 1:
+        raise DataError(
+            f"{folder}: the run was measured with {beams} beams, and endpoints answer greedily; "
+            f"evaluate it once more with --config {folder.place(CONFIG)} --adapter "
+            f"{folder.adapter} --evaluate.num_beams 1 and another --output_name, and verify that "
+            "name with the same --adapter"
         )
 
 

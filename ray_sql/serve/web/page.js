@@ -292,11 +292,14 @@ async function ask() {
   if (evidence) body.evidence = evidence;
   const samples = Number(at("samples").value);
   if (samples > 1) Object.assign(body, { samples, choose: "vote" });
-  if (at("repair").checked) body.ground = "repair";
+  if (at("repair").checked) {
+    body.ground = "repair";
+    body.choose ??= "repaired"; // votes count mended answers; one answer is mended itself
+  }
   clearAnswer();
   const reply = await work("Writing SQL", (signal) => call("v1/sql", body, signal), ask);
   if (!reply) return;
-  answered = { question, database: reply.database, sql: reply.sql ?? "" };
+  answered = { question, evidence, database: reply.database, sql: reply.sql ?? "" };
   remember(reply);
   showAnswer(reply);
   if (matchMedia(NARROW).matches) {
@@ -496,7 +499,8 @@ at("save").addEventListener("click", save);
 async function save() {
   const sql = at("sql").value.trim();
   if (!sql || !answered) return;
-  const body = { question: answered.question, database: answered.database, sql };
+  const { question, evidence, database } = answered;
+  const body = evidence ? { question, evidence, database, sql } : { question, database, sql };
   const kept = await work("Saving", (signal) => call("v1/corrections", body, signal), save);
   if (!kept) return;
   at("correct-words").textContent = "Saved. Thank you.";
@@ -548,11 +552,13 @@ async function recall(entry) {
     await choose();
   }
   if (!schema) return;
-  at("question").value = entry.question;
+  const { question, evidence = "", database, sql } = entry;
+  at("question").value = question;
+  at("evidence").value = evidence;
   if (service.task !== "sql") return ask();
   clearAnswer();
   show("empty", false);
-  answered = { question: entry.question, database: entry.database, sql: entry.sql };
+  answered = { question, evidence, database, sql };
   showAnswer({ timings: {} });
   scrollTo({ top: 0 });
   await run();
