@@ -401,7 +401,7 @@ def test_a_model_that_ignores_its_mask_is_refused(make_config: Any, tiny_model: 
         ("a", 12, 1, "auto", 6),
         ("a", 2, 1, "auto", 2),
         ("a", 8, 4, "auto", 2),  # a row for every worker
-        ("ab", 8, 1, "auto", 2),  # a step mixes databases
+        ("ab", 8, 1, "auto", 4),  # a step mixes databases
         ("a", 8, 1, 3, 3),
         ("a", 8, 1, 1, 1),
     ],

@@ -57,9 +57,9 @@ class Batching:
 def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: int) -> int:
     """Return how many examples share a row, at most as many as an optimizer step has.
 
-    `auto` leaves a step two rows, and rows of more than 4 as many as a row has examples. Rows of 4
-    in steps of 8 and of 32 answered about as many new questions as plain rows after as many
-    examples; rows of 8 answered fewer (`benchmarks.shared_rows_quality`). After as many seconds,
+    `auto` leaves a step at least two rows. Rows of more than 4 are as many as a row has examples.
+    Rows of 4 answered about as many new questions as plain rows after as many examples, and rows
+    of 8 fewer (`benchmarks.shared_rows_quality`). After as many seconds,
     rows of 4 in steps of 8 had learnt more than rows of 2 (`benchmarks.by_the_clock`). The result
     divides the step where a number above 1 does. So the end of a step cuts no group of a database
     in two.

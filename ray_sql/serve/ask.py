@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+from ray_sql import cluster
 from ray_sql.config import AskConfig, OneDatabaseConfig, absolute, mask_password
 from ray_sql.display import Display, loading
 from ray_sql.errors import RaySqlError
@@ -21,6 +22,7 @@ def run(config: AskConfig) -> None:
     display = Display()
     with _waiting(config):
         prompter = find_prompter(config)
+        cluster.set_threads()
         opened = open_engine(prompter, find_linker(config, prompter))
     (database,) = prompter.databases
     interactive = not config.question and sys.stdin.isatty()

@@ -6,13 +6,12 @@ Ray Serve's own settings for replicas and autoscaling.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from ray import serve
 
+from ray_sql import cluster
 from ray_sql.config import ServeConfig, load
 from ray_sql.serve import databases, recipe
 from ray_sql.serve.access import token_for
@@ -38,7 +37,7 @@ class Service:
         self._token = token_for(config.serve.host, needs_token)
         if "num_cpus" not in config.serve.ray_actor_options:
             # Ray allows one thread to an actor that reserves nothing
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.serve.num_replicas))
+            cluster.set_threads(config.serve.num_replicas)
         asking = prompter(config)
         linker = find_linker(config, asking)
         self._engine = open_engine(asking, linker, config.serve.schema_bytes)

@@ -12,7 +12,7 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 
-from ray_sql import __version__
+from ray_sql import __version__, cluster
 from ray_sql.config import McpConfig
 from ray_sql.display import Display
 from ray_sql.errors import RaySqlError
@@ -31,6 +31,7 @@ class Tool:
     def __init__(self, prompter: Prompter, linker: Prompter | None, most_rows: int) -> None:
         (self._database,) = prompter.databases
         self._prompter, self._most_rows = prompter, most_rows
+        cluster.set_threads()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray_sql-answers")
         self._engine = self._thread.submit(open_engine, prompter, linker)
 
