@@ -327,8 +327,8 @@ def test_metric_names_are_legal_whatever_a_dataset_calls_its_levels(
         assert isinstance(Metric(name, value, 0, 0).value, float)
     assert list(kept) == [
         *("score/execution_accuracy", "score/valid_sql", "score/pass_2"),
-        *("score/base_execution_accuracy", "score/très dur _1_/execution_accuracy"),
-        *("score/très dur _1_/base_execution_accuracy", "score/validation"),
+        *("score/execution_accuracy_base", "score/très dur _1_/execution_accuracy"),
+        *("score/très dur _1_/execution_accuracy_base", "score/validation"),
     ], "the main score first; counts, levels and databases stay in the files"
 
 

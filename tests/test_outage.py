@@ -80,7 +80,7 @@ def recorded(server: Server, run_id: str) -> Any:
         range(1, STEPS + 1)
     )
     assert [point.step for point in client.get_metric_history(run_id, "validation/loss")] == [4, 8]
-    assert {"score/execution_accuracy", "score/base_execution_accuracy", "time/forward"} <= set(
+    assert {"score/execution_accuracy", "score/execution_accuracy_base", "time/forward"} <= set(
         run.data.metrics
     )
     files = {file.path for file in client.list_artifacts(run_id)}

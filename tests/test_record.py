@@ -52,7 +52,7 @@ def test_metrics_are_few_in_groups_and_the_main_score_is_the_first_final_one(rec
     scores = [name for name in run.data.metrics if name.startswith("score/")]
     assert scores == [
         *("score/execution_accuracy", "score/valid_sql", "score/exact_set_match"),
-        *("score/base_execution_accuracy", "score/validation"),
+        *("score/execution_accuracy_base", "score/validation"),
     ]
     counts = {"n", "correct", "gold_errors", "epoch"}
     assert not [name for name in run.data.metrics if name.rpartition("/")[2] in counts]

@@ -564,8 +564,8 @@ def test_a_run_is_described_and_its_experiment_lists_the_main_score(
     (experiment,) = client.search_experiments(filter_string="name = 'ray_sql'")
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "score/strict_recall"
     shown = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])
-    assert shown["selectedColumns"][:2] == [
-        "metrics.`score/strict_recall`",
-        "metrics.`score/base_strict_recall`",
+    assert shown["selectedColumns"] == [
+        *("metrics.`score/strict_recall`", "metrics.`score/validation`"),
+        *("tags.`scored`", "tags.`over_base`"),
     ]
     assert shown["orderByKey"] == shown["selectedColumns"][0] and not shown["orderByAsc"]

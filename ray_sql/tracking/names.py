@@ -40,7 +40,7 @@ def named(values: Mapping[str, float]) -> dict[str, float]:
 
 def final(metric: str, split: str = "", model: str = "") -> str:
     """Return the name of a final score: of the first split and the tuned model unless given."""
-    return "/".join(filter(None, (SCORE, split, f"{model}_{metric}" if model else metric)))
+    return "/".join(filter(None, (SCORE, split, f"{metric}_{model}" if model else metric)))
 
 
 def view(metric: str, earlier: str | None = None) -> str:
@@ -48,8 +48,7 @@ def view(metric: str, earlier: str | None = None) -> str:
 
     Columns of an `earlier` state stay behind them: those of runs of another task.
     """
-    metrics = final(metric), final(metric, model="base"), VALIDATED
-    columns = [f"metrics.`{name}`" for name in metrics]
+    columns = [f"metrics.`{name}`" for name in (final(metric), VALIDATED)]
     columns += [f"tags.`{name}`" for name in (SCORED, GAIN)]
     others = json.loads(earlier)["selectedColumns"] if earlier else []
     shown = list(dict.fromkeys([*columns, *others]))
