@@ -52,6 +52,7 @@ def send_model(
     run = client.get_run(run_id)
     model = find_model(client, run_id, name)
     if model is None or model.tags.get("weights_sha256") != tags.get("weights_sha256"):
+        _delete_begun(client, run, name)
         model = client.create_logged_model(
             run.info.experiment_id, name, run_id, dict(tags), dict(params), "adapter"
         )
@@ -68,10 +69,20 @@ def send_model(
 
 def find_model(client: Any, run_id: str, name: str) -> Any:
     """Return the newest complete model of a run that has this name; None where there is none."""
-    experiment = client.get_run(run_id).info.experiment_id
-    query = f"name = '{name}' AND source_run_id = '{run_id}'"
-    found = client.search_logged_models([experiment], query)  # the newest first
+    found = _named(client, client.get_run(run_id), name)  # the newest first
     return next((model for model in found if str(model.status) == "READY"), None)
+
+
+def _delete_begun(client: Any, run: Any, name: str) -> None:
+    """Delete what an upload that failed left of a model: it would stay in MLflow's list."""
+    for model in _named(client, run, name):
+        if str(model.status) != "READY":
+            client.delete_logged_model(model.model_id)
+
+
+def _named(client: Any, run: Any, name: str) -> list[Any]:
+    query = f"name = '{name}' AND source_run_id = '{run.info.run_id}'"
+    return list(client.search_logged_models([run.info.experiment_id], query))
 
 
 def _write_loader(folder: Path, run_id: str, model_id: str) -> None:

@@ -27,6 +27,9 @@ DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 FINAL = (FileNotFoundError, NotImplementedError, TypeError, AttributeError, ImportError)
 """Errors that are no outage: a lost file, or a store that lacks what a record needs."""
 
+PASSING = {401, 408, 425, 429}
+"""HTTP statuses of refusals that pass: a sign-in that expired, and a server that is busy."""
+
 
 def require_store(settings: TrackingSection) -> str:
     """Return the absolute URI of the tracking store. Raises `StoreError` if it does not answer.
@@ -144,6 +147,28 @@ def is_final(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.get_http_status_code() in (400, 404, 501)
     return isinstance(error, FINAL)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Tell whether a store answers and takes this record from nobody, or not from this user.
+
+    So it is for a missing permission and for a file that is too large. Another record may pass.
+    """
+    if isinstance(error, PermissionError):
+        return True
+    status = _status(error)
+    return status is not None and 400 <= status < 500 and status not in PASSING
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status of an error; None where it has none."""
+    from mlflow.exceptions import MlflowException
+
+    # MLflow has no code of its own for 413, among others, and says it in words
+    said = re.search(r"failed with error code (\d{3})\b", str(error))
+    if isinstance(error, MlflowException):
+        return int(said[1]) if said else error.get_http_status_code()
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def client_of(uri: str) -> Any:
