@@ -107,6 +107,54 @@ def test_a_studys_trials_go_with_it(tmp_path: Path, store: str) -> None:
     assert tracking.remove(section, record.run_id) == 0, "it is gone already"
 
 
+def test_a_removal_that_was_cut_off_finds_the_rest(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _, record = make_run(tmp_path, "study", 40, store)
+    section, client = settings(tmp_path, store).tracking, MlflowClient(store)
+    experiment = client.get_run(record.run_id).info.experiment_id
+    tags = {"mlflow.parentRunId": record.run_id}
+    trials = [client.create_run(experiment, tags=tags).info.run_id for _ in range(3)]
+
+    def active() -> set[str]:
+        return {run.info.run_id for run in client.search_runs([experiment])}
+
+    delete, calls = MlflowClient.delete_run, iter(range(9))
+
+    def cut_off(self: MlflowClient, run_id: str) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        delete(self, run_id)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "delete_run", cut_off)
+        tracking.remove(section, record.run_id)
+    assert record.run_id in active() and len(active()) == 3, "the study goes last"
+    client.delete_run(record.run_id)  # as by an earlier version, which began with the study
+    assert tracking.remove(section, record.run_id) == 2 and not active() & {*trials}
+
+
+def test_more_trials_than_a_page_holds_are_removed(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _, record = make_run(tmp_path, "study", 40, store)
+    section, client = settings(tmp_path, store).tracking, MlflowClient(store)
+    experiment = client.get_run(record.run_id).info.experiment_id
+    for _ in range(3):
+        client.create_run(experiment, tags={"mlflow.parentRunId": record.run_id})
+    search = MlflowClient.search_runs
+
+    def by_two(self: MlflowClient, *given: Any, **named: Any) -> Any:
+        return search(self, *given, **named | {"max_results": 2})
+
+    monkeypatch.setattr(MlflowClient, "search_runs", by_two)
+    assert tracking.remove(section, record.run_id) == 4
+
+
 def test_deleting_needs_an_age_and_a_store(tmp_path: Path, store: str) -> None:
     with pytest.raises(ConfigError, match="--delete: needs an age"):
         runs.run(settings(tmp_path, store, delete=True))

@@ -226,13 +226,26 @@ def find_run(
 
 
 def run_exists(client: Any, run_id: str) -> bool:
-    """Tell whether a store has a run that was not deleted."""
+    """Tell whether a store has a run that was not deleted: a deleted one takes no records."""
+    run = _find(client, run_id)
+    return run is not None and bool(run.info.lifecycle_stage == "active")
+
+
+def has_held(client: Any, run_id: str) -> bool:
+    """Tell whether a store has a run, deleted or not."""
+    return _find(client, run_id) is not None
+
+
+def _find(client: Any, run_id: str) -> Any:
+    """Return a run, deleted or not; None where the store has none, as another one than last time.
+
+    A server that fails for a moment has not lost the run, and its error is raised.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(run_id)
+        return client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            raise  # a server that fails for a moment has not lost the run
-        return False  # another store than last time: begin a new one
-    return bool(run.info.lifecycle_stage == "active")  # a deleted run takes no records
+            raise
+        return None
