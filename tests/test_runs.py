@@ -94,6 +94,54 @@ def test_old_runs_are_shown_then_removed_with_their_records(
     assert "1 removed" in capsys.readouterr().out
 
 
+def test_a_run_that_the_store_never_held_stays(
+    tmp_path: Path, store: str, empty_mlflow: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_mlflow, tmp_path / "other.db")
+    crowned, crown = make_run(tmp_path, "crowned", 50, store)
+    crown.register("m", "adapter", {"score": "1", "measured_on": "dev"}, "champion", won=True)
+    given = {"older_than": "30d", "delete": True}
+    elsewhere = settings(tmp_path, f"sqlite:///{tmp_path}/other.db", **given)
+    runs.run(elsewhere)
+    assert crowned.exists() and "give --tracking.uri of the one" in capsys.readouterr().out
+    (tmp_path / "out" / "crowned" / "run.json").write_text("{")
+    os.utime(tmp_path / "out" / "crowned" / "run.json", (0, 0))
+    runs.run(settings(tmp_path, store, **given))
+    assert crowned.exists() and "its run.json is damaged" in capsys.readouterr().out
+    runs.run(settings(tmp_path, store, **given, **{"tracking.enabled": False}))
+    assert not crowned.exists(), "whoever says so loses it"
+
+
+def test_of_a_copied_folder_only_the_copy_goes(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    live, record = make_run(tmp_path, "demo", 1, store)
+    record.tag({"folder": live.uri})
+    backup = shutil.copytree(live.uri, tmp_path / "out" / "backup")
+    for path in backup.rglob("*"):
+        os.utime(path, (0, 0))
+    runs.run(settings(tmp_path, store, older_than="30d", delete=True))
+    assert live.exists() and not backup.exists()
+    assert MlflowClient(store).get_run(record.run_id).info.lifecycle_stage == "active"
+    assert "which stays: the folder is a copy" in capsys.readouterr().out
+
+
+def test_a_run_that_mlflow_says_is_running_stays(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, (folder, record) = MlflowClient(store), make_run(tmp_path, "long", 40, store)
+    client.update_run(record.run_id, status="RUNNING")
+    runs.run(settings(tmp_path, store, older_than="30d", delete=True))
+    assert folder.exists() and "MLflow says that it is running" in capsys.readouterr().out
+    client.delete_run(record.run_id)
+    runs.run(settings(tmp_path, store, older_than="30d", delete=True))
+    assert not folder.exists()
+
+
 def test_a_studys_trials_go_with_it(tmp_path: Path, store: str) -> None:
     from mlflow.tracking import MlflowClient
 

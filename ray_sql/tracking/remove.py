@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ray_sql.config.sections import TrackingSection
 from ray_sql.tracking.questions import remove_questions
 from ray_sql.tracking.store import client_of, has_held, refusing, require_store, run_exists
 
 
-def aliases_of(settings: TrackingSection, run_id: str) -> list[str]:
-    """Return the aliases, as `ray-sql-sql@champion`, of registered models that are of a run."""
+class Recorded(NamedTuple):
+    """What a store knows of a run, deleted or not. `aliases` are as `ray-sql-sql@champion`."""
+
+    running: bool
+    tags: Mapping[str, str]
+    aliases: list[str]
+
+
+def find(settings: TrackingSection, run_id: str) -> Recorded | None:
+    """Return what a store knows of a run; None where it never held it."""
     uri = require_store(settings)
     with refusing(uri):
         client = client_of(uri)
-        versions = client.search_model_versions(f"run_id = '{run_id}'")
-        return [
+        if not has_held(client, run_id):
+            return None
+        run = client.get_run(run_id)
+        active = run.info.lifecycle_stage == "active"
+        aliases = [
             f"{version.name}@{alias}"
-            for version in versions
+            for version in client.search_model_versions(f"run_id = '{run_id}'")
             for alias in client.get_model_version(version.name, version.version).aliases
         ]
+    return Recorded(active and run.info.status == "RUNNING", run.data.tags, aliases)
 
 
 def remove(settings: TrackingSection, run_id: str) -> int:
