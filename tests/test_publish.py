@@ -575,6 +575,20 @@ CALLS += [
 ]
 
 
+def test_a_winner_that_its_sweep_did_not_crown_is_refused(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    verdict = "not crowned: right on 8; against the default settings 0 to 6 (p = 0.031)"
+    edit(run_dir / "metrics.json", sweep={"champion": False, "verdict": verdict})
+    with pytest.raises(ModelError, match=r"winner was not crowned: right on 8.*--hub\.force"):
+        push(publication())
+    assert not stand_in.repos
+    push(publication(**{"hub.force": True}))
+    assert stand_in.repos["me/run"].pushed()
+    edit(run_dir / "metrics.json", sweep={"champion": True, "verdict": "right on 8"})
+    push(publication())
+
+
 @pytest.mark.parametrize("what", [500, 429, "before", "after"])
 @pytest.mark.parametrize("call", CALLS)
 def test_an_accident_that_passes_costs_nothing_but_time(

@@ -226,7 +226,8 @@ def _require_one_run(
 def require_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
     """Raise `ModelError` unless the adapter is significantly better than its base.
 
-    All scored splits count together, and on no split may the adapter be significantly worse.
+    All scored splits count together, and on no split may the adapter be significantly worse. A
+    sweep's winner must have been crowned, too: the default settings may be better than it.
     """
     compared: Mapping[str, Any] = metrics.get("compared", {})
     way_out = "publish it all the same with --hub.force"
@@ -262,6 +263,9 @@ def require_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
                 f"{folder}: the adapter is worse than its base model on {split} "
                 f"(McNemar p = {test.p:.2g}); {way_out}"
             )
+    sweep = metrics.get("sweep", {"champion": True})
+    if not sweep["champion"]:
+        raise ModelError(f"{folder}: the sweep's winner was {sweep['verdict']}; {way_out}")
 
 
 def public_adapter_config(
