@@ -249,6 +249,31 @@ def test_a_model_has_its_runs_scores_and_is_sent_once(store: str, tmp_path: Path
     run.end("FINISHED")
 
 
+def test_a_models_scores_stand_under_the_data_they_are_of(store: str, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, run = MlflowClient(store), begin(store, tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a.bin").write_text("x")
+    for split in ("dev", "test", "validation"):
+        run.dataset(f"shops: {split}", "0123", "/data/shops", split)
+    metric = "execution_accuracy"
+    keys = {
+        tracking.final(metric): "shops: dev",
+        tracking.final(metric, model="base"): "shops: dev",
+        tracking.final(metric, "test"): "shops: test",
+        tracking.final(metric, "test", "base"): "shops: test",
+        tracking.final(metric, "dev-oracle"): None,
+        tracking.VALIDATED: "shops: validation",
+    }
+    run.log(4, dict.fromkeys(keys, 0.5))
+    run.model(tmp_path / "adapter", as_model("adapter"))
+    query = f"source_run_id = '{run.run_id}'"
+    (model,) = client.search_logged_models([read(run).info.experiment_id], query)
+    assert {point.key: point.dataset_name for point in model.metrics} == keys
+    run.end("FINISHED")
+
+
 def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_path: Path) -> None:
     from mlflow.artifacts import load_dict
     from mlflow.tracking import MlflowClient

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray_sql import __version__
-from ray_sql.tracking.names import SCORE
+from ray_sql.tracking.names import SCORE, split_of
 
 CODE = '''"""How MLflow loads this adapter: with the package ray_sql, which must be installed."""
 
@@ -124,15 +124,19 @@ def data_of(run: Any, split: str) -> dict[str, str]:
 
 
 def _log_scores(client: Any, run_id: str, model_id: str, split: str) -> None:
-    """Give a model the newest final scores of its run, as the same points, with their data."""
+    """Give a model the newest final scores of its run, as the same points, each with its data.
+
+    `split` is the first one that was scored, whose scores name none.
+    """
     from mlflow.entities import Metric
 
     run = client.get_run(run_id)
-    data, points = data_of(run, split), []
+    points = []
     for key in run.data.metrics:
         if key.startswith(f"{SCORE}/"):
             history = client.get_metric_history(run_id, key)
             newest = max(history, key=lambda point: (point.step, point.timestamp))
             point = (key, newest.value, newest.timestamp, newest.step)
+            data = data_of(run, split_of(key) or split)
             points.append(Metric(*point, model_id=model_id, run_id=run_id, **data))
     client.log_batch(run_id, metrics=points)
