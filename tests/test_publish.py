@@ -281,6 +281,25 @@ def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
     assert not re.search(r"\{[{%]|[%}]\}", card.text), "nothing of the template is left"
 
 
+def test_the_card_says_of_training_only_what_is_known(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    def card() -> str:
+        push(publication())
+        return stand_in.repos["me/run"].files["README.md"].decode()
+
+    edit(run_dir / "metrics.json", also_trained={"dev": 0})
+    assert "None of these questions was trained on." in card()
+    assert "| steps | 2, 8 examples each |" in card(), "nothing was validated"
+    edit(run_dir / "metrics.json", objective=0.5, best_step=1)
+    assert "| steps | 1 (the best of 2), 8 examples each |" in card()
+    RunFolder(str(run_dir)).write_start("checkpoint-1")
+    assert "None of these questions was trained on." in card()
+    RunFolder(str(run_dir)).write_start("/others/out/run/checkpoint-8")
+    assert "None of these questions" not in card()
+    assert "Training began from an earlier adapter, whose data are not recorded here." in card()
+
+
 def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from ray_sql import finetune, tracking
+from ray_sql import finetune, rows, tracking
 from ray_sql.config import Config
+from ray_sql.finetune import results
+from ray_sql.finetune.prepare import prepare
 from ray_sql.report import commands, description
 from ray_sql.report.scores import verdict
 from ray_sql.store.run_folder import RunFolder
@@ -121,7 +123,21 @@ def test_the_description_is_a_page(recorded: Any) -> None:
     flags = f"--output_dir {config.output_dir} --output_name mine"
     assert f'ray-sql ask "YOUR QUESTION" {flags} --database mall' in page
     assert f"ray-sql serve {flags}\nray-sql publish {flags} --hub.repo_id YOU/mine" in page
-    assert run.data.tags["scored"] == "0 of 4 of dev"
+    assert run.data.tags["scored"] == "0/4 dev"
+
+
+def test_the_page_counts_what_was_trained_and_the_steps_of_the_adapter(make_config: Any) -> None:
+    config = make_config(**{"rows.too_long": "drop"})
+    lengths = sorted(len(row.input_ids) for row in rows.read(prepare(config).rows_file))
+    config = make_config(**{"rows.too_long": "drop", "rows.max_length": lengths[-1] - 1})
+    prepared = prepare(config)
+    kept = rows.read(prepared.rows_file)
+    assert len(kept) < len(lengths) == len(prepared.corpus.splits["train"])
+    metrics = {"best_step": 4, "steps": 1200, "objective": None}
+    said = " ".join(results._trained(prepared, config.lora, 1e-4, metrics))
+    assert f"4 steps of 2 examples each. Trained on {len(kept)} questions on at most " in said
+    said = " ".join(results._trained(prepared, config.lora, 1e-4, metrics | {"objective": 0.5}))
+    assert "4 steps of 2 examples each, the best of 1,200 on validation. Trained on" in said
 
 
 def test_commands_name_a_run_no_longer_than_needed(

@@ -80,7 +80,7 @@ def card(
         license=license.get("license_name", license.get("license")),
         merged=merged,
         task=task,
-        overlap=_overlap(metrics),
+        overlap=_overlap(metrics, begun_elsewhere="/" in (bundle.folder.read_start() or "")),
         semantics=next((scores.get("semantics") for scores in metrics["tuned"].values()), None),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
         rows=table(models, task),
@@ -95,20 +95,22 @@ def card(
     return f"---\n{metadata(bundle, repo_id, license, merged)}\n---\n\n{body}"
 
 
-def _overlap(metrics: Mapping[str, Any]) -> list[str]:
+def _overlap(metrics: Mapping[str, Any], begun_elsewhere: bool) -> list[str]:
     """Return sentences on scored questions that were trained on; none where nobody counted."""
+    earlier = "Training began from an earlier adapter, whose data are not recorded here."
     if "also_trained" not in metrics:  # a run of an earlier version
-        return []
+        return [earlier] * begun_elsewhere
     counts: dict[str, int] = {}
     for split, scores in metrics["tuned"].items():
         known = metrics["also_trained"].get(split.removesuffix(ORACLE), scores["n"])
         if known:
             counts[split] = known
-    if not counts:
-        return ["None of these questions was trained on."]
-    return [
+    told = [
         f"{n:,} questions of `{code(split)}` were trained on, too." for split, n in counts.items()
     ]
+    if begun_elsewhere:
+        return [*told, earlier]
+    return told or ["None of these questions was trained on."]
 
 
 def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
