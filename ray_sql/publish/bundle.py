@@ -30,8 +30,13 @@ from ray_sql.store.run_folder import (
 )
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
-PLACES = {"output_dir", "cache_dir", "prev_checkpoint", "adapter", "predictions_file"}
-"""Settings that name places on one machine. In sections: `databases`, `storage_path`, `uri`."""
+PLACES = {"output_dir", "cache_dir", "prev_checkpoint", "adapter", "predictions_file", "audit"}
+"""Settings that name places on one machine."""
+PLACES_IN_SECTIONS = (
+    *(("data", "databases"), ("scaling", "storage_path")),
+    *(("tracking", "uri"), ("evaluate", "url")),
+)
+"""The same in sections: each a section, and its setting."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +293,7 @@ def published_settings(config: Config, base_model: str) -> dict[str, Any]:
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without places on this machine; of a linker's, its last part is left."""
     kept = {name: value for name, value in settings.items() if name not in PLACES | {"hub"}}
-    for section, name in (("data", "databases"), ("scaling", "storage_path"), ("tracking", "uri")):
+    for section, name in PLACES_IN_SECTIONS:
         if section in kept:
             kept[section] = {key: value for key, value in kept[section].items() if key != name}
     links = kept["prompt"].get("links")
