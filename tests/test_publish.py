@@ -300,6 +300,34 @@ def test_the_card_says_of_training_only_what_is_known(
     assert "Training began from an earlier adapter, whose data are not recorded here." in card()
 
 
+def test_the_card_says_how_answers_were_chosen_and_whose_links_they_needed(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    from huggingface_hub import ModelCard
+
+    def card(**changes: Any) -> ModelCard:
+        saved = json.loads((run_dir / "config.json").read_text())
+        edit(run_dir / "config.json", evaluate=saved["evaluate"] | changes)
+        push(publication())
+        return ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
+
+    plain = card()
+    assert "Answers are greedy, at most 8 tokens" in plain.text and "these links" not in plain.text
+    assert plain.data.eval_results[0].metric_args["answers"] == "greedy"
+    voted = card(samples=4, choose="vote")
+    assert "Each answer is chosen by vote, of the greedy one and 4 samples, at most" in voted.text
+    assert voted.data.eval_results[0].metric_args["answers"] == "vote"
+    mended = card(samples=1, choose="repaired", ground="repair")
+    assert "Answers are greedy, and names that the schema lacks are mended, at most" in mended.text
+
+    prompt = json.loads((run_dir / "config.json").read_text())["prompt"]
+    edit(run_dir / "config.json", prompt=prompt | {"links": "/home/me/out/my-linker"})
+    edit(run_dir / "metrics.json", links="predicted")
+    linked = card()
+    assert "the tables and columns that `my-linker` found for each question" in linked.text
+    assert linked.data.eval_results[0].metric_args["links"] == "my-linker"
+
+
 def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any
 
 from ray_sql.config import absolute
+from ray_sql.config.sections import AnswersSection
 from ray_sql.data import counted
 from ray_sql.data.shown import ORACLE
 from ray_sql.database import Column, ForeignKey, Schema, Table, render
@@ -80,6 +81,8 @@ def card(
         license=license.get("license_name", license.get("license")),
         merged=merged,
         task=task,
+        answers=_answers(config.evaluate),
+        linker=_linker(bundle),
         overlap=_overlap(metrics, begun_elsewhere="/" in (bundle.folder.read_start() or "")),
         semantics=next((scores.get("semantics") for scores in metrics["tuned"].values()), None),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
@@ -93,6 +96,29 @@ def card(
         versions=bundle.contract["packages"],
     )
     return f"---\n{metadata(bundle, repo_id, license, merged)}\n---\n\n{body}"
+
+
+def _answers(settings: AnswersSection) -> str:
+    """Say in half a sentence how the scored answers were found and chosen."""
+    beams = f"{settings.num_beams} beams"
+    options = beams if settings.num_beams > 1 else f"the greedy one and {settings.samples} samples"
+    one = f"Answers are {f'searched with {beams}' if settings.num_beams > 1 else 'greedy'}"
+    told = {
+        "greedy": one,
+        "repaired": f"{one}, and names that the schema lacks are mended",
+        "constrained": f"{one}, and hold names of the schema only",
+        "first_executable": f"Each answer is the first that runs, of {options}",
+        "vote": f"Each answer is chosen by vote, of {options}",
+        "weighted_vote": f"Each answer is chosen by a weighted vote, of {options}",
+    }
+    return told[settings.way]
+
+
+def _linker(bundle: Bundle) -> str | None:
+    """Name whose links the scored prompts needed; None where they needed no model's."""
+    if bundle.metrics.get("links") != "predicted":
+        return None
+    return bundle.config.prompt.asked_links.rstrip("/").rpartition("/")[2]
 
 
 def _overlap(metrics: Mapping[str, Any], begun_elsewhere: bool) -> list[str]:
@@ -187,7 +213,13 @@ def _results(bundle: Bundle, split: str, scores: Mapping[str, Any]) -> Sequence[
     task = TASKS[bundle.config.task_type]
     if not scores["n"]:
         return []
-    facts = {"n": scores["n"], "interval_95": [round(end, 4) for end in scores["interval"]]}
+    facts: dict[str, Any] = {
+        "n": scores["n"],
+        "interval_95": [round(end, 4) for end in scores["interval"]],
+    }
+    facts["answers"] = bundle.config.evaluate.way
+    if linker := _linker(bundle):
+        facts["links"] = linker
     if "semantics" in scores:
         facts["semantics"] = scores["semantics"]
     return [
