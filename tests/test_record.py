@@ -12,6 +12,7 @@ from ray_sql import finetune, rows, tracking
 from ray_sql.config import Config
 from ray_sql.finetune import results
 from ray_sql.finetune.prepare import prepare
+from ray_sql.publish.results import Stage, readme
 from ray_sql.report import commands, description
 from ray_sql.report.scores import verdict
 from ray_sql.store.run_folder import RunFolder
@@ -166,6 +167,21 @@ def test_the_best_and_the_worst_databases_are_named() -> None:
     assert "atabase" not in description.page(
         RunFolder("/out/a"), metrics | {"tuned": few}, ["tuned"], [], "#x"
     ).replace("--database", "")
+
+
+def test_words_of_the_dataset_are_no_markdown() -> None:
+    failing = {"id": "7", "error": "no such table: ![x](http://host/p.png) <img src=x>"}
+    split = {"execution_accuracy": 0.5, "n": 8, "interval": [0, 1], "gold_errors": 1}
+    metrics = {"task_type": "sql", "tuned": {"a|b": split | {"gold_left_out": [failing]}}}
+    page = description.page(RunFolder("/out/a"), metrics, ["tuned"], [], "#x")
+    assert r"no such table: !\[x\](http://host/p.png) \<img src=x\>" in page
+    assert "![x]" not in page and " <img" not in page and r"| a\|b | execution accuracy" in page
+    metrics |= {"dataset_id": "data`[x](http://host)"}
+    shared = readme(
+        "study", [Stage("one", metrics, {"evaluate": {"semantics": "spider"}}, {})], None
+    )
+    assert "![x]" not in shared and " <img" not in shared
+    assert "data `data'[x](http://host)`" in shared
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ used: it prints nothing for a name that a template misspells, where this page ra
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -19,10 +18,9 @@ from ray_sql.config.sections import AnswersSection
 from ray_sql.data import counted
 from ray_sql.data.shown import ORACLE
 from ray_sql.database import Column, ForeignKey, Schema, Table, render
-from ray_sql.display import printable
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
-from ray_sql.report.scores import Scores, notes, score_lines
+from ray_sql.report.scores import Scores, notes, one_line, prose, score_lines
 from ray_sql.tasks import TASKS, Task
 
 SAMPLE = Schema(
@@ -59,7 +57,7 @@ def card(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=prose,
+        finalize=escaped,
     )
     environment.filters |= {"code": code, "python": python, "as_is": AsIs}
     metrics, config = bundle.metrics, bundle.config
@@ -157,25 +155,19 @@ class AsIs(str):
     """A text of our own, or one that is escaped already."""
 
 
-def prose(value: Any) -> str:
-    """Return a value for the card's text: one line, in which no sign is Markdown's or HTML's."""
-    if isinstance(value, AsIs):
-        return value
-    return re.sub(r"([\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(value))
+def escaped(value: Any) -> str:
+    """Return a value for the card's text, in which no sign is Markdown's or HTML's."""
+    return value if isinstance(value, AsIs) else prose(str(value))
 
 
 def code(value: Any) -> AsIs:
     """Return a value for a span of code, where nothing can be escaped."""
-    return AsIs(_one_line(value).replace("`", "'").replace("|", "/"))
+    return AsIs(one_line(str(value)).replace("`", "'").replace("|", "/"))
 
 
 def python(value: Any) -> AsIs:
     """Return a value as a literal of Python, in which no tick ends the block of code."""
     return AsIs(json.dumps(str(value)).replace("`", r"\u0060"))
-
-
-def _one_line(value: Any) -> str:
-    return printable(" ".join(str(value).split()))
 
 
 def metadata(
