@@ -251,7 +251,7 @@ class Run:
                 log.warning("MLflow at %s refused a record, which is dropped: %s", place, why)
                 return True
             if is_refusal(error):
-                self._warn_of_refusal(place, why)
+                self._warn_of_refusal(why)
                 return False
             if not self._warned:
                 log.warning(
@@ -265,14 +265,14 @@ class Run:
             return False
         return True
 
-    def _warn_of_refusal(self, place: str, why: str) -> None:
+    def _warn_of_refusal(self, why: str) -> None:
         """Say once for each reason that a record is refused, and how it can still be sent."""
         if why not in self._refusals:
             self._refusals.add(why)
             log.warning(
                 "MLflow at %s refused a record, which waits in %s: %s; once the server takes it, "
                 "`ray-sql check --replay` with the run's settings sends it",
-                place,
+                mask_password(self.uri),
                 self._spool,
                 why,
             )
