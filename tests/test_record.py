@@ -135,9 +135,11 @@ def test_the_page_counts_what_was_trained_and_the_steps_of_the_adapter(make_conf
     kept = rows.read(prepared.rows_file)
     assert len(kept) < len(lengths) == len(prepared.corpus.splits["train"])
     metrics = {"best_step": 4, "steps": 1200, "objective": None}
-    said = " ".join(results._trained(prepared, config.lora, 1e-4, metrics))
+    said = " ".join(results.training_sentences(prepared, config.lora, 1e-4, metrics))
     assert f"4 steps of 2 examples each. Trained on {len(kept)} questions on at most " in said
-    said = " ".join(results._trained(prepared, config.lora, 1e-4, metrics | {"objective": 0.5}))
+    said = " ".join(
+        results.training_sentences(prepared, config.lora, 1e-4, metrics | {"objective": 0.5})
+    )
     assert "4 steps of 2 examples each, the best of 1,200 on validation. Trained on" in said
 
 

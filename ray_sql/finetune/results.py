@@ -63,7 +63,7 @@ def conclude(
     write(folder, evaluation, metrics)
     drawn = figures.figures(metrics, evaluation)
     html.write(folder, config.output_name, metrics, evaluation, drawn)
-    trained = _trained(prepared, config.lora, config.learning_rate, metrics)
+    trained = training_sentences(prepared, config.lora, config.learning_rate, metrics)
     _log_scores(record, folder, evaluation, metrics, trained)
     for file, figure in drawn.items():
         record.figure(figure, f"figures/{file}")
@@ -163,7 +163,7 @@ def _score_tags(metrics: Mapping[str, Any], model: str, task: Task) -> dict[str,
     return {name: text for name, text in told.items() if text}
 
 
-def _trained(
+def training_sentences(
     prepared: Prepared, lora: LoraSection, learning_rate: float, metrics: Mapping[str, Any]
 ) -> list[str]:
     """Return sentences on what was trained on what; a sweep's winner has its own values."""

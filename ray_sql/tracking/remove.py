@@ -11,7 +11,7 @@ from ray_sql.tracking.store import client_of, has_held, refusing, require_store,
 
 
 class Recorded(NamedTuple):
-    """What a store knows of a run, deleted or not. `aliases` are as `ray-sql-sql@champion`."""
+    """A run as a store knows it, deleted or not. `aliases` are as `ray-sql-sql@champion`."""
 
     running: bool
     tags: Mapping[str, str]

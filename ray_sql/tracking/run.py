@@ -189,7 +189,7 @@ class Run:
             if self._begin is None or not self._spool.exists():
                 return 0
             self._retry_at = 0.0
-            # after a failure each line is settled by the clock, without a call
+            # behind an outage the rest waits by the clock, without a call
             lines = [line for line in spooled(self._spool) if not self._replay_line(line)]
             with self._spooling("replayed", self._spool):
                 self._spool.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
