@@ -281,6 +281,53 @@ def test_the_card_says_what_was_measured_in_words_that_the_hub_reads(
     assert not re.search(r"\{[{%]|[%}]\}", card.text), "nothing of the template is left"
 
 
+def test_the_card_says_of_training_only_what_is_known(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    def card() -> str:
+        push(publication())
+        return stand_in.repos["me/run"].files["README.md"].decode()
+
+    edit(run_dir / "metrics.json", also_trained={"dev": 0})
+    assert "None of these questions was trained on." in card()
+    assert "| steps | 2, 8 examples each |" in card(), "nothing was validated"
+    edit(run_dir / "metrics.json", objective=0.5, best_step=1)
+    assert "| steps | 1 (the best of 2), 8 examples each |" in card()
+    RunFolder(str(run_dir)).write_start("checkpoint-1")
+    assert "None of these questions was trained on." in card()
+    RunFolder(str(run_dir)).write_start("/others/out/run/checkpoint-8")
+    assert "None of these questions" not in card()
+    assert "Training began from an earlier adapter, whose data are not recorded here." in card()
+
+
+def test_the_card_says_how_answers_were_chosen_and_whose_links_they_needed(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    from huggingface_hub import ModelCard
+
+    def card(**changes: Any) -> ModelCard:
+        saved = json.loads((run_dir / "config.json").read_text())
+        edit(run_dir / "config.json", evaluate=saved["evaluate"] | changes)
+        push(publication())
+        return ModelCard(stand_in.repos["me/run"].files["README.md"].decode())
+
+    plain = card()
+    assert "Answers are greedy, at most 8 tokens" in plain.text and "these links" not in plain.text
+    assert plain.data.eval_results[0].metric_args["answers"] == "greedy"
+    voted = card(samples=4, choose="vote")
+    assert "Each answer is chosen by vote, of the greedy one and 4 samples, at most" in voted.text
+    assert voted.data.eval_results[0].metric_args["answers"] == "vote"
+    mended = card(samples=1, choose="repaired", ground="repair")
+    assert "Answers are greedy, and names that the schema lacks are mended, at most" in mended.text
+
+    prompt = json.loads((run_dir / "config.json").read_text())["prompt"]
+    edit(run_dir / "config.json", prompt=prompt | {"links": "/home/me/out/my-linker"})
+    edit(run_dir / "metrics.json", links="predicted")
+    linked = card()
+    assert "the tables and columns that `my-linker` found for each question" in linked.text
+    assert linked.data.eval_results[0].metric_args["links"] == "my-linker"
+
+
 def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,6 +620,20 @@ CALLS += [
     "GET .*/refs",
     "POST .*/tag/",
 ]
+
+
+def test_a_winner_that_its_sweep_did_not_crown_is_refused(
+    stand_in: stand_ins.Hub, run_dir: Path, publication: Any
+) -> None:
+    verdict = "not crowned: right on 8; against the default settings 0 to 6 (p = 0.031)"
+    edit(run_dir / "metrics.json", sweep={"champion": False, "verdict": verdict})
+    with pytest.raises(ModelError, match=r"winner was not crowned: right on 8.*--hub\.force"):
+        push(publication())
+    assert not stand_in.repos
+    push(publication(**{"hub.force": True}))
+    assert stand_in.repos["me/run"].pushed()
+    edit(run_dir / "metrics.json", sweep={"champion": True, "verdict": "right on 8"})
+    push(publication())
 
 
 @pytest.mark.parametrize("what", [500, 429, "before", "after"])

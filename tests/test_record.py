@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from ray_sql import finetune, tracking
+from ray_sql import finetune, rows, tracking
 from ray_sql.config import Config
+from ray_sql.finetune import results
+from ray_sql.finetune.prepare import prepare
+from ray_sql.publish.results import Stage, readme
 from ray_sql.report import commands, description
 from ray_sql.report.scores import verdict
 from ray_sql.store.run_folder import RunFolder
@@ -124,6 +127,22 @@ def test_the_description_is_a_page(recorded: Any) -> None:
     assert run.data.tags["scored"] == "0/4 dev"
 
 
+def test_the_page_counts_what_was_trained_and_the_steps_of_the_adapter(make_config: Any) -> None:
+    config = make_config(**{"rows.too_long": "drop"})
+    lengths = sorted(len(row.input_ids) for row in rows.read(prepare(config).rows_file))
+    config = make_config(**{"rows.too_long": "drop", "rows.max_length": lengths[-1] - 1})
+    prepared = prepare(config)
+    kept = rows.read(prepared.rows_file)
+    assert len(kept) < len(lengths) == len(prepared.corpus.splits["train"])
+    metrics = {"best_step": 4, "steps": 1200, "objective": None}
+    said = " ".join(results.training_sentences(prepared, config.lora, 1e-4, metrics))
+    assert f"4 steps of 2 examples each. Trained on {len(kept)} questions on at most " in said
+    said = " ".join(
+        results.training_sentences(prepared, config.lora, 1e-4, metrics | {"objective": 0.5})
+    )
+    assert "4 steps of 2 examples each, the best of 1,200 on validation. Trained on" in said
+
+
 def test_commands_name_a_run_no_longer_than_needed(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +169,21 @@ def test_the_best_and_the_worst_databases_are_named() -> None:
     assert "atabase" not in description.page(
         RunFolder("/out/a"), metrics | {"tuned": few}, ["tuned"], [], "#x"
     ).replace("--database", "")
+
+
+def test_words_of_the_dataset_are_no_markdown() -> None:
+    failing = {"id": "7", "error": "no such table: ![x](http://host/p.png) <img src=x>"}
+    split = {"execution_accuracy": 0.5, "n": 8, "interval": [0, 1], "gold_errors": 1}
+    metrics = {"task_type": "sql", "tuned": {"a|b": split | {"gold_left_out": [failing]}}}
+    page = description.page(RunFolder("/out/a"), metrics, ["tuned"], [], "#x")
+    assert r"no such table: !\[x\](http://host/p.png) \<img src=x\>" in page
+    assert "![x]" not in page and " <img" not in page and r"| a\|b | execution accuracy" in page
+    metrics |= {"dataset_id": "data`[x](http://host)"}
+    shared = readme(
+        "study", [Stage("one", metrics, {"evaluate": {"semantics": "spider"}}, {})], None
+    )
+    assert "![x]" not in shared and " <img" not in shared
+    assert "data `data'[x](http://host)`" in shared
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,19 @@ def test_answers_that_are_scored_again_give_the_same_numbers(
     )
 
 
+def test_no_server_and_no_place_of_this_machine_is_shared(
+    scored: Path, make_config: Any, tmp_path: Path
+) -> None:
+    settings = json.loads((scored / "config.json").read_text())
+    settings["evaluate"]["url"] = "http://gpu7.internal:8000/v1"
+    settings["audit"] = "/home/me/audit/audit.json"
+    (scored / "config.json").write_text(json.dumps(settings))
+    results.run(make_config(ResultsConfig, runs=[str(scored)], output_name="study"))
+    shared = (tmp_path / "out" / "study" / "first" / "config.json").read_text()
+    assert "internal" not in shared and "/home/me" not in shared
+    assert json.loads(shared)["evaluate"]["semantics"] == "spider"
+
+
 @pytest.mark.parametrize("place", ["nowhere", "twice"])
 def test_a_folder_without_scores_and_two_of_a_name_are_refused(
     scored: Path, make_config: Any, tmp_path: Path, place: str

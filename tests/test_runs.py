@@ -94,6 +94,54 @@ def test_old_runs_are_shown_then_removed_with_their_records(
     assert "1 removed" in capsys.readouterr().out
 
 
+def test_a_run_that_the_store_never_held_stays(
+    tmp_path: Path, store: str, empty_mlflow: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(empty_mlflow, tmp_path / "other.db")
+    crowned, crown = make_run(tmp_path, "crowned", 50, store)
+    crown.register("m", "adapter", {"score": "1", "measured_on": "dev"}, "champion", won=True)
+    given = {"older_than": "30d", "delete": True}
+    elsewhere = settings(tmp_path, f"sqlite:///{tmp_path}/other.db", **given)
+    runs.run(elsewhere)
+    assert crowned.exists() and "give --tracking.uri of the one" in capsys.readouterr().out
+    (tmp_path / "out" / "crowned" / "run.json").write_text("{")
+    os.utime(tmp_path / "out" / "crowned" / "run.json", (0, 0))
+    runs.run(settings(tmp_path, store, **given))
+    assert crowned.exists() and "its run.json is damaged" in capsys.readouterr().out
+    runs.run(settings(tmp_path, store, **given, **{"tracking.enabled": False}))
+    assert not crowned.exists(), "whoever says so loses it"
+
+
+def test_of_a_copied_folder_only_the_copy_goes(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    live, record = make_run(tmp_path, "demo", 1, store)
+    record.tag({"folder": live.uri})
+    backup = shutil.copytree(live.uri, tmp_path / "out" / "backup")
+    for path in backup.rglob("*"):
+        os.utime(path, (0, 0))
+    runs.run(settings(tmp_path, store, older_than="30d", delete=True))
+    assert live.exists() and not backup.exists()
+    assert MlflowClient(store).get_run(record.run_id).info.lifecycle_stage == "active"
+    assert "which stays: the folder is a copy" in capsys.readouterr().out
+
+
+def test_a_run_that_mlflow_says_is_running_stays(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, (folder, record) = MlflowClient(store), make_run(tmp_path, "long", 40, store)
+    client.update_run(record.run_id, status="RUNNING")
+    runs.run(settings(tmp_path, store, older_than="30d", delete=True))
+    assert folder.exists() and "MLflow says that it is running" in capsys.readouterr().out
+    client.delete_run(record.run_id)
+    runs.run(settings(tmp_path, store, older_than="30d", delete=True))
+    assert not folder.exists()
+
+
 def test_a_studys_trials_go_with_it(tmp_path: Path, store: str) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -105,6 +153,54 @@ def test_a_studys_trials_go_with_it(tmp_path: Path, store: str) -> None:
     assert tracking.remove(section, record.run_id) == 2
     assert MlflowClient(store).get_run(child.run_id).info.lifecycle_stage == "deleted"
     assert tracking.remove(section, record.run_id) == 0, "it is gone already"
+
+
+def test_a_removal_that_was_cut_off_finds_the_rest(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _, record = make_run(tmp_path, "study", 40, store)
+    section, client = settings(tmp_path, store).tracking, MlflowClient(store)
+    experiment = client.get_run(record.run_id).info.experiment_id
+    tags = {"mlflow.parentRunId": record.run_id}
+    trials = [client.create_run(experiment, tags=tags).info.run_id for _ in range(3)]
+
+    def active() -> set[str]:
+        return {run.info.run_id for run in client.search_runs([experiment])}
+
+    delete, calls = MlflowClient.delete_run, iter(range(9))
+
+    def cut_off(self: MlflowClient, run_id: str) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        delete(self, run_id)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "delete_run", cut_off)
+        tracking.remove(section, record.run_id)
+    assert record.run_id in active() and len(active()) == 3, "the study goes last"
+    client.delete_run(record.run_id)  # as by an earlier version, which began with the study
+    assert tracking.remove(section, record.run_id) == 2 and not active() & {*trials}
+
+
+def test_more_trials_than_a_page_holds_are_removed(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _, record = make_run(tmp_path, "study", 40, store)
+    section, client = settings(tmp_path, store).tracking, MlflowClient(store)
+    experiment = client.get_run(record.run_id).info.experiment_id
+    for _ in range(3):
+        client.create_run(experiment, tags={"mlflow.parentRunId": record.run_id})
+    search = MlflowClient.search_runs
+
+    def by_two(self: MlflowClient, *given: Any, **named: Any) -> Any:
+        return search(self, *given, **named | {"max_results": 2})
+
+    monkeypatch.setattr(MlflowClient, "search_runs", by_two)
+    assert tracking.remove(section, record.run_id) == 4
 
 
 def test_deleting_needs_an_age_and_a_store(tmp_path: Path, store: str) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ray_sql.config.sections import TrackingSection
 from ray_sql.errors import StoreError
 from ray_sql.tracking import LoggedModel, Run
 from ray_sql.tracking import run as tracking_runs
+from ray_sql.tracking.store import is_refusal
 from tests.waiting import HANGS
 
 SOME_TABLES = 60_000
@@ -246,6 +249,31 @@ def test_a_model_has_its_runs_scores_and_is_sent_once(store: str, tmp_path: Path
     run.end("FINISHED")
 
 
+def test_a_models_scores_stand_under_the_data_they_are_of(store: str, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client, run = MlflowClient(store), begin(store, tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a.bin").write_text("x")
+    for split in ("dev", "test", "validation"):
+        run.dataset(f"shops: {split}", "0123", "/data/shops", split)
+    metric = "execution_accuracy"
+    keys = {
+        tracking.final(metric): "shops: dev",
+        tracking.final(metric, model="base"): "shops: dev",
+        tracking.final(metric, "test"): "shops: test",
+        tracking.final(metric, "test", "base"): "shops: test",
+        tracking.final(metric, "dev-oracle"): None,
+        tracking.VALIDATED: "shops: validation",
+    }
+    run.log(4, dict.fromkeys(keys, 0.5))
+    run.model(tmp_path / "adapter", as_model("adapter"))
+    query = f"source_run_id = '{run.run_id}'"
+    (model,) = client.search_logged_models([read(run).info.experiment_id], query)
+    assert {point.key: point.dataset_name for point in model.metrics} == keys
+    run.end("FINISHED")
+
+
 def test_a_run_measured_again_replaces_what_it_said_of_itself(store: str, tmp_path: Path) -> None:
     from mlflow.artifacts import load_dict
     from mlflow.tracking import MlflowClient
@@ -464,6 +492,109 @@ def test_an_outage_of_the_server_costs_a_run_nothing(
     assert [file.path for file in client.list_artifacts(run.run_id, "figures")] == ["figures/f.png"]
     assert len(client.search_runs([found.info.experiment_id])) == 1
     assert "planted" not in "".join(capfd.readouterr()) + caplog.text
+
+
+class Gate(http.server.BaseHTTPRequestHandler):
+    """Stands before an MLflow server, as nginx would: takes no large file and no new model."""
+
+    behind = ""
+    shut = True
+
+    def forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.shut and self.command == "PUT" and len(body) > 1000:
+            self.reply(413, b"<html>too large</html>")
+            return
+        if self.shut and self.path.endswith("registered-models/create"):
+            self.reply(403, b'{"error_code": "PERMISSION_DENIED", "message": "Permission denied"}')
+            return
+        headers = {"Content-Type": self.headers.get("Content-Type") or "application/json"}
+        request = urllib.request.Request(
+            self.behind + self.path, body or None, headers, method=self.command
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                self.reply(answer.status, answer.read())
+        except urllib.error.HTTPError as error:
+            self.reply(error.code, error.read())
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+    def reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_refused_record_waits_and_holds_up_none_behind_it(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a.bin").write_text("x" * 2000)
+    (tmp_path / "small.txt").write_text("x")
+    version = {"score": "1", "measured_on": "dev"}
+    gate = type("OwnGate", (Gate,), {"behind": server.uri})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), gate) as before:
+        threading.Thread(target=before.serve_forever, daemon=True).start()
+        run = begin(f"http://127.0.0.1:{before.server_address[1]}", tmp_path)
+        direct = MlflowClient(server.uri)
+        direct.create_logged_model(
+            read(run).info.experiment_id, "small", run.run_id, {}, {}, "adapter"
+        )  # as an upload that was cut off left it
+        (tmp_path / "fits").mkdir()
+        (tmp_path / "fits" / "a.bin").write_text("x")
+        run.model(tmp_path / "fits", as_model("small"))
+        run.model(tmp_path / "adapter", as_model("adapter"))
+        run.register("theirs", "small", version, "champion", won=True)
+        run.artifact(tmp_path / "small.txt")
+        run.log(1, {"loss": 1.0})
+        run.end("FINISHED")
+        spool = tmp_path / "spool" / "my-run.jsonl"
+        kinds = [json.loads(line)[1] for line in spool.read_text().splitlines()]
+        assert kinds == ["model", "version"], "what was refused waits"
+        assert read(run).info.status == "FINISHED" and history(run, "loss") == [(1, 1.0)]
+        assert [file.path for file in direct.list_artifacts(run.run_id)] == ["small.txt"]
+        warned = " ".join(record.message for record in caplog.records)
+        assert f"refused a record, which waits in {spool}: 413" in warned
+        assert f"refused a record, which waits in {spool}: PERMISSION_DENIED" in warned
+        assert "stopped answering" not in warned
+
+        gate.shut = False
+        assert tracking.replay(in_store(run.uri), spool) == 0 and not spool.exists()
+        before.shutdown()
+    experiment = direct.get_run(run.run_id).info.experiment_id
+    models = direct.search_logged_models([experiment])
+    assert sorted((model.name, str(model.status)) for model in models) == [
+        ("adapter", "READY"),
+        ("small", "READY"),
+    ], "no try that failed stays"
+    assert "champion" in direct.get_registered_model("theirs").aliases
+
+
+def test_only_what_may_pass_counts_as_an_outage() -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
+    from requests import HTTPError, Response
+
+    def answered(status: int) -> HTTPError:
+        response = Response()
+        response.status_code = status
+        return HTTPError(response=response)
+
+    refusals = [answered(403), answered(413), PermissionError("mlartifacts")]
+    refusals += [MlflowException("no", PERMISSION_DENIED)]
+    refusals += [MlflowException("API request failed with error code 413 != 200")]
+    assert all(is_refusal(error) for error in refusals)
+    outages = [answered(401), answered(429), answered(503), OSError("cut"), ValueError("x")]
+    outages += [MlflowException("busy", TEMPORARILY_UNAVAILABLE)]
+    assert not any(is_refusal(error) for error in outages)
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def _precision(questions: int) -> Iterator[str]:
     )
     alone = _least_alone()
     gain = 100 * alone / questions
-    told = f"shows from {gain:.0f} points on" if gain <= 100 else "cannot be shown"
+    told = f"shows from {gain:.0f} points on at the earliest" if gain <= 100 else "cannot be shown"
     yield (
         f"          a gain over the base model {told}: it takes {alone} questions that the "
         f"tuned model alone gets right (p <= {ALPHA})"

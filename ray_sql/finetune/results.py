@@ -63,9 +63,8 @@ def conclude(
     write(folder, evaluation, metrics)
     drawn = figures.figures(metrics, evaluation)
     html.write(folder, config.output_name, metrics, evaluation, drawn)
-    _log_scores(
-        record, folder, evaluation, metrics, _trained(prepared, config.lora, config.learning_rate)
-    )
+    trained = training_sentences(prepared, config.lora, config.learning_rate, metrics)
+    _log_scores(record, folder, evaluation, metrics, trained)
     for file, figure in drawn.items():
         record.figure(figure, f"figures/{file}")
     made_with = {
@@ -164,18 +163,29 @@ def _score_tags(metrics: Mapping[str, Any], model: str, task: Task) -> dict[str,
     return {name: text for name, text in told.items() if text}
 
 
-def _trained(prepared: Prepared, lora: LoraSection, learning_rate: float) -> list[str]:
+def training_sentences(
+    prepared: Prepared, lora: LoraSection, learning_rate: float, metrics: Mapping[str, Any]
+) -> list[str]:
     """Return sentences on what was trained on what; a sweep's winner has its own values."""
-    config, corpus = prepared.config, prepared.corpus
+    config, audit = prepared.config, prepared.audit
     batch = config.batching.global_batch_size
     bits = "4-bit " if config.quantization.load_in_4bit else ""
-    databases = {example.db_id for example in corpus.splits["train"]}
+    validated = metrics.get("objective") is not None
+    chosen = f", the best of {metrics['steps']:,} on validation" * validated
     return [
         f"LoRA of rank {lora.r} on the {bits}base {code(config.model_name)},",
-        f"learning rate {learning_rate:g}, {prepared.steps:,} steps of {batch} examples.",
-        f"Trained on {len(corpus.splits['train']):,} questions on {len(databases):,} databases of",
-        f"{code(config.dataset_id)} (fingerprint {corpus.fingerprint()}).",
+        f"learning rate {learning_rate:g}, {metrics['best_step']:,} steps of {batch} examples",
+        f"each{chosen}. Trained on {audit.rows:,} questions on {_databases(prepared)} of",
+        f"{code(config.dataset_id)} (fingerprint {prepared.corpus.fingerprint()}).",
     ]
+
+
+def _databases(prepared: Prepared) -> str:
+    """Count the databases that were trained on; nobody knows those of examples too long."""
+    left_out = {row.id for row in prepared.left_out if row.split == "train"}
+    train = prepared.corpus.splits["train"]
+    known = {example.db_id for example in train if example.id not in left_out}
+    return "at most " * bool(prepared.audit.dropped) + data.counted(len(known), "database")
 
 
 def _log_files(

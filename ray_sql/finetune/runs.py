@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from ray_sql import tracking
 from ray_sql.config import RunsConfig, absolute
-from ray_sql.config.sections import TrackingSection
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DamagedFile
+from ray_sql.finetune.session import FOLDER_TAG, _still_holds
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 
 SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+ALONE = "--no-tracking.enabled removes the folder alone"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Kept:
     bytes: int
     age: float
     run_id: str | None
+    damaged: bool
+    """Nobody knows its MLflow run."""
 
     def line(self) -> str:
         """Say what there is."""
@@ -36,8 +39,8 @@ class Kept:
 def run(config: RunsConfig) -> None:
     """List the runs in a folder; with `delete`, remove those that are older than asked for.
 
-    A run whose model has an alias in MLflow's registry is kept. Raises `ConfigError` for `delete`
-    without an age.
+    A run is kept where MLflow says that it is needed, or cannot be asked about it. Of a copied
+    folder only the copy goes. Raises `ConfigError` for `delete` without an age.
     """
     if config.delete and not config.older_than:
         raise ConfigError("--delete: needs an age, as --older_than 30d")
@@ -48,15 +51,17 @@ def run(config: RunsConfig) -> None:
     place = root if "://" in root else str(absolute(root))
     display, old = Display(), [kept for kept in _runs(place) if kept.age >= least]
     removed, deletes = 0, config.delete and not config.dry_run
+    asks = bool(config.older_than) and config.tracking.enabled
     for kept in sorted(old, key=lambda kept: -kept.age):
-        held = _aliases(config.tracking, kept.run_id) if config.older_than else []
-        if held:
-            display.line(f"{kept.line()}: stays, for it is {', '.join(held)}")
+        known = tracking.find(config.tracking, kept.run_id) if asks and kept.run_id else None
+        if asks and (why := _why_it_stays(kept, known)):
+            display.line(f"{kept.line()}: stays, {why}")
             continue
-        display.line(kept.line())
+        is_copy = known is not None and _is_copy(kept, known)
+        display.line(kept.line() + ", which stays: the folder is a copy" * is_copy)
         removed += 1
         if deletes:
-            if kept.run_id and config.tracking.enabled:
+            if known and kept.run_id and not is_copy:
                 tracking.remove(config.tracking, kept.run_id)
             kept.folder.remove()
     if not old:
@@ -74,12 +79,30 @@ def _runs(root: str) -> Iterator[Kept]:
             continue
         files = [info for info in storage.list_folder(folder.uri, recursive=True) if info.is_file]
         newest = max(info.mtime.timestamp() for info in files if info.mtime)
+        run_id, damaged = None, False
         try:
             run_id = folder.read_mlflow_run_id()
         except DamagedFile:
-            run_id = None
-        yield Kept(folder, sum(info.size or 0 for info in files), time.time() - newest, run_id)
+            damaged = True
+        size, age = sum(info.size or 0 for info in files), time.time() - newest
+        yield Kept(folder, size, age, run_id, damaged)
 
 
-def _aliases(settings: TrackingSection, run_id: str | None) -> list[str]:
-    return tracking.aliases_of(settings, run_id) if run_id and settings.enabled else []
+def _why_it_stays(kept: Kept, known: tracking.Recorded | None) -> str | None:
+    """Say why a run must not be removed; None where it may be. `known` is what MLflow knows."""
+    if kept.damaged:
+        return f"for its run.json is damaged, so its MLflow run is unknown: {ALONE}"
+    if known is None:
+        elsewhere = "for this store never held its MLflow run: give --tracking.uri of the one that"
+        return f"{elsewhere} its run.json names, or {ALONE}" if kept.run_id else None
+    if known.aliases:
+        return f"for it is {', '.join(known.aliases)}"
+    if known.running and not _is_copy(kept, known):
+        return "for MLflow says that it is running: if it was killed, delete it in MLflow first"
+    return None
+
+
+def _is_copy(kept: Kept, known: tracking.Recorded) -> bool:
+    """Tell whether another folder is the one that the MLflow run is the record of."""
+    place = known.tags.get(FOLDER_TAG)
+    return place is not None and _still_holds(RunFolder(place), str(kept.run_id), kept.folder)

@@ -30,8 +30,13 @@ from ray_sql.store.run_folder import (
 )
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
-PLACES = {"output_dir", "cache_dir", "prev_checkpoint", "adapter", "predictions_file"}
-"""Settings that name places on one machine. In sections: `databases`, `storage_path`, `uri`."""
+PLACES = {"output_dir", "cache_dir", "prev_checkpoint", "adapter", "predictions_file", "audit"}
+"""Settings that name places on one machine."""
+PLACES_IN_SECTIONS = (
+    *(("data", "databases"), ("scaling", "storage_path")),
+    *(("tracking", "uri"), ("evaluate", "url")),
+)
+"""The same in sections: each a section, and its setting."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,8 @@ def _require_one_run(
 def require_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
     """Raise `ModelError` unless the adapter is significantly better than its base.
 
-    All scored splits count together, and on no split may the adapter be significantly worse.
+    All scored splits count together, and on no split may the adapter be significantly worse. A
+    sweep's winner must have been crowned, too: the default settings may be better than it.
     """
     compared: Mapping[str, Any] = metrics.get("compared", {})
     way_out = "publish it all the same with --hub.force"
@@ -262,6 +268,9 @@ def require_better(metrics: Mapping[str, Any], folder: RunFolder) -> None:
                 f"{folder}: the adapter is worse than its base model on {split} "
                 f"(McNemar p = {test.p:.2g}); {way_out}"
             )
+    sweep = metrics.get("sweep", {"champion": True})
+    if not sweep["champion"]:
+        raise ModelError(f"{folder}: the sweep's winner was {sweep['verdict']}; {way_out}")
 
 
 def public_adapter_config(
@@ -284,7 +293,7 @@ def published_settings(config: Config, base_model: str) -> dict[str, Any]:
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without places on this machine; of a linker's, its last part is left."""
     kept = {name: value for name, value in settings.items() if name not in PLACES | {"hub"}}
-    for section, name in (("data", "databases"), ("scaling", "storage_path"), ("tracking", "uri")):
+    for section, name in PLACES_IN_SECTIONS:
         if section in kept:
             kept[section] = {key: value for key, value in kept[section].items() if key != name}
     links = kept["prompt"].get("links")

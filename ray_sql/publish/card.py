@@ -9,19 +9,18 @@ used: it prints nothing for a name that a template misspells, where this page ra
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from ray_sql.config import absolute
+from ray_sql.config.sections import AnswersSection
 from ray_sql.data import counted
 from ray_sql.data.shown import ORACLE
 from ray_sql.database import Column, ForeignKey, Schema, Table, render
-from ray_sql.display import printable
 from ray_sql.publish.bundle import HUB_NAME, Bundle
 from ray_sql.publish.hub import License
-from ray_sql.report.scores import Scores, notes, score_lines
+from ray_sql.report.scores import Scores, notes, one_line, prose, score_lines
 from ray_sql.tasks import TASKS, Task
 
 SAMPLE = Schema(
@@ -58,7 +57,7 @@ def card(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=prose,
+        finalize=escaped,
     )
     environment.filters |= {"code": code, "python": python, "as_is": AsIs}
     metrics, config = bundle.metrics, bundle.config
@@ -80,7 +79,9 @@ def card(
         license=license.get("license_name", license.get("license")),
         merged=merged,
         task=task,
-        overlap=_overlap(metrics),
+        answers=_answers(config.evaluate),
+        linker=_linker(bundle),
+        overlap=_overlap(metrics, begun_elsewhere="/" in (bundle.folder.read_start() or "")),
         semantics=next((scores.get("semantics") for scores in metrics["tuned"].values()), None),
         head=["split", "score", "n", *(COLUMNS[name] for name in models)],
         rows=table(models, task),
@@ -95,20 +96,45 @@ def card(
     return f"---\n{metadata(bundle, repo_id, license, merged)}\n---\n\n{body}"
 
 
-def _overlap(metrics: Mapping[str, Any]) -> list[str]:
+def _answers(settings: AnswersSection) -> str:
+    """Say in half a sentence how the scored answers were found and chosen."""
+    beams = f"{settings.num_beams} beams"
+    options = beams if settings.num_beams > 1 else f"the greedy one and {settings.samples} samples"
+    one = f"Answers are {f'searched with {beams}' if settings.num_beams > 1 else 'greedy'}"
+    told = {
+        "greedy": one,
+        "repaired": f"{one}, and names that the schema lacks are mended",
+        "constrained": f"{one}, and hold names of the schema only",
+        "first_executable": f"Each answer is the first that runs, of {options}",
+        "vote": f"Each answer is chosen by vote, of {options}",
+        "weighted_vote": f"Each answer is chosen by a weighted vote, of {options}",
+    }
+    return told[settings.way]
+
+
+def _linker(bundle: Bundle) -> str | None:
+    """Name whose links the scored prompts needed; None where they needed no model's."""
+    if bundle.metrics.get("links") != "predicted":
+        return None
+    return bundle.config.prompt.asked_links.rstrip("/").rpartition("/")[2]
+
+
+def _overlap(metrics: Mapping[str, Any], begun_elsewhere: bool) -> list[str]:
     """Return sentences on scored questions that were trained on; none where nobody counted."""
+    earlier = "Training began from an earlier adapter, whose data are not recorded here."
     if "also_trained" not in metrics:  # a run of an earlier version
-        return []
+        return [earlier] * begun_elsewhere
     counts: dict[str, int] = {}
     for split, scores in metrics["tuned"].items():
         known = metrics["also_trained"].get(split.removesuffix(ORACLE), scores["n"])
         if known:
             counts[split] = known
-    if not counts:
-        return ["None of these questions was trained on."]
-    return [
+    told = [
         f"{n:,} questions of `{code(split)}` were trained on, too." for split, n in counts.items()
     ]
+    if begun_elsewhere:
+        return [*told, earlier]
+    return told or ["None of these questions was trained on."]
 
 
 def table(models: Mapping[str, Scores], task: Task) -> list[list[str]]:
@@ -129,25 +155,19 @@ class AsIs(str):
     """A text of our own, or one that is escaped already."""
 
 
-def prose(value: Any) -> str:
-    """Return a value for the card's text: one line, in which no sign is Markdown's or HTML's."""
-    if isinstance(value, AsIs):
-        return value
-    return re.sub(r"([\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(value))
+def escaped(value: Any) -> str:
+    """Return a value for the card's text, in which no sign is Markdown's or HTML's."""
+    return value if isinstance(value, AsIs) else prose(str(value))
 
 
 def code(value: Any) -> AsIs:
     """Return a value for a span of code, where nothing can be escaped."""
-    return AsIs(_one_line(value).replace("`", "'").replace("|", "/"))
+    return AsIs(one_line(str(value)).replace("`", "'").replace("|", "/"))
 
 
 def python(value: Any) -> AsIs:
     """Return a value as a literal of Python, in which no tick ends the block of code."""
     return AsIs(json.dumps(str(value)).replace("`", r"\u0060"))
-
-
-def _one_line(value: Any) -> str:
-    return printable(" ".join(str(value).split()))
 
 
 def metadata(
@@ -185,7 +205,13 @@ def _results(bundle: Bundle, split: str, scores: Mapping[str, Any]) -> Sequence[
     task = TASKS[bundle.config.task_type]
     if not scores["n"]:
         return []
-    facts = {"n": scores["n"], "interval_95": [round(end, 4) for end in scores["interval"]]}
+    facts: dict[str, Any] = {
+        "n": scores["n"],
+        "interval_95": [round(end, 4) for end in scores["interval"]],
+    }
+    facts["answers"] = bundle.config.evaluate.way
+    if linker := _linker(bundle):
+        facts["links"] = linker
     if "semantics" in scores:
         facts["semantics"] = scores["semantics"]
     return [

@@ -19,7 +19,8 @@ from ray_sql.display import Display
 from ray_sql.errors import ConfigError
 from ray_sql.publish import hub as hubs
 from ray_sql.publish.bundle import public_name, without_places
-from ray_sql.report.scores import markdown, notes, paired_lines
+from ray_sql.report.description import code
+from ray_sql.report.scores import markdown, notes, paired_lines, prose
 from ray_sql.store import storage
 from ray_sql.store.run_folder import CONFIG, METRICS, PREDICTIONS, README, RunFolder
 from ray_sql.store.shapes import ScoredMetrics
@@ -131,11 +132,11 @@ def _section(stage: Stage) -> Iterator[str]:
     data = stage.metrics["dataset_id"]
     yield f"## {stage.name}"
     links = stage.metrics.get("links", "none")
-    yield f"Task `{task.name}`, model `{base}`, data `{data}`, links {links}."
+    yield f"Task `{task.name}`, model {code(base)}, data {code(data)}, links {links}."
     yield markdown(models, task)
     said = [*notes(stage.metrics, list(models)[-1]), *paired_lines(stage.metrics)]
     if said:
-        yield "\n".join(f"- {line}" for line in said)
+        yield "\n".join(f"- {prose(line)}" for line in said)
     rule = ""
     if task.executes_sql:
         rule = f" --evaluate.semantics {stage.settings['evaluate']['semantics']}"

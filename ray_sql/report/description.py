@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_sql.display import percent
 from ray_sql.report import commands
-from ray_sql.report.scores import markdown, notes, paired_lines, verdict
+from ray_sql.report.scores import markdown, notes, paired_lines, prose, verdict
 from ray_sql.store.run_folder import REPORT, SWEEP_REPORT, RunFolder
 from ray_sql.tasks import TASKS, Task
 
@@ -32,8 +32,7 @@ def page(
         *_headline(metrics, last, task),
         *_winner(metrics, run_page),
         markdown({name: metrics[name] for name in models}, task),
-        *notes(metrics, last),
-        *paired_lines(metrics),
+        *map(prose, [*notes(metrics, last), *paired_lines(metrics)]),
         *_databases(metrics[last], task),
         " ".join(trained),
         f"[Report]({run_page}/artifacts/{REPORT}) · [Questions]({run_page}/artifacts/"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ray_sql.data import corpus
 from ray_sql.data.shown import ORACLE
-from ray_sql.display import percent
+from ray_sql.display import percent, printable
 from ray_sql.metrics.paired import PairedTest
 from ray_sql.tasks import Task
 
@@ -97,9 +97,19 @@ def markdown(models: Mapping[str, Scores], task: Task) -> str:
     if not lines:
         return "Nothing was scored."
     head = ["split", "score", "n", *models]
-    cells = [[line.split, line.label, line.count, *line.cells] for line in lines]
+    cells = [[prose(line.split), line.label, line.count, *line.cells] for line in lines]
     table = [head, ["---"] * len(head), *cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def prose(text: str) -> str:
+    """Return a text as Markdown shows it: one line, in which no sign is Markdown's or HTML's."""
+    return re.sub(r"([\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line, without what a terminal or a page would obey."""
+    return printable(" ".join(text.split()))
 
 
 def secondary_scores(summaries: Sequence[Mapping[str, Any]], task: Task) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray_sql import __version__
-from ray_sql.tracking.names import SCORE
+from ray_sql.tracking.names import SCORE, split_of
 
 CODE = '''"""How MLflow loads this adapter: with the package ray_sql, which must be installed."""
 
@@ -52,6 +52,7 @@ def send_model(
     run = client.get_run(run_id)
     model = find_model(client, run_id, name)
     if model is None or model.tags.get("weights_sha256") != tags.get("weights_sha256"):
+        _delete_begun(client, run, name)
         model = client.create_logged_model(
             run.info.experiment_id, name, run_id, dict(tags), dict(params), "adapter"
         )
@@ -68,10 +69,20 @@ def send_model(
 
 def find_model(client: Any, run_id: str, name: str) -> Any:
     """Return the newest complete model of a run that has this name; None where there is none."""
-    experiment = client.get_run(run_id).info.experiment_id
-    query = f"name = '{name}' AND source_run_id = '{run_id}'"
-    found = client.search_logged_models([experiment], query)  # the newest first
+    found = _named(client, client.get_run(run_id), name)  # the newest first
     return next((model for model in found if str(model.status) == "READY"), None)
+
+
+def _delete_begun(client: Any, run: Any, name: str) -> None:
+    """Delete what an upload that failed left of a model: it would stay in MLflow's list."""
+    for model in _named(client, run, name):
+        if str(model.status) != "READY":
+            client.delete_logged_model(model.model_id)
+
+
+def _named(client: Any, run: Any, name: str) -> list[Any]:
+    query = f"name = '{name}' AND source_run_id = '{run.info.run_id}'"
+    return list(client.search_logged_models([run.info.experiment_id], query))
 
 
 def _write_loader(folder: Path, run_id: str, model_id: str) -> None:
@@ -113,15 +124,19 @@ def data_of(run: Any, split: str) -> dict[str, str]:
 
 
 def _log_scores(client: Any, run_id: str, model_id: str, split: str) -> None:
-    """Give a model the newest final scores of its run, as the same points, with their data."""
+    """Give a model the newest final scores of its run, as the same points, each with its data.
+
+    `split` is the first one that was scored, whose scores name none.
+    """
     from mlflow.entities import Metric
 
     run = client.get_run(run_id)
-    data, points = data_of(run, split), []
+    points = []
     for key in run.data.metrics:
         if key.startswith(f"{SCORE}/"):
             history = client.get_metric_history(run_id, key)
             newest = max(history, key=lambda point: (point.step, point.timestamp))
             point = (key, newest.value, newest.timestamp, newest.step)
+            data = data_of(run, split_of(key) or split)
             points.append(Metric(*point, model_id=model_id, run_id=run_id, **data))
     client.log_batch(run_id, metrics=points)

@@ -43,6 +43,13 @@ def final(metric: str, split: str = "", model: str = "") -> str:
     return "/".join(filter(None, (SCORE, split, f"{metric}_{model}" if model else metric)))
 
 
+def split_of(key: str) -> str:
+    """Return the split that a final score is of; empty for the first one, which none names."""
+    if key == VALIDATED:
+        return "validation"
+    return key.removeprefix(f"{SCORE}/").rpartition("/")[0]
+
+
 def view(metric: str, earlier: str | None = None) -> str:
     """Return a state of MLflow's list of runs: sorted by a final score, with scores as columns.
 

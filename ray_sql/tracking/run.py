@@ -2,8 +2,9 @@
 
 Only the driver talks to MLflow. A configured store must answer at the start. Afterwards nothing
 here raises: records that cannot be sent are kept in a spool file, and one warning is printed. The
-spool is replayed when the run ends, or when it continues after a restart. A run that belongs to
-another one, such as a sweep's trial, may even begin while the store is away. Points carry their
+spool is replayed when the run ends, or when it continues after a restart. A record that is refused
+stays there, too, and holds up none that come after it. A run that belongs to another one, such as a
+sweep's trial, may even begin while the store is away. Points carry their
 step, and a step that was logged before is not logged again. Where tracking is off, no function
 does anything, so callers need not ask. This module is a sink: it knows none of the stages.
 """
@@ -34,6 +35,7 @@ from ray_sql.tracking.store import (
     experiment_id_of,
     find_run,
     is_final,
+    is_refusal,
     reason,
     refusing,
     require_store,
@@ -74,6 +76,7 @@ class Run:
         self._stored: set[tuple[str, int]] = set()
         self._kept: list[tuple[int, str]] = []
         self._warned = False
+        self._refusals: set[str] = set()
         self._retry_at = 0.0
         self._lock = threading.RLock()
 
@@ -178,14 +181,16 @@ class Run:
         self._send("children", [status])
 
     def replay(self) -> int:
-        """Send the spool's records, oldest first. Returns the number of records that still wait."""
+        """Send the spool's records, oldest first. Returns the number of records that still wait.
+
+        One that is refused waits on, and those behind it are sent. An outage keeps all that follow.
+        """
         with self._lock:
             if self._begin is None or not self._spool.exists():
                 return 0
             self._retry_at = 0.0
-            lines = spooled(self._spool)
-            while lines and self._replay_line(lines[0]):
-                lines.pop(0)
+            # behind an outage the rest waits by the clock, without a call
+            lines = [line for line in spooled(self._spool) if not self._replay_line(line)]
             with self._spooling("replayed", self._spool):
                 self._spool.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             if not lines:
@@ -241,23 +246,36 @@ class Run:
             self.open()
             action()
         except Exception as error:  # any backend's: an outage of the record must not end the run
-            place = mask_password(self.uri)
+            place, why = mask_password(self.uri), reason(error)
             if is_final(error):
-                log.warning(
-                    "MLflow at %s refused a record, which is dropped: %s", place, reason(error)
-                )
+                log.warning("MLflow at %s refused a record, which is dropped: %s", place, why)
                 return True
+            if is_refusal(error):
+                self._warn_of_refusal(why)
+                return False
             if not self._warned:
                 log.warning(
                     "MLflow at %s stopped answering (%s); points are kept in %s",
                     place,
-                    reason(error),
+                    why,
                     self._spool,
                 )
             self._warned = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
             return False
         return True
+
+    def _warn_of_refusal(self, why: str) -> None:
+        """Say once for each reason that a record is refused, and how it can still be sent."""
+        if why not in self._refusals:
+            self._refusals.add(why)
+            log.warning(
+                "MLflow at %s refused a record, which waits in %s: %s; once the server takes it, "
+                "`ray-sql check --replay` with the run's settings sends it",
+                mask_password(self.uri),
+                self._spool,
+                why,
+            )
 
 
 def null_run() -> Run:

@@ -27,6 +27,9 @@ DATABASES = {"sqlite", "postgresql", "mysql", "mssql"}
 FINAL = (FileNotFoundError, NotImplementedError, TypeError, AttributeError, ImportError)
 """Errors that are no outage: a lost file, or a store that lacks what a record needs."""
 
+PASSING = {401, 408, 425, 429}
+"""HTTP statuses of refusals that pass: a sign-in that expired, and a server that is busy."""
+
 
 def require_store(settings: TrackingSection) -> str:
     """Return the absolute URI of the tracking store. Raises `StoreError` if it does not answer.
@@ -146,6 +149,28 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, FINAL)
 
 
+def is_refusal(error: Exception) -> bool:
+    """Tell whether a store answers and takes this record from nobody, or not from this user.
+
+    So it is for a missing permission and for a file that is too large. Another record may pass.
+    """
+    if isinstance(error, PermissionError):
+        return True
+    status = _status(error)
+    return status is not None and 400 <= status < 500 and status not in PASSING
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status of an error; None where it has none."""
+    from mlflow.exceptions import MlflowException
+
+    # MLflow has no code of its own for 413, among others, and says it in words
+    said = re.search(r"failed with error code (\d{3})\b", str(error))
+    if isinstance(error, MlflowException):
+        return int(said[1]) if said else error.get_http_status_code()
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def client_of(uri: str) -> Any:
     """Return a client of a store."""
     from mlflow.tracking import MlflowClient
@@ -201,13 +226,26 @@ def find_run(
 
 
 def run_exists(client: Any, run_id: str) -> bool:
-    """Tell whether a store has a run that was not deleted."""
+    """Tell whether a store has a run that was not deleted: a deleted one takes no records."""
+    run = _find(client, run_id)
+    return run is not None and bool(run.info.lifecycle_stage == "active")
+
+
+def has_held(client: Any, run_id: str) -> bool:
+    """Tell whether a store has a run, deleted or not."""
+    return _find(client, run_id) is not None
+
+
+def _find(client: Any, run_id: str) -> Any:
+    """Return a run, deleted or not; None where the store has none, as another one than last time.
+
+    A server that fails for a moment has not lost the run, and its error is raised.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(run_id)
+        return client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            raise  # a server that fails for a moment has not lost the run
-        return False  # another store than last time: begin a new one
-    return bool(run.info.lifecycle_stage == "active")  # a deleted run takes no records
+            raise
+        return None
