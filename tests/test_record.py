@@ -118,8 +118,9 @@ def test_the_description_is_a_page(recorded: Any) -> None:
     first, *rest = page.split("\n\n")
     assert first.startswith("**execution accuracy 0.0 % [0.0, 49.0]** on 4 questions of `dev`")
     assert "base model 0.0 %, not shown to beat its base (p = 1)." in first
-    assert rest[0].startswith("| split | score | n | base | tuned |")
-    assert f"[Report]({here}/artifacts/report.html)" in page
+    assert "Trained on " in rest[0], "MLflow folds what comes after some four lines"
+    assert "\n\n| split | score | n | base | tuned |" in page
+    assert f"[Report: each question with its answers]({here}/artifacts/report.html)" in page
     assert "LoRA of rank 4 on the 4-bit base" in page and "2 steps of 2 examples" in page
     flags = f"--output_dir {config.output_dir} --output_name mine"
     assert f'ray-sql ask "YOUR QUESTION" {flags} --database mall' in page

@@ -22,24 +22,24 @@ def page(
     trained: Sequence[str],
     run_page: str,
 ) -> str:
-    """Return the page of a run: its score, the table, what was trained on what, and commands.
+    """Return the page of a run: its score, what was trained on what, commands, and the tables.
 
-    `models` are in the order of the table's columns, the tuned one last. `trained` are sentences.
+    MLflow shows some four lines of it unless one asks for more. `models` are in the order of the table's columns, the tuned one last. `trained` are sentences.
     `run_page` is the address of the run in MLflow.
     """
     task, last = TASKS[metrics["task_type"]], models[-1]
     parts = [
         *_headline(metrics, last, task),
         *_winner(metrics, run_page),
-        markdown({name: metrics[name] for name in models}, task),
-        *map(prose, [*notes(metrics, last), *paired_lines(metrics)]),
-        *_databases(metrics[last], task),
         " ".join(trained),
-        f"[Report]({run_page}/artifacts/{REPORT}) · [Questions]({run_page}/artifacts/"
-        f"predictions.json) · [Charts]({run_page}/model-metrics)",
+        f"[Report: each question with its answers]({run_page}/artifacts/{REPORT}) · [Table of "
+        f"questions]({run_page}/artifacts/predictions.json) · [Charts]({run_page}/model-metrics)",
         "```\n"
         + "\n".join([commands.ask(folder, metrics), commands.serve(folder)])
         + f"\n{commands.publish(folder)}\n```",
+        markdown({name: metrics[name] for name in models}, task),
+        *map(prose, [*notes(metrics, last), *paired_lines(metrics)]),
+        *_databases(metrics[last], task),
     ]
     return "\n\n".join(parts)
 

@@ -53,7 +53,7 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
         "objective": score.objective,
         "default_objective": first.objective if first else None,
         "trials": len(study.trials),
-        "chosen": _why_chosen(study, best, score, Objective.of(config)),
+        "chosen": _why_chosen(session, best, score),
         "champion": won,
         "verdict": verdict,
         **facts,
@@ -74,15 +74,17 @@ def choose(session: StudySession, facts: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _why_chosen(study: Study, best: TrialRecord, score: StepScore, goal: Objective) -> str:
-    """Say by what a trial won, and what the settings as they are had."""
-    first = study.trials[0]
+def _why_chosen(session: StudySession, best: TrialRecord, score: StepScore) -> str:
+    """Say by what a trial won, and what the default settings had."""
+    trials, goal = session.study.trials, Objective.of(session.config)
+    first, questions = trials[0], len(session.prepared.validation())
     text = (
-        f"{best.name} won of {len(study.trials)} trials: {goal.label} {goal.text(score.objective)} "
-        f"on validation at step {score.step}, with {shown_point(best.point)}"
+        f"{best.name} won of {len(trials)} trials: {goal.label} {goal.text(score.objective)} on "
+        f"{questions} validation questions at step {score.step}, with {shown_point(best.point)}"
     )
     if first.best and first.number != best.number:
-        text += f"; the settings as they are had {goal.text(first.best.objective)} ({first.name})"
+        had = goal.text(first.best.objective)
+        text += f"; the default settings had {had} ({first.name})"
     return text
 
 
