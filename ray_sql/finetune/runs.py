@@ -10,7 +10,7 @@ from ray_sql import tracking
 from ray_sql.config import RunsConfig, absolute
 from ray_sql.display import Display
 from ray_sql.errors import ConfigError, DamagedFile
-from ray_sql.finetune.session import FOLDER_TAG, _still_holds
+from ray_sql.finetune.session import FOLDER_TAG, still_holds
 from ray_sql.store import storage
 from ray_sql.store.run_folder import RunFolder
 
@@ -105,4 +105,4 @@ def _why_it_stays(kept: Kept, known: tracking.Recorded | None) -> str | None:
 def _is_copy(kept: Kept, known: tracking.Recorded) -> bool:
     """Tell whether another folder is the one that the MLflow run is the record of."""
     place = known.tags.get(FOLDER_TAG)
-    return place is not None and _still_holds(RunFolder(place), str(kept.run_id), kept.folder)
+    return place is not None and still_holds(RunFolder(place), str(kept.run_id), kept.folder)

@@ -167,7 +167,7 @@ class Session:
         if run_id is None:
             return None
         place = tracking.read_tag(self.config.tracking, run_id, FOLDER_TAG)
-        is_copy = place is not None and _still_holds(RunFolder(place), run_id, self.folder)
+        is_copy = place is not None and still_holds(RunFolder(place), run_id, self.folder)
         return None if is_copy else run_id
 
     def _title(self) -> str:
@@ -201,7 +201,7 @@ def require_start(prepared: Prepared) -> None:
     )
 
 
-def _still_holds(folder: RunFolder, run_id: str, other: RunFolder) -> bool:
+def still_holds(folder: RunFolder, run_id: str, other: RunFolder) -> bool:
     """Tell whether a folder other than `other` is the one that an MLflow run is the record of."""
     if os.path.realpath(folder.uri) == os.path.realpath(other.uri):  # of a URI, the URI itself
         return False

@@ -24,8 +24,9 @@ def page(
 ) -> str:
     """Return the page of a run: its score, what was trained on what, commands, and the tables.
 
-    MLflow shows some four lines of it unless one asks for more. `models` are in the order of the table's columns, the tuned one last. `trained` are sentences.
-    `run_page` is the address of the run in MLflow.
+    MLflow shows some four lines of it unless one asks for more. `models` are in the order of the
+    table's columns, the tuned one last. `trained` are sentences. `run_page` is the address of the
+    run in MLflow.
     """
     task, last = TASKS[metrics["task_type"]], models[-1]
     parts = [
