@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from ray_sql import finetune, rows
 from ray_sql.models import recurrent
 from ray_sql.models.recurrent import SharedStates
+from ray_sql.models.triangular import InvertedOnce
 from ray_sql.rows import passes
 from ray_sql.rows.batch import collate
 from ray_sql.rows.probe import why_not_share
@@ -230,3 +232,29 @@ def test_a_run_shares_rows_and_schemas(
     finetune.run(make_config(model_name=str(folder), **settings))
     assert (tmp_path / "out/run/metrics.json").exists()
     assert "computed whole" not in capsys.readouterr().out
+
+
+def test_a_system_is_solved_with_the_gradients_of_torchs_solver() -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def solve(mode: Any) -> list[torch.Tensor]:
+        draw.manual_seed(0)
+        shapes = (2, 3, 20, 20), (2, 3, 20, 7), (2, 3, 20, 5)
+        system, *rights = (
+            torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+            for shape in shapes
+        )
+        scaled = 0.1 * system
+        with mode:
+            solved = [
+                torch.linalg.solve_triangular(scaled, right, upper=False, unitriangular=True)
+                for right in rights
+            ]
+        sum((one**2).sum() for one in solved).backward()
+        return [*solved, *(one.grad for one in (system, *rights))]  # type: ignore[list-item]
+
+    for ours, theirs in zip(solve(InvertedOnce()), solve(nullcontext()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    with InvertedOnce():
+        upper = torch.linalg.solve_triangular(torch.eye(2), torch.ones(2, 1), upper=True)
+    assert upper.tolist() == [[1.0], [1.0]], "another kind of system is torch's own"

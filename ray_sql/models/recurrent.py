@@ -23,6 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ray_sql.models.triangular import InvertedOnce
+
 LAYERS = {
     "BambaMixer": "cache_params",
     "FalconH1Mixer": "cache_params",
@@ -169,8 +171,11 @@ def _equal_chunks(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[dic
     own = getattr(module, "chunk_size", None)  # of Mamba-2
     if hidden.device.type != "cpu":
         yield {}
+    elif type(module).__name__.endswith("GatedDeltaNet"):
+        with InvertedOnce():
+            yield {"chunk_size": size}
     elif own is None:
-        yield {"chunk_size": size} if type(module).__name__.endswith("GatedDeltaNet") else {}
+        yield {}
     else:
         module.chunk_size = size
         try:
