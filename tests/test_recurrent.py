@@ -177,12 +177,20 @@ def test_a_question_begins_with_the_state_of_its_own_prefix() -> None:
 
     def call(given: torch.Tensor, state: recurrent.State) -> torch.Tensor:
         if state.recurrent is not None:
-            mine = layout.questions[:, :1] // made.segments.shape[1]
-            assert torch.equal(state.recurrent, mine)
+            assert torch.equal(state.recurrent, given[:, 0]), "of its own row"
         state.conv = state.recurrent = given[:, -1]
         return given
 
     layout.compute(0, call, hidden)
+
+
+@pytest.mark.parametrize(
+    ("least", "groups"), [(0.7, [[1, 4], [0, 3], [2]]), (0.0, [[1, 4, 0, 3, 2]])]
+)
+def test_questionsof_like_length_are_computed_together(
+    least: float, groups: list[list[int]]
+) -> None:
+    assert recurrent.of_like_length([60, 100, 8, 45, 70], least) == groups
 
 
 def test_a_model_whose_layers_are_told_nothing_is_refused(

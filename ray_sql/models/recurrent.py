@@ -42,6 +42,11 @@ CARRIED = "carried_states"
 """The keyword argument of a model's forward that carries a `Pass`."""
 CHUNK = 64
 """Tokens of a chunk, about, in which a layer on a CPU computes."""
+LEAST = 0.7
+"""The share of a group's longest question that others in it have on a CPU; the rest is padding.
+
+A GPU computes all questions in one call, for it waits longer for a call than for its padding.
+"""
 OURS = (CARRIED, "shared_rows_seen", "prefix_runs")
 """Arguments that attention is told and that a layer's kernels do not know."""
 FEWEST = 2
@@ -200,14 +205,15 @@ class SharedStates:
     """Shared rows, as places in a pass whose rows lie one after the other; one at least is shared.
 
     `prefixes` are `[rows, tokens]`, for every length that a prefix (or a plain row) has.
-    `questions` `[questions, tokens]` are padded with places of any value. `owners` says which
-    prefix, counted through all of `prefixes`, each question goes on from. `back` `[rows x length]`
-    says where each place's result lies, prefixes first, then questions, then one zero.
+    `questions` are `[questions, tokens]`, those of like length together, padded with places of any
+    value. `owners` says which prefix, counted through all of `prefixes`, each of them goes on from.
+    `back` `[rows x length]` says where each place's result lies, prefixes first, then questions,
+    then one zero.
     """
 
     prefixes: list[torch.Tensor]
-    questions: torch.Tensor
-    owners: torch.Tensor
+    questions: list[torch.Tensor]
+    owners: list[torch.Tensor]
     back: torch.Tensor
 
     @classmethod
@@ -222,19 +228,22 @@ class SharedStates:
         ]
         owners = [place for place, row in enumerate(order) for _ in counts[row][1:]]
         starts = [row * length + start for row in order for start in _starts(counts[row])]
-        tokens = torch.tensor([tokens for row in order for tokens in counts[row][1:]])
-        offsets = torch.arange(max(FEWEST, int(tokens.max())))
-        questions = torch.tensor(starts)[:, None] + offsets
-        real = (offsets < tokens[:, None]).flatten()
-        computed = torch.cat([each.flatten() for each in (*prefixes, questions)])
-        kept = torch.cat([real.new_ones(len(computed) - len(real)), real])
+        tokens = [tokens for row in order for tokens in counts[row][1:]]
+        groups = of_like_length(tokens, LEAST if device.type == "cpu" else 0.0)
+        questions, kept = [], [torch.ones(sum(each.numel() for each in prefixes), dtype=torch.bool)]
+        for group in groups:
+            own = torch.tensor([tokens[place] for place in group])
+            offsets = torch.arange(max(FEWEST, int(own.max())))
+            questions.append(torch.tensor([starts[place] for place in group])[:, None] + offsets)
+            kept.append((offsets < own[:, None]).flatten())
+        computed = torch.cat([each.flatten() for each in (*prefixes, *questions)])
+        real = torch.cat(kept)
         back = torch.full((segments.numel(),), len(computed))
-        back[computed[kept]] = kept.nonzero().flatten()
-        questions.clamp_(max=segments.numel() - 1)
+        back[computed[real]] = real.nonzero().flatten()
         return cls(
             [each.to(device) for each in prefixes],
-            questions.to(device),
-            torch.tensor(owners, device=device),
+            [each.clamp(max=segments.numel() - 1).to(device) for each in questions],
+            [torch.tensor([owners[place] for place in group], device=device) for group in groups],
             back.to(device),
         )
 
@@ -245,10 +254,27 @@ class SharedStates:
         outputs = [
             call(flat[places], state) for places, state in zip(self.prefixes, states, strict=True)
         ]
-        outputs.append(call(flat[self.questions], join(states).rows(self.owners)))
+        joined = join(states)
+        outputs += [
+            call(flat[places], joined.rows(owners))
+            for places, owners in zip(self.questions, self.owners, strict=True)
+        ]
         zero = outputs[0].new_zeros(1, outputs[0].shape[-1])
         every = torch.cat([*(output.flatten(0, 1) for output in outputs), zero])
         return every[self.back].view(*hidden.shape[:2], -1)
+
+
+def of_like_length(tokens: Sequence[int], least: float) -> list[list[int]]:
+    """Return the places of questions in groups, the longest first.
+
+    Each has at least the share `least` of the tokens of its group's longest one.
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(tokens)), key=lambda place: -tokens[place]):
+        if not groups or tokens[place] < least * tokens[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(place)
+    return groups
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

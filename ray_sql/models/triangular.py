@@ -14,11 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 KIND = {"upper": False, "unitriangular": True}
-"""How transformers calls the solver."""
+"""The arguments with which transformers calls the solver."""
 
 
 class InvertedOnce(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
-    """Lets `torch.linalg.solve_triangular` multiply by the inverse, within a `with` block.
+    """Let `torch.linalg.solve_triangular` multiply by the inverse, within a `with` block.
 
     The inverse is kept for the next call with the same system.
     """
@@ -46,14 +46,14 @@ class InvertedOnce(TorchFunctionMode):  # type: ignore[misc]  # torch has no typ
         return _Solved.apply(self._inverse, system, right)
 
 
-class _Solved(torch.autograd.Function):
+class _Solved(torch.autograd.Function):  # type: ignore[misc]  # torch has no types for it
     """The product of a unit lower triangular system's inverse with a right side.
 
     It is in float32 where products are cast to bfloat16, as torch solves in float32 there.
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any, inverse: torch.Tensor, system: torch.Tensor, right: torch.Tensor
     ) -> torch.Tensor:
@@ -63,7 +63,7 @@ class _Solved(torch.autograd.Function):
         return solved
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, out: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Return the gradients of system and right side; the diagonal is 1 and has none."""
         inverse, solved = ctx.saved_tensors
