@@ -145,6 +145,9 @@ DATASETS: dict[str, Make] = {
     "tsv, no quotes": text("p.tsv", 'question\tquery\nSay "x"?\tSELECT \'a"b\'\nWho?\tSELECT 2\n'),
     "xlsx": workbook(Sheet=[("question", "query"), *QUESTIONS]),
     "xlsx, a title": workbook(Sheet=[("Our pairs",), (), ("Question", "SQL"), *QUESTIONS]),
+    "xlsx, a sheet beside that of a split": workbook(
+        Pairs=[("question", "query"), *QUESTIONS], Test=[("question", "query"), *QUESTIONS[:2]]
+    ),
     "xlsx, sheets of splits": workbook(
         train=[("question", "query"), *QUESTIONS], dev=[("question", "query"), *QUESTIONS]
     ),
