@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from ray_sql import data
+from ray_sql.data import tables
 from ray_sql.errors import DataError
 from tests.conftest import QUESTIONS, SHOP
 
@@ -98,3 +100,9 @@ def test_a_table_that_was_cut_off_loses_its_last_row_only(load: Any) -> None:
     (bad,) = corpus.left_out
     assert bad.place.endswith("line 10") and "unexpected end of data" in bad.reason
     assert questions(corpus) == {q for q, _ in QUESTIONS}
+
+
+def test_a_small_table_leaves_the_limit_of_other_readers(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    assert len(tables.read(tmp_path / "a.csv", "question,query\nWho?,SELECT 1\n")) == 1
+    assert csv.field_size_limit() == before, "importlib reads files of packages by it"

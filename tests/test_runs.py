@@ -155,16 +155,25 @@ def test_a_studys_trials_go_with_it(tmp_path: Path, store: str) -> None:
     assert tracking.remove(section, record.run_id) == 0, "it is gone already"
 
 
+def make_study(root: Path, store: str) -> tuple[str, set[str], str]:
+    """Write a study of three trials; return its run's id, theirs, and the experiment."""
+    from mlflow.tracking import MlflowClient
+
+    _, record = make_run(root, "study", 40, store)
+    client = MlflowClient(store)
+    experiment = client.get_run(record.run_id).info.experiment_id
+    tags = {"mlflow.parentRunId": record.run_id}
+    trials = {client.create_run(experiment, tags=tags).info.run_id for _ in range(3)}
+    return record.run_id, trials, experiment
+
+
 def test_a_removal_that_was_cut_off_finds_the_rest(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    _, record = make_run(tmp_path, "study", 40, store)
+    study, trials, experiment = make_study(tmp_path, store)
     section, client = settings(tmp_path, store).tracking, MlflowClient(store)
-    experiment = client.get_run(record.run_id).info.experiment_id
-    tags = {"mlflow.parentRunId": record.run_id}
-    trials = [client.create_run(experiment, tags=tags).info.run_id for _ in range(3)]
 
     def active() -> set[str]:
         return {run.info.run_id for run in client.search_runs([experiment])}
@@ -178,10 +187,10 @@ def test_a_removal_that_was_cut_off_finds_the_rest(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "delete_run", cut_off)
-        tracking.remove(section, record.run_id)
-    assert record.run_id in active() and len(active()) == 3, "the study goes last"
-    client.delete_run(record.run_id)  # as by an earlier version, which began with the study
-    assert tracking.remove(section, record.run_id) == 2 and not active() & {*trials}
+        tracking.remove(section, study)
+    assert study in active() and len(active()) == 3, "the study goes last"
+    client.delete_run(study)  # as by an earlier version, which began with the study
+    assert tracking.remove(section, study) == 2 and not active() & trials
 
 
 def test_more_trials_than_a_page_holds_are_removed(
@@ -189,18 +198,14 @@ def test_more_trials_than_a_page_holds_are_removed(
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    _, record = make_run(tmp_path, "study", 40, store)
-    section, client = settings(tmp_path, store).tracking, MlflowClient(store)
-    experiment = client.get_run(record.run_id).info.experiment_id
-    for _ in range(3):
-        client.create_run(experiment, tags={"mlflow.parentRunId": record.run_id})
+    study, _, _ = make_study(tmp_path, store)
     search = MlflowClient.search_runs
 
     def by_two(self: MlflowClient, *given: Any, **named: Any) -> Any:
         return search(self, *given, **named | {"max_results": 2})
 
     monkeypatch.setattr(MlflowClient, "search_runs", by_two)
-    assert tracking.remove(section, record.run_id) == 4
+    assert tracking.remove(settings(tmp_path, store).tracking, study) == 4
 
 
 def test_deleting_needs_an_age_and_a_store(tmp_path: Path, store: str) -> None:

@@ -59,10 +59,9 @@ def choose_examples_per_row(setting: int | Literal["auto"], global_batch_size: i
 
     `auto` leaves a step at least two rows. Rows of more than 4 are as many as a row has examples.
     Rows of 4 answered about as many new questions as plain rows after as many examples, and rows
-    of 8 fewer (`benchmarks.shared_rows_quality`). After as many seconds,
-    rows of 4 in steps of 8 had learnt more than rows of 2 (`benchmarks.by_the_clock`). The result
-    divides the step where a number above 1 does. So the end of a step cuts no group of a database
-    in two.
+    of 8 fewer (`benchmarks.shared_rows_quality`). After as many seconds, rows of 4 in steps of 8
+    had learnt more than rows of 2 (`benchmarks.by_the_clock`). The result divides the step where a
+    number above 1 does. So the end of a step cuts no group of a database in two.
     """
     if setting != "auto":
         return min(setting, global_batch_size)

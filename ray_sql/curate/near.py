@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rapidfuzz import fuzz, process
@@ -39,26 +40,37 @@ _SMALL = frozenset(
 """Words without which a question is the same."""
 
 
-def tokens(sql: str, schema: Schema | None = None, literals: bool = False) -> list[str]:
-    """Return a query's words in lower case; each literal is `?`, unless they are asked for.
+@dataclass(frozen=True)
+class Reading:
+    """The dialect of a database's queries, and its names in lower case; None where unknown."""
 
-    Without a schema the query is SQLite's. There `"x"` is a literal too, unless the schema has x.
-    """
-    dialect = sqlglot_dialect(schema.dialect) if schema else "sqlite"
+    dialect: str = "sqlite"
+    names: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, schema: Schema) -> Reading:
+        """Return how queries on a database are read."""
+        own = schema.lower_names().items()
+        names = frozenset(name for table, columns in own for name in (table, *columns))
+        return cls(sqlglot_dialect(schema.dialect), names)
+
+    def is_literal(self, kind: TokenType, text: str) -> bool:
+        """Tell whether a word is a literal: in SQLite `"x"` is one where nothing is called x."""
+        if kind is TokenType.IDENTIFIER and self.dialect == "sqlite" and self.names is not None:
+            return text not in self.names
+        return kind in _LITERALS
+
+
+def tokens(sql: str, reading: Reading, literals: bool = False) -> list[str]:
+    """Return a query's words in lower case; each literal is `?`, unless they are asked for."""
     try:
-        found = Dialect.get_or_raise(dialect).tokenize(sql.rstrip("; \n"))
+        found = Dialect.get_or_raise(reading.dialect).tokenize(sql.rstrip("; \n"))
     except SqlglotError:
         return sql.lower().split()
-    may_quote_text = schema is not None and dialect == "sqlite"
-    names = schema.lower_names() if schema else {}
-    known = {name for table, columns in names.items() for name in (table, *columns)}
-
-    def is_literal(kind: TokenType, text: str) -> bool:
-        quoted_text = may_quote_text and kind is TokenType.IDENTIFIER and text not in known
-        return kind in _LITERALS or quoted_text
-
     written = ((token.token_type, token.text.lower()) for token in found)
-    return ["?" if not literals and is_literal(kind, text) else text for kind, text in written]
+    return [
+        "?" if not literals and reading.is_literal(kind, text) else text for kind, text in written
+    ]
 
 
 def words(question: str) -> list[str]:
@@ -84,11 +96,12 @@ def _root(parents: list[int], place: int) -> int:
 
 def _pairs(examples: Sequence[Example], schemas: Mapping[str, Schema]) -> Iterator[tuple[int, int]]:
     """Yield places of examples that are near."""
+    readings = {db_id: Reading.of(schema) for db_id, schema in schemas.items()}
     first: dict[tuple[str, ...], int] = {}
     said: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for place, example in enumerate(examples):
         asked = " ".join(words(example.question)) or example.question.lower()
-        shape = " ".join(tokens(example.gold, schemas.get(example.db_id)))
+        shape = " ".join(tokens(example.gold, readings.get(example.db_id, Reading())))
         for key in ((example.db_id, "sql", shape), (example.db_id, "question", asked)):
             yield first.setdefault(key, place), place
         said[example.db_id].append((place, asked))
@@ -112,7 +125,7 @@ def _alike(asked: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int]]:
 def hashes(example: Example) -> Iterator[str]:
     """Yield the hashes by which a pair is known again: of its question, and of long SQL."""
     yield _hash("question", re.findall(r"\w+", example.question.lower()))
-    written = tokens(example.gold, literals=True)
+    written = tokens(example.gold, Reading(), literals=True)
     if len(written) >= LONG_SQL:
         yield _hash("sql", written)
 

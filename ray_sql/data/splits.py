@@ -87,7 +87,7 @@ def add_schema(corpus: Corpus, db_id: str, config: Config) -> Corpus:
 def only_as_train(corpus: Corpus, scored: Sequence[str] = ()) -> Corpus:
     """Return a corpus whose only split is called after no use of it with that split as `train`."""
     only = next(iter(corpus.splits), "")
-    if len(corpus.splits) != 1 or only in ("train", "dev", "validation", "test", *scored):
+    if len(corpus.splits) != 1 or only in ("train", "dev", "test", *scored):
         return corpus
     note = f"{only}: the only file of the folder, divided here"
     return replace(_named(corpus, "train"), notes=(*corpus.notes, note))

@@ -61,7 +61,7 @@ def read(path: Path, text: str) -> list[TableRow]:
 def _rows(
     path: Path, text: str, mark: str, skipped: int, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
 ) -> Iterator[TableRow]:
-    csv.field_size_limit(len(text) + 1)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # of the whole process
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting, strict=True)
     names: list[str] | None = None
     while True:

@@ -132,7 +132,7 @@ def fastest_threads(counts: tuple[int, ...]) -> int:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads."""
+    """Let torch compute with `count` threads."""
     import torch
 
     before = torch.get_num_threads()
